@@ -1,0 +1,47 @@
+"""Run a model: one interface, open, infer, close, whatever the runtime."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from illama.errors import UserError
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class OnnxRuntimeEngine:
+    """An ONNX file in ONNX Runtime on the CPU.
+
+    Args:
+        path: the ONNX file.
+        threads: of one operator; all cores by default.
+
+    Raises:
+        UserError: if ONNX Runtime cannot load the file.
+    """
+
+    runtime = f"onnxruntime {onnxruntime.__version__} CPU"
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or usable_cores()
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base class but this one
+            raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
+        self._input = self._session.get_inputs()[0].name
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Images (B, C, H, W) float32 -> logits (B, classes) float32."""
+        return self._session.run(None, {self._input: images})[0]
+
+    def close(self) -> None:
+        del self._session

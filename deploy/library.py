@@ -1,0 +1,75 @@
+"""TensorRT and TensorRT for RTX behind one door: everything in which they differ is here."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from illama.errors import UserError
+
+LibraryName = Literal["tensorrt", "tensorrt_rtx"]
+
+# Compute capabilities that TensorRT for RTX builds for ahead of time; tensorrt builds for the GPU it runs on.
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+@dataclass(frozen=True)
+class Library:
+    """An installed TensorRT.
+
+    Attributes:
+        name: the Python module's name.
+        trt: the module.
+    """
+
+    name: LibraryName
+    trt: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    def create_network(self, builder: Any) -> Any:
+        """An empty, strongly typed network: its precision is the graph's, and nothing else decides it."""
+        flags = 0
+        if self.name == "tensorrt" and hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
+            flags = 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # always so from version 11
+        return builder.create_network(flags)
+
+    def set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
+        """Choose the compute capabilities the engine is for; none leaves the library's default.
+
+        Raises:
+            UserError: for a target that the library does not know.
+        """
+        if not targets:
+            return
+        if self.name == "tensorrt":
+            raise UserError("tensorrt builds for the GPU it runs on: leave --targets out, or install tensorrt-rtx")
+        for target in targets:
+            if target not in RTX_TARGETS:
+                raise UserError(f"unknown target {target!r}: choose from {', '.join(RTX_TARGETS)}")
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
+
+
+def find_library() -> Library | None:
+    """The installed TensorRT, the full library before the one for RTX; None if there is neither."""
+    names: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
+    for name in names:
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError):  # OSError: the bindings are there, NVIDIA's shared libraries are not
+            continue
+        if hasattr(module, "Builder"):
+            return Library(name, module)
+    return None
+
+
+def sees_gpu() -> bool:
+    """Whether a CUDA device can be used from here; engines neither run nor deserialize without one."""
+    import torch
+
+    return torch.cuda.is_available()

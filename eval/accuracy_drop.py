@@ -1,0 +1,36 @@
+"""How many points of top-1 a model loses against a reference, and how sure that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Points of top-1 lost (negative: gained), with a 95% interval."""
+
+    points: float
+    low: float
+    high: float
+
+
+def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Drop:
+    """The drop from ``reference`` to ``other``, with a percentile interval from a paired bootstrap.
+
+    Both are booleans (n,), right or wrong on the same images. A resample of n images is summed up by how
+    often each of three things is drawn (only the reference right, only the other right, no difference),
+    and those counts are multinomial: the draw is exact, and takes no n x resamples table.
+
+    Raises:
+        ValueError: for arrays of different or zero length.
+    """
+    if reference.shape != other.shape or not len(reference):
+        raise ValueError("paired_drop compares two non-empty arrays over the same images")
+    count = len(reference)
+    lost, gained = np.mean(reference & ~other), np.mean(other & ~reference)
+    draws = np.random.default_rng(seed).multinomial(count, [lost, gained, 1 - lost - gained], size=resamples)
+    drops = (draws[:, 0] - draws[:, 1]) / count * 100
+    low, high = np.percentile(drops, [2.5, 97.5])
+    return Drop(float((lost - gained) * 100), float(low), float(high))

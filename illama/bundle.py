@@ -1,0 +1,131 @@
+"""A bundle: the folder that every step reads and writes. Nothing else passes between steps.
+
+    manifest.json        what made it, from which inputs (SHA-256), versions, seed, config, metrics
+    model.safetensors    the weights
+    model.onnx           after quantization: the graph for CPUs
+    engines/             after a build: engines, each with a JSON of its own
+
+It appears whole or not at all: it is written beside its place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from illama.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+_PACKAGES = ("torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnxruntime", "tensorrt-rtx",
+             "tensorrt", "numpy")  # fmt: skip
+
+
+@dataclass
+class Manifest:
+    """What a bundle says of itself; ``manifest.json`` holds exactly these fields.
+
+    Attributes:
+        made_by: the command line that wrote it.
+        inputs: path of each input file -> its SHA-256.
+        config: :class:`illama.ModelConfig` as a dict.
+        preprocessing: :class:`illama.data.Preprocessing` as a dict.
+        classes: names of the classes, in the order of the logits.
+        metrics: figures measured on the way, free in form.
+    """
+
+    made_by: str
+    config: dict[str, Any]
+    preprocessing: dict[str, Any]
+    classes: list[str]
+    seed: int = 0
+    inputs: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a bundle; UserError if it is missing, damaged or of another format."""
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text())
+            if values["format"] != FORMAT:
+                raise UserError(f"{path} has bundle format {values['format']}, this version reads {FORMAT}")
+            return cls(**values)
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: make the bundle again") from error
+
+
+def command_line() -> str:
+    """The running command as a person would type it."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers, those installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def write_folder(folder: Path, marker: str = MANIFEST) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` if the block succeeds and vanishes if not.
+
+    Raises:
+        UserError: at once, if ``folder`` holds files but no ``marker``, so is not ours to replace.
+    """
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).exists())):
+        raise UserError(f"{folder} holds other files and will not be replaced: choose another --out")
+    draft, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("draft", "old"))
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def write_file(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` if the block succeeds and vanishes if not."""
+    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

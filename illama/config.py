@@ -1,0 +1,105 @@
+"""What an iLLaMA is, in one frozen dataclass, and the published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from illama.errors import UserError
+
+MaskKind = Literal["post_softmax", "pre_softmax", "bidirectional"]
+ClassToken = Literal["last", "first"]
+Position = Literal["learnable", "rope", "both"]
+
+# width, depth, heads of arXiv 2404.06773, Table 13; "nano" is ours, for 28- to 32-pixel images on a CPU.
+_PRESETS: dict[str, dict[str, int]] = {
+    "nano": {"image_size": 28, "patch_size": 4, "in_channels": 1, "width": 128, "depth": 6, "heads": 2,
+             "num_classes": 10},
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of an iLLaMA; the defaults are iLLaMA-Tiny at 224 pixels (arXiv 2404.06773, section 4).
+
+    Attributes:
+        image_size, patch_size: side lengths in pixels; images and patches are square.
+        in_channels: colour channels of the input.
+        width, depth, heads: embedding width, number of blocks, attention heads per block.
+        num_classes: outputs of the head.
+        class_token: ``last`` (the paper's "PS [cls]") or ``first`` (as in ViT).
+        mask: ``post_softmax`` (equation 2: multiplied after the softmax, not renormalised; the only one
+            for released weights), ``pre_softmax`` (equation 1) or ``bidirectional`` (a plain ViT).
+        position: learnable embedding, rotary embedding (RoPE), or both (the paper's).
+
+    Raises:
+        UserError: when the numbers do not fit together.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    in_channels: int = 3
+    width: int = 192
+    depth: int = 12
+    heads: int = 3
+    num_classes: int = 1000
+    class_token: ClassToken = "last"
+    mask: MaskKind = "post_softmax"
+    position: Position = "both"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise UserError(f"{field.name} must be a whole number of at least 1, not {value!r}")
+        for name, kind in (("class_token", ClassToken), ("mask", MaskKind), ("position", Position)):
+            if getattr(self, name) not in get_args(kind):
+                raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        if self.image_size % self.patch_size:
+            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads or self.head_dim % 2:
+            raise UserError(f"width {self.width} must split into {self.heads} heads of an even size")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ModelConfig:
+        """A published size (``tiny``, ``small``, ``base``, ``large``) or ``nano``, with fields overridden."""
+        if name not in _PRESETS:
+            raise UserError(f"unknown model size {name!r}; choose one of {', '.join(_PRESETS)}")
+        return cls.from_dict({**_PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The config that :meth:`to_dict` wrote; unknown names raise :class:`UserError`."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise UserError(f"unknown model settings: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens(self) -> int:
+        """N: the patches and the class token."""
+        return self.patches + 1
+
+    @property
+    def class_index(self) -> int:
+        return self.patches if self.class_token == "last" else 0
+
+    @property
+    def hidden(self) -> int:
+        """Width of SwiGLU's hidden layer: two thirds of 4 x width, rounded up to a multiple of 256."""
+        return 256 * -(-int(8 * self.width / 3) // 256)

@@ -1,0 +1,284 @@
+"""Images and labels: Fashion-MNIST (shipped in part), ImageNet-style folders, CIFAR.
+
+A data set is named by one string:
+
+    fashion-mnist            the test split and 2,000 calibration images shipped with this project
+    fashion-mnist:FOLDER     the same, with the full training split from FOLDER's idx files
+    cifar10:FOLDER           torchvision's layout (cifar-10-batches-py/), likewise cifar100:FOLDER
+    FOLDER                   ImageNet's layout: train/CLASS/*.jpg and val/CLASS/*.jpg
+
+Calibration images come from the training split, evenly spaced, and never from the test split.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode, v2
+
+from illama.errors import UserError
+
+SHIPPED_FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion_mnist"
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+VALIDATION_IMAGES = 2000
+
+Sample = tuple[Any, int]
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input.
+
+    Attributes:
+        image_size: side length in pixels of what the network takes.
+        in_channels: 1 (grey) or 3 (RGB).
+        mean, std: per channel, on pixels scaled to 0..1.
+        resize: the shorter side is brought to this length (bicubic) before a centre crop; None warps the
+            image to ``image_size`` without a crop, as the paper does at 384 pixels and above.
+    """
+
+    image_size: int
+    in_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+
+    @classmethod
+    def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:
+        """The paper's evaluation: resize to 256 / 224 of the size and crop; warp from 384 pixels on."""
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        if in_channels == 1:
+            mean, std = (0.449,), (0.226,)
+        return cls(image_size, in_channels, mean, std, None if image_size >= 384 else image_size * 256 // 224)
+
+    def transform(self, augment: Sequence[Callable[[Any], Any]] = ()) -> Transform:
+        """PIL image or uint8 tensor (C, H, W) -> float tensor (in_channels, image_size, image_size).
+
+        ``augment`` steps replace the resize: they see the image first and must leave it square.
+        """
+        bicubic = InterpolationMode.BICUBIC
+        size = [self.image_size, self.image_size]
+        steps: list[Callable[[Any], Any]] = list(augment)
+        if not augment and self.resize:
+            steps += [v2.Resize(self.resize, bicubic), v2.CenterCrop(self.image_size)]
+        steps += [
+            v2.Resize(size, bicubic),
+            v2.Grayscale(1) if self.in_channels == 1 else v2.RGB(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(self.mean), list(self.std)),
+        ]
+        return v2.Compose(steps)
+
+
+class ImageData(Protocol):
+    """A data set with its three splits; every item is an (image, label) pair, the image untransformed."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
+        """The evaluation transform that suits these images."""
+
+    def test(self) -> Dataset[Sample]:
+        """Every image of the test split."""
+
+    def calibration(self, count: int) -> Dataset[Sample]:
+        """``count`` images, evenly spaced, of the training split; UserError if there are fewer."""
+
+    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+        """(training images, validation images), both of the training split and without overlap."""
+
+
+class TensorImages(Dataset[Sample]):
+    """Grey images held in memory: uint8 (N, H, W) and labels (N,)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = torch.from_numpy(images), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.images[index : index + 1], int(self.labels[index])
+
+
+class FashionMNIST:
+    """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 28x28 grey, ten classes of clothing, MIT licence."""
+
+    name = "fashion-mnist"
+    classes = FASHION_MNIST_CLASSES
+
+    def __init__(self, folder: Path = DEBIAN_FASHION_MNIST) -> None:
+        self.folder = folder
+
+    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
+        return Preprocessing(image_size, in_channels, (0.2860,) * in_channels, (0.3530,) * in_channels)
+
+    def test(self) -> Dataset[Sample]:
+        return TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "t10k"))
+
+    def calibration(self, count: int) -> Dataset[Sample]:
+        return _evenly_spaced(TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "calibration")), count)
+
+    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+        if not (self.folder / "train-images-idx3-ubyte.gz").exists():
+            raise UserError(
+                f"no Fashion-MNIST training images in {self.folder}: on Debian or Ubuntu run "
+                "'apt-get install dataset-fashion-mnist', or give the folder of train-images-idx3-ubyte.gz "
+                "with --data fashion-mnist:FOLDER"
+            )
+        return _hold_out(TensorImages(*_read_idx_pair(self.folder, "train")))
+
+
+class Cifar:
+    """CIFAR-10 or CIFAR-100 from a folder in torchvision's layout (its files are checked by MD5 first)."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self._reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        self._test = self._read(train=False)
+        self.classes = tuple(self._test.classes)
+
+    def _read(self, train: bool) -> Any:
+        try:
+            return self._reader(self.folder, train=train, download=False)
+        except RuntimeError as error:
+            raise UserError(f"no intact {self.name} in {self.folder}: put its unpacked python version there") from error
+
+    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
+        return Preprocessing.imagenet(image_size, in_channels)
+
+    def test(self) -> Dataset[Sample]:
+        return self._test
+
+    def calibration(self, count: int) -> Dataset[Sample]:
+        return _evenly_spaced(self._read(train=True), count)
+
+    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+        return _hold_out(self._read(train=True))
+
+
+class ImageFolder:
+    """A folder in ImageNet's layout: train/CLASS/image and val/CLASS/image."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name, self.folder = folder.name, folder
+        self._test = self._read("val")
+        self.classes = tuple(self._test.classes)
+
+    def _read(self, split: str) -> datasets.ImageFolder:
+        folder = self.folder / split
+        if not folder.is_dir():
+            raise UserError(f"{self.folder} has no {split}/ folder: expected train/CLASS/images and val/CLASS/images")
+        try:
+            images = datasets.ImageFolder(folder, loader=_load_image)
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: {str(error).splitlines()[0]} Put images in one folder per class") from error
+        if len(images.classes) < 2:
+            raise UserError(f"{folder} has one class only ({images.classes[0]}): a classifier needs two or more")
+        return images
+
+    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
+        return Preprocessing.imagenet(image_size, in_channels)
+
+    def test(self) -> Dataset[Sample]:
+        return self._test
+
+    def calibration(self, count: int) -> Dataset[Sample]:
+        return _evenly_spaced(self._training_images(), count)
+
+    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+        return _hold_out(self._training_images())
+
+    def _training_images(self) -> datasets.ImageFolder:
+        images = self._read("train")
+        if tuple(images.classes) != self.classes:
+            raise UserError(f"train/ and val/ in {self.folder} hold different classes")
+        return images
+
+
+def open_data(spec: str) -> ImageData:
+    """The data set that ``spec`` names (see this module's docstring); UserError if it is not there."""
+    name, _, folder = spec.partition(":")
+    if name == "fashion-mnist":
+        return FashionMNIST(Path(folder)) if folder else FashionMNIST()
+    if name in ("cifar10", "cifar100"):
+        return Cifar(name, Path(folder or "."))
+    if Path(spec).is_dir():
+        return ImageFolder(Path(spec))
+    raise UserError(f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER or an existing folder")
+
+
+class Transformed(Dataset[tuple[Tensor, int]]):
+    """A split with its transform applied; a broken image raises UserError with its path."""
+
+    def __init__(self, images: Dataset[Sample], transform: Transform) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return self.transform(image), label
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array in a gzipped idx file of unsigned bytes (the MNIST format); UserError if it is not one."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        if raw[:3] != b"\0\0\x08":
+            raise UserError(f"{path} is not an idx file of unsigned bytes")
+        shape = np.frombuffer(raw, dtype=">u4", count=raw[3], offset=4)
+        return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (EOFError, ValueError, IndexError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is truncated or damaged: fetch it again") from error
+
+
+def _read_idx_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    images = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
+    labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
+    if len(images) != len(labels):
+        raise UserError(f"{folder} has {len(images)} {split} images but {len(labels)} labels: fetch them again")
+    return images, labels
+
+
+def _load_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: replace it or take it out ({type(error).__name__})") from error
+
+
+def _evenly_spaced(images: Dataset[Sample], count: int) -> Dataset[Sample]:
+    total = len(images)  # type: ignore[arg-type]
+    if not 1 <= count <= total:
+        raise UserError(f"{count} calibration images asked for, 1 to {total} can be had: change --calibration-images")
+    return Subset(images, [i * total // count for i in range(count)])
+
+
+def _hold_out(images: Dataset[Sample]) -> tuple[Dataset[Sample], Dataset[Sample]]:
+    total = len(images)  # type: ignore[arg-type]
+    held = min(VALIDATION_IMAGES, total // 10)
+    validation = [i * total // held for i in range(held)] if held else []
+    rest = np.setdiff1d(np.arange(total), validation)
+    return Subset(images, rest.tolist()), Subset(images, validation)

@@ -1,0 +1,40 @@
+"""One-line errors for the user's mistakes, and the wrapper that every command runs in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what is wrong and what to do, in one line."""
+
+
+def run_command(options: type[Options], main: Callable[[Options], None]) -> None:
+    """Parse the command line into ``options``, run ``main`` and turn the user's mistakes into one line.
+
+    Exits with 2 for a mistake (bad option, bad file, full disk) and 130 for Ctrl-C; anything else is a
+    defect of this project and keeps its traceback.
+    """
+    try:
+        main(tyro.cli(options))
+    except UserError as error:
+        _exit(str(error), 2)
+    except KeyboardInterrupt:
+        _exit("interrupted; finished steps are kept, the unfinished one left nothing behind", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        _exit(f"cannot write {error.filename or 'the output'}: {os.strerror(error.errno)}", 2)
+
+
+def _exit(message: str, status: int) -> None:
+    print(f"error: {message}" if status == 2 else message, file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,218 @@
+"""The network of "Adapting LLaMA Decoder to Vision Transformer" (arXiv 2404.06773), section 3.
+
+Parameter names are those of the authors' released code, so its checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from illama.config import ModelConfig
+from illama.masks import AttentionMask, Form, MaskedAttention
+
+
+class Linear(nn.Linear):
+    """A Linear that can compute a slice of its outputs, by the weights of that slice alone."""
+
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        """(..., in) -> (..., out), or the outputs named by the slice."""
+        if outputs is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight[outputs], self.bias[outputs])
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in float32 whatever the input: the square of a float16 activation overflows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float() if x.dtype != torch.float64 else self.weight
+        return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches: (B, C, H, W) -> (B, patches, width)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; the mask is :class:`illama.masks.MaskedAttention`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.width = config.heads, config.width
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.core = MaskedAttention()
+        self.proj = Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, mask: AttentionMask, rotation: Tensor | None, row: int | None = None) -> Tensor:
+        """(B, N, width) -> (B, N, width), or (B, 1, width) for the query ``row`` alone.
+
+        ``rotation`` is (2, N, head_dim / 2): cosines and sines, or None without RoPE.
+        """
+        if row is None:
+            q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
+            row_rotation = rotation
+        else:
+            q = self._split(self.qkv(x[:, row : row + 1], outputs=slice(0, self.width)))
+            k, v = (self._split(part) for part in self.qkv(x, outputs=slice(self.width, None)).chunk(2, dim=-1))
+            row_rotation = rotation[:, row : row + 1] if rotation is not None else None
+        if rotation is not None and row_rotation is not None:
+            q, k = rotate(q, row_rotation), rotate(k, rotation)
+        return self.proj(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1(x)) * fc3(x)), without biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.width, config.hidden, bias=False)
+        self.fc2 = Linear(config.hidden, config.width, bias=False)
+        self.fc3 = Linear(config.width, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class Block(nn.Module):
+    """A pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.width, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = RMSNorm(config.width, eps=1e-6)
+        self.mlp = SwiGLU(config)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, mask: AttentionMask, rotation: Tensor | None, row: int | None = None) -> Tensor:
+        """(B, N, width) -> (B, N, width), or (B, 1, width) for one query ``row``."""
+        residual = x if row is None else x[:, row : row + 1]
+        x = residual + self.drop_path(self.attn(self.norm1(x), mask, rotation, row))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ILLaMA(nn.Module):
+    """The whole network: images (B, C, H, W), float, to logits (B, num_classes).
+
+    Attributes:
+        config: the :class:`ModelConfig` it was built from.
+        soft_mask: alpha of the soft mask, 0..1 (ValueError outside); training moves it, inference leaves it at 0.
+        readout_only: compute the last block for the class token alone, since nothing else of it is read.
+            Exact, in training too; False computes every token, as the released code does.
+
+    Args:
+        drop_path: stochastic depth of the last block; rises linearly from 0 in the first.
+    """
+
+    rotation: Tensor | None
+    causal: Tensor
+    alpha: Tensor
+
+    def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.readout_only = True
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        has_table = config.position != "rope"
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width)) if has_table else None
+        rates = [drop_path * index / max(1, config.depth - 1) for index in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = RMSNorm(config.width, eps=1e-6)
+        self.head = Linear(config.width, config.num_classes)
+        rotation = rotary_table(config.tokens, config.head_dim) if config.position != "learnable" else None
+        self.register_buffer("rotation", rotation, persistent=False)
+        everyone = torch.ones(config.tokens, config.tokens, dtype=torch.bool)
+        self.register_buffer("causal", everyone.tril(), persistent=False)
+        self.register_buffer("alpha", torch.zeros(()), persistent=False)
+        self.soft_mask = 0.0
+        self.apply(_initialise)
+        for table in (self.cls_token, self.pos_embed):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+
+    @property
+    def soft_mask(self) -> float:
+        return self._soft_mask
+
+    @soft_mask.setter
+    def soft_mask(self, alpha: float) -> None:
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"the soft mask's alpha must lie in 0..1, not {alpha}")
+        # forward() reads the buffer and these two facts but never the float, so that a compiled model is
+        # not compiled anew for each value that a schedule gives.
+        self._soft_mask = alpha
+        self._masks_nothing = alpha == 1.0
+        self._masks_softly = 0.0 < alpha < 1.0
+        self.alpha.fill_(alpha)
+
+    def set_attention_form(self, form: Form | None) -> None:
+        """Fix the form of every attention (see :class:`MaskedAttention`), or None for the fastest."""
+        for module in self.modules():
+            if isinstance(module, MaskedAttention):
+                module.form = form
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The class token after the final norm, (B, width)."""
+        config = self.config
+        x = self.patch_embed(images)
+        class_token = self.cls_token.expand(x.shape[0], -1, -1)
+        x = torch.cat([x, class_token] if config.class_token == "last" else [class_token, x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        mask = AttentionMask(
+            "bidirectional" if self._masks_nothing else config.mask,
+            self.causal,
+            self.alpha if self._masks_softly else None,
+        )
+        blocks: list[nn.Module] = list(self.blocks)
+        row = config.class_index
+        for block in blocks[:-1]:
+            x = block(x, mask, self.rotation)
+        if self.readout_only:
+            x = blocks[-1](x, mask.row(row, sees_all=config.class_token == "last"), self.rotation, row)[:, 0]
+        else:
+            x = blocks[-1](x, mask, self.rotation)[:, row]
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, num_classes)."""
+        return self.head(self.forward_features(images))
+
+
+def rotary_table(tokens: int, head_dim: int, theta: float = 10000.0) -> Tensor:
+    """RoPE's cosines and sines, (2, tokens, head_dim / 2) (Su et al., arXiv 2104.09864, equation 15)."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), as LLaMA's own code does.
+
+    Hugging Face's LLaMA pairs x[i] with x[i + d / 2] instead: its weights need a permutation first.
+    """
+    cos, sin = rotation.to(x.dtype)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Truncated normal, std 0.02, and zero biases, as the released code does (the paper's tables say 0.2)."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

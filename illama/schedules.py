@@ -1,0 +1,27 @@
+"""What changes during training, as pure functions of the step, so that a resumed run needs no state."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+SoftMaskSchedule = Literal["none", "constant", "linear"]
+
+
+def soft_mask_alpha(schedule: SoftMaskSchedule, step: int, cutoff_step: int) -> float:
+    """Alpha of the soft mask at a training step (arXiv 2404.06773, section 3.6).
+
+    ``constant`` holds 1 and ``linear`` falls from 1 to 0 until ``cutoff_step``; 0 afterwards, and always
+    for ``none``.
+    """
+    if schedule == "none" or step >= cutoff_step:
+        return 0.0
+    return 1.0 if schedule == "constant" else 1.0 - step / cutoff_step
+
+
+def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 1e-6) -> float:
+    """Learning rate at a step: linear from 0 to ``peak``, then half a cosine down to ``floor``."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,98 @@
+"""From a float network to a quantized one: nvidia-modelopt observes the ranges, quant.layers holds the result."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from illama.errors import UserError
+from illama.masks import Operand
+from illama.model import ILLaMA, Linear
+from quant.layers import QuantizeDequantize, QuantizedConv2d, QuantizedLinear
+from quant.schemes import NumberFormat, Scheme
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it warns of optional packages that nothing here needs
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.nn import QuantInputBase, QuantLinearConvBase, TensorQuantizer
+
+
+class _ObservedLinear(QuantLinearConvBase):
+    """ModelOpt's quantized form of our sliceable Linear."""
+
+
+class _ObservedOperand(QuantInputBase):
+    """ModelOpt's quantized form of an operand of an attention product."""
+
+
+mtq.register(original_cls=Linear, quantized_cls=_ObservedLinear)
+mtq.register(original_cls=Operand, quantized_cls=_ObservedOperand)
+
+
+def calibrate(model: ILLaMA, scheme: Scheme, batches: Iterable[Tensor]) -> ILLaMA:
+    """A copy of ``model`` with every layer that ``scheme`` names quantized, its ranges from ``batches``.
+
+    Args:
+        batches: images (B, C, H, W) as the network takes them.
+
+    Raises:
+        UserError: if the images drive an activation to NaN or infinity.
+    """
+    observed = observe(model, scheme, batches)
+    for name, module in list(observed.named_modules()):
+        if isinstance(module, QuantInputBase):
+            observed.set_submodule(name, _quantized(module, name, scheme))
+    return observed
+
+
+def observe(model: ILLaMA, scheme: Scheme, batches: Iterable[Tensor]) -> ILLaMA:
+    """A copy of ``model`` with ModelOpt's calibrated fake quantizers; its attention in the plain form."""
+    observed = copy.deepcopy(model).eval()
+    observed.set_attention_form("plain")  # the fused form has no softmax output to observe
+
+    def run(network: nn.Module) -> None:
+        with torch.inference_mode():
+            for images in batches:
+                if not torch.isfinite(network(images)).all():
+                    raise UserError("a calibration image makes the network's output NaN or infinite: check the images")
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many quantizers it made
+        return mtq.quantize(observed, _modelopt_config(scheme), run)
+
+
+def _modelopt_config(scheme: Scheme) -> dict[str, Any]:
+    def bits(number: NumberFormat) -> dict[str, Any]:
+        return {"num_bits": (4, 3) if number.name == "fp8" else 8, "unsigned": number.name == "uint8"}
+
+    return {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            {"quantizer_name": "*weight_quantizer", "cfg": {**bits(scheme.weights), "axis": 0}},
+            {"quantizer_name": "*input_quantizer", "cfg": {**bits(scheme.activations), "axis": None}},
+            {"quantizer_name": "*core.p.input_quantizer", "cfg": {**bits(scheme.probabilities), "axis": None}},
+        ],
+        "algorithm": "max",
+    }
+
+
+def _quantized(module: Any, name: str, scheme: Scheme) -> nn.Module:
+    number = scheme.probabilities if name.endswith("core.p") else scheme.activations
+    quantizer = QuantizeDequantize(number, _amax(module.input_quantizer, name))
+    if isinstance(module, Operand):
+        return quantizer
+    kind = QuantizedConv2d if isinstance(module, nn.Conv2d) else QuantizedLinear
+    return kind(module, scheme.weights, _amax(module.weight_quantizer, name), quantizer)  # type: ignore[arg-type]
+
+
+def _amax(quantizer: TensorQuantizer, name: str) -> Tensor:
+    amax = quantizer.amax
+    if amax is None or not torch.isfinite(amax).all():
+        raise UserError(f"calibration found no finite range for {name}: check the images and the weights")
+    return amax.detach()

@@ -1,0 +1,129 @@
+"""Fixtures: the released code's own outputs, a small trained-shape bundle, small image folders, real commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from illama import ILLaMA, ModelConfig
+from illama.bundle import Manifest, write_folder
+from illama.data import Preprocessing, open_data
+
+ROOT = Path(__file__).parents[1]
+PARITY = sorted((ROOT / "tests" / "data").glob("official_*.safetensors"))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and there is none here"))
+
+
+class Parity:
+    """One file of the released code's outputs: its network, input, logits and features."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            facts = {name: int(value) for name, value in file.metadata().items()}
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.config = ModelConfig(
+            image_size=facts["image_size"],
+            patch_size=facts["patch_size"],
+            width=facts["dim"],
+            depth=facts["depth"],
+            heads=facts["heads"],
+            num_classes=facts["num_classes"],
+        )
+        self.state = {name[6:]: t for name, t in self.tensors.items() if name.startswith("state.")}
+        self.input = self.tensors["input"]
+
+    def model(self) -> ILLaMA:
+        model = ILLaMA(self.config).eval()
+        model.load_state_dict(self.state)
+        return model
+
+
+@pytest.fixture(params=PARITY, ids=lambda path: path.stem)
+def parity(request):
+    return Parity(request.param)
+
+
+@pytest.fixture
+def wide_parity():
+    return Parity(ROOT / "tests" / "data" / "official_wide.safetensors")
+
+
+def write_bundle(folder: Path, config: ModelConfig, state: dict[str, torch.Tensor] | None = None) -> Path:
+    """A bundle as training writes it; random weights unless a state dict is given."""
+    torch.manual_seed(0)
+    state = state or ILLaMA(config).state_dict()
+    preprocessing = Preprocessing.imagenet(config.image_size, config.in_channels)
+    classes = [f"class {i}" for i in range(config.num_classes)]
+    with write_folder(folder) as draft:
+        Manifest("test", config.to_dict(), asdict(preprocessing), classes).write(draft)
+        save_file(state, draft / "model.safetensors")
+    return folder
+
+
+SMALL = ModelConfig(image_size=32, patch_size=8, in_channels=3, width=64, depth=2, heads=1, num_classes=3)
+
+
+@pytest.fixture
+def small_bundle(tmp_path):
+    return write_bundle(tmp_path / "bundle", SMALL)
+
+
+def write_images(folder: Path, classes: int = 3, train: int = 8, val: int = 6) -> Path:
+    """Coloured noise in ImageNet's layout, `train` and `val` images a class."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    return write_images(tmp_path / "images")
+
+
+def run_command(*arguments: object, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """A real command, as a user types it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit status 2 and a last line that says what is wrong, without a traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    for word in words:
+        assert word in last
+
+
+@pytest.fixture(scope="session")
+def real_images():
+    """300 real test images, as the shipped checkpoint takes them, and their labels."""
+    from illama.accuracy import load_images
+
+    data = open_data("fashion-mnist")
+    subset = torch.utils.data.Subset(data.test(), range(300))
+    return load_images(subset, data.preprocessing(28, 1).transform())

@@ -1,0 +1,160 @@
+"""python quant/ptq.py as a user runs it: the whole way on real files, and every mistake in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_images
+from safetensors.torch import load_file, save_file
+
+from deploy.library import find_library
+from illama.accuracy import load_images, top1
+from illama.checkpoint import load_checkpoint
+from illama.data import open_data
+
+
+def _ptq(bundle, images, out, *more):
+    return run_command("quant/ptq.py", "--checkpoint", bundle, "--data", images, "--out", out,
+                       "--calibration-images", 8, *more)  # fmt: skip
+
+
+def test_the_whole_way(small_bundle, image_folder, tmp_path):
+    out = tmp_path / "out"
+    result = _ptq(small_bundle, image_folder, out)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    rows = {(row["scheme"], row["onnx"].split("/")[1]): row for row in summary["rows"]}
+    assert set(rows) == {("fp32", "model.onnx"), ("int8", "model.onnx"), ("fp8", "model.onnx"), ("fp16", "model.fused.onnx"),
+                         ("int8", "model.fused.onnx"), ("fp8", "model.fused.onnx")}  # fmt: skip
+    for row in rows.values():
+        assert row["images"] == 18
+        assert (out / row["onnx"]).stat().st_size == row["onnx_bytes"]
+        assert row["drop_ci95"][0] <= row["drop"] <= row["drop_ci95"][1]
+        if find_library() and "fused" in row["onnx"]:
+            assert (out / row["engine"]).stat().st_size == row["engine_bytes"]
+    assert rows["int8", "model.onnx"]["latency_ms"]["p50"] > 0
+    assert rows["fp8", "model.onnx"]["latency_ms"] is None
+    assert rows["fp32", "model.onnx"]["drop"] == 0
+    assert (out / "report.html").exists()
+    assert result.stdout.count("\n| int8") == 2
+
+    checkpoint, data = load_checkpoint(small_bundle), open_data(str(image_folder))
+    images, labels = load_images(data.test(), checkpoint.preprocessing.transform())
+    session = onnxruntime.InferenceSession(out / "int8" / "model.onnx")
+    assert top1(session.run(None, {"images": images})[0], labels) == pytest.approx(rows["int8", "model.onnx"]["top1"])
+
+    again = _ptq(small_bundle, image_folder, out, "--schemes", "int8")
+    assert again.returncode == 0, again.stderr
+    assert not (out / "fp8").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images", "out"]
+
+
+def _nan(bundle):
+    path = bundle / "model.safetensors"
+    state = load_file(path)
+    state["head.bias"][0] = float("nan")
+    save_file(state, path)
+
+
+def _truncated(bundle):
+    path = bundle / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _another_config(bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["config"]["depth"] = 3
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(_nan, "NaN"), (_truncated, "truncated"), (_another_config, "does not fit the config")],
+)
+def test_a_checkpoint_that_cannot_be_used(damage, words, small_bundle, image_folder, tmp_path):
+    damage(small_bundle)
+    result = _ptq(small_bundle, image_folder, tmp_path / "out")
+    assert_one_line_error(result, words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
+
+
+def test_a_checkpoint_with_code_in_it(image_folder, tmp_path):
+    torch.save({"model": Code(tmp_path / "executed")}, tmp_path / "evil.pth")
+    assert_one_line_error(_ptq(tmp_path / "evil.pth", image_folder, tmp_path / "out"), "more than tensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth", "images"]
+
+
+def test_options_that_do_not_fit(small_bundle, image_folder, tmp_path):
+    out = tmp_path / "out"
+    assert_one_line_error(_ptq(small_bundle, image_folder, out, "--schemes", "int3"), "unknown scheme 'int3'")
+    assert_one_line_error(_ptq(small_bundle, image_folder, out, "--calibration-images", 25), "25 calibration images")
+    assert_one_line_error(_ptq(small_bundle, tmp_path / "nowhere", out), "no data at")
+    unknown = run_command("quant/ptq.py", "--sheme", "int8")
+    assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
+    if library := find_library():
+        bad = "sm86" if library.name == "tensorrt" else "sm12"
+        assert_one_line_error(_ptq(small_bundle, image_folder, out, "--targets", bad), bad if bad == "sm12" else "GPU")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
+
+
+def test_folders_that_do_not_fit(small_bundle, image_folder, tmp_path):
+    out = tmp_path / "out"
+    one = write_images(tmp_path / "one", classes=1)
+    assert_one_line_error(_ptq(small_bundle, one, out), "one class only")
+    (tmp_path / "empty").mkdir()
+    assert_one_line_error(_ptq(small_bundle, tmp_path / "empty", out), "no val/ folder")
+    two = write_images(tmp_path / "two", classes=2)
+    assert_one_line_error(_ptq(small_bundle, two, out), "3 classes", "has 2")
+    (image_folder / "val" / "class1" / "0.png").write_bytes(b"no picture")
+    assert_one_line_error(_ptq(small_bundle, image_folder, out), "class1/0.png")
+    assert not out.exists()
+
+
+def test_an_output_folder_that_cannot_be_written(small_bundle, image_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert_one_line_error(_ptq(small_bundle, image_folder, tmp_path / "file" / "out"), "cannot write")
+    assert_one_line_error(_ptq(small_bundle, image_folder, tmp_path / "file"), "other files")
+    assert_one_line_error(_ptq(small_bundle, image_folder, "/proc/out"), "cannot write")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_ctrl_c_leaves_nothing_behind(small_bundle, image_folder, tmp_path):
+    command = [sys.executable, "quant/ptq.py", "--checkpoint", small_bundle, "--data", image_folder, "--out",
+               tmp_path / "out", "--calibration-images", "8"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "export" not in process.stdout.readline():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "interrupted" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
+
+
+def test_a_full_disk_is_one_line(small_bundle, image_folder, tmp_path):
+    """A file-size limit stands in for a full disk: the kernel refuses the write in the same way."""
+    script = (
+        "import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    result = run_command("-c", script, "quant/ptq.py", "--checkpoint", small_bundle, "--data", image_folder, "--out",
+                         tmp_path / "out", "--calibration-images", 8)  # fmt: skip
+    assert_one_line_error(result, "cannot write")
+    assert not (tmp_path / "out").exists()
+
+

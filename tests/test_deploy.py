@@ -1,0 +1,107 @@
+"""Engines: really built, proven fused, and refused when they cannot be."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import SMALL, assert_one_line_error, run_command, write_bundle
+
+from deploy.build import FUSED_ONNX, build_bundle, build_engine
+from deploy.engines import OnnxRuntimeEngine
+from deploy.library import find_library
+from illama import ILLaMA, ModelConfig
+from illama.errors import UserError
+from quant.calibrate import calibrate
+from quant.export import export_onnx
+from quant.schemes import SCHEMES
+
+library = find_library()
+needs_library = pytest.mark.skipif(library is None, reason="neither tensorrt nor tensorrt-rtx is installed")
+pytestmark = needs_library
+BATCH = (1, 8, 64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return ILLaMA(SMALL).eval()
+
+
+@pytest.fixture
+def bundle(tmp_path, model):
+    folder = write_bundle(tmp_path / "bundle", SMALL, model.state_dict())
+    export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
+    return folder
+
+
+def test_an_engine_and_what_is_written_beside_it(bundle, model):
+    path, record = build_bundle(library, bundle)
+    written = json.loads(path.with_suffix(".json").read_text())
+    assert written["engine_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert written["onnx_sha256"] == hashlib.sha256((bundle / FUSED_ONNX).read_bytes()).hexdigest()
+    assert record.fused_attentions == model.config.depth
+    assert written["input_shape"] == [3, 32, 32]
+    assert written["preprocessing"]["mean"] and written["classes"] == ["class 0", "class 1", "class 2"]
+
+
+def test_building_twice_gives_the_same_bytes(bundle):
+    one, other = (build_engine(library, bundle / FUSED_ONNX, (), BATCH)[0] for _ in range(2))
+    assert one == other
+
+
+@pytest.mark.parametrize("mask", ["pre_softmax", "bidirectional"])
+def test_the_other_masks_fuse_too(mask, tmp_path):
+    config = ModelConfig.from_dict({**SMALL.to_dict(), "mask": mask})
+    export_onnx(ILLaMA(config), tmp_path / "model.onnx", "fused", torch.float16)
+    assert build_engine(library, tmp_path / "model.onnx", (), BATCH)[1] == config.depth
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+@pytest.mark.parametrize("size", ["nano", "tiny"])
+def test_quantized_attention_fuses(name, size, tmp_path):
+    torch.manual_seed(0)
+    config = ModelConfig.preset(size, depth=2)
+    model = ILLaMA(config).eval()
+    images = torch.randn(2, config.in_channels, config.image_size, config.image_size)
+    export_onnx(calibrate(model, SCHEMES[name], [images]), tmp_path / "model.onnx", "fused", torch.float16)
+    targets = ("sm89", "sm120") if library.name == "tensorrt_rtx" else ()
+    engine, fused = build_engine(library, tmp_path / "model.onnx", targets, BATCH)
+    assert fused == 2 and len(engine) > 100_000
+
+
+def test_attention_that_no_kernel_fuses_fails_the_build(model, tmp_path):
+    export_onnx(model, tmp_path / "model.onnx", "fused")  # float32: there is no fused kernel
+    with pytest.raises(UserError, match="cannot build"):
+        build_engine(library, tmp_path / "model.onnx", (), BATCH)
+
+
+def test_attention_in_pieces_fails_the_build(model, tmp_path):
+    export_onnx(model, tmp_path / "model.onnx", "plain", torch.float16)
+    with pytest.raises(UserError, match="not one Attention operator"):
+        build_engine(library, tmp_path / "model.onnx", (), BATCH)
+
+
+@pytest.mark.skipif(library is None or library.name != "tensorrt_rtx", reason="targets are TensorRT for RTX's")
+def test_targets_that_cannot_be(bundle, model, tmp_path):
+    with pytest.raises(UserError, match="unknown target 'sm12'"):
+        build_bundle(library, bundle, ("sm12",))
+    export_onnx(calibrate(model, SCHEMES["fp8"], [torch.randn(2, 3, 32, 32)]), bundle / FUSED_ONNX, "fused", torch.float16)
+    with pytest.raises(UserError, match=r"FP8 needs compute capability 8\.9"):
+        build_bundle(library, bundle, ("sm86", "sm89"))
+    assert not (bundle / "engines").exists()
+
+
+def test_the_command(bundle, tmp_path):
+    result = run_command("deploy/build.py", bundle)
+    assert result.returncode == 0, result.stderr
+    assert "2 fused attentions" in result.stdout
+    (bundle / FUSED_ONNX).write_bytes(b"not a graph")
+    assert_one_line_error(run_command("deploy/build.py", bundle), "ONNX")
+    assert_one_line_error(run_command("deploy/build.py", tmp_path / "nowhere"), "not a bundle")
+
+
+def test_a_file_onnx_runtime_cannot_load(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(UserError, match="cannot load"):
+        OnnxRuntimeEngine(tmp_path / "model.onnx")
