@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import onnx
 import tyro
+from google.protobuf.message import DecodeError
 
 from deploy.library import Library, find_library
 from illama.bundle import Manifest, sha256, write_file
@@ -75,7 +76,9 @@ def build_bundle(
     source = bundle / FUSED_ONNX
     if not source.exists():
         raise UserError(f"{bundle} has no {FUSED_ONNX}: make it with python quant/ptq.py")
-    check_targets(source, targets)
+    library.check_targets(targets)
+    if unfit := unfit_targets(source, targets):
+        raise UserError(f"FP8 needs compute capability 8.9 or newer, {', '.join(unfit)} is older: use INT8 there")
     engine, fused = build_engine(library, source, targets, batch)
     shape = tuple(manifest.preprocessing[name] for name in ("in_channels", "image_size", "image_size"))
     path = bundle / "engines" / f"{library.name}.engine"
@@ -89,12 +92,15 @@ def build_bundle(
     return path, record
 
 
-def check_targets(source: Path, targets: tuple[str, ...]) -> None:
-    """UserError if the graph has FP8 in it and a target has no FP8 tensor cores."""
-    too_old = [target for target in targets if target.removeprefix("sm").isdigit() and int(target[2:]) < FP8_OLDEST]
-    graph = onnx.load(source).graph
-    if too_old and any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer):
-        raise UserError(f"FP8 needs compute capability 8.9 or newer, {', '.join(too_old)} is older: use INT8 there")
+def unfit_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets whose tensor cores lack a number format of the graph: FP8 came with compute capability 8.9."""
+    try:
+        graph = onnx.load(source).graph
+    except DecodeError as error:
+        raise UserError(f"{source} is not an ONNX file: make it again with python quant/ptq.py") from error
+    if all(tensor.data_type != onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer):
+        return ()
+    return tuple(target for target in targets if int(target.removeprefix("sm")) < FP8_OLDEST)
 
 
 def build_engine(

@@ -37,20 +37,19 @@ class Library:
             flags = 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # always so from version 11
         return builder.create_network(flags)
 
-    def set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
-        """Choose the compute capabilities the engine is for; none leaves the library's default.
-
-        Raises:
-            UserError: for a target that the library does not know.
-        """
-        if not targets:
-            return
-        if self.name == "tensorrt":
+    def check_targets(self, targets: tuple[str, ...]) -> None:
+        """UserError for a compute capability that the library cannot build for ahead of time."""
+        if targets and self.name == "tensorrt":
             raise UserError("tensorrt builds for the GPU it runs on: leave --targets out, or install tensorrt-rtx")
         for target in targets:
             if target not in RTX_TARGETS:
                 raise UserError(f"unknown target {target!r}: choose from {', '.join(RTX_TARGETS)}")
-        config.num_compute_capabilities = len(targets)
+
+    def set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
+        """Choose the compute capabilities the engine is for; none leaves the library's default."""
+        self.check_targets(targets)
+        if targets:
+            config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
 

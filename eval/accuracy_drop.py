@@ -30,7 +30,7 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
         raise ValueError("paired_drop compares two non-empty arrays over the same images")
     count = len(reference)
     lost, gained = np.mean(reference & ~other), np.mean(other & ~reference)
-    draws = np.random.default_rng(seed).multinomial(count, [lost, gained, 1 - lost - gained], size=resamples)
+    draws = np.random.default_rng(seed).multinomial(count, [lost, gained, max(0.0, 1 - lost - gained)], size=resamples)
     drops = (draws[:, 0] - draws[:, 1]) / count * 100
     low, high = np.percentile(drops, [2.5, 97.5])
     return Drop(float((lost - gained) * 100), float(low), float(high))

@@ -100,13 +100,17 @@ def write_folder(folder: Path, marker: str = MANIFEST) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` if the block succeeds and vanishes if not.
 
     Raises:
-        UserError: at once, if ``folder`` holds files but no ``marker``, so is not ours to replace.
+        UserError: at once, if ``folder`` cannot be written, or holds files but no ``marker``, so is not ours
+            to replace.
     """
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).exists())):
         raise UserError(f"{folder} holds other files and will not be replaced: choose another --out")
     draft, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("draft", "old"))
     try:
         draft.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+    try:
         yield draft
         if folder.exists():
             folder.rename(old)

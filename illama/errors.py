@@ -11,6 +11,7 @@ from typing import TypeVar
 import tyro
 
 Options = TypeVar("Options")
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 class UserError(Exception):
@@ -30,7 +31,7 @@ def run_command(options: type[Options], main: Callable[[Options], None]) -> None
     except KeyboardInterrupt:
         _exit("interrupted; finished steps are kept, the unfinished one left nothing behind", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in _CANNOT_WRITE:
             raise
         _exit(f"cannot write {error.filename or 'the output'}: {os.strerror(error.errno)}", 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ from illama.model import ILLaMA, Linear
 from quant.layers import QuantizeDequantize, QuantizedConv2d, QuantizedLinear
 from quant.schemes import NumberFormat, Scheme
 
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a GPU is not missed here
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of optional packages that nothing here needs
     import modelopt.torch.quantization as mtq

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deploy.build import FUSED_ONNX, build_bundle
+from deploy.build import FUSED_ONNX, build_bundle, unfit_targets
 from deploy.engines import OnnxRuntimeEngine
 from deploy.library import Library, find_library, sees_gpu
 from eval.accuracy_drop import paired_drop
@@ -68,6 +68,8 @@ class Job:
     data: ImageData
     preprocessing: Preprocessing
     folder: Path
+    library: Library | None
+    not_run: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -103,7 +105,10 @@ def open_job(options: PtqOptions, folder: Path) -> Job:
             "they must be the same"
         )
     preprocessing = checkpoint.preprocessing or data.preprocessing(config.image_size, config.in_channels)
-    return Job(options, checkpoint, data, preprocessing, folder)
+    library = find_library()
+    if library:
+        library.check_targets(options.targets)
+    return Job(options, checkpoint, data, preprocessing, folder, library)
 
 
 def write_bundles(job: Job, schemes: list[Scheme]) -> list[Path]:
@@ -121,15 +126,26 @@ def write_bundles(job: Job, schemes: list[Scheme]) -> list[Path]:
     return bundles
 
 
-def build_engines(job: Job, bundles: list[Path], library: Library) -> None:
-    """A TensorRT engine for every bundle that has a fused graph."""
-    for bundle in bundles:
-        if (bundle / FUSED_ONNX).exists():
-            with job.phase(f"build {library.name} engines"):
-                build_bundle(library, bundle, job.options.targets)
+def build_engines(job: Job, bundles: list[Path]) -> None:
+    """A TensorRT engine for every bundle with a fused graph; what cannot be built or run here is noted."""
+    if job.library is None:
+        job.not_run.append("No engine was built: neither tensorrt nor tensorrt-rtx is installed here.")
+        return
+    for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
+        unfit = unfit_targets(bundle / FUSED_ONNX, job.options.targets)
+        targets = tuple(target for target in job.options.targets if target not in unfit)
+        if unfit:
+            job.not_run.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
+        if targets or not unfit:
+            with job.phase(f"build {bundle.name} engine"):
+                build_bundle(job.library, bundle, targets)
+    if not sees_gpu():
+        job.not_run.append("Engines were built and their fusion checked, not run or timed: that needs an NVIDIA GPU.")
+    if job.library.name == "tensorrt_rtx":
+        job.not_run.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
 
 
-def weigh(job: Job, bundles: list[Path], library: Library | None) -> list[Row]:
+def weigh(job: Job, bundles: list[Path]) -> list[Row]:
     """Run every ONNX file over the whole test split; one row a file, the reference first."""
     test = job.data.test()
     labels = labels_of(test)
@@ -141,15 +157,16 @@ def weigh(job: Job, bundles: list[Path], library: Library | None) -> list[Row]:
                 logits = predict(engine.infer, test, job.preprocessing.transform())
                 engine.close()
             correct[path] = logits.argmax(1) == labels
-    return [_row(job, path, right, next(iter(correct.values())), library) for path, right in correct.items()]
+    return [_row(job, path, right, next(iter(correct.values()))) for path, right in correct.items()]
 
 
-def _row(job: Job, path: Path, correct: np.ndarray, reference: np.ndarray, library: Library | None) -> Row:
+def _row(job: Job, path: Path, correct: np.ndarray, reference: np.ndarray) -> Row:
     drop = paired_drop(reference, correct, job.options.seed)
     row = Row(path.parent.name, "ONNX Runtime, CPU", OnnxRuntimeEngine.runtime, len(correct),
               float(correct.mean() * 100), drop, str(path.relative_to(job.folder)), path.stat().st_size)  # fmt: skip
     if path.name == FUSED_ONNX:
-        row.runtime = (library.name if library else "tensorrt").replace("tensorrt", "TensorRT").replace("_rtx", "-RTX")
+        library = job.library
+        row.runtime = "TensorRT-RTX" if library and library.name == "tensorrt_rtx" else "TensorRT"
         row.note = "It is the graph that the engine was built from; the engine itself was not run"
         engine = path.parent / "engines" / f"{library.name}.engine" if library else None
         if engine and engine.exists():
@@ -168,32 +185,18 @@ def time_rows(job: Job, rows: list[Row], device: str) -> None:
         timed[name].latency, timed[name].device = latency, device
 
 
-def reasons_not_run(library: Library | None, schemes: list[Scheme]) -> list[str]:
-    """What this machine could not do, in sentences for the report."""
-    reasons = []
-    if library is None:
-        reasons.append("No engine was built: neither tensorrt nor tensorrt-rtx is installed here.")
-    elif not sees_gpu():
-        reasons.append("Engines were built and their fusion checked, not run or timed: that needs an NVIDIA GPU.")
-    if library and library.name == "tensorrt_rtx" and any(scheme.name == "int8" for scheme in schemes):
-        reasons.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
-    return reasons
-
-
 def main(options: PtqOptions) -> None:
     schemes = [find_scheme(name) for name in dict.fromkeys(options.schemes)]
     with write_folder(options.out, marker=SUMMARY) as folder:
         job = open_job(options, folder)
-        library = find_library()
         bundles = write_bundles(job, schemes)
-        if library:
-            build_engines(job, bundles, library)
-        rows = weigh(job, bundles, library)
+        build_engines(job, bundles)
+        rows = weigh(job, bundles)
         machine = describe_machine()
         with job.phase("time"):
             time_rows(job, rows, machine["cpu"])
         summary = Summary(rows, command_line(), options.data, str(options.checkpoint), options.calibration_images,
-                          machine, package_versions(), job.seconds, reasons_not_run(library, schemes))  # fmt: skip
+                          machine, package_versions(), job.seconds, job.not_run)  # fmt: skip
         write_report(summary, folder)
     print(f"\n{markdown_table(rows)}\n")
     for reason in summary.not_run:

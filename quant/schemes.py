@@ -54,19 +54,17 @@ class Scheme:
         weights: format of the weights of every Linear and of the patch convolution, a scale per output channel.
         activations: format of their inputs and of q, k and v of attention, one scale per tensor.
         probabilities: format of the softmax output, which is never negative.
-        compute_capability: the oldest NVIDIA architecture whose tensor cores multiply in this format.
     """
 
     name: str
     weights: NumberFormat
     activations: NumberFormat
     probabilities: NumberFormat
-    compute_capability: int
 
 
 SCHEMES: dict[str, Scheme] = {
-    "int8": Scheme("int8", FORMATS["int8"], FORMATS["int8"], FORMATS["uint8"], compute_capability=75),
-    "fp8": Scheme("fp8", FORMATS["fp8"], FORMATS["fp8"], FORMATS["fp8"], compute_capability=89),
+    "int8": Scheme("int8", FORMATS["int8"], FORMATS["int8"], FORMATS["uint8"]),
+    "fp8": Scheme("fp8", FORMATS["fp8"], FORMATS["fp8"], FORMATS["fp8"]),
 }
 
 

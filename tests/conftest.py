@@ -77,7 +77,7 @@ def write_bundle(folder: Path, config: ModelConfig, state: dict[str, torch.Tenso
     return folder
 
 
-SMALL = ModelConfig(image_size=32, patch_size=8, in_channels=3, width=64, depth=2, heads=1, num_classes=3)
+SMALL = ModelConfig(image_size=32, patch_size=8, in_channels=3, width=64, depth=2, heads=2, num_classes=3)
 
 
 @pytest.fixture

@@ -158,3 +158,12 @@ def test_a_full_disk_is_one_line(small_bundle, image_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+
+
+@pytest.mark.skipif(find_library() is None or find_library().name != "tensorrt_rtx", reason="needs tensorrt-rtx")
+def test_targets_without_fp8_get_their_int8_engine(small_bundle, image_folder, tmp_path):
+    result = _ptq(small_bundle, image_folder, tmp_path / "out", "--targets", "sm86", "--schemes", "int8", "fp8")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "int8" / "engines" / "tensorrt_rtx.engine").exists()
+    assert not (tmp_path / "out" / "fp8" / "engines").exists()
+    assert "No fp8 engine for sm86" in result.stdout
