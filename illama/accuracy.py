@@ -21,7 +21,9 @@ def load_images(split: Dataset[Sample], transform: Transform, batch: int = 500) 
             np.concatenate([labels.numpy() for _, labels in batches]))  # fmt: skip
 
 
-def predict(infer: Infer, split: Dataset[Sample], transform: Transform, batch: int = 250, label: str = "") -> np.ndarray:
+def predict(
+    infer: Infer, split: Dataset[Sample], transform: Transform, batch: int = 250, label: str = ""
+) -> np.ndarray:
     """Logits (n, classes) of every image of a split, streamed through ``infer`` with a progress bar."""
     loader = DataLoader(Transformed(split, transform), batch_size=batch)
     logits = []

@@ -50,7 +50,8 @@ def load_checkpoint(path: Path, config: ModelConfig | None = None) -> Checkpoint
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     weights = path / WEIGHTS if path.is_dir() else path
-    preprocessing, classes = None, ()
+    preprocessing: Preprocessing | None = None
+    classes: tuple[str, ...] = ()
     if path.is_dir() or (weights.name == WEIGHTS and (folder / "manifest.json").exists()):
         manifest = Manifest.read(folder)
         stored = ModelConfig.from_dict(manifest.config)

@@ -31,7 +31,7 @@ from illama.errors import UserError
 
 SHIPPED_FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion_mnist"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-FASHION_MNIST_CLASSES = (
+FASHION_MNIST_CLASSES: tuple[str, ...] = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 VALIDATION_IMAGES = 2000
@@ -61,9 +61,8 @@ class Preprocessing:
     @classmethod
     def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:
         """The paper's evaluation: resize to 256 / 224 of the size and crop; warp from 384 pixels on."""
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        if in_channels == 1:
-            mean, std = (0.449,), (0.226,)
+        mean: tuple[float, ...] = (0.449,) if in_channels == 1 else (0.485, 0.456, 0.406)
+        std: tuple[float, ...] = (0.226,) if in_channels == 1 else (0.229, 0.224, 0.225)
         return cls(image_size, in_channels, mean, std, None if image_size >= 384 else image_size * 256 // 224)
 
     def transform(self, augment: Sequence[Callable[[Any], Any]] = ()) -> Transform:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from timm.data.mixup import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
@@ -230,9 +230,7 @@ def fit(run: Run) -> None:
                 run.save()
 
 
-def training_step(
-    run: Run, forward: Any, mixup: Mixup, images: Tensor, labels: Tensor, steps_per_epoch: int
-) -> float:
+def training_step(run: Run, forward: Any, mixup: Mixup, images: Tensor, labels: Tensor, steps_per_epoch: int) -> float:
     """Forward, backward, optimiser and moving average for one batch; the loss as a number."""
     options, device = run.options, run.model.cls_token.device
     seed_everything(options.seed, run.step)
@@ -245,7 +243,7 @@ def training_step(
         group["lr"] = rate
     with torch.autocast(device.type, torch.bfloat16, enabled=options.bfloat16):
         logits = forward(images)
-    loss = SoftTargetCrossEntropy()(logits.float(), targets)
+    loss = F.cross_entropy(logits.float(), targets)
     if not torch.isfinite(loss):
         raise UserError(f"the loss is not finite at step {run.step}: lower --learning-rate")
     loss.backward()

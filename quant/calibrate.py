@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from illama.errors import UserError
 from illama.masks import Operand
 from illama.model import ILLaMA, Linear
-from quant.layers import QuantizeDequantize, QuantizedConv2d, QuantizedLinear
+from quant.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear
 from quant.schemes import NumberFormat, Scheme
 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a GPU is not missed here

@@ -61,7 +61,7 @@ class _Casting(nn.Module):
     def __init__(self, model: ILLaMA, dtype: torch.dtype) -> None:
         super().__init__()
         # Not model.to(dtype): that would turn the 8-bit floating-point weights into wide ones too.
-        self.model = model._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)
+        self.model = model._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)  # type: ignore[no-untyped-call]
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:
@@ -83,15 +83,16 @@ def simplify(model: ir.Model) -> ir.Model:
 
 
 def _quantize_dequantize(x: Any, scale: Any, number: str) -> Any:
-    zero = op.Constant(value=onnx.helper.make_tensor(f"zero_{number}", _ONNX_TYPES[number], [], [0]))
-    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+    zero: Any = op.Constant(value=onnx.helper.make_tensor(f"zero_{number}", _ONNX_TYPES[number], [], [0]))
+    quantized: Any = op.QuantizeLinear(x, scale, zero)
+    return op.DequantizeLinear(quantized, scale, zero)
 
 
 def _dequantize(weight: Any, scale: Any, axis: int) -> Any:
     return op.DequantizeLinear(weight, scale, axis=axis)
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Any, Any] = {
     quantize_dequantize._opoverload: _quantize_dequantize,
     dequantize._opoverload: _dequantize,
 }

@@ -86,6 +86,7 @@ class QuantizedConv2d(nn.Module):
 
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, number: NumberFormat, amax: Tensor, input_quantizer: nn.Module) -> None:
         super().__init__()

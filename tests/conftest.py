@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; one thread each is fastest
+
 import subprocess
 import sys
 from dataclasses import asdict

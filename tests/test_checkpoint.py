@@ -93,7 +93,7 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
     state = ILLaMA(SMALL).state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match="truncated|more than tensors"):
+    with pytest.raises(UserError, match=r"truncated|more than tensors"):
         load_checkpoint(path)
 
 

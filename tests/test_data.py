@@ -99,7 +99,7 @@ def test_a_broken_image_is_named(image_folder):
                                      gzip.compress(b"\0\0\x08\x01\0\0\0\xff12")])  # fmt: skip
 def test_a_damaged_idx_file_is_refused(tmp_path, content):
     (tmp_path / "file.gz").write_bytes(content)
-    with pytest.raises(UserError, match="file.gz"):
+    with pytest.raises(UserError, match=r"file\.gz"):
         read_idx(tmp_path / "file.gz")
 
 
@@ -124,7 +124,9 @@ def test_cifar_10_in_its_published_layout(tmp_path, monkeypatch):
     sums = _write_cifar10(tmp_path)
     with pytest.raises(UserError, match="no intact cifar10"):  # its MD5 sums are not CIFAR's
         open_data(f"cifar10:{tmp_path}")
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+    monkeypatch.setattr(
+        datasets.CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
+    )
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": sums["batches.meta"]})
     data = open_data(f"cifar10:{tmp_path}")

@@ -59,8 +59,8 @@ def summary():
     rows = [
         Row("fp32", "ONNX Runtime, CPU", "onnxruntime", 1000, 93.1, Drop(0, 0, 0), "fp32/model.onnx", 6_000_000,
             latency=Latency(2.0, 3.0, 1), device="a <CPU>"),
-        Row("int8", "ONNX Runtime, CPU", "onnxruntime", 1000, 93.0, Drop(0.1, -0.05, 0.25), "int8/model.onnx", 2_000_000,
-            latency=Latency(1.0, 1.5, 1), device="a <CPU>"),
+        Row("int8", "ONNX Runtime, CPU", "onnxruntime", 1000, 93.0, Drop(0.1, -0.05, 0.25), "int8/model.onnx",
+            2_000_000, latency=Latency(1.0, 1.5, 1), device="a <CPU>"),
         Row("fp8", "TensorRT-RTX", "onnxruntime", 1000, 93.2, Drop(-0.1, -0.3, 0.1), "fp8/model.fused.onnx", 2_000_000,
             "fp8/engines/tensorrt_rtx.engine", 9_000_000, note="not run"),
     ]  # fmt: skip
@@ -73,7 +73,17 @@ def test_summary_json_has_the_promised_fields(summary):
     row = content["rows"][1]
     assert row["drop"] == 0.1 and row["drop_ci95"] == [-0.05, 0.25]
     assert row["latency_ms"] == {"p50": 1.0, "p99": 1.5, "batch": 1}
-    assert {"scheme", "runtime", "images", "top1", "onnx", "onnx_bytes", "engine", "engine_bytes", "device"} <= row.keys()
+    assert {
+        "scheme",
+        "runtime",
+        "images",
+        "top1",
+        "onnx",
+        "onnx_bytes",
+        "engine",
+        "engine_bytes",
+        "device",
+    } <= row.keys()
     assert content["rows"][2]["latency_ms"] is None
     assert {"machine", "versions"} <= content.keys()
 

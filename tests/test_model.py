@@ -41,8 +41,9 @@ def test_a_pre_softmax_mask_is_another_function(wide_parity):
 
 
 @pytest.mark.parametrize(
-    ("size", "millions", "giga_macs"), [("tiny", 5.7, 1.3), ("small", 21.9, 4.6), ("base", 86.3, 17.6), ("large", 310.2, 62.8)]
-)  # fmt: skip
+    ("size", "millions", "giga_macs"),
+    [("tiny", 5.7, 1.3), ("small", 21.9, 4.6), ("base", 86.3, 17.6), ("large", 310.2, 62.8)],
+)
 def test_published_sizes(size, millions, giga_macs):
     with torch.device("meta"):
         model = ILLaMA(ModelConfig.preset(size)).eval()

@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from illama import ILLaMA, ModelConfig
-from illama.accuracy import torch_infer
+from illama.accuracy import load_images, torch_infer
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import open_data
-from illama.accuracy import load_images
 from illama.errors import UserError
 from illama.masks import Operand
 from illama.model import RMSNorm
 from quant.calibrate import TensorQuantizer, calibrate, observe
 from quant.export import export_onnx
-from quant.layers import QuantizeDequantize, QuantizedConv2d, QuantizedLinear, dequantize, quantize_dequantize
+from quant.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, dequantize, quantize_dequantize
 from quant.schemes import FORMATS, SCHEMES, find_scheme
 
 ONNX_TYPES = {"int8": onnx.TensorProto.INT8, "uint8": onnx.TensorProto.UINT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
@@ -96,7 +95,9 @@ def files(quantized, tmp_path_factory, scheme):
 def _run(path, images):
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 2
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(
+        None, {"images": images}
+    )[0]
 
 
 def test_what_is_quantized(quantized):
@@ -150,8 +151,12 @@ def test_graphs_are_standard_and_hold_8_bit_weights_alone(files, form, scheme, s
     kinds = {node.op_type for node in model.graph.node}
     assert ("Attention" in kinds) == (form == "fused") and ("Softmax" in kinds) == (form == "plain")
     expected = ONNX_TYPES[scheme.weights.name]
-    matrices = sum(p.numel() for name, p in shipped.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token"))
-    assert sum(np.prod(t.dims) for t in model.graph.initializer if t.data_type == expected and len(t.dims) > 1) == matrices
+    matrices = sum(
+        p.numel() for name, p in shipped.named_parameters() if p.ndim > 1 and name not in ("pos_embed", "cls_token")
+    )
+    assert (
+        sum(np.prod(t.dims) for t in model.graph.initializer if t.data_type == expected and len(t.dims) > 1) == matrices
+    )
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     wide = [t for t in model.graph.initializer if t.data_type in floats and np.prod(t.dims) > 50 * 128]
     assert not wide
@@ -174,7 +179,9 @@ def test_float_graphs_equal_pytorch_and_each_other(shipped, tmp_path, real_image
 @pytest.mark.parametrize("kind", ["pre_softmax", "bidirectional"])
 def test_other_masks_export(kind, tmp_path):
     torch.manual_seed(0)
-    model = ILLaMA(ModelConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, num_classes=5, mask=kind)).eval()
+    model = ILLaMA(
+        ModelConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, num_classes=5, mask=kind)
+    ).eval()
     images = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
     for form in ("plain", "fused"):
         export_onnx(model, tmp_path / "model.onnx", form)
