@@ -16,10 +16,9 @@ import tyro
 from google.protobuf.message import DecodeError
 
 from deploy.library import Library, find_library
-from illama.bundle import Manifest, sha256, write_file
+from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256, write_file
 from illama.errors import UserError, run_command
 
-FUSED_ONNX = "model.fused.onnx"
 FP8_OLDEST = 89
 
 
@@ -81,7 +80,7 @@ def build_bundle(
         raise UserError(f"FP8 needs compute capability 8.9 or newer, {', '.join(unfit)} is older: use INT8 there")
     engine, fused = build_engine(library, source, targets, batch)
     shape = tuple(manifest.preprocessing[name] for name in ("in_channels", "image_size", "image_size"))
-    path = bundle / "engines" / f"{library.name}.engine"
+    path = bundle / ENGINES / f"{library.name}.engine"
     path.parent.mkdir(exist_ok=True)
     with write_file(path) as draft:
         draft.write_bytes(engine)
@@ -90,6 +89,19 @@ def build_bundle(
     with write_file(path.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(asdict(record), indent=2) + "\n")
     return path, record
+
+
+def build_fitting(library: Library, bundle: Path, targets: tuple[str, ...]) -> str | None:
+    """Build for the targets that have the graph's number formats; a sentence about the others, if any.
+
+    Raises:
+        UserError: as :func:`build_bundle` does.
+    """
+    unfit = unfit_targets(bundle / FUSED_ONNX, targets)
+    fit = tuple(target for target in targets if target not in unfit)
+    if fit or not unfit:
+        build_bundle(library, bundle, fit)
+    return f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer." if unfit else None
 
 
 def unfit_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:

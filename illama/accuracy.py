@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from illama.data import Sample, Transform, Transformed
@@ -14,24 +14,33 @@ from illama.data import Sample, Transform, Transformed
 Infer = Callable[[np.ndarray], np.ndarray]
 
 
-def load_images(split: Dataset[Sample], transform: Transform, batch: int = 500) -> tuple[np.ndarray, np.ndarray]:
-    """A whole split as arrays: images (n, C, H, W) float32 and labels (n,) int64."""
-    batches = list(DataLoader(Transformed(split, transform), batch_size=batch))
+def load_images(
+    split: Dataset[Sample], transform: Transform, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A split, or its first ``limit`` images, as arrays: images (n, C, H, W) float32 and labels (n,) int64."""
+    images = Transformed(split, transform)
+    chosen = images if limit is None else Subset(images, range(limit))
+    batches = list(DataLoader(chosen, batch_size=500))
     return (np.concatenate([images.numpy() for images, _ in batches]),
             np.concatenate([labels.numpy() for _, labels in batches]))  # fmt: skip
 
 
 def predict(
-    infer: Infer, split: Dataset[Sample], transform: Transform, batch: int = 250, label: str = ""
-) -> np.ndarray:
-    """Logits (n, classes) of every image of a split, streamed through ``infer`` with a progress bar."""
-    loader = DataLoader(Transformed(split, transform), batch_size=batch)
-    logits = []
-    with tqdm(total=len(split), desc=label, unit="img", disable=None, leave=False) as bar:  # type: ignore[arg-type]
-        for images, _ in loader:
-            logits.append(infer(images.numpy()))
+    models: Mapping[str, Infer], split: Dataset[Sample], transform: Transform, batch: int = 250
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Logits (n, classes) of each model over a whole split, and the labels (n,).
+
+    The split is streamed once, whatever the number of models, with a progress bar.
+    """
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    labels: list[np.ndarray] = []
+    with tqdm(total=len(split), desc="evaluate", unit="img", disable=None, leave=False) as bar:  # type: ignore[arg-type]
+        for images, batch_labels in DataLoader(Transformed(split, transform), batch_size=batch):
+            for name, infer in models.items():
+                logits[name].append(infer(images.numpy()))
+            labels.append(batch_labels.numpy())
             bar.update(len(images))
-    return np.concatenate(logits)
+    return {name: np.concatenate(parts) for name, parts in logits.items()}, np.concatenate(labels)
 
 
 def torch_infer(model: torch.nn.Module) -> Infer:
@@ -43,15 +52,6 @@ def torch_infer(model: torch.nn.Module) -> Infer:
         return model(torch.from_numpy(images).to(device)).float().cpu().numpy()
 
     return infer
-
-
-def labels_of(split: Dataset[Sample]) -> np.ndarray:
-    """Labels (n,) of a split; image folders and arrays give them without reading an image."""
-    known = getattr(split, "targets", None)
-    known = getattr(split, "labels", None) if known is None else known
-    if known is None:
-        known = [split[i][1] for i in range(len(split))]  # type: ignore[arg-type]
-    return np.asarray(known)
 
 
 def top1(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -3,6 +3,7 @@
     manifest.json        what made it, from which inputs (SHA-256), versions, seed, config, metrics
     model.safetensors    the weights
     model.onnx           after quantization: the graph for CPUs
+    model.fused.onnx     after quantization: the graph for TensorRT
     engines/             after a build: engines, each with a JSON of its own
 
 It appears whole or not at all: it is written beside its place and renamed into it.
@@ -28,6 +29,9 @@ from illama.errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
+CPU_ONNX = "model.onnx"
+FUSED_ONNX = "model.fused.onnx"
+ENGINES = "engines"
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnxruntime", "tensorrt-rtx",
              "tensorrt", "numpy")  # fmt: skip
 

@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from illama.accuracy import labels_of, predict, top1, torch_infer
+from illama.accuracy import predict, top1, torch_infer
 from illama.bundle import WEIGHTS, Manifest, command_line, write_file, write_folder
 from illama.config import ModelConfig
 from illama.data import DEBIAN_FASHION_MNIST, ImageData, Preprocessing, Sample, Transform, open_data
@@ -286,8 +286,9 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 def evaluate(run: Run, split: Dataset[Sample]) -> float:
     """Top-1 in percent of the averaged weights."""
-    infer = torch_infer(run.average.module.eval())
-    return top1(predict(infer, split, run.preprocessing.transform()), labels_of(split))
+    models = {"average": torch_infer(run.average.module.eval())}
+    logits, labels = predict(models, split, run.preprocessing.transform())
+    return top1(logits["average"], labels)
 
 
 def write_bundle(run: Run) -> Path:

@@ -13,18 +13,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from deploy.build import FUSED_ONNX, build_bundle, unfit_targets
-from deploy.engines import OnnxRuntimeEngine
+from deploy.build import build_fitting
 from deploy.library import Library, find_library, sees_gpu
-from eval.accuracy_drop import paired_drop
-from eval.latency import measure_latency
 from eval.machine import describe_machine
-from eval.report import SUMMARY, Row, Summary, markdown_table, write_report
-from illama.accuracy import labels_of, load_images, predict
-from illama.bundle import Manifest, command_line, package_versions, sha256, write_folder
+from eval.report import SUMMARY, Summary, markdown_table, write_report
+from eval.tradeoff import weigh
+from illama.accuracy import load_images
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, package_versions, sha256, write_folder
 from illama.checkpoint import SHIPPED, Checkpoint, load_checkpoint
 from illama.data import ImageData, Preprocessing, open_data
 from illama.errors import UserError, run_command
@@ -32,8 +29,6 @@ from illama.model import ILLaMA
 from quant.calibrate import calibrate
 from quant.export import export_onnx
 from quant.schemes import Scheme, find_scheme
-
-CPU_ONNX = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,6 @@ class Job:
     preprocessing: Preprocessing
     folder: Path
     library: Library | None
-    not_run: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -126,63 +120,19 @@ def write_bundles(job: Job, schemes: list[Scheme]) -> list[Path]:
     return bundles
 
 
-def build_engines(job: Job, bundles: list[Path]) -> None:
-    """A TensorRT engine for every bundle with a fused graph; what cannot be built or run here is noted."""
+def build_engines(job: Job, bundles: list[Path]) -> list[str]:
+    """A TensorRT engine for every bundle with a fused graph; what could not be built or run, in sentences."""
     if job.library is None:
-        job.not_run.append("No engine was built: neither tensorrt nor tensorrt-rtx is installed here.")
-        return
+        return ["No engine was built: neither tensorrt nor tensorrt-rtx is installed here."]
+    notes = []
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
-        unfit = unfit_targets(bundle / FUSED_ONNX, job.options.targets)
-        targets = tuple(target for target in job.options.targets if target not in unfit)
-        if unfit:
-            job.not_run.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
-        if targets or not unfit:
-            with job.phase(f"build {bundle.name} engine"):
-                build_bundle(job.library, bundle, targets)
+        with job.phase(f"build {bundle.name} engine"):
+            notes.append(build_fitting(job.library, bundle, job.options.targets))
     if not sees_gpu():
-        job.not_run.append("Engines were built and their fusion checked, not run or timed: that needs an NVIDIA GPU.")
+        notes.append("Engines were built and their fusion checked, not run or timed: that needs an NVIDIA GPU.")
     if job.library.name == "tensorrt_rtx":
-        job.not_run.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
-
-
-def weigh(job: Job, bundles: list[Path]) -> list[Row]:
-    """Run every ONNX file over the whole test split; one row a file, the reference first."""
-    test = job.data.test()
-    labels = labels_of(test)
-    correct: dict[Path, np.ndarray] = {}
-    for path in (bundle / name for name in (CPU_ONNX, FUSED_ONNX) for bundle in bundles):
-        if path.exists():
-            with job.phase(f"evaluate {path.relative_to(job.folder)}"):
-                engine = OnnxRuntimeEngine(path)
-                logits = predict(engine.infer, test, job.preprocessing.transform())
-                engine.close()
-            correct[path] = logits.argmax(1) == labels
-    return [_row(job, path, right, next(iter(correct.values()))) for path, right in correct.items()]
-
-
-def _row(job: Job, path: Path, correct: np.ndarray, reference: np.ndarray) -> Row:
-    drop = paired_drop(reference, correct, job.options.seed)
-    row = Row(path.parent.name, "ONNX Runtime, CPU", OnnxRuntimeEngine.runtime, len(correct),
-              float(correct.mean() * 100), drop, str(path.relative_to(job.folder)), path.stat().st_size)  # fmt: skip
-    if path.name == FUSED_ONNX:
-        library = job.library
-        row.runtime = "TensorRT-RTX" if library and library.name == "tensorrt_rtx" else "TensorRT"
-        row.note = "It is the graph that the engine was built from; the engine itself was not run"
-        engine = path.parent / "engines" / f"{library.name}.engine" if library else None
-        if engine and engine.exists():
-            row.engine, row.engine_bytes = str(engine.relative_to(job.folder)), engine.stat().st_size
-    elif row.scheme == "fp8":
-        row.note = "Not timed: no CPU multiplies FP8, and ONNX Runtime only emulates it"
-    return row
-
-
-def time_rows(job: Job, rows: list[Row], device: str) -> None:
-    """Time, at batch 1, the files whose format the CPU multiplies."""
-    images, _ = load_images(job.data.calibration(1), job.preprocessing.transform())
-    timed = {row.scheme: row for row in rows if row.onnx.endswith(CPU_ONNX) and row.scheme != "fp8"}
-    engines = {name: OnnxRuntimeEngine(job.folder / row.onnx) for name, row in timed.items()}
-    for name, latency in measure_latency({name: engine.infer for name, engine in engines.items()}, images).items():
-        timed[name].latency, timed[name].device = latency, device
+        notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
+    return [note for note in notes if note]
 
 
 def main(options: PtqOptions) -> None:
@@ -190,13 +140,11 @@ def main(options: PtqOptions) -> None:
     with write_folder(options.out, marker=SUMMARY) as folder:
         job = open_job(options, folder)
         bundles = write_bundles(job, schemes)
-        build_engines(job, bundles)
-        rows = weigh(job, bundles)
-        machine = describe_machine()
-        with job.phase("time"):
-            time_rows(job, rows, machine["cpu"])
+        not_run = build_engines(job, bundles)
+        with job.phase("evaluate and time"):
+            rows = weigh(bundles, job.data.test(), job.preprocessing.transform(), options.seed)
         summary = Summary(rows, command_line(), options.data, str(options.checkpoint), options.calibration_images,
-                          machine, package_versions(), job.seconds, job.not_run)  # fmt: skip
+                          describe_machine(), package_versions(), job.seconds, not_run)  # fmt: skip
         write_report(summary, folder)
     print(f"\n{markdown_table(rows)}\n")
     for reason in summary.not_run:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import SMALL, assert_one_line_error, run_command, write_bundle
 
-from deploy.build import FUSED_ONNX, build_bundle, build_engine
+from deploy.build import build_bundle, build_engine
 from deploy.engines import OnnxRuntimeEngine
 from deploy.library import find_library
 from illama import ILLaMA, ModelConfig
+from illama.bundle import FUSED_ONNX
 from illama.errors import UserError
 from quant.calibrate import calibrate
 from quant.export import export_onnx

@@ -49,8 +49,8 @@ def test_arrays_that_are_not_pairs_are_refused():
 def test_every_engine_is_timed_in_every_round():
     calls = []
     engines = {name: lambda images, name=name: calls.append(name) or images for name in "ab"}
-    result = measure_latency(engines, np.zeros((4, 1)), rounds=5, warmup=2)
-    assert calls == ["a", "b"] * 7
+    result = measure_latency(engines, np.zeros((4, 1)), rounds=5, calls=2, settle=1)
+    assert calls == ["a", "a", "a", "b", "b", "b"] * 5
     assert result["a"].batch == 4 and 0 <= result["a"].p50 <= result["a"].p99
 
 

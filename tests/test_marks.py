@@ -5,7 +5,7 @@ import torch
 
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import paired_drop
-from illama.accuracy import labels_of, load_images, predict, torch_infer
+from illama.accuracy import load_images, predict, torch_infer
 from illama.bundle import Manifest
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import open_data
@@ -23,7 +23,8 @@ def shipped():
 def reference(shipped):
     """Which test images the float model gets right, in PyTorch."""
     test = open_data("fashion-mnist").test()
-    return predict(torch_infer(shipped.model), test, shipped.preprocessing.transform()).argmax(1) == labels_of(test)
+    logits, labels = predict({"model": torch_infer(shipped.model)}, test, shipped.preprocessing.transform())
+    return logits["model"].argmax(1) == labels
 
 
 def test_the_shipped_checkpoint_is_as_good_as_its_manifest_says(reference):
@@ -39,5 +40,5 @@ def test_quantization_loses_at_most_a_fifth_of_a_point(name, shipped, reference,
     export_onnx(
         calibrate(shipped.model, SCHEMES[name], torch.from_numpy(images).split(64)), tmp_path / "m.onnx", "plain"
     )
-    logits = predict(OnnxRuntimeEngine(tmp_path / "m.onnx").infer, data.test(), transform)
-    assert paired_drop(reference, logits.argmax(1) == labels_of(data.test())).points <= 0.2
+    logits, labels = predict({"onnx": OnnxRuntimeEngine(tmp_path / "m.onnx").infer}, data.test(), transform)
+    assert paired_drop(reference, logits["onnx"].argmax(1) == labels).points <= 0.2

@@ -1,0 +1,70 @@
+"""Accuracy and latency of every ONNX file in a set of bundles, under the same conditions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from deploy.engines import OnnxRuntimeEngine
+from eval.accuracy_drop import paired_drop
+from eval.latency import measure_latency
+from eval.machine import describe_machine
+from eval.report import Row
+from illama.accuracy import load_images, predict
+from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX
+from illama.data import Sample, Transform
+
+LIBRARY_TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+EMULATED = {"fp8"}  # no CPU multiplies FP8; ONNX Runtime gives the right numbers at a speed that says nothing
+
+
+def weigh(bundles: Sequence[Path], test: Dataset[Sample], transform: Transform, seed: int = 0) -> list[Row]:
+    """One row for each ONNX file, run over the whole test split and timed at batch 1 where that has a meaning.
+
+    The first bundle's ``model.onnx`` is the reference that drops are against. A bundle's name is its scheme.
+    """
+    paths = [bundle / name for name in (CPU_ONNX, FUSED_ONNX) for bundle in bundles if (bundle / name).exists()]
+    engines = {str(path): OnnxRuntimeEngine(path) for path in paths}
+    logits, labels = predict({name: engine.infer for name, engine in engines.items()}, test, transform)
+    correct = {name: values.argmax(1) == labels for name, values in logits.items()}
+    rows = [_row(path, correct[str(path)], correct[str(paths[0])], seed) for path in paths]
+    timed = {
+        str(p): row for p, row in zip(paths, rows, strict=True) if p.name == CPU_ONNX and row.scheme not in EMULATED
+    }
+    images, _ = load_images(test, transform, limit=1)
+    device = describe_machine()["cpu"]
+    for name, latency in measure_latency({name: engines[name].infer for name in timed}, images).items():
+        timed[name].latency, timed[name].device = latency, device
+    return rows
+
+
+def _row(path: Path, correct: np.ndarray, reference: np.ndarray, seed: int) -> Row:
+    row = Row(
+        scheme=path.parent.name,
+        runtime="ONNX Runtime, CPU",
+        evaluated_with=OnnxRuntimeEngine.runtime,
+        images=len(correct),
+        top1=float(correct.mean() * 100),
+        drop=paired_drop(reference, correct, seed),
+        onnx=f"{path.parent.name}/{path.name}",
+        onnx_bytes=path.stat().st_size,
+    )
+    if path.name == FUSED_ONNX:
+        _describe_engine(row, path.parent)
+    elif row.scheme in EMULATED:
+        row.note = "Not timed: no CPU multiplies FP8, and ONNX Runtime only emulates it"
+    return row
+
+
+def _describe_engine(row: Row, bundle: Path) -> None:
+    """Fill in the engine that was built from the row's graph, if one was."""
+    row.runtime, row.note = "TensorRT", "No engine was built from it"
+    for engine in sorted((bundle / ENGINES).glob("*.engine")):
+        record = json.loads(engine.with_suffix(".json").read_text())
+        row.runtime = LIBRARY_TITLES[record["library"]]
+        row.engine, row.engine_bytes = f"{bundle.name}/{ENGINES}/{engine.name}", record["engine_bytes"]
+        row.note = "It is the graph that the engine was built from; the engine itself was not run"
