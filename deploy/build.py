@@ -65,19 +65,16 @@ class BuildOptions:
 
 def build_bundle(
     library: Library, bundle: Path, targets: tuple[str, ...] = (), batch: tuple[int, int, int] = (1, 8, 64)
-) -> tuple[Path, EngineRecord]:
+) -> EngineRecord:
     """Build the engine of a bundle into its ``engines/`` folder, with its JSON beside it.
 
+    ``targets`` are resolved ones (:meth:`deploy.library.Library.resolve_targets`).
+
     Raises:
-        UserError: no fused graph in the bundle, an impossible target, or an attention that cannot be fused.
+        UserError: no fused graph in the bundle, or an attention that cannot be fused.
     """
     manifest = Manifest.read(bundle)
     source = bundle / FUSED_ONNX
-    if not source.exists():
-        raise UserError(f"{bundle} has no {FUSED_ONNX}: make it with python quant/ptq.py")
-    library.check_targets(targets)
-    if unfit := unfit_targets(source, targets):
-        raise UserError(f"FP8 needs compute capability 8.9 or newer, {', '.join(unfit)} is older: use INT8 there")
     engine, fused = build_engine(library, source, targets, batch)
     shape = tuple(manifest.preprocessing[name] for name in ("in_channels", "image_size", "image_size"))
     path = bundle / ENGINES / f"{library.name}.engine"
@@ -88,26 +85,29 @@ def build_bundle(
                           fused, shape, manifest.preprocessing, manifest.classes)  # fmt: skip
     with write_file(path.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(asdict(record), indent=2) + "\n")
-    return path, record
+    return record
 
 
-def build_fitting(library: Library, bundle: Path, targets: tuple[str, ...]) -> str | None:
-    """Build for the targets that have the graph's number formats; a sentence about the others, if any.
+def build_fitting(
+    library: Library, bundle: Path, targets: tuple[str, ...], batch: tuple[int, int, int] = (1, 8, 64)
+) -> tuple[EngineRecord | None, tuple[str, ...]]:
+    """Build a bundle for the targets that have its number formats: (the engine's record, the targets left out).
 
     Raises:
-        UserError: as :func:`build_bundle` does.
+        UserError: as :func:`build_bundle` does, and for an impossible target.
     """
-    unfit = unfit_targets(bundle / FUSED_ONNX, targets)
-    fit = tuple(target for target in targets if target not in unfit)
-    if fit or not unfit:
-        build_bundle(library, bundle, fit)
-    return f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer." if unfit else None
+    wanted = library.resolve_targets(targets)
+    unfit = unfit_targets(bundle / FUSED_ONNX, wanted)
+    fit = tuple(target for target in wanted if target not in unfit)
+    return (build_bundle(library, bundle, fit, batch) if fit or not unfit else None), unfit
 
 
 def unfit_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
     """The targets whose tensor cores lack a number format of the graph: FP8 came with compute capability 8.9."""
     try:
         graph = onnx.load(source).graph
+    except FileNotFoundError as error:
+        raise UserError(f"{source.parent} has no {source.name}: make it with python quant/ptq.py") from error
     except DecodeError as error:
         raise UserError(f"{source} is not an ONNX file: make it again with python quant/ptq.py") from error
     if all(tensor.data_type != onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer):
@@ -183,8 +183,11 @@ def main(options: BuildOptions) -> None:
     if library is None:
         raise UserError("no TensorRT here: pip install tensorrt-rtx, or on a Jetson use JetPack's tensorrt")
     for bundle in options.bundles:
-        path, record = build_bundle(library, bundle, options.targets, options.batch)
-        print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.fused_attentions} fused attentions")
+        record, unfit = build_fitting(library, bundle, options.targets, options.batch)
+        if unfit:
+            print(f"{bundle}: not for {', '.join(unfit)}, which lacks FP8; use INT8 there")
+        if record:
+            print(f"{bundle}: {record.engine_bytes / 1e6:.1f} MB, {record.fused_attentions} fused attentions")
 
 
 if __name__ == "__main__":

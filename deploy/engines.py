@@ -1,4 +1,4 @@
-"""Run a model: one interface, open, infer, close, whatever the runtime."""
+"""Run an exported model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class OnnxRuntimeEngine:
 
     Args:
         path: the ONNX file.
-        threads: of one operator; all cores by default.
 
     Raises:
         UserError: if ONNX Runtime cannot load the file.
@@ -29,9 +28,9 @@ class OnnxRuntimeEngine:
 
     runtime = f"onnxruntime {onnxruntime.__version__} CPU"
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
+        options.intra_op_num_threads = usable_cores()
         options.log_severity_level = 3
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -42,6 +41,3 @@ class OnnxRuntimeEngine:
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Images (B, C, H, W) float32 -> logits (B, classes) float32."""
         return self._session.run(None, {self._input: images})[0]
-
-    def close(self) -> None:
-        del self._session

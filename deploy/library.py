@@ -6,6 +6,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from illama.errors import UserError
 
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
@@ -37,26 +39,35 @@ class Library:
             flags = 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # always so from version 11
         return builder.create_network(flags)
 
-    def check_targets(self, targets: tuple[str, ...]) -> None:
-        """UserError for a compute capability that the library cannot build for ahead of time."""
-        if targets and self.name == "tensorrt":
-            raise UserError("tensorrt builds for the GPU it runs on: leave --targets out, or install tensorrt-rtx")
+    def resolve_targets(self, targets: tuple[str, ...]) -> tuple[str, ...]:
+        """The compute capabilities to build for; empty for TensorRT-RTX's portable default.
+
+        Raises:
+            UserError: for one that the library cannot build for.
+        """
+        if self.name == "tensorrt":
+            if targets:
+                raise UserError("tensorrt builds for the GPU it runs on: leave --targets out, or install tensorrt-rtx")
+            return ("sm{}{}".format(*torch.cuda.get_device_capability()),)
         for target in targets:
             if target not in RTX_TARGETS:
                 raise UserError(f"unknown target {target!r}: choose from {', '.join(RTX_TARGETS)}")
+        return targets
 
     def set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         """Choose the compute capabilities the engine is for; none leaves the library's default."""
-        self.check_targets(targets)
-        if targets:
+        if targets and self.name == "tensorrt_rtx":
             config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
+            for index, target in enumerate(targets):
+                config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
 
 
 def find_library() -> Library | None:
-    """The installed TensorRT, the full library before the one for RTX; None if there is neither."""
-    names: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
+    """The installed TensorRT that can build here, the full library first; None if there is none.
+
+    The full library builds on the GPU it builds for; TensorRT for RTX needs none.
+    """
+    names: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx") if torch.cuda.is_available() else ("tensorrt_rtx",)
     for name in names:
         try:
             module = importlib.import_module(name)
@@ -65,10 +76,3 @@ def find_library() -> Library | None:
         if hasattr(module, "Builder"):
             return Library(name, module)
     return None
-
-
-def sees_gpu() -> bool:
-    """Whether a CUDA device can be used from here; engines neither run nor deserialize without one."""
-    import torch
-
-    return torch.cuda.is_available()

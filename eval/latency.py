@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-Infer = Callable[[np.ndarray], np.ndarray]
+from illama.accuracy import Infer
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Row:
 
 @dataclass
 class Summary:
-    """Everything a report shows; ``summary.json`` holds it."""
+    """Everything a report shows; ``summary.json`` holds it. ``seconds`` are of the steps, without Python's imports."""
 
     rows: list[Row]
     command: str
@@ -87,9 +87,20 @@ class Summary:
     versions: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
+    peak_memory_gib: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [row.to_json() for row in self.rows]}
+
+
+def is_result(folder: Path) -> bool:
+    """Whether a folder holds what :func:`write_report` and the bundles of its rows put there, and nothing else."""
+    try:
+        rows = json.loads((folder / SUMMARY).read_text())["rows"]
+        ours = {SUMMARY, "report.html", *(Path(row["onnx"]).parts[0] for row in rows)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return {path.name for path in folder.iterdir()} <= ours
 
 
 def write_report(summary: Summary, folder: Path) -> None:

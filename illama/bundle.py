@@ -17,7 +17,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -99,18 +99,27 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle, and so may be replaced by a newer one."""
+    try:
+        return bool(Manifest.read(folder))
+    except UserError:
+        return False
+
+
 @contextmanager
-def write_folder(folder: Path, marker: str = MANIFEST) -> Iterator[Path]:
+def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` if the block succeeds and vanishes if not.
 
     Raises:
-        UserError: at once, if ``folder`` cannot be written, or holds files but no ``marker``, so is not ours
-            to replace.
+        UserError: at once, if ``folder`` cannot be written, or holds files and ``is_ours`` denies it.
     """
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).exists())):
+    folder = folder.resolve()
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))):
         raise UserError(f"{folder} holds other files and will not be replaced: choose another --out")
     draft, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("draft", "old"))
     try:
+        _sweep(folder)
         draft.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
@@ -124,6 +133,17 @@ def write_folder(folder: Path, marker: str = MANIFEST) -> Iterator[Path]:
             old.rename(folder)
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Clear up after processes that were killed while they wrote ``folder``."""
+    for leftover in [*folder.parent.glob(f".{folder.name}.old-*"), *folder.parent.glob(f".{folder.name}.draft-*")]:
+        kind, _, process = leftover.name.rpartition("-")
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            if kind.endswith(".old") and not folder.exists():
+                leftover.rename(folder)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

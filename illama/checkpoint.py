@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # The released code saves its command line beside the weights; a Namespace holds data only.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
             state = content.get("model", content)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors, and it was not run: save its state dict alone") from error

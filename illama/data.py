@@ -60,10 +60,16 @@ class Preprocessing:
 
     @classmethod
     def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:
-        """The paper's evaluation: resize to 256 / 224 of the size and crop; warp from 384 pixels on."""
+        """The released code's evaluation: resize to 256 / 224 of the size, then crop; warp up to 32 and from 384."""
         mean: tuple[float, ...] = (0.449,) if in_channels == 1 else (0.485, 0.456, 0.406)
         std: tuple[float, ...] = (0.226,) if in_channels == 1 else (0.229, 0.224, 0.225)
-        return cls(image_size, in_channels, mean, std, None if image_size >= 384 else image_size * 256 // 224)
+        return cls(
+            image_size,
+            in_channels,
+            mean,
+            std,
+            None if image_size >= 384 or image_size <= 32 else image_size * 256 // 224,
+        )
 
     def transform(self, augment: Sequence[Callable[[Any], Any]] = ()) -> Transform:
         """PIL image or uint8 tensor (C, H, W) -> float tensor (in_channels, image_size, image_size).
@@ -277,7 +283,7 @@ def _evenly_spaced(images: Dataset[Sample], count: int) -> Dataset[Sample]:
 
 def _hold_out(images: Dataset[Sample]) -> tuple[Dataset[Sample], Dataset[Sample]]:
     total = len(images)  # type: ignore[arg-type]
-    held = min(VALIDATION_IMAGES, total // 10)
-    validation = [i * total // held for i in range(held)] if held else []
+    held = max(1, min(VALIDATION_IMAGES, total // 10))
+    validation = [i * total // held for i in range(held)]
     rest = np.setdiff1d(np.arange(total), validation)
     return Subset(images, rest.tolist()), Subset(images, validation)

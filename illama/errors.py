@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,15 +26,17 @@ def run_command(options: type[Options], main: Callable[[Options], None]) -> None
     defect of this project and keeps its traceback.
     """
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
         main(tyro.cli(options))
     except UserError as error:
-        _exit(str(error), 2)
+        # One from a data loader's worker comes back wrapped in the worker's traceback; its last line is the error.
+        _exit(str(error).strip().splitlines()[-1].removeprefix("illama.errors.UserError: "), 2)
     except KeyboardInterrupt:
-        _exit("interrupted; finished steps are kept, the unfinished one left nothing behind", 130)
+        _exit("interrupted; nothing half-written was left behind", 130)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
-        _exit(f"cannot write {error.filename or 'the output'}: {os.strerror(error.errno)}", 2)
+        _exit(f"cannot use {error.filename or 'the output folder'}: {os.strerror(error.errno)}", 2)
 
 
 def _exit(message: str, status: int) -> None:

@@ -201,7 +201,7 @@ def rotary_table(tokens: int, head_dim: int, theta: float = 10000.0) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), as LLaMA's own code does.
+    """Rotate the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), LLaMA's own layout, in x's precision.
 
     Hugging Face's LLaMA pairs x[i] with x[i + d / 2] instead: its weights need a permutation first.
     """
@@ -211,7 +211,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Truncated normal, std 0.02, and zero biases, as the released code does (the paper's tables say 0.2)."""
+    """Truncated normal, std 0.02, and zero biases: the released code's for Linears (the paper's tables say 0.2).
+
+    The patch convolution gets the same; the released code leaves it as PyTorch made it.
+    """
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

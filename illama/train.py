@@ -1,6 +1,7 @@
 """Train an iLLaMA from scratch with the soft mask: python illama/train.py
 
-Interrupted or killed, the same command goes on from the last checkpoint and ends with the same weights:
+Interrupted or killed, the same command goes on from the last checkpoint and ends with the same weights (to the
+bit on a CPU; some of CUDA's kernels add in no fixed order):
 every random choice is a function of the seed, the epoch and the image or step, so nothing but the step,
 the weights and the optimiser has to be restored.
 """
@@ -8,6 +9,7 @@ the weights and the optimiser has to be restored.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pickle
 import time
@@ -17,8 +19,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,8 +53,10 @@ class TrainOptions:
         out: where the checkpoint, the log and at the end the bundle go; an unfinished run there goes on.
         learning_rate: peak of the cosine schedule, for the batch size given (not scaled).
         soft_mask: schedule of alpha; it reaches 0 at soft_mask_epochs.
-        crop_padding: random crops of the image padded by this many pixels; 0 takes random resized crops.
-        ema_decay: exponential moving average of the weights; 0 for none.
+        crop_padding: random crops of the image padded by this many pixels (for small pictures); 0 takes random
+            resized crops (for photographs).
+        mixup, cutmix: their alphas, 0 for none; mixup_probability is the share of batches that get either.
+        ema_decay: of the exponential moving average of the weights, which is what is kept; 0 keeps the last.
         bfloat16: autocast to bfloat16.
         compile: torch.compile the network (needs a C++ compiler on a CPU).
         checkpoint_steps: steps between two checkpoints.
@@ -83,6 +87,15 @@ class TrainOptions:
     workers: int = 1
     checkpoint_steps: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.checkpoint_steps < 1:
+            raise UserError("--epochs and --checkpoint-steps must be at least 1")
+        if self.batch_size < 2 or self.batch_size % 2:
+            raise UserError("--batch-size must be even, since mixup pairs images, and at least 2")
+        for name in ("erasing", "mixup_probability", "label_smoothing", "ema_decay", "drop_path"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} must lie in 0..1")
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
@@ -118,7 +131,9 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
 def seed_everything(*key: int) -> None:
     """Seed torch's and numpy's global generators from a tuple of numbers."""
     state = np.random.SeedSequence(key).generate_state(2)
-    torch.random.default_generator.manual_seed(int(state[0]))
+    torch.random.default_generator.manual_seed(int(state[0]))  # torch.manual_seed is ten times slower
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(int(state[0]))
     np.random.seed(state[1])
 
 
@@ -148,8 +163,10 @@ class Run:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        buffer = io.BytesIO()  # torch.save to a path hides why a disk would not take it
+        torch.save(content, buffer)
         with write_file(self.checkpoint) as draft:
-            torch.save(content, draft)
+            draft.write_bytes(buffer.getbuffer())
 
     def restore(self) -> None:
         """Go on from the checkpoint in ``out``, if there is one; UserError if it is another run's."""
@@ -192,11 +209,26 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+def make_mixup(options: TrainOptions, classes: int) -> Mixup:
+    """timm's mixup, cutmix and label smoothing; with both alphas 0, label smoothing alone."""
+    off = options.mixup == options.cutmix == 0
+    return Mixup(
+        mixup_alpha=1.0 if off else options.mixup,
+        cutmix_alpha=options.cutmix,
+        prob=0.0 if off else options.mixup_probability,
+        label_smoothing=options.label_smoothing,
+        num_classes=classes,
+    )
+
+
 def training_transform(options: TrainOptions, preprocessing: Preprocessing) -> Transform:
     """Random crop, flip and erasing around the evaluation's normalisation."""
     size = preprocessing.image_size
-    crop = v2.RandomCrop(size, padding=options.crop_padding) if options.crop_padding else v2.RandomResizedCrop(size)
-    augment = [crop, v2.RandomHorizontalFlip()]
+    if options.crop_padding:
+        crop = [v2.Resize([size, size]), v2.RandomCrop(size, padding=options.crop_padding)]
+    else:
+        crop = [v2.RandomResizedCrop(size)]
+    augment = [*crop, v2.RandomHorizontalFlip()]
     return v2.Compose([preprocessing.transform(augment), v2.RandomErasing(options.erasing)])
 
 
@@ -212,8 +244,7 @@ def fit(run: Run) -> None:
     batches = ShuffledBatches(count, options.batch_size, options.seed, run.step, total)
     dataset = Augmented(images, training_transform(options, run.preprocessing), options.seed)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=options.workers)
-    mixup = Mixup(options.mixup, options.cutmix, prob=options.mixup_probability,
-                  label_smoothing=options.label_smoothing, num_classes=model.config.num_classes)  # fmt: skip
+    mixup = make_mixup(options, model.config.num_classes)
     forward = torch.compile(model) if options.compile else model
     log = Log(options.out, run.step)
     started, first = time.perf_counter(), run.step
@@ -271,7 +302,7 @@ class Log:
         rate = run.optimizer.param_groups[0]["lr"]
         values = (epoch, run.step, rate, run.model.soft_mask, loss, accuracy, speed)
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([f"{value:.6g}" for value in values])
+            csv.writer(file).writerow([str(v) if isinstance(v, int) else f"{v:.6g}" for v in values])
         for name, value in list(zip(LOG_COLUMNS, values, strict=True))[2:]:
             self.board.add_scalar(name, value, run.step)
         self.board.flush()
@@ -299,8 +330,8 @@ def write_bundle(run: Run) -> Path:
     manifest = Manifest(command_line(), config.to_dict(), asdict(run.preprocessing), list(run.data.classes),
                         run.options.seed, metrics=metrics)  # fmt: skip
     with write_folder(run.options.out / "bundle") as draft:
-        save_file({name: value.contiguous().cpu() for name, value in run.average.module.state_dict().items()},
-                  draft / WEIGHTS)  # fmt: skip
+        weights = {name: value.contiguous().cpu() for name, value in run.average.module.state_dict().items()}
+        (draft / WEIGHTS).write_bytes(safetensors.torch.save(weights))
         rows = read_log(run.options.out / "log.csv")
         (draft / "log.csv").write_text((run.options.out / "log.csv").read_text())
         plot_curve(rows, draft / "curve.png")
@@ -332,8 +363,11 @@ def _identity(options: TrainOptions) -> str:
 
 def main(options: TrainOptions) -> None:
     options = replace(options, out=options.out.resolve())
-    options.out.mkdir(parents=True, exist_ok=True)
     run = start_run(options)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror}; choose another --out") from error
     fit(run)
     bundle = write_bundle(run)
     metrics = Manifest.read(bundle).metrics

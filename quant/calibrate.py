@@ -23,7 +23,7 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a GPU 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of optional packages that nothing here needs
     import modelopt.torch.quantization as mtq
-    from modelopt.torch.quantization.nn import QuantInputBase, QuantLinearConvBase, TensorQuantizer
+    from modelopt.torch.quantization.nn import QuantInputBase, QuantLinearConvBase
 
 
 class _ObservedLinear(QuantLinearConvBase):
@@ -62,11 +62,13 @@ def observe(model: ILLaMA, scheme: Scheme, batches: Iterable[Tensor]) -> ILLaMA:
     def run(network: nn.Module) -> None:
         with torch.inference_mode():
             for images in batches:
-                if not torch.isfinite(network(images)).all():
-                    raise UserError("a calibration image makes the network's output NaN or infinite: check the images")
+                network(images)
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints how many quantizers it made
-        return mtq.quantize(observed, _modelopt_config(scheme), run)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how many quantizers it made
+            return mtq.quantize(observed, _modelopt_config(scheme), run)
+    except AssertionError as error:  # the observers' own check
+        raise UserError("a calibration image gives NaN or infinite activations: check the images") from error
 
 
 def _modelopt_config(scheme: Scheme) -> dict[str, Any]:
@@ -86,15 +88,8 @@ def _modelopt_config(scheme: Scheme) -> dict[str, Any]:
 
 def _quantized(module: Any, name: str, scheme: Scheme) -> nn.Module:
     number = scheme.probabilities if name.endswith("core.p") else scheme.activations
-    quantizer = QuantizeDequantize(number, _amax(module.input_quantizer, name))
+    quantizer = QuantizeDequantize(number, module.input_quantizer.amax.detach())
     if isinstance(module, Operand):
         return quantizer
     kind = QuantizedConv2d if isinstance(module, nn.Conv2d) else QuantizedLinear
-    return kind(module, scheme.weights, _amax(module.weight_quantizer, name), quantizer)  # type: ignore[arg-type]
-
-
-def _amax(quantizer: TensorQuantizer, name: str) -> Tensor:
-    amax = quantizer.amax
-    if amax is None or not torch.isfinite(amax).all():
-        raise UserError(f"calibration found no finite range for {name}: check the images and the weights")
-    return amax.detach()
+    return kind(module, scheme.weights, module.weight_quantizer.amax.detach(), quantizer)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ This command is a recipe over the whole project, so it alone may import from eve
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,9 @@ from pathlib import Path
 import torch
 
 from deploy.build import build_fitting
-from deploy.library import Library, find_library, sees_gpu
-from eval.machine import describe_machine
-from eval.report import SUMMARY, Summary, markdown_table, write_report
+from deploy.library import Library, find_library
+from eval.machine import describe_machine, peak_memory_gib
+from eval.report import Summary, is_result, markdown_table, write_report
 from eval.tradeoff import weigh
 from illama.accuracy import load_images
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, package_versions, sha256, write_folder
@@ -74,13 +75,13 @@ class Job:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def write_bundle(self, name: str, model: ILLaMA, on_cpu: bool, fused: bool) -> Path:
-        """Export ``model`` in the forms asked for, with a manifest."""
+    def write_bundle(self, name: str, model: ILLaMA, *files: str) -> Path:
+        """Export ``model`` as the ONNX files named, with a manifest."""
         folder = self.folder / name
         folder.mkdir()
-        if on_cpu:
+        if CPU_ONNX in files:
             export_onnx(model, folder / CPU_ONNX, "plain")
-        if fused:
+        if FUSED_ONNX in files:
             export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
         inputs = {str(self.checkpoint.weights): sha256(self.checkpoint.weights)}
         Manifest(command_line(), model.config.to_dict(), asdict(self.preprocessing), list(self.data.classes),
@@ -98,10 +99,15 @@ def open_job(options: PtqOptions, folder: Path) -> Job:
             f"{options.checkpoint} has {config.num_classes} classes, {options.data} has {len(data.classes)}: "
             "they must be the same"
         )
+    for trained, given in zip(checkpoint.classes, data.classes, strict=False):
+        if trained != given:
+            raise UserError(
+                f"{options.checkpoint} was trained for the class {trained!r} where {options.data} has {given!r}"
+            )
     preprocessing = checkpoint.preprocessing or data.preprocessing(config.image_size, config.in_channels)
     library = find_library()
     if library:
-        library.check_targets(options.targets)
+        library.resolve_targets(options.targets)
     return Job(options, checkpoint, data, preprocessing, folder, library)
 
 
@@ -113,10 +119,11 @@ def write_bundles(job: Job, schemes: list[Scheme]) -> list[Path]:
         images, _ = load_images(calibration, job.preprocessing.transform())
     batches = torch.from_numpy(images).split(64)
     with job.phase("export fp32 and fp16"):
-        bundles = [job.write_bundle("fp32", model, True, False), job.write_bundle("fp16", model, False, True)]
+        bundles = [job.write_bundle("fp32", model, CPU_ONNX), job.write_bundle("fp16", model, FUSED_ONNX)]
     for scheme in schemes:
         with job.phase(f"quantize and export {scheme.name}"):
-            bundles.append(job.write_bundle(scheme.name, calibrate(model, scheme, batches), True, True))
+            quantized = calibrate(model, scheme, batches)
+            bundles.append(job.write_bundle(scheme.name, quantized, CPU_ONNX, FUSED_ONNX))
     return bundles
 
 
@@ -127,29 +134,40 @@ def build_engines(job: Job, bundles: list[Path]) -> list[str]:
     notes = []
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
         with job.phase(f"build {bundle.name} engine"):
-            notes.append(build_fitting(job.library, bundle, job.options.targets))
-    if not sees_gpu():
-        notes.append("Engines were built and their fusion checked, not run or timed: that needs an NVIDIA GPU.")
+            _, unfit = build_fitting(job.library, bundle, job.options.targets)
+        if unfit:
+            notes.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
+    notes.append("Engines were built and their attention proven fused; they were not run or timed.")
     if job.library.name == "tensorrt_rtx":
         notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
-    return [note for note in notes if note]
+    return notes
 
 
 def main(options: PtqOptions) -> None:
     schemes = [find_scheme(name) for name in dict.fromkeys(options.schemes)]
-    with write_folder(options.out, marker=SUMMARY) as folder:
+    with write_folder(options.out, is_result) as folder:
         job = open_job(options, folder)
         bundles = write_bundles(job, schemes)
         not_run = build_engines(job, bundles)
         with job.phase("evaluate and time"):
             rows = weigh(bundles, job.data.test(), job.preprocessing.transform(), options.seed)
-        summary = Summary(rows, command_line(), options.data, str(options.checkpoint), options.calibration_images,
-                          describe_machine(), package_versions(), job.seconds, not_run)  # fmt: skip
+        summary = Summary(
+            rows=rows,
+            command=command_line(),
+            data=options.data,
+            checkpoint=os.path.relpath(options.checkpoint),
+            calibration_images=options.calibration_images,
+            machine=describe_machine(),
+            versions=package_versions(),
+            seconds={**job.seconds, "all": sum(job.seconds.values())},
+            not_run=not_run,
+            peak_memory_gib=round(peak_memory_gib(), 2),
+        )
         write_report(summary, folder)
     print(f"\n{markdown_table(rows)}\n")
     for reason in summary.not_run:
         print(reason)
-    print(f"report: {options.out / 'report.html'}")
+    print(f"{summary.seconds['all']:.0f} s, {summary.peak_memory_gib} GiB; report: {options.out / 'report.html'}")
 
 
 if __name__ == "__main__":

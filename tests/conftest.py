@@ -73,7 +73,7 @@ def write_bundle(folder: Path, config: ModelConfig, state: dict[str, torch.Tenso
     torch.manual_seed(0)
     state = state or ILLaMA(config).state_dict()
     preprocessing = Preprocessing.imagenet(config.image_size, config.in_channels)
-    classes = [f"class {i}" for i in range(config.num_classes)]
+    classes = [f"class{i}" for i in range(config.num_classes)]
     with write_folder(folder) as draft:
         Manifest("test", config.to_dict(), asdict(preprocessing), classes).write(draft)
         save_file(state, draft / "model.safetensors")

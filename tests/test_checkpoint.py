@@ -1,5 +1,6 @@
 """Weights in: bundles, bare files, and everything that can be wrong with them."""
 
+import argparse
 import os
 import pickle
 
@@ -18,14 +19,17 @@ def test_a_bundle_gives_its_config_preprocessing_and_classes(small_bundle):
     checkpoint = load_checkpoint(small_bundle)
     assert checkpoint.model.config == SMALL
     assert checkpoint.preprocessing.image_size == 32
-    assert checkpoint.classes == ("class 0", "class 1", "class 2")
+    assert checkpoint.classes == ("class0", "class1", "class2")
     assert not checkpoint.model.training
     by_file = load_checkpoint(small_bundle / "model.safetensors")
     assert by_file.model.config == SMALL
 
 
 def test_a_released_file_loads_with_its_config_read_off_the_shapes(wide_parity, tmp_path):
-    torch.save({"model": wide_parity.state, "epoch": 3}, tmp_path / "released.pth")
+    arguments = argparse.Namespace(lr=4e-3, model="illama_tiny")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]).state_dict()
+    content = {"model": wide_parity.state, "optimizer": optimizer, "epoch": 3, "args": arguments}
+    torch.save(content, tmp_path / "released.pth")
     checkpoint = load_checkpoint(tmp_path / "released.pth")
     assert checkpoint.model.config == wide_parity.config
     with torch.no_grad():
@@ -127,6 +131,16 @@ def test_a_failed_write_leaves_the_old_bundle(tmp_path):
         raise RuntimeError("killed")
     assert Manifest.read(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    (tmp_path / ".bundle.draft-999999999").mkdir()
+    write_bundle(tmp_path / "bundle", SMALL)
+    (tmp_path / "bundle").rename(tmp_path / ".bundle.old-999999999")  # killed between the two renames
+    with pytest.raises(RuntimeError), write_folder(tmp_path / "bundle"):
+        raise RuntimeError("killed")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert load_checkpoint(tmp_path / "bundle").model.config == SMALL
 
 
 def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):

@@ -44,12 +44,12 @@ def test_missing_training_images_come_with_the_way_to_get_them(tmp_path):
         open_data(f"fashion-mnist:{tmp_path}").training()
 
 
-@pytest.mark.parametrize("size", [32, 224, 384])
+@pytest.mark.parametrize("size", [32, 112, 224, 384])
 def test_the_evaluation_transform_is_timm_s(size):
     """The paper's code evaluates with timm's transforms."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if size >= 384 else {"crop_pct": size / (size * 256 // 224)}
+    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if size in (32, 384) else {"crop_pct": size / (size * 256 // 224)}
     expected = create_transform(size, is_training=False, interpolation="bicubic", **crop)(image)
     torch.testing.assert_close(Preprocessing.imagenet(size).transform()(image), expected, atol=1e-5, rtol=0)
 

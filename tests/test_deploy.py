@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SMALL, assert_one_line_error, run_command, write_bundle
 
-from deploy.build import build_bundle, build_engine
+from deploy.build import build_bundle, build_engine, build_fitting
 from deploy.engines import OnnxRuntimeEngine
 from deploy.library import find_library
 from illama import ILLaMA, ModelConfig
@@ -37,13 +37,14 @@ def bundle(tmp_path, model):
 
 
 def test_an_engine_and_what_is_written_beside_it(bundle, model):
-    path, record = build_bundle(library, bundle)
+    record = build_bundle(library, bundle)
+    path = bundle / "engines" / f"{library.name}.engine"
     written = json.loads(path.with_suffix(".json").read_text())
     assert written["engine_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert written["onnx_sha256"] == hashlib.sha256((bundle / FUSED_ONNX).read_bytes()).hexdigest()
     assert record.fused_attentions == model.config.depth
     assert written["input_shape"] == [3, 32, 32]
-    assert written["preprocessing"]["mean"] and written["classes"] == ["class 0", "class 1", "class 2"]
+    assert written["preprocessing"]["mean"] and written["classes"] == ["class0", "class1", "class2"]
 
 
 @pytest.mark.parametrize("mask", ["pre_softmax", "bidirectional"])
@@ -81,13 +82,14 @@ def test_attention_in_pieces_fails_the_build(model, tmp_path):
 @pytest.mark.skipif(library is None or library.name != "tensorrt_rtx", reason="targets are TensorRT for RTX's")
 def test_targets_that_cannot_be(bundle, model, tmp_path):
     with pytest.raises(UserError, match="unknown target 'sm12'"):
-        build_bundle(library, bundle, ("sm12",))
+        build_fitting(library, bundle, ("sm12",))
     export_onnx(
         calibrate(model, SCHEMES["fp8"], [torch.randn(2, 3, 32, 32)]), bundle / FUSED_ONNX, "fused", torch.float16
     )
-    with pytest.raises(UserError, match=r"FP8 needs compute capability 8\.9"):
-        build_bundle(library, bundle, ("sm86", "sm89"))
+    assert build_fitting(library, bundle, ("sm86",)) == (None, ("sm86",))
     assert not (bundle / "engines").exists()
+    record, unfit = build_fitting(library, bundle, ("sm86", "sm89"))
+    assert record.targets == ("sm89",) and unfit == ("sm86",)
 
 
 def test_the_command(bundle, tmp_path):
@@ -96,7 +98,7 @@ def test_the_command(bundle, tmp_path):
     assert "2 fused attentions" in result.stdout
     (bundle / FUSED_ONNX).write_bytes(b"not a graph")
     assert_one_line_error(run_command("deploy/build.py", bundle), "ONNX")
-    assert_one_line_error(run_command("deploy/build.py", tmp_path / "nowhere"), "not a bundle")
+    assert_one_line_error(run_command("deploy/build.py", tmp_path / "nowhere"), "has no model.fused.onnx")
 
 
 def test_a_file_onnx_runtime_cannot_load(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from eval.accuracy_drop import Drop, paired_drop
 from eval.latency import Latency, measure_latency
-from eval.report import Row, Summary, headline, markdown_table, render_html
+from eval.report import Row, Summary, headline, is_result, markdown_table, render_html, write_report
 
 
 def _right(seed, count=500, accuracy=0.9):
@@ -96,6 +96,17 @@ def test_the_headline_and_the_table(summary):
     assert "+0.10 (-0.05 to +0.25)" in table[3] and " - " in table[4]
     assert headline(summary.rows[2:]) == "Nothing was timed."
     assert "faster" in headline(summary.rows[:1])
+
+
+def test_only_a_result_of_ours_may_be_replaced(summary, tmp_path):
+    write_report(summary, tmp_path)
+    (tmp_path / "fp32").mkdir()
+    assert is_result(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert not is_result(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "summary.json").write_text('{"results": []}')
+    assert not is_result(tmp_path)
 
 
 class _Links(html.parser.HTMLParser):

@@ -189,7 +189,7 @@ def test_other_masks_export(kind, tmp_path):
 
 
 def test_images_that_are_not_finite_are_refused(shipped):
-    with pytest.raises(UserError, match="no finite range"):
+    with pytest.raises(UserError, match="NaN or infinite activations"):
         calibrate(shipped, SCHEMES["int8"], [torch.full((1, 1, 28, 28), float("nan"))])
 
 

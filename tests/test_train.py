@@ -74,7 +74,7 @@ def training_folder(tmp_path):
 
 def _arguments(data, out, *more):
     return ["illama/train.py", "--data", f"fashion-mnist:{data}", "--out", out, "--epochs", 3, "--batch-size", 64,
-            "--checkpoint-steps", 2, "--ema-decay", 0.5, *more]  # fmt: skip
+            "--checkpoint-steps", 2, "--ema-decay", 0.5, "--soft-mask-epochs", 1, *more]  # fmt: skip
 
 
 def _kill_after_a_checkpoint(arguments, checkpoint):
@@ -106,6 +106,8 @@ def test_killed_and_resumed_gives_the_same_weights(training_folder, tmp_path):
     assert list((killed / "tensorboard").iterdir())
     assert (killed / "bundle" / "curve.png").stat().st_size > 1000
 
+    with_file = run_command(*_arguments(training_folder, training_folder / "train-images-idx3-ubyte.gz"))
+    assert_one_line_error(with_file, "cannot write")
     other_options = run_command(*_arguments(training_folder, killed, "--seed", 1))
     assert_one_line_error(other_options, "other options")
     shutil.rmtree(killed / "bundle")
@@ -113,8 +115,25 @@ def test_killed_and_resumed_gives_the_same_weights(training_folder, tmp_path):
     assert_one_line_error(run_command(*_arguments(training_folder, killed)), "damaged")
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [(("--batch-size", 63), "even"), (("--epochs", 0), "at least 1"), (("--ema-decay", 2), "0..1"),
+     (("--batch-size", 512), "fewer than one batch")],
+)  # fmt: skip
+def test_options_that_cannot_be(option, words, training_folder, tmp_path):
+    assert_one_line_error(run_command(*_arguments(training_folder, tmp_path / "out", *option)), words)
+
+
+def test_a_broken_training_image_is_one_line(image_folder, tmp_path):
+    """The error crosses from a data loader's worker process."""
+    (image_folder / "train" / "class1" / "3.png").write_bytes(b"no picture")
+    result = run_command("illama/train.py", "--data", image_folder, "--out", tmp_path / "out", "--batch-size", 4,
+                         "--in-channels", 3, "--epochs", 2)  # fmt: skip
+    assert_one_line_error(result, "class1/3.png")
+
+
 def test_training_learns(training_folder, tmp_path):
-    """Five epochs over 297 images: the loss falls below what guessing gives (log 10, with smoothing)."""
+    """Ten epochs over 297 images: the loss falls well below what guessing gives, log 10."""
     result = run_command(*_arguments(training_folder, tmp_path / "out", "--epochs", 10, "--warmup-epochs", 1,
                                      "--mixup-probability", 0, "--label-smoothing", 0, "--erasing", 0))  # fmt: skip
     assert result.returncode == 0, result.stderr
