@@ -8,7 +8,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from deploy.engines import usable_cores
+from illama.accuracy import usable_cores
 
 
 def describe_machine() -> dict[str, Any]:

@@ -7,14 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jinja2
 
 from eval.accuracy_drop import Drop
 from eval.latency import Latency
 
-SUMMARY = "summary.json"
+SUMMARY, REPORT, PLOT = "summary.json", "report.html", "tradeoff.png"
 HEADINGS = ("scheme", "runs in", "top-1 %", "drop (95% interval)", "ONNX MB", "engine MB", "p50 ms", "p99 ms")
 
 
@@ -97,16 +97,17 @@ def is_result(folder: Path) -> bool:
     """Whether a folder holds what :func:`write_report` and the bundles of its rows put there, and nothing else."""
     try:
         rows = json.loads((folder / SUMMARY).read_text())["rows"]
-        ours = {SUMMARY, "report.html", *(Path(row["onnx"]).parts[0] for row in rows)}
+        ours = {SUMMARY, REPORT, PLOT, *(Path(row["onnx"]).parts[0] for row in rows)}
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return {path.name for path in folder.iterdir()} <= ours
 
 
 def write_report(summary: Summary, folder: Path) -> None:
-    """summary.json and a self-contained report.html."""
+    """summary.json, a self-contained report.html, and its plot for slides."""
     (folder / SUMMARY).write_text(json.dumps(summary.to_json(), indent=2) + "\n")
-    (folder / "report.html").write_text(render_html(summary))
+    (folder / REPORT).write_text(render_html(summary))
+    draw_tradeoff(summary.rows, folder / PLOT, dpi=130)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -136,13 +137,13 @@ def headline(rows: Sequence[Row]) -> str:
     )
 
 
-def plot_svg(rows: Sequence[Row]) -> str:
-    """Accuracy against latency as SVG; a file that was not timed is a dashed line at its accuracy."""
+def draw_tradeoff(rows: Sequence[Row], picture: Path | IO[str], **options: Any) -> None:
+    """Accuracy against latency as a picture; a file that was not timed is a dashed line at its accuracy."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 10}):
-        figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+        figure = Figure(figsize=(8.5, 3.8), layout="constrained")
         axes = figure.add_subplot()
         for index, row in enumerate(rows):
             label, color = f"{row.scheme}, {row.runtime}", f"C{index}"
@@ -156,8 +157,13 @@ def plot_svg(rows: Sequence[Row]) -> str:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(picture, **options)
+
+
+def plot_svg(rows: Sequence[Row]) -> str:
+    """:func:`draw_tradeoff` as SVG, to stand in a page."""
+    buffer = io.StringIO()
+    draw_tradeoff(rows, buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 

@@ -25,21 +25,26 @@ EMULATED = {"fp8"}  # no CPU multiplies FP8; ONNX Runtime gives the right number
 def weigh(bundles: Sequence[Path], test: Dataset[Sample], transform: Transform, seed: int = 0) -> list[Row]:
     """One row for each ONNX file, run over the whole test split and timed at batch 1 where that has a meaning.
 
-    The first bundle's ``model.onnx`` is the reference that drops are against. A bundle's name is its scheme.
+    The first bundle's ``model.onnx`` is the reference that drops are against. The bundles stand in one folder, each
+    under the name of its scheme.
     """
     paths = [bundle / name for name in (CPU_ONNX, FUSED_ONNX) for bundle in bundles if (bundle / name).exists()]
-    engines = {str(path): OnnxRuntimeEngine(path) for path in paths}
-    logits, labels = predict({name: engine.infer for name, engine in engines.items()}, test, transform)
+    engines = {str(path): OnnxRuntimeEngine(path).infer for path in paths}
+    logits, labels = predict(engines, test, transform)
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
     rows = [_row(path, correct[str(path)], correct[str(paths[0])], seed) for path in paths]
-    timed = {
-        str(p): row for p, row in zip(paths, rows, strict=True) if p.name == CPU_ONNX and row.scheme not in EMULATED
-    }
-    images, _ = load_images(test, transform, limit=1)
-    device = describe_machine()["cpu"]
-    for name, latency in measure_latency({name: engines[name].infer for name in timed}, images).items():
-        timed[name].latency, timed[name].device = latency, device
+    del engines
+    _time(bundles, rows, load_images(test, transform, limit=1)[0])
     return rows
+
+
+def _time(bundles: Sequence[Path], rows: Sequence[Row], images: np.ndarray) -> None:
+    """Fill in the latency of the rows whose format the CPU multiplies."""
+    device = describe_machine()["cpu"]
+    timed = {row.onnx: row for row in rows if row.onnx.endswith(f"/{CPU_ONNX}") and row.scheme not in EMULATED}
+    engines = {name: OnnxRuntimeEngine(bundles[0].parent / name).infer for name in timed}
+    for name, latency in measure_latency(engines, images).items():
+        timed[name].latency, timed[name].device = latency, device
 
 
 def _row(path: Path, correct: np.ndarray, reference: np.ndarray, seed: int) -> Row:

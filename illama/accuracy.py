@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -12,6 +13,11 @@ from tqdm import tqdm
 from illama.data import Sample, Transform, Transformed
 
 Infer = Callable[[np.ndarray], np.ndarray]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_images(
@@ -26,18 +32,19 @@ def load_images(
 
 
 def predict(
-    models: Mapping[str, Infer], split: Dataset[Sample], transform: Transform, batch: int = 250
+    models: Mapping[str, Infer], split: Dataset[Sample], transform: Transform, batch: int = 50
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Logits (n, classes) of each model over a whole split, and the labels (n,).
 
-    The split is streamed once, whatever the number of models, with a progress bar.
+    The split is streamed once, whatever the number of models, with a progress bar. A model sees ``batch`` images
+    a call, and ten calls at a time, since changing from one to another costs time.
     """
     logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
     labels: list[np.ndarray] = []
     with tqdm(total=len(split), desc="evaluate", unit="img", disable=None, leave=False) as bar:  # type: ignore[arg-type]
-        for images, batch_labels in DataLoader(Transformed(split, transform), batch_size=batch):
+        for images, batch_labels in DataLoader(Transformed(split, transform), batch_size=10 * batch):
             for name, infer in models.items():
-                logits[name].append(infer(images.numpy()))
+                logits[name] += [infer(part.numpy()) for part in images.split(batch)]
             labels.append(batch_labels.numpy())
             bar.update(len(images))
     return {name: np.concatenate(parts) for name, parts in logits.items()}, np.concatenate(labels)

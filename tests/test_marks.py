@@ -30,7 +30,7 @@ def reference(shipped):
 def test_the_shipped_checkpoint_is_as_good_as_its_manifest_says(reference):
     written = Manifest.read(SHIPPED).metrics["test_top1"]
     assert reference.mean() * 100 == pytest.approx(written, abs=0.05)
-    assert written > 93
+    assert written > 92.5
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMES))
