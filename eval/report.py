@@ -154,7 +154,7 @@ def draw_tradeoff(rows: Sequence[Row], picture: Path | IO[str], **options: Any) 
             else:
                 axes.axhline(row.top1, ls="--", lw=1.2, color=color, label=f"{label} (not timed)")
         axes.set(xlabel="latency, p50 in ms", ylabel="top-1 on the test split (%)")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.15 * max((row.latency.p50 for row in rows if row.latency), default=1.0))
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
         figure.savefig(picture, **options)

@@ -137,7 +137,10 @@ def build_engines(job: Job, bundles: list[Path]) -> list[str]:
             _, unfit = build_fitting(job.library, bundle, job.options.targets)
         if unfit:
             notes.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
-    notes.append("Engines were built and their attention proven fused; they were not run or timed.")
+    notes.append(
+        "Engines were built and their attention proven fused; they were not run or timed: that "
+        "needs an NVIDIA GPU, and this version builds engines only."
+    )
     if job.library.name == "tensorrt_rtx":
         notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
     return notes

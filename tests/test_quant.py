@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modelopt.torch.quantization.nn import TensorQuantizer
 from onnx.reference import ReferenceEvaluator
 
 from illama import ILLaMA, ModelConfig
@@ -16,7 +17,7 @@ from illama.data import open_data
 from illama.errors import UserError
 from illama.masks import Operand
 from illama.model import RMSNorm
-from quant.calibrate import TensorQuantizer, calibrate, observe
+from quant.calibrate import calibrate, observe
 from quant.export import export_onnx
 from quant.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, dequantize, quantize_dequantize
 from quant.schemes import FORMATS, SCHEMES, find_scheme
