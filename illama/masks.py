@@ -65,7 +65,7 @@ class MaskedAttention(nn.Module):
 
     ``form`` picks one: ``plain`` (MatMul, softmax, mask, MatMul: for quantizers, which need the softmax
     output, and for ONNX Runtime on CPUs) or ``fused`` (one scaled-dot-product attention: for GPUs and
-    TensorRT). ``None`` takes what ``benchmarks/attention_forms.py`` measured as fastest on the device.
+    TensorRT). ``None`` takes :func:`fastest_form`.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class MaskedAttention(nn.Module):
 
 
 def fastest_form(device: torch.device, mask: AttentionMask) -> Form:
-    """The form that ran fastest on this kind of device."""
+    """The faster form: measured by ``benchmarks/attention_forms.py`` on a CPU, expected of a GPU."""
     if device.type == "cpu" and mask.kind != "bidirectional":
         return "plain"
     return "fused"

@@ -65,7 +65,9 @@ def observe(model: ILLaMA, scheme: Scheme, batches: Iterable[Tensor]) -> ILLaMA:
                 network(images)
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how many quantizers it made
+        # It prints how many quantizers it made, and warns of packages that nothing here needs.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return mtq.quantize(observed, _modelopt_config(scheme), run)
     except AssertionError as error:  # the observers' own check
         raise UserError("a calibration image gives NaN or infinite activations: check the images") from error
