@@ -10,6 +10,8 @@ from illama.errors import UserError
 MaskKind = Literal["post_softmax", "pre_softmax", "bidirectional"]
 ClassToken = Literal["last", "first"]
 Position = Literal["learnable", "rope", "both"]
+Norm = Literal["rms", "layer"]
+Mlp = Literal["swiglu", "gelu"]
 
 # width, depth, heads of arXiv 2404.06773, Table 13; "nano" is ours, for 28- to 32-pixel images on a CPU.
 _PRESETS: dict[str, dict[str, int]] = {
@@ -20,6 +22,24 @@ _PRESETS: dict[str, dict[str, int]] = {
     "base": {"width": 768, "depth": 12, "heads": 12},
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }  # fmt: skip
+
+# The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17; each changes one thing of the last.
+# The mask of the collapse is the usual causal one, before the softmax: the paper's after the softmax lets the
+# denominators through, so that a class token at the front is not quite blind (docs/reproduction.md).
+_VIT: dict[str, Any] = {"norm": "layer", "mlp": "gelu", "mask": "bidirectional", "class_token": "first",
+                        "position": "learnable"}  # fmt: skip
+_VIT_RMSNORM = {**_VIT, "mlp": "swiglu", "norm": "rms"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vit": _VIT,
+    "vit-swiglu": {**_VIT, "mlp": "swiglu"},
+    "vit-rmsnorm": _VIT_RMSNORM,
+    "causal-collapse": {**_VIT_RMSNORM, "mask": "pre_softmax"},
+    "causal-collapse-post-softmax": {**_VIT_RMSNORM, "mask": "post_softmax"},
+    "causal-modified": {**_VIT_RMSNORM, "mask": "post_softmax", "class_sees_all": True},
+    "causal": {**_VIT_RMSNORM, "mask": "post_softmax", "class_token": "last"},
+    "causal-rope": {**_VIT_RMSNORM, "mask": "post_softmax", "class_token": "last", "position": "rope"},
+    "illama": {},
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +55,10 @@ class ModelConfig:
         mask: ``post_softmax`` (equation 2: multiplied after the softmax, not renormalised; the only one
             for released weights), ``pre_softmax`` (equation 1) or ``bidirectional`` (a plain ViT).
         position: learnable embedding, rotary embedding (RoPE), or both (the paper's).
+        norm: ``rms`` (RMSNorm) or ``layer`` (LayerNorm, as in ViT).
+        mlp: ``swiglu``, or ``gelu`` (two Linears with biases, 4 x width between them, as in ViT).
+        class_sees_all: leave the class token's row of the mask open, wherever the token stands; the last row
+            of a causal mask is open in any case.
 
     Raises:
         UserError: when the numbers do not fit together.
@@ -50,13 +74,17 @@ class ModelConfig:
     class_token: ClassToken = "last"
     mask: MaskKind = "post_softmax"
     position: Position = "both"
+    norm: Norm = "rms"
+    mlp: Mlp = "swiglu"
+    class_sees_all: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (type(value) is not int or value < 1):
                 raise UserError(f"{field.name} must be a whole number of at least 1, not {value!r}")
-        for name, kind in (("class_token", ClassToken), ("mask", MaskKind), ("position", Position)):
+        kinds = {"class_token": ClassToken, "mask": MaskKind, "position": Position, "norm": Norm, "mlp": Mlp}
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
         if self.image_size % self.patch_size:
@@ -65,11 +93,16 @@ class ModelConfig:
             raise UserError(f"width {self.width} must split into {self.heads} heads of an even size")
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """A published size (``tiny``, ``small``, ``base``, ``large``) or ``nano``, with fields overridden."""
+    def preset(cls, name: str, variant: str = "illama", **overrides: Any) -> ModelConfig:
+        """A published size (``tiny``, ``small``, ``base``, ``large``) or ``nano``, with fields overridden.
+
+        ``variant`` is a step of the way from ViT to iLLaMA, one of :data:`VARIANTS`.
+        """
         if name not in _PRESETS:
             raise UserError(f"unknown model size {name!r}; choose one of {', '.join(_PRESETS)}")
-        return cls.from_dict({**_PRESETS[name], **overrides})
+        if variant not in VARIANTS:
+            raise UserError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
+        return cls.from_dict({**_PRESETS[name], **VARIANTS[variant], **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
@@ -101,5 +134,7 @@ class ModelConfig:
 
     @property
     def hidden(self) -> int:
-        """Width of SwiGLU's hidden layer: two thirds of 4 x width, rounded up to a multiple of 256."""
+        """Width of the MLP's hidden layer; SwiGLU's is two thirds of 4 x width, rounded up to a multiple of 256."""
+        if self.mlp == "gelu":
+            return 4 * self.width
         return 256 * -(-int(8 * self.width / 3) // 256)

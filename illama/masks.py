@@ -73,12 +73,15 @@ class MaskedAttention(nn.Module):
         self.form: Form | None = None
         self.q, self.k, self.v, self.p = Operand(), Operand(), Operand(), Operand()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        """q (B, H, M, d), k and v (B, H, N, d) -> (B, H, M, d)."""
-        form = self.form or fastest_form(q.device, mask)
-        return self._fused(q, k, v, mask) if form == "fused" else self._plain(q, k, v, mask)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float = 0.0) -> Tensor:
+        """q (B, H, M, d), k and v (B, H, N, d) -> (B, H, M, d).
 
-    def _plain(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        ``dropout`` is the rate at which attention weights are dropped, whatever the module's mode.
+        """
+        form = self.form or fastest_form(q, mask)
+        return (self._fused if form == "fused" else self._plain)(q, k, v, mask, dropout)
+
+    def _plain(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -> Tensor:
         q = self.q(q * q.shape[-1] ** -0.5)
         scores = q @ self.k(k.transpose(-2, -1))
         if mask.kind == "pre_softmax":
@@ -86,9 +89,11 @@ class MaskedAttention(nn.Module):
         probabilities = scores.softmax(dim=-1)
         if mask.kind == "post_softmax":
             probabilities = probabilities * mask.weight(probabilities.dtype)
+        if dropout:
+            probabilities = F.dropout(probabilities, dropout)
         return self.p(probabilities).to(v.dtype) @ self.v(v)
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -> Tensor:
         allowed: Tensor | None = None
         # Scaled here and not by the operator: TensorRT's fused attention takes no scale, and a quantizer
         # on q must see the same tensor in both forms.
@@ -103,12 +108,65 @@ class MaskedAttention(nn.Module):
         rows = q.shape[-2]
         if rows == 1:
             q = q.expand(-1, -1, 2, -1)  # TensorRT has fused kernels for two query rows and more
-        fused = F.scaled_dot_product_attention(self.q(q), self.k(k), self.v(v), attn_mask=allowed, scale=1.0)
+        fused = F.scaled_dot_product_attention(
+            self.q(q), self.k(k), self.v(v), attn_mask=allowed, dropout_p=dropout, scale=1.0
+        )
         return fused[..., :rows, :]
 
 
-def fastest_form(device: torch.device, mask: AttentionMask) -> Form:
-    """The faster form: measured by ``benchmarks/attention_forms.py`` on a CPU, expected of a GPU."""
-    if device.type == "cpu" and mask.kind != "bidirectional":
-        return "plain"
-    return "fused"
+class SoftMasked(nn.Module):
+    """A network with one soft mask for all of its attentions: the base class that holds alpha.
+
+    Attributes:
+        soft_mask: alpha of the soft mask, 0..1 (ValueError outside); training moves it, inference leaves it at 0.
+    """
+
+    alpha: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("alpha", torch.zeros(()), persistent=False)
+        self.soft_mask = 0.0
+
+    @property
+    def soft_mask(self) -> float:
+        return self._soft_mask
+
+    @soft_mask.setter
+    def soft_mask(self, alpha: float) -> None:
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"the soft mask's alpha must lie in 0..1, not {alpha}")
+        # attention_mask() reads the buffer and these two facts but never the float, so that a compiled model
+        # is not compiled anew for each value that a schedule gives.
+        self._soft_mask = alpha
+        self._masks_nothing = alpha == 1.0
+        self._masks_softly = 0.0 < alpha < 1.0
+        self.alpha.fill_(alpha)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay spares besides norms and biases (timm's convention)."""
+        return set()
+
+    def attention_mask(self, kind: MaskKind, causal: Tensor) -> AttentionMask:
+        """The mask of this forward pass; ``causal`` is (N, N), true where the query may see the key."""
+        return AttentionMask(
+            "bidirectional" if self._masks_nothing else kind,
+            causal,
+            self.alpha if self._masks_softly else None,
+        )
+
+    def set_attention_form(self, form: Form | None) -> None:
+        """Fix the form of every attention (see :class:`MaskedAttention`), or None for the fastest."""
+        for module in self.modules():
+            if isinstance(module, MaskedAttention):
+                module.form = form
+
+
+def fastest_form(q: Tensor, mask: AttentionMask) -> Form:
+    """The faster form for these queries: measured on a CPU (``docs/attention-mask.md``), expected of a GPU."""
+    if q.device.type != "cpu":
+        return "fused"
+    # A CPU's fused kernel skips no masked key, so twice the keys are twice the work; and its backward pass in
+    # 16 bits is slower than the plain form by two to twenty times, most with a single query.
+    slow_backward = q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
+    return "plain" if mask.kind != "bidirectional" or slow_backward else "fused"

@@ -5,13 +5,15 @@ Parameter names are those of the authors' released code, so its checkpoints load
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from illama.config import ModelConfig
-from illama.masks import AttentionMask, Form, MaskedAttention
+from illama.masks import AttentionMask, MaskedAttention, SoftMasked
 
 
 class Linear(nn.Linear):
@@ -30,6 +32,20 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.float() if x.dtype != torch.float64 else self.weight
         return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in float32 whatever the input, for the variants on the way from ViT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The config's normalisation over the width."""
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.width, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
@@ -86,25 +102,43 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
 
 
-class Block(nn.Module):
-    """A pre-norm block: x += attention(norm(x)); x += mlp(norm(x))."""
+class GELUMLP(nn.Module):
+    """ViT's fc2(gelu(fc1(x))), with biases."""
 
-    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.width, eps=1e-6)
+        self.fc1 = Linear(config.width, config.hidden)
+        self.fc2 = Linear(config.hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm block: x += attention(norm(x)); x += mlp(norm(x)).
+
+    Args:
+        drop_path: chance that a sample skips a branch in training (stochastic depth).
+        dropout: on the output of each branch.
+    """
+
+    def __init__(self, config: ModelConfig, drop_path: float, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config)
         self.attn = Attention(config)
-        self.norm2 = RMSNorm(config.width, eps=1e-6)
-        self.mlp = SwiGLU(config)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = make_norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELUMLP(config)
+        self.drop = nn.Sequential(nn.Dropout(dropout) if dropout else nn.Identity(),
+                                  DropPath(drop_path) if drop_path else nn.Identity())  # fmt: skip
 
     def forward(self, x: Tensor, mask: AttentionMask, rotation: Tensor | None, row: int | None = None) -> Tensor:
         """(B, N, width) -> (B, N, width), or (B, 1, width) for one query ``row``."""
         residual = x if row is None else x[:, row : row + 1]
-        x = residual + self.drop_path(self.attn(self.norm1(x), mask, rotation, row))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = residual + self.drop(self.attn(self.norm1(x), mask, rotation, row))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
-class ILLaMA(nn.Module):
+class ILLaMA(SoftMasked):
     """The whole network: images (B, C, H, W), float, to logits (B, num_classes).
 
     Attributes:
@@ -115,13 +149,13 @@ class ILLaMA(nn.Module):
 
     Args:
         drop_path: stochastic depth of the last block; rises linearly from 0 in the first.
+        dropout: after the position embedding and on every branch.
     """
 
     rotation: Tensor | None
     causal: Tensor
-    alpha: Tensor
 
-    def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, drop_path: float = 0.0, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
         self.readout_only = True
@@ -129,41 +163,29 @@ class ILLaMA(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         has_table = config.position != "rope"
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width)) if has_table else None
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
         rates = [drop_path * index / max(1, config.depth - 1) for index in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
-        self.norm = RMSNorm(config.width, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(config, rate, dropout) for rate in rates)
+        self.norm = make_norm(config)
         self.head = Linear(config.width, config.num_classes)
         rotation = rotary_table(config.tokens, config.head_dim) if config.position != "learnable" else None
         self.register_buffer("rotation", rotation, persistent=False)
-        everyone = torch.ones(config.tokens, config.tokens, dtype=torch.bool)
-        self.register_buffer("causal", everyone.tril(), persistent=False)
-        self.register_buffer("alpha", torch.zeros(()), persistent=False)
-        self.soft_mask = 0.0
+        causal = torch.ones(config.tokens, config.tokens, dtype=torch.bool).tril()
+        causal[config.class_index] |= config.class_sees_all
+        self.register_buffer("causal", causal, persistent=False)
         self.apply(_initialise)
         for table in (self.cls_token, self.pos_embed):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
 
-    @property
-    def soft_mask(self) -> float:
-        return self._soft_mask
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay spares besides norms and biases (timm's convention)."""
+        return {"cls_token", "pos_embed"}
 
-    @soft_mask.setter
-    def soft_mask(self, alpha: float) -> None:
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"the soft mask's alpha must lie in 0..1, not {alpha}")
-        # forward() reads the buffer and these two facts but never the float, so that a compiled model is
-        # not compiled anew for each value that a schedule gives.
-        self._soft_mask = alpha
-        self._masks_nothing = alpha == 1.0
-        self._masks_softly = 0.0 < alpha < 1.0
-        self.alpha.fill_(alpha)
-
-    def set_attention_form(self, form: Form | None) -> None:
-        """Fix the form of every attention (see :class:`MaskedAttention`), or None for the fastest."""
-        for module in self.modules():
-            if isinstance(module, MaskedAttention):
-                module.form = form
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer each parameter belongs to, for layer-wise learning rate decay (timm's convention)."""
+        return {"stem": r"^(?:cls_token|pos_embed|patch_embed)",
+                "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}  # fmt: skip
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The class token after the final norm, (B, width)."""
@@ -173,17 +195,14 @@ class ILLaMA(nn.Module):
         x = torch.cat([x, class_token] if config.class_token == "last" else [class_token, x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        mask = AttentionMask(
-            "bidirectional" if self._masks_nothing else config.mask,
-            self.causal,
-            self.alpha if self._masks_softly else None,
-        )
+        x = self.drop(x)
+        mask = self.attention_mask(config.mask, self.causal)
         blocks: list[nn.Module] = list(self.blocks)
-        row = config.class_index
+        row, sees_all = config.class_index, config.class_token == "last" or config.class_sees_all
         for block in blocks[:-1]:
             x = block(x, mask, self.rotation)
         if self.readout_only:
-            x = blocks[-1](x, mask.row(row, sees_all=config.class_token == "last"), self.rotation, row)[:, 0]
+            x = blocks[-1](x, mask.row(row, sees_all), self.rotation, row)[:, 0]
         else:
             x = blocks[-1](x, mask, self.rotation)[:, row]
         return self.norm(x)

@@ -6,9 +6,11 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from illama import ILLaMA, ModelConfig
+from illama.config import VARIANTS
 from illama.errors import UserError
 from illama.masks import AttentionMask, MaskedAttention
 from illama.model import rotary_table, rotate
@@ -218,3 +220,61 @@ def test_fused_half_precision_on_a_gpu(wide_parity, dtype, alpha):
         logits = model(wide_parity.input.to("cuda", dtype)).float().cpu()
     expected = wide_parity.tensors[f"logits.alpha_{alpha}"]
     assert (logits - expected).norm() / expected.norm() < 2e-2
+
+
+def _randomised(config):
+    """A network whose norms, biases and tables matter."""
+    torch.manual_seed(0)
+    model = ILLaMA(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def test_the_roadmap_starts_at_timm_s_vit():
+    model = _randomised(ModelConfig.preset("nano", "vit", in_channels=3))
+    vit = VisionTransformer(img_size=28, patch_size=4, embed_dim=128, depth=6, num_heads=2, num_classes=10).eval()
+    vit.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        expected = vit(images)
+        assert (model(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_step_of_the_roadmap_trims_and_exports_its_last_block_exactly(variant):
+    model = _randomised(ModelConfig.preset("nano", variant, depth=2))
+    images = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        for alpha in (0.0, 0.3, 1.0):
+            model.soft_mask = alpha
+            logits = []
+            for model.readout_only in (True, False):
+                for form in ("plain", "fused"):
+                    model.set_attention_form(form)
+                    logits.append(model(images))
+            for other in logits[1:]:
+                assert (other - logits[0]).abs().max() < 1e-4 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("variant", "blind"),
+    [("causal-collapse", True), ("causal-collapse-post-softmax", False), ("causal-modified", False), ("causal", False)],
+)
+def test_a_class_token_at_the_front_is_blind_under_the_usual_causal_mask(variant, blind):
+    """The paper's attention collapse; under a mask after the softmax the denominators still tell it something."""
+    model = _randomised(ModelConfig.preset("nano", variant))
+    with torch.no_grad():
+        one, other = model(torch.randn(2, 1, 28, 28))
+    assert torch.equal(one, other) == blind
+
+
+def test_dropout_and_stochastic_depth_act_in_training_only():
+    config = ModelConfig.preset("nano", depth=2)
+    images = torch.randn(4, 1, 28, 28)
+    for options in ({"dropout": 0.5}, {"drop_path": 0.5}):
+        model = ILLaMA(config, **options)
+        assert not torch.equal(model(images), model(images))
+        model.eval()
+        assert torch.equal(model(images), model(images))
