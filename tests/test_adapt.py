@@ -1,0 +1,356 @@
+"""timm's ViTs made causal: against the originals at alpha 1, and against the paper's equations in float64."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import Attention, RmsNorm, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+
+from illama.adapt import to_causal
+from illama.errors import UserError
+from illama.masks import AttentionMask, MaskedAttention
+
+KINDS = ("post_softmax", "pre_softmax")
+FORMS = ("plain", "fused", None)
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+# Options of a small VisionTransformer, one part of timm's each.
+OPTIONS = {
+    "plain": {},
+    "qk_norm": {"qk_norm": True},
+    "layer_scale": {"init_values": 1e-5},
+    "registers": {"reg_tokens": 4},
+    "avg": {"global_pool": "avg"},
+    "avg_without_fc_norm": {"global_pool": "avg", "fc_norm": False},
+    "avg_over_prefix": {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2},
+    "avgmax": {"global_pool": "avgmax"},
+    "map": {"global_pool": "map", "reg_tokens": 1},
+    "prr": {"global_pool": "prr"},
+    "no_pooling": {"global_pool": "", "reg_tokens": 2},
+    "no_class_token": {"class_token": False, "global_pool": "avg"},
+    "registers_without_class_token": {"class_token": False, "global_pool": "avg", "reg_tokens": 3},
+    "token_with_fc_norm": {"fc_norm": True},
+    "pre_norm": {"pre_norm": True},
+    "no_embed_class": {"no_embed_class": True, "reg_tokens": 2},
+    "no_positions": {"pos_embed": "none"},
+    "scale_norms": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "no_biases": {"qkv_bias": False, "proj_bias": False},
+    "swiglu_rms": {"mlp_layer": SwiGLU, "norm_layer": RmsNorm},
+    "post_norm_blocks": {"block_fn": ResPostBlock, "init_values": 1e-5},
+    "parallel_things_blocks": {"block_fn": ParallelThingsBlock},
+    "dynamic_size": {"dynamic_img_size": True},
+}
+NAMED = {
+    "deit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "vit_tiny_patch16_224": {"qk_norm": True},
+    "vit_small_patch14_dinov2": {},
+    "vit_small_patch14_reg4_dinov2": {},
+    "vit_base_patch16_clip_224": {},
+    "vit_base_patch16_siglip_224": {},
+}
+
+
+def build(name: str) -> VisionTransformer:
+    """The variant, in eval mode, with every weight random: fresh norms, scales and biases would hide mistakes."""
+    torch.manual_seed(0)
+    if name in NAMED:
+        vit = timm.create_model(name, pretrained=False, **{**SMALL, **NAMED[name]})
+    elif name == "gated_odd_heads":
+        vit = VisionTransformer(**SMALL)
+        for block in vit.blocks:
+            block.attn = Attention(32, num_heads=3, attn_head_dim=12, qkv_bias=True, gated=True)
+    else:
+        vit = VisionTransformer(**SMALL, **OPTIONS[name])
+    return randomise(vit)
+
+
+def randomise(vit):
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return vit.eval()
+
+
+def images_for(name: str) -> torch.Tensor:
+    return torch.randn(2, 3, 40 if name == "dynamic_size" else 32, 32)
+
+
+VARIANTS = pytest.mark.parametrize("name", [*OPTIONS, *NAMED, "gated_odd_heads"])
+
+
+def reference(vit, alpha, kind):
+    """A copy of the ORIGINAL whose attention is the paper's equation, tokens left where timm has them.
+
+    Written without the code under test: no token moves, each has a rank instead, and S compares ranks.
+    """
+    vit = copy.deepcopy(vit)
+    has_class, prefix = int(vit.cls_token is not None), vit.num_prefix_tokens
+
+    def attend(attn, x):
+        batch, tokens, _ = x.shape
+        patches = tokens - prefix
+        rank = [tokens - 1] * has_class + list(range(patches, tokens - has_class)) + list(range(patches))
+        rank = torch.tensor(rank)
+        seen = torch.where(rank[None, :] <= rank[:, None], 1.0, alpha).to(x)
+        q, k, v = attn.qkv(x).view(batch, tokens, 3, attn.num_heads, -1).unbind(2)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        weights = torch.einsum("bihd,bjhd->bhij", q, k).div(q.shape[-1] ** 0.5).exp()
+        if kind == "pre_softmax":
+            weights = weights * seen
+        weights = weights / weights.sum(-1, keepdim=True)
+        if kind == "post_softmax":
+            weights = weights * seen
+        y = attn.norm(torch.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, tokens, -1))
+        if getattr(attn, "gate", None) is not None:
+            y = y * torch.sigmoid(attn.gate(x))
+        return attn.proj(y)
+
+    for attn in [module for module in vit.modules() if type(module) is Attention]:
+        attn.forward = lambda x, attn=attn, **_: attend(attn, x)
+    return vit
+
+
+@VARIANTS
+def test_at_alpha_1_it_is_the_original(name):
+    vit, images = build(name), images_for(name)
+    before = copy.deepcopy(vit.state_dict())
+    model = to_causal(vit)
+    model.soft_mask = 1.0
+    with torch.no_grad():
+        expected, features = vit(images), vit.forward_features(images)
+        for form in FORMS:
+            model.set_attention_form(form)
+            assert (model(images) - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+            assert (model.forward_features(images) - features).abs().max() < 1e-5 * features.abs().max()
+        model.soft_mask = 0.0
+        assert (model(images) - expected).abs().max() > 1e-3, "nothing in this network depends on the mask"
+    assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
+
+
+@VARIANTS
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_paper_s_equation_and_so_are_its_gradients(name, kind):
+    vit, images = build(name).double(), images_for(name).double()
+    model = to_causal(vit, kind)
+    for alpha in (0.0, 0.25, 1.0):
+        original = reference(vit, alpha, kind)
+        expected = original(images)
+        expected.square().mean().backward()
+        model.soft_mask = alpha
+        for form in FORMS:
+            model.set_attention_form(form)
+            model.zero_grad()
+            logits = model(images)
+            torch.testing.assert_close(logits, expected, atol=1e-9, rtol=1e-9)
+            logits.square().mean().backward()
+            for (key, one), other in zip(model.vit.named_parameters(), original.parameters(), strict=True):
+                assert one.grad is not None, key
+                torch.testing.assert_close(one.grad, other.grad, atol=1e-8, rtol=1e-7, msg=key)
+
+
+def test_gradients_reach_every_parameter():
+    model = to_causal(build("vit_small_patch14_reg4_dinov2").train())
+    model.soft_mask = 0.5
+    model(images_for("")).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 1e-6 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_patch_does_not_see_later_patches_and_the_class_token_sees_all(kind):
+    model = to_causal(build("registers"), kind)
+    blocks = []
+    model.vit.blocks[0].register_forward_hook(lambda _, __, output: blocks.append(output))
+    images = images_for("").requires_grad_()
+    changed = images.detach().clone()
+    changed[:, :, 16:24, 8:16] += 1.0  # patch 9 of 4 x 4, in raster order
+    outputs = [model.forward_features(images), model.forward_features(changed)]
+    moved = (blocks[0] - blocks[1]).abs().amax(dim=(0, 2))
+    earlier, itself_and_later = moved[:9], moved[9:]
+    assert itself_and_later.min() > 1e-3  # the later patches, the registers, the class token
+    if kind == "pre_softmax":
+        assert earlier.max() < 1e-6
+        assert (outputs[0] - outputs[1])[:, 5:14].abs().max() < 1e-5  # after all blocks; 5 tokens are prefix
+    else:
+        assert earlier.min() > 1e-4  # the paper's mask: the future's weights are gone, not their share
+    outputs[0][:, 0].sum().backward()
+    seen = images.grad.abs().amax(dim=1).unfold(1, 8, 8).unfold(2, 8, 8).amax(dim=(-2, -1))
+    assert seen.min() > 1e-6
+
+
+@pytest.mark.parametrize("patch_drop_rate", [0.0, 0.5])
+def test_patches_stay_in_raster_order_before_registers_and_class_token(patch_drop_rate):
+    vit = VisionTransformer(**SMALL, reg_tokens=2, patch_drop_rate=patch_drop_rate).train()
+    with torch.no_grad():
+        vit.patch_embed.proj.weight.zero_()
+        vit.cls_token.zero_()
+        vit.reg_token.zero_()
+        vit.pos_embed.copy_(torch.arange(19.0)[:, None].expand(19, 32))
+    model = to_causal(vit)
+    inputs = []
+    model.vit.blocks[0].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0, :, 0]))
+    model(torch.randn(1, 3, 32, 32))
+    *patches, register_1, register_2, class_token = inputs[0].round().int().tolist()
+    assert (class_token, register_1, register_2) == (0, 1, 2)
+    assert len(patches) == 16 * (1 - patch_drop_rate)
+    assert patches == sorted(patches)
+
+
+@pytest.mark.parametrize("rate", ["drop_path_rate", "drop_rate", "pos_drop_rate", "patch_drop_rate"])
+def test_in_training_timm_s_random_parts_draw_as_they_did(rate):
+    vit = randomise(VisionTransformer(**SMALL, reg_tokens=2, **{rate: 0.5})).train()
+    model = to_causal(vit)
+    model.soft_mask = 1.0
+    images = torch.randn(8, 3, 32, 32)
+    outputs = []
+    for network in (vit, model):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            outputs.append(network(images))
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-2
+    assert (outputs[2] - outputs[0]).abs().max() < 1e-4
+    assert (outputs[3] - outputs[1]).abs().max() < 1e-4
+    torch.testing.assert_close(model.eval()(images), vit.eval()(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["proj_drop", "attn_drop"])
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_an_attention_s_dropouts_act_in_training_alone(part, form):
+    vit, images = build("plain"), images_for("")
+    getattr(vit.blocks[0].attn, part).p = 0.5  # by hand: timm's proj_drop_rate is the MLP's as well
+    model = to_causal(vit)
+    model.set_attention_form(form)
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert (model(images) - model(images)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bidirectional"])
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_attention_dropout_keeps_the_mean(kind, form):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 5, 4)
+    mask = AttentionMask(kind, torch.ones(5, 5, dtype=torch.bool).tril(), torch.tensor(0.5))
+    attention = MaskedAttention()
+    attention.form = form
+    dropped = attention(*(x.expand(20000, -1, -1, -1) for x in (q, k, v)), mask, dropout=0.5)
+    assert dropped.std(dim=0).min() > 0.01
+    assert (dropped.mean(dim=0) - attention(q, k, v, mask)).abs().max() < 0.05
+
+
+def test_weights_go_to_a_file_and_back_under_timm_s_names(tmp_path):
+    vit = build("registers")
+    model, images = to_causal(vit), images_for("")
+    assert list(model.vit.state_dict()) == list(vit.state_dict())
+    assert list(model.state_dict()) == [f"vit.{key}" for key in vit.state_dict()]
+    with torch.no_grad():
+        model.vit.head.weight.add_(1.0)  # as if trained
+    save_file(model.state_dict(), tmp_path / "whole.safetensors")
+    save_file(model.vit.state_dict(), tmp_path / "timm.safetensors")
+    fresh = VisionTransformer(**SMALL, reg_tokens=4)
+    whole = to_causal(fresh)
+    whole.load_state_dict(load_file(tmp_path / "whole.safetensors"))
+    fresh.load_state_dict(load_file(tmp_path / "timm.safetensors"))
+    expected = model(images)
+    assert torch.equal(whole.eval()(images), expected)
+    assert torch.equal(to_causal(fresh.eval())(images), expected)
+
+
+def test_the_mode_and_frozen_weights_are_kept():
+    vit = build("plain")
+    vit.patch_embed.requires_grad_(False)
+    vit.blocks[1].train()
+    model = to_causal(vit)
+    assert not model.training and not model.vit.blocks[0].attn.training and model.vit.blocks[1].attn.training
+    frozen = {key for key, parameter in model.vit.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients, runs = [], []
+    for enabled in (False, True):
+        model = to_causal(build("plain").train())
+        model.soft_mask = 0.5
+        model.vit.set_grad_checkpointing(enabled)
+        model.vit.blocks[0].attn.register_forward_hook(lambda *_, enabled=enabled: runs.append(enabled))
+        torch.manual_seed(1)
+        model(images_for("")).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert runs == [False, True, True], "a checkpointed block runs again in the backward pass"
+    torch.testing.assert_close(*gradients)
+
+
+def test_timm_s_own_methods_work_on_the_inner_network():
+    model = to_causal(build("registers"))
+    model.vit.reset_classifier(7)
+    model.vit.set_input_size((48, 40))
+    assert model(torch.randn(1, 3, 48, 40)).shape == (1, 7)
+
+
+def test_distilled_training_gives_both_heads():
+    model = to_causal(randomise(VisionTransformerDistilled(**SMALL)).train())
+    model.vit.set_distilled_training()
+    assert [tuple(logits.shape) for logits in model(images_for(""))] == [(2, 5), (2, 5)]
+
+
+def test_the_soft_mask_is_in_0_to_1_and_starts_hard():
+    model = to_causal(build("plain"))
+    assert model.soft_mask == 0.0
+    model.soft_mask = 0.25
+    assert model.soft_mask == 0.25
+    for alpha in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="alpha"):
+            model.soft_mask = alpha
+
+
+class OwnFeatures(VisionTransformer):
+    def forward_features(self, x, **_):
+        return super().forward_features(x) * 2
+
+
+def scaled_otherwise():
+    vit = VisionTransformer(**SMALL)
+    vit.blocks[1].attn.scale = 1.0
+    return vit
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1), "VisionTransformerRelPos"),
+        (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva"),
+        (lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=32, num_heads=2), "Beit"),
+        (lambda: torch.nn.Linear(2, 2), "Linear causal: give a timm VisionTransformer"),
+        (lambda: to_causal(VisionTransformer(**SMALL)), "CausalVisionTransformer"),
+        (lambda: to_causal(VisionTransformer(**SMALL)).vit, "CausalAttention"),
+        (lambda: OwnFeatures(**SMALL), "forward_features of its own"),
+        (lambda: VisionTransformer(**SMALL, block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
+        (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "DiffAttention"),
+        (scaled_otherwise, "scales by 1.0"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(make, words):
+    with pytest.raises(UserError, match=words) as refusal:
+        to_causal(make())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+def test_an_unknown_mask_is_refused(mask):
+    with pytest.raises(UserError, match="mask must be post_softmax or pre_softmax"):
+        to_causal(VisionTransformer(**SMALL), mask)
+
+
+def test_the_inner_network_is_not_run_without_its_mask():
+    with pytest.raises(UserError, match="call the model, not its"):
+        to_causal(build("plain")).vit(images_for(""))
