@@ -116,13 +116,13 @@ def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> I
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))):
-        raise UserError(f"{folder} holds other files and will not be replaced: choose another --out")
+        raise UserError(f"{folder} holds other files and will not be replaced: choose another folder")
     draft, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("draft", "old"))
     try:
         _sweep(folder)
         draft.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another folder") from error
     try:
         yield draft
         if folder.exists():

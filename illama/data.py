@@ -1,4 +1,4 @@
-"""Images and labels: Fashion-MNIST (shipped in part), ImageNet-style folders, CIFAR.
+"""Images and labels: Fashion-MNIST (shipped in part), CIFAR, ImageNet-style folders, tar and parquet shards.
 
 A data set is named by one string:
 
@@ -6,6 +6,8 @@ A data set is named by one string:
     fashion-mnist:FOLDER     the same, with the full training split from FOLDER's idx files
     cifar10:FOLDER           torchvision's layout (cifar-10-batches-py/), likewise cifar100:FOLDER
     FOLDER                   ImageNet's layout: train/CLASS/*.jpg and val/CLASS/*.jpg
+    webdataset:FOLDER        train-*.tar and val-*.tar (or train/*.tar and so on) of KEY.jpg and KEY.cls
+    parquet:FOLDER           Hugging Face's data/train-*.parquet and validation-*.parquet (or test-*)
 
 Calibration images come from the training split, evenly spaced, and never from the test split.
 """
@@ -21,12 +23,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
 
+from illama.data_shards import Sample, WebDataset, decode_image
 from illama.errors import UserError
 
 SHIPPED_FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion_mnist"
@@ -36,7 +39,6 @@ FASHION_MNIST_CLASSES: tuple[str, ...] = (
 )  # fmt: skip
 VALIDATION_IMAGES = 2000
 
-Sample = tuple[Any, int]
 Transform = Callable[[Any], Tensor]
 
 
@@ -151,20 +153,11 @@ class FashionMNIST:
         return _hold_out(TensorImages(*_read_idx_pair(self.folder, "train")))
 
 
-class Cifar:
-    """CIFAR-10 or CIFAR-100 from a folder in torchvision's layout (its files are checked by MD5 first)."""
+class ImageSplits:
+    """What CIFAR, image folders and shards have in common: ImageNet's preprocessing, and splits of RGB images."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        self._reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        self._test = self._read(train=False)
-        self.classes = tuple(self._test.classes)
-
-    def _read(self, train: bool) -> Any:
-        try:
-            return self._reader(self.folder, train=train, download=False)
-        except RuntimeError as error:
-            raise UserError(f"no intact {self.name} in {self.folder}: put its unpacked python version there") from error
+    classes: tuple[str, ...]
+    _test: Dataset[Sample]
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
         return Preprocessing.imagenet(image_size, in_channels)
@@ -173,19 +166,42 @@ class Cifar:
         return self._test
 
     def calibration(self, count: int) -> Dataset[Sample]:
-        return _evenly_spaced(self._read(train=True), count)
+        return _evenly_spaced(self._train(shuffled=False), count)
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
-        return _hold_out(self._read(train=True))
+        return _hold_out(self._train(shuffled=True))
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        """The training split, for reading in a random order if ``shuffled``."""
+        raise NotImplementedError
 
 
-class ImageFolder:
+class Cifar(ImageSplits):
+    """CIFAR-10 or CIFAR-100 from a folder in torchvision's layout (its files are checked by MD5 first)."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self._reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        test = self._read(train=False)
+        self._test, self.classes = test, tuple(test.classes)
+
+    def _read(self, train: bool) -> Any:
+        try:
+            return self._reader(self.folder, train=train, download=False)
+        except RuntimeError as error:
+            raise UserError(f"no intact {self.name} in {self.folder}: put its unpacked python version there") from error
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        return self._read(train=True)
+
+
+class ImageFolder(ImageSplits):
     """A folder in ImageNet's layout: train/CLASS/image and val/CLASS/image."""
 
     def __init__(self, folder: Path) -> None:
         self.name, self.folder = folder.name, folder
-        self._test = self._read("val")
-        self.classes = tuple(self._test.classes)
+        test = self._read("val")
+        self._test, self.classes = test, tuple(test.classes)
 
     def _read(self, split: str) -> datasets.ImageFolder:
         folder = self.folder / split
@@ -199,35 +215,50 @@ class ImageFolder:
             raise UserError(f"{folder} has one class only ({images.classes[0]}): a classifier needs two or more")
         return images
 
-    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
-        return Preprocessing.imagenet(image_size, in_channels)
-
-    def test(self) -> Dataset[Sample]:
-        return self._test
-
-    def calibration(self, count: int) -> Dataset[Sample]:
-        return _evenly_spaced(self._training_images(), count)
-
-    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
-        return _hold_out(self._training_images())
-
-    def _training_images(self) -> datasets.ImageFolder:
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
         images = self._read("train")
         if tuple(images.classes) != self.classes:
             raise UserError(f"train/ and val/ in {self.folder} hold different classes")
         return images
 
 
+class Shards(ImageSplits):
+    """A folder of tar or parquet shards: see :mod:`illama.data_shards` and :mod:`illama.data_parquet`."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.name = folder.resolve().name
+        if kind == "webdataset":
+            self._source: Any = WebDataset(folder)
+        else:
+            from illama.data_parquet import ParquetFolder  # only here, since importing pyarrow takes a while
+
+            self._source = ParquetFolder(folder)
+        self.classes, self._test = self._source.classes, self._source.test
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        return self._source.train(shuffled)
+
+
 def open_data(spec: str) -> ImageData:
-    """The data set that ``spec`` names (see this module's docstring); UserError if it is not there."""
+    """The data set that ``spec`` names, without decoding an image.
+
+    ``spec`` is fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER or a
+    folder in ImageNet's layout: see this module's docstring.
+
+    Raises:
+        UserError: it is not there, or its files are incomplete, damaged or do not fit together.
+    """
     name, _, folder = spec.partition(":")
     if name == "fashion-mnist":
         return FashionMNIST(Path(folder)) if folder else FashionMNIST()
     if name in ("cifar10", "cifar100"):
         return Cifar(name, Path(folder or "."))
+    if name in ("webdataset", "parquet"):
+        return Shards(name, Path(folder or "."))
     if Path(spec).is_dir():
         return ImageFolder(Path(spec))
-    raise UserError(f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER or an existing folder")
+    raise UserError(f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, "
+                    "parquet:FOLDER or an existing folder")  # fmt: skip
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
@@ -267,11 +298,7 @@ def _read_idx_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: replace it or take it out ({type(error).__name__})") from error
+    return decode_image(path, lambda: path)
 
 
 def _evenly_spaced(images: Dataset[Sample], count: int) -> Dataset[Sample]:

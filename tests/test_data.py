@@ -103,34 +103,55 @@ def test_a_damaged_idx_file_is_refused(tmp_path, content):
         read_idx(tmp_path / "file.gz")
 
 
-def _write_cifar10(root):
-    """A CIFAR-10 of 20 + 10 images in the published layout; returns the MD5 sums torchvision checks."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    generator, sums = np.random.default_rng(0), {}
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+def test_a_huge_image_is_named_in_one_line(image_folder, monkeypatch, recwarn):
+    """Pillow only warns of images above its limit, and refuses them from twice the limit on."""
+    with Image.open(image_folder / "val" / "class0" / "0.png") as image:
+        pixels = image.width * image.height
+    for limit in (pixels * 2 // 3, pixels // 3):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UserError, match=r"class0/0\.png has more than .* million pixels: shrink it"):
+            open_data(str(image_folder)).test()[0]
+    assert not recwarn.list
+
+
+CIFAR = {
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch",
+                "labels", "label_names"),
+    "cifar100": (datasets.CIFAR100, "cifar-100-python", ["train"], "test", "fine_labels", "fine_label_names"),
+}  # fmt: skip
+
+
+def _write_cifar(name, root):
+    """A CIFAR of 10 images a batch in the published layout; its pixels, and the MD5 sums torchvision checks."""
+    _, folder, train, test, labels, names = CIFAR[name]
+    generator, classes = np.random.default_rng(0), int(name.removeprefix("cifar"))
     contents = {
-        name: {"data": generator.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
-        for name in names
+        batch: {"data": generator.integers(0, 256, (10, 3072), dtype=np.uint8), labels: list(range(10))}
+        for batch in [*train, test]
     }
-    contents["batches.meta"] = {"label_names": [f"kind{i}" for i in range(10)]}
-    for name, content in contents.items():
-        (folder / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
-    return sums
+    meta = CIFAR[name][0].meta["filename"]
+    contents[meta] = {names: [f"kind{i}" for i in range(classes)]}
+    (root / folder).mkdir(parents=True)
+    for batch, content in contents.items():
+        (root / folder / batch).write_bytes(pickle.dumps(content))
+    return contents, {batch: hashlib.md5((root / folder / batch).read_bytes()).hexdigest() for batch in contents}
 
 
-def test_cifar_10_in_its_published_layout(tmp_path, monkeypatch):
-    sums = _write_cifar10(tmp_path)
-    with pytest.raises(UserError, match="no intact cifar10"):  # its MD5 sums are not CIFAR's
-        open_data(f"cifar10:{tmp_path}")
-    monkeypatch.setattr(
-        datasets.CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
-    )
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": sums["batches.meta"]})
-    data = open_data(f"cifar10:{tmp_path}")
-    assert data.classes == tuple(f"kind{i}" for i in range(10))
-    assert (len(data.test()), len(data.calibration(50))) == (10, 50)
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_in_its_published_layout(name, tmp_path, monkeypatch):
+    reader, _, train, test, _, _ = CIFAR[name]
+    contents, sums = _write_cifar(name, tmp_path)
+    with pytest.raises(UserError, match=f"no intact {name}"):  # its MD5 sums are not CIFAR's
+        open_data(f"{name}:{tmp_path}")
+    monkeypatch.setattr(reader, "train_list", [[batch, sums[batch]] for batch in train])
+    monkeypatch.setattr(reader, "test_list", [[test, sums[test]]])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": sums[reader.meta["filename"]]})
+    data = open_data(f"{name}:{tmp_path}")
+    assert data.classes == tuple(f"kind{i}" for i in range(int(name.removeprefix("cifar"))))
+    count = 10 * len(train)
+    assert (len(data.test()), len(data.calibration(count))) == (10, count)
+    image, label = data.calibration(count)[count - 1]
+    expected = contents[train[-1]]["data"][9].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert label == 9 and np.array_equal(np.asarray(image), expected)
     image, _ = Transformed(data.test(), data.preprocessing(32, 3).transform())[0]
     assert image.shape == (3, 32, 32)
