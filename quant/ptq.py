@@ -42,6 +42,7 @@ class PtqOptions:
         schemes: any of int8, fp8.
         calibration_images: how many training images the ranges are taken from.
         out: where the bundles, summary.json and report.html go; an earlier result there is replaced.
+        image_size: run at another resolution than the checkpoint's: its position embedding is interpolated.
         targets: compute capabilities of the engines, such as sm86 sm89; the library's portable choice if not given.
         seed: of the bootstrap's intervals; calibration is deterministic.
     """
@@ -51,6 +52,7 @@ class PtqOptions:
     schemes: tuple[str, ...] = ("int8", "fp8")
     calibration_images: int = 512
     out: Path = Path("runs/ptq")
+    image_size: int | None = None
     targets: tuple[str, ...] = ()
     seed: int = 0
 
@@ -91,7 +93,7 @@ class Job:
 
 def open_job(options: PtqOptions, folder: Path) -> Job:
     """Load and check everything before any work is done; UserError for whatever does not fit."""
-    checkpoint = load_checkpoint(options.checkpoint)
+    checkpoint = load_checkpoint(options.checkpoint, image_size=options.image_size)
     data = open_data(options.data)
     config = checkpoint.model.config
     if len(data.classes) != config.num_classes:
