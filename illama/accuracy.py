@@ -32,17 +32,24 @@ def load_images(
 
 
 def predict(
-    models: Mapping[str, Infer], split: Dataset[Sample], transform: Transform, batch: int = 50
+    models: Mapping[str, Infer],
+    split: Dataset[Sample],
+    transform: Transform,
+    batch: int = 50,
+    workers: int = 0,
+    progress: bool = True,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Logits (n, classes) of each model over a whole split, and the labels (n,).
 
     The split is streamed once, whatever the number of models, with a progress bar. A model sees ``batch`` images
-    a call, and ten calls at a time, since changing from one to another costs time.
+    a call, and ten calls at a time, since changing from one to another costs time. ``workers`` processes read images.
     """
     logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
     labels: list[np.ndarray] = []
-    with tqdm(total=len(split), desc="evaluate", unit="img", disable=None, leave=False) as bar:  # type: ignore[arg-type]
-        for images, batch_labels in DataLoader(Transformed(split, transform), batch_size=10 * batch):
+    total, disable = len(split), None if progress else True  # type: ignore[arg-type]
+    loader = DataLoader(Transformed(split, transform), batch_size=10 * batch, num_workers=workers)
+    with tqdm(total=total, desc="evaluate", unit="img", disable=disable, leave=False) as bar:
+        for images, batch_labels in loader:
             for name, infer in models.items():
                 logits[name] += [infer(part.numpy()) for part in images.split(batch)]
             labels.append(batch_labels.numpy())

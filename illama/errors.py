@@ -19,15 +19,19 @@ class UserError(Exception):
     """Something the user can put right. The message says what is wrong and what to do, in one line."""
 
 
-def run_command(options: type[Options], main: Callable[[Options], None]) -> None:
+def run_command(
+    options: type[Options], main: Callable[[Options], None], default: Callable[[], Options] | None = None
+) -> None:
     """Parse the command line into ``options``, run ``main`` and turn the user's mistakes into one line.
+
+    ``default`` makes the options that the command line overrides; without it they are the dataclass's own.
 
     Exits with 2 for a mistake (bad option, bad file, full disk) and 130 for Ctrl-C; anything else is a
     defect of this project and keeps its traceback.
     """
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
-        main(tyro.cli(options))
+        main(tyro.cli(options, default=default()) if default else tyro.cli(options))
     except UserError as error:
         # One from a data loader's worker comes back wrapped in the worker's traceback; its last line is the error.
         _exit(str(error).strip().splitlines()[-1].removeprefix("illama.errors.UserError: "), 2)
