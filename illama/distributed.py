@@ -62,7 +62,9 @@ class Processes:
             return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def shard(self, model: nn.Module, blocks: nn.ModuleList) -> None:
-        """Split the weights over the processes, block by block (FSDP2), in place."""
+        """Split the weights over the processes, block by block (FSDP2), in place; UserError without torchrun."""
+        if not dist.is_initialized():
+            raise UserError("--fsdp shards over torchrun's processes: start with torchrun, or add --no-fsdp")
         mesh = init_device_mesh(self.device.type, (self.count,))
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh)

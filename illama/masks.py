@@ -166,7 +166,7 @@ def fastest_form(q: Tensor, mask: AttentionMask) -> Form:
     """The faster form for these queries: measured on a CPU (``docs/attention-mask.md``), expected of a GPU."""
     if q.device.type != "cpu":
         return "fused"
-    # A CPU's fused kernel skips no masked key, so twice the keys are twice the work; and its backward pass in
-    # 16 bits is slower than the plain form by two to twenty times, most with a single query.
+    # A CPU's fused kernel skips no masked key, so twice the keys are twice the work; and in 16 bits its backward
+    # pass is slower than the plain form, for a single query up to twenty times.
     slow_backward = q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
     return "plain" if mask.kind != "bidirectional" or slow_backward else "fused"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from illama.config import ModelConfig
 from illama.masks import AttentionMask, MaskedAttention, SoftMasked
+from illama.norms import make_norm
 
 
 class Linear(nn.Linear):
@@ -24,28 +25,6 @@ class Linear(nn.Linear):
         if outputs is None:
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight[outputs], self.bias[outputs])
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm in float32 whatever the input: the square of a float16 activation overflows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float() if x.dtype != torch.float64 else self.weight
-        return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm in float32 whatever the input, for the variants on the way from ViT."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """The config's normalisation over the width."""
-    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.width, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
@@ -220,13 +199,18 @@ def rotary_table(tokens: int, head_dim: int, theta: float = 10000.0) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), LLaMA's own layout, in x's precision.
+    """Rotate the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), LLaMA's own layout.
 
     Hugging Face's LLaMA pairs x[i] with x[i + d / 2] instead: its weights need a permutation first.
     """
-    cos, sin = rotation.to(x.dtype)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    if torch.compiler.is_compiling():  # compilers and exporters have no complex numbers, and need none to be fast
+        cos, sin = rotation.to(x.dtype)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = rotation.to(wide.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from illama import ILLaMA, ModelConfig
@@ -14,6 +15,7 @@ from illama.config import VARIANTS
 from illama.errors import UserError
 from illama.masks import AttentionMask, MaskedAttention
 from illama.model import rotary_table, rotate
+from illama.norms import LayerNorm, RMSNorm
 
 ALPHAS = (0.0, 0.25, 1.0)
 KINDS = ("post_softmax", "pre_softmax", "bidirectional")
@@ -278,3 +280,38 @@ def test_dropout_and_stochastic_depth_act_in_training_only():
         assert not torch.equal(model(images), model(images))
         model.eval()
         assert torch.equal(model(images), model(images))
+
+
+def test_rms_norm_s_own_backward_pass_is_right():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    norm = RMSNorm(8, eps=1e-6).double()
+    norm.weight.data.copy_(weight)
+    assert torch.autograd.gradcheck(norm, x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda w: functional_call(norm, {"weight": w}, (x,)), weight.requires_grad_())
+    with torch.no_grad():
+        expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+        assert (norm(x) - expected).abs().max() < 1e-12
+    assert (norm(x) - expected).abs().max() < 1e-12
+
+
+def test_norms_stay_in_float32_under_autocast():
+    x = torch.randn(4, 50, 128) * 300
+    for norm in (RMSNorm(128, eps=1e-6), LayerNorm(128, eps=1e-6)):
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = norm(x)
+        assert under_autocast.dtype == torch.float32
+        assert (under_autocast - norm.double()(x.double())).abs().max() < 1e-5
+
+
+def test_rotation_is_the_same_compiled_and_not():
+    rotation, x = rotary_table(7, 6), torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    program = torch.export.export(_Rotate(), (x, rotation))
+    values = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert values and not any(value.is_complex() for value in values)
+    assert (program.module()(x, rotation) - rotate(x, rotation)).abs().max() < 1e-12
+
+
+class _Rotate(torch.nn.Module):
+    def forward(self, x, rotation):
+        return rotate(x, rotation)

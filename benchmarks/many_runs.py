@@ -1,0 +1,70 @@
+"""Many training runs side by side, each the ordinary command; what is trained already is not trained again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from illama.accuracy import usable_cores
+from illama.bundle import Manifest
+from illama.errors import UserError
+
+TRAIN = Path(__file__).parents[1] / "illama" / "train.py"
+
+
+def train_all(runs: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Train each run into its folder, with the options given, on a core of its own.
+
+    Raises:
+        UserError: a run failed; its last words are in the message.
+    """
+    missing = [(out, options) for out, options in runs.items() if not (out / "bundle").exists()]
+    running: list[tuple[Path, subprocess.Popen[bytes]]] = []
+    with tqdm(total=len(missing), unit="run", disable=None) as bar:
+        try:
+            while missing or running:
+                while missing and len(running) < usable_cores():
+                    running.append(start(*missing.pop(0)))
+                time.sleep(0.2)
+                finished = [pair for pair in running if pair[1].poll() is not None]
+                for out, process in finished:
+                    running.remove((out, process))
+                    if process.returncode:
+                        raise UserError(f"{out} failed: {(out / 'stderr.txt').read_text().strip().splitlines()[-1]}")
+                    bar.update()
+        finally:
+            for _, process in running:
+                process.terminate()
+
+
+def start(out: Path, options: Mapping[str, Any]) -> tuple[Path, subprocess.Popen[bytes]]:
+    """Start one run on one thread, and say where it goes."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(TRAIN), "--out", str(out)]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        command += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    with (out / "stderr.txt").open("wb") as errors:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return out, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+
+
+def test_top1(out: Path) -> float:
+    """Percent of the test images that a finished run gets right."""
+    return float(Manifest.read(out / "bundle").metrics["test_top1"])
+
+
+def compare(top1: np.ndarray, reference: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Mean difference over the seeds, and its 95% interval by Student's t on the differences of like seeds."""
+    differences = top1 - reference
+    mean, half = differences.mean(), stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
+    return float(mean), (float(mean - half), float(mean + half))
