@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,15 +20,19 @@ from illama.bundle import Manifest
 from illama.errors import UserError
 
 TRAIN = Path(__file__).parents[1] / "illama" / "train.py"
+OPTIONS = "options.json"
 
 
 def train_all(runs: Mapping[Path, Mapping[str, Any]]) -> None:
     """Train each run into its folder, with the options given, on a core of its own.
 
     Raises:
-        UserError: a run failed; its last words are in the message.
+        UserError: a folder holds a run with other options, or a run failed; its last words are in the message.
     """
-    missing = [(out, options) for out, options in runs.items() if not (out / "bundle").exists()]
+    for out, options in runs.items():
+        if (out / OPTIONS).exists() and (out / OPTIONS).read_text() != as_text(options):
+            raise UserError(f"{out} holds a run with other options: choose another --out or delete it")
+    missing = [(out, options) for out, options in runs.items() if not finished(out)]
     running: list[tuple[Path, subprocess.Popen[bytes]]] = []
     with tqdm(total=len(missing), unit="run", disable=None) as bar:
         try:
@@ -35,20 +40,31 @@ def train_all(runs: Mapping[Path, Mapping[str, Any]]) -> None:
                 while missing and len(running) < usable_cores():
                     running.append(start(*missing.pop(0)))
                 time.sleep(0.2)
-                finished = [pair for pair in running if pair[1].poll() is not None]
-                for out, process in finished:
+                for out, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((out, process))
                     if process.returncode:
-                        raise UserError(f"{out} failed: {(out / 'stderr.txt').read_text().strip().splitlines()[-1]}")
+                        words = (out / "stderr.txt").read_text().strip() or f"exit status {process.returncode}"
+                        raise UserError(f"{out} failed: {words.splitlines()[-1]}")
                     bar.update()
         finally:
             for _, process in running:
                 process.terminate()
 
 
+def finished(out: Path) -> bool:
+    """Whether a folder holds a run that came to its end."""
+    return (out / OPTIONS).exists() and (out / "bundle").exists()
+
+
+def as_text(options: Mapping[str, Any]) -> str:
+    """A run's options as its folder keeps them."""
+    return json.dumps(options, default=str, indent=2)
+
+
 def start(out: Path, options: Mapping[str, Any]) -> tuple[Path, subprocess.Popen[bytes]]:
     """Start one run on one thread, and say where it goes."""
     out.mkdir(parents=True, exist_ok=True)
+    (out / OPTIONS).write_text(as_text(options))
     command = [sys.executable, str(TRAIN), "--out", str(out)]
     for name, value in options.items():
         flag = name.replace("_", "-")

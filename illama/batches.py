@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -115,8 +116,9 @@ def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transfor
 def _rand_augment(setting: str, preprocessing: Preprocessing) -> Any:
     grey = tuple(round(255 * value) for value in (preprocessing.mean * 3)[:3])
     try:
-        return rand_augment_transform(setting, {"translate_const": int(preprocessing.image_size * 0.45),
-                                                "img_mean": grey})  # fmt: skip
+        translation = int(preprocessing.image_size * 0.45)  # timm's own share
+        options = {"translate_const": translation, "img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
+        return rand_augment_transform(setting, options)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
             f"--rand-augment {setting!r} is not a setting of timm's, such as rand-m9-mstd0.5-inc1"

@@ -168,7 +168,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state = content.get("model", content)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors, and it was not run: save its state dict alone") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError, LookupError, OSError) as error:
         raise _unreadable(path) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} is not a state dict of tensors")

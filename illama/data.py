@@ -52,6 +52,9 @@ class Preprocessing:
         mean, std: per channel, on pixels scaled to 0..1.
         resize: the shorter side is brought to this length (bicubic) before a centre crop; None warps the
             image to ``image_size`` without a crop, as the paper does at 384 pixels and above.
+
+    Raises:
+        UserError: another number of channels.
     """
 
     image_size: int
@@ -59,6 +62,10 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.in_channels not in (1, 3):
+            raise UserError(f"in_channels must be 1 (grey) or 3 (RGB), not {self.in_channels}")
 
     @classmethod
     def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:

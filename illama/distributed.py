@@ -67,7 +67,8 @@ class Processes:
             raise UserError("--fsdp shards over torchrun's processes: start with torchrun, or add --no-fsdp")
         mesh = init_device_mesh(self.device.type, (self.count,))
         for module in (*blocks, model):
-            fully_shard(module, mesh=mesh)
+            # The root too is to be sharded again after a forward pass: an evaluation may come before an average.
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 @contextmanager

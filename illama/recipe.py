@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import sys
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -53,7 +54,7 @@ class Recipe:
         batch_size: images per optimiser step, over all processes and accumulated parts.
         micro_batch: images per forward pass. Mixup, dropout and stochastic depth are drawn per micro-batch, so
             that the number of processes changes nothing.
-        optimizer: any of timm's; adamw has betas (0.9, 0.999).
+        optimizer: any of timm's that needs first derivatives only; adamw has betas (0.9, 0.999).
         learning_rate: peak of the cosine schedule, for the batch size given (not scaled).
         weight_decay: on matrices and kernels only: none on norms, biases, position embedding, class token.
         warmup_epochs: of linear warm-up.
@@ -123,8 +124,8 @@ class Recipe:
             if value is not None and value < 1:
                 raise UserError(f"{_option(name)} must be at least 1")
         for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise UserError(f"{_option(name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{_option(name)} must be a number that is not negative")
         for name in _FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{_option(name)} must lie in 0..1")
@@ -165,6 +166,8 @@ def load_recipe(name: str) -> Recipe:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"no recipe {name!r}: choose one of {', '.join(recipe_names())}, or a .yaml file") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
@@ -174,19 +177,15 @@ def load_recipe(name: str) -> Recipe:
 
 def recipe_of_command_line() -> Recipe:
     """The recipe that ``--recipe`` names, as the defaults that the other options override."""
-    arguments = sys.argv[1:]
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--recipe="):
-            return load_recipe(argument.removeprefix("--recipe="))
-        if argument == "--recipe" and index + 1 < len(arguments):
-            return load_recipe(arguments[index + 1])
-    return load_recipe(DEFAULT_RECIPE)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?", default=DEFAULT_RECIPE)
+    return load_recipe(parser.parse_known_args()[0].recipe or DEFAULT_RECIPE)
 
 
 def _checked(path: Path, name: str, value: Any) -> Any:
     """A YAML value as its option's type."""
     hint = get_type_hints(Recipe).get(name)
-    if hint is None:
+    if hint is None or name == "recipe":
         raise UserError(f"{path} has no such option: {name}; options are named as in --help")
     kinds = get_args(hint) or (hint,)
     if get_origin(hint) is Literal:

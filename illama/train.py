@@ -30,7 +30,13 @@ _MODEL_OPTIONS = ("image_size", "patch_size", "in_channels", "width", "depth", "
 
 
 def make_model(recipe: Recipe, classes: int) -> ILLaMA:
-    """The recipe's network with its starting weights."""
+    """The recipe's network with its starting weights.
+
+    Raises:
+        UserError: they cannot be had, or the recipe is one of fine-tuning and names none.
+    """
+    if recipe.new_head and not recipe.init:
+        raise UserError("this recipe fine-tunes: name the weights with --init, or add --no-new-head to start anew")
     overrides = {name: getattr(recipe, name) for name in _MODEL_OPTIONS if getattr(recipe, name)}
     config = ModelConfig.preset(recipe.model, recipe.variant, **overrides, num_classes=classes)
     seed_everything(recipe.seed)
@@ -42,13 +48,24 @@ def make_model(recipe: Recipe, classes: int) -> ILLaMA:
     return model
 
 
+def inputs_of(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the files that the starting weights come from; of a LLaMA its config and index stand for them."""
+    files = []
+    if recipe.init:
+        files = [recipe.init / WEIGHTS if recipe.init.is_dir() else recipe.init]
+    if recipe.init_llama:
+        files = sorted(recipe.init_llama.glob("*.json"))
+    return {str(file): sha256(file) for file in files}
+
+
 def start_run(recipe: Recipe, group: Processes) -> Run:
     """Open the data, make the network, and go on from ``recipe.out`` if a run was interrupted there."""
     if not recipe.data:
         raise UserError("no images to train on: give --data (see --help)")
     data: ImageData = open_data(recipe.data)
     model = make_model(recipe, len(data.classes))
-    run = Run(recipe, data, data.preprocessing(model.config.image_size, model.config.in_channels), model, group)
+    preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
+    run = Run(recipe, data, preprocessing, model, group, inputs=inputs_of(recipe))
     try:
         recipe.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,10 +81,8 @@ def write_bundle(run: Run) -> Path:
     folder = recipe.out / "bundle"
     if not run.processes.main:
         return folder
-    start = recipe.init / WEIGHTS if recipe.init and recipe.init.is_dir() else recipe.init
-    inputs = {str(start): sha256(start)} if start else {}
     manifest = Manifest(command_line(), config.to_dict(), asdict(run.preprocessing), list(run.data.classes),
-                        recipe.seed, inputs, metrics)  # fmt: skip
+                        recipe.seed, run.inputs, metrics)  # fmt: skip
     with write_folder(folder) as draft:
         write_weights(weights, config, draft / WEIGHTS)
         (draft / "log.csv").write_text((recipe.out / "log.csv").read_text())

@@ -44,6 +44,8 @@ class Run:
     Attributes:
         model: an ILLaMA, or any network with a soft mask, such as one of illama.adapt; on its device, and sharded
             over the processes if the recipe says so.
+        inputs: SHA-256 of the files that the starting weights came from, by path.
+        images, validation: of the training split.
         step: optimiser steps done.
         loss_sum: of the epoch's steps so far; ``loss_share`` is this process's part of the last few, which
             ``steps_unlogged`` counts.
@@ -54,11 +56,14 @@ class Run:
     preprocessing: Preprocessing
     model: SoftMasked
     processes: Processes
+    images: Dataset[Sample] = field(init=False)
+    validation: Dataset[Sample] = field(init=False)
     average: AveragedModel | None = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     wrapped: nn.Module = field(init=False)
     forward: Any = field(init=False)
+    inputs: dict[str, str] = field(default_factory=dict)
     step: int = 0
     loss_sum: float = 0.0
     loss_share: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
@@ -66,13 +71,14 @@ class Run:
 
     def __post_init__(self) -> None:
         recipe, device = self.recipe, self.processes.device
+        self.images, self.validation = self.data.training()
         self.model = self.model.to(device)
         self.loss_share = self.loss_share.to(device)
         self.average = None
         if recipe.ema_decay:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
         if recipe.fsdp:
-            for model in (self.model, self.kept):
+            for model in dict.fromkeys((self.model, self.kept)):
                 self.processes.shard(model, cast(nn.ModuleList, model.blocks))
         self.optimizer = make_optimizer(recipe, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast == "float16")
@@ -89,6 +95,14 @@ class Run:
     def checkpoint(self) -> Path:
         return self.recipe.out / "checkpoint.pt"
 
+    @property
+    def identity(self) -> str:
+        """What must not change between a run and its continuation."""
+        free = {"recipe", "out", "workers", "checkpoint_steps", "fsdp"}
+        facts = {name: value for name, value in asdict(self.recipe).items() if name not in free}
+        facts |= {"classes": self.data.classes, "images": len(cast(Sized, self.images)), "inputs": self.inputs}
+        return json.dumps(facts, default=str)
+
     def kept_weights(self) -> dict[str, Tensor]:
         """The state dict of :attr:`kept`, whole and on the CPU in the main process; every process must ask."""
         return cast(dict[str, Tensor], sharded.get_model_state_dict(self.kept, options=_WHOLE))
@@ -100,7 +114,7 @@ class Run:
         content = {
             "step": self.step,
             "loss_sum": self.loss_sum,
-            "identity": _identity(self.recipe),
+            "identity": self.identity,
             "model": model,
             "optimizer": optimizer,
             "average": average,
@@ -118,10 +132,11 @@ class Run:
             return
         try:
             content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.checkpoint} is damaged: delete it to start anew") from error
-        if content.get("identity") != _identity(self.recipe):
-            raise UserError(f"{self.recipe.out} holds a run with other options: choose another --out or delete it")
+        if content.get("identity") != self.identity:
+            raise UserError(f"{self.recipe.out} holds a run with other options, images or starting weights: "
+                            "choose another --out or delete it")  # fmt: skip
         self.step, self.loss_sum = content["step"], content["loss_sum"]
         sharded.set_state_dict(self.model, self.optimizer, model_state_dict=content["model"],
                                optim_state_dict=content["optimizer"], options=_WHOLE)  # fmt: skip
@@ -129,12 +144,6 @@ class Run:
             sharded.set_model_state_dict(self.kept, content["average"], options=_WHOLE)
             self.average.n_averaged += self.step
         self.scaler.load_state_dict(content["scaler"])
-
-
-def _identity(recipe: Recipe) -> str:
-    """What must not change between a run and its continuation."""
-    free = {"recipe", "out", "workers", "checkpoint_steps", "fsdp"}
-    return json.dumps({name: value for name, value in asdict(recipe).items() if name not in free}, default=str)
 
 
 def make_optimizer(recipe: Recipe, model: SoftMasked) -> torch.optim.Optimizer:
@@ -151,19 +160,19 @@ def make_optimizer(recipe: Recipe, model: SoftMasked) -> torch.optim.Optimizer:
     fused: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" and not recipe.fsdp else {}
     try:
         return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0, **fused)
-    except ValueError as error:
-        raise UserError(f"--optimizer {recipe.optimizer!r} is none of timm's: the paper's is adamw") from error
+    except (ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"--optimizer {recipe.optimizer!r} is none of timm's, or not for this machine: the paper's "
+                        "is adamw") from error  # fmt: skip
 
 
 def fit(run: Run) -> None:
     """Train to the last step, with a checkpoint every ``checkpoint_steps`` and a log row every epoch."""
     recipe, processes = run.recipe, run.processes
-    images, validation = run.data.training()
-    count = len(cast(Sized, images))
+    count = len(cast(Sized, run.images))
     stop = count // recipe.batch_size * recipe.epochs
     batches = MicroBatches(count, recipe, run.step, stop, processes.rank, processes.count)
     per_epoch = batches.steps_per_epoch
-    dataset = Augmented(images, training_transform(recipe, run.preprocessing), recipe.seed)
+    dataset = Augmented(run.images, training_transform(recipe, run.preprocessing), recipe.seed)
     cuda = processes.device.type == "cuda"
     loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=recipe.workers, pin_memory=cuda))
     mixup = make_mixup(recipe, len(run.data.classes))
@@ -179,7 +188,7 @@ def fit(run: Run) -> None:
                 log_loss(run, log)
             if ending:
                 speed = (run.step - first) * recipe.batch_size / (time.perf_counter() - started)
-                bar.set_postfix(end_epoch(run, log, validation, per_epoch, speed))
+                bar.set_postfix(end_epoch(run, log, per_epoch, speed))
             if saving:
                 run.save()
 
@@ -224,12 +233,12 @@ def log_loss(run: Run, log: Log | None) -> None:
     run.steps_unlogged = 0
 
 
-def end_epoch(run: Run, log: Log | None, validation: Dataset[Sample], per_epoch: int, speed: float) -> dict[str, str]:
+def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> dict[str, str]:
     """Evaluate the kept weights on the validation images and log the epoch; a summary for the bar."""
     epoch, rate = run.step // per_epoch, run.optimizer.param_groups[-1]["lr"]
     soft_mask = run.model.soft_mask
     loss, run.loss_sum = run.loss_sum / per_epoch, 0.0
-    accuracy = evaluate(run, validation)
+    accuracy = evaluate(run, run.validation)
     if log:
         log.write_epoch(epoch, run.step, rate, soft_mask, loss, accuracy, speed)
     return {"epoch": str(epoch), "loss": f"{loss:.3f}", "val": f"{accuracy:.2f}%"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from many_runs import compare, train_all
+from many_runs import as_text, compare, train_all
 
 from illama.errors import UserError
 
@@ -29,7 +29,11 @@ def test_the_interval_is_a_paired_t_test_s(one, other):
 
 
 def test_finished_runs_are_left_alone_and_failed_ones_named(tmp_path):
-    write_bundle(tmp_path / "done" / "bundle", SMALL)
-    train_all({tmp_path / "done": {"model": "none such"}})
+    done, bad = tmp_path / "done", tmp_path / "bad"
+    write_bundle(done / "bundle", SMALL)
+    (done / "options.json").write_text(as_text({"model": "none such"}))
+    train_all({done: {"model": "none such"}})
+    with pytest.raises(UserError, match="done holds a run with other options"):
+        train_all({done: {"model": "nano"}})
     with pytest.raises(UserError, match="bad failed: error: unknown model size 'none such'"):
-        train_all({tmp_path / "bad": {"model": "none such"}})
+        train_all({bad: {"model": "none such"}})
