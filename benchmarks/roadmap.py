@@ -1,0 +1,259 @@
+"""From ViT to iLLaMA, step by step, on real images: python benchmarks/roadmap.py
+
+Every step of arXiv 2404.06773, Table 17 is trained with the same budget and the same seeds on Fashion-MNIST, and
+tested on its 10,000 test images. Interrupted, the command goes on; more seeds can be added later. It writes
+``roadmap.json``, ``roadmap.md`` and the plots to ``results/roadmap``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from many_runs import compare, test_top1, train_all
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eval.attention_rank import attention_rank
+from eval.loss_landscape import loss_landscape, sharpness
+from eval.machine import describe_machine
+from illama import ILLaMA
+from illama.accuracy import load_images
+from illama.bundle import command_line, package_versions, write_file
+from illama.checkpoint import load_checkpoint
+from illama.data import open_data
+from illama.errors import UserError, run_command
+from illama.train_log import read_log
+
+# What the paper trains with before and after it retunes the augmentation.
+_HEAVY: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0, "soft_mask": "none"}
+_LIGHT: dict[str, Any] = {"mixup": 0.1, "cutmix": 0.1, "soft_mask": "none"}
+RANK_IMAGES, LANDSCAPE_IMAGES = 30, 500
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the table.
+
+    Attributes:
+        against: the row it is compared with.
+        changes: to the recipe.
+        paper: the paper's top-1 of Tiny on ImageNet-1K, and its training loss; None where it has no such row.
+    """
+
+    name: str
+    against: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    paper: tuple[float, float] | None = None
+
+
+_CAUSAL = "+ causal mask before the softmax, class token first"
+_LIGHTER = "+ lighter mixup and cutmix"
+STEPS = (
+    Step("ViT", "", {"variant": "vit", **_HEAVY}, (73.8, 3.451)),
+    Step("+ SwiGLU", "ViT", {"variant": "vit-swiglu", **_HEAVY}, (74.3, 3.407)),
+    Step("+ RMSNorm", "+ SwiGLU", {"variant": "vit-rmsnorm", **_HEAVY}, (74.5, 3.406)),
+    Step(_CAUSAL, "+ RMSNorm", {"variant": "causal-collapse", **_HEAVY}, (0.1, float("nan"))),
+    Step("(the same, mask after the softmax)", _CAUSAL, {"variant": "causal-collapse-post-softmax", **_HEAVY}),
+    Step("(class token first, its row open)", "+ RMSNorm", {"variant": "causal-modified", **_HEAVY}, (72.5, 3.550)),
+    Step("+ class token last", "+ RMSNorm", {"variant": "causal", **_HEAVY}, (71.9, 3.599)),
+    Step("+ RoPE for learnable positions", "+ class token last", {"variant": "causal-rope", **_HEAVY}, (72.6, 3.618)),
+    Step("+ learnable positions as well", "+ RoPE for learnable positions", {"variant": "illama", **_HEAVY},
+         (73.2, 3.531)),
+    Step(_LIGHTER, "+ learnable positions as well", {"variant": "illama", **_LIGHT}, (74.3, 2.990)),
+    Step("+ soft mask, linear = iLLaMA", _LIGHTER, {"variant": "illama", **_LIGHT, "soft_mask": "linear"},
+         (74.9, float("nan"))),
+    Step("(soft mask, constant)", _LIGHTER, {"variant": "illama", **_LIGHT, "soft_mask": "constant"}, (75.0, 2.955)),
+)  # fmt: skip
+VIT, LIGHTER, ILLAMA = STEPS[0], STEPS[9], STEPS[10]
+
+
+@dataclass(frozen=True)
+class RoadmapOptions:
+    """Train every step from ViT to iLLaMA alike, and compare.
+
+    Attributes:
+        seeds: runs per step, at least 2, since the intervals come from their spread.
+        epochs: over the 58,000 training images.
+        width, heads: of the nano preset, here narrower so that all runs take about an hour on two cores.
+        out: where the runs go.
+        results: where the table and the plots go.
+    """
+
+    seeds: int = 3
+    epochs: int = 2
+    width: int = 64
+    heads: int = 2
+    out: Path = Path("runs/roadmap")
+    results: Path = Path("results/roadmap")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a step came to.
+
+    Attributes:
+        top1: percent of the test images, one number a seed; likewise loss, the mean of the last tenth of training.
+        change: points of top-1 against the step it is compared with, seed by seed, as a mean.
+        interval: of ``change``, 95%, Student's t over the seeds.
+    """
+
+    name: str
+    against: str
+    top1: list[float]
+    loss: list[float]
+    change: float | None
+    interval: tuple[float, float] | None
+    paper_tiny_top1: float | None
+
+
+def options_of(options: RoadmapOptions, step: Step, seed: int) -> dict[str, Any]:
+    """One run's options: the nano's recipe, the budget, the step's changes. The soft mask ends after a sixth."""
+    return {
+        "recipe": "nano-fashion-mnist",
+        "width": options.width,
+        "heads": options.heads,
+        "epochs": options.epochs,
+        "batch_size": 128,
+        "micro_batch": 128,
+        "mixup_probability": 1.0,
+        "erasing": 0.0,
+        "drop_path": 0.0,
+        "ema_decay": 0.0,
+        "warmup_epochs": options.epochs / 12,
+        "soft_mask_epochs": options.epochs / 6,
+        "compile": True,
+        "workers": 0,
+        "seed": seed,
+        **step.changes,
+    }
+
+
+def folder_of(options: RoadmapOptions, step: Step, seed: int) -> Path:
+    """Where a run's files are."""
+    return (options.out / f"{STEPS.index(step):02d}-seed{seed}").resolve()
+
+
+def summarise(options: RoadmapOptions) -> list[Row]:
+    """The table's rows, from the runs' files."""
+    top1s: dict[str, np.ndarray] = {}
+    rows = []
+    for step in STEPS:
+        folders = [folder_of(options, step, seed) for seed in range(options.seeds)]
+        top1s[step.name] = np.array([test_top1(folder) for folder in folders])
+        losses = [losses_of(folder)[1] for folder in folders]
+        last = [float(np.mean(each[-(len(each) // 10) :])) for each in losses]
+        change, interval = compare(top1s[step.name], top1s[step.against]) if step.against else (None, None)
+        paper = step.paper[0] if step.paper else None
+        rows.append(Row(step.name, step.against, top1s[step.name].tolist(), last, change, interval, paper))
+    return rows
+
+
+def losses_of(folder: Path) -> tuple[list[int], list[float]]:
+    """Steps, and the training loss at each."""
+    rows = read_log(folder / "losses.csv")
+    return [int(row["step"]) for row in rows], [float(row["train_loss"]) for row in rows]
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as a table."""
+    lines = ["| step | top-1 %, mean (seeds) | change (95% interval) | against | train loss | paper's Tiny, ImageNet |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        seeds = ", ".join(f"{value:.1f}" for value in row.top1)
+        change = f"{row.change:+.2f} ({row.interval[0]:+.2f} to {row.interval[1]:+.2f})" if row.interval else "-"
+        paper = "-" if row.paper_tiny_top1 is None else row.paper_tiny_top1
+        lines.append(f"| {row.name} | {np.mean(row.top1):.2f} ({seeds}) | {change} | {row.against or '-'} | "
+                     f"{np.mean(row.loss):.3f} | {paper} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def trained(options: RoadmapOptions, step: Step, seed: int) -> ILLaMA:
+    """A run's network, in evaluation mode."""
+    return load_checkpoint(folder_of(options, step, seed) / "bundle").model
+
+
+def draw_losses(options: RoadmapOptions, path: Path) -> None:
+    """Training loss of every step, seed 0, smoothed; heavy and light augmentation apart, as losses do not compare."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes: list[Axes] = figure.subplots(1, 2)
+    for axis, title, mixing in zip(axes, ("heavy", "light"), (_HEAVY, _LIGHT), strict=True):
+        for step in STEPS:
+            if step.changes["mixup"] == mixing["mixup"]:
+                steps, losses = losses_of(folder_of(options, step, 0))
+                smooth = np.convolve(losses, np.ones(5) / 5, "valid")
+                axis.plot(steps[4:], smooth, lw=1.2, label=step.name)
+        axis.set(xlabel="step", ylabel="training loss", title=f"{title} mixup and cutmix")
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def measure_ranks(options: RoadmapOptions, path: Path) -> dict[str, list[list[float]]]:
+    """Attention-map rank per layer and head, of the mean map of 30 test images and averaged over the seeds; drawn."""
+    data = open_data("fashion-mnist")
+    images = torch.from_numpy(load_images(data.test(), data.preprocessing(28, 1).transform(), RANK_IMAGES)[0])
+    ranks = {}
+    for step in (VIT, LIGHTER, ILLAMA):
+        models = [trained(options, step, seed) for seed in range(options.seeds)]
+        ranks[step.name] = np.mean([attention_rank(model, images, of_mean_map=True) for model in models], 0).tolist()
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for name, values in ranks.items():
+        layers = np.arange(1, len(values) + 1)
+        axis.plot(layers, np.mean(values, axis=1), marker="o", label=name)
+        axis.fill_between(layers, np.min(values, axis=1), np.max(values, axis=1), alpha=0.15)
+    axis.set(xlabel="layer", ylabel="rank of 50 (mean and range of heads)", title="Attention-map rank at 0.8")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    return ranks
+
+
+def measure_landscapes(options: RoadmapOptions, path: Path) -> dict[str, list[float]]:
+    """Loss along filter-normalised directions around ViT and iLLaMA, one a seed; drawn. Returns their sharpness."""
+    data = open_data("fashion-mnist")
+    arrays = load_images(data.test(), data.preprocessing(28, 1).transform(), LANDSCAPE_IMAGES)
+    images, labels = map(torch.from_numpy, arrays)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    sharp: dict[str, list[float]] = {}
+    for color, step in (("tab:blue", VIT), ("tab:orange", ILLAMA)):
+        for seed in range(options.seeds):
+            model = trained(options, step, seed)
+            losses = loss_landscape(model, images, labels, radius=0.5, points=21, seed=seed, dimensions=1)
+            axis.plot(np.linspace(-0.5, 0.5, 21), losses, color=color, lw=1.2, label=None if seed else step.name)
+            sharp.setdefault(step.name, []).append(sharpness(losses))
+    axis.set(xlabel="distance along the direction", ylabel="loss on test images", title="Loss landscape, 1-D slices")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    return sharp
+
+
+def main(options: RoadmapOptions) -> None:
+    if options.seeds < 2:
+        raise UserError("--seeds must be at least 2: the intervals come from the spread over the seeds")
+    train_all({folder_of(options, step, seed): options_of(options, step, seed)
+               for seed in range(options.seeds) for step in STEPS})  # fmt: skip
+    options.results.mkdir(parents=True, exist_ok=True)
+    rows = summarise(options)
+    draw_losses(options, options.results / "loss.png")
+    content = {
+        "command": command_line(),
+        "budget": {name: getattr(options, name) for name in ("epochs", "width", "heads", "seeds")},
+        "rows": [asdict(row) for row in rows],
+        "attention_rank": measure_ranks(options, options.results / "attention-rank.png"),
+        "sharpness_percent": measure_landscapes(options, options.results / "loss-landscape.png"),
+        "machine": describe_machine(),
+        "versions": package_versions(),
+    }
+    with write_file(options.results / "roadmap.json") as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+    (options.results / "roadmap.md").write_text(markdown(rows))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    run_command(RoadmapOptions, main)

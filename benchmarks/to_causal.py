@@ -1,0 +1,123 @@
+"""A timm ViT, trained bidirectionally, made causal step by step: python benchmarks/to_causal.py
+
+Trains a small timm VisionTransformer on Fashion-MNIST with nothing masked, makes it causal (illama.adapt), and
+fine-tunes it twice with the same budget: with alpha falling from 1 to 0, and with the hard mask at once. Interrupted,
+the command goes on. It writes ``to_causal.json`` and ``to_causal.md`` to ``results/to-causal``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from eval.accuracy_drop import paired_drop
+from eval.machine import describe_machine
+from illama.accuracy import predict, torch_infer
+from illama.adapt import CausalVisionTransformer, to_causal
+from illama.batches import seed_everything
+from illama.bundle import command_line, package_versions, write_file
+from illama.data import open_data
+from illama.distributed import Processes
+from illama.errors import run_command
+from illama.recipe import Recipe, load_recipe
+from illama.schedules import SoftMaskSchedule
+from illama.train_log import read_log
+from illama.training import Run, fit
+
+
+@dataclass(frozen=True)
+class ToCausalOptions:
+    """From a bidirectional ViT to a causal one, with the accuracy on the way.
+
+    Attributes:
+        pretrain_epochs: with nothing masked.
+        epochs: of each fine-tuning; alpha reaches 0 after two thirds of them.
+        out: where the runs go.
+        results: where the table goes.
+    """
+
+    pretrain_epochs: int = 3
+    epochs: int = 3
+    out: Path = Path("runs/to-causal")
+    results: Path = Path("results/to-causal")
+
+
+def train(model: CausalVisionTransformer, recipe: Recipe) -> CausalVisionTransformer:
+    """``model`` after the recipe's run, which goes on where it was interrupted."""
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    data = open_data(recipe.data)
+    run = Run(recipe, data, data.preprocessing(28, 1), model, Processes(0, 1, torch.device("cpu")))
+    fit(run)
+    return model.eval()
+
+
+def right(model: CausalVisionTransformer, alpha: float) -> Any:
+    """Which test images the model gets right under the soft mask ``alpha``: (10000,) booleans."""
+    data = open_data("fashion-mnist")
+    model.soft_mask = alpha
+    logits, labels = predict({"m": torch_infer(model)}, data.test(), data.preprocessing(28, 1).transform())
+    return logits["m"].argmax(1) == labels
+
+
+def main(options: ToCausalOptions) -> None:
+    torch.set_num_threads(1)
+    plain: dict[str, Any] = {
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mixup_probability": 0.0,
+        "erasing": 0.0,
+        "drop_path": 0.0,
+        "ema_decay": 0.0,
+    }
+    recipe = replace(load_recipe("nano-fashion-mnist"), **plain, batch_size=128, micro_batch=128, workers=0,
+                     compile=True)  # fmt: skip
+    first = replace(recipe, epochs=options.pretrain_epochs, warmup_epochs=0.25, soft_mask="constant",
+                    soft_mask_epochs=options.pretrain_epochs,
+                    out=options.out / f"bidirectional-{options.pretrain_epochs}")  # fmt: skip
+    then = replace(recipe, epochs=options.epochs, warmup_epochs=0, learning_rate=5e-4,
+                   soft_mask_epochs=options.epochs * 2 / 3)  # fmt: skip
+    seed_everything(0)
+    vit = VisionTransformer(img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=2)
+    start = train(to_causal(vit), first)
+    results = {"bidirectional ViT": right(start, 1.0), "the same weights, hard mask": right(start, 0.0)}
+    way = {}
+    arms: dict[str, SoftMaskSchedule] = {
+        "fine-tuned, alpha from 1 to 0": "linear",
+        "fine-tuned, hard mask at once": "none",
+    }
+    for name, schedule in arms.items():
+        model = to_causal(vit)
+        model.load_state_dict(start.state_dict())
+        out = options.out / f"{schedule}-after-{options.pretrain_epochs}"
+        results[name] = right(train(model, replace(then, soft_mask=schedule, out=out)), 0.0)
+        way[name] = [{"epoch": int(row["epoch"]), "alpha": float(row["soft_mask"]),
+                      "validation_top1_hard_mask": float(row["validation_top1"])}
+                     for row in read_log(out / "log.csv")]  # fmt: skip
+    write(options, results, way)
+
+
+def write(options: ToCausalOptions, results: dict[str, Any], way: dict[str, Any]) -> None:
+    """The table, against the bidirectional ViT on the same images."""
+    lines = ["| network | test top-1 % | drop (95% interval) |", "|---|---|---|"]
+    reference = results["bidirectional ViT"]
+    content: dict[str, Any] = {"command": command_line(), "test": {}, "on_the_way": way,
+                               "machine": describe_machine(), "versions": package_versions()}  # fmt: skip
+    for name, each in results.items():
+        drop = paired_drop(reference, each)
+        content["test"][name] = {"top1": 100 * float(each.mean()), "drop": drop.points, "ci95": [drop.low, drop.high]}
+        lines.append(f"| {name} | {100 * each.mean():.2f} | {drop.points:+.2f} ({drop.low:+.2f} to {drop.high:+.2f}) |")
+    options.results.mkdir(parents=True, exist_ok=True)
+    with write_file(options.results / "to_causal.json") as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+    table = "\n".join(lines) + "\n"
+    (options.results / "to_causal.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    run_command(ToCausalOptions, main)

@@ -1,0 +1,76 @@
+"""Fine-tune the shipped nano on another real data set, with and without the soft mask: python benchmarks/transfer.py
+
+The emoji set of ``python benchmarks/fetch_emoji.py runs/emoji``, split by held-out concepts, in grey at 28 pixels; the
+recipe nano-emoji (arXiv 2404.06773, Table 16, at nano scale). From scratch for comparison. Interrupted, the command
+goes on. It writes ``transfer.json`` and ``transfer.md`` to ``results/transfer``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from many_runs import compare, test_top1, train_all
+
+from eval.machine import describe_machine
+from illama.bundle import command_line, package_versions, write_file
+from illama.checkpoint import SHIPPED
+from illama.errors import UserError, run_command
+
+ARMS: dict[str, dict[str, Any]] = {
+    "fine-tuned, no soft mask": {"init": SHIPPED, "new_head": True, "soft_mask": "none"},
+    "fine-tuned, soft mask linear": {"init": SHIPPED, "new_head": True, "soft_mask": "linear"},
+    "from scratch, soft mask linear": {"new_head": False, "soft_mask": "linear"},
+}
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """Fine-tune the shipped nano onto the emoji set, and compare.
+
+    Attributes:
+        emoji: the folder that benchmarks/fetch_emoji.py wrote.
+        seeds: runs per arm, at least 2, since the intervals come from their spread.
+        out: where the runs go.
+        results: where the table goes.
+    """
+
+    emoji: Path = Path("runs/emoji")
+    seeds: int = 3
+    out: Path = Path("runs/transfer")
+    results: Path = Path("results/transfer")
+
+
+def main(options: TransferOptions) -> None:
+    if options.seeds < 2:
+        raise UserError("--seeds must be at least 2: the intervals come from the spread over the seeds")
+    if not (options.emoji / "train").is_dir():
+        raise UserError(f"no emoji in {options.emoji}: run 'python benchmarks/fetch_emoji.py {options.emoji}' first")
+    folders = {arm: [options.out / f"{index}-seed{seed}" for seed in range(options.seeds)]
+               for index, arm in enumerate(ARMS)}  # fmt: skip
+    train_all({folder: {"recipe": "nano-emoji", "data": options.emoji, "compile": True, "seed": seed, **ARMS[arm]}
+               for arm in ARMS for seed, folder in enumerate(folders[arm])})  # fmt: skip
+    top1 = {arm: np.array([test_top1(folder) for folder in folders[arm]]) for arm in ARMS}
+    reference = top1["fine-tuned, no soft mask"]
+    lines = ["| run | top-1 %, mean (seeds) | change (95% interval) |", "|---|---|---|"]
+    content: dict[str, Any] = {"command": command_line(), "arms": {}}
+    for arm, values in top1.items():
+        change, interval = compare(values, reference)
+        content["arms"][arm] = {"top1": values.tolist(), "change": change, "interval": interval}
+        seeds = ", ".join(f"{value:.1f}" for value in values)
+        against = "reference" if values is reference else f"{change:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})"
+        lines.append(f"| {arm} | {values.mean():.2f} ({seeds}) | {against} |")
+    options.results.mkdir(parents=True, exist_ok=True)
+    content |= {"machine": describe_machine(), "versions": package_versions()}
+    with write_file(options.results / "transfer.json") as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+    table = "\n".join(lines) + "\n"
+    (options.results / "transfer.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    run_command(TransferOptions, main)
