@@ -95,8 +95,11 @@ def test_a_released_file_loads_with_its_config_read_off_the_shapes(wide_parity, 
     assert error.abs().max() < 1e-5
 
 
-def test_the_shipped_checkpoint_loads():
+def test_the_shipped_checkpoints_load():
     assert load_checkpoint(SHIPPED).model.config == ModelConfig.preset("nano")
+    tiny = load_checkpoint(SHIPPED.parent / "tiny-emoji").model
+    assert tiny.config == ModelConfig.preset("tiny", image_size=32, patch_size=4, num_classes=9)
+    assert tiny.head.weight.dtype == torch.float32
 
 
 def test_another_config_is_refused_with_the_difference(small_bundle):

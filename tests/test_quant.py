@@ -16,7 +16,7 @@ from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import open_data
 from illama.errors import UserError
 from illama.masks import Operand
-from illama.model import RMSNorm
+from illama.norms import RMSNorm
 from quant.calibrate import calibrate, observe
 from quant.export import export_onnx
 from quant.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, dequantize, quantize_dequantize
