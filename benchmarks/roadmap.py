@@ -7,23 +7,20 @@ tested on its 10,000 test images. Interrupted, the command goes on; more seeds c
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from many_runs import compare, test_top1, train_all
+from many_runs import compare, final_top1, train_all, write_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.attention_rank import attention_rank
 from eval.loss_landscape import loss_landscape, sharpness
-from eval.machine import describe_machine
 from illama import ILLaMA
 from illama.accuracy import load_images
-from illama.bundle import command_line, package_versions, write_file
 from illama.checkpoint import load_checkpoint
 from illama.data import open_data
 from illama.errors import UserError, run_command
@@ -42,32 +39,32 @@ class Step:
     Attributes:
         against: the row it is compared with.
         changes: to the recipe.
-        paper: the paper's top-1 of Tiny on ImageNet-1K, and its training loss; None where it has no such row.
+        paper: its top-1 of Tiny on ImageNet-1K, in percent; None where it has no such row.
     """
 
     name: str
     against: str
     changes: dict[str, Any] = field(default_factory=dict)
-    paper: tuple[float, float] | None = None
+    paper: float | None = None
 
 
-_CAUSAL = "+ causal mask before the softmax, class token first"
+_CAUSAL = "+ causal mask, class token first"  # the usual mask, before the softmax
 _LIGHTER = "+ lighter mixup and cutmix"
 STEPS = (
-    Step("ViT", "", {"variant": "vit", **_HEAVY}, (73.8, 3.451)),
-    Step("+ SwiGLU", "ViT", {"variant": "vit-swiglu", **_HEAVY}, (74.3, 3.407)),
-    Step("+ RMSNorm", "+ SwiGLU", {"variant": "vit-rmsnorm", **_HEAVY}, (74.5, 3.406)),
-    Step(_CAUSAL, "+ RMSNorm", {"variant": "causal-collapse", **_HEAVY}, (0.1, float("nan"))),
+    Step("ViT", "", {"variant": "vit", **_HEAVY}, 73.8),
+    Step("+ SwiGLU", "ViT", {"variant": "vit-swiglu", **_HEAVY}, 74.3),
+    Step("+ RMSNorm", "+ SwiGLU", {"variant": "vit-rmsnorm", **_HEAVY}, 74.5),
+    Step(_CAUSAL, "+ RMSNorm", {"variant": "causal-collapse", **_HEAVY}, 0.1),
     Step("(the same, mask after the softmax)", _CAUSAL, {"variant": "causal-collapse-post-softmax", **_HEAVY}),
-    Step("(class token first, its row open)", "+ RMSNorm", {"variant": "causal-modified", **_HEAVY}, (72.5, 3.550)),
-    Step("+ class token last", "+ RMSNorm", {"variant": "causal", **_HEAVY}, (71.9, 3.599)),
-    Step("+ RoPE for learnable positions", "+ class token last", {"variant": "causal-rope", **_HEAVY}, (72.6, 3.618)),
+    Step("(class token first, its row open)", "+ RMSNorm", {"variant": "causal-modified", **_HEAVY}, 72.5),
+    Step("+ class token last", "+ RMSNorm", {"variant": "causal", **_HEAVY}, 71.9),
+    Step("+ RoPE for learnable positions", "+ class token last", {"variant": "causal-rope", **_HEAVY}, 72.6),
     Step("+ learnable positions as well", "+ RoPE for learnable positions", {"variant": "illama", **_HEAVY},
-         (73.2, 3.531)),
-    Step(_LIGHTER, "+ learnable positions as well", {"variant": "illama", **_LIGHT}, (74.3, 2.990)),
+         73.2),
+    Step(_LIGHTER, "+ learnable positions as well", {"variant": "illama", **_LIGHT}, 74.3),
     Step("+ soft mask, linear = iLLaMA", _LIGHTER, {"variant": "illama", **_LIGHT, "soft_mask": "linear"},
-         (74.9, float("nan"))),
-    Step("(soft mask, constant)", _LIGHTER, {"variant": "illama", **_LIGHT, "soft_mask": "constant"}, (75.0, 2.955)),
+         74.9),
+    Step("(soft mask, constant)", _LIGHTER, {"variant": "illama", **_LIGHT, "soft_mask": "constant"}, 75.0),
 )  # fmt: skip
 VIT, LIGHTER, ILLAMA = STEPS[0], STEPS[9], STEPS[10]
 
@@ -144,12 +141,11 @@ def summarise(options: RoadmapOptions) -> list[Row]:
     rows = []
     for step in STEPS:
         folders = [folder_of(options, step, seed) for seed in range(options.seeds)]
-        top1s[step.name] = np.array([test_top1(folder) for folder in folders])
+        top1s[step.name] = np.array([final_top1(folder) for folder in folders])
         losses = [losses_of(folder)[1] for folder in folders]
         last = [float(np.mean(each[-(len(each) // 10) :])) for each in losses]
         change, interval = compare(top1s[step.name], top1s[step.against]) if step.against else (None, None)
-        paper = step.paper[0] if step.paper else None
-        rows.append(Row(step.name, step.against, top1s[step.name].tolist(), last, change, interval, paper))
+        rows.append(Row(step.name, step.against, top1s[step.name].tolist(), last, change, interval, step.paper))
     return rows
 
 
@@ -241,18 +237,12 @@ def main(options: RoadmapOptions) -> None:
     rows = summarise(options)
     draw_losses(options, options.results / "loss.png")
     content = {
-        "command": command_line(),
         "budget": {name: getattr(options, name) for name in ("epochs", "width", "heads", "seeds")},
         "rows": [asdict(row) for row in rows],
         "attention_rank": measure_ranks(options, options.results / "attention-rank.png"),
         "sharpness_percent": measure_landscapes(options, options.results / "loss-landscape.png"),
-        "machine": describe_machine(),
-        "versions": package_versions(),
     }
-    with write_file(options.results / "roadmap.json") as draft:
-        draft.write_text(json.dumps(content, indent=2) + "\n")
-    (options.results / "roadmap.md").write_text(markdown(rows))
-    print(markdown(rows))
+    write_results(options.results, "roadmap", content, markdown(rows))
 
 
 if __name__ == "__main__":

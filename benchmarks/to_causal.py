@@ -7,20 +7,18 @@ the command goes on. It writes ``to_causal.json`` and ``to_causal.md`` to ``resu
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from many_runs import write_results
 from timm.models.vision_transformer import VisionTransformer
 
 from eval.accuracy_drop import paired_drop
-from eval.machine import describe_machine
 from illama.accuracy import predict, torch_infer
 from illama.adapt import CausalVisionTransformer, to_causal
 from illama.batches import seed_everything
-from illama.bundle import command_line, package_versions, write_file
 from illama.data import open_data
 from illama.distributed import Processes
 from illama.errors import run_command
@@ -105,18 +103,12 @@ def write(options: ToCausalOptions, results: dict[str, Any], way: dict[str, Any]
     """The table, against the bidirectional ViT on the same images."""
     lines = ["| network | test top-1 % | drop (95% interval) |", "|---|---|---|"]
     reference = results["bidirectional ViT"]
-    content: dict[str, Any] = {"command": command_line(), "test": {}, "on_the_way": way,
-                               "machine": describe_machine(), "versions": package_versions()}  # fmt: skip
+    test = {}
     for name, each in results.items():
         drop = paired_drop(reference, each)
-        content["test"][name] = {"top1": 100 * float(each.mean()), "drop": drop.points, "ci95": [drop.low, drop.high]}
+        test[name] = {"top1": 100 * float(each.mean()), "drop": drop.points, "ci95": [drop.low, drop.high]}
         lines.append(f"| {name} | {100 * each.mean():.2f} | {drop.points:+.2f} ({drop.low:+.2f} to {drop.high:+.2f}) |")
-    options.results.mkdir(parents=True, exist_ok=True)
-    with write_file(options.results / "to_causal.json") as draft:
-        draft.write_text(json.dumps(content, indent=2) + "\n")
-    table = "\n".join(lines) + "\n"
-    (options.results / "to_causal.md").write_text(table)
-    print(table)
+    write_results(options.results, "to_causal", {"test": test, "on_the_way": way}, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,13 @@ goes on. It writes ``transfer.json`` and ``transfer.md`` to ``results/transfer``
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from many_runs import compare, test_top1, train_all
+from many_runs import compare, final_top1, train_all, write_results
 
-from eval.machine import describe_machine
-from illama.bundle import command_line, package_versions, write_file
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 
@@ -53,23 +50,17 @@ def main(options: TransferOptions) -> None:
                for index, arm in enumerate(ARMS)}  # fmt: skip
     train_all({folder: {"recipe": "nano-emoji", "data": options.emoji, "compile": True, "seed": seed, **ARMS[arm]}
                for arm in ARMS for seed, folder in enumerate(folders[arm])})  # fmt: skip
-    top1 = {arm: np.array([test_top1(folder) for folder in folders[arm]]) for arm in ARMS}
+    top1 = {arm: np.array([final_top1(folder) for folder in folders[arm]]) for arm in ARMS}
     reference = top1["fine-tuned, no soft mask"]
     lines = ["| run | top-1 %, mean (seeds) | change (95% interval) |", "|---|---|---|"]
-    content: dict[str, Any] = {"command": command_line(), "arms": {}}
+    arms = {}
     for arm, values in top1.items():
         change, interval = compare(values, reference)
-        content["arms"][arm] = {"top1": values.tolist(), "change": change, "interval": interval}
+        arms[arm] = {"top1": values.tolist(), "change": change, "interval": interval}
         seeds = ", ".join(f"{value:.1f}" for value in values)
         against = "reference" if values is reference else f"{change:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})"
         lines.append(f"| {arm} | {values.mean():.2f} ({seeds}) | {against} |")
-    options.results.mkdir(parents=True, exist_ok=True)
-    content |= {"machine": describe_machine(), "versions": package_versions()}
-    with write_file(options.results / "transfer.json") as draft:
-        draft.write_text(json.dumps(content, indent=2) + "\n")
-    table = "\n".join(lines) + "\n"
-    (options.results / "transfer.md").write_text(table)
-    print(table)
+    write_results(options.results, "transfer", {"arms": arms}, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

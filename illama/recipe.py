@@ -18,17 +18,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "nano-fashion-mnist"
 Autocast = Literal["float32", "bfloat16", "float16"]
 _FRACTIONS = ("erasing", "mixup_probability", "label_smoothing", "ema_decay", "drop_path", "dropout", "layer_decay")
-_AT_LEAST_ONE = (
-    "epochs",
-    "micro_batch",
-    "checkpoint_steps",
-    "width",
-    "depth",
-    "heads",
-    "image_size",
-    "patch_size",
-    "in_channels",
-)
+_AT_LEAST_ONE = ("epochs", "micro_batch", "checkpoint_steps")
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_epochs", "soft_mask_epochs", "crop_padding", "mixup",
                  "cutmix", "workers", "seed")  # fmt: skip
 
@@ -120,8 +110,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if getattr(self, name) < 1:
                 raise UserError(f"{_option(name)} must be at least 1")
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:

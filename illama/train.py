@@ -37,7 +37,7 @@ def make_model(recipe: Recipe, classes: int) -> ILLaMA:
     """
     if recipe.new_head and not recipe.init:
         raise UserError("this recipe fine-tunes: name the weights with --init, or add --no-new-head to start anew")
-    overrides = {name: getattr(recipe, name) for name in _MODEL_OPTIONS if getattr(recipe, name)}
+    overrides = {name: value for name in _MODEL_OPTIONS if (value := getattr(recipe, name)) is not None}
     config = ModelConfig.preset(recipe.model, recipe.variant, **overrides, num_classes=classes)
     seed_everything(recipe.seed)
     model = ILLaMA(config, recipe.drop_path, recipe.dropout)

@@ -351,7 +351,8 @@ def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_pat
      (("--batch-size", 512), "fewer than one batch"), (("--optimizer", "best"), "adamw"),
      (("--rand-augment", "much"), "rand-m9"), (("--recipe", "in2k"), "in1k-tiny"), (("--variant", "bert"), "vit"),
      (("--fsdp", "--autocast", "float16"), "bfloat16"), (("--fsdp",), "torchrun"),
-     (("--learning-rate", 1e9), "not finite"), (("--in-channels", 2), "in_channels"), (("--new-head",), "--init"),
+     (("--learning-rate", 1e9), "not finite"), (("--in-channels", 2), "in_channels"), (("--width", 0), "width"),
+     (("--new-head",), "--init"),
      (("--optimizer", "fusedadam"), "adamw"), (("--init", "/etc/passwd"), "not a checkpoint")],
 )  # fmt: skip
 def test_options_that_cannot_be(option, words, training_folder, tmp_path):
