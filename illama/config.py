@@ -1,9 +1,9 @@
-"""What an iLLaMA is, in one frozen dataclass, and the published sizes."""
+"""What a network is, in one frozen dataclass for each kind, and iLLaMA's published sizes."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from illama.errors import UserError
 
@@ -40,6 +40,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "causal-rope": {**_VIT_RMSNORM, "mask": "post_softmax", "class_token": "last", "position": "rope"},
     "illama": {},
 }
+
+
+class NetworkConfig(Protocol):
+    """What every network says of itself, whatever its kind; see :class:`ModelConfig` for the meanings."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def in_channels(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """A timm ViT under one of our masks.
+
+    Attributes:
+        name: what ``timm.create_model`` takes; the class's name for a network that was made without it.
+        image_size: side length in pixels.
+        in_channels: colour channels of the input.
+        num_classes: outputs of the head.
+        mask: see :class:`ModelConfig`; ``bidirectional`` is the network as timm has it.
+    """
+
+    name: str
+    image_size: int
+    in_channels: int
+    num_classes: int
+    mask: MaskKind = "bidirectional"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TimmConfig:
+        """The config that :meth:`to_dict` wrote; names that are unknown or missing raise :class:`UserError`."""
+        wrong = set(values) ^ {field.name for field in fields(cls)}
+        if wrong:
+            raise UserError(f"unknown or missing settings of a timm network: {', '.join(sorted(wrong))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

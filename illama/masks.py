@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from illama.config import MaskKind
+from illama.config import MaskKind, NetworkConfig
 
 Form = Literal["plain", "fused"]
 
@@ -118,9 +118,11 @@ class SoftMasked(nn.Module):
     """A network with one soft mask for all of its attentions: the base class that holds alpha.
 
     Attributes:
+        config: what the network is.
         soft_mask: alpha of the soft mask, 0..1 (ValueError outside); training moves it, inference leaves it at 0.
     """
 
+    config: NetworkConfig
     alpha: Tensor
 
     def __init__(self) -> None:

@@ -131,6 +131,7 @@ class ILLaMA(SoftMasked):
         dropout: after the position embedding and on every branch.
     """
 
+    config: ModelConfig
     rotation: Tensor | None
     causal: Tensor
 

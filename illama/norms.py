@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,16 +26,29 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm, for the variants on the way from ViT."""
+    """LayerNorm, for ViTs; with or without weight and bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = _widen(self.weight), _widen(self.bias)
+        weight, bias = (None if each is None else _widen(each) for each in (self.weight, self.bias))
         return F.layer_norm(_widen(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The config's normalisation."""
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config.width, eps=EPSILON)
+
+
+def widened(norm: nn.Module) -> nn.Module | None:
+    """The same normalisation in float32, around the same parameters; None for a module that is none of timm's."""
+    if type(norm) in (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormFp32):
+        wide: nn.Module = LayerNorm(norm.normalized_shape, eps=norm.eps)  # type: ignore[arg-type]
+        wide.bias = norm.bias
+    elif type(norm) in (timm.layers.RmsNorm, timm.layers.RmsNormFp32) and norm.weight is not None:
+        wide = RMSNorm(norm.normalized_shape, eps=norm.eps)  # type: ignore[arg-type]
+    else:
+        return None
+    wide.weight = norm.weight
+    return wide.train(norm.training)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.layers import Attention, RmsNorm, SwiGLU
+from timm.layers import Attention, AttentionPoolLatent, RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
@@ -15,9 +15,11 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 
-from illama.adapt import to_causal
+from illama.adapt import LatentPool, to_causal, to_quantizable
+from illama.config import TimmConfig
 from illama.errors import UserError
 from illama.masks import AttentionMask, MaskedAttention
+from illama.norms import LayerNorm, RMSNorm
 
 KINDS = ("post_softmax", "pre_softmax")
 FORMS = ("plain", "fused", None)
@@ -136,6 +138,70 @@ def test_at_alpha_1_it_is_the_original(name):
         model.soft_mask = 0.0
         assert (model(images) - expected).abs().max() > 1e-3, "nothing in this network depends on the mask"
     assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
+
+
+@VARIANTS
+def test_a_quantizable_network_is_the_original(name):
+    """In value and gradient, in every form of attention and for every alpha, since it has no mask."""
+    vit, images = build(name), images_for(name)
+    model = to_quantizable(vit)
+    assert list(model.vit.state_dict()) == list(vit.state_dict())
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), vit.parameters(), strict=True))
+    expected, features = vit(images), vit.forward_features(images)
+    expected.square().mean().backward()
+    for form in FORMS:
+        for alpha in (0.0, 0.5):
+            model.set_attention_form(form)
+            model.soft_mask = alpha
+            model.zero_grad()
+            logits = model(images)
+            assert (logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+            assert (model.forward_features(images) - features).abs().max() < 1e-5 * features.abs().max()
+            logits.square().mean().backward()
+            for one, other in zip(model.parameters(), vit.parameters(), strict=True):
+                assert (one.grad - other.grad).abs().max() <= 1e-4 * other.grad.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("make", [to_causal, to_quantizable])
+def test_the_config_says_what_the_network_is(make):
+    mask = "post_softmax" if make is to_causal else "bidirectional"
+    config = make(build("vit_small_patch14_dinov2")).config
+    assert config == TimmConfig("vit_small_patch14_dinov2", 32, 3, 5, mask)
+    assert TimmConfig.from_dict(config.to_dict()) == config
+    grey = VisionTransformer(**{**SMALL, "img_size": 16}, in_chans=1)
+    assert make(grey).config == TimmConfig("VisionTransformer", 16, 1, 5, mask)
+    for wrong in ({**config.to_dict(), "depth": 2}, {"name": "vit_tiny_patch16_224"}):
+        with pytest.raises(UserError, match="settings of a timm network: "):
+            TimmConfig.from_dict(wrong)
+
+
+@pytest.mark.parametrize("name", ["qk_norm", "scale_norms", "swiglu_rms", "map", "pre_norm"])
+def test_every_normalisation_is_in_float32_whatever_the_weights(name):
+    model = to_quantizable(build(name)).half()
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    assert len(norms) >= 5 and all(isinstance(module, LayerNorm | RMSNorm) for module in norms)
+    large = torch.full((1, 3, norms[0].weight.shape[0]), 1000.0, dtype=torch.float16)
+    large[..., ::2] *= -1  # its squares are beyond float16
+    assert norms[0](large).abs().max() > 0.1
+
+
+def test_norms_without_weights_stay_what_they_were():
+    plain = torch.nn.LayerNorm
+    vit = VisionTransformer(**SMALL, norm_layer=lambda *a, **k: plain(*a, **k, elementwise_affine=False)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(to_quantizable(vit)(images := images_for("")), vit(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"pool_type": "avg"}, {"pool_type": ""}, {"pos_embed": "abs", "feat_size": 16},
+                                     {"qk_norm": True}, {"q_proj": False}, {"out_features": 0},
+                                     {"norm_layer": torch.nn.LayerNorm}])  # fmt: skip
+def test_a_latent_pool_is_timm_s(options):
+    pool = randomise(AttentionPoolLatent(32, num_heads=2, latent_len=3, **options))
+    own, tokens = LatentPool(copy.deepcopy(pool)), torch.randn(2, 16, 32)
+    assert list(own.state_dict()) == list(pool.state_dict())
+    for form in FORMS:
+        own.core.form = form
+        torch.testing.assert_close(own(tokens), pool(tokens), atol=1e-5, rtol=1e-5)
 
 
 @VARIANTS
@@ -318,6 +384,10 @@ class OwnFeatures(VisionTransformer):
         return super().forward_features(x) * 2
 
 
+def wide_images():
+    return VisionTransformer(**{**SMALL, "img_size": (32, 16)})
+
+
 def scaled_otherwise():
     vit = VisionTransformer(**SMALL)
     vit.blocks[1].attn.scale = 1.0
@@ -330,19 +400,32 @@ def scaled_otherwise():
         (lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1), "VisionTransformerRelPos"),
         (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva"),
         (lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=32, num_heads=2), "Beit"),
-        (lambda: torch.nn.Linear(2, 2), "Linear causal: give a timm VisionTransformer"),
+        (lambda: torch.nn.Linear(2, 2), "Linear.*: give a timm VisionTransformer"),
         (lambda: to_causal(VisionTransformer(**SMALL)), "CausalVisionTransformer"),
         (lambda: to_causal(VisionTransformer(**SMALL)).vit, "CausalAttention"),
         (lambda: OwnFeatures(**SMALL), "forward_features of its own"),
         (lambda: VisionTransformer(**SMALL, block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
         (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "DiffAttention"),
         (scaled_otherwise, "scales by 1.0"),
+        (wide_images, "must be square"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(make, words):
-    with pytest.raises(UserError, match=words) as refusal:
-        to_causal(make())
-    assert "\n" not in str(refusal.value)
+    for take, refusal in ((to_causal, "cannot make a "), (to_quantizable, "cannot quantize a ")):
+        with pytest.raises(UserError, match=words) as caught:
+            take(make())
+        assert str(caught.value).startswith(refusal) and "\n" not in str(caught.value)
+
+
+def test_a_hybrid_is_made_causal_but_not_quantized():
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 5}
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", **options).eval()
+    model = to_causal(hybrid)
+    model.soft_mask, images = 1.0, images_for("")
+    assert model.config.in_channels == 3
+    torch.testing.assert_close(model(images), hybrid(images), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="HybridEmbed"):
+        to_quantizable(hybrid)
 
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
