@@ -76,7 +76,12 @@ class Row:
 
 @dataclass
 class Summary:
-    """Everything a report shows; ``summary.json`` holds it. ``seconds`` are of the steps, without Python's imports."""
+    """Everything a report shows; ``summary.json`` holds it.
+
+    Attributes:
+        layers: what each scheme did, in rows of layer, weight, input.
+        seconds: of the steps, without Python's imports.
+    """
 
     rows: list[Row]
     command: str
@@ -85,6 +90,7 @@ class Summary:
     calibration_images: int
     machine: dict[str, Any]
     versions: dict[str, str]
+    layers: dict[str, list[list[str]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
     peak_memory_gib: float = 0.0

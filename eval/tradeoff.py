@@ -15,11 +15,10 @@ from eval.latency import measure_latency
 from eval.machine import describe_machine
 from eval.report import Row
 from illama.accuracy import load_images, predict
-from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX
+from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, Manifest
 from illama.data import Sample, Transform
 
 LIBRARY_TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-EMULATED = {"fp8"}  # no CPU multiplies FP8; ONNX Runtime gives the right numbers at a speed that says nothing
 
 
 def weigh(bundles: Sequence[Path], test: Dataset[Sample], transform: Transform, seed: int = 0) -> list[Row]:
@@ -39,9 +38,9 @@ def weigh(bundles: Sequence[Path], test: Dataset[Sample], transform: Transform, 
 
 
 def _time(bundles: Sequence[Path], rows: Sequence[Row], images: np.ndarray) -> None:
-    """Fill in the latency of the rows whose format the CPU multiplies."""
+    """Fill in the latency of the CPU's rows, but for those whose speed says nothing."""
     device = describe_machine()["cpu"]
-    timed = {row.onnx: row for row in rows if row.onnx.endswith(f"/{CPU_ONNX}") and row.scheme not in EMULATED}
+    timed = {row.onnx: row for row in rows if row.onnx.endswith(f"/{CPU_ONNX}") and row.note is None}
     engines = {name: OnnxRuntimeEngine(bundles[0].parent / name).infer for name in timed}
     for name, latency in measure_latency(engines, images).items():
         timed[name].latency, timed[name].device = latency, device
@@ -60,8 +59,8 @@ def _row(path: Path, correct: np.ndarray, reference: np.ndarray, seed: int) -> R
     )
     if path.name == FUSED_ONNX:
         _describe_engine(row, path.parent)
-    elif row.scheme in EMULATED:
-        row.note = "Not timed: no CPU multiplies FP8, and ONNX Runtime only emulates it"
+    elif reason := Manifest.read(path.parent).metrics.get("not_timed"):
+        row.note = f"Not timed: {reason}"
     return row
 
 

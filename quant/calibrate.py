@@ -1,4 +1,4 @@
-"""From a float network to a quantized one: nvidia-modelopt observes the ranges, quant.layers holds the result."""
+"""From a float network to a quantized one: nvidia-modelopt observes the activations, quant.layers holds the result."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from illama.errors import UserError
-from illama.masks import Operand
-from illama.model import ILLaMA, Linear
-from quant.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear
-from quant.schemes import NumberFormat, Scheme
+from illama.masks import Operand, SoftMasked
+from illama.model import Linear
+from quant.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
+from quant.observers import RangeObserver, weight_amax
+from quant.reconstruct import reconstruct
+from quant.schemes import Scheme, TensorSpec, resolve
+from quant.smooth import smooth
 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a GPU is not missed here
 with warnings.catch_warnings():
@@ -38,60 +40,72 @@ mtq.register(original_cls=Linear, quantized_cls=_ObservedLinear)
 mtq.register(original_cls=Operand, quantized_cls=_ObservedOperand)
 
 
-def calibrate(model: ILLaMA, scheme: Scheme, batches: Iterable[Tensor]) -> ILLaMA:
-    """A copy of ``model`` with every layer that ``scheme`` names quantized, its ranges from ``batches``.
+def calibrate(model: SoftMasked, scheme: Scheme, batches: Iterable[Tensor]) -> SoftMasked:
+    """A copy of ``model`` with every tensor that ``scheme`` names quantized, its ranges from ``batches``.
 
     Args:
-        batches: images (B, C, H, W) as the network takes them.
+        batches: images (B, C, H, W) as the network takes them; gone through more than once.
 
     Raises:
-        UserError: if the images drive an activation to NaN or infinity.
+        UserError: if the scheme does not fit the network, or the images drive an activation to NaN or infinity.
     """
-    observed = observe(model, scheme, batches)
-    for name, module in list(observed.named_modules()):
-        if isinstance(module, QuantInputBase):
-            observed.set_submodule(name, _quantized(module, name, scheme))
-    return observed
+    plan = resolve(scheme, model)
+    batches = list(batches)
+    reference = copy.deepcopy(model).eval()
+    reference.set_attention_form("plain")  # the fused form has no softmax output to quantize
+    if scheme.smooth:
+        smooth(reference, scheme, batches)
+    quantized = quantize_layers(reference, plan, observe(reference, plan, batches))
+    if scheme.learned:
+        reconstruct(reference, quantized, batches, scheme.learned)
+    return quantized
 
 
-def observe(model: ILLaMA, scheme: Scheme, batches: Iterable[Tensor]) -> ILLaMA:
-    """A copy of ``model`` with ModelOpt's calibrated fake quantizers; its attention in the plain form."""
-    observed = copy.deepcopy(model).eval()
-    observed.set_attention_form("plain")  # the fused form has no softmax output to observe
+def observe(model: SoftMasked, plan: Mapping[str, TensorSpec], batches: Iterable[Tensor]) -> dict[str, RangeObserver]:
+    """What every activation in ``plan`` looked like over ``batches``, by the tensor's name."""
+    activations = {name: spec for name, spec in plan.items() if not name.endswith(".weight")}
+    config: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name, spec in activations.items():
+        quantizer = f"{name.removesuffix('.input')}.input_quantizer"
+        config.append({"quantizer_name": quantizer, "cfg": {"num_bits": 8, "calibrator": (RangeObserver, (spec,), {})}})
 
     def run(network: nn.Module) -> None:
         with torch.inference_mode():
             for images in batches:
                 network(images)
 
-    try:
-        # It prints how many quantizers it made, and warns of packages that nothing here needs.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return mtq.quantize(observed, _modelopt_config(scheme), run)
-    except AssertionError as error:  # the observers' own check
-        raise UserError("a calibration image gives NaN or infinite activations: check the images") from error
-
-
-def _modelopt_config(scheme: Scheme) -> dict[str, Any]:
-    def bits(number: NumberFormat) -> dict[str, Any]:
-        return {"num_bits": (4, 3) if number.name == "fp8" else 8, "unsigned": number.name == "uint8"}
-
+    if not activations:
+        return {}
+    # It prints how many quantizers it made, and warns of packages that nothing here needs.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        observed = mtq.quantize(copy.deepcopy(model), {"quant_cfg": config, "algorithm": "max"}, run)
     return {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*weight_quantizer", "cfg": {**bits(scheme.weights), "axis": 0}},
-            {"quantizer_name": "*input_quantizer", "cfg": {**bits(scheme.activations), "axis": None}},
-            {"quantizer_name": "*core.p.input_quantizer", "cfg": {**bits(scheme.probabilities), "axis": None}},
-        ],
-        "algorithm": "max",
+        name: observed.get_submodule(f"{name.removesuffix('.input')}.input_quantizer")._calibrator
+        for name in activations
     }
 
 
-def _quantized(module: Any, name: str, scheme: Scheme) -> nn.Module:
-    number = scheme.probabilities if name.endswith("core.p") else scheme.activations
-    quantizer = QuantizeDequantize(number, module.input_quantizer.amax.detach())
-    if isinstance(module, Operand):
-        return quantizer
-    kind = QuantizedConv2d if isinstance(module, nn.Conv2d) else QuantizedLinear
-    return kind(module, scheme.weights, module.weight_quantizer.amax.detach(), quantizer)  # type: ignore[arg-type]
+def quantize_layers(
+    model: SoftMasked, plan: Mapping[str, TensorSpec], observers: Mapping[str, RangeObserver]
+) -> SoftMasked:
+    """A copy of ``model`` with the layers and operands of ``plan`` replaced by quantized ones."""
+    quantized = copy.deepcopy(model)
+    for name, module in list(quantized.named_modules()):
+        if name in plan and isinstance(module, Operand):
+            quantized.set_submodule(name, _activation(plan[name], observers[name]))
+        elif f"{name}.weight" in plan or f"{name}.input" in plan:
+            weight = _weight(plan[f"{name}.weight"], module) if f"{name}.weight" in plan else None
+            of_input = f"{name}.input"
+            activation = _activation(plan[of_input], observers[of_input]) if of_input in plan else None
+            kind = QuantizedConv2d if isinstance(module, nn.Conv2d) else QuantizedLinear
+            quantized.set_submodule(name, kind(module, weight, activation))  # type: ignore[arg-type]
+    return quantized
+
+
+def _activation(spec: TensorSpec, observer: RangeObserver) -> QuantizeDequantize:
+    return QuantizeDequantize(spec, observer.low, observer.compute_amax() if spec.symmetric else observer.high)
+
+
+def _weight(spec: TensorSpec, layer: Any) -> WeightQuantizer:
+    return WeightQuantizer(spec, weight_amax(layer.weight, spec))

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,23 +23,27 @@ from eval.report import Summary, is_result, markdown_table, write_report
 from eval.tradeoff import weigh
 from illama.accuracy import load_images
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, package_versions, sha256, write_folder
-from illama.checkpoint import SHIPPED, Checkpoint, load_checkpoint
-from illama.data import ImageData, Preprocessing, open_data
+from illama.checkpoint import SHIPPED, Checkpoint, load_checkpoint, load_timm
+from illama.data import ImageData, open_data
 from illama.errors import UserError, run_command
-from illama.model import ILLaMA
+from quant.bundles import Origin, write_graphs, write_quantized
 from quant.calibrate import calibrate
-from quant.export import export_onnx
-from quant.schemes import Scheme, find_scheme
+from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
+
+SCHEME_FILE = "scheme.yaml"  # in every bundle: what made it, to be read, changed and replayed
+DEFAULT_SCHEMES = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
 class PtqOptions:
-    """Quantize a trained iLLaMA after training, build engines, and weigh accuracy against latency.
+    """Quantize a trained vision transformer after training, build engines, and weigh accuracy against latency.
 
     Attributes:
         checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
+        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
         data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
-        schemes: any of int8, fp8.
+        schemes: any of those that python quant/schemes.py lists.
+        scheme_file: a scheme of your own or of python quant/search.py, in YAML; then --schemes only names others.
         calibration_images: how many training images the ranges are taken from.
         out: where the bundles, summary.json and report.html go; an earlier result there is replaced.
         image_size: run at another resolution than the checkpoint's: its position embedding is interpolated.
@@ -48,8 +52,10 @@ class PtqOptions:
     """
 
     checkpoint: Path = SHIPPED
+    model: str | None = None
     data: str = "fashion-mnist"
-    schemes: tuple[str, ...] = ("int8", "fp8")
+    schemes: tuple[str, ...] | None = None
+    scheme_file: tuple[Path, ...] = ()
     calibration_images: int = 512
     out: Path = Path("runs/ptq")
     image_size: int | None = None
@@ -62,12 +68,15 @@ class Job:
     """What every step of the recipe needs."""
 
     options: PtqOptions
+    schemes: list[Scheme]
     checkpoint: Checkpoint
     data: ImageData
-    preprocessing: Preprocessing
+    origin: Origin
     folder: Path
     library: Library | None
     seconds: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, list[list[str]]] = field(default_factory=dict)
+    not_run: list[str] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -77,23 +86,21 @@ class Job:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def write_bundle(self, name: str, model: ILLaMA, *files: str) -> Path:
-        """Export ``model`` as the ONNX files named, with a manifest."""
-        folder = self.folder / name
-        folder.mkdir()
-        if CPU_ONNX in files:
-            export_onnx(model, folder / CPU_ONNX, "plain")
-        if FUSED_ONNX in files:
-            export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
-        inputs = {str(self.checkpoint.weights): sha256(self.checkpoint.weights)}
-        Manifest(command_line(), model.config.to_dict(), asdict(self.preprocessing), list(self.data.classes),
-                 self.options.seed, inputs).write(folder)  # fmt: skip
-        return folder
+
+def find_schemes(options: PtqOptions) -> list[Scheme]:
+    """The schemes named and those of files, each once."""
+    names = options.schemes if options.schemes is not None else () if options.scheme_file else DEFAULT_SCHEMES
+    schemes = [find_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in options.scheme_file]
+    taken = [scheme.name for scheme in schemes] + ["fp32", "fp16"]
+    if clash := next((name for name in taken if taken.count(name) > 1), None):
+        raise UserError(f"two schemes are called {clash!r}: change the name in the scheme file")
+    return schemes
 
 
 def open_job(options: PtqOptions, folder: Path) -> Job:
     """Load and check everything before any work is done; UserError for whatever does not fit."""
-    checkpoint = load_checkpoint(options.checkpoint, image_size=options.image_size)
+    schemes = find_schemes(options)
+    checkpoint = open_checkpoint(options)
     data = open_data(options.data)
     config = checkpoint.model.config
     if len(data.classes) != config.num_classes:
@@ -106,56 +113,82 @@ def open_job(options: PtqOptions, folder: Path) -> Job:
             raise UserError(
                 f"{options.checkpoint} was trained for the class {trained!r} where {options.data} has {given!r}"
             )
+    for scheme in schemes:
+        resolve(scheme, checkpoint.model)
     preprocessing = checkpoint.preprocessing or data.preprocessing(config.image_size, config.in_channels)
+    inputs = {str(checkpoint.weights): sha256(checkpoint.weights)}
     library = find_library()
     if library:
         library.resolve_targets(options.targets)
-    return Job(options, checkpoint, data, preprocessing, folder, library)
+    origin = Origin(preprocessing, data.classes, inputs, options.seed)
+    return Job(options, schemes, checkpoint, data, origin, folder, library)
 
 
-def write_bundles(job: Job, schemes: list[Scheme]) -> list[Path]:
+def open_checkpoint(options: PtqOptions) -> Checkpoint:
+    """The network named by ``--checkpoint`` and ``--model``."""
+    if options.model is None:
+        return load_checkpoint(options.checkpoint, image_size=options.image_size)
+    kind, _, name = options.model.partition(":")
+    if kind != "timm" or not name:
+        raise UserError(f"--model is timm:NAME, such as timm:vit_small_patch16_224, not {options.model!r}")
+    return load_timm(name, options.checkpoint, options.image_size)
+
+
+def write_bundles(job: Job) -> list[Path]:
     """Calibrate every scheme and export it, beside the FP32 and FP16 references."""
     calibration = job.data.calibration(job.options.calibration_images)
     model = job.checkpoint.model
     with job.phase("read calibration images"):
-        images, _ = load_images(calibration, job.preprocessing.transform())
+        images, _ = load_images(calibration, job.origin.preprocessing.transform())
     batches = torch.from_numpy(images).split(64)
     with job.phase("export fp32 and fp16"):
-        bundles = [job.write_bundle("fp32", model, CPU_ONNX), job.write_bundle("fp16", model, FUSED_ONNX)]
-    for scheme in schemes:
+        bundles = [write_graphs(job.folder / "fp32", model, job.origin, (CPU_ONNX,), {}),
+                   write_graphs(job.folder / "fp16", model, job.origin, (FUSED_ONNX,), {})]  # fmt: skip
+    for scheme in job.schemes:
         with job.phase(f"quantize and export {scheme.name}"):
             quantized = calibrate(model, scheme, batches)
-            bundles.append(job.write_bundle(scheme.name, quantized, CPU_ONNX, FUSED_ONNX))
+            bundle = write_quantized(job.folder / scheme.name, model, quantized, scheme, job.origin, {})
+            write_scheme(scheme, bundle / SCHEME_FILE)
+        bundles.append(bundle)
+        note_scheme(job, scheme, bundle)
     return bundles
 
 
-def build_engines(job: Job, bundles: list[Path]) -> list[str]:
-    """A TensorRT engine for every bundle with a fused graph; what could not be built or run, in sentences."""
+def note_scheme(job: Job, scheme: Scheme, bundle: Path) -> None:
+    """Print what a scheme did to each layer, and keep it and what it could not do for the report."""
+    metrics = Manifest.read(bundle).metrics
+    job.layers[scheme.name] = metrics["layers"]
+    for layer, weight, activation in metrics["layers"]:
+        print(f"  {layer:<26} {f'weight {weight}, ' if weight else ''}{'input ' if weight else ''}{activation}")
+    if metrics["no_tensorrt"]:
+        job.not_run.append(f"No graph for TensorRT of {scheme.name}: {metrics['no_tensorrt']}.")
+
+
+def build_engines(job: Job, bundles: list[Path]) -> None:
+    """A TensorRT engine for every bundle with a fused graph."""
     if job.library is None:
-        return ["No engine was built: neither tensorrt nor tensorrt-rtx is installed here."]
-    notes = []
+        job.not_run.append("No engine was built: neither tensorrt nor tensorrt-rtx is installed here.")
+        return
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
         with job.phase(f"build {bundle.name} engine"):
             _, unfit = build_fitting(job.library, bundle, job.options.targets)
         if unfit:
-            notes.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
-    notes.append(
+            job.not_run.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
+    job.not_run.append(
         "Engines were built and their attention proven fused; they were not run or timed: that "
         "needs an NVIDIA GPU, and this version builds engines only."
     )
     if job.library.name == "tensorrt_rtx":
-        notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
-    return notes
+        job.not_run.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
 
 
 def main(options: PtqOptions) -> None:
-    schemes = [find_scheme(name) for name in dict.fromkeys(options.schemes)]
     with write_folder(options.out, is_result) as folder:
         job = open_job(options, folder)
-        bundles = write_bundles(job, schemes)
-        not_run = build_engines(job, bundles)
+        bundles = write_bundles(job)
+        build_engines(job, bundles)
         with job.phase("evaluate and time"):
-            rows = weigh(bundles, job.data.test(), job.preprocessing.transform(), options.seed)
+            rows = weigh(bundles, job.data.test(), job.origin.preprocessing.transform(), options.seed)
         summary = Summary(
             rows=rows,
             command=command_line(),
@@ -164,8 +197,9 @@ def main(options: PtqOptions) -> None:
             calibration_images=options.calibration_images,
             machine=describe_machine(),
             versions=package_versions(),
+            layers=job.layers,
             seconds={**job.seconds, "all": sum(job.seconds.values())},
-            not_run=not_run,
+            not_run=job.not_run,
             peak_memory_gib=round(peak_memory_gib(), 2),
         )
         write_report(summary, folder)

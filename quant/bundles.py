@@ -1,0 +1,63 @@
+"""Bundles of quantized networks: the ONNX graphs of a network, and what was done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line
+from illama.data import Preprocessing
+from illama.masks import SoftMasked
+from quant.export import export_onnx
+from quant.schemes import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What every bundle made from one checkpoint has in common; see :class:`illama.bundle.Manifest`."""
+
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    inputs: Mapping[str, str]
+    seed: int = 0
+
+
+def write_graphs(
+    folder: Path, model: SoftMasked, origin: Origin, files: tuple[str, ...], metrics: Mapping[str, Any]
+) -> Path:
+    """Export ``model`` as the ONNX files named into a new folder, with a manifest; the folder.
+
+    Args:
+        files: CPU_ONNX and FUSED_ONNX, either or both; the fused graph is in half precision.
+    """
+    folder.mkdir(exist_ok=True)
+    if CPU_ONNX in files:
+        export_onnx(model, folder / CPU_ONNX, "plain")
+    if FUSED_ONNX in files:
+        export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
+    Manifest(command_line(), model.config.to_dict(), asdict(origin.preprocessing), list(origin.classes), origin.seed,
+             dict(origin.inputs), dict(metrics)).write(folder)  # fmt: skip
+    return folder
+
+
+def write_quantized(
+    folder: Path, model: SoftMasked, quantized: SoftMasked, scheme: Scheme, origin: Origin, metrics: Mapping[str, Any]
+) -> Path:
+    """:func:`write_graphs` of a quantized network, in the forms that have a runtime for its scheme.
+
+    The manifest's metrics say what the scheme did: ``layers`` (:func:`quant.schemes.describe`), ``no_tensorrt`` and
+    ``not_timed``, the reasons why there is no fused graph and why a CPU's clock says nothing; empty where there are
+    none.
+
+    Args:
+        model: the network in floating point that ``quantized`` was made from.
+    """
+    plan = resolve(scheme, model)
+    no_tensorrt = unfit_for_tensorrt(plan)
+    done = {"layers": describe(plan, model), "no_tensorrt": no_tensorrt, "not_timed": emulated_on_cpus(plan)}
+    files = (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
+    return write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **done, **metrics})
