@@ -15,7 +15,7 @@ from eval.accuracy_drop import Drop
 from eval.latency import Latency
 
 SUMMARY, REPORT, PLOT = "summary.json", "report.html", "tradeoff.png"
-HEADINGS = ("scheme", "runs in", "top-1 %", "drop (95% interval)", "ONNX MB", "engine MB", "p50 ms", "p99 ms")
+HEADINGS = ("scheme", "runs in", "top-1 %", "drop (95% interval)", "file MB", "engine MB", "p50 ms", "p99 ms")
 
 
 @dataclass
@@ -90,10 +90,10 @@ class Summary:
     calibration_images: int
     machine: dict[str, Any]
     versions: dict[str, str]
-    layers: dict[str, list[list[str]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
     peak_memory_gib: float = 0.0
+    layers: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rows": [row.to_json() for row in self.rows]}

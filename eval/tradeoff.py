@@ -1,12 +1,14 @@
-"""Accuracy and latency of every ONNX file in a set of bundles, under the same conditions."""
+"""Accuracy and latency of every file in a set of bundles, under the same conditions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from deploy.engines import OnnxRuntimeEngine
@@ -14,43 +16,54 @@ from eval.accuracy_drop import paired_drop
 from eval.latency import measure_latency
 from eval.machine import describe_machine
 from eval.report import Row
-from illama.accuracy import load_images, predict
-from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, Manifest
+from illama.accuracy import Infer, load_images, predict, torch_infer
+from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, TORCHAO, Manifest
 from illama.data import Sample, Transform
 
 LIBRARY_TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
-def weigh(bundles: Sequence[Path], test: Dataset[Sample], transform: Transform, seed: int = 0) -> list[Row]:
-    """One row for each ONNX file, run over the whole test split and timed at batch 1 where that has a meaning.
+def weigh(
+    bundles: Sequence[Path],
+    test: Dataset[Sample],
+    transform: Transform,
+    seed: int = 0,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> list[Row]:
+    """One row for each file that runs, over the whole test split, and timed at batch 1 where that has a meaning.
 
     The first bundle's ``model.onnx`` is the reference that drops are against. The bundles stand in one folder, each
     under the name of its scheme.
+
+    Args:
+        networks: by the bundle's name, those that run inside PyTorch.
     """
-    paths = [bundle / name for name in (CPU_ONNX, FUSED_ONNX) for bundle in bundles if (bundle / name).exists()]
-    engines = {str(path): OnnxRuntimeEngine(path).infer for path in paths}
+    networks = networks or {}
+    paths = [
+        bundle / name for name in (CPU_ONNX, TORCHAO, FUSED_ONNX) for bundle in bundles if (bundle / name).exists()
+    ]
+    engines = {str(path): _engine(path, networks) for path in paths}
     logits, labels = predict(engines, test, transform)
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
     rows = [_row(path, correct[str(path)], correct[str(paths[0])], seed) for path in paths]
-    del engines
-    _time(bundles, rows, load_images(test, transform, limit=1)[0])
+    timed = {str(path): row for path, row in zip(paths, rows, strict=True) if path.name != FUSED_ONNX and not row.note}
+    for name, latency in measure_latency(
+        {name: engines[name] for name in timed}, load_images(test, transform, 1)[0]
+    ).items():
+        timed[name].latency, timed[name].device = latency, describe_machine()["cpu"]
     return rows
 
 
-def _time(bundles: Sequence[Path], rows: Sequence[Row], images: np.ndarray) -> None:
-    """Fill in the latency of the CPU's rows, but for those whose speed says nothing."""
-    device = describe_machine()["cpu"]
-    timed = {row.onnx: row for row in rows if row.onnx.endswith(f"/{CPU_ONNX}") and row.note is None}
-    engines = {name: OnnxRuntimeEngine(bundles[0].parent / name).infer for name in timed}
-    for name, latency in measure_latency(engines, images).items():
-        timed[name].latency, timed[name].device = latency, device
+def _engine(path: Path, networks: Mapping[str, nn.Module]) -> Infer:
+    return torch_infer(networks[path.parent.name]) if path.name == TORCHAO else OnnxRuntimeEngine(path).infer
 
 
 def _row(path: Path, correct: np.ndarray, reference: np.ndarray, seed: int) -> Row:
+    inside_torch = path.name == TORCHAO
     row = Row(
         scheme=path.parent.name,
-        runtime="ONNX Runtime, CPU",
-        evaluated_with=OnnxRuntimeEngine.runtime,
+        runtime="PyTorch, CPU" if inside_torch else "ONNX Runtime, CPU",
+        evaluated_with=f"torch {torch.__version__} CPU" if inside_torch else OnnxRuntimeEngine.runtime,
         images=len(correct),
         top1=float(correct.mean() * 100),
         drop=paired_drop(reference, correct, seed),

@@ -8,7 +8,8 @@ loader workers nor the number of training processes changes what is computed.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from illama.data import Preprocessing, Sample, Transform
 from illama.errors import UserError
-from illama.recipe import Recipe
+from illama.recipe import TrainingOptions
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
@@ -51,7 +52,9 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
         UserError: the images do not fill one step, or a step does not divide over the processes.
     """
 
-    def __init__(self, images: int, recipe: Recipe, start: int, stop: int, rank: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self, images: int, recipe: TrainingOptions, start: int, stop: int, rank: int = 0, processes: int = 1
+    ) -> None:
         self.steps_per_epoch = images // recipe.batch_size
         if self.steps_per_epoch == 0:
             raise UserError(f"{images} training images are fewer than one batch of {recipe.batch_size}")
@@ -87,7 +90,7 @@ def seed_everything(*key: int) -> None:
     random.seed(int(state[2]))
 
 
-def make_mixup(recipe: Recipe, classes: int) -> Mixup:
+def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:
     """timm's mixup, cutmix and label smoothing; with both alphas 0, label smoothing alone."""
     off = recipe.mixup == recipe.cutmix == 0
     return Mixup(
@@ -99,7 +102,7 @@ def make_mixup(recipe: Recipe, classes: int) -> Mixup:
     )
 
 
-def training_transform(recipe: Recipe, preprocessing: Preprocessing) -> Transform:
+def training_transform(recipe: TrainingOptions, preprocessing: Preprocessing) -> Transform:
     """Random crop, flip, RandAugment and erasing around the evaluation's normalisation."""
     size = preprocessing.image_size
     if recipe.crop_padding:
@@ -118,11 +121,20 @@ def _rand_augment(setting: str, preprocessing: Preprocessing) -> Any:
     try:
         translation = int(preprocessing.image_size * 0.45)  # timm's own share
         options = {"translate_const": translation, "img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
-        return rand_augment_transform(setting, options)
+        augment = rand_augment_transform(setting, options)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
             f"--rand-augment {setting!r} is not a setting of timm's, such as rand-m9-mstd0.5-inc1"
         ) from error
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            # At its strongest timm asks for images of 0 bits, which Pillow 13 refuses.
+            operation.level_fn = partial(_one_bit_at_least, operation.level_fn)
+    return augment
+
+
+def _one_bit_at_least(bits: Callable[..., tuple[int]], *level: Any) -> tuple[int]:
+    return (max(1, bits(*level)[0]),)
 
 
 def _as_rgb_picture(image: Any) -> Any:

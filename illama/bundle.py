@@ -4,6 +4,7 @@
     model.safetensors    the weights
     model.onnx           after quantization: the graph for CPUs
     model.fused.onnx     after quantization: the graph for TensorRT
+    model.torchao.safetensors  after quantization by torchao: the network for PyTorch
     engines/             after a build: engines, each with a JSON of its own
 
 It appears whole or not at all: it is written beside its place and renamed into it.
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CPU_ONNX = "model.onnx"
 FUSED_ONNX = "model.fused.onnx"
+TORCHAO = "model.torchao.safetensors"
 ENGINES = "engines"
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnxruntime", "tensorrt-rtx",
              "tensorrt", "numpy")  # fmt: skip

@@ -7,7 +7,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -24,22 +24,13 @@ _NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_epochs", "soft_mask_ep
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Train an iLLaMA, from scratch or from given weights. Every option overrides the recipe's.
+class TrainingOptions:
+    """What every training run is told, whatever it trains.
 
     Attributes:
-        recipe: a name in illama/recipes (see there), or a YAML file of your own.
         data: fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a folder
             with train/ and val/.
         out: where the checkpoint, the log and at the end the bundle go; an unfinished run there goes on.
-        model: nano, tiny, small, base or large.
-        variant: the step between ViT and iLLaMA (illama/config.py lists them).
-        image_size, patch_size, in_channels, width, depth, heads: the preset's if not given.
-        mask: post_softmax (the paper's equation 2), pre_softmax or bidirectional; the variant's if not given.
-        init: start from the weights of a bundle, a .safetensors or a released .pth; its positions are
-            resized to image_size.
-        new_head: with init, start the classifier anew; needed where the classes differ.
-        init_llama: start from a folder of LLaMA's Hugging Face safetensors, by weight selection.
         epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes and accumulated parts.
         micro_batch: images per forward pass. Mixup, dropout and stochastic depth are drawn per micro-batch, so
@@ -60,27 +51,13 @@ class Recipe:
         ema_decay: of the exponential moving average of the weights, which is what is kept; 0 keeps the last.
         autocast: number format of the forward pass; float16 scales the loss.
         compile: torch.compile the network (needs a C++ compiler on a CPU).
-        fsdp: under torchrun, shard weights and optimiser state over the processes (FSDP2) instead of copying them.
         workers: processes per training process that read images.
         checkpoint_steps: steps between two checkpoints.
         seed: of everything random.
     """
 
-    recipe: str = DEFAULT_RECIPE
     data: str = ""
     out: Path = Path("runs/train")
-    model: str = "tiny"
-    variant: str = "illama"
-    image_size: int | None = None
-    patch_size: int | None = None
-    in_channels: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mask: str | None = None
-    init: Path | None = None
-    new_head: bool = False
-    init_llama: Path | None = None
     epochs: int = 300
     batch_size: int = 4096
     micro_batch: int = 128
@@ -103,7 +80,6 @@ class Recipe:
     ema_decay: float = 0.0
     autocast: Autocast = "bfloat16"
     compile: bool = False
-    fsdp: bool = False
     workers: int = 8
     checkpoint_steps: int = 500
     seed: int = 0
@@ -123,10 +99,11 @@ class Recipe:
                 f"--batch-size {self.batch_size} must be a multiple of --micro-batch {self.micro_batch}, and that "
                 "even, since mixup pairs images"
             )
-        if self.fsdp and self.autocast == "float16":
-            raise UserError("--fsdp trains in bfloat16 or float32: choose --autocast bfloat16")
-        if self.init and self.init_llama:
-            raise UserError("--init and --init-llama exclude each other")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes share out weights and optimiser state instead of copying them."""
+        return False
 
     @property
     def images_per_part(self) -> int:
@@ -139,41 +116,100 @@ class Recipe:
         return self.batch_size // max(1, self.images_per_part)
 
 
-def recipe_names() -> list[str]:
+@dataclass(frozen=True)
+class Recipe(TrainingOptions):
+    """Train an iLLaMA, from scratch or from given weights. Every option overrides the recipe's.
+
+    Attributes:
+        recipe: a name in illama/recipes (see there), or a YAML file of your own.
+        model: nano, tiny, small, base or large.
+        variant: the step between ViT and iLLaMA (illama/config.py lists them).
+        image_size, patch_size, in_channels, width, depth, heads: the preset's if not given.
+        mask: post_softmax (the paper's equation 2), pre_softmax or bidirectional; the variant's if not given.
+        init: start from the weights of a bundle, a .safetensors or a released .pth; its positions are
+            resized to image_size.
+        new_head: with init, start the classifier anew; needed where the classes differ.
+        init_llama: start from a folder of LLaMA's Hugging Face safetensors, by weight selection.
+        fsdp: under torchrun, shard weights and optimiser state over the processes (FSDP2) instead of copying them.
+    """
+
+    recipe: str = DEFAULT_RECIPE
+    model: str = "tiny"
+    variant: str = "illama"
+    image_size: int | None = None
+    patch_size: int | None = None
+    in_channels: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mask: str | None = None
+    init: Path | None = None
+    new_head: bool = False
+    init_llama: Path | None = None
+    fsdp: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fsdp and self.autocast == "float16":
+            raise UserError("--fsdp trains in bfloat16 or float32: choose --autocast bfloat16")
+        if self.init and self.init_llama:
+            raise UserError("--init and --init-llama exclude each other")
+
+    @property
+    def sharded(self) -> bool:
+        return self.fsdp
+
+
+Options = TypeVar("Options", bound=TrainingOptions)
+
+
+def recipe_names(folder: Path = RECIPES) -> list[str]:
     """The recipes that come with the project."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe of that name, or in the YAML file at that path.
+    """The recipe of that name, or in the YAML file at that path; UserError as :func:`read_recipe`."""
+    return read_recipe(Recipe, RECIPES, name)
+
+
+def read_recipe(kind: type[Options], folder: Path, name: str) -> Options:
+    """Options of some kind from ``folder/name.yaml``, or from the YAML file at the path ``name``.
 
     Raises:
         UserError: no such recipe, not YAML, or an option that does not exist or has the wrong type.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"no recipe {name!r}: choose one of {', '.join(recipe_names())}, or a .yaml file") from error
+        known = ", ".join(recipe_names(folder))
+        raise UserError(f"no recipe {name!r}: choose one of {known}, or a .yaml file") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must map options to values")
-    return Recipe(**{"recipe": name, **{key: _checked(path, key, value) for key, value in values.items()}})
+    hints = get_type_hints(kind)
+    return kind(**{"recipe": name, **{key: _checked(path, key, value, hints) for key, value in values.items()}})
 
 
 def recipe_of_command_line() -> Recipe:
     """The recipe that ``--recipe`` names, as the defaults that the other options override."""
+    return load_recipe(recipe_named(DEFAULT_RECIPE))
+
+
+def recipe_named(default: str) -> str:
+    """What the command line's ``--recipe`` says."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="?", default=DEFAULT_RECIPE)
-    return load_recipe(parser.parse_known_args()[0].recipe or DEFAULT_RECIPE)
+    parser.add_argument("--recipe", nargs="?", default=default)
+    return parser.parse_known_args()[0].recipe or default
 
 
-def _checked(path: Path, name: str, value: Any) -> Any:
+def _checked(path: Path, name: str, value: Any, hints: dict[str, Any]) -> Any:
     """A YAML value as its option's type."""
-    hint = get_type_hints(Recipe).get(name)
+    hint = hints.get(name)
     if hint is None or name == "recipe":
         raise UserError(f"{path} has no such option: {name}; options are named as in --help")
     kinds = get_args(hint) or (hint,)

@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,12 +29,35 @@ from illama.data import ImageData, Preprocessing, Sample
 from illama.distributed import Processes, gradients_synchronised
 from illama.errors import UserError
 from illama.masks import SoftMasked
-from illama.recipe import Recipe
+from illama.recipe import TrainingOptions
 from illama.schedules import cosine_with_warmup, soft_mask_alpha
 from illama.train_log import Log
 
+CHECKPOINT = "checkpoint.pt"  # in a run's folder
 _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LOGGED_EVERY = 10  # steps; reading the loss makes a GPU wait
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Images (B, C, H, W) as the network got them, logits (B, classes) float32, targets likewise -> a scalar."""
+Groups = Callable[[TrainingOptions, SoftMasked], list[dict[str, Any]]]
+"""The optimiser's parameter groups of a network."""
+
+
+def label_loss(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy with the mixed and smoothed labels."""
+    return F.cross_entropy(logits, targets)
+
+
+def parameter_groups(recipe: TrainingOptions, model: SoftMasked) -> list[dict[str, Any]]:
+    """timm's groups: no weight decay on norms, biases, position embedding and class token.
+
+    Each group's learning rate is the schedule's times its ``lr_scale``: ``layer_decay`` to the power of the number
+    of layers above it.
+    """
+    spared = model.no_weight_decay()
+    if recipe.layer_decay == 1:
+        return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)
+    return param_groups_layer_decay(model, recipe.weight_decay, spared, layer_decay=recipe.layer_decay)
 
 
 @dataclass
@@ -45,13 +68,15 @@ class Run:
         model: an ILLaMA, or any network with a soft mask, such as one of illama.adapt; on its device, and sharded
             over the processes if the recipe says so.
         inputs: SHA-256 of the files that the starting weights came from, by path.
+        loss: what is minimised.
+        groups: how the optimiser treats which parameter.
         images, validation: of the training split.
         step: optimiser steps done.
         loss_sum: of the epoch's steps so far; ``loss_share`` is this process's part of the last few, which
             ``steps_unlogged`` counts.
     """
 
-    recipe: Recipe
+    recipe: TrainingOptions
     data: ImageData
     preprocessing: Preprocessing
     model: SoftMasked
@@ -64,6 +89,8 @@ class Run:
     wrapped: nn.Module = field(init=False)
     forward: Any = field(init=False)
     inputs: dict[str, str] = field(default_factory=dict)
+    loss: Loss = label_loss
+    groups: Groups = parameter_groups
     step: int = 0
     loss_sum: float = 0.0
     loss_share: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
@@ -77,10 +104,10 @@ class Run:
         self.average = None
         if recipe.ema_decay:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        if recipe.fsdp:
+        if recipe.sharded:
             for model in dict.fromkeys((self.model, self.kept)):
                 self.processes.shard(model, cast(nn.ModuleList, model.blocks))
-        self.optimizer = make_optimizer(recipe, self.model)
+        self.optimizer = make_optimizer(recipe, self.model, self.groups)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast == "float16")
         self.wrapped = self.processes.wrap(self.model)
         self.forward = torch.compile(self.wrapped) if recipe.compile else self.wrapped
@@ -93,7 +120,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        return self.recipe.out / "checkpoint.pt"
+        return self.recipe.out / CHECKPOINT
 
     @property
     def identity(self) -> str:
@@ -134,7 +161,7 @@ class Run:
             content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         except (RuntimeError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.checkpoint} is damaged: delete it to start anew") from error
-        if content.get("identity") != self.identity:
+        if json.loads(content.get("identity", "{}")) != json.loads(self.identity):
             raise UserError(f"{self.recipe.out} holds a run with other options, images or starting weights: "
                             "choose another --out or delete it")  # fmt: skip
         self.step, self.loss_sum = content["step"], content["loss_sum"]
@@ -146,20 +173,14 @@ class Run:
         self.scaler.load_state_dict(content["scaler"])
 
 
-def make_optimizer(recipe: Recipe, model: SoftMasked) -> torch.optim.Optimizer:
-    """timm's optimiser of that name; no weight decay on norms, biases, position embedding and class token.
-
-    Each group's learning rate is the schedule's times its ``lr_scale``: ``layer_decay`` to the power of the number
-    of layers above it.
-    """
-    spared = model.no_weight_decay()
-    if recipe.layer_decay == 1:
-        groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)
-    else:
-        groups = param_groups_layer_decay(model, recipe.weight_decay, spared, layer_decay=recipe.layer_decay)
-    fused: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" and not recipe.fsdp else {}
+def make_optimizer(
+    recipe: TrainingOptions, model: SoftMasked, groups: Groups = parameter_groups
+) -> torch.optim.Optimizer:
+    """timm's optimiser of that name over the groups; UserError if there is none."""
+    fused: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" and not recipe.sharded else {}
     try:
-        return create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0, **fused)
+        return create_optimizer_v2(groups(recipe, model), opt=recipe.optimizer, lr=recipe.learning_rate,
+                                   weight_decay=0.0, **fused)  # fmt: skip
     except (ValueError, AssertionError, ImportError) as error:
         raise UserError(f"--optimizer {recipe.optimizer!r} is none of timm's, or not for this machine: the paper's "
                         "is adamw") from error  # fmt: skip
@@ -209,7 +230,7 @@ def training_step(run: Run, mixup: Mixup, loader: Iterator[Any], parts: range, s
         with gradients_synchronised(run.wrapped, now=part == parts[-1]):
             with torch.autocast(device.type, getattr(torch, recipe.autocast), enabled=recipe.autocast != "float32"):
                 logits = run.forward(images)
-            loss = F.cross_entropy(logits.float(), targets)
+            loss = run.loss(images, logits.float(), targets)
             run.scaler.scale(loss / len(parts)).backward()
         run.loss_share += loss.detach() / recipe.parts
     run.scaler.step(run.optimizer)

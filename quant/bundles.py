@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line
 from illama.data import Preprocessing
 from illama.masks import SoftMasked
+from quant.calibrate import calibrate
 from quant.export import export_onnx
 from quant.schemes import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt
+from quant.torchao_backend import quantize_with_torchao, write_torchao
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,15 @@ class Origin:
     classes: tuple[str, ...]
     inputs: Mapping[str, str]
     seed: int = 0
+
+
+def quantize(model: SoftMasked, scheme: Scheme, batches: Sequence[Tensor]) -> SoftMasked:
+    """A quantized copy of ``model``, by whatever the scheme's backend is.
+
+    Args:
+        batches: calibration images (B, C, H, W); torchao takes none.
+    """
+    return quantize_with_torchao(model, scheme) if scheme.backend == "torchao" else calibrate(model, scheme, batches)
 
 
 def write_graphs(
@@ -57,7 +69,12 @@ def write_quantized(
         model: the network in floating point that ``quantized`` was made from.
     """
     plan = resolve(scheme, model)
-    no_tensorrt = unfit_for_tensorrt(plan)
+    no_tensorrt = unfit_for_tensorrt(plan) if scheme.backend == "onnx" else "it runs inside PyTorch"
+    files: tuple[str, ...] = (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
     done = {"layers": describe(plan, model), "no_tensorrt": no_tensorrt, "not_timed": emulated_on_cpus(plan)}
-    files = (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
-    return write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **done, **metrics})
+    if scheme.backend == "torchao":
+        files, done["not_timed"] = (), ""
+    write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **done, **metrics})
+    if scheme.backend == "torchao":
+        write_torchao(quantized, folder)
+    return folder

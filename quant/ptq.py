@@ -14,20 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from deploy.build import build_fitting
 from deploy.library import Library, find_library
 from eval.machine import describe_machine, peak_memory_gib
 from eval.report import Summary, is_result, markdown_table, write_report
 from eval.tradeoff import weigh
-from illama.accuracy import load_images
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, package_versions, sha256, write_folder
-from illama.checkpoint import SHIPPED, Checkpoint, load_checkpoint, load_timm
-from illama.data import ImageData, open_data
+from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
-from quant.bundles import Origin, write_graphs, write_quantized
-from quant.calibrate import calibrate
+from illama.masks import SoftMasked
+from quant.bundles import Origin, quantize, write_graphs, write_quantized
+from quant.inputs import Inputs, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
 
 SCHEME_FILE = "scheme.yaml"  # in every bundle: what made it, to be read, changed and replayed
@@ -69,12 +66,12 @@ class Job:
 
     options: PtqOptions
     schemes: list[Scheme]
-    checkpoint: Checkpoint
-    data: ImageData
+    inputs: Inputs
     origin: Origin
     folder: Path
     library: Library | None
     seconds: dict[str, float] = field(default_factory=dict)
+    networks: dict[str, SoftMasked] = field(default_factory=dict)
     layers: dict[str, list[list[str]]] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
 
@@ -100,55 +97,34 @@ def find_schemes(options: PtqOptions) -> list[Scheme]:
 def open_job(options: PtqOptions, folder: Path) -> Job:
     """Load and check everything before any work is done; UserError for whatever does not fit."""
     schemes = find_schemes(options)
-    checkpoint = open_checkpoint(options)
-    data = open_data(options.data)
-    config = checkpoint.model.config
-    if len(data.classes) != config.num_classes:
-        raise UserError(
-            f"{options.checkpoint} has {config.num_classes} classes, {options.data} has {len(data.classes)}: "
-            "they must be the same"
-        )
-    for trained, given in zip(checkpoint.classes, data.classes, strict=False):
-        if trained != given:
-            raise UserError(
-                f"{options.checkpoint} was trained for the class {trained!r} where {options.data} has {given!r}"
-            )
+    inputs = open_inputs(
+        options.checkpoint, options.data, options.calibration_images, options.model, options.image_size
+    )
     for scheme in schemes:
-        resolve(scheme, checkpoint.model)
-    preprocessing = checkpoint.preprocessing or data.preprocessing(config.image_size, config.in_channels)
-    inputs = {str(checkpoint.weights): sha256(checkpoint.weights)}
+        resolve(scheme, inputs.model)
+    weights = inputs.checkpoint.weights
+    origin = Origin(inputs.preprocessing, inputs.data.classes, {str(weights): sha256(weights)}, options.seed)
     library = find_library()
     if library:
         library.resolve_targets(options.targets)
-    origin = Origin(preprocessing, data.classes, inputs, options.seed)
-    return Job(options, schemes, checkpoint, data, origin, folder, library)
-
-
-def open_checkpoint(options: PtqOptions) -> Checkpoint:
-    """The network named by ``--checkpoint`` and ``--model``."""
-    if options.model is None:
-        return load_checkpoint(options.checkpoint, image_size=options.image_size)
-    kind, _, name = options.model.partition(":")
-    if kind != "timm" or not name:
-        raise UserError(f"--model is timm:NAME, such as timm:vit_small_patch16_224, not {options.model!r}")
-    return load_timm(name, options.checkpoint, options.image_size)
+    return Job(options, schemes, inputs, origin, folder, library)
 
 
 def write_bundles(job: Job) -> list[Path]:
     """Calibrate every scheme and export it, beside the FP32 and FP16 references."""
-    calibration = job.data.calibration(job.options.calibration_images)
-    model = job.checkpoint.model
+    model = job.inputs.model
     with job.phase("read calibration images"):
-        images, _ = load_images(calibration, job.origin.preprocessing.transform())
-    batches = torch.from_numpy(images).split(64)
+        batches = job.inputs.calibration
     with job.phase("export fp32 and fp16"):
         bundles = [write_graphs(job.folder / "fp32", model, job.origin, (CPU_ONNX,), {}),
                    write_graphs(job.folder / "fp16", model, job.origin, (FUSED_ONNX,), {})]  # fmt: skip
     for scheme in job.schemes:
         with job.phase(f"quantize and export {scheme.name}"):
-            quantized = calibrate(model, scheme, batches)
+            quantized = quantize(model, scheme, batches)
             bundle = write_quantized(job.folder / scheme.name, model, quantized, scheme, job.origin, {})
             write_scheme(scheme, bundle / SCHEME_FILE)
+            if scheme.backend == "torchao":
+                job.networks[scheme.name] = quantized
         bundles.append(bundle)
         note_scheme(job, scheme, bundle)
     return bundles
@@ -188,7 +164,8 @@ def main(options: PtqOptions) -> None:
         bundles = write_bundles(job)
         build_engines(job, bundles)
         with job.phase("evaluate and time"):
-            rows = weigh(bundles, job.data.test(), job.origin.preprocessing.transform(), options.seed)
+            transform = job.origin.preprocessing.transform()
+            rows = weigh(bundles, job.inputs.data.test(), transform, options.seed, job.networks)
         summary = Summary(
             rows=rows,
             command=command_line(),

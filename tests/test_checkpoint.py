@@ -440,7 +440,7 @@ def test_ptq_takes_an_image_size(small_bundle, image_folder, tmp_path):
 
     options = PtqOptions(checkpoint=small_bundle, data=str(image_folder), image_size=64, out=tmp_path / "out")
     job = open_job(options, tmp_path)
-    assert job.checkpoint.model.config == replace(SMALL, image_size=64)
+    assert job.inputs.model.config == replace(SMALL, image_size=64)
     assert job.origin.preprocessing.image_size == 64
     with pytest.raises(UserError, match="image_size 60 is not a multiple of patch_size 8"):
         open_job(replace(options, image_size=60), tmp_path)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ("illama", "quant", "deploy", "eval")
-RECIPES = {"quant/ptq.py"}  # commands that walk the whole way, and which nothing imports
+RECIPES = {"quant/ptq.py", "quant/qat.py"}  # commands that walk the whole way, and which nothing imports
 
 
 def _imports(path):

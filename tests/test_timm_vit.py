@@ -297,7 +297,7 @@ def test_ptq_takes_a_timm_network(tmp_path, image_folder, small_bundle):
 
     _, path = saved(tmp_path, "small_vit_registers", num_classes=3)
     options = PtqOptions(checkpoint=path, model="timm:small_vit_registers", data=str(image_folder), out=tmp_path / "o")
-    assert open_job(options, tmp_path).checkpoint.model.config == TimmConfig("small_vit_registers", 32, 3, 3)
+    assert open_job(options, tmp_path).inputs.model.config == TimmConfig("small_vit_registers", 32, 3, 3)
     assert open_job(replace(options, image_size=48), tmp_path).origin.preprocessing.image_size == 48
     with pytest.raises(UserError, match="is a bundle"):
         open_job(replace(options, checkpoint=small_bundle), tmp_path)

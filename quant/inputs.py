@@ -1,0 +1,100 @@
+"""What the commands that study a quantized network start from: a checkpoint, a scheme and images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from illama.accuracy import load_images
+from illama.checkpoint import Checkpoint, load_checkpoint, load_timm
+from illama.data import ImageData, Preprocessing, Sample, Transformed, open_data
+from illama.errors import UserError
+from illama.masks import SoftMasked
+from quant.schemes import Scheme, find_scheme, read_scheme
+
+_BATCH = 64  # as `python quant/ptq.py` calibrates
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A network and its data, checked to fit each other.
+
+    Attributes:
+        calibration_images: how many training images the ranges are taken from, as ``python quant/ptq.py`` does.
+    """
+
+    checkpoint: Checkpoint
+    data: ImageData
+    preprocessing: Preprocessing
+    calibration_images: int
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        """The calibration images in batches (B, C, H, W)."""
+        images, _ = load_images(self.data.calibration(self.calibration_images), self.preprocessing.transform())
+        return list(torch.from_numpy(images).split(_BATCH))
+
+    @property
+    def model(self) -> SoftMasked:
+        return self.checkpoint.model
+
+    def plain_model(self) -> SoftMasked:
+        """A copy whose attention has the plain form, whose tensors are those that are quantized."""
+        model = copy.deepcopy(self.model)
+        model.set_attention_form("plain")
+        return model
+
+    def batches(self, images: Dataset[Sample]) -> DataLoader[tuple[Tensor, int]]:
+        """A split as batches of images (B, C, H, W) and labels (B,)."""
+        return DataLoader(Transformed(images, self.preprocessing.transform()), batch_size=_BATCH)
+
+
+def open_inputs(
+    checkpoint: Path, data: str, calibration_images: int, model: str | None = None, image_size: int | None = None
+) -> Inputs:
+    """Open both and check that they have the same classes; UserError if not.
+
+    Args:
+        model: timm:NAME where the checkpoint is that of a timm ViT.
+        image_size: run at another resolution than the checkpoint's.
+    """
+    loaded, images = _open_checkpoint(checkpoint, model, image_size), open_data(data)
+    config = loaded.model.config
+    if len(images.classes) != config.num_classes:
+        raise UserError(
+            f"{checkpoint} has {config.num_classes} classes, {data} has {len(images.classes)}: they must be the same"
+        )
+    for trained, given in zip(loaded.classes, images.classes, strict=False):
+        if trained != given:
+            raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
+    preprocessing = loaded.preprocessing or images.preprocessing(config.image_size, config.in_channels)
+    return Inputs(loaded, images, preprocessing, calibration_images)
+
+
+def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> Checkpoint:
+    if model is None:
+        return load_checkpoint(path, image_size=image_size)
+    kind, _, name = model.partition(":")
+    if kind != "timm" or not name:
+        raise UserError(f"--model is timm:NAME, such as timm:vit_small_patch16_224, not {model!r}")
+    return load_timm(name, path, image_size)
+
+
+def scheme_named(name: str) -> Scheme:
+    """A shipped scheme by its name, or one of the user's own by its file's, which ends in .yaml or .yml.
+
+    Raises:
+        UserError: neither is there, or the scheme runs inside PyTorch only.
+    """
+    scheme = read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else find_scheme(name)
+    if scheme.backend != "onnx":
+        raise UserError(
+            f"scheme {name} quantizes inside PyTorch ({scheme.backend}): there are no layers to switch or export"
+        )
+    return scheme

@@ -1,0 +1,205 @@
+"""Quantization-aware training of a trained iLLaMA: python quant/qat.py --scheme w4a4
+
+On several GPUs: torchrun --nproc-per-node 8 quant/qat.py --recipe qat-in1k-tiny --checkpoint ... --data /imagenet
+
+Calibrated as for quantization after training, then fine-tuned with its rounding in place, scales and all, by the
+trainer of illama/train.py: interrupted or killed, the same command goes on. Like quant/ptq.py this command is a recipe
+over the whole project, and may import from every package.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sized
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from deploy.engines import OnnxRuntimeEngine
+from eval.accuracy_drop import paired_drop
+from eval.machine import describe_machine
+from illama.accuracy import load_images, predict, top1, torch_infer
+from illama.bundle import CPU_ONNX, FUSED_ONNX, WEIGHTS, Manifest, sha256, write_folder
+from illama.checkpoint import SHIPPED, ILLaMACheckpoint, load_checkpoint
+from illama.data import ImageData, open_data
+from illama.distributed import Processes, processes
+from illama.errors import UserError, run_command
+from illama.model import ILLaMA
+from illama.recipe import TrainingOptions, read_recipe, recipe_named
+from illama.train_log import plot_curve, read_log
+from illama.training import CHECKPOINT, Run, fit
+from quant.bundles import Origin, write_quantized
+from quant.calibrate import calibrate
+from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
+from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
+from quant.weights import write_quantized_weights
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "qat-nano-fashion-mnist"
+
+
+@dataclass(frozen=True)
+class QatOptions(TrainingOptions):
+    """Fine-tune a trained iLLaMA with its rounding in place. Every option overrides the recipe's.
+
+    Attributes:
+        recipe: a name in quant/recipes (see there), or a YAML file of your own.
+        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
+        scheme: of quant/schemes.py; what is quantized to what.
+        scheme_file: a scheme of your own in YAML, instead.
+        image_size: run at another resolution than the checkpoint's: its position embedding is interpolated.
+        calibration_images: how many training images the first ranges are taken from.
+        distillation: share of the loss that compares logits with the unquantized network's; the rest is the labels'.
+        temperature: of those soft targets.
+        scale_rate: learning rate of the scales relative to their size, in learning rates.
+    """
+
+    recipe: str = DEFAULT_RECIPE
+    out: Path = Path("runs/qat")
+    checkpoint: Path = SHIPPED
+    scheme: str = "w4a4"
+    scheme_file: Path | None = None
+    image_size: int | None = None
+    calibration_images: int = 512
+    distillation: float = 1.0
+    temperature: float = 2.0
+    scale_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.distillation <= 1:
+            raise UserError("--distillation must lie in 0..1")
+        if not 0 < self.temperature < float("inf") or not 0 <= self.scale_rate < float("inf"):
+            raise UserError("--temperature must be positive, and --scale-rate not negative")
+        if self.calibration_images < 1:
+            raise UserError("--calibration-images must be at least 1")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run starts from, opened and checked."""
+
+    options: QatOptions
+    scheme: Scheme
+    checkpoint: ILLaMACheckpoint
+    data: ImageData
+    origin: Origin
+
+    @cached_property
+    def batches(self) -> tuple[Tensor, ...]:
+        """The calibration images, (64, C, H, W) at a time."""
+        chosen = self.data.calibration(self.options.calibration_images)
+        images, _ = load_images(chosen, self.origin.preprocessing.transform())
+        return torch.from_numpy(images).split(64)
+
+    @cached_property
+    def untrained(self) -> ILLaMA:
+        """The network as quantization after training leaves it, learned rounding and all, with stochastic depth."""
+        return self.quantize(self.scheme)
+
+    def quantize(self, scheme: Scheme) -> ILLaMA:
+        """The network of the checkpoint quantized by ``scheme``, ready to be trained."""
+        trained = self.checkpoint.model
+        model = ILLaMA(trained.config, self.options.drop_path, self.options.dropout)
+        model.load_state_dict(trained.state_dict())
+        return cast(ILLaMA, calibrate(model, scheme, self.batches))
+
+
+def open_job(options: QatOptions) -> Job:
+    """Load and check everything before any work is done; UserError for whatever does not fit."""
+    if not options.data:
+        raise UserError("no images to train on: give --data (see --help)")
+    scheme = read_scheme(options.scheme_file) if options.scheme_file else find_scheme(options.scheme)
+    if scheme.backend != "onnx":
+        raise UserError(f"scheme {scheme.name} runs inside PyTorch and has nothing to train: choose another")
+    checkpoint = load_checkpoint(options.checkpoint, image_size=options.image_size)
+    data, config = open_data(options.data), checkpoint.model.config
+    if len(data.classes) != config.num_classes or (checkpoint.classes and checkpoint.classes != data.classes):
+        raise UserError(f"{options.checkpoint} was trained for other classes than {options.data} has")
+    resolve(scheme, checkpoint.model)
+    preprocessing = checkpoint.preprocessing or data.preprocessing(config.image_size, config.in_channels)
+    inputs = {str(file): sha256(file) for file in (checkpoint.weights, options.scheme_file) if file}
+    # A shipped scheme has no file, but a run under another one must not go on under this.
+    inputs[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()
+    return Job(options, scheme, checkpoint, data, Origin(preprocessing, data.classes, inputs, options.seed))
+
+
+def start_run(job: Job, group: Processes) -> Run:
+    """Quantize the network, and go on from ``out`` if a run was interrupted there."""
+    options = job.options
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror}; choose another --out") from error
+    # A checkpoint's weights replace those that rounding would be learned for, which takes minutes.
+    interrupted = (options.out / CHECKPOINT).exists()
+    quantized = job.quantize(replace(job.scheme, learned=0)) if interrupted else copy.deepcopy(job.untrained)
+    learn_scales(quantized)
+    loss = Distillation(job.checkpoint.model, options.temperature, options.distillation, options, group.device)
+    return Run(options, job.data, job.origin.preprocessing, quantized, group, dict(job.origin.inputs), loss,
+               scale_groups(options.scale_rate))  # fmt: skip
+
+
+def measure(job: Job, trained: ILLaMA, folder: Path) -> dict[str, Any]:
+    """Top-1 in percent and drops from FP32 over the whole test split, before training, after it, and of the files.
+
+    The file for TensorRT is there only where TensorRT has the kernels; see :func:`quant.bundles.write_quantized`.
+    """
+    test = job.data.test()
+    models = {
+        "fp32": torch_infer(job.checkpoint.model),
+        "ptq": torch_infer(job.untrained),
+        "qat": torch_infer(trained),
+    }
+    files = {"onnx": folder / CPU_ONNX, "fused_onnx": folder / FUSED_ONNX}
+    models |= {name: OnnxRuntimeEngine(path).infer for name, path in files.items() if path.exists()}
+    logits, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
+    right = {name: values.argmax(1) == labels for name, values in logits.items()}
+    drops = {name: asdict(paired_drop(right["fp32"], right[name], job.options.seed)) for name in right}
+    return {
+        **{f"{name}_top1": top1(values, labels) for name, values in logits.items()},
+        **{f"{name}_drop": drop for name, drop in drops.items() if name != "fp32"},
+        "test_images": len(cast(Sized, test)),
+    }
+
+
+def write_bundle(job: Job, run: Run) -> Path:
+    """The finished run as a bundle named after its scheme: weights and scales, graphs, scheme, log and curve."""
+    options, folder = job.options, job.options.out / f"{job.scheme.name}-qat"
+    trained = cast(ILLaMA, copy.deepcopy(run.kept).cpu().eval())
+    trained.soft_mask = 0.0
+    settle_scales(trained)
+    with write_folder(folder) as draft:
+        facts = {"epochs": options.epochs, "machine": describe_machine()}
+        write_quantized(draft, job.checkpoint.model, trained, job.scheme, job.origin, facts)
+        write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
+        write_scheme(job.scheme, draft / "scheme.yaml")
+        (draft / "log.csv").write_text((options.out / "log.csv").read_text())
+        plot_curve(read_log(options.out / "log.csv"), draft / "curve.png")
+        manifest = Manifest.read(draft)
+        manifest.metrics |= measure(job, trained, draft)
+        manifest.write(draft)
+    return folder
+
+
+def main(options: QatOptions) -> None:
+    with processes() as group:
+        job = open_job(replace(options, out=options.out.resolve()))
+        run = start_run(job, group)
+        fit(run)
+        if not group.main:
+            return
+        metrics = Manifest.read(bundle := write_bundle(job, run)).metrics
+    print(f"top-1 of {metrics['test_images']} test images: FP32 {metrics['fp32_top1']:.2f}%, quantized after training "
+          f"{metrics['ptq_top1']:.2f}%, trained {metrics['qat_top1']:.2f}%, its ONNX file {metrics['onnx_top1']:.2f}%; "
+          f"bundle in {bundle}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(QatOptions, main, lambda: read_recipe(QatOptions, RECIPES, recipe_named(DEFAULT_RECIPE)))

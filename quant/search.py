@@ -1,0 +1,151 @@
+"""A precision for each layer, within one budget:
+
+python quant/search.py --max-drop 0.1
+python quant/search.py --max-megabytes 1.5
+
+What each layer loses and costs in each format is measured; the best assignment under those figures is found exactly
+(quant/assign.py); it is then really quantized and measured, and if that breaks the budget, the search tightens.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from illama.bundle import CPU_ONNX, Manifest, command_line, package_versions, sha256, write_folder
+from illama.checkpoint import SHIPPED
+from illama.errors import UserError, run_command
+from quant.candidates import Candidates, Study, find_schemes, scheme_of
+from quant.inputs import open_inputs
+from quant.layerwise import selection_images
+from quant.planning import Budget, Plan, Planner
+from quant.schemes import write_scheme
+
+RESULT, SCHEME = "search.json", "scheme.yaml"
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Find which layer to keep in which number format, for one budget: give one of the three.
+
+    Losses are measured on training images that calibration does not see, and never on test images.
+
+    Attributes:
+        max_drop: points of top-1 that may be lost; the cheapest assignment is sought.
+        max_ms: milliseconds of one call with one image; the assignment that loses least is sought.
+        max_megabytes: size of model.onnx, in 10^6 bytes; the assignment that loses least is sought.
+        minimise: what is cheapest, for --max-drop.
+        formats: schemes to choose from for each layer, by name or YAML file; float is always among them.
+        layer_times: SCHEME=FILE of TensorRT layer profiles (trtexec --exportProfile), one for each format and for
+            float; ONNX Runtime on this machine's CPU is timed if not given.
+        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
+        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
+        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
+        images: how many images losses are measured over.
+        calibration_images: how many training images the ranges are taken from.
+        learned: steps a block in which the found assignment's rounding is learned, as in a scheme.
+        rounds: how many assignments to check at most.
+        threads: of ONNX Runtime, when it is timed; 0 for one a core.
+        out: a folder for scheme.yaml, model.onnx and search.json; an earlier result there is replaced.
+    """
+
+    max_drop: float | None = None
+    max_ms: float | None = None
+    max_megabytes: float | None = None
+    minimise: Literal["ms", "bytes"] = "ms"
+    formats: tuple[str, ...] = ("int8", "w4a8", "int8-weight-only", "w4a16")
+    layer_times: tuple[str, ...] = ()
+    checkpoint: Path = SHIPPED
+    model: str | None = None
+    data: str = "fashion-mnist"
+    images: int = 1000
+    calibration_images: int = 512
+    learned: int = 0
+    rounds: int = 6
+    threads: int = 0
+    out: Path = Path("runs/search")
+
+    def budget(self) -> Budget:
+        """The one budget; UserError for none, several, or one that is not positive."""
+        given = {"drop": self.max_drop, "ms": self.max_ms, "megabytes": self.max_megabytes}
+        values = [(kind, value) for kind, value in given.items() if value is not None]
+        if len(values) != 1 or values[0][1] <= 0 or self.rounds < 1 or self.learned < 0:
+            raise UserError("give one of --max-drop, --max-ms and --max-megabytes, above 0; --rounds must be 1 or more")
+        if self.layer_times and values[0][0] != "drop" and values[0][0] != "ms":
+            raise UserError("--layer-times decides nothing under --max-megabytes: leave it out")
+        return Budget(values[0][0], values[0][1], self.minimise)
+
+    def profiles(self) -> dict[str, Path]:
+        """Scheme -> TensorRT profile."""
+        pairs = [text.partition("=") for text in self.layer_times]
+        if any(not separator for _, separator, _ in pairs):
+            raise UserError("--layer-times takes SCHEME=FILE, such as int8=profile.json")
+        return {name: Path(file) for name, _, file in pairs}
+
+
+def result_of(options: SearchOptions, candidates: Candidates, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
+    """The contents of search.json."""
+    choices = {layer: [{**asdict(choice), "specs": {name: str(spec) for name, spec in choice.specs.items()}}
+                       for choice in found] for layer, found in candidates.layers.items()}  # fmt: skip
+    whole = {name: {**asdict(effect), "drop": effect.drop, "sum_of_layers_kl": kl}
+             for name, (effect, kl) in candidates.whole.items()}  # fmt: skip
+    return {
+        "command": command_line(),
+        "budget": asdict(options.budget()),
+        "met": best is not None,
+        "assignment": {layer: candidates.layers[layer][i].scheme for layer, i in (best or plans[-1]).chosen.items()},
+        "rounds": [plan.record() for plan in plans],
+        "whole_networks": whole,
+        "fixed": {"bytes": candidates.fixed_bytes, "ms": candidates.fixed_ms},
+        "milliseconds_not_explained_by_layers": dict(candidates.fit_ms),
+        "milliseconds_of_nodes_of_no_layer": dict(candidates.rest_ms),
+        "choices": choices,
+        "versions": package_versions(),
+    }
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The assignment by layer, then predicted and measured for each round."""
+    groups: dict[str, list[str]] = {}
+    for layer, scheme in result["assignment"].items():
+        groups.setdefault(scheme, []).append(layer)
+    print()
+    for scheme, layers in groups.items():
+        print(f"{scheme:18} {len(layers):3} layers: {', '.join(layers)}")
+    print(f"\n{'round':6} {'':10} {'drop, points':>16} {'ms':>9} {'MB':>9}")
+    for number, entry in enumerate(result["rounds"], 1):
+        for kind in ("predicted", "measured"):
+            row, error = entry[kind], f" +-{entry['measured']['drop_error']:.2f}" if kind == "measured" else ""
+            ms = "-" if row["ms"] is None else f"{row['ms']:.3f}"
+            drop = f"{row['drop']:+.3f}{error}"
+            print(f"{number if kind == 'predicted' else '':<6} {kind:10} {drop:>16} {ms:>9} {row['megabytes']:9.3f}")
+
+
+def main(options: SearchOptions) -> None:
+    budget, profiles = options.budget(), options.profiles()
+    with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
+        schemes = find_schemes(options.formats)
+        inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, options.model)
+        images = inputs.batches(selection_images(inputs.data, options.calibration_images, options.images))
+        with tempfile.TemporaryDirectory() as scratch:
+            candidates = Study(inputs, schemes, images, options.threads).run(Path(scratch), profiles)
+        planner = Planner(inputs, candidates, images, budget, not profiles, options.learned, options.threads)
+        plans, best = planner.search(options.rounds, folder / CPU_ONNX)
+        result = result_of(options, candidates, plans, best)
+        (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+        chosen = (best or plans[-1]).chosen
+        write_scheme(scheme_of(candidates, chosen, options.learned, f"found by {command_line()}"), folder / SCHEME)
+        Manifest(command_line(), inputs.model.config.to_dict(), asdict(inputs.preprocessing), list(inputs.data.classes),
+                 inputs={str(inputs.checkpoint.weights): sha256(inputs.checkpoint.weights)}).write(folder)  # fmt: skip
+    print_result(result)
+    if best is None:
+        raise UserError(f"no assignment of {len(plans)} tried kept to {budget}; the last of them is in {options.out}: "
+                        "raise the budget, or give other --formats")  # fmt: skip
+    print(f"\nmeasured within {budget}; {options.out / SCHEME} holds the scheme, {CPU_ONNX} the network")
+
+
+if __name__ == "__main__":
+    run_command(SearchOptions, main)

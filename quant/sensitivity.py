@@ -1,0 +1,137 @@
+"""What quantizing each layer alone costs, on real images:
+
+python quant/sensitivity.py --scheme w4a8
+
+A table on the terminal, and sensitivity.json, .csv and .png in the output folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from illama.bundle import command_line, package_versions, write_folder
+from illama.checkpoint import SHIPPED
+from illama.errors import UserError, run_command
+from quant.calibrate import calibrate
+from quant.inputs import Inputs, open_inputs, scheme_named
+from quant.layers import quantizers
+from quant.layerwise import Effect, block_number, kind_of, layers_of, measure, selection_images, tensor_sqnr
+
+RESULT = "sensitivity.json"
+_ALL = "all layers"
+_TENSOR_IMAGES = 64  # a tensor's noise needs no more: each image has thousands of its values
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """Measure what each layer of a network loses when it alone is quantized.
+
+    Learned rounding is left out, since it adapts a whole block to one scheme.
+
+    Attributes:
+        scheme: a shipped scheme's name, or a YAML file.
+        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
+        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
+        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
+        images: how many images the losses are taken over.
+        split: train: of the training split, none that calibration sees; test: the first of the test split.
+        calibration_images: how many training images the ranges are taken from.
+        out: a folder for the results; an earlier result there is replaced.
+    """
+
+    scheme: str = "int8"
+    checkpoint: Path = SHIPPED
+    model: str | None = None
+    data: str = "fashion-mnist"
+    images: int = 1000
+    split: Literal["train", "test"] = "train"
+    calibration_images: int = 512
+    out: Path = Path("runs/sensitivity")
+
+
+def study(options: SensitivityOptions, inputs: Inputs) -> dict[str, Any]:
+    """The contents of sensitivity.json: one entry a layer, one for all of them together, and every tensor's SQNR."""
+    scheme = replace(scheme_named(options.scheme), learned=0)
+    quantized = calibrate(inputs.model, scheme, inputs.calibration)
+    layers = layers_of(name for name, _ in quantizers(quantized))
+    everything = [tensor for tensors in layers.values() for tensor in tensors]
+    batches = inputs.batches(chosen_images(options, inputs))
+    effects = measure(quantized, {**layers, _ALL: everything}, tqdm(batches, desc="quantize one layer at a time"))
+    reference = inputs.model
+    if scheme.smooth:
+        reference = copy.deepcopy(quantized)
+        for _, quantizer in quantizers(reference):
+            quantizer.enabled = False
+    tensors = tensor_sqnr(reference, quantized, torch.cat(inputs.calibration)[:_TENSOR_IMAGES])
+    return {
+        "command": command_line(),
+        **{key: str(value) for key, value in asdict(options).items() if key != "out"},
+        "classes": len(inputs.data.classes),
+        "all": _record(effects.pop(_ALL)),
+        "layers": [{"layer": layer, "block": block_number(layer), "kind": kind_of(layer), **_record(effect)}
+                   for layer, effect in effects.items()],
+        "tensor_sqnr_db": {name: _finite(value) for name, value in tensors.items()},
+        "versions": package_versions(),
+    }  # fmt: skip
+
+
+def chosen_images(options: SensitivityOptions, inputs: Inputs) -> Any:
+    """The images that losses are measured on; UserError if there are fewer than asked for."""
+    if options.split == "train":
+        return selection_images(inputs.data, options.calibration_images, options.images)
+    test: Any = inputs.data.test()
+    if not 1 <= options.images <= len(test):
+        raise UserError(f"{options.images} test images asked for, 1 to {len(test)} can be had: change --images")
+    return Subset(test, range(options.images))
+
+
+def _record(effect: Effect) -> dict[str, Any]:
+    values = {**asdict(effect), "drop": effect.drop, "drop_error": effect.drop_error}
+    return {**values, "sqnr_db": _finite(effect.sqnr_db)}
+
+
+def _finite(decibels: float) -> float | None:
+    """JSON knows no infinity: null stands for no noise at all."""
+    return round(decibels, 2) if math.isfinite(decibels) else None
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The layers, most divergent first, and the tensors that are hardest to round."""
+    print(f"\n{'quantized alone':36} {'logits SQNR dB':>14} {'KL nats':>10} {'top-1 lost':>11} {'of them':>14}")
+    rows = sorted(result["layers"], key=lambda row: -row["kl"])
+    for row in [*rows, {"layer": _ALL, **result["all"]}]:
+        sqnr = "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+        counts = f"-{row['lost']} +{row['gained']}"
+        print(f"{row['layer']:36} {sqnr:>14} {row['kl']:10.2e} {row['drop']:+11.2f} {counts:>14}")
+    hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
+    print("\nhardest tensors to round: " + ", ".join(f"{name} {value:.1f} dB" for value, name in hardest))
+
+
+def main(options: SensitivityOptions) -> None:
+    from quant.charts import draw_sensitivity  # only here, since importing matplotlib takes a while
+
+    with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
+        inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, options.model)
+        result = study(options, inputs)
+        (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+        with (folder / "sensitivity.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, result["layers"][0])
+            writer.writeheader()
+            writer.writerows(result["layers"])
+        draw_sensitivity(result, folder / "sensitivity.png")
+    print_table(result)
+    print(f"{options.images} images of the {options.split} split; written to {options.out}")
+
+
+if __name__ == "__main__":
+    run_command(SensitivityOptions, main)
