@@ -388,5 +388,5 @@ def test_images_that_are_not_finite_are_refused(shipped):
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(UserError, match="unknown scheme 'int3': choose from int8, int8-smooth"):
+    with pytest.raises(UserError, match="unknown scheme 'int3': choose from int8, int8-attention"):
         find_scheme("int3")

@@ -1,0 +1,129 @@
+"""The quantizers of real_backbone.py: this project's schemes, ModelOpt's and NNCF's defaults, on one timm ViT.
+
+Each is a function from a network and calibration images to another function, from images (B, 3, H, W) to
+(features, logits), where features are what the network hands to its head. Nothing is tuned for any of them. What
+ModelOpt leaves in floating point by default, attention's two products, is left so; NNCF and this project's INT8
+quantize them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from illama.adapt import CausalVisionTransformer, to_quantizable
+from illama.errors import UserError
+from quant.calibrate import calibrate, mtq
+from quant.schemes import find_scheme
+
+Outputs = tuple[Tensor, Tensor]
+Infer = Callable[[Tensor], Outputs]
+Quantizer = Callable[[nn.Module, Tensor], Infer]
+
+SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention", "w4a8")
+MODELOPT = {"modelopt-int8": "INT8_DEFAULT_CFG", "modelopt-int8-smoothquant": "INT8_SMOOTHQUANT_CFG",
+            "modelopt-fp8": "FP8_DEFAULT_CFG"}  # fmt: skip
+NNCF = {"nncf-int8": None, "nncf-int8-transformer": "TRANSFORMER"}
+REFERENCE = "fp32"
+_BATCH = 16
+
+
+class WithFeatures(nn.Module):
+    """A timm ViT that gives (features, logits)."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Outputs:
+        features = self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)  # type: ignore[operator]
+        return features, self.vit.head(features)  # type: ignore[operator]
+
+
+def find_quantizers() -> tuple[dict[str, Quantizer], dict[str, str]]:
+    """What can be run here by name, and why the others cannot."""
+    found: dict[str, Quantizer] = {REFERENCE: lambda vit, _: torch_infer(WithFeatures(vit))}
+    missing: dict[str, str] = {}
+    for name in SCHEMES:
+        try:
+            find_scheme(name)
+            found[name] = partial(ours, scheme=name)
+        except UserError as error:
+            missing[name] = str(error)
+    found |= {name: partial(modelopt, config=config) for name, config in MODELOPT.items()}
+    peers: dict[str, Quantizer] = {name: partial(nncf_openvino, model_type=kind) for name, kind in NNCF.items()}
+    if find_spec("nncf") and find_spec("openvino"):
+        return found | peers, missing
+    return found, missing | dict.fromkeys(peers, "nncf and openvino are not installed for this Python")
+
+
+def torch_infer(network: nn.Module) -> Infer:
+    """A PyTorch network that gives (features, logits), without gradients."""
+
+    @torch.inference_mode()
+    def infer(images: Tensor) -> Outputs:
+        return network(images)
+
+    return infer
+
+
+def ours(vit: nn.Module, images: Tensor, scheme: str) -> Infer:
+    """A scheme of this project: the quantized PyTorch network, whose arithmetic is that of its ONNX file."""
+    quantized = calibrate(to_quantizable(vit), find_scheme(scheme), images.split(_BATCH))  # type: ignore[arg-type]
+    assert isinstance(quantized, CausalVisionTransformer)
+
+    @torch.inference_mode()
+    def infer(images: Tensor) -> Outputs:
+        features = quantized.vit.forward_head(quantized.forward_features(images), pre_logits=True)
+        return features, quantized.vit.head(features)
+
+    return infer
+
+
+def modelopt(vit: nn.Module, images: Tensor, config: str) -> Infer:
+    """ModelOpt's own configuration of that name on timm's network, with its fake quantizers in PyTorch."""
+
+    def run(network: nn.Module) -> None:
+        with torch.inference_mode():
+            for batch in images.split(_BATCH):
+                network(batch)
+
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = mtq.quantize(WithFeatures(copy.deepcopy(vit)), getattr(mtq, config), run)
+    return torch_infer(quantized)
+
+
+def nncf_openvino(vit: nn.Module, images: Tensor, model_type: str | None) -> Infer:
+    """NNCF's post-training quantization of the OpenVINO model that timm's network converts to, run by OpenVINO.
+
+    Weights and activations that NNCF leaves in floating point are computed in float32, as everywhere here; OpenVINO's
+    own choice on a CPU with AMX would be bfloat16.
+    """
+    import nncf
+    import openvino
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
+        model = openvino.convert_model(WithFeatures(vit), example_input=images[:2])
+    options: dict[str, Any] = {"model_type": nncf.ModelType[model_type]} if model_type else {}
+    dataset = nncf.Dataset([images[i : i + 1].numpy() for i in range(len(images))])
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantized = nncf.quantize(model, dataset, subset_size=len(images), **options)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(quantized, "CPU", settings)
+
+    def infer(images: Tensor) -> Outputs:
+        features, logits = compiled(images.numpy()).values()
+        return torch.from_numpy(features.copy()), torch.from_numpy(logits.copy())
+
+    return infer

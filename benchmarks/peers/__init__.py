@@ -1,0 +1,1 @@
+"""The quantizers that :mod:`quant_peers` compares with each other."""

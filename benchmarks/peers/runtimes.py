@@ -1,0 +1,109 @@
+"""What runs a peer's file on a CPU: name -> a function from images (B, C, H, W) to logits (B, classes)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+import torch._inductor.config
+from torch import nn
+
+from illama.accuracy import Infer, torch_infer
+from illama.checkpoint import load_checkpoint
+from peers.base import check_installed
+
+ORT, OPENVINO, OPENVINO_F32 = "ONNX Runtime", "OpenVINO", "OpenVINO, float32 kept"
+EAGER, COMPILED, INDUCTOR, SIMULATED = "PyTorch", "torch.compile", "Inductor", "PyTorch, simulated"
+# (the peer's file, the checkpoint it came from, threads) -> the function
+Load = Callable[[Path, Path, int], Infer]
+
+
+def load_onnxruntime(path: Path, checkpoint: Path, threads: int) -> Infer:
+    """An ONNX file in ONNX Runtime, with its default graph optimizations."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})[0]
+
+
+def load_openvino(path: Path, checkpoint: Path, threads: int) -> Infer:
+    """An ONNX or OpenVINO file in OpenVINO; by default it computes in bfloat16 whatever float32 it can."""
+    return _openvino(path, threads, {})
+
+
+def load_openvino_f32(path: Path, checkpoint: Path, threads: int) -> Infer:
+    """The same without bfloat16 (docs.openvino.ai, "Precision Control", INFERENCE_PRECISION_HINT)."""
+    return _openvino(path, threads, {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def _openvino(path: Path, threads: int, more: dict[str, Any]) -> Infer:
+    check_installed((("openvino", "openvino"),))
+    import openvino
+
+    core = openvino.Core()
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, **more}
+    request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
+    return lambda images: request.infer([images])[0].copy()
+
+
+def load_eager(path: Path, checkpoint: Path, threads: int) -> Infer:
+    """The checkpoint's own network."""
+    torch.set_num_threads(threads)
+    return torch_infer(load_checkpoint(checkpoint).model)
+
+
+def load_compiled(path: Path, checkpoint: Path, threads: int) -> Infer:
+    """The checkpoint's own network through torch.compile."""
+    torch.set_num_threads(threads)
+    return _compiled(load_checkpoint(checkpoint).model)
+
+
+def load_inductor(path: Path, checkpoint: Path, threads: int) -> Infer:
+    """A quantized program of torch.export through torch.compile, which lowers it to 8-bit kernels."""
+    check_installed((("torchao", "torchao"),))
+    # It registers the program's operators, and with Inductor what lowers them.
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+
+    torch.set_num_threads(threads)
+    return _compiled(torch.export.load(path).module())
+
+
+def _compiled(network: nn.Module) -> Infer:
+    # Freezing packs the weights beforehand, and 8-bit kernels need it, for the whole process (docs.pytorch.org/ao,
+    # "PyTorch 2 Export Quantization with X86 Backend through Inductor"). One program per batch size: with a batch
+    # of any size the quantized convolution stops at an assertion about its strides (torch 2.14, torchao 0.18).
+    torch._inductor.config.freezing = True
+    compiled = torch.compile(network, dynamic=False)
+
+    @torch.no_grad()
+    def infer(images: np.ndarray) -> np.ndarray:
+        return compiled(torch.from_numpy(images)).numpy()
+
+    return infer
+
+
+def load_simulated(path: Path, checkpoint: Path, threads: int) -> Infer:
+    """ModelOpt's saved state on the checkpoint's network: 8-bit values, computed in float32."""
+    import modelopt.torch.opt as mto
+
+    from peers.torch_peers import register_linear
+
+    torch.set_num_threads(threads)
+    register_linear()
+    return torch_infer(mto.restore(load_checkpoint(checkpoint).model, path))
+
+
+LOADERS: dict[str, Load] = {
+    ORT: load_onnxruntime,
+    OPENVINO: load_openvino,
+    OPENVINO_F32: load_openvino_f32,
+    EAGER: load_eager,
+    COMPILED: load_compiled,
+    INDUCTOR: load_inductor,
+    SIMULATED: load_simulated,
+}

@@ -1,0 +1,149 @@
+"""One peer, in a process of its own: python -m peers.work (started by quant_peers.py)."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+from illama.accuracy import Infer, load_images, predict
+from illama.bundle import package_versions, write_file
+from illama.checkpoint import load_checkpoint
+from illama.data import ImageData, Preprocessing, open_data
+from illama.errors import UserError, run_command
+from illama.model import ILLaMA
+from peers.base import Peer, Task, be_quiet, reason
+from peers.ours import PEERS
+from peers.runtimes import LOADERS
+
+RESULT, LABELS = "result.json", "labels.npy"
+VALIDATION_IMAGES = 1000  # for the peer that checks accuracy while it quantizes; of the training split
+_PACKAGES = ("nncf", "openvino", "neural-compressor", "onnx-graphsurgeon", "onnxslim", "onnxconverter-common")
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """Let one peer quantize a checkpoint, and test its file.
+
+    Attributes:
+        peer: its name.
+        checkpoint, data: as ``quant/ptq.py`` takes them.
+        out: the peer's folder.
+        calibration_images: how many training images all peers calibrate on.
+        threads: for quantizing and running.
+        test_images: how many of the test split; all if not given.
+    """
+
+    peer: str
+    checkpoint: Path
+    data: str
+    out: Path
+    calibration_images: int = 512
+    threads: int = 2
+    test_images: int | None = None
+
+
+def preprocessing_of(checkpoint: Path, data: ImageData) -> tuple[ILLaMA, Preprocessing]:
+    """The network, and how its images are prepared; UserError if it has other classes than the data."""
+    loaded = load_checkpoint(checkpoint)
+    config = loaded.model.config
+    if config.num_classes != len(data.classes):
+        raise UserError(f"{checkpoint} has {config.num_classes} classes, the data {len(data.classes)}: give both")
+    return loaded.model, loaded.preprocessing or data.preprocessing(config.image_size, config.in_channels)
+
+
+def work(options: WorkOptions, peers: dict[str, Peer] = PEERS) -> dict[str, Any]:
+    """Quantize, then test in every runtime; what came of it, for ``result.json``. Logits go beside it."""
+    peer = peers[options.peer]
+    peer.check_installed()
+    torch.set_num_threads(options.threads)
+    data = open_data(options.data)
+    model, preprocessing = preprocessing_of(options.checkpoint, data)
+    transform = preprocessing.transform()
+    images, _ = load_images(data.calibration(options.calibration_images), transform)
+    checks = data.calibration(VALIDATION_IMAGES if peer.validates else 1)
+    validation = load_images(checks, transform)
+    result = make(peer, Task(model, images, validation, options.out))
+    path = options.out / result["file"]
+    engines = {}
+    for runtime in peer.runtimes:
+        try:
+            engines[runtime] = loaded_and_tried(runtime, path, options, images[:1])
+        except Exception as error:  # whatever a runtime raises is a row of the table
+            result["failed"][runtime] = reason(error)
+    test = data.test()
+    subset = Subset(test, range(min(options.test_images or len(test), len(test))))  # type: ignore[arg-type]
+    logits, labels = predict(engines, subset, transform, progress=False)
+    np.save(options.out / LABELS, labels)
+    for runtime, values in logits.items():
+        np.save(options.out / logits_file(runtime), values)
+    return result
+
+
+def make(peer: Peer, task: Task) -> dict[str, Any]:
+    """Let a peer write its file; seconds, MB, and the most memory that this process has held by then."""
+    for module, _ in peer.needs:
+        __import__(module)  # so that the clock does not count it
+    start = time.perf_counter()
+    path = peer.make(task)
+    seconds = time.perf_counter() - start
+    return {
+        "file": path.name,
+        "seconds": seconds,
+        "peak_gib": peak_memory_gib(),
+        "mb": sum(file.stat().st_size for file in task.folder.glob("model.*")) / 1e6,
+        "about": peer.about,
+        "versions": package_versions() | peer_versions(),
+        "failed": {},
+    }
+
+
+def loaded_and_tried(runtime: str, path: Path, options: WorkOptions, image: np.ndarray) -> Infer:
+    """The runtime's function, after one call with one image."""
+    infer = LOADERS[runtime](path, options.checkpoint, options.threads)
+    infer(image)
+    return infer
+
+
+def logits_file(runtime: str) -> str:
+    """Where a runtime's logits over the test split are kept."""
+    return f"logits-{runtime.replace(' ', '-')}.npy"
+
+
+def peer_versions() -> dict[str, str]:
+    """Versions of the peers' own packages, those installed."""
+    found = {name: next(iter(metadata.distributions(name=name)), None) for name in _PACKAGES}
+    return {name: package.version for name, package in found.items() if package}
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held; not ru_maxrss, which starts at that of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def main(options: WorkOptions) -> None:
+    be_quiet()
+    options.out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any]
+    try:
+        result = work(options)
+    except Exception as error:  # the table says so, and the log has the traceback
+        result = {"error": reason(error)}
+        if not isinstance(error, UserError):
+            import traceback
+
+            traceback.print_exc()
+    with write_file(options.out / RESULT) as draft:
+        draft.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(WorkOptions, main)

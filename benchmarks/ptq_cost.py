@@ -1,0 +1,209 @@
+"""What quantizing after training costs, in seconds and memory: python benchmarks/ptq_cost.py
+
+From a checkpoint file and 256 JPEG files to an ONNX graph, for each scheme in a process of its own, phase by phase.
+The network is iLLaMA-T at 224 pixels with random weights: the cost does not depend on them. The mark is what
+`int8` must keep on two cores: 60 s and 4 GiB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+import torch
+from many_runs import write_results
+from PIL import Image
+from tqdm import tqdm
+
+import quant.calibrate
+import quant.export
+from illama import ILLaMA, ModelConfig
+from illama.accuracy import load_images
+from illama.checkpoint import load_checkpoint, write_weights
+from illama.data import open_data
+from illama.errors import UserError, run_command
+from quant.schemes import find_scheme
+
+MARK = {"seconds": 60.0, "peak_memory_gib": 4.0}
+MARKED = "int8"
+# In the order of their happening; each without those inside it.
+PHASES = ("imports", "load checkpoint", "read images", "smooth", "calibrate", "learn rounding", "torch.export",
+          "translate", "optimize", "check", "rest of export")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CostOptions:
+    """Measure what quantization after training costs, phase by phase.
+
+    Attributes:
+        schemes: of quant/schemes.py, for ONNX.
+        checkpoint: measure it on this; iLLaMA of size ``model`` with random weights and 1000 classes if not given.
+        model: tiny, small, base or large.
+        images: for calibration; noise over upscaled Fashion-MNIST, 500 x 375 pixels as is common in ImageNet.
+        fused: write TensorRT's graph too, in half precision.
+        threads: of PyTorch's own computing.
+        out: where the table and the figures go.
+    """
+
+    schemes: tuple[str, ...] = ("int8", "int8-smooth", "fp8", "w4a8")
+    checkpoint: Path | None = None
+    model: str = "tiny"
+    images: int = 256
+    fused: bool = False
+    threads: int = 2
+    out: Path = Path("results/ptq-cost")
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each phase; a phase inside another is not counted twice."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    inner: list[float] = field(default_factory=lambda: [0.0])
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        self.inner.append(0.0)
+        try:
+            yield
+        finally:
+            took = time.monotonic() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self.inner.pop()
+            self.inner[-1] += took
+
+    def timed(self, name: str, function: Any) -> Any:
+        """``function`` as a phase."""
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            with self.phase(name):
+                return function(*arguments, **keywords)
+
+        return run
+
+
+def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool, started: float) -> dict[str, float]:
+    """Quantize and export in this process; seconds of each phase.
+
+    Args:
+        folder: has the images, and gets the graphs.
+        started: when this process was, by time.monotonic.
+    """
+    clock = Clock({"imports": time.monotonic() - started})
+    with clock.phase("load checkpoint"):
+        model = load_checkpoint(Path(checkpoint)).model
+    with clock.phase("read images"):
+        data, config = open_data(folder), model.config
+        transform = data.preprocessing(config.image_size, config.in_channels).transform()
+        pixels, _ = load_images(data.calibration(images), transform)
+    inside = [(quant.calibrate, "smooth", "smooth"), (quant.calibrate, "reconstruct", "learn rounding"),
+              (torch.export, "export", "torch.export"), (torch.onnx, "export", "translate"),
+              (quant.export, "simplify", "optimize"), (onnx.checker, "check_model", "check")]  # fmt: skip
+    with ExitStack() as patches:
+        for module, function, name in inside:
+            patches.enter_context(mock.patch.object(module, function, clock.timed(name, getattr(module, function))))
+        with clock.phase("calibrate"):
+            quantized = quant.calibrate.calibrate(model, find_scheme(scheme), torch.from_numpy(pixels).split(64))
+        with clock.phase("rest of export"):
+            quant.export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")
+            if fused:
+                quant.export.export_onnx(quantized, Path(folder) / "model.fused.onnx", "fused", torch.float16)
+    return clock.seconds
+
+
+def prepare(options: CostOptions, folder: Path) -> None:
+    """Write what every measurement reads: images in ImageNet's layout, and a checkpoint unless one is given."""
+    generator = np.random.default_rng(0)
+    pictures = open_data("fashion-mnist").test()
+    for split, count in (("train", options.images), ("val", 2)):
+        for index in range(count):
+            path = folder / split / f"class{index % 2}" / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grey = Image.fromarray(np.asarray(pictures[index][0])[0]).resize((500, 375), Image.Resampling.BICUBIC)
+            noise = generator.normal(0, 12, (375, 500, 3))
+            pixels = np.asarray(grey.convert("RGB")) + noise
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    if options.checkpoint is None:
+        torch.manual_seed(0)
+        config = ModelConfig.preset(options.model, num_classes=1000)
+        write_weights(ILLaMA(config).state_dict(), config, folder / "model.safetensors")
+
+
+def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, Any]:
+    """Phases in seconds, CPU seconds and peak memory in GiB of a fresh process for one scheme.
+
+    Raises:
+        UserError: it failed; its last words are in the message.
+    """
+    start = time.monotonic()
+    arguments = {"scheme": scheme, "checkpoint": str(options.checkpoint or folder / "model.safetensors"),
+                 "folder": str(folder), "images": options.images, "fused": options.fused, "started": start}  # fmt: skip
+    program = "import json, sys, ptq_cost; print(json.dumps(ptq_cost.measure(**json.loads(sys.argv[1]))))"
+    command = [sys.executable, "-c", program, json.dumps(arguments)]
+    paths = os.pathsep.join(map(str, sys.path))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": paths}
+    with (folder / "out.txt").open("wb") as out, (folder / "errors.txt").open("wb") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)  # getrusage would mix it with the children before it
+        process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - start
+    if process.returncode:
+        words = (folder / "errors.txt").read_text().strip() or f"exit status {process.returncode}"
+        raise UserError(f"measuring {scheme} failed: {words.splitlines()[-1]}")
+    phases = json.loads((folder / "out.txt").read_text().splitlines()[-1])
+    learning = phases.get("learn rounding", 0.0)
+    return {
+        "scheme": scheme,
+        "phases": {name: round(phases[name], 2) for name in PHASES if name in phases},
+        "seconds": round(seconds, 1),
+        "seconds_without_learning": round(seconds - learning, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_memory_gib": round(usage.ru_maxrss / 2**20, 2),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row a scheme, a column a phase, seconds; then what the mark says."""
+    columns = [name for name in PHASES if any(name in row["phases"] for row in rows)]
+    lines = ["| scheme | " + " | ".join(columns) + " | all, s | without learning, s | CPU s | peak GiB |"]
+    lines.append("|---" * (len(columns) + 5) + "|")
+    for row in rows:
+        phases = [f"{row['phases'][name]:.1f}" if name in row["phases"] else "-" for name in columns]
+        ends = [str(row[k]) for k in ("seconds", "seconds_without_learning", "cpu_seconds", "peak_memory_gib")]
+        lines.append(f"| {row['scheme']} | " + " | ".join([*phases, *ends]) + " |")
+    lines += [f"\nThe mark, {MARK['seconds']:.0f} s and {MARK['peak_memory_gib']:.0f} GiB, is {mark_verdict(row)}."
+              for row in rows if row["scheme"] == MARKED]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def mark_verdict(row: dict[str, Any]) -> str:
+    return "met" if all(row[name] <= limit for name, limit in MARK.items()) else "missed"
+
+
+def main(options: CostOptions) -> None:
+    if wrong := [name for name in options.schemes if find_scheme(name).backend != "onnx"]:
+        raise UserError(f"scheme {wrong[0]} is not for ONNX: choose another")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, load = Path(temporary), os.getloadavg()[0]
+        prepare(options, folder)
+        rows = [measure_apart(options, name, folder) for name in tqdm(options.schemes, unit="scheme", disable=None)]
+    facts = {"network": str(options.checkpoint or options.model), "images": options.images, "fused": options.fused,
+             "threads": options.threads, "load_before": round(load, 2), "mark": MARK}  # fmt: skip
+    name = f"{options.checkpoint.stem if options.checkpoint else options.model}{'-fused' if options.fused else ''}"
+    write_results(options.out, name, {**facts, "rows": rows}, table(rows))
+
+
+if __name__ == "__main__":
+    run_command(CostOptions, main)

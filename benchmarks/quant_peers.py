@@ -1,0 +1,292 @@
+"""This project's quantizer beside others, on the same checkpoint and images: python benchmarks/quant_peers.py
+
+    python -m venv runs/peers-venv
+    runs/peers-venv/bin/pip install -c constraints.txt -e . -r benchmarks/peers-requirements.txt
+    runs/peers-venv/bin/python benchmarks/quant_peers.py
+    runs/peers-venv/bin/python benchmarks/quant_peers.py --checkpoint illama/weights/tiny-emoji --data runs/emoji
+
+Every peer quantizes in a process of its own and is tested on the whole test split; then all are timed in one run,
+in turn. A peer that cannot be installed or fails is a row with the reason. Interrupted, the command goes on; it
+writes ``DATA.json`` and ``DATA.md`` to ``results/quant-peers``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from many_runs import write_results
+from peers.base import be_quiet, reason
+from peers.ours import PEERS
+from peers.runtimes import LOADERS, ORT
+from peers.work import LABELS, RESULT, WorkOptions, logits_file, peer_versions, preprocessing_of
+
+from eval.accuracy_drop import Drop, paired_drop
+from eval.latency import measure_latency
+from eval.machine import describe_machine
+from illama.accuracy import Infer, load_images, top1, usable_cores
+from illama.bundle import package_versions, sha256, write_file
+from illama.checkpoint import SHIPPED, load_checkpoint
+from illama.data import open_data
+from illama.errors import UserError, run_command
+
+REFERENCE = "fp32"  # in ONNX Runtime
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class PeerOptions:
+    """Quantize a checkpoint with every peer, and compare.
+
+    Attributes:
+        checkpoint, data: as ``quant/ptq.py`` takes them.
+        peers: which of them; all if not given.
+        calibration_images: how many training images all peers calibrate on.
+        rounds: of timing; 0 for none.
+        threads: for quantizing and running, at most the cores there are.
+        test_images: how many of the test split, for a quick look; all if not given.
+        again: quantize again where an earlier run has succeeded.
+        out: where the peers' files are kept.
+        results: where the table goes.
+    """
+
+    checkpoint: Path = SHIPPED
+    data: str = "fashion-mnist"
+    peers: tuple[str, ...] = ()
+    calibration_images: int = 512
+    rounds: int = 40
+    threads: int = 2
+    test_images: int | None = None
+    again: bool = False
+    out: Path = Path("runs/quant-peers")
+    results: Path = Path("results/quant-peers")
+
+    @property
+    def name(self) -> str:
+        """Of the data, for folders and files."""
+        kind, _, folder = self.data.partition(":")
+        return kind if folder else Path(kind).name
+
+
+@dataclass(frozen=True)
+class Row:
+    """A peer's file in one runtime.
+
+    Attributes:
+        error: why there is nothing else, in one line.
+        top1, agreement: percent of the test images: right, and of the same class as float32 in ONNX Runtime.
+        p50: milliseconds for a call with so many images -> median; ``ratio`` to float32 in ONNX Runtime, same run.
+    """
+
+    peer: str
+    title: str
+    runtime: str
+    about: str
+    error: str | None = None
+    top1: float | None = None
+    drop: Drop | None = None
+    agreement: float | None = None
+    mb: float | None = None
+    seconds: float | None = None
+    peak_gib: float | None = None
+    p50: dict[int, float] | None = None
+    ratio: dict[int, float] | None = None
+
+
+def chosen(options: PeerOptions) -> list[str]:
+    """Names of the peers to compare, the reference first; UserError for one there is not."""
+    unknown = [name for name in options.peers if name not in PEERS]
+    if unknown:
+        raise UserError(f"unknown peer {unknown[0]!r}: choose from {', '.join(PEERS)}")
+    return list(dict.fromkeys([REFERENCE, *(options.peers or PEERS)]))
+
+
+def work_options(options: PeerOptions, name: str) -> WorkOptions:
+    """What a peer's process is told."""
+    return WorkOptions(name, options.checkpoint, options.data, (options.out / options.name / name).resolve(),
+                       options.calibration_images, threads_of(options), options.test_images)  # fmt: skip
+
+
+def threads_of(options: PeerOptions) -> int:
+    return min(options.threads, usable_cores())
+
+
+def run_in_process(job: WorkOptions) -> None:
+    """Run one peer in a process of its own; what it prints goes to a file beside its result."""
+    command = [sys.executable, "-m", "peers.work"]
+    for field, value in asdict(job).items():
+        command += [] if value is None else [f"--{field.replace('_', '-')}", str(value)]
+    path = os.pathsep.join(map(str, sys.path))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    with (job.out / "log.txt").open("wb") as log:
+        process = subprocess.run(command, stdout=log, stderr=log, env=environment)
+    if process.returncode or not (job.out / RESULT).exists():
+        write_result(job.out, {"error": f"its process ended with status {process.returncode}; see {job.out}/log.txt"})
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    with write_file(folder / RESULT) as draft:
+        draft.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def collect(options: PeerOptions) -> dict[str, dict[str, Any]]:
+    """Each peer's result, of this run or, where nothing it depends on has changed, of an earlier one."""
+    results = {}
+    names = chosen(options)
+    weights = sha256(load_checkpoint(options.checkpoint).weights)
+    for place, name in enumerate(names, 1):
+        job = work_options(options, name)
+        key = {"weights": weights, "data": options.data, "calibration_images": job.calibration_images,
+               "test_images": job.test_images, "versions": package_versions() | peer_versions()}  # fmt: skip
+        print(f"[{place}/{len(names)}] {name} ...", end=" ", flush=True)
+        result = None if options.again else kept(job.out, key)
+        start = time.perf_counter()
+        if result is None:
+            shutil.rmtree(job.out, ignore_errors=True)
+            job.out.mkdir(parents=True)
+            run_in_process(job)
+            result = {**json.loads((job.out / RESULT).read_text()), "key": key}
+            write_result(job.out, result)
+            print(result.get("error") or f"{time.perf_counter() - start:.0f} s", flush=True)
+        else:
+            print("kept", flush=True)
+        results[name] = result
+    return results
+
+
+def kept(folder: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """An earlier result that succeeded from the same inputs."""
+    try:
+        result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return result if "error" not in result and result.get("key") == key else None
+
+
+def rows_of(options: PeerOptions, results: dict[str, dict[str, Any]]) -> list[Row]:
+    """The table's rows, without latency."""
+    if failed := results[REFERENCE].get("error") or results[REFERENCE]["failed"].get(ORT):
+        raise UserError(f"the float32 reference failed: {failed}")
+    folder = options.out / options.name
+    reference = np.load(folder / REFERENCE / logits_file(ORT))
+    labels = np.load(folder / REFERENCE / LABELS)
+    rows = []
+    for name, result in results.items():
+        for runtime in PEERS[name].runtimes:
+            known = Row(name, PEERS[name].title, runtime, PEERS[name].about,
+                        result.get("error") or result["failed"].get(runtime))  # fmt: skip
+            rows.append(known if known.error else weighed(known, result, folder / name, reference, labels))
+    return rows
+
+
+def weighed(row: Row, result: dict[str, Any], folder: Path, reference: np.ndarray, labels: np.ndarray) -> Row:
+    """A row with its accuracy, from logits (n, classes) and labels (n,)."""
+    logits = np.load(folder / logits_file(row.runtime))
+    classes, expected = logits.argmax(1), reference.argmax(1)
+    return Row(row.peer, row.title, row.runtime, row.about, None, top1(logits, labels),
+               paired_drop(expected == labels, classes == labels), float((classes == expected).mean() * 100),
+               result["mb"], result["seconds"], result["peak_gib"])  # fmt: skip
+
+
+def timed(options: PeerOptions, results: dict[str, dict[str, Any]], rows: list[Row]) -> list[Row]:
+    """The rows with latencies, all measured in turn in this process."""
+    data = open_data(options.data)
+    _, preprocessing = preprocessing_of(options.checkpoint, data)
+    images, _ = load_images(data.calibration(max(BATCHES)), preprocessing.transform())
+    engines: dict[str, Infer] = {}
+    notes: dict[str, str] = {}
+    for row in rows:
+        if row.error is None and PEERS[row.peer].timed:
+            print(f"load {key_of(row)} ...", flush=True)
+            try:
+                path = work_options(options, row.peer).out / results[row.peer]["file"]
+                engines[key_of(row)] = LOADERS[row.runtime](path, options.checkpoint, threads_of(options))
+                for batch in BATCHES:
+                    engines[key_of(row)](images[:batch])  # what compiles at the first call does so now
+            except Exception as error:  # it ran before, in a process of its own
+                engines.pop(key_of(row), None)
+                notes[key_of(row)] = f"not timed: {reason(error)}"
+    times: dict[int, dict[str, float]] = {}
+    for batch in BATCHES:
+        print(f"time {len(engines)} of them with {batch} images a call, {options.rounds} rounds ...", flush=True)
+        measured = measure_latency(engines, images[:batch], rounds=options.rounds)
+        times[batch] = {name: latency.p50 for name, latency in measured.items()}
+    reference = key_of(next(row for row in rows if (row.peer, row.runtime) == (REFERENCE, ORT)))
+    return [with_latency(row, times, reference, notes.get(key_of(row))) for row in rows]
+
+
+def key_of(row: Row) -> str:
+    return f"{row.peer} in {row.runtime}"
+
+
+def with_latency(row: Row, times: dict[int, dict[str, float]], reference: str, note: str | None) -> Row:
+    """The row with its medians and their ratios to the reference's."""
+    values = {**vars(row), "error": row.error or note}
+    if key_of(row) in times[BATCHES[0]]:
+        values["p50"] = {batch: times[batch][key_of(row)] for batch in BATCHES}
+        values["ratio"] = {batch: times[batch][key_of(row)] / times[batch][reference] for batch in BATCHES}
+    return Row(**values)
+
+
+def markdown(rows: list[Row], title: str) -> str:
+    """The rows as a table."""
+    calls = " | ".join(f"p50 ms, {batch} image{'s' * (batch > 1)} (ratio)" for batch in BATCHES)
+    lines = [title, "",
+             f"| quantizer | runs in | top-1 % | drop (95% interval) | agrees % | MB | quantize s | GiB | {calls} |",
+             "|---" * (8 + len(BATCHES)) + "|"]  # fmt: skip
+    for row in rows:
+        if row.top1 is None or row.drop is None:
+            lines.append(f"| {row.title} | {row.runtime} | failed: {(row.error or '').replace('|', '/')} |"
+                         + " - |" * (5 + len(BATCHES)))  # fmt: skip
+            continue
+        speed = [f"{row.p50[batch]:.2f} ({row.ratio[batch]:.2f})" if row.p50 and row.ratio else row.error or "-"
+                 for batch in BATCHES]  # fmt: skip
+        drop = f"{row.drop.points:+.2f} ({row.drop.low:+.2f} to {row.drop.high:+.2f})"
+        lines.append(f"| {row.title} | {row.runtime} | {row.top1:.2f} | {drop} | {row.agreement:.2f} | {row.mb:.2f} | "
+                     f"{row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} |")  # fmt: skip
+    settings = dict.fromkeys((row.title, row.about) for row in rows)
+    lines += [
+        "",
+        "Settings, and where they are recommended:",
+        "",
+        *(f"- {name}: {text}" for name, text in settings),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def describe(options: PeerOptions, test_images: int) -> str:
+    """What was measured, on what and with which versions, in a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in (package_versions() | peer_versions()).items())
+    return (
+        f"{options.checkpoint.name} on {options.name}: {test_images} test images, {options.calibration_images} "
+        f"calibration images. {describe_machine()['cpu']}, {threads_of(options)} threads. {versions}."
+    )
+
+
+def main(options: PeerOptions) -> None:
+    be_quiet()
+    names = chosen(options)
+    for name in names:
+        try:
+            PEERS[name].check_installed()
+        except UserError as error:
+            print(f"{name} will be left out: {error}", file=sys.stderr)
+    results = collect(options)
+    rows = rows_of(options, results)
+    if options.rounds:
+        rows = timed(options, results, rows)
+    title = describe(options, len(np.load(options.out / options.name / REFERENCE / LABELS)))
+    content = {"peers": [asdict(row) for row in rows], "peer_versions": peer_versions(), "threads": threads_of(options)}
+    write_results(options.results, options.name, content, markdown(rows, title))
+
+
+if __name__ == "__main__":
+    run_command(PeerOptions, main)

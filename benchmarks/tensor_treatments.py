@@ -1,0 +1,188 @@
+"""What helps which tensor: every calibrator and SmoothQuant strength, tensor by tensor, on real images.
+
+python benchmarks/tensor_treatments.py --checkpoint illama/weights/nano-fashion-mnist --data fashion-mnist
+
+Each line quantizes one kind of tensor alone (or a whole scheme) and compares the logits with the float network's:
+SQNR in dB, and the mean KL divergence of the predicted distributions. Calibration and test images are disjoint, and
+both are of the training split. The distributions that explain the result are drawn beside the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from many_runs import write_results
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from illama.accuracy import load_images
+from illama.checkpoint import SHIPPED, load_checkpoint
+from illama.data import open_data
+from illama.errors import run_command
+from illama.masks import SoftMasked
+from quant.calibrate import calibrate
+from quant.schemes import SCHEMES, Scheme, TensorSpec
+from quant.smooth import smooth
+
+KINDS = {
+    "weights": "*.weight",
+    "input of qkv": "*.qkv.input",
+    "q": "*.core.q",
+    "k": "*.core.k",
+    "v": "*.core.v",
+    "softmax output p": "*.core.p",
+    "input of proj": "*.proj.input",
+    "input of fc1, fc3": "*.fc[13].input",
+    "SwiGLU product": "*.fc2.input",
+    "input of head": "head.input",
+}
+PRODUCT = "*.fc2"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure every treatment of every kind of tensor.
+
+    Attributes:
+        checkpoint, data: a trained iLLaMA and its images.
+        calibration_images, images: how many of the training split to calibrate on and to compare on.
+        out: folder of the results.
+    """
+
+    checkpoint: Path = SHIPPED
+    data: str = "fashion-mnist"
+    calibration_images: int = 256
+    images: int = 1000
+    out: Path = Path("results/tensor-treatments")
+
+
+def treatments() -> Iterator[tuple[str, str, Scheme]]:
+    """(what is quantized, how, scheme) of every line of the table."""
+    for kind, pattern in KINDS.items():
+        for name, spec in _specs(kind).items():
+            yield kind, name, Scheme("one", {pattern: spec})
+    int8 = SCHEMES["int8"]
+    for strength in (0.3, 0.5, 0.7, 0.85, 1.0):
+        scheme = Scheme("one", {"*.fc2.*": TensorSpec("int8"), "*.fc2.weight": TensorSpec("int8", "channel")})
+        yield "SwiGLU product and its weight", f"smoothed {strength}", replace(scheme, smooth={PRODUCT: strength})
+    bare = replace(int8, smooth={}, tensors={**int8.tensors, "*.core.p": TensorSpec("uint8")})
+    yield "W8A8", "max, nothing smoothed", bare
+    for calibrator in ("percentile", "entropy", "mse"):
+        changed: dict[str, TensorSpec | None] = {"*.input": TensorSpec("int8", calibrator=calibrator)}  # type: ignore[arg-type]
+        yield "W8A8", f"{calibrator} for every input", replace(bare, tensors={**bare.tensors, **changed})
+    for name in ("int8", "int8-smooth", "fp8", "fp8-attention"):
+        yield name, "as shipped", SCHEMES[name]
+        yield name, "nothing smoothed", replace(SCHEMES[name], smooth={})
+
+
+def _specs(kind: str) -> dict[str, TensorSpec]:
+    if kind == "weights":
+        ranges = {name: TensorSpec("int8", "channel", calibrator=name) for name in ("max", "mse")}  # type: ignore[arg-type]
+        return {**ranges, "max, one scale a tensor": TensorSpec("int8")}
+    own = "uint8" if kind.startswith("softmax") else "int8"
+    names = ("max", "percentile", "entropy", "mse")
+    specs = {name: TensorSpec(own, calibrator=name) for name in names}  # type: ignore[arg-type]
+    if own == "uint8":
+        return {**specs, "range 0..1": TensorSpec("uint8", amax=1.0), "int8, max": TensorSpec("int8")}
+    return {**specs, "asymmetric": TensorSpec("uint8", symmetric=False)}
+
+
+@torch.inference_mode()
+def compare(reference: Tensor, model: nn.Module, images: Tensor) -> dict[str, float]:
+    """SQNR of the logits in dB, KL divergence in nats and top-1 agreement in percent, against the float logits."""
+    logits = torch.cat([model(part) for part in images.split(64)])
+    noise = (logits - reference).square().sum()
+    return {
+        "sqnr_db": float(10 * torch.log10(reference.square().sum() / noise)),
+        "kl": float(F.kl_div(logits.log_softmax(1), reference.log_softmax(1), log_target=True, reduction="batchmean")),
+        "agreement": 100 * float((logits.argmax(1) == reference.argmax(1)).float().mean()),
+    }
+
+
+def measure(model: SoftMasked, batches: list[Tensor], images: Tensor) -> list[dict[str, Any]]:
+    """One row a treatment."""
+    with torch.inference_mode():
+        reference = torch.cat([model(part) for part in images.split(64)])
+    rows = []
+    for tensor, treatment, scheme in tqdm(list(treatments()), unit="treatment", disable=None):
+        figures = compare(reference, calibrate(model, scheme, batches), images)
+        rows.append({"tensor": tensor, "treatment": treatment, **figures})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = ["| quantized | how | logits SQNR, dB | KL divergence | same top-1, % |", "|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row['tensor']} | {row['treatment']} | {row['sqnr_db']:.1f} | {row['kl']:.1e} | "
+                     f"{row['agreement']:.1f} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+@torch.inference_mode()
+def observe_inputs(model: nn.Module, names: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:
+    """Title -> the input of the module of that name, for all images."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, title=title: seen.__setitem__(title, x[0]))
+        for title, name in names.items()
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def draw(model: SoftMasked, batches: list[Tensor], path: Path) -> None:
+    """Histograms of the two tensors that stand out, and what each channel's range is before and after smoothing."""
+    model.set_attention_form("plain")
+    smoothed = calibrate(model, Scheme("none"), batches)
+    smooth(smoothed, SCHEMES["int8"], batches)
+    product = f"{max(index for index in range(64) if f'blocks.{index}.mlp.fc2' in dict(model.named_modules())) // 2}"
+    names = {"p": "blocks.0.attn.core.p", "product": f"blocks.{product}.mlp.fc2"}
+    before, after = (observe_inputs(network, names, batches[0]) for network in (model, smoothed))
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    p_axes, product_axes, channel_axes = figure.subplots(1, 3)
+    p = before["p"].flatten().numpy()
+    p_axes.hist(p[p > 0], bins=120, log=True, color="C0")
+    share = 100 * float(np.mean(p == 0))
+    p_axes.set(title=f"softmax output after the mask, block 0\n{share:.0f}% are exactly 0 (not drawn)", xlabel="value",
+               ylabel="values")  # fmt: skip
+    for label, seen in (("as trained", before), ("fc3 smoothed", after)):
+        values = (seen["product"] / seen["product"].abs().max()).flatten().numpy()
+        product_axes.hist(values, bins=121, range=(-1, 1), log=True, histtype="step", label=label)
+        channel_axes.plot(
+            np.sort((seen["product"].abs().amax((0, 1)) / seen["product"].abs().max()).numpy())[::-1], label=label
+        )
+    product_axes.set(title=f"SwiGLU product, block {product}", xlabel="share of the largest magnitude")
+    channel_axes.set(title=f"SwiGLU product, block {product}", xlabel="channel, by range", yscale="log",
+                     ylabel="range, share of the largest")  # fmt: skip
+    for axes in (product_axes, channel_axes):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main(options: Options) -> None:
+    checkpoint, data = load_checkpoint(options.checkpoint), open_data(options.data)
+    model, config = checkpoint.model, checkpoint.model.config
+    preprocessing = checkpoint.preprocessing or data.preprocessing(config.image_size, config.in_channels)
+    both = data.calibration(options.calibration_images + options.images)
+    images = torch.from_numpy(load_images(both, preprocessing.transform())[0])
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    batches = list(images[: options.calibration_images].split(64))
+    rows = measure(model, batches, images[options.calibration_images :])
+    name = options.checkpoint.resolve().name
+    facts = {"checkpoint": name, "calibration_images": options.calibration_images, "images": options.images}
+    write_results(options.out, name, {**facts, "rows": rows}, table(rows))
+    draw(model, batches, options.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    run_command(Options, main)
