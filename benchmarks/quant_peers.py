@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -129,7 +130,15 @@ def run_in_process(job: WorkOptions) -> None:
     with (job.out / "log.txt").open("wb") as log:
         process = subprocess.run(command, stdout=log, stderr=log, env=environment)
     if process.returncode or not (job.out / RESULT).exists():
-        write_result(job.out, {"error": f"its process ended with status {process.returncode}; see {job.out}/log.txt"})
+        write_result(job.out, {"error": f"{death(process.returncode)}; see {os.path.relpath(job.out)}/log.txt"})
+
+
+def death(status: int) -> str:
+    """How a process ended, in words."""
+    if status >= 0:
+        return f"its process ended with status {status}"
+    hint = ", as when memory runs out" if -status == signal.SIGKILL else ""
+    return f"its process was ended by {signal.Signals(-status).name}{hint}"
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

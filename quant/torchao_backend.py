@@ -172,7 +172,9 @@ def load_torchao(folder: Path, network: SoftMasked | None = None) -> SoftMasked:
             facts = json.loads(file.metadata()[_METADATA])
         packed, plain = unflatten_tensor_state_dict(safetensors.torch.load_file(path), facts["tensors"])
         network = network or ILLaMA(ModelConfig.from_dict(facts["config"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, UserError) as error:
+    except UserError as error:
+        raise UserError(f"{path} is not an iLLaMA's: give load_torchao the network, {facts['config']}") from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or not written by this toolkit: make the bundle again") from error
     state = packed | plain
     if (expected := network.config.to_dict()) != facts["config"]:

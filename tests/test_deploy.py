@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,14 +55,18 @@ def test_the_other_masks_fuse_too(mask, tmp_path):
     assert build_engine(library, tmp_path / "model.onnx", (), BATCH)[1] == config.depth
 
 
-@pytest.mark.parametrize("name", sorted(SCHEMES))
-@pytest.mark.parametrize("size", ["nano", "tiny"])
-def test_quantized_attention_fuses(name, size, tmp_path):
+NANO = [("nano", name) for name in ("int8", "int8-attention", "fp8", "w4a16")]
+
+
+@pytest.mark.parametrize(("size", "name"), [*NANO, ("tiny", "int8"), ("tiny", "fp8-attention")])
+def test_quantized_attention_fuses(size, name, tmp_path):
     torch.manual_seed(0)
     config = ModelConfig.preset(size, depth=2)
     model = ILLaMA(config).eval()
     images = torch.randn(2, config.in_channels, config.image_size, config.image_size)
-    export_onnx(calibrate(model, SCHEMES[name], [images]), tmp_path / "model.onnx", "fused", torch.float16)
+    export_onnx(
+        calibrate(model, replace(SCHEMES[name], learned=0), [images]), tmp_path / "model.onnx", "fused", torch.float16
+    )
     targets = ("sm89", "sm120") if library.name == "tensorrt_rtx" else ()
     engine, fused = build_engine(library, tmp_path / "model.onnx", targets, BATCH)
     assert fused == 2 and len(engine) > 100_000

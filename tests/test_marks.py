@@ -33,7 +33,7 @@ def test_the_shipped_checkpoint_is_as_good_as_its_manifest_says(reference):
     assert written > 92.5
 
 
-@pytest.mark.parametrize("name", sorted(SCHEMES))
+@pytest.mark.parametrize("name", ["int8", "fp8", "w4a8"])
 def test_quantization_loses_at_most_a_fifth_of_a_point(name, shipped, reference, tmp_path):
     data, transform = open_data("fashion-mnist"), shipped.preprocessing.transform()
     images, _ = load_images(data.calibration(512), transform)

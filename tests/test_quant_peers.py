@@ -13,7 +13,7 @@ from peers import work
 from peers.base import Peer
 from peers.ours import PEERS
 from peers.runtimes import ORT
-from quant_peers import PeerOptions, Row, chosen, collect, main, markdown, run_in_process, work_options
+from quant_peers import PeerOptions, Row, chosen, collect, death, main, markdown, run_in_process, work_options
 
 from illama.errors import UserError
 
@@ -79,6 +79,7 @@ def test_a_process_that_dies_is_a_row(options, monkeypatch):
     job.out.mkdir(parents=True)
     run_in_process(job)
     assert "ended with status 1" in json.loads((job.out / work.RESULT).read_text())["error"]
+    assert death(-9) == "its process was ended by SIGKILL, as when memory runs out"
 
 
 def test_an_unknown_peer_is_named(options):

@@ -22,6 +22,7 @@ from quant.inputs import open_inputs
 from quant.layerwise import Effect, layers_of
 from quant.planning import Budget, Planner
 from quant.schemes import TensorSpec, find_scheme, read_scheme, resolve, tensor_names
+from quant.search import SearchOptions
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -207,14 +208,30 @@ def test_the_command_and_its_replay(data, tmp_path):
     assert debug.returncode == 0 and "No layer departs" in debug.stdout, debug.stderr
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_drop": 0.1, "max_ms": 1.0},
+        {"max_drop": -1.0},
+        {"max_ms": 1.0, "rounds": 0},
+        {"max_ms": 1.0, "learned": -1},
+    ],
+)
+def test_there_is_one_budget(options):
+    with pytest.raises(UserError, match="give one of --max-drop, --max-ms and --max-megabytes"):
+        SearchOptions(**options).budget()
+
+
 def test_options_that_do_not_fit(data, tmp_path):
-    out = tmp_path / "out"
-    for wrong in ((), ("--max-drop", 0.1, "--max-ms", 1), ("--max-drop", -1), ("--max-ms", 1, "--rounds", 0)):
-        assert_one_line_error(_search(data, out, *wrong), "give one of --max-drop, --max-ms and --max-megabytes")
-    assert_one_line_error(_search(data, out, "--max-ms", 1, "--formats", "int3"), "unknown scheme 'int3'")
-    assert_one_line_error(_search(data, out, "--max-ms", 1, "--formats", "float"), "at least one scheme")
-    assert_one_line_error(_search(data, out, "--max-ms", 1, "--layer-times", "x.json"), "SCHEME=FILE")
-    assert not out.exists()
+    assert_one_line_error(_search(data, tmp_path / "out", "--max-ms", 1, "--formats", "int3"), "unknown scheme 'int3'")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="SCHEME=FILE"):
+        SearchOptions(layer_times=("x.json",)).profiles()
+    with pytest.raises(UserError, match="decides nothing under --max-megabytes"):
+        SearchOptions(max_megabytes=1.0, layer_times=("int8=x.json",)).budget()
+    with pytest.raises(UserError, match="at least one scheme"):
+        find_schemes(["float"])
 
 
 def test_formats_are_taken_without_learned_rounding():

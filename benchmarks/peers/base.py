@@ -81,7 +81,7 @@ def be_quiet() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line of at most 200 characters."""
-    words = " ".join(str(error).split()) or "no message"
+    """An exception in one line of at most 200 characters, without the folder it all runs in."""
+    words = " ".join(str(error).replace(f"{Path.cwd()}/", "").split()) or "no message"
     text = words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
     return text if len(text) <= 200 else text[:197] + "..."
