@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ class Choice:
         specs: the layer's quantized tensors; empty for float.
         smooth: SmoothQuant's strength at this layer; None for none.
         kl: what it alone does to the output distribution, in nats.
-        bytes: of the layer's weight and scales.
+        bytes: of the layer's weight and scales, and of its quantizers' nodes in the graph.
         ms: of the layer's own nodes.
     """
 
@@ -111,15 +110,15 @@ class Study:
                 paths[name] = folder / f"{name}.onnx"
                 export_onnx(quantized, paths[name], "plain")
         times = self._times(paths, profiles)
-        costs = _Costs(
-            self.inputs.model, {name: times[self._first_alike(name)] for name in self.schemes}, self.plans, self.layers
-        )
+        first = {name: self._first_alike(name) for name in self.schemes}
+        sizes = {name: paths[first[name]].stat().st_size for name in first}
+        costs = _Costs(self.inputs.model, {name: times[first[name]] for name in first}, sizes, self.plans, self.layers)
         layers = {layer: [self._choice(layer, name, costs) for name in offers] for layer, offers in self.offers.items()}
         sums = {
             name: sum(self._kl(layer, self._same_offer(layer, name)) for layer in self.layers) for name in self.whole
         }
         return Candidates(layers, {name: (effect, sums[name]) for name, effect in self.whole.items()},
-                          costs.fixed_bytes(paths[FLOAT]), costs.fixed_ms, costs.fit_ms,
+                          costs.fixed_bytes, costs.fixed_ms, costs.fit_ms,
                           {name: each.rest for name, each in times.items()})  # fmt: skip
 
     def _weigh(self, name: str, quantized: SoftMasked) -> None:
@@ -175,13 +174,15 @@ class _Costs:
     """Bytes and milliseconds of each choice.
 
     A scheme's file may spend more time in nodes of no layer than float's does: ONNX Runtime names some of the
-    QuantizeLinears that it moves after values. That time is spread evenly over the layers that the scheme quantizes.
+    QuantizeLinears that it moves after values. That time is spread evenly over the layers that the scheme quantizes,
+    and so are the bytes of its quantizers' nodes over its tensors.
     """
 
     def __init__(
         self,
         model: SoftMasked,
         times: Mapping[str, GraphTimes],
+        sizes: Mapping[str, int],
         plans: Mapping[str, Mapping[str, TensorSpec]],
         layers: Mapping[str, Sequence[str]],
     ) -> None:
@@ -194,25 +195,24 @@ class _Costs:
         # A call takes longer than its nodes: what lies between them is taken as the same for all files.
         self.fixed_ms = float(np.mean([each.call - sums[name] for name, each in times.items()]))
         self.fit_ms = {name: each.call - sums[name] - self.fixed_ms for name, each in times.items()}
+        weights = {name: sum(self._weight_bytes(layer, name) for layer in layers) for name in times}
+        self.fixed_bytes = sizes[FLOAT] - weights[FLOAT]
+        self._node_bytes = {name: (sizes[name] - self.fixed_bytes - weights[name]) // max(1, len(plans[name]))
+                            for name in times}  # fmt: skip
 
     def of(self, layer: str, name: str) -> tuple[int, float]:
         """(bytes, ms) of a layer under a scheme."""
-        module = self._module(layer)
-        size = weight_bytes(module, self.plans[name].get(f"{layer}.weight")) if module else 0
-        return size, max(0.0, self._ms(layer, name))
-
-    def fixed_bytes(self, float_file: Path) -> int:
-        """What the float file takes besides the layers' weights; quantizers' nodes are found when a file is checked."""
-        modules = [module for layer in self.layers if (module := self._module(layer))]
-        return float_file.stat().st_size - sum(weight_bytes(module, None) for module in modules)
+        nodes = self._node_bytes[name] * sum(tensor in self.plans[name] for tensor in self.layers[layer])
+        return self._weight_bytes(layer, name) + nodes, max(0.0, self._ms(layer, name))
 
     def _ms(self, layer: str, name: str) -> float:
         touched = any(tensor in self.plans[name] for tensor in self.layers[layer])
         return self.times[name].layers.get(layer, 0.0) + (self._extra[name] if touched else 0.0)
 
-    def _module(self, layer: str) -> nn.Module | None:
-        """The Linear or convolution of that name; None for a product, which has no weight."""
-        return None if layer.endswith((".qk", ".pv")) else self.model.get_submodule(layer)
+    def _weight_bytes(self, layer: str, name: str) -> int:
+        if layer.endswith((".qk", ".pv")):
+            return 0  # a product has no weight
+        return weight_bytes(self.model.get_submodule(layer), self.plans[name].get(f"{layer}.weight"))
 
 
 def scheme_of(candidates: Candidates, chosen: Mapping[str, int], learned: int, summary: str) -> Scheme:

@@ -239,10 +239,10 @@ def accumulated_sqnr(
     """Layer -> SQNR in dB of quantization, against the float network, and of export, against the quantized one.
 
     Nothing is replaced here: both are of what has gathered since the images, and fall from layer to layer without a
-    fault. SmoothQuant rescales what lies between layers, so that under it the first is of rescaled values.
+    fault.
 
     Args:
-        reference: the network in floating point, in plain attention form.
+        reference: the network in floating point, in plain attention form, rescaled where the scheme smooths.
     """
     exact, rounded = _layer_outputs(reference, images), _layer_outputs(quantized, images)
     theirs = {**trace.values, "logits": trace.logits}

@@ -33,6 +33,7 @@ from quant.compare import (
 from quant.export import export_onnx
 from quant.inputs import Inputs, open_inputs, scheme_named
 from quant.layerwise import selection_images
+from quant.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,9 @@ def _made(options: DebugOptions) -> _Made:
 
 def rebuild(made: _Made) -> tuple[Inputs, SoftMasked, SoftMasked]:
     """The images, the float network and the quantized one, as ``python quant/ptq.py`` made them."""
-    scheme = scheme_named(made.scheme) if made.scheme not in ("fp32", "float") else None
+    scheme = Scheme("float") if made.scheme in ("fp32", "float") else scheme_named(made.scheme)
     inputs = open_inputs(made.checkpoint, made.data, made.calibration_images, made.model)
-    quantized = calibrate(inputs.model, scheme, inputs.calibration) if scheme else inputs.plain_model()
-    quantized.set_attention_form("plain")
-    return inputs, inputs.plain_model(), quantized
+    return inputs, inputs.float_model(scheme), calibrate(inputs.model, scheme, inputs.calibration)
 
 
 def print_table(differences: dict[str, Difference], sqnr: dict[str, tuple[float, float]]) -> None:

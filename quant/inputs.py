@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from illama.checkpoint import Checkpoint, load_checkpoint, load_timm
 from illama.data import ImageData, Preprocessing, Sample, Transformed, open_data
 from illama.errors import UserError
 from illama.masks import SoftMasked
+from quant.calibrate import calibrate
+from quant.layers import quantizers
 from quant.schemes import Scheme, find_scheme, read_scheme
 
 _BATCH = 64  # as `python quant/ptq.py` calibrates
@@ -48,6 +50,15 @@ class Inputs:
         """A copy whose attention has the plain form, whose tensors are those that are quantized."""
         model = copy.deepcopy(self.model)
         model.set_attention_form("plain")
+        return model
+
+    def float_model(self, scheme: Scheme) -> SoftMasked:
+        """:meth:`plain_model`, rescaled as ``scheme`` does where it smooths, so that every tensor can be compared."""
+        if not scheme.smooth:
+            return self.plain_model()
+        model = calibrate(self.model, replace(scheme, learned=0), self.calibration)
+        for _, quantizer in quantizers(model):
+            quantizer.enabled = False
         return model
 
     def batches(self, images: Dataset[Sample]) -> DataLoader[tuple[Tensor, int]]:

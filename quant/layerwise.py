@@ -195,8 +195,8 @@ def tensor_sqnr(reference: SoftMasked, quantized: SoftMasked, images: Tensor) ->
     No error is carried from one layer to the next: every quantizer gets the float network's values.
 
     Args:
-        reference: the network in floating point. For a scheme with SmoothQuant, which rescales weights and
-            activations, a copy of the quantized network with its quantizers off.
+        reference: the network in floating point, rescaled where the scheme smooths
+            (:meth:`quant.inputs.Inputs.float_model`).
         images: (B, C, H, W).
     """
     acting = dict(quantizers(quantized))

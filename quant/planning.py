@@ -86,7 +86,7 @@ class Planner:
         self.ms = {layer: [choice.ms for choice in choices] for layer, choices in layers.items()}
         self.bytes = {layer: [float(choice.bytes) for choice in choices] for layer, choices in layers.items()}
         self.known = [(kl, effect) for effect, kl in candidates.whole.values()]
-        self._drop_slack = self._cost_slack = 1.0
+        self._drop_slack, self._cost_limit = 1.0, budget.limit
 
     def slope(self) -> float:
         """Points of top-1 lost per nat of summed KL: least squares through 0, each network weighed by its certainty."""
@@ -122,11 +122,9 @@ class Planner:
             costs = self.ms if self.budget.minimise == "ms" else self.bytes
             chosen = assign(costs, self.kl, self._drop_slack * self.budget.limit / self.slope())
         elif self.budget.kind == "ms":
-            chosen = assign(self.kl, self.ms, self._cost_slack * self.budget.limit - self.candidates.fixed_ms)
+            chosen = assign(self.kl, self.ms, self._cost_limit - self.candidates.fixed_ms)
         else:
-            chosen = assign(
-                self.kl, self.bytes, self._cost_slack * self.budget.limit * 1e6 - self.candidates.fixed_bytes
-            )
+            chosen = assign(self.kl, self.bytes, self._cost_limit * 1e6 - self.candidates.fixed_bytes)
         if chosen is None:
             return None
         kl, ms = total(self.kl, chosen), self.candidates.fixed_ms + total(self.ms, chosen)
@@ -156,8 +154,10 @@ class Planner:
         if self.budget.kind == "drop":
             self._drop_slack = _TIGHTEN * min(1.0, plan.kl * self.slope() / self.budget.limit)
         else:
-            over = (plan.measured[self.budget.kind] or self.budget.limit) / self.budget.limit
-            self._cost_slack /= over * (1 + 1e-4)
+            limit, value = self.budget.limit, plan.measured[self.budget.kind]
+            over = 0.0 if value is None else value - limit
+            # At least a thousandth less, so that the same assignment cannot come again.
+            self._cost_limit = plan.predicted[self.budget.kind] - max(over, limit / 1000)
 
     def _least(self) -> str:
         if self.budget.kind == "ms":

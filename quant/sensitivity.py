@@ -7,7 +7,6 @@ A table on the terminal, and sensitivity.json, .csv and .png in the output folde
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import math
@@ -67,12 +66,7 @@ def study(options: SensitivityOptions, inputs: Inputs) -> dict[str, Any]:
     everything = [tensor for tensors in layers.values() for tensor in tensors]
     batches = inputs.batches(chosen_images(options, inputs))
     effects = measure(quantized, {**layers, _ALL: everything}, tqdm(batches, desc="quantize one layer at a time"))
-    reference = inputs.model
-    if scheme.smooth:
-        reference = copy.deepcopy(quantized)
-        for _, quantizer in quantizers(reference):
-            quantizer.enabled = False
-    tensors = tensor_sqnr(reference, quantized, torch.cat(inputs.calibration)[:_TENSOR_IMAGES])
+    tensors = tensor_sqnr(inputs.float_model(scheme), quantized, torch.cat(inputs.calibration)[:_TENSOR_IMAGES])
     return {
         "command": command_line(),
         **{key: str(value) for key, value in asdict(options).items() if key != "out"},

@@ -19,9 +19,11 @@ from illama.adapt import to_causal, to_quantizable
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import open_data
 from illama.errors import UserError
+from quant import debug_layers
 from quant.calibrate import calibrate
 from quant.compare import first_departure, largest_step_difference, local_differences
 from quant.export import export_onnx
+from quant.inputs import scheme_named
 from quant.layers import quantizers
 from quant.layerwise import Tally, layers_of, measure, selection_images, tensor_sqnr
 from quant.schemes import Scheme, TensorSpec, find_scheme, tensor_names
@@ -227,5 +229,9 @@ def test_the_commands(small_bundle, image_folder, tmp_path):
     debug = run_command("quant/debug_layers.py", *arguments)
     assert debug.returncode == 0, debug.stderr
     assert "No layer departs" in debug.stdout and "blocks.1.mlp.fc2" in debug.stdout
-    assert_one_line_error(run_command("quant/debug_layers.py", image_folder, *arguments), "not a bundle")
-    assert_one_line_error(run_command("quant/debug_layers.py", *arguments, "--scheme", "int3"), "unknown scheme")
+    with pytest.raises(UserError, match="not a bundle"):
+        debug_layers.main(debug_layers.DebugOptions(image_folder))
+    with pytest.raises(UserError, match="unknown scheme"):
+        scheme_named("int3")
+    with pytest.raises(UserError, match="quantizes inside PyTorch"):
+        scheme_named("int8-dynamic")
