@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from illama.errors import UserError
 from illama.masks import Operand, SoftMasked
 from illama.model import Linear
 from quant.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
@@ -93,17 +94,20 @@ def quantize_layers(
     quantized = copy.deepcopy(model)
     for name, module in list(quantized.named_modules()):
         if name in plan and isinstance(module, Operand):
-            quantized.set_submodule(name, _activation(plan[name], observers[name]))
+            quantized.set_submodule(name, _activation(name, plan[name], observers[name]))
         elif f"{name}.weight" in plan or f"{name}.input" in plan:
             weight = _weight(plan[f"{name}.weight"], module) if f"{name}.weight" in plan else None
             of_input = f"{name}.input"
-            activation = _activation(plan[of_input], observers[of_input]) if of_input in plan else None
+            activation = _activation(of_input, plan[of_input], observers[of_input]) if of_input in plan else None
             kind = QuantizedConv2d if isinstance(module, nn.Conv2d) else QuantizedLinear
             quantized.set_submodule(name, kind(module, weight, activation))  # type: ignore[arg-type]
     return quantized
 
 
-def _activation(spec: TensorSpec, observer: RangeObserver) -> QuantizeDequantize:
+def _activation(name: str, spec: TensorSpec, observer: RangeObserver) -> QuantizeDequantize:
+    if spec.symmetric and not spec.number.signed and observer.low < 0:
+        raise UserError(f"{name} has negative values, which {spec.format} cuts off: choose a signed format, or "
+                        "symmetric: false")  # fmt: skip
     return QuantizeDequantize(spec, observer.low, observer.compute_amax() if spec.symmetric else observer.high)
 
 

@@ -55,7 +55,7 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
         dtype: float16 computes everything but the normalisations in half precision, as TensorRT's fused
             attention demands; inputs and outputs stay float32.
     """
-    network = _Casting(copy.deepcopy(model).eval(), dtype)
+    network = _Casting(copy.deepcopy(model).eval(), dtype, centred=form == "fused")
     network.model.set_attention_form(form)
     config = model.config
     images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
@@ -77,9 +77,9 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
 class _Casting(nn.Module):
     """A network in another precision behind float32 inputs and outputs."""
 
-    def __init__(self, model: SoftMasked, dtype: torch.dtype) -> None:
+    def __init__(self, model: SoftMasked, dtype: torch.dtype, centred: bool) -> None:
         super().__init__()
-        freeze(model)
+        freeze(model, centred)
         # Not model.to(dtype): that would turn the 8-bit floating-point weights into wide ones too.
         self.model = model._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)  # type: ignore[no-untyped-call]
         self.dtype = dtype
@@ -159,7 +159,7 @@ def name_by_layer(model: ir.Model) -> None:
     """Name nodes, and the values that layers give, by the network's modules, as far as they do not share them.
 
     A node becomes ``blocks.0.attn.qkv/MatMul``; what the module gives becomes ``blocks.0.attn.qkv``, and what it
-    multiplies ``blocks.0.attn.qkv.input``. So engines, profiles and :mod:`quant.debug` speak of layers.
+    multiplies ``blocks.0.attn.qkv.input``. So engines, profiles and :mod:`quant.debug_layers` speak of layers.
     """
     results: dict[str, ir.Value] = {}
     counts: Counter[str] = Counter()
@@ -183,7 +183,7 @@ def translations(form: Form) -> dict[Any, Any]:
     def to_onnx_quantize_dequantize(x: Any, scale: Any, number: str, zero_point: int = 0) -> Any:
         limits, kind = FORMATS[number], _TYPES[number]
         if limits.bits == 6:  # saturated by hand, for its type does not
-            ends: list[Any] = [op.Constant(value_float=end) for end in (limits.low, limits.high)]
+            ends: list[Any] = [op.Constant(value_float=end - zero_point) for end in (limits.low, limits.high)]
             x = op.Clip(x, *(op.Mul(scale, op.CastLike(end, scale)) for end in ends))
         if form == "plain" and kind == onnx.TensorProto.INT8:
             # The same numbers in the type that the products of x86 CPUs take on the left; left to itself,

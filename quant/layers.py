@@ -140,6 +140,13 @@ class QuantizeDequantize(_Scaled):
             return fake_quantize(x, scale, self.number, self.zero_point)
         return quantize_dequantize(x, self.scale, self.number.name, self.zero_point)
 
+    def centre(self) -> Tensor:
+        """Make the format signed and the zero point 0; what is to be added to x for the same steps, a scalar."""
+        half = int(self.number.high + 1) // 2
+        shift = (self.zero_point - half) * self.scale
+        self.number, self.zero_point = FORMATS[self.number.name.removeprefix("u")], 0
+        return shift
+
 
 class WeightQuantizer(_Scaled):
     """Rounds a weight (out, ...) with a scale per output channel, or per group of inputs of one.
@@ -185,6 +192,7 @@ class QuantizedLinear(nn.Module):
     """
 
     weight: Tensor
+    shift: Tensor | None
     frozen: Tensor | None
     frozen_scale: Tensor | None
 
@@ -194,12 +202,13 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.weight_quantizer, self.input = weight, activation
+        self.register_buffer("shift", None)
         self.register_buffer("frozen", None)
         self.register_buffer("frozen_scale", None)
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         """(..., in) -> (..., out), or the outputs named by the slice."""
-        x = x if self.input is None else self.input(x)
+        x = _rounded_input(self, x)
         bias = self.bias if self.bias is None or outputs is None else self.bias[outputs]
         if self.frozen is not None and self.frozen_scale is not None and self.weight_quantizer is not None:
             weight, scale = self.frozen, self.frozen_scale
@@ -230,16 +239,18 @@ class QuantizedConv2d(nn.Module):
     """A patch convolution whose weight and input are rounded; either may be left in floating point."""
 
     weight: Tensor
+    shift: Tensor | None
     frozen: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, weight: WeightQuantizer | None, activation: QuantizeDequantize | None) -> None:
         super().__init__()
         self.weight, self.bias, self.stride = conv.weight, conv.bias, conv.stride
         self.weight_quantizer, self.input = weight, activation
+        self.register_buffer("shift", None)
         self.register_buffer("frozen", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.input is None else self.input(x)
+        x = _rounded_input(self, x)
         if self.frozen is not None and self.weight_quantizer is not None:
             scale = self.weight_quantizer.scale.expand(len(self.frozen), 1, 1, 1).flatten()
             weight = dequantize(self.frozen, scale, self.weight_quantizer.number.name, 0)
@@ -257,6 +268,27 @@ class QuantizedConv2d(nn.Module):
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
 
+def _rounded_input(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    if layer.input is None:
+        return x
+    return layer.input(x if layer.shift is None else x + layer.shift)
+
+
+@torch.no_grad()
+def centre(layer: QuantizedLayer) -> None:
+    """Shift an asymmetric input to where its zero point is 0, which TensorRT demands; the layer gives what it gave.
+
+    With w the rounded weight and x the rounded input, w (x + shift) = w x + shift * sum(w): the rounded values are the
+    same integers, less a constant, and the bias takes back what they are moved by. For export and not undone.
+    """
+    if layer.input is None or layer.input.spec.symmetric:
+        return
+    weight = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
+    layer.shift = layer.input.centre()
+    moved = layer.shift * weight.flatten(1).sum(1)
+    layer.bias = nn.Parameter(-moved if layer.bias is None else layer.bias - moved)
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, _Scaled]]:
     """Every quantizer of a network with the name of its tensor, as :mod:`quant.schemes` spells it."""
     for name, module in model.named_modules():
@@ -264,8 +296,14 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, _Scaled]]:
             yield name.replace(".weight_quantizer", ".weight"), module
 
 
-def freeze(model: nn.Module) -> None:
-    """Replace every quantized layer's float weight by its integers; for export and not undone."""
+def freeze(model: nn.Module, centred: bool = False) -> None:
+    """Replace every quantized layer's float weight by its integers; for export and not undone.
+
+    Args:
+        centred: first make every asymmetric input symmetric (:func:`centre`).
+    """
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
+            if centred:
+                centre(module)
             module.freeze()

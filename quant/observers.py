@@ -30,7 +30,7 @@ class RangeObserver(_Calibrator):
     Attributes:
         low, high: over everything seen; scalars.
         counts: how many magnitudes fell into each of BINS equal bins of 0..``limit``; zeros are left out, since every
-            format represents them exactly.
+            format represents them exactly, so that percentiles are those of the other values.
     """
 
     def __init__(self, spec: TensorSpec) -> None:
@@ -101,12 +101,14 @@ def mse_amax(counts: np.ndarray, limit: float, number: NumberFormat) -> float:
 def entropy_amax(counts: np.ndarray, limit: float, number: NumberFormat) -> float:
     """The range whose rounded distribution diverges least from the one seen (Kullback-Leibler), as TensorRT's did.
 
-    (Migacz, "8-bit inference with TensorRT", GTC 2017.) What lies beyond a candidate is clamped to it in both.
+    (Migacz, "8-bit inference with TensorRT", GTC 2017.) What lies beyond a candidate is clamped to it in both. A
+    candidate of fewer bins than the format has levels would be represented without loss, and is none.
     """
     levels = int(number.high) + 1
-    divergences, candidates = [], _candidates(limit)
+    divergences = []
+    candidates = [amax for amax in _candidates(limit) if amax / limit * len(counts) >= levels]
     for amax in candidates:
-        kept = max(levels, round(amax / limit * len(counts)))
+        kept = round(amax / limit * len(counts))
         seen = counts[:kept].copy()
         level = (np.arange(kept) * levels // kept).astype(np.intp)
         mass = np.bincount(level, weights=seen, minlength=levels)

@@ -29,7 +29,7 @@ from illama.errors import UserError
 from illama.masks import Operand
 
 FormatName = Literal["int8", "uint8", "int6", "uint6", "int4", "uint4", "fp8"]
-Granularity = Literal["tensor", "channel", "group"]
+Granularity = Literal["tensor", "channel", "group", "token"]
 Calibrator = Literal["max", "percentile", "entropy", "mse"]
 FLOAT = "float"  # in a scheme file: leave these tensors alone
 
@@ -88,12 +88,14 @@ class TensorSpec:
 
     Attributes:
         format: a name in :data:`FORMATS`.
-        granularity: one scale per ``tensor``, per output ``channel``, or per ``group`` of consecutive inputs of an
-            output channel; activations have one per tensor, a convolution's weight one per channel.
+        granularity: one scale per ``tensor``; of a weight also per output ``channel`` or per ``group`` of consecutive
+            inputs of an output channel (a convolution's has no groups); of an activation that torchao quantizes
+            while the network runs, per ``token``.
         group_size: inputs in a group.
-        symmetric: 0 is the integer 0. Otherwise the format must be unsigned, and the zero point is calibrated.
+        symmetric: 0 is the integer 0. Otherwise the format must be unsigned, and range and zero point are those of the
+            smallest and the largest value seen.
         calibrator: how the range is chosen from the values seen; see :mod:`quant.observers`.
-        percentile: of the magnitudes, in percent, for that calibrator.
+        percentile: of the magnitudes other than 0, in percent, for that calibrator.
         amax: the largest magnitude, given instead of calibrated.
     """
 
@@ -110,10 +112,21 @@ class TensorSpec:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
-        if not self.symmetric and (self.number.signed or self.granularity != "tensor"):
+        if not self.symmetric and (self.number.signed or self.granularity not in ("tensor", "token")):
             raise UserError("an asymmetric tensor needs an unsigned format (uint8) and one scale per tensor")
-        if self.group_size < 1 or not 50 <= self.percentile <= 100 or (self.amax is not None and not self.amax > 0):
-            raise UserError("group_size must be 1 or more, percentile within 50 and 100, and amax positive")
+        if not self.symmetric and (self.calibrator != "max" or self.amax is not None):
+            raise UserError(
+                "an asymmetric tensor's range is from the smallest to the largest value: no calibrator, no amax"
+            )
+        if self.calibrator == "entropy" and not self.number.rounds:
+            raise UserError(f"entropy calibration is of integers: choose another calibrator for {self.format}")
+        if (
+            not isinstance(self.group_size, int)
+            or self.group_size < 1
+            or not 50 <= self.percentile <= 100
+            or (self.amax is not None and not self.amax > 0)
+        ):
+            raise UserError("group_size must be a whole number from 1, percentile within 50 and 100, and amax positive")
 
     @property
     def number(self) -> NumberFormat:
@@ -123,7 +136,9 @@ class TensorSpec:
         """In a few words, for a table: ``int4 per group of 64, mse``."""
         words: list[str] = [self.format]
         if self.granularity != "tensor":
-            words.append("per channel" if self.granularity == "channel" else f"per group of {self.group_size}")
+            words.append(
+                f"per group of {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
+            )
         if not self.symmetric:
             words.append("asymmetric")
         method = f"amax {self.amax:g}" if self.amax is not None else self.calibrator
@@ -156,8 +171,8 @@ class Scheme:
             raise UserError(f"a scheme's name is lower-case letters, digits, '.', '_' and '-', not {self.name!r}")
         if not isinstance(self.smooth, Mapping) or not all(0 <= strength <= 1 for strength in self.smooth.values()):
             raise UserError(f"scheme {self.name}: smooth must map patterns of Linears to strengths within 0 and 1")
-        if self.learned < 0 or self.backend not in ("onnx", "torchao"):
-            raise UserError(f"scheme {self.name}: learned must be 0 or more, and backend onnx or torchao")
+        if not isinstance(self.learned, int) or self.learned < 0 or self.backend not in ("onnx", "torchao"):
+            raise UserError(f"scheme {self.name}: learned must be a whole number from 0, and backend onnx or torchao")
 
     def spec(self, tensor: str) -> TensorSpec | None:
         """The spec of a tensor; None for one that stays in floating point."""
@@ -194,6 +209,12 @@ def resolve(scheme: Scheme, model: nn.Module) -> dict[str, TensorSpec]:
         UserError: for a pattern that matches nothing, or a spec that does not fit its tensor.
     """
     names = tensor_names(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in scheme.smooth:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise UserError(
+                f"scheme {scheme.name}: no Linear to smooth matches {pattern!r}; a name is, say, {linears[0]}"
+            )
     for pattern in scheme.tensors:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
@@ -208,10 +229,13 @@ def resolve(scheme: Scheme, model: nn.Module) -> dict[str, TensorSpec]:
 def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> None:
     trouble = ""
     if not name.endswith(".weight"):
-        trouble = "" if spec.granularity == "tensor" else "an activation has one scale per tensor"
+        fits = "token" if scheme.backend == "torchao" else "tensor"
+        trouble = "" if spec.granularity == fits else f"an activation has one scale per {fits} in {scheme.backend}"
     else:
         layer = model.get_submodule(name.removesuffix(".weight"))
-        if not spec.number.signed or spec.calibrator not in ("max", "mse") or spec.amax is not None:
+        if spec.granularity == "token":
+            trouble = "a weight has no tokens"
+        elif not spec.number.signed or spec.calibrator not in ("max", "mse") or spec.amax is not None:
             trouble = "a weight takes a signed format, and its range by max or mse"
         elif spec.granularity == "group" and isinstance(layer, nn.Conv2d):
             trouble = "a convolution's weight has one scale per channel"
@@ -228,8 +252,8 @@ def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> str:
     for name, spec in plan.items():
         bits = spec.number.bits
         if not name.endswith(".weight"):
-            if bits < 8 or not spec.symmetric:
-                return "TensorRT quantizes activations to 8 bits, symmetric"
+            if bits < 8 or not (spec.symmetric or name.endswith(".input")):
+                return "TensorRT quantizes activations to 8 bits, symmetric; only a layer's input can be shifted there"
         elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in plan):
             return (
                 "TensorRT multiplies weights of fewer than 8 bits by half-precision inputs alone, and of 4 bits at that"
@@ -277,6 +301,9 @@ def _ranges(numbers: list[int]) -> str:
 
 
 _INT8 = TensorSpec("int8")
+# Asymmetric: of a GELU's output one half of a symmetric range would be empty, and no other input is worse for it. The
+# graph for TensorRT, which knows no zero point, gets the same integers by a shift (quant.layers.centre).
+_INPUT8 = TensorSpec("uint8", symmetric=False)
 _WEIGHT8 = TensorSpec("int8", "channel")
 _WEIGHT4 = TensorSpec("int4", "group", calibrator="mse")
 # The network reads pixels in floating point: an image has 256 values to a colour, whose grid is not the quantizer's,
@@ -286,15 +313,15 @@ _PIXELS = {"*patch_embed.*.input": None}
 _SMOOTH_PRODUCT = {"*.mlp.fc2": 0.7}
 # Of attention, the first product alone: a softmax over N tokens gives values around 1 / N, which for the 200 to 600
 # tokens of a real image is a step or two of 8 bits, and rounding them costs more than all the rest (the same page).
-_INT8_TENSORS = {"*.weight": _WEIGHT8, "*.input": _INT8, "*.core.[qk]": _INT8, **_PIXELS}
+_INT8_TENSORS = {"*.weight": _WEIGHT8, "*.input": _INPUT8, "*.core.[qk]": _INT8, **_PIXELS}
 _FP8_TENSORS = {"*.weight": TensorSpec("fp8", "channel"), "*.input": TensorSpec("fp8"), **_PIXELS}
 # The first and the last layer are few weights, and much to lose.
-_ENDS8 = {"*patch_embed.*.weight": _WEIGHT8, **_PIXELS, "*head.weight": _WEIGHT8, "*head.input": _INT8}
+_ENDS8 = {"*patch_embed.*.weight": _WEIGHT8, **_PIXELS, "*head.weight": _WEIGHT8, "*head.input": _INPUT8}
 _BLOCKS4 = {"*.weight": _WEIGHT4, "*patch_embed.*.weight": _WEIGHT8, "*head.weight": _WEIGHT8}
 # torchao quantizes Linears alone, and inputs per token while the network runs (quant/torchao_backend.py).
 _NO_PATCHES = {"*patch_embed.*.weight": None}
 _LINEARS8 = {"*.weight": _WEIGHT8, **_NO_PATCHES}
-PER_TOKEN = TensorSpec("uint8", symmetric=False)
+PER_TOKEN = TensorSpec("uint8", "token", symmetric=False)
 _WEIGHT4_MAX = TensorSpec("int4", "group", 32)
 
 SCHEMES: dict[str, Scheme] = {
@@ -419,7 +446,9 @@ def read_scheme(path: Path) -> Scheme:
     try:
         base = find_scheme(values.pop("base")) if "base" in values else Scheme(path.stem.lower())
         tensors = {str(pattern): _read_spec(value) for pattern, value in values.pop("tensors", {}).items()}
-        return replace(base, **{"name": path.stem.lower(), **values}, tensors={**base.tensors, **tensors})
+        # What overrides a pattern of the base's comes after all of them, as everything that the file says.
+        kept = {pattern: spec for pattern, spec in base.tensors.items() if pattern not in tensors}
+        return replace(base, **{"name": path.stem.lower(), **values}, tensors={**kept, **tensors})
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
 

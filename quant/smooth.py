@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from quant.schemes import Scheme
@@ -40,19 +41,25 @@ def smooth(model: nn.Module, scheme: Scheme, batches: Iterable[Tensor]) -> None:
         site
         for name, block in model.named_modules()
         for site in _sites(name, block)
-        if scheme.strength(site.linears[0]) is not None and scheme.spec(f"{site.linears[0]}.input")
+        if _strength(scheme, site) is not None and scheme.spec(f"{site.linears[0]}.input")
     ]
     ranges = _channel_ranges(model, [site.linears[0] for site in sites], batches)
     for site in sites:
         layers: list[Any] = [model.get_submodule(name) for name in site.linears]
         weights = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
         inputs = ranges[site.linears[0]]
-        strength = scheme.strength(site.linears[0]) or 0.0
+        strength = _strength(scheme, site) or 0.0
         s = inputs.clamp(min=1e-5) ** strength / weights.clamp(min=1e-5) ** (1 - strength)
         s = torch.where(inputs > 0, s.clamp(min=1e-4), torch.ones_like(s))
         for layer in layers:
             layer.weight.mul_(s)
         site.divide(s)
+
+
+def _strength(scheme: Scheme, site: _Site) -> float | None:
+    """Of the first of a site's Linears that the scheme smooths; they share an input, so one strength is all's."""
+    strengths = [scheme.strength(linear) for linear in site.linears]
+    return next((strength for strength in strengths if strength is not None), None)
 
 
 def _channel_ranges(model: nn.Module, linears: list[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -80,12 +87,13 @@ def _sites(name: str, block: Any) -> Iterator[_Site]:
         return
     attn, mlp = block.attn, block.mlp
     gated = isinstance(getattr(mlp, "fc3", None), nn.Linear)
-    if _scales(block.norm1) and getattr(attn, "gate", None) is None:  # a gate reads the norm's output too
+    before = not isinstance(block, ResPostBlock)  # its norms come after attention and MLP
+    if before and _scales(block.norm1) and getattr(attn, "gate", None) is None:  # a gate reads the norm's output too
         yield _Site((f"{name}.attn.qkv",), _divide_parameters(block.norm1))
     if isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity) and getattr(attn, "gate", None) is None:
         values = slice(2 * attn.proj.in_features, None)
         yield _Site((f"{name}.attn.proj",), _divide_parameters(attn.qkv, values))
-    if _scales(block.norm2) and isinstance(getattr(mlp, "fc1", None), nn.Linear):
+    if before and _scales(block.norm2) and isinstance(getattr(mlp, "fc1", None), nn.Linear):
         yield _Site(
             tuple(f"{name}.mlp.{fc}" for fc in (("fc1", "fc3") if gated else ("fc1",))), _divide_parameters(block.norm2)
         )

@@ -5,9 +5,9 @@ its two specs amount to:
 
     weight                  input                   torchao
     int8 per channel        float                   Int8WeightOnlyConfig
-    int8 per channel        uint8, asymmetric       Int8DynamicActivationInt8WeightConfig
+    int8 per channel        uint8 per token          Int8DynamicActivationInt8WeightConfig
     int4 per group          float                   IntxWeightOnlyConfig
-    int4 per group          uint8, asymmetric       Int8DynamicActivationIntxWeightConfig
+    int4 per group          uint8 per token          Int8DynamicActivationIntxWeightConfig
     fp8 per channel         float                   Float8WeightOnlyConfig
 
 Nothing is calibrated: a weight's range is its own largest magnitude, and an activation's is each token's, found while
@@ -218,7 +218,9 @@ def _recipe(scheme: Scheme, layer: str) -> _Recipe:
     weight, activation = scheme.spec(f"{layer}.weight"), scheme.spec(f"{layer}.input")
     place, dynamic = f"scheme {scheme.name}, {layer}", activation is not None
     if weight is None or weight.calibrator != "max" or activation not in (None, PER_TOKEN):
-        raise UserError(f"{place}: torchao takes weights by max, and inputs in uint8, asymmetric, or in floating point")
+        raise UserError(
+            f"{place}: torchao takes weights by max, and inputs in asymmetric uint8 per token, or in floating point"
+        )
     per_token = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if dynamic else None
     kind = (weight.format, weight.granularity)
     # set_inductor_config would change torch.compile, and the precision of products, for the whole process.

@@ -20,6 +20,8 @@ from illama.config import TimmConfig
 from illama.errors import UserError
 from illama.masks import AttentionMask, MaskedAttention
 from illama.norms import LayerNorm, RMSNorm
+from quant.schemes import Scheme, TensorSpec
+from quant.smooth import smooth
 
 KINDS = ("post_softmax", "pre_softmax")
 FORMS = ("plain", "fused", None)
@@ -160,6 +162,16 @@ def test_a_quantizable_network_is_the_original(name):
             logits.square().mean().backward()
             for one, other in zip(model.parameters(), vit.parameters(), strict=True):
                 assert (one.grad - other.grad).abs().max() <= 1e-4 * other.grad.abs().max() + 1e-6
+
+
+@VARIANTS
+@torch.no_grad()
+def test_smoothing_it_changes_nothing(name):
+    vit, images = build(name), images_for(name)
+    model = to_quantizable(vit)
+    smooth(model, Scheme("all", {"*.input": TensorSpec("int8")}, {"*": 0.5}), [images])
+    expected = vit(images)
+    assert (model(images) - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
 
 
 @pytest.mark.parametrize("make", [to_causal, to_quantizable])

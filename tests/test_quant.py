@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from modelopt.torch.quantization.calib import HistogramCalibrator
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from illama import ILLaMA, ModelConfig
@@ -29,14 +30,15 @@ from quant.layers import (
     QuantizeDequantize,
     QuantizedLinear,
     WeightQuantizer,
+    centre,
     fake_quantize,
     freeze,
     quantize_dequantize,
     quantizers,
 )
-from quant.observers import BINS, RangeObserver, mse_amax, percentile_amax, weight_amax
+from quant.observers import BINS, RangeObserver, entropy_amax, mse_amax, percentile_amax, weight_amax
 from quant.reconstruct import blocks
-from quant.schemes import FORMATS, SCHEMES, TensorSpec, find_scheme, resolve, unfit_for_tensorrt
+from quant.schemes import FORMATS, SCHEMES, Scheme, TensorSpec, find_scheme, resolve, unfit_for_tensorrt
 from quant.smooth import smooth
 
 ONNX_TYPES = {
@@ -249,6 +251,9 @@ def test_quantizers_agree_with_modelopt_s(short, batches, name):
         quantized(batches[0])
     assert len(seen) == len(resolve(SCHEMES[name], short))
     for tensor, (module, x, ours) in seen.items():
+        if not module.spec.symmetric:  # it has no zero point either: the shifted values, as in the graph for TensorRT
+            shift = module.centre()
+            x, ours = x + shift, ours + shift
         config = {"num_bits": (4, 3) if module.spec.format == "fp8" else 8, "unsigned": not module.number.signed,
                   "axis": 0 if tensor.endswith(".weight") else None}  # fmt: skip
         theirs = TensorQuantizer(QuantizerAttributeConfig(**config), amax=module.scale * module.number.high)
@@ -347,6 +352,53 @@ def test_learned_rounding_is_nearer_than_the_nearest(short, batches):
     weight = learned.blocks[0].mlp.fc1
     freeze(learned)
     assert weight.frozen.abs().max() <= 8  # what was learned is still on the grid of 4 bits
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), low=st.floats(-8, 0, width=32), number=st.sampled_from(["uint8", "uint6", "uint4"]))
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_centred_layer_gives_the_same(bias, seed, low, number):
+    """Its integers too, less the constant: without zero points, as TensorRT demands."""
+    torch.manual_seed(seed)
+    x = torch.cat([torch.rand(40, 6, dtype=torch.float64) * (8 - low) + low, torch.full((1, 6), 8.0)])
+    spec = TensorSpec(number, symmetric=False)
+    linear = torch.nn.Linear(6, 3, bias=bias).double()
+    weight = WeightQuantizer(TensorSpec("int8", "channel"), weight_amax(linear.weight, TensorSpec("int8", "channel")))
+    layer = QuantizedLinear(linear, weight, QuantizeDequantize(spec, x.min(), x.max())).double()
+    expected, codes = layer(x), (layer.input(x) / layer.input.scale).round() + layer.input.zero_point
+    centre(layer)
+    assert layer.input.number.signed and layer.input.zero_point == 0
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+    moved = (layer.input(x + layer.shift) / layer.input.scale).round()
+    assert torch.equal(moved + 2 ** (FORMATS[number].bits - 1), codes)
+
+
+def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_images):
+    images, _ = real_images
+    spec = TensorSpec("uint6", symmetric=False)
+    scheme = Scheme("mine", {"*.mlp.*.weight": TensorSpec("int8", "channel"), "*.mlp.*.input": spec})
+    quantized = calibrate(short, scheme, batches)
+    for form in ("plain", "fused"):
+        export_onnx(quantized, tmp_path / f"{form}.onnx", form)
+        assert _relative(_run(tmp_path / f"{form}.onnx", images), torch_infer(quantized)(images)) < 0.02
+    zeros = {numpy_helper.to_array(t).item() for t in onnx.load(tmp_path / "fused.onnx").graph.initializer
+             if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and not t.dims}  # fmt: skip
+    assert zeros == {0}
+
+
+def test_a_format_without_a_sign_for_values_with_one_is_refused(short, batches):
+    with pytest.raises(UserError, match=r"blocks.0.mlp.fc2.input has negative values, which uint8 cuts off"):
+        calibrate(short, Scheme("mine", {"*.fc2.input": TensorSpec("uint8")}), batches)
+
+
+def test_entropy_judges_no_range_that_holds_every_bin():
+    """A range of fewer bins than levels would diverge by nothing and win, however much it clips."""
+    values = np.append(np.random.default_rng(0).standard_normal(200_000), 100.0)
+    for number in ("int8", "uint8"):
+        chosen = entropy_amax(*_histogram(values), FORMATS[number])
+        assert (np.abs(values) > chosen).mean() < 0.02
+    with pytest.raises(UserError, match="entropy calibration is of integers"):
+        TensorSpec("fp8", calibrator="entropy")
 
 
 def test_a_float_layer_stays_float(short, batches):

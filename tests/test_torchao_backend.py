@@ -166,7 +166,7 @@ def test_training_ends_in_the_same_file_format(small, images, tmp_path):
     torch.testing.assert_close(converted(images), quantize_with_torchao(small, scheme)(images))
 
 
-W8, TOKEN = TensorSpec("int8", "channel"), TensorSpec("uint8", symmetric=False)
+W8, TOKEN = TensorSpec("int8", "channel"), TensorSpec("uint8", "token", symmetric=False)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ W8, TOKEN = TensorSpec("int8", "channel"), TensorSpec("uint8", symmetric=False)
         ({"tensors": {"*.weight": W8}}, "leave patch_embed.proj.weight in floating point"),
         ({"tensors": {"head.weight": TensorSpec("int8")}}, "no int8 weight for float inputs"),
         ({"tensors": {"head.weight": TensorSpec("int8", "channel", calibrator="mse")}}, "weights by max"),
-        ({"tensors": {"head.weight": W8, "head.input": TensorSpec("int8")}}, "inputs in uint8, asymmetric"),
+        ({"tensors": {"head.weight": W8, "head.input": TensorSpec("int8")}}, "one scale per token"),
         ({"tensors": {"head.input": TOKEN}}, "weights by max"),
         ({"tensors": {"head.weight": TensorSpec("fp8", "channel"), "head.input": TOKEN}}, "for 8-bit inputs on a CPU"),
         ({"tensors": {"*.core.q": TensorSpec("int8")}}, "Linears alone"),
