@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from illama.accuracy import usable_cores
 from illama.errors import UserError
+from quant.layerwise import PRODUCTS
 from quant.schemes import TensorSpec
-
-_PRODUCT_PARTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}
 
 
 def weight_bytes(layer: nn.Module, spec: TensorSpec | None) -> int:
@@ -66,8 +65,8 @@ def layer_of_node(node: str, layers: Mapping[str, Any]) -> str | None:
         product = {"MatMul": "qk", "MatMul_2": "pv"}.get(operator.split("/")[0], "")
         module = f"{module}.{product}"
     parent, _, part = module.rpartition(".")
-    if part in _PRODUCT_PARTS and f"{parent}.{_PRODUCT_PARTS[part]}" in layers:
-        return f"{parent}.{_PRODUCT_PARTS[part]}"
+    if part in PRODUCTS and f"{parent}.{PRODUCTS[part]}" in layers:
+        return f"{parent}.{PRODUCTS[part]}"
     module = module.removesuffix(".input")
     return module if module in layers else None
 
@@ -102,7 +101,7 @@ def time_graphs(
                 for _ in range(calls):
                     profiled[name].run(None, feed)
         events = {name: json.loads(Path(session.end_profiling()).read_text()) for name, session in profiled.items()}
-    return {name: _attribute(events[name], float(np.percentile(times[name], 10) * 1e3), layers) for name in paths}
+    return {name: _attribute(events[name], float(np.median(times[name]) * 1e3), layers) for name in paths}
 
 
 def _session(path: Path, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:

@@ -25,13 +25,13 @@ from illama.masks import SoftMasked
 from quant.layers import WeightQuantizer, quantizers
 from quant.reconstruct import blocks
 
-_PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}
+PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}  # operand of attention -> the product that it is of
 
 
 def layer_of(tensor: str) -> str:
     """The layer that a tensor belongs to: ``blocks.0.attn.qkv.weight`` -> ``blocks.0.attn.qkv``."""
     layer, _, part = tensor.rpartition(".")
-    return f"{layer}.{_PRODUCTS[part]}" if part in _PRODUCTS else layer
+    return f"{layer}.{PRODUCTS[part]}" if part in PRODUCTS else layer
 
 
 def layers_of(tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -65,6 +65,11 @@ class Effect:
         return (self.lost - self.gained) / self.images * 100
 
     @property
+    def drop_at_most(self) -> float:
+        """What the drop does not exceed with 95% confidence: one-sided, of a normal distribution."""
+        return self.drop + 1.645 * self.drop_error
+
+    @property
     def drop_error(self) -> float:
         """Standard error of :attr:`drop`, of a paired comparison; one image is the least that can be told."""
         return math.sqrt(max(self.lost + self.gained, 1)) / self.images * 100
@@ -90,13 +95,18 @@ class Tally:
         self._images += len(labels)
 
     def effect(self) -> Effect:
+        """The effect over all batches; UserError if one of the networks gave NaN or infinity."""
+        if not math.isfinite(self._kl):
+            raise UserError("a quantized network gives NaN or infinite logits: its ranges do not fit its values")
         return Effect(decibels(self._signal, self._noise), max(0.0, self._kl / self._images), self._lost, self._gained,
                       self._images)  # fmt: skip
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Ratio of two powers in dB; infinite without noise."""
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf
+    """Ratio of two powers in dB; infinite without noise, minus infinity for noise without a signal."""
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 @torch.inference_mode()
@@ -229,14 +239,26 @@ def selection_images(data: ImageData, calibration_images: int, count: int) -> Da
     Raises:
         UserError: if there are fewer.
     """
-    taken: Any = data.calibration(calibration_images)
-    rest = np.setdiff1d(np.arange(len(taken.dataset)), taken.indices)
+    rest = uncalibrated_images(data, calibration_images)
     if not 1 <= count <= len(rest):
         raise UserError(
             f"{count} images asked for, 1 to {len(rest)} can be had beside {calibration_images} for calibration: "
             "change --images"
         )
-    return Subset(taken.dataset, [int(rest[index * len(rest) // count]) for index in range(count)])
+    return Subset(rest.dataset, [rest.indices[index * len(rest) // count] for index in range(count)])
+
+
+def uncalibrated_images(data: ImageData, calibration_images: int) -> Subset[Sample]:
+    """The images of the training split that calibration does not see."""
+    taken: Any = data.calibration(calibration_images)
+    return Subset(taken.dataset, np.setdiff1d(np.arange(len(taken.dataset)), taken.indices).tolist())
+
+
+def split_selection(selection: Dataset[Sample], count: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
+    """``count`` images, evenly spaced, and all the others."""
+    total = len(selection)  # type: ignore[arg-type]
+    first = [index * total // count for index in range(count)]
+    return Subset(selection, first), Subset(selection, sorted(set(range(total)) - set(first)))
 
 
 def block_number(layer: str) -> int | None:

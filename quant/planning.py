@@ -63,7 +63,8 @@ class Planner:
     assignment that was checked.
 
     Args:
-        images: what drops are measured over.
+        images: what drops are measured over: others than those that the candidates were weighed by, since a search
+            among many takes what chance favours.
         timed: whether a call's time is measured here; otherwise the profiles that were given say it.
         learned: steps a block of learned rounding in what is made.
         threads: of ONNX Runtime, when it is timed; 0 for one a core.
@@ -89,12 +90,14 @@ class Planner:
         self._drop_slack, self._cost_limit = 1.0, budget.limit
 
     def slope(self) -> float:
-        """Points of top-1 lost per nat of summed KL: least squares through 0, each network weighed by its certainty."""
+        """Points of top-1 lost per nat of summed KL: least squares through 0, each network weighed by its certainty.
+
+        At least its own standard error: chance can make small drops negative, and a slope of 0 every assignment free.
+        """
         weights = np.array([effect.drop_error**-2 for _, effect in self.known])
         kls, drops = np.array([kl for kl, _ in self.known]), np.array([effect.drop for _, effect in self.known])
         power = float((weights * kls**2).sum())
-        # Chance can make small drops negative; a slope of 0 would make every assignment free.
-        return max(float((weights * kls * drops).sum()) / power, 1e-6) if power else 1e-6
+        return max(float((weights * kls * drops).sum()) / power, power**-0.5)
 
     def search(self, rounds: int, path: Path) -> tuple[list[Plan], Plan | None]:
         """All assignments made, and the one that keeps to the budget, if any; the last one's file is at ``path``.
@@ -140,13 +143,13 @@ class Planner:
         milliseconds: float | None = None
         if self.timed:
             milliseconds = time_graphs({"plan": path}, one_image(self.inputs), {}, self.threads)["plan"].call
-        plan.measured = {"drop": plan.effect.drop, "drop_error": plan.effect.drop_error, "kl": plan.effect.kl,
+        plan.measured = {"drop": plan.effect.drop, "drop_at_most": plan.effect.drop_at_most, "kl": plan.effect.kl,
                          "ms": milliseconds, "megabytes": path.stat().st_size / 1e6}  # fmt: skip
         self.known.append((plan.kl, plan.effect))
 
     def holds(self, plan: Plan) -> bool:
-        """Whether what was measured keeps to the budget; what cannot be measured counts as predicted."""
-        value = plan.measured[self.budget.kind]
+        """Whether what was measured keeps to the budget, a drop with 95% confidence; else what was predicted counts."""
+        value = plan.measured["drop_at_most" if self.budget.kind == "drop" else self.budget.kind]
         return (plan.predicted[self.budget.kind] if value is None else value) <= self.budget.limit
 
     def tighten(self, plan: Plan) -> None:

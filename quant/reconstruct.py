@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from quant.layers import QuantizedLinear, WeightQuantizer, quantizers
 
-BATCH = 16
+_TOKENS = 800  # of a step, in as many images as that takes, 4 at least
 _SCALE_RATE = 0.5  # how far a scale's logarithm moves in all steps, beside an offset's full rate of 1
 
 
@@ -45,7 +45,7 @@ def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor
     Args:
         reference: the network in floating point, otherwise the same.
         batches: images (B, C, H, W); a few hundred in all.
-        steps: per block, of ``BATCH`` images each.
+        steps: per block.
     """
     exact, calls = _block_inputs(reference, batches)
     inputs, _ = _block_inputs(quantized, batches)
@@ -101,11 +101,11 @@ def _learn(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor, steps
         for (quantizer, _), offset in zip(weights, offsets, strict=True):
             quantizer.offset = offset if with_gradient else offset.detach()
 
-    generator = torch.Generator().manual_seed(0)
+    generator, batch = torch.Generator().manual_seed(0), max(4, _TOKENS // inputs.shape[1])
     parameters, rates = [*factors, *offsets], [_SCALE_RATE] * len(factors) + [1.0] * len(offsets)
     for step in range(steps):
         place(with_gradient=True)
-        chosen = torch.randint(len(inputs), (BATCH,), generator=generator)
+        chosen = torch.randint(len(inputs), (batch,), generator=generator)
         with torch.enable_grad():
             loss = F.mse_loss(call.run(block, inputs[chosen]), targets[chosen])
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -10,21 +10,27 @@ What each layer loses and costs in each format is measured; the best assignment 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+from torch.utils.data import DataLoader
+
 from illama.bundle import CPU_ONNX, Manifest, command_line, package_versions, sha256, write_folder
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from quant.candidates import Candidates, Study, find_schemes, scheme_of
-from quant.inputs import open_inputs
-from quant.layerwise import selection_images
+from quant.inputs import Inputs, open_inputs
+from quant.layerwise import Effect, selection_images, split_selection, uncalibrated_images
 from quant.planning import Budget, Plan, Planner
 from quant.schemes import write_scheme
 
 RESULT, SCHEME = "search.json", "scheme.yaml"
+_CHECK_IMAGES = 10_000
+Batches = DataLoader[tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,9 @@ class SearchOptions:
         checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
         model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
         data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
-        images: how many images losses are measured over.
+        images: how many images the layers' losses are measured over.
+        check_images: how many other images a whole assignment's drop is measured over, 10,000 or what there is if not
+            given. --max-drop is kept to with 95% confidence, which a few images never give.
         calibration_images: how many training images the ranges are taken from.
         learned: steps a block in which the found assignment's rounding is learned, as in a scheme.
         rounds: how many assignments to check at most.
@@ -62,6 +70,7 @@ class SearchOptions:
     model: str | None = None
     data: str = "fashion-mnist"
     images: int = 1000
+    check_images: int | None = None
     calibration_images: int = 512
     learned: int = 0
     rounds: int = 6
@@ -84,6 +93,22 @@ class SearchOptions:
         if any(not separator for _, separator, _ in pairs):
             raise UserError("--layer-times takes SCHEME=FILE, such as int8=profile.json")
         return {name: Path(file) for name, _, file in pairs}
+
+
+def images_of(options: SearchOptions, inputs: Inputs, budget: Budget) -> tuple[Batches, Batches]:
+    """The images that layers are weighed by and those that whole assignments are checked by.
+
+    Raises:
+        UserError: if there are not as many, or too few to tell the drop that was asked for.
+    """
+    left = len(uncalibrated_images(inputs.data, options.calibration_images)) - options.images
+    checked = max(1, min(left, _CHECK_IMAGES) if options.check_images is None else options.check_images)
+    pool = selection_images(inputs.data, options.calibration_images, options.images + checked)
+    nothing_lost = Effect(math.inf, 0.0, 0, 0, checked)
+    if budget.kind == "drop" and nothing_lost.drop_at_most > budget.limit:
+        raise UserError(f"{checked} images cannot tell a drop of {budget}: raise --check-images or --max-drop")
+    weighed, others = split_selection(pool, options.images)
+    return inputs.batches(weighed), inputs.batches(others)
 
 
 def result_of(options: SearchOptions, candidates: Candidates, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
@@ -118,10 +143,11 @@ def print_result(result: dict[str, Any]) -> None:
     print(f"\n{'round':6} {'':10} {'drop, points':>16} {'ms':>9} {'MB':>9}")
     for number, entry in enumerate(result["rounds"], 1):
         for kind in ("predicted", "measured"):
-            row, error = entry[kind], f" +-{entry['measured']['drop_error']:.2f}" if kind == "measured" else ""
+            row = entry[kind]
             ms = "-" if row["ms"] is None else f"{row['ms']:.3f}"
-            drop = f"{row['drop']:+.3f}{error}"
+            drop = f"{row['drop']:+.3f}" + (f" (<{row['drop_at_most']:.2f})" if kind == "measured" else "")
             print(f"{number if kind == 'predicted' else '':<6} {kind:10} {drop:>16} {ms:>9} {row['megabytes']:9.3f}")
+    print("(<: with 95% confidence)")
 
 
 def main(options: SearchOptions) -> None:
@@ -129,10 +155,10 @@ def main(options: SearchOptions) -> None:
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
         schemes = find_schemes(options.formats)
         inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, options.model)
-        images = inputs.batches(selection_images(inputs.data, options.calibration_images, options.images))
+        images, others = images_of(options, inputs, budget)
         with tempfile.TemporaryDirectory() as scratch:
             candidates = Study(inputs, schemes, images, options.threads).run(Path(scratch), profiles)
-        planner = Planner(inputs, candidates, images, budget, not profiles, options.learned, options.threads)
+        planner = Planner(inputs, candidates, others, budget, not profiles, options.learned, options.threads)
         plans, best = planner.search(options.rounds, folder / CPU_ONNX)
         result = result_of(options, candidates, plans, best)
         (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")

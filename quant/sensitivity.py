@@ -43,7 +43,7 @@ class SensitivityOptions:
         model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
         data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
         images: how many images the losses are taken over.
-        split: train: of the training split, none that calibration sees; test: the first of the test split.
+        split: train: of the training split, none that calibration sees; test: of the test split; evenly spaced.
         calibration_images: how many training images the ranges are taken from.
         out: a folder for the results; an earlier result there is replaced.
     """
@@ -63,6 +63,8 @@ def study(options: SensitivityOptions, inputs: Inputs) -> dict[str, Any]:
     scheme = replace(scheme_named(options.scheme), learned=0)
     quantized = calibrate(inputs.model, scheme, inputs.calibration)
     layers = layers_of(name for name, _ in quantizers(quantized))
+    if not layers:
+        raise UserError(f"scheme {scheme.name} quantizes nothing: there is nothing to measure")
     everything = [tensor for tensors in layers.values() for tensor in tensors]
     batches = inputs.batches(chosen_images(options, inputs))
     effects = measure(quantized, {**layers, _ALL: everything}, tqdm(batches, desc="quantize one layer at a time"))
@@ -86,7 +88,7 @@ def chosen_images(options: SensitivityOptions, inputs: Inputs) -> Any:
     test: Any = inputs.data.test()
     if not 1 <= options.images <= len(test):
         raise UserError(f"{options.images} test images asked for, 1 to {len(test)} can be had: change --images")
-    return Subset(test, range(options.images))
+    return Subset(test, [index * len(test) // options.images for index in range(options.images)])
 
 
 def _record(effect: Effect) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 
 import numpy as np
 import onnx
@@ -20,7 +19,7 @@ from quant.costs import layer_of_node, read_layer_times, weight_bytes
 from quant.export import export_onnx
 from quant.inputs import open_inputs
 from quant.layerwise import Effect, layers_of
-from quant.planning import Budget, Planner
+from quant.planning import Budget, Plan, Planner
 from quant.schemes import TensorSpec, find_scheme, read_scheme, resolve, tensor_names
 from quant.search import SearchOptions
 
@@ -115,7 +114,7 @@ class Pretended(Planner):
     def check(self, plan, path):
         lost = round(self.factor * plan.kl * 100 * 1e4)  # of a million images, so that a point is 10,000
         plan.effect = Effect(30.0, plan.kl, lost, 0, 10**6)
-        plan.measured = {**plan.predicted, "drop": plan.effect.drop, "drop_error": 0.0}
+        plan.measured = {**plan.predicted, "drop": plan.effect.drop, "drop_at_most": plan.effect.drop_at_most}
         for kind in ("ms", "megabytes"):
             plan.measured[kind] *= self.factor
         self.known.append((plan.kl, plan.effect))
@@ -137,7 +136,7 @@ def _quantized(plan):
 
 
 def test_the_cheapest_within_a_drop():
-    plans, best = _planner(Budget("drop", 1.0), 1.0).search(5, None)
+    plans, best = _planner(Budget("drop", 1.02), 1.0).search(5, None)
     assert plans == [best] and len(_quantized(best)) == 4  # 1 + 2 + 3 + 4 thousandths of a nat
     assert _quantized(best) == {0, 1, 2, 3} and best.predicted["drop"] == pytest.approx(1.0)
     assert best.predicted["ms"] == pytest.approx(1.0 + 4 * 0.4 + 4 * 0.1)
@@ -168,8 +167,20 @@ def test_what_never_holds_is_said_not_to():
 
 def test_gains_by_chance_make_no_assignment_free():
     planner = _planner(Budget("drop", 1.0), 1.0)
-    planner.known = [(0.036, Effect(30.0, 0.036, 0, 100, 10**6))]
-    assert 0 < planner.slope() < 1e-3 and math.isfinite(1.0 / planner.slope())
+    planner.known = [(0.036, Effect(30.0, 0.036, 0, 100, 10**4))]  # 100 of 10,000 images gained, by chance
+    planner.budget = Budget("drop", 0.1)
+    assert planner.slope() == pytest.approx(0.1 / 0.036)  # as many lost: a standard error
+    planner.kl = {layer: [0.0, 10 * values[1]] for layer, values in planner.kl.items()}
+    assert 0 < len(_quantized(planner.solve())) < 8
+
+
+def test_a_drop_is_kept_to_with_confidence():
+    """Half a budget lost of so few images may be all of it."""
+    planner = _planner(Budget("drop", 1.0), 1.0)
+    for images, holds in ((200, False), (100_000, True)):
+        effect = Effect(30.0, 0.01, images // 200, 0, images)
+        measured = {"drop": effect.drop, "drop_at_most": effect.drop_at_most}
+        assert effect.drop == 0.5 and planner.holds(Plan({}, 0.01, {"drop": 0.5}, effect, measured)) == holds
 
 
 @pytest.fixture(scope="module")
