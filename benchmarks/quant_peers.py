@@ -153,8 +153,11 @@ def collect(options: PeerOptions) -> dict[str, dict[str, Any]]:
     weights = sha256(load_checkpoint(options.checkpoint).weights)
     for place, name in enumerate(names, 1):
         job = work_options(options, name)
-        key = {"weights": weights, "data": options.data, "calibration_images": job.calibration_images,
-               "test_images": job.test_images, "versions": package_versions() | peer_versions()}  # fmt: skip
+        key = {
+            "weights": weights, "data": options.data, "calibration_images": job.calibration_images,
+            "test_images": job.test_images, "threads": job.threads, "settings": PEERS[name].settings(),
+            "versions": package_versions() | peer_versions(),
+        }  # fmt: skip
         print(f"[{place}/{len(names)}] {name} ...", end=" ", flush=True)
         result = None if options.again else kept(job.out, key)
         start = time.perf_counter()

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from backbone_quantizers import REFERENCE, Infer, find_quantizers
+from backbone_quantizers import REFERENCE, Infer, find_quantizers, settings
 from fetch_emoji import concept_of
 from focus_backbone import IMAGE_SIZE, PACKAGE, TIMM_NAME, VERSION, convert, fetch, make_backbone, read_graph, verify
 from many_runs import write_results
@@ -198,13 +198,16 @@ def run_contenders(options: BackboneOptions) -> tuple[list[str], dict[str, str]]
     if unknown := {*options.only, *options.again} - quantizers.keys():
         raise UserError(f"cannot run {sorted(unknown)[0]!r} here: choose from {', '.join(quantizers)}")
     weights = probe(options)
-    key = {"weights": sha256(weights), "calibration_images": options.calibration_images}
+    common = {"weights": sha256(weights), "calibration_images": options.calibration_images}
     folder = options.out / "predictions"
     folder.mkdir(exist_ok=True)
 
+    def key_of(name: str) -> dict[str, Any]:
+        return common | settings(name)
+
     def is_kept(name: str) -> bool:
         path = folder / f"{name}.safetensors"
-        return path.exists() and key.items() <= read_facts(path).items()
+        return path.exists() and key_of(name).items() <= read_facts(path).items()
 
     chosen = {REFERENCE, *options.only} if options.only else quantizers.keys()
     waiting = [name for name in quantizers if name in options.again or (name in chosen and not is_kept(name))]
@@ -217,7 +220,12 @@ def run_contenders(options: BackboneOptions) -> tuple[list[str], dict[str, str]]
         start = time.perf_counter()
         infer = quantizers[name](vit, images)
         seconds = round(time.perf_counter() - start, 1)
-        facts = {**key, "seconds_to_quantize": seconds, "versions": versions(), "threads": torch.get_num_threads()}
+        facts = {
+            **key_of(name),
+            "seconds_to_quantize": seconds,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
         save(predict(options, infer, name), folder / f"{name}.safetensors", facts)
     return [name for name in (*quantizers, *missing) if is_kept(name)], {
         name: reason for name, reason in missing.items() if not is_kept(name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,11 @@ class Peer:
     needs: tuple[tuple[str, str], ...] = ()
     validates: bool = False
     timed: bool = True
+
+    def settings(self) -> dict[str, Any]:
+        """What its result depends on besides its inputs and packages, as JSON has it."""
+        return {"about": self.about, "runtimes": list(self.runtimes),
+                "make": {name: str(value) for name, value in getattr(self.make, "keywords", {}).items()}}  # fmt: skip
 
     def check_installed(self) -> None:
         """UserError with what to install, if a package misses."""

@@ -12,27 +12,27 @@ from peers.onnx_peers import ONNX_PEERS
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
 from peers.torch_peers import TORCH_PEERS
 from quant.export import export_onnx
+from quant.schemes import Scheme, find_scheme
 
 _NEEDS = (("quant.calibrate", "illama-toolkit"),)
 SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention")
 
 
-def ours(task: Task, scheme: str) -> Path:
-    """What ``python quant/ptq.py --schemes SCHEME`` writes as model.onnx."""
+def ours(task: Task, scheme: Scheme) -> Path:
+    """What ``python quant/ptq.py`` writes as model.onnx."""
     from quant.calibrate import calibrate  # not above: the other peers would have its imports in their memory
-    from quant.schemes import find_scheme
 
     path = task.folder / "model.onnx"
     batches = [torch.from_numpy(batch) for batch in task.batches()]
-    export_onnx(calibrate(task.model, find_scheme(scheme), batches), path, "plain")
+    export_onnx(calibrate(task.model, scheme, batches), path, "plain")
     return path
 
 
 def _peer(scheme: str) -> Peer:
     is_fp8 = scheme.startswith("fp8")  # which a CPU can only emulate
     runtimes = (ORT,) if is_fp8 else (ORT, OPENVINO, OPENVINO_F32)
-    return Peer(f"this project, {scheme}", partial(ours, scheme=scheme), runtimes, "docs/quantization.md", _NEEDS,
-                timed=not is_fp8)  # fmt: skip
+    make = partial(ours, scheme=find_scheme(scheme))
+    return Peer(f"this project, {scheme}", make, runtimes, "docs/quantization.md", _NEEDS, timed=not is_fp8)
 
 
 PEERS: dict[str, Peer] = {

@@ -19,6 +19,9 @@ from quant.export import INPUT
 
 _MODELOPT_PAGE = "nvidia.github.io/Model-Optimizer/guides/_pytorch_quantization.html"
 _MODELOPT = (("modelopt", "nvidia-modelopt"),)
+_MODELOPT_EXPORT = (*_MODELOPT, ("onnx_graphsurgeon", "onnx-graphsurgeon"), ("lief", "lief"),
+                    ("onnxconverter_common", "onnxconverter-common"), ("onnxslim", "onnxslim"),
+                    ("polygraphy", "polygraphy"))  # fmt: skip
 _TORCHAO_PAGE = "docs.pytorch.org/ao, PyTorch 2 Export Quantization with X86 Backend through Inductor"
 _INC_PAGE = "intel.github.io/neural-compressor, PyTorch Static Quantization, PT2E backend"
 _SHAPES = ({0: torch.export.Dim("batch")},)
@@ -57,11 +60,11 @@ def _run_all(network: nn.Module, task: Task) -> None:
         network(torch.from_numpy(batch))
 
 
-def modelopt_int8(task: Task) -> Path:
-    """mtq.INT8_DEFAULT_CFG, written by ModelOpt's ONNX exporter."""
+def modelopt_int8(task: Task, config: str = "INT8_DEFAULT_CFG") -> Path:
+    """A configuration of ModelOpt's, written by its ONNX exporter."""
     from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
 
-    model = _modelopt(task, "INT8_DEFAULT_CFG")
+    model = _modelopt(task, config)
     # Its exporter is the older of PyTorch's two, which knows neither RMSNorm nor complex numbers.
     torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm_in_onnx, 18)
     images = torch.from_numpy(task.images[:2])
@@ -135,9 +138,10 @@ TORCH_PEERS: dict[str, Peer] = {
     "fp32-torch": Peer("float32", torch_file, (EAGER, COMPILED), "the checkpoint's own network, compiled: frozen"),
     "modelopt-torch-int8": Peer("ModelOpt torch, INT8 default", modelopt_int8, (ORT,),
                                 f"INT8_DEFAULT_CFG, exported by ModelOpt, weights kept in float32 ({_MODELOPT_PAGE})",
-                                (*_MODELOPT, ("onnx_graphsurgeon", "onnx-graphsurgeon"), ("lief", "lief"),
-                                 ("onnxconverter_common", "onnxconverter-common"), ("onnxslim", "onnxslim"),
-                                 ("polygraphy", "polygraphy"))),
+                                _MODELOPT_EXPORT),
+    "modelopt-torch-smoothquant": Peer("ModelOpt torch, INT8 SmoothQuant",
+                                       partial(modelopt_int8, config="INT8_SMOOTHQUANT_CFG"), (ORT,),
+                                       f"INT8_SMOOTHQUANT_CFG, exported likewise ({_MODELOPT_PAGE})", _MODELOPT_EXPORT),
     "modelopt-torch-fp8": Peer("ModelOpt torch, FP8 default", modelopt_fp8, (SIMULATED,),
                                f"FP8_DEFAULT_CFG ({_MODELOPT_PAGE})", _MODELOPT, timed=False),
     "torchao": Peer("torchao PT2E", torchao_pt2e, (INDUCTOR,), f"X86InductorQuantizer's default ({_TORCHAO_PAGE})",
