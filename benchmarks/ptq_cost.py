@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import quant.calibrate
 import quant.export
+from eval.machine import peak_memory_gib
 from illama import ILLaMA, ModelConfig
 from illama.accuracy import load_images
 from illama.checkpoint import load_checkpoint, write_weights
@@ -94,8 +95,8 @@ class Clock:
         return run
 
 
-def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool, started: float) -> dict[str, float]:
-    """Quantize and export in this process; seconds of each phase.
+def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool, started: float) -> dict[str, Any]:
+    """Quantize and export in this process; seconds of each phase, and the most memory held in GiB.
 
     Args:
         folder: has the images, and gets the graphs.
@@ -120,7 +121,7 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
             quant.export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")
             if fused:
                 quant.export.export_onnx(quantized, Path(folder) / "model.fused.onnx", "fused", torch.float16)
-    return clock.seconds
+    return {"phases": clock.seconds, "peak_memory_gib": peak_memory_gib()}
 
 
 def prepare(options: CostOptions, folder: Path) -> None:
@@ -162,7 +163,8 @@ def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, 
     if process.returncode:
         words = (folder / "errors.txt").read_text().strip() or f"exit status {process.returncode}"
         raise UserError(f"measuring {scheme} failed: {words.splitlines()[-1]}")
-    phases = json.loads((folder / "out.txt").read_text().splitlines()[-1])
+    found = json.loads((folder / "out.txt").read_text().splitlines()[-1])
+    phases = found["phases"]
     learning = phases.get("learn rounding", 0.0)
     return {
         "scheme": scheme,
@@ -170,7 +172,7 @@ def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, 
         "seconds": round(seconds, 1),
         "seconds_without_learning": round(seconds - learning, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_memory_gib": round(usage.ru_maxrss / 2**20, 2),
+        "peak_memory_gib": round(found["peak_memory_gib"], 2),
     }
 
 

@@ -33,6 +33,7 @@ WEIGHTS = "model.safetensors"
 CPU_ONNX = "model.onnx"
 FUSED_ONNX = "model.fused.onnx"
 TORCHAO = "model.torchao.safetensors"
+SCHEME = "scheme.yaml"  # what quantized it, to be read, changed and replayed
 ENGINES = "engines"
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnxruntime", "tensorrt-rtx",
              "tensorrt", "numpy")  # fmt: skip

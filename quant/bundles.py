@@ -10,23 +10,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, sha256
 from illama.data import Preprocessing
 from illama.masks import SoftMasked
 from quant.calibrate import calibrate
 from quant.export import export_onnx
+from quant.inputs import Inputs
 from quant.schemes import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt
 from quant.torchao_backend import quantize_with_torchao, write_torchao
+
+SOURCE = "source"  # key in a manifest's metrics: what the bundle was made from
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What every bundle made from one checkpoint has in common; see :class:`illama.bundle.Manifest`."""
+    """What every bundle made from one checkpoint has in common; see :class:`illama.bundle.Manifest`.
+
+    Attributes:
+        source: what it was made from, as :func:`quant.inputs.open_inputs` takes it.
+    """
 
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     inputs: Mapping[str, str]
+    source: Mapping[str, Any]
     seed: int = 0
+
+    @classmethod
+    def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
+        """That of a checkpoint and its data; ``files``: SHA-256 of whatever else was read, by path."""
+        weights = inputs.checkpoint.weights
+        hashes = {str(weights): sha256(weights), **(files or {})}
+        return cls(inputs.preprocessing, tuple(inputs.data.classes), hashes, inputs.source, seed)
+
+    def manifest(self, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Manifest:
+        """The manifest of a bundle of a network with that config."""
+        return Manifest(command_line(), dict(config), asdict(self.preprocessing), list(self.classes), self.seed,
+                        dict(self.inputs), {SOURCE: dict(self.source), **metrics})  # fmt: skip
 
 
 def quantize(model: SoftMasked, scheme: Scheme, batches: Sequence[Tensor]) -> SoftMasked:
@@ -51,8 +71,7 @@ def write_graphs(
         export_onnx(model, folder / CPU_ONNX, "plain")
     if FUSED_ONNX in files:
         export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
-    Manifest(command_line(), model.config.to_dict(), asdict(origin.preprocessing), list(origin.classes), origin.seed,
-             dict(origin.inputs), dict(metrics)).write(folder)  # fmt: skip
+    origin.manifest(model.config.to_dict(), metrics).write(folder)
     return folder
 
 

@@ -8,19 +8,19 @@ each layer with the file's own numbers, and names the fault. quant/compare.py ex
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 
-from illama.bundle import CPU_ONNX, Manifest
+from illama.bundle import CPU_ONNX, SCHEME, WEIGHTS, Manifest, sha256
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked
+from quant.bundles import SOURCE
 from quant.calibrate import calibrate
 from quant.compare import (
     Difference,
@@ -34,14 +34,15 @@ from quant.export import export_onnx
 from quant.inputs import Inputs, open_inputs, scheme_named
 from quant.layerwise import selection_images
 from quant.schemes import Scheme
+from quant.weights import read_quantized_weights
 
 
 @dataclass(frozen=True)
 class DebugOptions:
     """Compare FP32 PyTorch, quantized PyTorch and the exported file, layer by layer, and name the first fault.
 
-    The quantized network is calibrated again, which gives the same one. What an option leaves out is taken from the
-    bundle, or from the summary.json beside it, as `python quant/ptq.py` wrote them.
+    The quantized network is calibrated again, which gives the same one; that of `python quant/qat.py` is read from the
+    bundle. What an option leaves out is taken from the bundle's manifest.
 
     Attributes:
         bundle: a folder with a model.onnx; without one, --scheme is exported for the comparison.
@@ -62,44 +63,39 @@ class DebugOptions:
     images: int = 8
 
 
-@dataclass(frozen=True)
-class _Made:
-    """How the bundle came to be."""
+def open_source(options: DebugOptions) -> Inputs:
+    """The checkpoint and the images that the bundle was made from, as far as no option says otherwise.
 
-    scheme: str
-    checkpoint: Path
-    model: str | None
-    data: str
-    calibration_images: int
-
-
-def _made(options: DebugOptions) -> _Made:
-    """The options, completed from what lies in and beside the bundle, and by the defaults of ptq.py."""
-    summary: dict[str, Any] = {}
-    scheme = options.scheme
-    if options.bundle:
-        Manifest.read(options.bundle)  # so that a folder that is none is said to be none
-        path = options.bundle.resolve().parent / "summary.json"
-        try:
-            summary = json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: make the bundles again") from error
-        own = options.bundle / "scheme.yaml"
-        scheme = scheme or (str(own) if own.exists() else options.bundle.resolve().name)
-    return _Made(
-        scheme or "int8",
-        options.checkpoint or Path(summary.get("checkpoint", SHIPPED)),
-        options.model or summary.get("model"),
-        options.data or summary.get("data", "fashion-mnist"),
-        options.calibration_images or summary.get("calibration_images", 512),
-    )
+    Raises:
+        UserError: the bundle is none, or was made from another checkpoint.
+    """
+    manifest = Manifest.read(options.bundle) if options.bundle else None
+    source = {"checkpoint": SHIPPED, "data": "fashion-mnist", "calibration_images": 512, "model": None,
+              "image_size": None, **(manifest.metrics.get(SOURCE, {}) if manifest else {})}  # fmt: skip
+    given = {"checkpoint": options.checkpoint, "data": options.data, "model": options.model,
+             "calibration_images": options.calibration_images}  # fmt: skip
+    source |= {name: value for name, value in given.items() if value is not None}
+    inputs = open_inputs(**{**source, "checkpoint": Path(source["checkpoint"])})
+    if manifest and sha256(inputs.checkpoint.weights) not in manifest.inputs.values():
+        raise UserError(f"{options.bundle} was not made from {source['checkpoint']}: give the right --checkpoint")
+    return inputs
 
 
-def rebuild(made: _Made) -> tuple[Inputs, SoftMasked, SoftMasked]:
-    """The images, the float network and the quantized one, as ``python quant/ptq.py`` made them."""
-    scheme = Scheme("float") if made.scheme in ("fp32", "float") else scheme_named(made.scheme)
-    inputs = open_inputs(made.checkpoint, made.data, made.calibration_images, made.model)
-    return inputs, inputs.float_model(scheme), calibrate(inputs.model, scheme, inputs.calibration)
+def find_scheme_of(options: DebugOptions) -> Scheme:
+    """The scheme to quantize by: the one named, or the bundle's own."""
+    name = options.scheme or "int8"
+    if options.bundle and not options.scheme:
+        own = options.bundle / SCHEME
+        name = str(own) if own.exists() else options.bundle.resolve().name
+    return Scheme("float") if name in ("fp32", "float") else scheme_named(name)
+
+
+def rebuild(options: DebugOptions, inputs: Inputs, scheme: Scheme) -> SoftMasked:
+    """The quantized network that the bundle's graph was exported from: read if it was trained, else calibrated."""
+    trained = options.bundle / WEIGHTS if options.bundle else None
+    if trained and trained.exists() and scheme.tensors:
+        return read_quantized_weights(trained)[0]
+    return calibrate(inputs.model, scheme, inputs.calibration)
 
 
 def print_table(differences: dict[str, Difference], sqnr: dict[str, tuple[float, float]]) -> None:
@@ -113,14 +109,14 @@ def print_table(differences: dict[str, Difference], sqnr: dict[str, tuple[float,
 
 
 def main(options: DebugOptions) -> None:
-    made = _made(options)
-    inputs, reference, quantized = rebuild(made)
-    pool = selection_images(inputs.data, made.calibration_images, options.images)
+    inputs, scheme = open_source(options), find_scheme_of(options)
+    reference, quantized = inputs.float_model(scheme), rebuild(options, inputs, scheme)
+    pool = selection_images(inputs.data, inputs.calibration_images, options.images)
     images = np.concatenate([batch.numpy() for batch, _ in inputs.batches(pool)])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CPU_ONNX if options.bundle is None else options.bundle / CPU_ONNX
         if options.bundle is None:
-            print(f"export {made.scheme} ...", flush=True)
+            print(f"export {scheme.name} ...", flush=True)
             export_onnx(quantized, path, "plain")
         if not path.exists():
             raise UserError(f"{options.bundle} has no {CPU_ONNX}: it is the file that can be run and compared here")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +18,8 @@ from illama.checkpoint import Checkpoint, load_checkpoint, load_timm
 from illama.data import ImageData, Preprocessing, Sample, Transformed, open_data
 from illama.errors import UserError
 from illama.masks import SoftMasked
-from quant.calibrate import calibrate
-from quant.layers import quantizers
 from quant.schemes import Scheme, find_scheme, read_scheme
+from quant.smooth import smooth
 
 _BATCH = 64  # as `python quant/ptq.py` calibrates
 
@@ -29,12 +30,14 @@ class Inputs:
 
     Attributes:
         calibration_images: how many training images the ranges are taken from, as ``python quant/ptq.py`` does.
+        source: the arguments of :func:`open_inputs` as JSON has them, for whoever is to open the same again.
     """
 
     checkpoint: Checkpoint
     data: ImageData
     preprocessing: Preprocessing
     calibration_images: int
+    source: Mapping[str, Any]
 
     @cached_property
     def calibration(self) -> list[Tensor]:
@@ -54,11 +57,9 @@ class Inputs:
 
     def float_model(self, scheme: Scheme) -> SoftMasked:
         """:meth:`plain_model`, rescaled as ``scheme`` does where it smooths, so that every tensor can be compared."""
-        if not scheme.smooth:
-            return self.plain_model()
-        model = calibrate(self.model, replace(scheme, learned=0), self.calibration)
-        for _, quantizer in quantizers(model):
-            quantizer.enabled = False
+        model = self.plain_model()
+        if scheme.smooth:
+            smooth(model, scheme, self.calibration)
         return model
 
     def batches(self, images: Dataset[Sample]) -> DataLoader[tuple[Tensor, int]]:
@@ -85,7 +86,9 @@ def open_inputs(
         if trained != given:
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
     preprocessing = loaded.preprocessing or images.preprocessing(config.image_size, config.in_channels)
-    return Inputs(loaded, images, preprocessing, calibration_images)
+    source = {"checkpoint": str(checkpoint), "data": data, "calibration_images": calibration_images, "model": model,
+              "image_size": image_size}  # fmt: skip
+    return Inputs(loaded, images, preprocessing, calibration_images, source)
 
 
 def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> Checkpoint:

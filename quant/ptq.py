@@ -19,7 +19,7 @@ from deploy.library import Library, find_library
 from eval.machine import describe_machine, peak_memory_gib
 from eval.report import Summary, is_result, markdown_table, write_report
 from eval.tradeoff import weigh
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, package_versions, sha256, write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, command_line, package_versions, write_folder
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked
@@ -27,7 +27,6 @@ from quant.bundles import Origin, quantize, write_graphs, write_quantized
 from quant.inputs import Inputs, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
 
-SCHEME_FILE = "scheme.yaml"  # in every bundle: what made it, to be read, changed and replayed
 DEFAULT_SCHEMES = ("int8", "fp8")
 
 
@@ -102,12 +101,10 @@ def open_job(options: PtqOptions, folder: Path) -> Job:
     )
     for scheme in schemes:
         resolve(scheme, inputs.model)
-    weights = inputs.checkpoint.weights
-    origin = Origin(inputs.preprocessing, inputs.data.classes, {str(weights): sha256(weights)}, options.seed)
     library = find_library()
     if library:
         library.resolve_targets(options.targets)
-    return Job(options, schemes, inputs, origin, folder, library)
+    return Job(options, schemes, inputs, Origin.of(inputs, options.seed), folder, library)
 
 
 def write_bundles(job: Job) -> list[Path]:
@@ -122,7 +119,7 @@ def write_bundles(job: Job) -> list[Path]:
         with job.phase(f"quantize and export {scheme.name}"):
             quantized = quantize(model, scheme, batches)
             bundle = write_quantized(job.folder / scheme.name, model, quantized, scheme, job.origin, {})
-            write_scheme(scheme, bundle / SCHEME_FILE)
+            write_scheme(scheme, bundle / SCHEME)
             if scheme.backend == "torchao":
                 job.networks[scheme.name] = quantized
         bundles.append(bundle)

@@ -18,16 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import paired_drop
 from eval.machine import describe_machine
-from illama.accuracy import load_images, predict, top1, torch_infer
-from illama.bundle import CPU_ONNX, FUSED_ONNX, WEIGHTS, Manifest, sha256, write_folder
-from illama.checkpoint import SHIPPED, ILLaMACheckpoint, load_checkpoint
-from illama.data import ImageData, open_data
+from illama.accuracy import predict, top1, torch_infer
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, WEIGHTS, Manifest, sha256, write_folder
+from illama.checkpoint import SHIPPED
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
 from illama.model import ILLaMA
@@ -37,6 +33,7 @@ from illama.training import CHECKPOINT, Run, fit
 from quant.bundles import Origin, write_quantized
 from quant.calibrate import calibrate
 from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
+from quant.inputs import Inputs, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
 from quant.weights import write_quantized_weights
 
@@ -87,16 +84,13 @@ class Job:
 
     options: QatOptions
     scheme: Scheme
-    checkpoint: ILLaMACheckpoint
-    data: ImageData
+    inputs: Inputs
     origin: Origin
 
-    @cached_property
-    def batches(self) -> tuple[Tensor, ...]:
-        """The calibration images, (64, C, H, W) at a time."""
-        chosen = self.data.calibration(self.options.calibration_images)
-        images, _ = load_images(chosen, self.origin.preprocessing.transform())
-        return torch.from_numpy(images).split(64)
+    @property
+    def trained(self) -> ILLaMA:
+        """The network in floating point."""
+        return cast(ILLaMA, self.inputs.model)
 
     @cached_property
     def untrained(self) -> ILLaMA:
@@ -105,10 +99,9 @@ class Job:
 
     def quantize(self, scheme: Scheme) -> ILLaMA:
         """The network of the checkpoint quantized by ``scheme``, ready to be trained."""
-        trained = self.checkpoint.model
-        model = ILLaMA(trained.config, self.options.drop_path, self.options.dropout)
-        model.load_state_dict(trained.state_dict())
-        return cast(ILLaMA, calibrate(model, scheme, self.batches))
+        model = ILLaMA(self.trained.config, self.options.drop_path, self.options.dropout)
+        model.load_state_dict(self.trained.state_dict())
+        return cast(ILLaMA, calibrate(model, scheme, self.inputs.calibration))
 
 
 def open_job(options: QatOptions) -> Job:
@@ -118,16 +111,12 @@ def open_job(options: QatOptions) -> Job:
     scheme = read_scheme(options.scheme_file) if options.scheme_file else find_scheme(options.scheme)
     if scheme.backend != "onnx":
         raise UserError(f"scheme {scheme.name} runs inside PyTorch and has nothing to train: choose another")
-    checkpoint = load_checkpoint(options.checkpoint, image_size=options.image_size)
-    data, config = open_data(options.data), checkpoint.model.config
-    if len(data.classes) != config.num_classes or (checkpoint.classes and checkpoint.classes != data.classes):
-        raise UserError(f"{options.checkpoint} was trained for other classes than {options.data} has")
-    resolve(scheme, checkpoint.model)
-    preprocessing = checkpoint.preprocessing or data.preprocessing(config.image_size, config.in_channels)
-    inputs = {str(file): sha256(file) for file in (checkpoint.weights, options.scheme_file) if file}
+    inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, None, options.image_size)
+    resolve(scheme, inputs.model)
+    files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
     # A shipped scheme has no file, but a run under another one must not go on under this.
-    inputs[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()
-    return Job(options, scheme, checkpoint, data, Origin(preprocessing, data.classes, inputs, options.seed))
+    files[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()
+    return Job(options, scheme, inputs, Origin.of(inputs, options.seed, files))
 
 
 def start_run(job: Job, group: Processes) -> Run:
@@ -141,8 +130,8 @@ def start_run(job: Job, group: Processes) -> Run:
     interrupted = (options.out / CHECKPOINT).exists()
     quantized = job.quantize(replace(job.scheme, learned=0)) if interrupted else copy.deepcopy(job.untrained)
     learn_scales(quantized)
-    loss = Distillation(job.checkpoint.model, options.temperature, options.distillation, options, group.device)
-    return Run(options, job.data, job.origin.preprocessing, quantized, group, dict(job.origin.inputs), loss,
+    loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
+    return Run(options, job.inputs.data, job.origin.preprocessing, quantized, group, dict(job.origin.inputs), loss,
                scale_groups(options.scale_rate))  # fmt: skip
 
 
@@ -151,9 +140,9 @@ def measure(job: Job, trained: ILLaMA, folder: Path) -> dict[str, Any]:
 
     The file for TensorRT is there only where TensorRT has the kernels; see :func:`quant.bundles.write_quantized`.
     """
-    test = job.data.test()
+    test = job.inputs.data.test()
     models = {
-        "fp32": torch_infer(job.checkpoint.model),
+        "fp32": torch_infer(job.trained),
         "ptq": torch_infer(job.untrained),
         "qat": torch_infer(trained),
     }
@@ -177,9 +166,9 @@ def write_bundle(job: Job, run: Run) -> Path:
     settle_scales(trained)
     with write_folder(folder) as draft:
         facts = {"epochs": options.epochs, "machine": describe_machine()}
-        write_quantized(draft, job.checkpoint.model, trained, job.scheme, job.origin, facts)
+        write_quantized(draft, job.trained, trained, job.scheme, job.origin, facts)
         write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
-        write_scheme(job.scheme, draft / "scheme.yaml")
+        write_scheme(job.scheme, draft / SCHEME)
         (draft / "log.csv").write_text((options.out / "log.csv").read_text())
         plot_curve(read_log(options.out / "log.csv"), draft / "curve.png")
         manifest = Manifest.read(draft)

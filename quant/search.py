@@ -19,16 +19,17 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from illama.bundle import CPU_ONNX, Manifest, command_line, package_versions, sha256, write_folder
+from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions, write_folder
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
+from quant.bundles import Origin
 from quant.candidates import Candidates, Study, find_schemes, scheme_of
 from quant.inputs import Inputs, open_inputs
 from quant.layerwise import Effect, selection_images, split_selection, uncalibrated_images
 from quant.planning import Budget, Plan, Planner
 from quant.schemes import write_scheme
 
-RESULT, SCHEME = "search.json", "scheme.yaml"
+RESULT = "search.json"
 _CHECK_IMAGES = 10_000
 Batches = DataLoader[tuple[Tensor, int]]
 
@@ -164,8 +165,7 @@ def main(options: SearchOptions) -> None:
         (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
         chosen = (best or plans[-1]).chosen
         write_scheme(scheme_of(candidates, chosen, options.learned, f"found by {command_line()}"), folder / SCHEME)
-        Manifest(command_line(), inputs.model.config.to_dict(), asdict(inputs.preprocessing), list(inputs.data.classes),
-                 inputs={str(inputs.checkpoint.weights): sha256(inputs.checkpoint.weights)}).write(folder)  # fmt: skip
+        Origin.of(inputs).manifest(inputs.model.config.to_dict(), {}).write(folder)
     print_result(result)
     if best is None:
         raise UserError(f"no assignment of {len(plans)} tried kept to {budget}; the last of them is in {options.out}: "

@@ -55,7 +55,7 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
     # Ranges are in the file; these only give the quantizers their shapes.
     observers = {name: RangeObserver(spec) for name, spec in plan.items()}
     for observer in observers.values():
-        observer.collect(torch.tensor([-1.0, 1.0]))
+        observer.collect(torch.tensor([0.0, 1.0]))
     model = cast(ILLaMA, quantize_layers(model, plan, observers))
     try:
         model.load_state_dict(state)

@@ -161,6 +161,7 @@ def test_recipes(name):
         assert (*own, recipe.soft_mask_epochs) == PAPER[name]
         common = (recipe.optimizer, recipe.batch_size, recipe.epochs, recipe.weight_decay, recipe.warmup_epochs)
         assert common == ("adamw", 4096, 300, 0.05, 5)
+        assert recipe.scheme == "int8-attention"
         augmentation = (recipe.rand_augment, recipe.erasing, recipe.label_smoothing, recipe.distillation)
         assert augmentation == ("rand-m9-mstd0.5-inc1", 0.25, 0.1, 0)
 
@@ -328,18 +329,23 @@ def _arguments(material, out, *more):
 def test_two_processes_train_as_one_by_the_command(material, tmp_path):
     """Scales too: what each process sees of a gradient is averaged."""
     parts = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    result = run_command(*parts, *_arguments(material, tmp_path / "two"))
+    rates = {"learning_rate": 1e-3, "scale_rate": 30.0, "ema_decay": 0.0}  # so that a few steps move scales visibly
+    given = [text for name, value in rates.items() for text in (f"--{name.replace('_', '-')}", value)]
+    result = run_command(*parts, *_arguments(material, tmp_path / "two", *given))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("top-1") == 1
     options = _options(material, tmp_path / "one", scheme_file=None, scheme="int8", epochs=1, autocast="float32",
-                       drop_path=0.0, rand_augment="", soft_mask="none", crop_padding=2, ema_decay=0.99)  # fmt: skip
-    fit(alone := _run(options))
+                       drop_path=0.0, rand_augment="", soft_mask="none", crop_padding=2, **rates)  # fmt: skip
+    fit(alone := _run(options, job := open_job(options)))
     settle_scales(alone.kept)
     assert (tmp_path / "two" / "int8-qat" / FUSED_ONNX).exists()
     together, _ = read_quantized_weights(tmp_path / "two" / "int8-qat" / WEIGHTS)
     states = alone.kept.state_dict(), together.state_dict()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
+    before = dict(quantizers(job.untrained))
+    moved = [float((q.scale / before[name].scale - 1).abs().max()) for name, q in quantizers(alone.kept)]
+    assert min(moved) > 0.01  # ten times the tolerance
 
 
 def test_a_mistake_is_one_line(material, tmp_path):

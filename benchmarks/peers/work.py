@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
+from eval.machine import peak_memory_gib
 from illama.accuracy import Infer, load_images, predict
 from illama.bundle import package_versions, write_file
 from illama.checkpoint import load_checkpoint
@@ -121,12 +122,6 @@ def peer_versions() -> dict[str, str]:
     """Versions of the peers' own packages, those installed."""
     found = {name: next(iter(metadata.distributions(name=name)), None) for name in _PACKAGES}
     return {name: package.version for name, package in found.items() if package}
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held; not ru_maxrss, which starts at that of the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def main(options: WorkOptions) -> None:
