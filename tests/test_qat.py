@@ -226,7 +226,7 @@ def test_a_run_is_not_mixed_with_another_scheme_s(material, tmp_path):
     options = _options(material, tmp_path / "out", epochs=1)
     fit(_run(options))
     job = open_job(options)
-    spec = TensorSpec("uint8", symmetric=False, calibrator="mse")
+    spec = TensorSpec("int8", calibrator="mse")
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / "mine.yaml"
     write_scheme(replace(job.scheme, tensors={**job.scheme.tensors, "*.fc2.input": spec}), other)
@@ -236,10 +236,10 @@ def test_a_run_is_not_mixed_with_another_scheme_s(material, tmp_path):
 
 def test_training_learns_what_the_network_said_before(material, tmp_path):
     """4 bits throughout on 24 noise images: the network comes nearer to the float one than calibration brought it."""
-    options = _options(material, tmp_path / "out", epochs=25, drop_path=0.0, mixup_probability=0.0, rand_augment="",
+    options = _options(material, tmp_path / "out", epochs=40, drop_path=0.0, mixup_probability=0.0, rand_augment="",
                        learning_rate=3e-4, soft_mask="none", checkpoint_steps=1000)  # fmt: skip
     run = _run(options)
-    images = torch.cat(open_job(options).batches)
+    images = torch.cat(open_job(options).inputs.calibration)
 
     def loss():
         with torch.no_grad():
