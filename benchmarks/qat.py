@@ -15,7 +15,7 @@ import tyro
 from illama.bundle import Manifest
 from illama.errors import UserError, run_command
 
-HEADER = ("scheme", "epochs", "FP32 %", "PTQ %", "PTQ's drop", "QAT %", "QAT's drop", "won back", "model.onnx %",
+HEADER = ("scheme", "epochs", "FP32 %", "PTQ %", "PTQ's drop", "QAT %", "QAT's drop", "won back", "its file %",
           "model.fused.onnx %")  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def row(metrics: dict[str, Any]) -> tuple[str, ...]:
         f"{metrics['qat_top1']:.2f}",
         _drop(metrics["qat_drop"]),
         won,
-        f"{metrics['onnx_top1']:.2f}",
+        f"{metrics['torchao_top1' if 'torchao_top1' in metrics else 'onnx_top1']:.2f}",
         f"{metrics['fused_onnx_top1']:.2f}" if "fused_onnx_top1" in metrics else "-",
     )
 
@@ -67,10 +67,10 @@ def main(options: Options) -> None:
     images = manifests[0].metrics["test_images"]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "qat.md").write_text(
-        f"{text}\n\nTop-1 of {images:,} test images, of the network that rounds as the file does and of the two files "
-        "in ONNX Runtime;\ndrops from FP32 in points, with a 95% interval from a paired bootstrap. PTQ is the same "
-        f"scheme without training.\n{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n"
-        f"{commands}\n"
+        f"{text}\n\nTop-1 of {images:,} test images, of the network that rounds as the file does and of the files in "
+        "ONNX Runtime,\nor PyTorch for torchao's; drops from FP32 in points, with a 95% interval from a paired "
+        "bootstrap. PTQ is the same scheme\nwithout training. "
+        f"{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n{commands}\n"
     )
     content = [{"made_by": each.made_by, **each.metrics, "versions": each.versions} for each in manifests]
     (options.out / "qat.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -22,7 +22,7 @@ from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import paired_drop
 from eval.machine import describe_machine
 from illama.accuracy import predict, top1, torch_infer
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, WEIGHTS, Manifest, sha256, write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256, write_folder
 from illama.checkpoint import SHIPPED
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
@@ -35,6 +35,7 @@ from quant.calibrate import calibrate
 from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
 from quant.inputs import Inputs, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
+from quant.torchao_backend import check, convert_qat, load_torchao, prepare_qat
 from quant.weights import write_quantized_weights
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -101,7 +102,16 @@ class Job:
         """The network of the checkpoint quantized by ``scheme``, ready to be trained."""
         model = ILLaMA(self.trained.config, self.options.drop_path, self.options.dropout)
         model.load_state_dict(self.trained.state_dict())
+        if scheme.backend == "torchao":
+            return cast(ILLaMA, prepare_qat(model, scheme))
         return cast(ILLaMA, calibrate(model, scheme, self.inputs.calibration))
+
+    def deploy(self, trained: ILLaMA) -> ILLaMA:
+        """The network that goes to a file, of one that :meth:`quantize` made and training changed."""
+        if self.scheme.backend == "torchao":
+            return cast(ILLaMA, convert_qat(trained, self.scheme))
+        settle_scales(trained)
+        return trained
 
 
 def open_job(options: QatOptions) -> Job:
@@ -109,9 +119,9 @@ def open_job(options: QatOptions) -> Job:
     if not options.data:
         raise UserError("no images to train on: give --data (see --help)")
     scheme = read_scheme(options.scheme_file) if options.scheme_file else find_scheme(options.scheme)
-    if scheme.backend != "onnx":
-        raise UserError(f"scheme {scheme.name} runs inside PyTorch and has nothing to train: choose another")
     inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, None, options.image_size)
+    if scheme.backend == "torchao":
+        check(inputs.model, scheme)
     resolve(scheme, inputs.model)
     files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
     # A shipped scheme has no file, but a run under another one must not go on under this.
@@ -148,6 +158,8 @@ def measure(job: Job, trained: ILLaMA, folder: Path) -> dict[str, Any]:
     }
     files = {"onnx": folder / CPU_ONNX, "fused_onnx": folder / FUSED_ONNX}
     models |= {name: OnnxRuntimeEngine(path).infer for name, path in files.items() if path.exists()}
+    if (folder / TORCHAO).exists():
+        models["torchao"] = torch_infer(load_torchao(folder))
     logits, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
     right = {name: values.argmax(1) == labels for name, values in logits.items()}
     drops = {name: asdict(paired_drop(right["fp32"], right[name], job.options.seed)) for name in right}
@@ -163,11 +175,12 @@ def write_bundle(job: Job, run: Run) -> Path:
     options, folder = job.options, job.options.out / f"{job.scheme.name}-qat"
     trained = cast(ILLaMA, copy.deepcopy(run.kept).cpu().eval())
     trained.soft_mask = 0.0
-    settle_scales(trained)
+    trained = job.deploy(trained)
     with write_folder(folder) as draft:
         facts = {"epochs": options.epochs, "machine": describe_machine()}
         write_quantized(draft, job.trained, trained, job.scheme, job.origin, facts)
-        write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
+        if job.scheme.backend == "onnx":
+            write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
         write_scheme(job.scheme, draft / SCHEME)
         (draft / "log.csv").write_text((options.out / "log.csv").read_text())
         plot_curve(read_log(options.out / "log.csv"), draft / "curve.png")
@@ -185,8 +198,9 @@ def main(options: QatOptions) -> None:
         if not group.main:
             return
         metrics = Manifest.read(bundle := write_bundle(job, run)).metrics
+    file = "torchao_top1" if "torchao_top1" in metrics else "onnx_top1"
     print(f"top-1 of {metrics['test_images']} test images: FP32 {metrics['fp32_top1']:.2f}%, quantized after training "
-          f"{metrics['ptq_top1']:.2f}%, trained {metrics['qat_top1']:.2f}%, its ONNX file {metrics['onnx_top1']:.2f}%; "
+          f"{metrics['ptq_top1']:.2f}%, trained {metrics['qat_top1']:.2f}%, its file {metrics[file]:.2f}%; "
           f"bundle in {bundle}")  # fmt: skip
 
 
