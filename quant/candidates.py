@@ -65,11 +65,13 @@ class Candidates:
     rest_ms: Mapping[str, float]
 
 
-def find_schemes(names: Sequence[str]) -> list[Scheme]:
-    """The schemes to choose from, without learned rounding; UserError for an unknown one, or none."""
+def offered_schemes(names: Sequence[str]) -> list[Scheme]:
+    """The schemes to choose from, without learned rounding; UserError for an unknown one, none, or two of one name."""
     schemes = [replace(scheme_named(name), learned=0) for name in dict.fromkeys(names) if name != FLOAT]
     if not schemes:
         raise UserError("give --formats at least one scheme: float is always among the choices")
+    if len({scheme.name for scheme in schemes}) < len(schemes):
+        raise UserError("two of --formats have the same name: change it in the scheme file")
     return schemes
 
 

@@ -7,6 +7,7 @@ This command is a recipe over the whole project, so it alone may import from eve
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from illama.masks import SoftMasked
 from quant.bundles import Origin, quantize, write_graphs, write_quantized
 from quant.inputs import Inputs, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
+from quant.torchao_backend import load_torchao
 
 DEFAULT_SCHEMES = ("int8", "fp8")
 
@@ -121,7 +123,7 @@ def write_bundles(job: Job) -> list[Path]:
             bundle = write_quantized(job.folder / scheme.name, model, quantized, scheme, job.origin, {})
             write_scheme(scheme, bundle / SCHEME)
             if scheme.backend == "torchao":
-                job.networks[scheme.name] = quantized
+                job.networks[scheme.name] = load_torchao(bundle, copy.deepcopy(model))
         bundles.append(bundle)
         note_scheme(job, scheme, bundle)
     return bundles

@@ -23,7 +23,7 @@ from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions, writ
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from quant.bundles import Origin
-from quant.candidates import Candidates, Study, find_schemes, scheme_of
+from quant.candidates import Candidates, Study, offered_schemes, scheme_of
 from quant.inputs import Inputs, open_inputs
 from quant.layerwise import Effect, selection_images, split_selection, uncalibrated_images
 from quant.planning import Budget, Plan, Planner
@@ -154,7 +154,7 @@ def print_result(result: dict[str, Any]) -> None:
 def main(options: SearchOptions) -> None:
     budget, profiles = options.budget(), options.profiles()
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
-        schemes = find_schemes(options.formats)
+        schemes = offered_schemes(options.formats)
         inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, options.model)
         images, others = images_of(options, inputs, budget)
         with tempfile.TemporaryDirectory() as scratch:

@@ -19,6 +19,7 @@ from illama.distributed import Processes
 from illama.errors import UserError
 from illama.recipe import TrainingOptions, read_recipe, recipe_names
 from illama.training import fit, label_loss, make_optimizer
+from quant import debug_layers
 from quant.calibrate import calibrate
 from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
 from quant.layers import WeightQuantizer, fake_quantize, lsq_gradient, quantize_dequantize, quantizers
@@ -313,6 +314,16 @@ def test_the_manifest_says_what_was_lost_and_won(finished, material):
 def test_options_that_cannot_be(change, words, material, tmp_path):
     with pytest.raises(UserError, match=words):
         _run(_options(material, tmp_path / "out", **change))
+
+
+def test_the_debugger_reads_what_was_trained(finished, tmp_path, capsys):
+    """And calibrates nothing again; of another checkpoint it is told."""
+    folder, _ = finished
+    debug_layers.main(debug_layers.DebugOptions(folder, images=4))
+    assert "No layer departs" in capsys.readouterr().out
+    other = write_bundle(tmp_path / "other", SMALL)
+    with pytest.raises(UserError, match="was not made from"):
+        debug_layers.main(debug_layers.DebugOptions(folder, checkpoint=other, images=4))
 
 
 def test_torchao_trains_with_its_own_rounding(material, images, tmp_path):

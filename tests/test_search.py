@@ -14,7 +14,7 @@ from illama.bundle import sha256
 from illama.errors import UserError
 from quant.assign import assign, total
 from quant.calibrate import calibrate
-from quant.candidates import Candidates, Choice, find_schemes
+from quant.candidates import Candidates, Choice, offered_schemes
 from quant.costs import layer_of_node, read_layer_times, weight_bytes
 from quant.export import export_onnx
 from quant.inputs import open_inputs
@@ -48,7 +48,7 @@ def test_nothing_is_assigned_that_breaks_the_limit_and_ties_go_to_the_lesser():
 
 def test_bytes_are_those_of_the_file(tmp_path):
     model = ILLaMA(SMALL).eval()
-    scheme = find_schemes(["w4a8"])[0]
+    scheme = offered_schemes(["w4a8"])[0]
     plan = resolve(scheme, model)
     export_onnx(calibrate(model, scheme, [torch.randn(4, 3, 32, 32)]), tmp_path / "model.onnx", "plain")
     graph = onnx.load(tmp_path / "model.onnx").graph
@@ -242,8 +242,8 @@ def test_options_that_do_not_fit(data, tmp_path):
     with pytest.raises(UserError, match="decides nothing under --max-megabytes"):
         SearchOptions(max_megabytes=1.0, layer_times=("int8=x.json",)).budget()
     with pytest.raises(UserError, match="at least one scheme"):
-        find_schemes(["float"])
+        offered_schemes(["float"])
 
 
 def test_formats_are_taken_without_learned_rounding():
-    assert find_scheme("w4a8").learned and not find_schemes(["w4a8"])[0].learned
+    assert find_scheme("w4a8").learned and not offered_schemes(["w4a8"])[0].learned
