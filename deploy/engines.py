@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from illama.accuracy import usable_cores
 from illama.errors import UserError
+from illama.onnx_session import cpu_session
 
 
 class OnnxRuntimeEngine:
@@ -24,11 +24,8 @@ class OnnxRuntimeEngine:
     runtime = f"onnxruntime {onnxruntime.__version__} CPU"
 
     def __init__(self, path: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = usable_cores()
-        options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = cpu_session(path)
         except Exception as error:  # its exceptions share no base class but this one
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name

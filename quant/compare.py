@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from illama.errors import UserError
 from illama.masks import MaskedAttention, Operand, SoftMasked
+from illama.onnx_session import cpu_session
 from quant.layers import QuantizeDequantize
 from quant.layerwise import decibels
 
@@ -90,9 +90,7 @@ def trace_onnx(path: Path, images: np.ndarray, layers: Mapping[str, Any]) -> Tra
     try:
         model = onnx.load(path)
         taps = _tap(model, layers)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = cpu_session(model.SerializeToString(), torch.get_num_threads())
         names = [output.name for output in session.get_outputs()]
         results = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images}), strict=True))
     except Exception as error:  # the exceptions of onnx and ONNX Runtime share no base class but this one

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from torch import nn
 from tqdm import tqdm
 
-from illama.accuracy import usable_cores
 from illama.errors import UserError
+from illama.onnx_session import cpu_session
 from quant.layerwise import PRODUCTS
 from quant.schemes import TensorSpec
 
@@ -88,9 +87,9 @@ def time_graphs(
         layers: the names that nodes are attributed to.
         threads: of ONNX Runtime; 0 for one a core.
     """
-    plain, times = {name: _session(path, threads) for name, path in paths.items()}, {name: [] for name in paths}  # type: ignore[var-annotated]
+    plain, times = {name: cpu_session(path, threads) for name, path in paths.items()}, {name: [] for name in paths}  # type: ignore[var-annotated]
     with tempfile.TemporaryDirectory() as folder:
-        profiled = {name: _session(path, threads, Path(folder) / name) for name, path in paths.items()}
+        profiled = {name: cpu_session(path, threads, Path(folder) / name) for name, path in paths.items()}
         for _ in tqdm(range(rounds), desc="time layers", unit="round", leave=False):
             for name, session in plain.items():
                 feed = {session.get_inputs()[0].name: images}
@@ -102,14 +101,6 @@ def time_graphs(
                     profiled[name].run(None, feed)
         events = {name: json.loads(Path(session.end_profiling()).read_text()) for name, session in profiled.items()}
     return {name: _attribute(events[name], float(np.median(times[name]) * 1e3), layers) for name in paths}
-
-
-def _session(path: Path, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _attribute(events: list[dict[str, Any]], call: float, layers: Mapping[str, Any]) -> GraphTimes:
