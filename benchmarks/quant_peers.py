@@ -13,6 +13,7 @@ writes ``DATA.json`` and ``DATA.md`` to ``results/quant-peers``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,6 +39,7 @@ from illama.bundle import package_versions, sha256, write_file
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import open_data
 from illama.errors import UserError, run_command
+from quant.layerwise import decibels
 
 REFERENCE = "fp32"  # in ONNX Runtime
 BATCHES = (1, 8)
@@ -84,6 +86,8 @@ class Row:
     Attributes:
         error: why there is nothing else, in one line.
         top1, agreement: percent of the test images: right, and of the same class as float32 in ONNX Runtime.
+        sqnr_db: power of float32's logits over that of their change, in dB: finer than what labels can tell; None for
+            no change.
         p50: milliseconds for a call with so many images -> median; ``ratio`` to float32 in ONNX Runtime, same run.
     """
 
@@ -95,6 +99,7 @@ class Row:
     top1: float | None = None
     drop: Drop | None = None
     agreement: float | None = None
+    sqnr_db: float | None = None
     mb: float | None = None
     seconds: float | None = None
     peak_gib: float | None = None
@@ -203,8 +208,10 @@ def weighed(row: Row, result: dict[str, Any], folder: Path, reference: np.ndarra
     """A row with its accuracy, from logits (n, classes) and labels (n,)."""
     logits = np.load(folder / logits_file(row.runtime))
     classes, expected = logits.argmax(1), reference.argmax(1)
+    sqnr = decibels(float(np.square(reference).sum()), float(np.square(logits - reference).sum()))
     return Row(row.peer, row.title, row.runtime, row.about, None, top1(logits, labels),
                paired_drop(expected == labels, classes == labels), float((classes == expected).mean() * 100),
+               round(sqnr, 2) if math.isfinite(sqnr) else None,
                result["mb"], result["seconds"], result["peak_gib"])  # fmt: skip
 
 
@@ -252,18 +259,20 @@ def markdown(rows: list[Row], title: str) -> str:
     """The rows as a table."""
     calls = " | ".join(f"p50 ms, {batch} image{'s' * (batch > 1)} (ratio)" for batch in BATCHES)
     lines = [title, "",
-             f"| quantizer | runs in | top-1 % | drop (95% interval) | agrees % | MB | quantize s | GiB | {calls} |",
-             "|---" * (8 + len(BATCHES)) + "|"]  # fmt: skip
+             "| quantizer | runs in | top-1 % | drop (95% interval) | agrees % | SQNR dB | MB | quantize s | GiB | "
+             f"{calls} |",
+             "|---" * (9 + len(BATCHES)) + "|"]  # fmt: skip
     for row in rows:
         if row.top1 is None or row.drop is None:
             lines.append(f"| {row.title} | {row.runtime} | failed: {(row.error or '').replace('|', '/')} |"
-                         + " - |" * (5 + len(BATCHES)))  # fmt: skip
+                         + " - |" * (6 + len(BATCHES)))  # fmt: skip
             continue
         speed = [f"{row.p50[batch]:.2f} ({row.ratio[batch]:.2f})" if row.p50 and row.ratio else row.error or "-"
                  for batch in BATCHES]  # fmt: skip
+        sqnr = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
         drop = f"{row.drop.points:+.2f} ({row.drop.low:+.2f} to {row.drop.high:+.2f})"
-        lines.append(f"| {row.title} | {row.runtime} | {row.top1:.2f} | {drop} | {row.agreement:.2f} | {row.mb:.2f} | "
-                     f"{row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} |")  # fmt: skip
+        lines.append(f"| {row.title} | {row.runtime} | {row.top1:.2f} | {drop} | {row.agreement:.2f} | {sqnr} | "
+                     f"{row.mb:.2f} | {row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} |")  # fmt: skip
     settings = dict.fromkeys((row.title, row.about) for row in rows)
     lines += [
         "",
