@@ -180,7 +180,7 @@ W8, TOKEN = TensorSpec("int8", "channel"), TensorSpec("uint8", "token", symmetri
         ({"tensors": {"head.weight": W8, "head.input": TensorSpec("int8")}}, "one scale per token"),
         ({"tensors": {"head.input": TOKEN}}, "weights by max"),
         ({"tensors": {"head.weight": TensorSpec("fp8", "channel"), "head.input": TOKEN}}, "for 8-bit inputs on a CPU"),
-        ({"tensors": {"*.core.q": TensorSpec("int8")}}, "Linears alone"),
+        ({"tensors": {"*.core.q": TOKEN}}, "Linears alone"),
     ],
 )
 def test_schemes_that_torchao_cannot_do_are_refused(small, changes, words):
