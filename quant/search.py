@@ -107,7 +107,8 @@ def images_of(options: SearchOptions, inputs: Inputs, budget: Budget) -> tuple[B
     pool = selection_images(inputs.data, options.calibration_images, options.images + checked)
     nothing_lost = Effect(math.inf, 0.0, 0, 0, checked)
     if budget.kind == "drop" and nothing_lost.drop_at_most > budget.limit:
-        raise UserError(f"{checked} images cannot tell a drop of {budget}: raise --check-images or --max-drop")
+        raise UserError(f"even if they lose nothing, {checked} images leave {nothing_lost.drop_at_most:.2f} points in "
+                        f"doubt: for {budget} raise --check-images or --max-drop, or lower --images")  # fmt: skip
     weighed, others = split_selection(pool, options.images)
     return inputs.batches(weighed), inputs.batches(others)
 

@@ -236,6 +236,7 @@ def test_there_is_one_budget(options):
 
 def test_options_that_do_not_fit(data, tmp_path):
     assert_one_line_error(_search(data, tmp_path / "out", "--max-ms", 1, "--formats", "int3"), "unknown scheme 'int3'")
+    assert_one_line_error(_search(data, tmp_path / "out", "--max-drop", 0.1), "points in doubt")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="SCHEME=FILE"):
         SearchOptions(layer_times=("x.json",)).profiles()
