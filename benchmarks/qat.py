@@ -14,6 +14,7 @@ import tyro
 
 from illama.bundle import Manifest
 from illama.errors import UserError, run_command
+from quant.bundles import SOURCE
 
 HEADER = ("scheme", "epochs", "FP32 %", "PTQ %", "PTQ's drop", "QAT %", "QAT's drop", "won back", "its file %",
           "model.fused.onnx %")  # fmt: skip
@@ -73,6 +74,8 @@ def main(options: Options) -> None:
         f"{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n{commands}\n"
     )
     content = [{"made_by": each.made_by, **each.metrics, "versions": each.versions} for each in manifests]
+    for entry in content:  # a path of this machine says nothing elsewhere
+        entry.pop(SOURCE, None)
     (options.out / "qat.json").write_text(json.dumps(content, indent=2) + "\n")
     print(text)
 

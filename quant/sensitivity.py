@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +73,7 @@ def study(options: SensitivityOptions, inputs: Inputs) -> dict[str, Any]:
     return {
         "command": command_line(),
         **{key: str(value) for key, value in asdict(options).items() if key != "out"},
+        "checkpoint": os.path.relpath(options.checkpoint),
         "classes": len(inputs.data.classes),
         "all": _record(effects.pop(_ALL)),
         "layers": [{"layer": layer, "block": block_number(layer), "kind": kind_of(layer), **_record(effect)}
