@@ -28,8 +28,9 @@ from illama.data import open_data
 from illama.errors import run_command
 from illama.masks import SoftMasked
 from quant.calibrate import calibrate
+from quant.formats import TensorSpec
 from quant.layerwise import Tally
-from quant.schemes import SCHEMES, Scheme, TensorSpec
+from quant.schemes import SCHEMES, Scheme
 from quant.smooth import smooth
 
 KINDS = {

@@ -1,31 +1,24 @@
 """Weights out with their config, and in from a bundle, a .safetensors or a .pth file, checked before use.
 
-Networks are iLLaMAs (:func:`load_checkpoint`) or timm's ViTs (:func:`load_timm`).
+Networks are iLLaMAs here; timm's ViTs are :mod:`illama.timm_checkpoint`'s.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import safetensors.torch
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from timm.data import resolve_model_data_config
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from illama.adapt import CausalVisionTransformer, to_quantizable
 from illama.bundle import MANIFEST, WEIGHTS, Manifest, write_file
 from illama.config import ClassToken, ModelConfig
 from illama.data import Preprocessing
@@ -35,7 +28,7 @@ from illama.model import ILLaMA
 
 SHIPPED = Path(__file__).parent / "weights" / "nano-fashion-mnist"
 CONFIG_METADATA = "illama_config"  # key in the metadata of a .safetensors file; the value is JSON
-_PATCHES, _POSITIONS = "patch_embed.proj.weight", "pos_embed"
+PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 _NOT_IN_SHAPES = ("mask", "class_token", "position", "class_sees_all")
 
 
@@ -62,13 +55,6 @@ class ILLaMACheckpoint(Checkpoint):
     """A checkpoint whose network is an iLLaMA."""
 
     model: ILLaMA
-
-
-@dataclass(frozen=True)
-class TimmCheckpoint(Checkpoint):
-    """A checkpoint whose network is a timm ViT, bidirectional as timm has it."""
-
-    model: CausalVisionTransformer
 
 
 @dataclass(frozen=True)
@@ -106,46 +92,6 @@ def load_checkpoint(path: Path, config: ModelConfig | None = None, image_size: i
     return ILLaMACheckpoint(model.eval(), stored.preprocessing, stored.classes, stored.weights)
 
 
-def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheckpoint:
-    """Load a timm ViT's weights from a .safetensors or .pth file in timm's own format.
-
-    The network is what ``timm.create_model(name)`` makes, with the classes, channels and image size that the shapes
-    say; nothing is downloaded. Other options of that function leave traces in names and shapes, which are checked,
-    except a few that only change what is computed (another ``global_pool`` without a norm of its own).
-
-    The preprocessing is timm's for the name and its tag, resized bicubically even for the two of timm's ViTs that
-    say bilinear, and warped to the image size where timm squashes.
-
-    Args:
-        name: as timm knows it, with or without a tag.
-        path: the state dict, or a ``.pth`` that holds it under ``model`` or ``state_dict``. It needs a classifier.
-        image_size: side length in pixels to run at, a multiple of the patch size; positions are interpolated as
-            timm does on loading. None keeps the file's own size, or timm's for the name without a position table.
-
-    Raises:
-        UserError: missing, truncated, not finite, of another network, or a name that is not of a timm ViT that
-            :func:`illama.adapt.to_quantizable` takes.
-    """
-    path = Path(path)
-    _refuse_ours(path, name)
-    outline = _timm_outline(name)
-    state = read_state(path)
-    prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
-    patch_size = outline.patch_embed.patch_size[0]
-    side = _timm_side(state, prefix, outline.patch_embed.img_size[0] // patch_size, path)
-    size = image_size or side * patch_size
-    if size % patch_size:
-        raise UserError(f"image_size {size} is not a multiple of patch_size {patch_size}")
-    if _POSITIONS in state and size != side * patch_size:
-        grid = [size // patch_size] * 2
-        state[_POSITIONS] = resample_abs_pos_embed(state[_POSITIONS], grid, [side, side], prefix)
-    channels = state[_PATCHES].shape[1]
-    vit = _create_timm(name, num_classes=len(state["head.weight"]), in_chans=channels, img_size=size)
-    _check_state(vit.state_dict(), state, path, f"timm's {name}")
-    vit.load_state_dict({key: value.float() for key, value in state.items()})
-    return TimmCheckpoint(to_quantizable(vit.eval()), _timm_preprocessing(vit, size, channels), (), path)
-
-
 def initialise_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:
     """Start ``model`` from a checkpoint's weights, for fine-tuning; the names of what keeps its initial values.
 
@@ -167,7 +113,7 @@ def initialise_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:
         hint = "; other classes need a new head" if differences.startswith("num_classes") else ""
         raise UserError(f"{path} cannot start this network: it has {differences}{hint}")
     state = dict(_resize(stored, model.config.image_size).state)
-    state[_PATCHES] = _match_channels(state[_PATCHES], model.config.in_channels, path)
+    state[PATCHES] = _match_channels(state[PATCHES], model.config.in_channels, path)
     left = [name for name in model.state_dict() if new_head and name.startswith("head.")]
     model.load_state_dict({name: value for name, value in state.items() if name not in left}, strict=False)
     return left
@@ -252,7 +198,7 @@ def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
     """
     _refuse_timm_vit(state, path)
     try:
-        width, in_channels, patch_size, _ = state[_PATCHES].shape
+        width, in_channels, patch_size, _ = state[PATCHES].shape
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         num_classes = len(state["head.weight"])
     except (KeyError, ValueError) as error:
@@ -283,7 +229,7 @@ def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
     config = stored or config or config_from_shapes(state, weights)
     with torch.device("meta"):  # shapes without memory or initial values
         expected = ILLaMA(config).state_dict()
-    _check_state(expected, state, weights, "the config")
+    check_state(expected, state, weights, "the config")
     return _Stored(
         {name: value.float() for name, value in state.items()},
         config,
@@ -316,7 +262,7 @@ def _refuse_unreleased(asked: ModelConfig, released: ModelConfig, path: Path) ->
 
 
 def _refuse_timm_vit(state: Mapping[str, Tensor], path: Path) -> None:
-    if {_PATCHES, "blocks.0.norm1.bias", "blocks.0.mlp.fc1.bias"} <= state.keys():
+    if {PATCHES, "blocks.0.norm1.bias", "blocks.0.mlp.fc1.bias"} <= state.keys():
         raise UserError(
             f"{path} holds a ViT as timm names it (LayerNorm, GELU), not an iLLaMA: "
             "quantize it as it is with --model timm:NAME, or make it causal with illama.adapt.to_causal"
@@ -325,9 +271,9 @@ def _refuse_timm_vit(state: Mapping[str, Tensor], path: Path) -> None:
 
 def _grid_side(state: Mapping[str, Tensor], path: Path) -> int:
     """Patches along a side, from the rows of the position table."""
-    if _POSITIONS not in state:
-        raise UserError(f"{path} has no position table ({_POSITIONS}), and its image size cannot be told without one")
-    shape = tuple(state[_POSITIONS].shape)
+    if POSITIONS not in state:
+        raise UserError(f"{path} has no position table ({POSITIONS}), and its image size cannot be told without one")
+    shape = tuple(state[POSITIONS].shape)
     side = math.isqrt(max(0, shape[1] - 1)) if len(shape) == 3 else 0
     if side < 1 or shape != (1, side * side + 1, shape[2]):
         raise UserError(
@@ -337,68 +283,7 @@ def _grid_side(state: Mapping[str, Tensor], path: Path) -> int:
     return side
 
 
-def _refuse_ours(path: Path, name: str) -> None:
-    """Refuse an iLLaMA's weights, and any folder, where timm's are asked for."""
-    hint = f"timm:{name} needs a .safetensors or .pth file of timm's"
-    if path.is_dir():
-        kind = "a bundle, which names its network itself" if (path / MANIFEST).exists() else "a folder"
-        raise UserError(f"{path} is {kind}: {hint}, and a bundle is loaded without --model")
-    if path.suffix == ".safetensors" and path.exists() and read_config(path) is not None:
-        raise UserError(f"{path} holds an iLLaMA's weights: {hint}, and an iLLaMA is loaded without --model")
-
-
-def _timm_outline(name: str) -> VisionTransformer:
-    """The network of that name without weights, as timm makes it by itself; UserError if it is none of timm's ViTs."""
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists them"
-        raise UserError(f"timm {timm.__version__} knows no network {name!r}: {hint}")
-    try:
-        with torch.device("meta"):
-            outline = _create_timm(name)
-    except RuntimeError as error:  # an unknown tag
-        raise UserError(f"timm cannot make {name}: {error}") from error
-    to_quantizable(outline)  # refuses what it cannot take
-    return outline
-
-
-def _create_timm(name: str, **options: Any) -> VisionTransformer:
-    return cast(VisionTransformer, timm.create_model(name, pretrained=False, **options))
-
-
-def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Path) -> int:
-    """Patches along a side, from the rows of the position table; ``default`` without a table.
-
-    Raises:
-        UserError: no classifier or patches in the state, or a table that is not of a square grid.
-    """
-    if _PATCHES not in state or state[_PATCHES].ndim != 4:
-        raise UserError(f"{path} has no {_PATCHES} of four dimensions: it is not a timm ViT's state dict")
-    if "head.weight" not in state:
-        raise UserError(f"{path} has no classifier (head.weight): train one, if only a linear probe, and save it too")
-    if _POSITIONS not in state:
-        return default
-    shape = tuple(state[_POSITIONS].shape)
-    side = math.isqrt(max(0, shape[1] - prefix)) if len(shape) == 3 else 0
-    if side < 1 or shape[:2] != (1, side * side + prefix):
-        raise UserError(
-            f"{path} has a position table of shape {shape}, and a square grid of patches with {prefix} other tokens "
-            f"has (1, side * side + {prefix}, width)"
-        )
-    return side
-
-
-def _timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) -> Preprocessing:
-    """timm's evaluation for the network's name and tag; grey images get the mean of the colours' numbers."""
-    timm_s = resolve_model_data_config(vit)
-    mean, std = (tuple(timm_s[key]) for key in ("mean", "std"))
-    if channels == 1:
-        mean, std = ((sum(values) / len(values),) for values in (mean, std))
-    resize = None if timm_s["crop_mode"] == "squash" else math.floor(image_size / timm_s["crop_pct"])
-    return Preprocessing(image_size, channels, mean, std, resize)
-
-
-def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, what: str) -> None:
+def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, what: str) -> None:
     """Refuse a state whose names, shapes or kind of numbers are not those of ``what``."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
@@ -416,9 +301,9 @@ def _resize(stored: _Stored, image_size: int) -> _Stored:
         return stored
     config = replace(stored.config, image_size=image_size)
     state = dict(stored.state)
-    if _POSITIONS in state:
+    if POSITIONS in state:
         side = image_size // config.patch_size
-        state[_POSITIONS] = resize_positions(state[_POSITIONS], side, config.class_token)
+        state[POSITIONS] = resize_positions(state[POSITIONS], side, config.class_token)
     preprocessing = stored.preprocessing and _resize_preprocessing(stored.preprocessing, image_size)
     return replace(stored, state=state, config=config, preprocessing=preprocessing)
 

@@ -17,7 +17,7 @@ from quant.calibrate import calibrate
 from quant.export import export_onnx
 from quant.inputs import Inputs
 from quant.schemes import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt
-from quant.torchao_backend import quantize_with_torchao, write_torchao
+from quant.torchao_backend import check, quantize_with_torchao, write_torchao
 
 SOURCE = "source"  # key in a manifest's metrics: what the bundle was made from
 
@@ -47,6 +47,14 @@ class Origin:
         """The manifest of a bundle of a network with that config."""
         return Manifest(command_line(), dict(config), asdict(self.preprocessing), list(self.classes), self.seed,
                         dict(self.inputs), {SOURCE: dict(self.source), **metrics})  # fmt: skip
+
+
+def check_scheme(model: SoftMasked, scheme: Scheme) -> None:
+    """UserError if ``scheme`` does not fit ``model``, or asks for what its backend cannot do."""
+    if scheme.backend == "torchao":
+        check(model, scheme)
+    else:
+        resolve(scheme, model)
 
 
 def quantize(model: SoftMasked, scheme: Scheme, batches: Sequence[Tensor]) -> SoftMasked:

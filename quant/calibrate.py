@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from illama.errors import UserError
 from illama.masks import Operand, SoftMasked
 from illama.model import Linear
+from quant.formats import TensorSpec
 from quant.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
 from quant.observers import RangeObserver, weight_amax
 from quant.reconstruct import reconstruct
-from quant.schemes import Scheme, TensorSpec, resolve
+from quant.schemes import Scheme, resolve
 from quant.smooth import smooth
 
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a GPU is not missed here

@@ -16,9 +16,10 @@ from illama.masks import SoftMasked
 from quant.calibrate import calibrate
 from quant.costs import GraphTimes, read_layer_times, time_graphs, weight_bytes
 from quant.export import export_onnx
+from quant.formats import TensorSpec
 from quant.inputs import Inputs, scheme_named
 from quant.layerwise import Effect, layers_of, measure
-from quant.schemes import FLOAT, Scheme, TensorSpec, resolve, tensor_names
+from quant.schemes import FLOAT, Scheme, resolve, tensor_names
 
 _ALL = "all layers"
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from illama.errors import UserError
 from illama.onnx_session import cpu_session
+from quant.formats import TensorSpec
 from quant.layerwise import PRODUCTS
-from quant.schemes import TensorSpec
 
 
 def weight_bytes(layer: nn.Module, spec: TensorSpec | None) -> int:

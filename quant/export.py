@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from illama.masks import Form, SoftMasked
+from quant.formats import FORMATS
 from quant.layers import dequantize, freeze, quantize_dequantize
-from quant.schemes import FORMATS
 
 OPSET = 23
 INPUT, OUTPUT = "images", "logits"

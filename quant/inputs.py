@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from illama.accuracy import load_images
-from illama.checkpoint import Checkpoint, load_checkpoint, load_timm
+from illama.checkpoint import Checkpoint, load_checkpoint
 from illama.data import ImageData, Preprocessing, Sample, Transformed, open_data
 from illama.errors import UserError
 from illama.masks import SoftMasked
+from illama.timm_checkpoint import load_timm
 from quant.schemes import Scheme, find_scheme, read_scheme
 from quant.smooth import smooth
 

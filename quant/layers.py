@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.schemes import FORMATS, NumberFormat, TensorSpec
+from quant.formats import FORMATS, NumberFormat, TensorSpec
 
 
 @torch.library.custom_op("illama::quantize_dequantize", mutates_args=())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from illama.errors import UserError
-from quant.schemes import NumberFormat, TensorSpec
+from quant.formats import NumberFormat, TensorSpec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of optional packages that nothing here needs

@@ -24,9 +24,9 @@ from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, command_line, 
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked
-from quant.bundles import Origin, quantize, write_graphs, write_quantized
+from quant.bundles import Origin, check_scheme, quantize, write_graphs, write_quantized
 from quant.inputs import Inputs, open_inputs
-from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
+from quant.schemes import Scheme, find_scheme, read_scheme, write_scheme
 from quant.torchao_backend import load_torchao
 
 DEFAULT_SCHEMES = ("int8", "fp8")
@@ -102,7 +102,7 @@ def open_job(options: PtqOptions, folder: Path) -> Job:
         options.checkpoint, options.data, options.calibration_images, options.model, options.image_size
     )
     for scheme in schemes:
-        resolve(scheme, inputs.model)
+        check_scheme(inputs.model, scheme)
     library = find_library()
     if library:
         library.resolve_targets(options.targets)

@@ -30,12 +30,12 @@ from illama.model import ILLaMA
 from illama.recipe import TrainingOptions, read_recipe, recipe_named
 from illama.train_log import plot_curve, read_log
 from illama.training import CHECKPOINT, Run, fit
-from quant.bundles import Origin, write_quantized
+from quant.bundles import Origin, check_scheme, write_quantized
 from quant.calibrate import calibrate
 from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
 from quant.inputs import Inputs, open_inputs
-from quant.schemes import Scheme, find_scheme, read_scheme, resolve, write_scheme
-from quant.torchao_backend import check, convert_qat, load_torchao, prepare_qat
+from quant.schemes import Scheme, find_scheme, read_scheme, write_scheme
+from quant.torchao_backend import convert_qat, load_torchao, prepare_qat
 from quant.weights import write_quantized_weights
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -120,9 +120,7 @@ def open_job(options: QatOptions) -> Job:
         raise UserError("no images to train on: give --data (see --help)")
     scheme = read_scheme(options.scheme_file) if options.scheme_file else find_scheme(options.scheme)
     inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, None, options.image_size)
-    if scheme.backend == "torchao":
-        check(inputs.model, scheme)
-    resolve(scheme, inputs.model)
+    check_scheme(inputs.model, scheme)
     files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
     # A shipped scheme has no file, but a run under another one must not go on under this.
     files[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()

@@ -49,7 +49,8 @@ from illama.config import ModelConfig
 from illama.errors import UserError
 from illama.masks import SoftMasked
 from illama.model import ILLaMA, Linear
-from quant.schemes import PER_TOKEN, Scheme, TensorSpec, resolve
+from quant.formats import TensorSpec
+from quant.schemes import PER_TOKEN, Scheme, resolve
 
 _METADATA = "illama_torchao"  # one key only: safetensors writes several in no fixed order
 _PART = re.compile(r"(.*)\.parts\.0\.")  # of a name in a state dict

@@ -17,9 +17,10 @@ from illama.config import ModelConfig
 from illama.errors import UserError
 from illama.model import ILLaMA
 from quant.calibrate import quantize_layers
+from quant.formats import TensorSpec
 from quant.layers import QuantizeDequantize, quantizers
 from quant.observers import RangeObserver
-from quant.schemes import Scheme, TensorSpec, resolve
+from quant.schemes import Scheme, resolve
 
 SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file; the values are JSON
 ZERO_POINTS_METADATA = "quant_zero_points"

@@ -20,7 +20,8 @@ from illama.config import TimmConfig
 from illama.errors import UserError
 from illama.masks import AttentionMask, MaskedAttention
 from illama.norms import LayerNorm, RMSNorm
-from quant.schemes import Scheme, TensorSpec
+from quant.formats import TensorSpec
+from quant.schemes import Scheme
 from quant.smooth import smooth
 
 KINDS = ("post_softmax", "pre_softmax")

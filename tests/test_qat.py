@@ -22,10 +22,11 @@ from illama.training import fit, label_loss, make_optimizer
 from quant import debug_layers
 from quant.calibrate import calibrate
 from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
+from quant.formats import FORMATS, TensorSpec
 from quant.layers import WeightQuantizer, fake_quantize, lsq_gradient, quantize_dequantize, quantizers
 from quant.qat import DEFAULT_RECIPE, RECIPES, QatOptions, open_job, start_run
 from quant.qat import write_bundle as write_qat_bundle
-from quant.schemes import FORMATS, SCHEMES, TensorSpec, read_scheme, write_scheme
+from quant.schemes import SCHEMES, read_scheme, write_scheme
 from quant.torchao_backend import load_torchao
 from quant.weights import read_quantized_weights
 

@@ -26,6 +26,7 @@ from illama.onnx_session import cpu_session
 from quant.calibrate import calibrate
 from quant.compare import largest_step_difference
 from quant.export import export_onnx
+from quant.formats import FORMATS, TensorSpec
 from quant.layers import (
     QuantizedConv2d,
     QuantizeDequantize,
@@ -39,7 +40,7 @@ from quant.layers import (
 )
 from quant.observers import BINS, RangeObserver, entropy_amax, mse_amax, percentile_amax, weight_amax
 from quant.reconstruct import blocks
-from quant.schemes import FORMATS, SCHEMES, Scheme, TensorSpec, find_scheme, resolve, unfit_for_tensorrt
+from quant.schemes import SCHEMES, Scheme, find_scheme, resolve, unfit_for_tensorrt
 from quant.smooth import smooth
 
 ONNX_TYPES = {

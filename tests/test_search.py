@@ -17,10 +17,11 @@ from quant.calibrate import calibrate
 from quant.candidates import Candidates, Choice, offered_schemes
 from quant.costs import layer_of_node, read_layer_times, weight_bytes
 from quant.export import export_onnx
+from quant.formats import TensorSpec
 from quant.inputs import open_inputs
 from quant.layerwise import Effect, layers_of
 from quant.planning import Budget, Plan, Planner
-from quant.schemes import TensorSpec, find_scheme, read_scheme, resolve, tensor_names
+from quant.schemes import find_scheme, read_scheme, resolve, tensor_names
 from quant.search import SearchOptions
 
 

@@ -23,10 +23,11 @@ from quant import debug_layers
 from quant.calibrate import calibrate
 from quant.compare import first_departure, largest_step_difference, local_differences
 from quant.export import export_onnx
+from quant.formats import TensorSpec
 from quant.inputs import scheme_named
 from quant.layers import quantizers
 from quant.layerwise import Tally, layers_of, measure, selection_images, tensor_sqnr
-from quant.schemes import Scheme, TensorSpec, find_scheme, tensor_names
+from quant.schemes import Scheme, find_scheme, tensor_names
 
 INT8 = find_scheme("int8-attention")
 PLAIN8 = Scheme("plain", {"*.weight": TensorSpec("int8", "channel"), "*.input": TensorSpec("int8")})

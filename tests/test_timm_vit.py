@@ -18,10 +18,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 
 from illama.adapt import to_causal, to_quantizable
-from illama.checkpoint import SHIPPED, _timm_preprocessing, load_checkpoint, load_timm, write_weights
+from illama.checkpoint import SHIPPED, load_checkpoint, write_weights
 from illama.config import TimmConfig
 from illama.data import Preprocessing
 from illama.errors import UserError
+from illama.timm_checkpoint import _timm_preprocessing, load_timm
 from quant.export import export_onnx
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

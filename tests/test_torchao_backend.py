@@ -19,7 +19,8 @@ from illama.bundle import TORCHAO
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.errors import UserError
 from illama.model import Linear
-from quant.schemes import SCHEMES, Scheme, TensorSpec, find_scheme
+from quant.formats import TensorSpec
+from quant.schemes import SCHEMES, Scheme, find_scheme
 from quant.torchao_backend import (
     SplitLinear,
     convert_qat,
