@@ -1,9 +1,9 @@
 """An exported file against the PyTorch network it was exported from, tensor by tensor.
 
 Two runs of one quantized network in floating point never agree to the bit: sums in another order move a few values
-across a rounding boundary, each by one step, and the steps grow from block to block. Even
-PyTorch in float32 and in float64 end some tenths of a percent apart, without any fault. So the difference at
-the end of a network, or at any layer inside, tells nothing of where a fault is, or whether there is one.
+across a rounding boundary, each by one step, and the steps grow from block to block. Even PyTorch in float32 and in
+float64 end some tenths of a percent apart, without any fault. So the difference at the end of a network, or at any
+layer inside, tells nothing of where a fault is, or whether there is one.
 
 :func:`local_differences` keeps it from growing: PyTorch runs the same images, and every tensor that the file computes
 too is compared and then *replaced* by the file's. So each stretch between two such tensors gets the same numbers on
