@@ -38,6 +38,13 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
+class Rotary(nn.Module):
+    """:func:`rotate` as a module, so that an exporter can put another in its place."""
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        return rotate(x, rotation)
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary positions; the mask is :class:`illama.masks.MaskedAttention`."""
 
@@ -45,6 +52,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.width = config.heads, config.width
         self.qkv = Linear(config.width, 3 * config.width)
+        self.rotary = Rotary()
         self.core = MaskedAttention()
         self.proj = Linear(config.width, config.width)
 
@@ -61,7 +69,7 @@ class Attention(nn.Module):
             k, v = (self._split(part) for part in self.qkv(x, outputs=slice(self.width, None)).chunk(2, dim=-1))
             row_rotation = rotation[:, row : row + 1] if rotation is not None else None
         if rotation is not None and row_rotation is not None:
-            q, k = rotate(q, row_rotation), rotate(k, rotation)
+            q, k = self.rotary(q, row_rotation), self.rotary(k, rotation)
         return self.proj(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from illama.masks import Form, SoftMasked
 from quant.formats import FORMATS
 from quant.layers import dequantize, freeze, quantize_dequantize
+from quant.rotary import pair_halves, rotary_embedding
 
 OPSET = 23
 INPUT, OUTPUT = "images", "logits"
@@ -55,7 +56,10 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
         dtype: float16 computes everything but the normalisations in half precision, as TensorRT's fused
             attention demands; inputs and outputs stay float32.
     """
-    network = _Casting(copy.deepcopy(model).eval(), dtype, centred=form == "fused")
+    model = copy.deepcopy(model).eval()
+    if form == "plain":
+        pair_halves(model)
+    network = _Casting(model, dtype, centred=form == "fused")
     network.model.set_attention_form(form)
     config = model.config
     images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
@@ -198,7 +202,11 @@ def translations(form: Form) -> dict[Any, Any]:
             weight = op.Cast(weight, to=_TYPES[number])
         return op.DequantizeLinear(weight, scale, axis=axis, block_size=group_size)
 
+    def to_onnx_rotary(x: Any, cos: Any, sin: Any, positions: Any) -> Any:
+        return op.RotaryEmbedding(x, cos, sin, positions, interleaved=0)
+
     return {
+        rotary_embedding._opoverload: to_onnx_rotary,
         quantize_dequantize._opoverload: to_onnx_quantize_dequantize,
         dequantize._opoverload: to_onnx_dequantize,
     }
