@@ -1,0 +1,150 @@
+// One image through a TensorRT engine: classify ENGINE LABELS IMAGE.ppm
+//
+// Prints the five most probable classes. The engine's own input decides what it is given: float32 (B, C, H, W),
+// normalised here, or uint8 (B, H, W, C), a camera's frame as it is, normalised inside the engine. Source for
+// TensorRT 10 and 11 and for TensorRT for RTX, whose C++ interfaces are the same in all that is used here.
+
+#include <NvInfer.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <memory>
+#include <mutex>
+
+#include "image.hpp"
+
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::TensorIOMode;
+
+constexpr const char* kInput = "images";
+constexpr const char* kOutput = "logits";
+
+// Keeps the first thing that went wrong, for the one line that is printed when a call fails. Any thread may log.
+class Logger : public nvinfer1::ILogger {
+public:
+    void log(Severity severity, const char* message) noexcept override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (severity <= Severity::kERROR && reason_.empty()) reason_ = message;
+    }
+    std::string reason() const { return reason_.empty() ? "it gave no reason" : reason_; }
+
+private:
+    std::mutex mutex_;
+    std::string reason_;
+};
+
+void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) fail(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+template <typename T>
+std::unique_ptr<T> own(T* made, const char* what, const Logger& logger) {
+    if (!made) fail(std::string(what) + ": " + logger.reason());
+    return std::unique_ptr<T>(made);
+}
+
+// Memory on the GPU, freed when it leaves its scope.
+class DeviceBuffer {
+public:
+    explicit DeviceBuffer(std::size_t bytes) { check(cudaMalloc(&data_, bytes), "cannot allocate on the GPU"); }
+    ~DeviceBuffer() { cudaFree(data_); }
+    DeviceBuffer(const DeviceBuffer&) = delete;
+    DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+    void* data() const { return data_; }
+
+private:
+    void* data_ = nullptr;
+};
+
+std::string text(const Dims& shape) {
+    std::string sizes;
+    for (int i = 0; i < shape.nbDims; ++i) sizes += (i ? ", " : "") + std::to_string(shape.d[i]);
+    return "(" + sizes + ")";
+}
+
+// The shape that this image has as the engine's input, the batch being 1; -1 in the engine's own shape is any size.
+Dims input_shape(const nvinfer1::ICudaEngine& engine, const Image& image, bool is_frame) {
+    const Dims taken = engine.getTensorShape(kInput);
+    const Dims given = is_frame ? Dims{4, {1, image.height, image.width, image.channels}}
+                                : Dims{4, {1, image.channels, image.height, image.width}};
+    bool fits = taken.nbDims == 4;
+    for (int i = 0; fits && i < 4; ++i) fits = taken.d[i] == -1 || taken.d[i] == given.d[i];
+    if (!fits) {
+        fail("the engine takes " + text(taken) + (is_frame ? " (B, H, W, C)" : " (B, C, H, W)") + ", -1 being any, " +
+             "but the image is " + text(given) + ": resize it first, or build another engine");
+    }
+    return given;
+}
+
+// The logits, one a class. Throws std::runtime_error if the engine, the image and the labels do not fit together.
+std::vector<float> infer(nvinfer1::ICudaEngine& engine, const Image& image, const Labels& labels,
+                         const Logger& logger) {
+    const DataType type = engine.getTensorDataType(kInput);
+    const bool is_frame = type == DataType::kUINT8;
+    if (engine.getTensorIOMode(kInput) != TensorIOMode::kINPUT || (type != DataType::kFLOAT && !is_frame) ||
+        engine.getTensorIOMode(kOutput) != TensorIOMode::kOUTPUT ||
+        engine.getTensorDataType(kOutput) != DataType::kFLOAT) {
+        fail("the engine needs an input `images`, float32 or uint8, and an output `logits`, float32");
+    }
+    const auto context = own(engine.createExecutionContext(), "cannot make an execution context", logger);
+    if (!context->setInputShape(kInput, input_shape(engine, image, is_frame))) {
+        fail("the engine refuses the image's shape: " + logger.reason());
+    }
+    const Dims output = context->getTensorShape(kOutput);
+    if (output.nbDims != 2 || output.d[1] != static_cast<std::int64_t>(labels.classes.size())) {
+        fail("the engine's output is " + text(output) + ", but there are " + std::to_string(labels.classes.size()) +
+             " labels: they are another network's");
+    }
+    const std::vector<float> planes = is_frame ? std::vector<float>() : normalise(image, labels);
+    const void* source = is_frame ? static_cast<const void*>(image.pixels.data()) : planes.data();
+    const std::size_t bytes = is_frame ? image.pixels.size() : planes.size() * sizeof(float);
+    std::vector<float> logits(labels.classes.size());
+
+    const DeviceBuffer images(bytes), results(logits.size() * sizeof(float));
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreate(&stream), "cannot make a stream");
+    const std::unique_ptr<CUstream_st, cudaError_t (*)(cudaStream_t)> owner(stream, cudaStreamDestroy);
+    check(cudaMemcpyAsync(images.data(), source, bytes, cudaMemcpyHostToDevice, stream), "cannot copy the image");
+    if (!context->setTensorAddress(kInput, images.data()) || !context->setTensorAddress(kOutput, results.data()) ||
+        !context->enqueueV3(stream)) {
+        fail("cannot run the engine: " + logger.reason());
+    }
+    check(cudaMemcpyAsync(logits.data(), results.data(), logits.size() * sizeof(float), cudaMemcpyDeviceToHost, stream),
+          "cannot copy the logits");
+    check(cudaStreamSynchronize(stream), "the engine failed");
+    return logits;
+}
+
+void classify(const char* engine_path, const char* labels_path, const char* image_path) {
+    const std::string plan = read_file(engine_path);
+    const Labels labels = read_labels(labels_path);
+    const Image image = read_image(image_path);
+    int devices = 0;
+    check(cudaGetDeviceCount(&devices), "no usable NVIDIA GPU");
+    if (getInferLibVersion() != NV_TENSORRT_VERSION) {
+        fail("built for TensorRT " + std::to_string(NV_TENSORRT_VERSION) + ", but the library here is " +
+             std::to_string(getInferLibVersion()) + ": build this program again");
+    }
+    Logger logger;
+    const auto runtime = own(nvinfer1::createInferRuntime(logger), "cannot start TensorRT", logger);
+    const auto engine = own(runtime->deserializeCudaEngine(plan.data(), plan.size()), "cannot load the engine", logger);
+    for (const auto& [index, probability] : top(infer(*engine, image, labels, logger), 5)) {
+        std::printf("%6.2f%%  %s\n", 100 * probability, labels.classes[index].c_str());
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    try {
+        if (count != 4) fail("usage: classify ENGINE LABELS IMAGE.ppm");
+        classify(arguments[1], arguments[2], arguments[3]);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return 2;
+    }
+    return 0;
+}
