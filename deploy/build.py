@@ -1,21 +1,22 @@
-"""Build TensorRT engines from bundles: python deploy/build.py runs/ptq/int8 --targets sm89
+"""Build TensorRT engines from bundles: python deploy/build.py runs/ptq/int8 --targets sm86,sm89 --batch 1:8:64
 
-Works without a GPU where tensorrt-rtx is installed. The build fails unless every attention is one fused
-operator: an engine whose attention fell apart into pieces would be slow, and nothing else would tell.
+Works without a GPU where tensorrt-rtx is installed. The build fails unless every attention is one fused operator in
+the precision that the scheme asks for (deploy/fusion.py).
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import onnx
+import torch
 import tyro
-from google.protobuf.message import DecodeError
 
-from deploy.library import Library, find_library
+from deploy.builder import EngineOptions, Verbosity, build_engine, check_kernels, trtexec_line
+from deploy.graph import has_fp8, load_graph, precisions
+from deploy.library import Library, LibraryName, find_library
+from deploy.record import EngineRecord
 from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256, write_file
 from illama.errors import UserError, run_command
 
@@ -23,171 +24,130 @@ FP8_OLDEST = 89
 
 
 @dataclass(frozen=True)
-class EngineRecord:
-    """What is written beside an engine, in JSON under the same name.
-
-    Attributes:
-        onnx_sha256, engine_sha256: of the file it was built from and of the engine.
-        library, library_version: what built it, and the only version that reads it.
-        targets: compute capabilities; empty for the library's own choice.
-        batch: smallest, best served and largest batch.
-        fused_attentions: attentions that are one non-decomposable operator, which is all of them.
-        input_shape: channels, height, width of the float32 input ``images``.
-    """
-
-    onnx_sha256: str
-    engine_sha256: str
-    engine_bytes: int
-    library: str
-    library_version: str
-    targets: tuple[str, ...]
-    batch: tuple[int, int, int]
-    fused_attentions: int
-    input_shape: tuple[int, ...]
-    preprocessing: dict[str, Any]
-    classes: list[str]
-
-
-@dataclass(frozen=True)
 class BuildOptions:
     """Build a TensorRT engine for each bundle that `python quant/ptq.py` wrote.
 
+    What is built already from the same graph, by the same library with the same options, is left as it is.
+
     Attributes:
         bundles: folders with a model.fused.onnx.
-        targets: compute capabilities, such as sm86 sm89 sm120; none for the library's portable default.
-        batch: smallest, best served and largest batch.
+        library: tensorrt or tensorrt_rtx; whichever can build here, tensorrt first, if not given.
+        targets: compute capabilities, such as sm86,sm89; none for the library's portable default.
+        batch: smallest:best served:largest batch, the optimization profile.
+        workspace_gib: memory that layers may use beside weights and activations.
+        timing_cache: file of kernel timings, read if it is there and written back (tensorrt).
+        refit: allow weights to be replaced in the built engine.
+        weight_stripped: leave the weights out; they are refitted from the ONNX file when it is loaded.
+        version_compatible: let newer versions of the library run it.
+        hardware_compatible: let every GPU from Ampere on run it, at some cost in speed (tensorrt).
+        verbosity: what the engine can tell of its layers: none, layer-names or detailed.
+        allow_unfused: build even if attention falls apart into pieces; reports are marked.
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    library: LibraryName | None = None
     targets: tuple[str, ...] = ()
-    batch: tuple[int, int, int] = (1, 8, 64)
+    batch: str = "1:8:64"
+    workspace_gib: float | None = None
+    timing_cache: Path | None = None
+    refit: bool = False
+    weight_stripped: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    verbosity: Verbosity = "layer-names"
+    allow_unfused: bool = False
+
+    def engine_options(self) -> EngineOptions:
+        """The same as :class:`deploy.builder.EngineOptions`; UserError for a batch that is none."""
+        try:
+            smallest, best, largest = (int(part) for part in self.batch.split(":"))
+        except ValueError as error:
+            raise UserError(f"--batch is smallest:best:largest, such as 1:8:64, not {self.batch!r}") from error
+        targets = tuple(target for part in self.targets for target in part.split(",") if target)
+        return EngineOptions(targets, (smallest, best, largest), self.workspace_gib, self.timing_cache, self.refit,
+                             self.weight_stripped, self.version_compatible, self.hardware_compatible, self.verbosity,
+                             self.allow_unfused)  # fmt: skip
 
 
-def build_bundle(
-    library: Library, bundle: Path, targets: tuple[str, ...] = (), batch: tuple[int, int, int] = (1, 8, 64)
-) -> EngineRecord:
-    """Build the engine of a bundle into its ``engines/`` folder, with its JSON beside it.
+def build_bundle(library: Library, bundle: Path, options: EngineOptions | None = None) -> EngineRecord:
+    """Build the engine of a bundle into its ``engines/`` folder, with its record beside it, unless it is there.
 
-    ``targets`` are resolved ones (:meth:`deploy.library.Library.resolve_targets`).
+    ``options.targets`` are resolved ones (:meth:`deploy.library.Library.resolve_targets`).
 
     Raises:
         UserError: no fused graph in the bundle, or an attention that cannot be fused.
     """
-    manifest = Manifest.read(bundle)
-    source = bundle / FUSED_ONNX
-    engine, fused = build_engine(library, source, targets, batch)
-    shape = tuple(manifest.preprocessing[name] for name in ("in_channels", "image_size", "image_size"))
+    options = options or EngineOptions()
+    manifest, source = Manifest.read(bundle), bundle / FUSED_ONNX
     path = bundle / ENGINES / f"{library.name}.engine"
+    graph = load_graph(source)
+    if (record := built_already(library, source, path, options)) is not None:
+        return record
+    built = build_engine(library, source, options)
+    if torch.cuda.is_available() and not options.allow_unfused and options.verbosity == "detailed":
+        check_kernels(library, built.data, built.attentions)
     path.parent.mkdir(exist_ok=True)
     with write_file(path) as draft:
-        draft.write_bytes(engine)
-    record = EngineRecord(sha256(source), sha256(path), len(engine), library.name, library.version, targets, batch,
-                          fused, shape, manifest.preprocessing, manifest.classes)  # fmt: skip
-    with write_file(path.with_suffix(".json")) as draft:
-        draft.write_text(json.dumps(asdict(record), indent=2) + "\n")
+        draft.write_bytes(built.data)
+    shape = tuple(manifest.preprocessing[name] for name in ("in_channels", "image_size", "image_size"))
+    record = EngineRecord(
+        onnx_sha256=sha256(source), engine_sha256=sha256(path), engine_bytes=len(built.data),
+        library=library.name, library_version=library.version, targets=options.targets, batch=options.batch,
+        options=options.to_json(), precisions=precisions(graph), attentions=built.attentions, fused=built.fused,
+        inputs=built.inputs, outputs=built.outputs, input_shape=shape, preprocessing=manifest.preprocessing,
+        classes=manifest.classes, trtexec=trtexec_line(library, source, path, options),
+    )  # fmt: skip
+    record.write(path)
     return record
 
 
+def built_already(library: Library, source: Path, engine: Path, options: EngineOptions) -> EngineRecord | None:
+    """The record of an engine that was built from ``source`` just so; None if there is none that can be trusted."""
+    try:
+        record = EngineRecord.read(engine)
+    except UserError:
+        return None
+    same = (record.onnx_sha256, record.library, record.library_version, record.targets, record.batch, record.options)
+    wanted = (sha256(source), library.name, library.version, options.targets, options.batch, options.to_json())
+    return record if same == wanted else None
+
+
 def build_fitting(
-    library: Library, bundle: Path, targets: tuple[str, ...], batch: tuple[int, int, int] = (1, 8, 64)
+    library: Library, bundle: Path, options: EngineOptions | None = None
 ) -> tuple[EngineRecord | None, tuple[str, ...]]:
     """Build a bundle for the targets that have its number formats: (the engine's record, the targets left out).
 
     Raises:
         UserError: as :func:`build_bundle` does, and for an impossible target.
     """
-    wanted = library.resolve_targets(targets)
+    options = options or EngineOptions()
+    wanted = library.resolve_targets(options.targets)
     unfit = unfit_targets(bundle / FUSED_ONNX, wanted)
     fit = tuple(target for target in wanted if target not in unfit)
-    return (build_bundle(library, bundle, fit, batch) if fit or not unfit else None), unfit
+    return (build_bundle(library, bundle, replace(options, targets=fit)) if fit or not unfit else None), unfit
 
 
 def unfit_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
     """The targets whose tensor cores lack a number format of the graph: FP8 came with compute capability 8.9."""
-    try:
-        graph = onnx.load(source).graph
-    except FileNotFoundError as error:
-        raise UserError(f"{source.parent} has no {source.name}: make it with python quant/ptq.py") from error
-    except DecodeError as error:
-        raise UserError(f"{source} is not an ONNX file: make it again with python quant/ptq.py") from error
-    if all(tensor.data_type != onnx.TensorProto.FLOAT8E4M3FN for tensor in graph.initializer):
+    if not has_fp8(load_graph(source)):
         return ()
     return tuple(target for target in targets if int(target.removeprefix("sm")) < FP8_OLDEST)
 
 
-def build_engine(
-    library: Library, source: Path, targets: tuple[str, ...], batch: tuple[int, int, int]
-) -> tuple[bytes, int]:
-    """(serialized engine, number of fused attentions) of an ONNX file with dynamic batch.
-
-    Raises:
-        UserError: with the library's own words, if it cannot parse, fuse or build the graph.
-    """
-    trt = library.trt
-    messages, logger = _collect_errors(trt)
-    builder = trt.Builder(logger)
-    network = library.create_network(builder)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(source)):
-        raise UserError(f"{library.name} cannot parse {source}: {_last(messages)}")
-    fused = count_fused_attentions(trt, network, source)
-    config = builder.create_builder_config()
-    library.set_targets(config, targets)
-    profile = builder.create_optimization_profile()
-    images = network.get_input(0)
-    profile.set_shape(images.name, *((size, *tuple(images.shape)[1:]) for size in batch))
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise UserError(f"{library.name} {library.version} cannot build {source}: {_last(messages)}")
-    return bytes(engine), fused
-
-
-def count_fused_attentions(trt: Any, network: Any, source: Path) -> int:
-    """The attentions of a parsed network, each checked to be one operator that must not be decomposed.
-
-    Raises:
-        UserError: if one may be decomposed, or a bare softmax shows that one was exported in pieces.
-    """
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    inputs = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-    if any(layer.type == trt.LayerType.SOFTMAX for layer in layers) or not inputs:
-        raise UserError(f"{source} has attention that is not one Attention operator, so it cannot be fused")
-    for layer in inputs:
-        layer.__class__ = trt.IAttentionInputLayer  # the bindings hand out the base class; this is their cast
-    if any(layer.attention.decomposable for layer in inputs):
-        raise UserError(f"{source} lets attention be decomposed, so a build would not prove that it is fused")
-    return len(inputs)
-
-
-def _collect_errors(trt: Any) -> tuple[list[str], Any]:
-    messages: list[str] = []
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                messages.append(" ".join(message.split()))
-
-    return messages, Logger()
-
-
-def _last(messages: list[str]) -> str:
-    return messages[-1] if messages else "it gave no reason"
-
-
 def main(options: BuildOptions) -> None:
-    library = find_library()
+    wanted, library = options.engine_options(), find_library(options.library)
     if library is None:
-        raise UserError("no TensorRT here: pip install tensorrt-rtx, or on a Jetson use JetPack's tensorrt")
+        raise UserError("no TensorRT that can build here: pip install tensorrt-rtx, or see docs/jetson.md on a Jetson")
+    if not options.bundles:
+        raise UserError("name a bundle: python deploy/build.py runs/ptq/int8")
     for bundle in options.bundles:
-        record, unfit = build_fitting(library, bundle, options.targets, options.batch)
+        record, unfit = build_fitting(library, bundle, wanted)
         if unfit:
             print(f"{bundle}: not for {', '.join(unfit)}, which lacks FP8; use INT8 there")
         if record:
-            print(f"{bundle}: {record.engine_bytes / 1e6:.1f} MB, {record.fused_attentions} fused attentions")
+            proof = "fused attentions" if record.fused else "attentions, which may be in pieces"
+            print(f"{bundle / ENGINES / library.name}.engine: {record.engine_bytes / 1e6:.1f} MB, "
+                  f"{record.attentions} {proof}\n  {record.trtexec}")  # fmt: skip
 
 
 if __name__ == "__main__":

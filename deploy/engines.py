@@ -1,31 +1,74 @@
-"""Run an exported model."""
+"""Run a model, whatever it was exported to: ``open_engine(path).infer(images) -> logits``.
+
+| path                              | runtime                                                            |
+|-----------------------------------|--------------------------------------------------------------------|
+| a bundle                          | the best here: an engine that this GPU runs, else its CPU file      |
+| ``*.engine``                      | ``tensorrt`` or ``tensorrt_rtx``, as the record beside it says      |
+| ``*.onnx``                        | ``openvino`` or ``onnxruntime``, or one of its GPU providers        |
+| ``*.safetensors`` or its bundle   | ``torch``, ``torch.compile``                                        |
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import onnxruntime
+import torch
 
+from deploy.graph import centre_inputs, has_fp8, load_graph
+from deploy.record import EngineRecord
+from deploy.tensorrt_engine import TensorRTEngine
+from illama.accuracy import torch_infer, usable_cores
+from illama.bundle import CPU_ONNX, ENGINES, TORCHAO, WEIGHTS, Manifest, is_bundle
+from illama.checkpoint import load_checkpoint
+from illama.config import ModelConfig
 from illama.errors import UserError
+from illama.model import ILLaMA
 from illama.onnx_session import cpu_session
+
+RuntimeName = Literal[
+    "openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-nv-tensorrt-rtx",
+    "tensorrt", "tensorrt_rtx", "torch", "torch-compile",
+]  # fmt: skip
+_PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+              "onnxruntime-nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}  # fmt: skip
+
+
+class Engine(Protocol):
+    """Whatever runs a model.
+
+    Attributes:
+        runtime: what it is, with its version, device and precision.
+    """
+
+    runtime: str
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Images, (B, C, H, W) float32 or whatever else the model takes -> logits (B, classes) float32."""
 
 
 class OnnxRuntimeEngine:
-    """An ONNX file in ONNX Runtime on the CPU.
+    """An ONNX file in ONNX Runtime.
 
     Args:
         path: the ONNX file.
+        threads: within an operator on the CPU; 0 for one a core.
+        provider: an execution provider for GPUs; the CPU's if not given.
 
     Raises:
-        UserError: if ONNX Runtime cannot load the file.
+        UserError: if ONNX Runtime cannot load the file, or has no such provider here.
     """
 
-    runtime = f"onnxruntime {onnxruntime.__version__} CPU"
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = 0, provider: str | None = None) -> None:
+        self.runtime = f"onnxruntime {onnxruntime.__version__} {provider or 'CPU'}"
+        if provider and provider not in onnxruntime.get_available_providers():
+            raise UserError(
+                f"this ONNX Runtime has no {provider}: install onnxruntime-gpu, or choose another --runtime"
+            )
         try:
-            self._session = cpu_session(path)
+            self._session = cpu_session(path, threads) if provider is None else gpu_session(path, provider)
         except Exception as error:  # its exceptions share no base class but this one
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name
@@ -33,3 +76,138 @@ class OnnxRuntimeEngine:
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Images (B, C, H, W) float32 -> logits (B, classes) float32."""
         return self._session.run(None, {self._input: images})[0]
+
+
+def gpu_session(path: Path, provider: str) -> onnxruntime.InferenceSession:
+    """A session on a GPU, which falls back to the CPU for no node."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+
+
+class OpenVinoEngine:
+    """An ONNX file in OpenVINO on the CPU.
+
+    Where the CPU multiplies bfloat16 (AMX), OpenVINO computes in that what the graph has in float32; ``precision``
+    "f32" keeps to the graph, at half the speed. Integers stay integers.
+
+    Attributes:
+        floats: the type that it computes in where the graph has float32.
+
+    Args:
+        path: the ONNX file.
+        threads: in all; 0 for one a core.
+        precision: "f32", "bf16" or "f16" for what the graph has in floating point; OpenVINO's choice if not given.
+
+    Raises:
+        UserError: if OpenVINO is not installed or cannot load the file.
+    """
+
+    def __init__(self, path: Path, threads: int = 0, precision: str | None = None) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise UserError("OpenVINO is not installed: pip install openvino, or --runtime onnxruntime") from error
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or usable_cores()}
+        if precision:
+            settings["INFERENCE_PRECISION_HINT"] = precision
+        model = centre_inputs(load_graph(path))
+        try:
+            core = openvino.Core()
+            compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
+        except RuntimeError as error:
+            raise UserError(f"OpenVINO cannot load {path}: {' '.join(str(error).split())[:300]}") from error
+        self.floats = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        self.runtime = f"openvino {openvino.__version__.split('-')[0]} CPU, {self.floats}"
+        self._request = compiled.create_infer_request()
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Images (B, C, H, W) float32 -> logits (B, classes) float32."""
+        return np.array(self._request.infer({0: images}, share_inputs=True)[0])
+
+
+class TorchEngine:
+    """A network in PyTorch, on the GPU if there is one: the float reference, or one quantized by torchao.
+
+    Args:
+        compiled: by torch.compile.
+    """
+
+    def __init__(self, network: torch.nn.Module, compiled: bool = False) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        network = network.eval().to(device)
+        self.runtime = f"torch {torch.__version__} {device}{', compiled' * compiled}"
+        self._infer = torch_infer(cast(torch.nn.Module, torch.compile(network)) if compiled else network)
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Images (B, C, H, W) float32 -> logits (B, classes) float32."""
+        return self._infer(images)
+
+
+def _network(path: Path) -> torch.nn.Module:
+    if path.name != TORCHAO:
+        return load_checkpoint(path.parent if path.name == WEIGHTS else path).model
+    from quant.torchao_backend import load_torchao  # slow to import, and of no use to the others
+
+    return load_torchao(path.parent, ILLaMA(ModelConfig.from_dict(Manifest.read(path.parent).config)))
+
+
+def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:
+    """The engine, file or bundle at ``path``, ready to infer.
+
+    Args:
+        runtime: which one; the best for the path, if not given (the table above, and docs/cpu.md).
+        threads: on a CPU; 0 for one a core.
+
+    Raises:
+        UserError: nothing there, a damaged or refused file, or a runtime that is not here or does not take it.
+    """
+    if runtime is not None and runtime not in get_args(RuntimeName):
+        raise UserError(f"unknown runtime {runtime!r}: choose from {', '.join(get_args(RuntimeName))}")
+    if path.is_dir():
+        path = _best_of(path, runtime)
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    if path.suffix == ".engine":
+        record = EngineRecord.read(path)
+        if runtime not in (None, record.library):
+            raise UserError(f"{path} was built by {record.library}: it does not run in {runtime}")
+        return TensorRTEngine(path, record)
+    if path.suffix == ".onnx":
+        return _open_onnx(path, runtime or cpu_runtime(path), threads)
+    if runtime not in (None, "torch", "torch-compile"):
+        raise UserError(f"{path} holds weights for PyTorch: it does not run in {runtime}")
+    return TorchEngine(_network(path), compiled=runtime == "torch-compile")
+
+
+def cpu_runtime(path: Path) -> RuntimeName:
+    """The fastest runtime here for an ONNX file on a CPU (docs/cpu.md); FP8 has but one that knows it."""
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        return "onnxruntime"
+    return "onnxruntime" if has_fp8(load_graph(path)) else "openvino"
+
+
+def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:
+    if runtime == "openvino":
+        return OpenVinoEngine(path, threads)
+    if runtime == "onnxruntime" or runtime in _PROVIDERS:
+        return OnnxRuntimeEngine(path, threads, _PROVIDERS.get(runtime))
+    raise UserError(
+        f"{path} is an ONNX file: it does not run in {runtime}; build an engine with python deploy/build.py"
+    )
+
+
+def _best_of(bundle: Path, runtime: RuntimeName | None) -> Path:
+    """The file of a bundle that ``runtime`` takes, or the best one here."""
+    if not is_bundle(bundle):
+        raise UserError(f"{bundle} is not a bundle: name one, or a file of one")
+    weights = bundle / (TORCHAO if (bundle / TORCHAO).exists() else WEIGHTS)
+    if runtime in ("torch", "torch-compile"):
+        return weights
+    engines = sorted((bundle / ENGINES).glob(f"{runtime or '*'}.engine")) if torch.cuda.is_available() else []
+    if engines:
+        return engines[0]
+    return bundle / CPU_ONNX if (bundle / CPU_ONNX).exists() else weights

@@ -1,19 +1,28 @@
-"""TensorRT and TensorRT for RTX behind one door: everything in which they differ is here."""
+"""TensorRT and TensorRT for RTX behind one door: everything in which they differ is here.
+
+Their Python modules have one interface, and a test holds this project's calls to it by the signatures of the package
+tensorrt-stubs; of what is newer than those stubs, and of constants, it knows nothing.
+"""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from illama.errors import UserError
 
+if TYPE_CHECKING:
+    import tensorrt
+
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
 
 # Compute capabilities that TensorRT for RTX builds for ahead of time; tensorrt builds for the GPU it runs on.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+FUSED_ATTENTION_SINCE = (10, 14)  # TensorRT's version that has the Attention operator
+TITLES: dict[str, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,17 @@ class Library:
     def version(self) -> str:
         return str(self.trt.__version__)
 
-    def create_network(self, builder: Any) -> Any:
+    @property
+    def title(self) -> str:
+        """Its name as a person writes it."""
+        return TITLES[self.name]
+
+    @property
+    def trtexec(self) -> str:
+        """The name of its command-line tool."""
+        return "trtexec" if self.name == "tensorrt" else "tensorrt_rtx"
+
+    def create_network(self, builder: tensorrt.Builder) -> tensorrt.INetworkDefinition:
         """An empty, strongly typed network: its precision is the graph's, and nothing else decides it."""
         flags = 0
         if self.name == "tensorrt" and hasattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
@@ -46,33 +65,77 @@ class Library:
             UserError: for one that the library cannot build for.
         """
         if self.name == "tensorrt":
-            if targets:
-                raise UserError("tensorrt builds for the GPU it runs on: leave --targets out, or install tensorrt-rtx")
-            return ("sm{}{}".format(*torch.cuda.get_device_capability()),)
+            here = "sm{}{}".format(*torch.cuda.get_device_capability())
+            if any(target != here for target in targets):
+                raise UserError(f"tensorrt builds for the GPU it runs on, {here}: leave --targets out, or build "
+                                "with --library tensorrt_rtx")  # fmt: skip
+            return (here,)
         for target in targets:
             if target not in RTX_TARGETS:
                 raise UserError(f"unknown target {target!r}: choose from {', '.join(RTX_TARGETS)}")
         return targets
 
-    def set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
+    def set_targets(self, config: tensorrt.IBuilderConfig, targets: tuple[str, ...]) -> None:
         """Choose the compute capabilities the engine is for; none leaves the library's default."""
         if targets and self.name == "tensorrt_rtx":
-            config.num_compute_capabilities = len(targets)
+            newer: Any = config  # than the stubs
+            newer.num_compute_capabilities = len(targets)
             for index, target in enumerate(targets):
-                config.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
+                newer.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
+
+    def check_options(self, timing_cache: bool, hardware_compatible: bool) -> None:
+        """UserError for options that only the full library has: the other one compiles kernels where it runs."""
+        if self.name == "tensorrt_rtx" and timing_cache:
+            raise UserError("TensorRT-RTX has no use for --timing-cache: it times nothing when it builds")
+        if self.name == "tensorrt_rtx" and hardware_compatible:
+            raise UserError("TensorRT-RTX has no --hardware-compatible: give --targets several GPUs, or none for all")
+
+    def runtime_cache_of(self, engine: tensorrt.ICudaEngine) -> tuple[Any, Any]:
+        """(an execution context's configuration, its cache of compiled kernels); (None, None) with the full library."""
+        if self.name == "tensorrt":
+            return None, None
+        config: Any = engine.create_runtime_config()  # newer than the stubs, as are a cache's methods
+        cache = config.create_runtime_cache()
+        config.set_runtime_cache(cache)
+        # Kernels for the very shapes that come, compiled at the first call and kept in the cache.
+        config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return config, cache
 
 
-def find_library() -> Library | None:
+def find_library(name: LibraryName | None = None) -> Library | None:
     """The installed TensorRT that can build here, the full library first; None if there is none.
 
     The full library builds on the GPU it builds for; TensorRT for RTX needs none.
+
+    Raises:
+        UserError: if ``name`` is asked for and cannot build here.
     """
-    names: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx") if torch.cuda.is_available() else ("tensorrt_rtx",)
-    for name in names:
-        try:
-            module = importlib.import_module(name)
-        except (ImportError, OSError):  # OSError: the bindings are there, NVIDIA's shared libraries are not
-            continue
-        if hasattr(module, "Builder"):
-            return Library(name, module)
+    both: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx") if torch.cuda.is_available() else ("tensorrt_rtx",)
+    for candidate in (name,) if name else both:
+        library = _import(candidate)
+        trouble = _trouble(library, candidate)
+        if library and not trouble:
+            return library
+        if name:
+            raise UserError(trouble)
     return None
+
+
+def _import(name: LibraryName) -> Library | None:
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, OSError):  # OSError: the bindings are there, NVIDIA's shared libraries are not
+        return None
+    return Library(name, module) if hasattr(module, "Builder") else None
+
+
+def _trouble(library: Library | None, name: LibraryName) -> str:
+    """Why a library cannot build here; empty if it can."""
+    instead = "use --library tensorrt_rtx (pip install tensorrt-rtx)"
+    if library is None:
+        return f"{name} is not installed here"
+    if name == "tensorrt" and tuple(int(part) for part in library.version.split(".")[:2]) < FUSED_ATTENTION_SINCE:
+        return f"tensorrt {library.version} has no fused Attention operator: install 10.14 or newer, or {instead}"
+    if name == "tensorrt" and not torch.cuda.is_available():
+        return f"tensorrt builds on the GPU it builds for, and there is none here: {instead}"
+    return ""

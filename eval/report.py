@@ -30,6 +30,7 @@ class Row:
         top1: percent.
         drop: points of top-1 lost against fp32 on the same images.
         onnx, engine: paths relative to the output folder; None where there is no such file.
+        fused: False for an engine whose attention may be in pieces.
         latency: None where the runtime could not run here, or only emulates the format.
         note: why something is missing.
     """
@@ -44,6 +45,7 @@ class Row:
     onnx_bytes: int
     engine: str | None = None
     engine_bytes: int | None = None
+    fused: bool = True
     latency: Latency | None = None
     device: str | None = None
     note: str | None = None
@@ -64,7 +66,7 @@ class Row:
         interval = f"{drop.points:+.2f} ({drop.low:+.2f} to {drop.high:+.2f})"
         return (
             self.scheme,
-            self.runtime,
+            self.runtime if self.fused else f"{self.runtime}, unfused",
             f"{self.top1:.2f}",
             "reference" if self.scheme == "fp32" else interval,
             f"{self.onnx_bytes / 1e6:.2f}",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +11,29 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from deploy.engines import OnnxRuntimeEngine
+from deploy.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
+from deploy.library import TITLES
+from deploy.record import EngineRecord
 from eval.accuracy_drop import paired_drop
 from eval.latency import measure_latency
 from eval.machine import describe_machine
 from eval.report import Row
-from illama.accuracy import Infer, load_images, predict, torch_infer
+from illama.accuracy import load_images, predict
 from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, TORCHAO, Manifest
 from illama.data import Sample, Transform
 
-LIBRARY_TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file and what runs it."""
+
+    path: Path
+    engine: Engine
+    runtime: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} in {self.engine.runtime}"
 
 
 def weigh(
@@ -30,40 +43,50 @@ def weigh(
     seed: int = 0,
     networks: Mapping[str, nn.Module] | None = None,
 ) -> list[Row]:
-    """One row for each file that runs, over the whole test split, and timed at batch 1 where that has a meaning.
+    """One row for each file and runtime, over the whole test split, and timed at batch 1 where that has a meaning.
 
-    The first bundle's ``model.onnx`` is the reference that drops are against. The bundles stand in one folder, each
-    under the name of its scheme.
+    The first bundle's ``model.onnx`` in ONNX Runtime is the reference that drops are against. The bundles stand in one
+    folder, each under the name of its scheme.
 
     Args:
         networks: by the bundle's name, those that run inside PyTorch.
     """
-    networks = networks or {}
-    paths = [
-        bundle / name for name in (CPU_ONNX, TORCHAO, FUSED_ONNX) for bundle in bundles if (bundle / name).exists()
-    ]
-    engines = {str(path): _engine(path, networks) for path in paths}
-    logits, labels = predict(engines, test, transform)
+    candidates = find_candidates(bundles, networks or {})
+    logits, labels = predict({each.name: each.engine.infer for each in candidates}, test, transform)
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
-    rows = [_row(path, correct[str(path)], correct[str(paths[0])], seed) for path in paths]
-    timed = {str(path): row for path, row in zip(paths, rows, strict=True) if path.name != FUSED_ONNX and not row.note}
-    for name, latency in measure_latency(
-        {name: engines[name] for name in timed}, load_images(test, transform, 1)[0]
-    ).items():
-        timed[name].latency, timed[name].device = latency, describe_machine()["cpu"]
-    return rows
+    rows = {each.name: _row(each, correct[each.name], correct[candidates[0].name], seed) for each in candidates}
+    timed = {each.name: each.engine.infer for each in candidates if not rows[each.name].note}
+    for name, latency in measure_latency(timed, load_images(test, transform, 1)[0]).items():
+        machine = describe_machine()
+        on_gpu = rows[name].runtime in TITLES.values()
+        rows[name].latency, rows[name].device = latency, machine["gpu" if on_gpu else "cpu"]
+    return list(rows.values())
 
 
-def _engine(path: Path, networks: Mapping[str, nn.Module]) -> Infer:
-    return torch_infer(networks[path.parent.name]) if path.name == TORCHAO else OnnxRuntimeEngine(path).infer
+def find_candidates(bundles: Sequence[Path], networks: Mapping[str, nn.Module]) -> list[Candidate]:
+    """Every file of the bundles in every runtime that it is for here: CPU files, PyTorch's, TensorRT's."""
+    found = []
+    for path in (bundle / CPU_ONNX for bundle in bundles if (bundle / CPU_ONNX).exists()):
+        found.append(Candidate(path, OnnxRuntimeEngine(path), "ONNX Runtime, CPU"))
+        if cpu_runtime(path) == "openvino":
+            engine = OpenVinoEngine(path)
+            found.append(Candidate(path, engine, f"OpenVINO, CPU ({engine.floats})"))
+    for path in (bundle / TORCHAO for bundle in bundles if (bundle / TORCHAO).exists()):
+        found.append(Candidate(path, TorchEngine(networks[path.parent.name]), "PyTorch, CPU"))
+    for path in (bundle / FUSED_ONNX for bundle in bundles if (bundle / FUSED_ONNX).exists()):
+        engines = sorted((path.parent / ENGINES).glob("*.engine"))
+        title = TITLES[EngineRecord.read(engines[0]).library] if engines else "TensorRT"
+        runs = engines and torch.cuda.is_available()
+        found.append(Candidate(path, open_engine(engines[0]) if runs else OnnxRuntimeEngine(path), title))
+    return found
 
 
-def _row(path: Path, correct: np.ndarray, reference: np.ndarray, seed: int) -> Row:
-    inside_torch = path.name == TORCHAO
+def _row(candidate: Candidate, correct: np.ndarray, reference: np.ndarray, seed: int) -> Row:
+    path = candidate.path
     row = Row(
         scheme=path.parent.name,
-        runtime="PyTorch, CPU" if inside_torch else "ONNX Runtime, CPU",
-        evaluated_with=f"torch {torch.__version__} CPU" if inside_torch else OnnxRuntimeEngine.runtime,
+        runtime=candidate.runtime,
+        evaluated_with=candidate.engine.runtime,
         images=len(correct),
         top1=float(correct.mean() * 100),
         drop=paired_drop(reference, correct, seed),
@@ -71,17 +94,20 @@ def _row(path: Path, correct: np.ndarray, reference: np.ndarray, seed: int) -> R
         onnx_bytes=path.stat().st_size,
     )
     if path.name == FUSED_ONNX:
-        _describe_engine(row, path.parent)
+        _describe_engine(row, path.parent, candidate)
     elif reason := Manifest.read(path.parent).metrics.get("not_timed"):
         row.note = f"Not timed: {reason}"
     return row
 
 
-def _describe_engine(row: Row, bundle: Path) -> None:
+def _describe_engine(row: Row, bundle: Path, candidate: Candidate) -> None:
     """Fill in the engine that was built from the row's graph, if one was."""
-    row.runtime, row.note = "TensorRT", "No engine was built from it"
-    for engine in sorted((bundle / ENGINES).glob("*.engine")):
-        record = json.loads(engine.with_suffix(".json").read_text())
-        row.runtime = LIBRARY_TITLES[record["library"]]
-        row.engine, row.engine_bytes = f"{bundle.name}/{ENGINES}/{engine.name}", record["engine_bytes"]
+    engines = sorted((bundle / ENGINES).glob("*.engine"))
+    if not engines:
+        row.note = "No engine was built from it"
+        return
+    record = EngineRecord.read(engines[0])
+    row.engine, row.engine_bytes = f"{bundle.name}/{ENGINES}/{engines[0].name}", record.engine_bytes
+    row.fused = record.fused
+    if isinstance(candidate.engine, OnnxRuntimeEngine):
         row.note = "It is the graph that the engine was built from; the engine itself was not run"

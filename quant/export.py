@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 import logging
 import warnings
 from collections import Counter
@@ -21,9 +22,10 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from illama.masks import Form, SoftMasked
+from illama.bundle import SOFTMAX_OUTPUT
+from illama.masks import Form, MaskedAttention, SoftMasked
 from quant.formats import FORMATS
-from quant.layers import dequantize, freeze, quantize_dequantize
+from quant.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize
 from quant.rotary import pair_halves, rotary_embedding
 
 OPSET = 23
@@ -74,8 +76,24 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
         )  # fmt: skip
     assert program is not None
     graph = simplify(program.model)
+    if form == "fused":
+        graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(softmax_outputs(model))
     ir.save(graph, path)
     onnx.checker.check_model(path, full_check=True)
+
+
+def softmax_outputs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Attention -> the signed format and scale of its softmax output, for TensorRT, where a scheme rounds it.
+
+    ONNX's Attention computes it inside and has no place for a Q/DQ, so whoever builds an engine sets this by hand.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedAttention) and isinstance(module.p, QuantizeDequantize):
+            number, scale = module.p.number, float(module.p.scale)
+            signed = FORMATS[number.name.removeprefix("u")]
+            found[name] = {"number": signed.name, "scale": scale * number.high / signed.high}
+    return found
 
 
 class _Casting(nn.Module):

@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from deploy.build import build_fitting
+from deploy.builder import EngineOptions
 from deploy.library import Library, find_library
 from eval.machine import describe_machine, peak_memory_gib
 from eval.report import Summary, is_result, markdown_table, write_report
@@ -142,17 +145,20 @@ def note_scheme(job: Job, scheme: Scheme, bundle: Path) -> None:
 def build_engines(job: Job, bundles: list[Path]) -> None:
     """A TensorRT engine for every bundle with a fused graph."""
     if job.library is None:
-        job.not_run.append("No engine was built: neither tensorrt nor tensorrt-rtx is installed here.")
+        job.not_run.append("No engine was built: no TensorRT that can build is installed here.")
         return
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
+        unfit: tuple[str, ...] = ()
         with job.phase(f"build {bundle.name} engine"):
-            _, unfit = build_fitting(job.library, bundle, job.options.targets)
+            try:
+                _, unfit = build_fitting(job.library, bundle, EngineOptions(job.options.targets))
+            except UserError as error:  # the rest of the table is worth having without this engine
+                job.not_run.append(f"No {bundle.name} engine: {error}.")
         if unfit:
             job.not_run.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
-    job.not_run.append(
-        "Engines were built and their attention proven fused; they were not run or timed: that "
-        "needs an NVIDIA GPU, and this version builds engines only."
-    )
+    if not torch.cuda.is_available():
+        job.not_run.append("Engines were built and their attention proven fused; they were not run or timed: that "
+                           "needs an NVIDIA GPU.")  # fmt: skip
     if job.library.name == "tensorrt_rtx":
         job.not_run.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
 

@@ -36,7 +36,7 @@ class HalvesRotary(Rotary):
 def pair_halves(model: nn.Module) -> None:
     """Rotate by one operator, and in the layout that runtimes have kernels for; in place, and not undone.
 
-        before   qkv, Split, Reshape, Transpose, [Reshape, Split, 2 Squeeze, 4 Mul, Sub, Add, 2 Unsqueeze, Concat, Reshape]
+        before   qkv, Split, Reshape, Transpose, [Split, 2 Squeeze, 4 Mul, Sub, Add, 2 Unsqueeze, Concat, 2 Reshape]
         after    qkv', Split, Reshape, Transpose, RotaryEmbedding
 
     The released weights rotate interleaved pairs. qkv' has the outputs of each head of q and k in the order 0, 2, 4,
