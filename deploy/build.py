@@ -38,7 +38,7 @@ class BuildOptions:
         timing_cache: file of kernel timings, read if it is there and written back (tensorrt).
         refit: allow weights to be replaced in the built engine.
         weight_stripped: leave the weights out; they are refitted from the ONNX file when it is loaded.
-        version_compatible: let newer versions of the library run it.
+        version_compatible: let newer versions of the library run it (tensorrt).
         hardware_compatible: let every GPU from Ampere on run it, at some cost in speed (tensorrt).
         verbosity: what the engine can tell of its layers: none, layer-names or detailed.
         allow_unfused: build even if attention falls apart into pieces; reports are marked.

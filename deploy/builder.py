@@ -34,7 +34,7 @@ class EngineOptions:
         timing_cache: file of kernel timings, read if it is there and written back (full TensorRT).
         refit: allow weights to be replaced in the built engine.
         weight_stripped: leave the weights out; whoever loads it refits them from the ONNX file.
-        version_compatible: let newer versions of the library run it.
+        version_compatible: let newer versions of the library run it (full TensorRT).
         hardware_compatible: let GPUs of Ampere and newer run it, at some speed (full TensorRT).
         verbosity: what the engine can tell of its layers.
         allow_unfused: build even if attention falls apart into pieces.
@@ -72,14 +72,14 @@ class BuiltEngine:
     Attributes:
         attentions: how many the network has.
         fused: whether each is proven to be one operator in the precision asked for.
-        inputs, outputs: name -> (type, shape), -1 for the batch.
+        inputs, outputs: name -> [type, shape], -1 for the batch.
     """
 
     data: bytes
     attentions: int
     fused: bool
-    inputs: dict[str, tuple[str, tuple[int, ...]]]
-    outputs: dict[str, tuple[str, tuple[int, ...]]]
+    inputs: dict[str, list[Any]]
+    outputs: dict[str, list[Any]]
 
 
 def build_engine(library: Library, source: Path, options: EngineOptions | None = None) -> BuiltEngine:
@@ -89,7 +89,10 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
         UserError: with the library's own words, if it cannot parse, fuse or build the graph, or lacks an option.
     """
     options = options or EngineOptions()
-    library.check_options(options.timing_cache is not None, options.hardware_compatible)
+    library.check_options(
+        timing_cache=options.timing_cache is not None, hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible, refittable=options.refit or options.weight_stripped,
+    )  # fmt: skip
     model = load_graph(source)
     messages, logger = _collect_errors(library.trt)
     builder: tensorrt.Builder = library.trt.Builder(logger)
@@ -216,8 +219,8 @@ def _image_shape(model: ModelProto) -> list[int]:
     return [dimension.dim_value for dimension in model.graph.input[0].type.tensor_type.shape.dim[1:]]
 
 
-def _tensors(tensors: list[tensorrt.ITensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {tensor.name: (str(tensor.dtype).rpartition(".")[2].lower(), tuple(tensor.shape)) for tensor in tensors}
+def _tensors(tensors: list[tensorrt.ITensor]) -> dict[str, list[Any]]:
+    return {tensor.name: [str(tensor.dtype).rpartition(".")[2].lower(), list(tensor.shape)] for tensor in tensors}
 
 
 def _collect_errors(trt: Any) -> tuple[list[str], Any]:

@@ -91,10 +91,10 @@ def centre_inputs(model: ModelProto) -> ModelProto:
     """Make every asymmetric input of a product symmetric, for runtimes whose integer products have no zero point.
 
         before   x -> QuantizeLinear(uint8, zero point z) -> DequantizeLinear -> MatMul(w) [-> Add(bias)]
-        after    x -> Add((z' - z) s) -> QuantizeLinear(int8, 0) -> DequantizeLinear -> MatMul(w) -> Add(bias')
+        after    x -> Add((z - 128) s) -> QuantizeLinear(int8, 0) -> DequantizeLinear -> MatMul(w) -> Add(bias')
 
-    with s the scale and z' = 128, so that the 256 integers are the same ones, each less by 128; and the bias takes
-    back what the shift added, bias' = bias - (z' - z) s sum(w), w as it is dequantized. Graphs for TensorRT are
+    with s the scale, so that the 256 integers are the same ones, each less by 128; and the bias takes back what the
+    shift added, bias' = bias - (z - 128) s sum(w), w as it is dequantized. Graphs for TensorRT are
     exported so (``quant.layers.centre``); OpenVINO's integer kernels gain a tenth (docs/cpu.md).
     """
     model = copy.deepcopy(model)
@@ -102,12 +102,13 @@ def centre_inputs(model: ModelProto) -> ModelProto:
     for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
         zero, products = index.constants[quantize.input[2]], _products_of(index, quantize)
         if zero.data_type == TensorProto.UINT8 and products:
-            scale, shift = index.array(quantize.input[1]), 128 - int(index.array(quantize.input[2]))
+            scale, shift = index.array(quantize.input[1]), int(index.array(quantize.input[2])) - 128
             offset = np.asarray(shift * scale, dtype=scale.dtype)
             for product in products:
                 _take_back(index, product, offset, inserted)
             _shift(index, quantize, offset, inserted)
     inserted.apply(model)
+    del model.graph.value_info[:]  # which says what types the values had
     return model
 
 
@@ -152,7 +153,8 @@ def _shift(index: _Index, quantize: NodeProto, offset: np.ndarray, inserted: _In
 def _take_back(index: _Index, product: NodeProto, offset: np.ndarray, inserted: _Inserted) -> None:
     """Subtract from a product with a constant weight what the offset of its input adds to it."""
     dequantize = index.makers[product.input[1]]
-    weight = index.array(dequantize.input[0]).astype(np.float64) * index.array(dequantize.input[1])
+    weight, scale = index.array(dequantize.input[0]).astype(np.float64), index.array(dequantize.input[1])
+    weight = weight * (scale if scale.ndim < 2 else scale.repeat(len(weight) // len(scale), axis=0))
     moved = (-float(offset) * weight.sum(0)).astype(np.float32)
     bias = next((node for node in index.readers(product.output[0])
                  if node.op_type == "Add" and node.input[1] in index.constants), None)  # fmt: skip

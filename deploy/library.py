@@ -83,12 +83,21 @@ class Library:
             for index, target in enumerate(targets):
                 newer.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
 
-    def check_options(self, timing_cache: bool, hardware_compatible: bool) -> None:
-        """UserError for options that only the full library has: the other one compiles kernels where it runs."""
-        if self.name == "tensorrt_rtx" and timing_cache:
-            raise UserError("TensorRT-RTX has no use for --timing-cache: it times nothing when it builds")
-        if self.name == "tensorrt_rtx" and hardware_compatible:
-            raise UserError("TensorRT-RTX has no --hardware-compatible: give --targets several GPUs, or none for all")
+    def check_options(
+        self, *, timing_cache: bool, hardware_compatible: bool, version_compatible: bool, refittable: bool
+    ) -> None:
+        """UserError for options that TensorRT-RTX does not have, or not on a machine without a GPU."""
+        if self.name == "tensorrt":
+            return
+        no_gpu = refittable and not torch.cuda.is_available()
+        for wanted, reason in (
+            (timing_cache, "has no use for --timing-cache: it times nothing when it builds"),
+            (hardware_compatible, "has no --hardware-compatible: give --targets several GPUs, or none for all"),
+            (version_compatible, "has no --version-compatible: build with the version that will run the engine"),
+            (no_gpu, "builds with --refit or --weight-stripped on a GPU only, and there is none here"),
+        ):
+            if wanted:
+                raise UserError(f"TensorRT-RTX {reason}")
 
     def runtime_cache_of(self, engine: tensorrt.ICudaEngine) -> tuple[Any, Any]:
         """(an execution context's configuration, its cache of compiled kernels); (None, None) with the full library."""

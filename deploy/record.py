@@ -25,7 +25,7 @@ class EngineRecord:
         precisions: layer -> the type its product is computed in, by the graph.
         attentions: how many there are.
         fused: whether each is one operator that could not be decomposed, in the precision asked for.
-        inputs, outputs: name -> (type, shape), -1 for the batch.
+        inputs, outputs: name -> [type, shape], -1 for the batch.
         preprocessing: :class:`illama.data.Preprocessing` as a dict; the graph's own work if the input is uint8.
         classes: names of the classes, in the order of the logits.
         trtexec: the command that builds the like.

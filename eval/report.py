@@ -30,6 +30,7 @@ class Row:
         top1: percent.
         drop: points of top-1 lost against fp32 on the same images.
         onnx, engine: paths relative to the output folder; None where there is no such file.
+        reference: the row that drops are against.
         fused: False for an engine whose attention may be in pieces.
         latency: None where the runtime could not run here, or only emulates the format.
         note: why something is missing.
@@ -46,6 +47,7 @@ class Row:
     engine: str | None = None
     engine_bytes: int | None = None
     fused: bool = True
+    reference: bool = False
     latency: Latency | None = None
     device: str | None = None
     note: str | None = None
@@ -68,7 +70,7 @@ class Row:
             self.scheme,
             self.runtime if self.fused else f"{self.runtime}, unfused",
             f"{self.top1:.2f}",
-            "reference" if self.scheme == "fp32" else interval,
+            "reference" if self.reference else interval,
             f"{self.onnx_bytes / 1e6:.2f}",
             f"{self.engine_bytes / 1e6:.2f}" if self.engine_bytes else "-",
             f"{latency.p50:.2f}" if latency else "-",

@@ -55,6 +55,7 @@ def weigh(
     logits, labels = predict({each.name: each.engine.infer for each in candidates}, test, transform)
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
     rows = {each.name: _row(each, correct[each.name], correct[candidates[0].name], seed) for each in candidates}
+    rows[candidates[0].name].reference = True
     timed = {each.name: each.engine.infer for each in candidates if not rows[each.name].note}
     for name, latency in measure_latency(timed, load_images(test, transform, 1)[0]).items():
         machine = describe_machine()

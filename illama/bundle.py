@@ -35,6 +35,7 @@ FUSED_ONNX = "model.fused.onnx"
 TORCHAO = "model.torchao.safetensors"
 SCHEME = "scheme.yaml"  # what quantized it, to be read, changed and replayed
 ENGINES = "engines"
+FRAME = "frame"  # in a manifest's metrics: (height, width, channels) that graphs with preprocessing take
 SOFTMAX_OUTPUT = "softmax_output"  # in a fused graph's metadata: how attention's softmax output is rounded
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnxruntime", "tensorrt-rtx",
              "tensorrt", "numpy")  # fmt: skip

@@ -61,6 +61,7 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
     model = copy.deepcopy(model).eval()
     if form == "plain":
         pair_halves(model)
+    notes = softmax_outputs(model) if form == "fused" else {}
     network = _Casting(model, dtype, centred=form == "fused")
     network.model.set_attention_form(form)
     config = model.config
@@ -76,8 +77,8 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
         )  # fmt: skip
     assert program is not None
     graph = simplify(program.model)
-    if form == "fused":
-        graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(softmax_outputs(model))
+    if notes:
+        graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(notes)
     ir.save(graph, path)
     onnx.checker.check_model(path, full_check=True)
 

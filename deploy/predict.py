@@ -1,0 +1,124 @@
+"""Classify images with any engine: python deploy/predict.py --engine runs/ptq/int8 photo.jpg"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from deploy.engines import Engine, RuntimeName, open_engine
+from illama.bundle import ENGINES, FRAME, Manifest
+from illama.data import Preprocessing
+from illama.data_shards import decode_image
+from illama.errors import UserError, run_command
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SETTLED = 0.2  # seconds for which a watched file must not have grown, or a camera is still writing it
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Print the five likeliest classes of each image.
+
+    Attributes:
+        images: image files.
+        engine: a bundle, or an .engine or .onnx file of one.
+        runtime: openvino, onnxruntime, tensorrt, torch, ...; the best for the engine if not given.
+        watch: classify each image that appears in this folder, one line each, until Ctrl-C.
+        seconds: stop watching after so long.
+        threads: on a CPU; 0 for one a core.
+    """
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    engine: Path = Path("runs/ptq/int8")
+    runtime: RuntimeName | None = None
+    watch: Path | None = None
+    seconds: float | None = None
+    threads: int = 0
+
+
+Prepare = Callable[[Path], np.ndarray]
+
+
+def bundle_of(engine: Path) -> Path:
+    """The bundle that an engine or a file belongs to."""
+    folder = engine if engine.is_dir() else engine.parent
+    return folder.parent if folder.name == ENGINES else folder
+
+
+def preparation(manifest: Manifest) -> Prepare:
+    """From an image file to what the network takes, (1, ...): its preprocessing, or the frame if the graph has that."""
+    frame = manifest.metrics.get(FRAME)
+    transform = Preprocessing(**manifest.preprocessing).transform()
+
+    def prepare(path: Path) -> np.ndarray:
+        image = decode_image(str(path), lambda: str(path))
+        if frame is None:
+            return transform(image)[None].numpy()
+        if [image.height, image.width] != frame[:2]:
+            raise UserError(f"{path} is {image.height}x{image.width}, the engine takes frames of {frame[0]}x{frame[1]}")
+        pixels = np.asarray(image.convert("RGB" if frame[2] == 3 else "L")).reshape(1, *frame)
+        return np.ascontiguousarray(pixels)
+
+    return prepare
+
+
+def top5(logits: np.ndarray, classes: list[str]) -> list[tuple[str, float]]:
+    """(class, probability) of the five likeliest classes of one image, the likeliest first; logits (classes,)."""
+    wide = np.exp((logits - logits.max()).astype(np.float64))
+    order = np.argsort(-logits, kind="stable")[:5]
+    return [(classes[index], float(wide[index] / wide.sum())) for index in order]
+
+
+def new_images(folder: Path, until: float | None) -> Iterator[Path]:
+    """Images as they appear in a folder, whole ones, each once; those that are there come first."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} to watch")
+    seen: set[tuple[Path, int]] = set()
+    while until is None or time.monotonic() < until:
+        for path in sorted(folder.iterdir()):
+            try:
+                facts = path.stat()
+            except FileNotFoundError:  # a camera renames what it has written
+                continue
+            known = (path, facts.st_mtime_ns)
+            if path.suffix.lower() in SUFFIXES and known not in seen and time.time() - facts.st_mtime > SETTLED:
+                seen.add(known)
+                yield path
+        time.sleep(0.02)
+
+
+def classify(engine: Engine, prepare: Prepare, classes: list[str], paths: Iterable[Path], skip_broken: bool) -> None:
+    """Print a line for each image: its five likeliest classes, and the milliseconds from file to answer."""
+    for path in paths:
+        start = time.perf_counter()
+        try:
+            logits = engine.infer(prepare(path))[0]
+        except UserError as error:
+            if not skip_broken:
+                raise
+            print(f"{path}: skipped, {error}", flush=True)
+            continue
+        taken = (time.perf_counter() - start) * 1e3
+        answer = ", ".join(f"{name} {probability:.1%}" for name, probability in top5(logits, classes))
+        print(f"{path}: {answer} ({taken:.1f} ms)", flush=True)
+
+
+def main(options: PredictOptions) -> None:
+    if bool(options.images) == bool(options.watch):
+        raise UserError("name images, or a folder with --watch")
+    manifest = Manifest.read(bundle_of(options.engine))
+    engine = open_engine(options.engine, options.runtime, options.threads)
+    print(f"{options.engine} in {engine.runtime}", flush=True)
+    until = time.monotonic() + options.seconds if options.seconds is not None else None
+    paths = new_images(options.watch, until) if options.watch else options.images
+    classify(engine, preparation(manifest), manifest.classes, paths, skip_broken=options.watch is not None)
+
+
+if __name__ == "__main__":
+    run_command(PredictOptions, main)
