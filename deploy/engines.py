@@ -16,6 +16,7 @@ class OnnxRuntimeEngine:
 
     Args:
         path: the ONNX file.
+        threads: within an operator; 0 for one a core.
 
     Raises:
         UserError: if ONNX Runtime cannot load the file.
@@ -23,9 +24,9 @@ class OnnxRuntimeEngine:
 
     runtime = f"onnxruntime {onnxruntime.__version__} CPU"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = 0) -> None:
         try:
-            self._session = cpu_session(path)
+            self._session = cpu_session(path, threads)
         except Exception as error:  # its exceptions share no base class but this one
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name
