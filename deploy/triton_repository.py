@@ -111,10 +111,12 @@ def add_versions(
             _check_like(out, name, bundle, options)
     added = {}
     for name, bundles in models.items():
-        first = version or 1 + max(versions(out, name))
+        there = versions(out, name)
+        first = version or max(there, default=0) + 1
         added[name] = list(range(first, first + len(bundles)))
-        if taken := set(added[name]) & set(versions(out, name)):
+        if taken := set(added[name]) & set(there):
             raise UserError(f"{out} has version {min(taken)} of {name}: choose another --version, or none for the next")
+    for name, bundles in models.items():
         for number, bundle in zip(added[name], bundles, strict=True):
             write_version(out, name, bundle, number, options)
     return added
@@ -126,8 +128,12 @@ def versions(out: Path, name: str) -> list[int]:
 
 
 def write_version(out: Path, name: str, bundle: Path, number: int, options: ServingOptions) -> None:
-    """Put one bundle's network into the repository, by a rename that a running server sees whole or not at all."""
-    with write_folder(out / f"{name}-network" / str(number)) as draft:
+    """Put one bundle's network into the repository, by a rename that a running server sees whole or not at all.
+
+    Raises:
+        UserError: the bundle cannot be served, or that version is there: none is ever replaced.
+    """
+    with write_folder(out / f"{name}-network" / str(number), lambda _: False) as draft:
         if options.device == "gpu":
             shutil.copyfile(checked_engine(bundle, options.max_batch), draft / PLAN)
         else:

@@ -174,20 +174,26 @@ def test_many_clients_at_once_lose_nothing_and_mistakes_are_counted(server, ques
 
 
 @needs_server
-def test_a_version_added_while_the_server_runs(server, clothes, other_clothes, questions):
+def test_a_version_added_and_taken_away_while_the_server_runs(server, clothes, other_clothes, questions):
     listen, repository = server
     main(ServeOptions(bundles=(other_clothes,), name="served", out=repository, add=True, poll_seconds=1))
     image = _padded([questions[0].file])
     new = read_questions(open_data("fashion-mnist").test(), 1, other_clothes)[0].logits
     assert not np.allclose(new, questions[0].logits)
-    end = time.monotonic() + 60
-    while np.array_equal(_infer("grpc", listen, image)[0], questions[0].logits) and time.monotonic() < end:
-        time.sleep(0.2)
-    np.testing.assert_array_equal(_infer("grpc", listen, image)[0], new)
+
+    def answered_with(expected):
+        end = time.monotonic() + 60
+        while not np.array_equal(_infer("grpc", listen, image)[0], expected) and time.monotonic() < end:
+            time.sleep(0.2)
+        return np.array_equal(_infer("grpc", listen, image)[0], expected)
+
+    assert answered_with(new)
     tensor = np.zeros((1, 1, 28, 28), np.float32)
     for version, bundle in (("1", clothes), ("2", other_clothes)):
         answer = _infer("grpc", listen, tensor, "served-network", version, "images")
         np.testing.assert_array_equal(answer, OnnxRuntimeEngine(bundle / CPU_ONNX).infer(tensor))
+    shutil.rmtree(repository / "served-network" / "2")
+    assert answered_with(questions[0].logits)
 
 
 @needs_server
