@@ -1,0 +1,264 @@
+"""A served bundle under load: python benchmarks/serve_load.py runs/ptq/int8
+
+Writes a repository of the bundle, starts Triton on it, and has clients send real test images as PNG files over gRPC,
+each its next one when the last is answered. Every answer is held against the same file, preprocessed and computed
+here without a server. The clients run on the machine that serves, and take their part of its cores.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+import socket
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from many_runs import write_results
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
+
+from deploy.engines import OnnxRuntimeEngine
+from deploy.triton_repository import ENCODED, ServingOptions, write_repository
+from deploy.triton_server import ListenOptions, running_server
+from illama.bundle import CPU_ONNX, Manifest
+from illama.data import Preprocessing, Sample, open_data
+from illama.data_shards import decode_image
+from illama.errors import UserError, run_command
+from quant.export import OUTPUT
+
+MODEL = "served"
+SETTLE = 20  # requests of each client whose time is not counted
+TIMEOUT = 60  # seconds, after which a request is lost
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(ServingOptions):
+    """Drive a server with clients for a bounded time; a request that is lost or answered wrongly fails the command.
+
+    Attributes:
+        bundle: a folder with a model.onnx.
+        data: the data set whose test images are sent.
+        images: how many of them.
+        clients: numbers of clients at once, one after another.
+        seconds: of each.
+        out: where the table and its JSON go.
+    """
+
+    bundle: Annotated[Path, tyro.conf.Positional]
+    data: str = "fashion-mnist"
+    images: int = 256
+    clients: tuple[int, ...] = (1, 4, 16)
+    seconds: float = 10
+    out: Path = Path("results/serve-load")
+
+
+@dataclass(frozen=True)
+class Question:
+    """An image file, and the logits (classes,) that it must be answered with."""
+
+    file: bytes
+    logits: np.ndarray
+
+
+@dataclass
+class Answers:
+    """What one client, or several, got: seconds of each answer, and what went wrong.
+
+    Attributes:
+        lost: requests without an answer.
+        wrong: answers with another class than the engine's own.
+        difference: largest absolute difference of a logit.
+    """
+
+    seconds: list[float]
+    lost: int = 0
+    wrong: int = 0
+    difference: float = 0.0
+
+
+def read_questions(split: Dataset[Sample], count: int, bundle: Path) -> list[Question]:
+    """The first ``count`` images of a split as PNG files, with the answers of the engine itself, one at a time."""
+    transform = Preprocessing(**Manifest.read(bundle).preprocessing).transform()
+    engine = OnnxRuntimeEngine(bundle / CPU_ONNX)
+    questions = []
+    for index in range(min(count, len(split))):  # type: ignore[arg-type]
+        file = as_png(split[index][0])
+        image = transform(decode_image(io.BytesIO(file), lambda: "of the test split"))
+        questions.append(Question(file, engine.infer(image.numpy()[None])[0]))
+    return questions
+
+
+def as_png(image: Image.Image | torch.Tensor) -> bytes:
+    """The PNG file of an image as a data set gives it."""
+    file = io.BytesIO()
+    (to_pil_image(image) if isinstance(image, torch.Tensor) else image).save(file, "PNG")
+    return file.getvalue()
+
+
+class Client:
+    """A client of its own connection, which notes what it gets."""
+
+    def __init__(self, url: str) -> None:
+        import tritonclient.grpc as triton
+
+        self._triton, self._connection, self.answers = triton, triton.InferenceServerClient(url), Answers([])
+
+    def ask(self, question: Question) -> None:
+        """Send one image, wait for its logits and judge them."""
+        file = np.frombuffer(question.file, np.uint8)[None]
+        request = self._triton.InferInput(ENCODED, file.shape, "UINT8")
+        request.set_data_from_numpy(file)
+        start = time.perf_counter()
+        try:
+            logits = self._connection.infer(MODEL, [request], client_timeout=TIMEOUT).as_numpy(OUTPUT)[0]
+        except self._triton.InferenceServerException:
+            self.answers.lost += 1
+            return
+        self.answers.seconds.append(time.perf_counter() - start)
+        self.answers.wrong += int(logits.argmax() != question.logits.argmax())
+        self.answers.difference = max(self.answers.difference, float(np.abs(logits - question.logits).max()))
+
+    def run(self, questions: Sequence[Question], seconds: float, together: threading.Barrier) -> Answers:
+        """Ask the questions over and over; those before all clients are ready count as answers, not in time."""
+        for question in questions[:SETTLE]:
+            self.ask(question)
+        self.answers.seconds.clear()
+        together.wait(TIMEOUT)
+        end = time.perf_counter() + seconds
+        for question in itertools.cycle(questions):
+            if time.perf_counter() >= end:
+                break
+            self.ask(question)
+        self._connection.close()
+        return self.answers
+
+
+def load(url: str, questions: Sequence[Question], clients: int, seconds: float) -> Answers:
+    """What ``clients`` at once got in that time, each starting at another question."""
+    together = threading.Barrier(clients)
+    starts = [index * len(questions) // clients for index in range(clients)]
+    with ThreadPoolExecutor(clients) as pool:
+        runs = [pool.submit(Client(url).run, [*questions[start:], *questions[:start]], seconds, together)
+                for start in starts]  # fmt: skip
+        every = [run.result() for run in runs]
+    return Answers(
+        [value for answers in every for value in answers.seconds],
+        sum(answers.lost for answers in every),
+        sum(answers.wrong for answers in every),
+        max(answers.difference for answers in every),
+    )
+
+
+def row(clients: int, seconds: float, answers: Answers, cpu: float, images: float, batches: float) -> dict[str, Any]:
+    """One line of the table; UserError if nothing was answered.
+
+    Args:
+        cpu: seconds that the server computed for those ``images`` in ``batches``.
+    """
+    if not answers.seconds:
+        raise UserError(f"the server answered none of {answers.lost} requests: its log says why")
+    p50, p99 = (float(np.percentile(answers.seconds, q)) * 1e3 for q in (50, 99))
+    return {
+        "clients": clients,
+        "images_per_second": len(answers.seconds) / seconds,
+        "p50_ms": p50,
+        "p99_ms": p99,
+        "server_cpu_ms": cpu / images * 1e3,
+        "mean_batch": images / batches,
+        "lost": answers.lost,
+        "wrong": answers.wrong,
+        "largest_difference": answers.difference,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    columns = {"clients": ("clients", "d"), "images_per_second": ("images/s", ".0f"), "p50_ms": ("p50 ms", ".1f"),
+               "p99_ms": ("p99 ms", ".1f"), "server_cpu_ms": ("server's CPU ms an image", ".2f"),
+               "mean_batch": ("mean batch", ".1f"), "lost": ("lost", "d"), "wrong": ("wrong", "d"),
+               "largest_difference": ("largest difference of a logit", ".1g")}  # fmt: skip
+    lines = [[title for title, _ in columns.values()], ["---"] * len(columns)]
+    lines += [[format(line[name], form) for name, (_, form) in columns.items()] for line in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def batches_so_far(options: ListenOptions) -> tuple[float, float]:
+    """(images, batches) that the network has computed since the server's start, from Triton's metrics."""
+    with urllib.request.urlopen(f"http://{options.address}:{options.metrics_port}/metrics") as answer:
+        metrics = answer.read().decode()
+    name = rf'{{model="{MODEL}-network",version="1"}} (\d+)'
+    counts = [re.search(metric + name, metrics) for metric in ("nv_inference_count", "nv_inference_exec_count")]
+    return tuple(float(found[1]) if found else 0.0 for found in counts)  # type: ignore[return-value]
+
+
+def process_tree(process: int) -> list[Path]:
+    """The folders in /proc of a process and all that it started."""
+    folder = Path(f"/proc/{process}")
+    children = " ".join(path.read_text() for path in folder.glob("task/*/children")).split()
+    return [folder, *itertools.chain.from_iterable(process_tree(int(child)) for child in children)]
+
+
+def memory_gib(process: int) -> float:
+    """Memory of a process and those it started, a page that several share counted once (Linux's Pss)."""
+    sizes = [
+        re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.M) for folder in process_tree(process)
+    ]
+    return sum(int(found[1]) for found in sizes if found) / 2**20
+
+
+def cpu_seconds(process: int) -> float:
+    """Time that a process and those it started have computed, in all their threads (proc_pid_stat(5))."""
+    stats = [(folder / "stat").read_text().rpartition(")")[2].split() for folder in process_tree(process)]
+    return sum(int(values[11]) + int(values[12]) for values in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def free_ports() -> ListenOptions:
+    """Three ports that nothing listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    ports = [listening.getsockname()[1] for listening in sockets]
+    for listening in sockets:
+        listening.close()
+    return ListenOptions(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2])
+
+
+def main(options: LoadOptions) -> None:
+    if min(options.clients) < 1 or options.seconds <= 0:
+        raise UserError("--clients and --seconds are more than 0")
+    questions = read_questions(open_data(options.data).test(), options.images, options.bundle)
+    listen, rows = free_ports(), []
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb") as log:
+        repository = Path(folder) / "models"
+        write_repository(repository, {MODEL: [options.bundle]}, options)
+        start = time.perf_counter()
+        with running_server(repository, listen, log) as server:
+            ready = time.perf_counter() - start
+            for clients in tqdm(options.clients, unit="load", disable=None):
+                before = cpu_seconds(server.pid), *batches_so_far(listen)
+                answers = load(f"{listen.address}:{listen.grpc_port}", questions, clients, options.seconds)
+                after = cpu_seconds(server.pid), *batches_so_far(listen)
+                rows.append(row(clients, options.seconds, answers, *np.subtract(after, before).tolist()))
+            memory = memory_gib(server.pid)
+    chosen = {key: value for key, value in asdict(options).items() if key not in ("bundle", "out")}
+    facts = {"rows": rows, "ready_seconds": ready, "memory_gib": memory, "options": chosen}
+    write_results(options.out, options.bundle.resolve().name, facts, table(rows))
+    print(f"ready after {ready:.1f} s, {memory:.2f} GiB")
+    if bad := sum(line["lost"] + line["wrong"] for line in rows):
+        raise UserError(f"{bad} requests were lost or answered with another class than the engine's own")
+
+
+if __name__ == "__main__":
+    run_command(LoadOptions, main)

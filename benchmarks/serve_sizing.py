@@ -1,0 +1,77 @@
+"""Machines for a load: python benchmarks/serve_sizing.py results/serve-load/int8.json --images-per-second 5000
+
+Arithmetic on what benchmarks/serve_load.py measured, printed step by step. It counts the server's own time on the
+processor, not its throughput, since the clients of that measurement took their part of the same cores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from illama.errors import UserError, run_command
+
+
+@dataclass(frozen=True)
+class SizingOptions:
+    """Machines for a load, from a measurement on such a machine.
+
+    Attributes:
+        measured: a JSON of benchmarks/serve_load.py.
+        images_per_second: the load at its peak.
+        p99_ms: the slowest of a hundred answers that will do.
+        cores: of each machine; those of the measured one if not given.
+        busy: share of its cores that a machine may use at the peak; queues grow long above.
+        spare: machines that may be down at the peak.
+    """
+
+    measured: Annotated[Path, tyro.conf.Positional]
+    images_per_second: float
+    p99_ms: float = 100
+    cores: int | None = None
+    busy: float = 0.6
+    spare: int = 1
+
+
+def machines(cpu_ms: float, images_per_second: float, cores: int, busy: float, spare: int) -> int:
+    """Machines that a load takes.
+
+    Args:
+        cpu_ms: processor time of an image, in milliseconds, all cores together.
+    """
+    return math.ceil(images_per_second * cpu_ms / 1e3 / (cores * busy)) + spare
+
+
+def main(options: SizingOptions) -> None:
+    if not (
+        options.images_per_second > 0 and 0 < options.busy <= 1 and options.spare >= 0 and (options.cores or 1) >= 1
+    ):
+        raise UserError("the load and the cores are more than 0, --busy is at most 1 and --spare not negative")
+    try:
+        content = json.loads(options.measured.read_text())
+        rows, machine, memory = content["rows"], content["machine"], content["memory_gib"]
+        fast = [row for row in rows if row["p99_ms"] <= options.p99_ms]
+        best = min(fast, key=lambda row: row["server_cpu_ms"], default=None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{options.measured} is no result of benchmarks/serve_load.py: make one with it") from error
+    if best is None:
+        raise UserError(f"no row has a p99 within {options.p99_ms:g} ms: allow more, or measure with fewer clients")
+    cores, cpu = options.cores or machine["cores"], best["server_cpu_ms"]
+    count = machines(cpu, options.images_per_second, cores, options.busy, options.spare)
+    needed = options.images_per_second * cpu / 1e3
+    print(
+        f"measured      {cpu:.2f} ms of a core for an image, p99 {best['p99_ms']:.1f} ms, at {best['clients']} clients"
+    )
+    print(f"on            {machine['cpu']}, {machine['cores']} cores; {memory:.1f} GiB for the server")
+    print(f"the load      {options.images_per_second:g} images/s x {cpu:.2f} ms = {needed:.1f} cores at work")
+    print(f"a machine     {cores} cores x {options.busy:g} = {cores * options.busy:.1f} cores at the peak")
+    print(f"machines      {needed:.1f} / {cores * options.busy:.1f}, rounded up, + {options.spare} spare = {count}")
+
+
+if __name__ == "__main__":
+    run_command(SizingOptions, main)

@@ -1,0 +1,95 @@
+"""Serve bundles with Triton Inference Server: python deploy/serve.py runs/ptq/int8 --run
+
+Writes a model repository, and starts the server on it with --run. docs/scale.md says how many machines do it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from deploy.triton_repository import ServingOptions, add_versions, is_repository, versions, write_repository
+from deploy.triton_server import ListenOptions, running_server
+from illama.errors import UserError, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ServingOptions, ListenOptions):
+    """Write a Triton model repository from bundles, and run the server on it.
+
+    Attributes:
+        bundles: each becomes a model under its folder's name; none to run what --out holds.
+        out: the repository; an earlier one there is replaced, unless --add is given.
+        name: make the bundles successive versions of one model of this name instead.
+        add: add the bundles to the repository as new versions of the models that are there.
+        version: number of the first version; the next one, or 1, if not given.
+        run: start the server and stay until Ctrl-C.
+    """
+
+    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    out: Path = Path("runs/models")
+    name: str | None = None
+    add: bool = False
+    version: int | None = None
+    run: bool = False
+
+
+def main(options: ServeOptions) -> None:
+    if options.bundles:
+        write(options)
+    elif not options.run or not is_repository(options.out):
+        raise UserError("no bundles: give those that python quant/ptq.py wrote, or with --run a repository as --out")
+    if options.run:
+        serve(options)
+
+
+def write(options: ServeOptions) -> None:
+    """Write the repository, or add to it, and say what is in it."""
+    if options.version is not None and options.version < 1:
+        raise UserError("--version is 1 or more")
+    models = name_models(options.bundles, options.name)
+    if options.add:
+        add_versions(options.out, models, options, options.version)
+    else:
+        write_repository(options.out, models, options, options.version or 1)
+    for name in models:
+        numbers = ", ".join(map(str, versions(options.out, name)))
+        print(f"{options.out}: {name}, versions {numbers}; {options.live_versions} of the newest are served")
+
+
+def name_models(bundles: tuple[Path, ...], name: str | None) -> dict[str, tuple[Path, ...]]:
+    """The bundles by the model that they are versions of: each is one of its own, unless a name is given.
+
+    Raises:
+        UserError: a name that is no folder's name, or one twice.
+    """
+    models: dict[str, tuple[Path, ...]] = {bundle.resolve().name: (bundle,) for bundle in bundles}
+    if name:
+        models = {name: bundles}
+    elif len(models) < len(bundles):
+        raise UserError("two bundles have the same folder name: give --name to make them versions of one model")
+    taken = [f"{model}{part}" for model in models for part in ("", "-preprocess", "-network")]
+    for model in taken:
+        if "/" in model or model.startswith(".") or taken.count(model) > 1:
+            raise UserError(f"{model!r} cannot be the name of a model here: rename the bundle or give another --name")
+    return models
+
+
+def serve(options: ServeOptions) -> None:
+    """Run the server until Ctrl-C or SIGTERM."""
+    try:
+        with running_server(options.out, options) as process:
+            print(f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "
+                  f"{options.metrics_port}; Ctrl-C stops it", flush=True)  # fmt: skip
+            status = process.wait()
+    except KeyboardInterrupt:
+        print("stopped")
+        return
+    raise UserError(f"tritonserver stopped by itself with status {status}: its log says why")
+
+
+if __name__ == "__main__":
+    run_command(ServeOptions, main)

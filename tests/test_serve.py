@@ -1,0 +1,374 @@
+"""Serving: a real Triton server, real test images over HTTP and gRPC, against the engine itself."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_bundle
+from onnx import numpy_helper
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'tritonclient[http,grpc]'")
+import serve_sizing
+import tritonclient.grpc
+import tritonclient.http
+from google.protobuf import text_format
+from serve_load import Client, Question, as_png, free_ports, load, read_questions
+from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
+
+import deploy.triton_server
+from deploy.engines import OnnxRuntimeEngine
+from deploy.serve import ServeOptions, main, name_models
+from deploy.triton_repository import ServingOptions, add_versions, write_repository
+from deploy.triton_server import ListenOptions, running_server
+from illama import ILLaMA
+from illama.bundle import CPU_ONNX, MANIFEST
+from illama.checkpoint import SHIPPED, load_checkpoint
+from illama.data import Preprocessing, open_data
+from illama.errors import UserError
+from quant.export import export_onnx
+
+HERE = shutil.which("tritonserver") or importlib.util.find_spec("pytriton")
+needs_server = pytest.mark.skipif(not HERE, reason="no tritonserver: pip install --no-deps nvidia-pytriton")
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """A bundle of the shipped checkpoint."""
+    folder = tmp_path_factory.mktemp("bundles") / "clothes"
+    folder.mkdir()
+    shutil.copy(SHIPPED / MANIFEST, folder)
+    export_onnx(load_checkpoint(SHIPPED).model, folder / CPU_ONNX, "plain")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_clothes(clothes):
+    """The same network but for its last bias, so that it answers otherwise."""
+    folder = shutil.copytree(clothes, clothes.with_name("other"))
+    graph = onnx.load(folder / CPU_ONNX)
+    biases = [tensor for tensor in graph.graph.initializer if list(tensor.dims) == [10]]
+    biases[0].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(biases[0])[::-1] * 9, biases[0].name))
+    onnx.save(graph, folder / CPU_ONNX)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(clothes):
+    return read_questions(open_data("fashion-mnist").test(), 64, clothes)
+
+
+@contextmanager
+def served(log, *arguments):
+    """The command as a user types it, until Ctrl-C; then it must have ended well, and the server with it."""
+    listen = free_ports()
+    command = [sys.executable, "deploy/serve.py", *map(str, arguments), "--run", "--http-port", listen.http_port,
+               "--grpc-port", listen.grpc_port, "--metrics-port", listen.metrics_port]  # fmt: skip
+    with log.open("wb") as errors:
+        process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    try:
+        assert any(line.startswith("ready:") for line in process.stdout), log.read_text()
+        yield listen
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert (process.returncode, output.strip()) == (0, "stopped")
+        assert "Traceback" not in log.read_text()
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            urllib.request.urlopen(f"http://127.0.0.1:{listen.http_port}/v2/health/live")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(clothes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    options = ("--name", "served", "--out", folder / "models", "--poll-seconds", 1)
+    with served(folder / "log", clothes, *options) as listen:
+        yield listen, folder / "models"
+
+
+def _padded(files):
+    longest = max(map(len, files))
+    return np.stack([np.frombuffer(file.ljust(longest, b"\0"), np.uint8) for file in files])
+
+
+def _infer(protocol, listen, tensor, model="served", version="", name="image", **output):
+    """An answer's logits or classes over "http" or "grpc"."""
+    triton, port = {"http": (tritonclient.http, listen.http_port), "grpc": (tritonclient.grpc, listen.grpc_port)}[
+        protocol
+    ]
+    with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        request = triton.InferInput(name, tensor.shape, "UINT8" if tensor.dtype == np.uint8 else "FP32")
+        request.set_data_from_numpy(tensor)
+        outputs = [triton.InferRequestedOutput("logits", **output)]
+        return client.infer(model, [request], model_version=version, outputs=outputs).as_numpy("logits")
+
+
+@needs_server
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_an_image_is_answered_as_the_engine_answers_it(protocol, server, questions):
+    for question in questions[:8]:
+        np.testing.assert_array_equal(_infer(protocol, server[0], _padded([question.file]))[0], question.logits)
+
+
+@needs_server
+def test_several_files_in_a_request_and_the_classes_by_name(server, questions):
+    files, expected = [q.file for q in questions[:32]], np.stack([q.logits for q in questions[:32]])
+    np.testing.assert_allclose(_infer("grpc", server[0], _padded(files)), expected, atol=1e-4)
+    best = _infer("http", server[0], _padded(files), class_count=1).ravel()
+    assert [answer.decode().split(":")[2] for answer in best] == [CLASSES[index] for index in expected.argmax(1)]
+
+
+@needs_server
+def test_a_jpeg_of_another_size_goes_through_the_bundle_s_own_preprocessing(server, clothes):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(file, "JPEG")
+    transform = Preprocessing(**json.loads((clothes / MANIFEST).read_text())["preprocessing"]).transform()
+    image = transform(Image.open(file).convert("RGB")).numpy()
+    expected = OnnxRuntimeEngine(clothes / CPU_ONNX).infer(image[None])
+    url = f"http://127.0.0.1:{server[0].http_port}/v2/models/served/infer"
+    post = urllib.request.Request(url, file.getvalue(), {"Inference-Header-Content-Length": "0"})
+    with urllib.request.urlopen(post) as answer:  # as curl --data-binary sends it
+        body, head = answer.read(), int(answer.headers["Inference-Header-Content-Length"])
+    np.testing.assert_array_equal(np.frombuffer(body[head:], np.float32), expected[0])
+    np.testing.assert_array_equal(_infer("http", server[0], image[None], "served-network", name="images"), expected)
+
+
+@needs_server
+def test_what_is_no_image_fails_alone(server, questions):
+    for junk in (b"no picture", questions[0].file[:100]):
+        with pytest.raises(tritonclient.grpc.InferenceServerException, match="cannot read the image number 1"):
+            _infer("grpc", server[0], _padded([questions[0].file, junk]))
+    np.testing.assert_array_equal(_infer("grpc", server[0], _padded([questions[0].file]))[0], questions[0].logits)
+
+
+@needs_server
+def test_many_clients_at_once_lose_nothing_and_mistakes_are_counted(server, questions):
+    url = f"127.0.0.1:{server[0].grpc_port}"
+    answers = load(url, questions, 8, 1.0)
+    assert (answers.lost, answers.wrong) == (0, 0) and answers.difference < 1e-4
+    assert len(answers.seconds) > 20
+    client = Client(url)
+    client.ask(Question(b"no picture", questions[0].logits))
+    client.ask(Question(questions[0].file, np.roll(questions[0].logits, 1)))
+    assert (client.answers.lost, client.answers.wrong) == (1, 1)
+
+
+@needs_server
+def test_a_version_added_and_taken_away_while_the_server_runs(server, clothes, other_clothes, questions):
+    listen, repository = server
+    main(ServeOptions(bundles=(other_clothes,), name="served", out=repository, add=True, poll_seconds=1))
+    image = _padded([questions[0].file])
+    new = read_questions(open_data("fashion-mnist").test(), 1, other_clothes)[0].logits
+    assert not np.allclose(new, questions[0].logits)
+
+    def answered_with(expected):
+        end = time.monotonic() + 60
+        while not np.array_equal(_infer("grpc", listen, image)[0], expected) and time.monotonic() < end:
+            time.sleep(0.2)
+        return np.array_equal(_infer("grpc", listen, image)[0], expected)
+
+    assert answered_with(new)
+    tensor = np.zeros((1, 1, 28, 28), np.float32)
+    for version, bundle in (("1", clothes), ("2", other_clothes)):
+        answer = _infer("grpc", listen, tensor, "served-network", version, "images")
+        np.testing.assert_array_equal(answer, OnnxRuntimeEngine(bundle / CPU_ONNX).infer(tensor))
+    shutil.rmtree(repository / "served-network" / "2")
+    assert answered_with(questions[0].logits)
+
+
+@needs_server
+def test_a_server_that_cannot_start_says_so(tmp_path):
+    (tmp_path / "models" / "broken").mkdir(parents=True)
+    (tmp_path / "models" / "broken" / "config.pbtxt").write_text("not a config")
+    with (
+        (tmp_path / "log").open("wb") as log,
+        pytest.raises(UserError, match="before it was ready"),
+        running_server(tmp_path / "models", free_ports(), log),
+    ):
+        pass
+    assert "broken" in (tmp_path / "log").read_text()
+
+
+def test_no_server_at_all(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(deploy.triton_server.importlib.util, "find_spec", lambda name: None)
+    with (
+        pytest.raises(UserError, match="pip install --no-deps nvidia-pytriton"),
+        running_server(tmp_path, ListenOptions()),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def small_onnx(tmp_path_factory):
+    """A small bundle with a model.onnx, and a made-up engine file with a JSON that describes it."""
+    folder = write_bundle(tmp_path_factory.mktemp("small") / "small", SMALL)
+    torch.manual_seed(0)
+    export_onnx(ILLaMA(SMALL), folder / CPU_ONNX, "plain")
+    (folder / "engines").mkdir()
+    engine = folder / "engines" / "tensorrt.engine"
+    engine.write_bytes(b"what TensorRT would have written")
+    record = {"engine_sha256": hashlib.sha256(engine.read_bytes()).hexdigest(), "batch": [1, 8, 64]}
+    engine.with_suffix(".json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def small(small_onnx, tmp_path):
+    return Path(shutil.copytree(small_onnx, tmp_path / "small"))
+
+
+def _configs(repository):
+    return {path.parent.name: text_format.Parse(path.read_text(), TritonConfig())
+            for path in repository.glob("*/config.pbtxt")}  # fmt: skip
+
+
+def test_a_repository_for_gpus_is_valid_and_says_what_was_asked(small, tmp_path):
+    """Parsed as Triton parses it; there is no GPU here to run it on."""
+    main(ServeOptions(bundles=(small,), device="gpu", out=tmp_path / "models", max_batch=64, preferred_batches=(8, 64),
+                      queue_delay_us=500, instances=2, preprocess_instances=4, version=7))  # fmt: skip
+    configs = _configs(tmp_path / "models")
+    assert configs.keys() == {"small", "small-preprocess", "small-network"}
+    assert all(config.name == name and config.max_batch_size == 64 for name, config in configs.items())
+    network, kinds = configs["small-network"], TritonConfig().instance_group.add()
+    assert network.platform == "tensorrt_plan" and not network.backend
+    assert (network.input[0].name, list(network.input[0].dims)) == ("images", [3, 32, 32])
+    assert (network.output[0].name, list(network.output[0].dims)) == ("logits", [3])
+    assert (network.instance_group[0].kind, network.instance_group[0].count) == (kinds.KIND_GPU, 2)
+    assert list(network.dynamic_batching.preferred_batch_size) == [8, 64]
+    assert network.dynamic_batching.max_queue_delay_microseconds == 500
+    assert [sample.batch_size for sample in network.model_warmup] == [1, 64]
+    preprocess = configs["small-preprocess"].instance_group[0]
+    assert (preprocess.kind, preprocess.count) == (kinds.KIND_CPU, 4)
+    steps = configs["small"].ensemble_scheduling.step
+    assert [step.model_name for step in steps] == ["small-preprocess", "small-network"]
+    version = tmp_path / "models" / "small-network" / "7"
+    assert (version / "model.plan").read_bytes() == (small / "engines" / "tensorrt.engine").read_bytes()
+    assert (tmp_path / "models" / "small" / "labels.txt").read_text() == "class0\nclass1\nclass2\n"
+
+
+def test_an_engine_that_is_not_the_one_described_is_not_served(small, tmp_path):
+    gpu, engine = ServingOptions(device="gpu"), small / "engines" / "tensorrt.engine"
+
+    def refused(match, options=gpu):
+        with pytest.raises(UserError, match=match):
+            write_repository(tmp_path / "models", {"small": [small]}, options)
+
+    refused("batches up to 64", ServingOptions(device="gpu", max_batch=65))
+    engine.write_bytes(b"another")
+    refused("not the engine that its JSON describes")
+    engine.with_suffix(".json").write_text("{}")
+    refused("is damaged")
+    engine.unlink()
+    engine.with_suffix(".json").unlink()
+    refused("no engine of the full TensorRT")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_bundles_that_cannot_be_served(small, tmp_path):
+    out = tmp_path / "models"
+
+    def refused(match, *bundles, **more):
+        with pytest.raises(UserError, match=match):
+            main(ServeOptions(bundles=bundles, out=out, **more))
+
+    refused("no bundles")
+    refused("no repository", small, add=True)
+    refused("--version is 1 or more", small, version=0)
+    manifest = json.loads((small / MANIFEST).read_text())
+    (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["one", "two"]}))
+    refused("gives 3 classes, its manifest names 2", small)
+    (small / MANIFEST).write_text(json.dumps(manifest))
+    (small / CPU_ONNX).write_bytes(b"not a graph")
+    refused("cannot load", small)
+    (small / CPU_ONNX).unlink()
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine").write_text("in the way")
+    refused("other files", small)
+    assert_one_line_error(run_command("deploy/serve.py", small, "--out", tmp_path / "new"), "has no model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "small"]
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_options_that_cannot_be():
+    with pytest.raises(UserError, match="preferred batch"):
+        ServingOptions(preferred_batches=(64,), max_batch=32)
+    with pytest.raises(UserError, match="1 or more"):
+        ServingOptions(preprocess_instances=0)
+
+
+def test_versions_of_a_model_and_what_cannot_be_one(small, tmp_path):
+    out, options = tmp_path / "models", ServingOptions()
+    write_repository(out, {"m": [small, small]}, options)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="has version 2 of m"):
+        add_versions(out, {"m": [small]}, options, 2)
+    with pytest.raises(UserError, match=r"config\.pbtxt differs"):
+        add_versions(out, {"m": [small]}, ServingOptions(max_batch=4))
+    with pytest.raises(UserError, match="no model 'other'"):
+        add_versions(out, {"other": [small]}, options)
+    manifest = json.loads((small / MANIFEST).read_text())
+    (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["x", "y", "z"]}))
+    with pytest.raises(UserError, match=r"labels\.txt differs"):
+        add_versions(out, {"m": [small]}, options)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (small / MANIFEST).write_text(json.dumps(manifest))
+    assert add_versions(out, {"m": [small]}, options) == {"m": [3]}
+    assert (out / "m-network" / "3" / CPU_ONNX).read_bytes() == (small / CPU_ONNX).read_bytes()
+
+
+def test_names_of_models():
+    assert name_models((Path("a/int8"), Path("a/fp8")), None).keys() == {"int8", "fp8"}
+    assert name_models((Path("a/int8"), Path("b/int8")), "m") == {"m": (Path("a/int8"), Path("b/int8"))}
+    with pytest.raises(UserError, match="same folder name"):
+        name_models((Path("a/int8"), Path("b/int8")), None)
+    with pytest.raises(UserError, match="'m-network' cannot be"):
+        name_models((Path("m"), Path("m-network")), None)
+    with pytest.raises(UserError, match="cannot be"):
+        name_models((Path("m"),), "../m")
+
+
+def test_png_files_become_the_very_inputs_that_accuracy_is_measured_on():
+    test, transform = open_data("fashion-mnist").test(), open_data("fashion-mnist").preprocessing(28, 1).transform()
+    for index in range(0, len(test), 500):
+        image = Image.open(io.BytesIO(as_png(test[index][0]))).convert("RGB")
+        torch.testing.assert_close(transform(image), transform(test[index][0]), rtol=0, atol=0)
+
+
+def test_machines_for_a_load(tmp_path, capsys):
+    row = {"clients": 4, "p99_ms": 20.0, "server_cpu_ms": 3.0}
+    content = {"rows": [row, {**row, "p99_ms": 90.0, "server_cpu_ms": 1.0}], "memory_gib": 1.0,
+               "machine": {"cpu": "a processor", "cores": 4}}  # fmt: skip
+    (tmp_path / "m.json").write_text(json.dumps(content))
+
+    def machines(p99, measured=tmp_path / "m.json"):
+        serve_sizing.main(serve_sizing.SizingOptions(measured, images_per_second=1000, p99_ms=p99))
+        return int(capsys.readouterr().out.split()[-1])
+
+    assert machines(50) == 3  # 1000 x 3 ms are 3 cores; 4 cores at 60% are 2.4; so two, and one to spare
+    assert machines(100) == 2
+    with pytest.raises(UserError, match="no row has a p99"):
+        machines(10)
+    with pytest.raises(UserError, match="no result of"):
+        machines(10, ROOT / "README.md")
