@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from illama.bundle import FUSED_ONNX
 from illama.errors import UserError
 from illama.onnx_session import cpu_session
 
@@ -25,7 +26,7 @@ class OnnxRuntimeEngine:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._session = cpu_session(path)
+            self._session = cpu_session(path, half=path.name == FUSED_ONNX)
         except Exception as error:  # its exceptions share no base class but this one
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name

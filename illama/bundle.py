@@ -35,8 +35,8 @@ FUSED_ONNX = "model.fused.onnx"
 TORCHAO = "model.torchao.safetensors"
 SCHEME = "scheme.yaml"  # what quantized it, to be read, changed and replayed
 ENGINES = "engines"
-_PACKAGES = ("torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnxruntime", "tensorrt-rtx",
-             "tensorrt", "numpy")  # fmt: skip
+_PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "nvidia-modelopt", "torchao", "onnx",
+             "onnxruntime", "tensorrt-rtx", "tensorrt", "numpy")  # fmt: skip
 
 
 @dataclass
