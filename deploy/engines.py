@@ -26,7 +26,7 @@ class OnnxRuntimeEngine:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._session = cpu_session(path, half=path.name == FUSED_ONNX)
+            self._session = cpu_session(path, fused=path.name == FUSED_ONNX)
         except Exception as error:  # its exceptions share no base class but this one
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name

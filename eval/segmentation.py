@@ -1,7 +1,7 @@
 """mIoU of segmentation networks side by side: python eval/segmentation.py runs/ptq-segmentation/* --data FOLDER
 
-Of every ONNX file in the bundles, over the whole validation split, by ONNX Runtime on the CPU; the first bundle's
-``model.onnx`` is what the others' drops are against.
+Of every ONNX file in the bundles, over the whole validation split, by ONNX Runtime on the CPU; the first bundle with a
+``model.onnx`` is what the drops are against.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SegmentationEvalOptions:
     """Score every ONNX file of the bundles by mIoU on a folder in ADE20K's layout.
 
     Attributes:
-        bundles: what python quant/ptq_segmentation.py wrote; the first is the reference.
+        bundles: what python quant/ptq_segmentation.py wrote; the first with a model.onnx is the reference.
         data: the folder; its validation images are used.
         scales: judge each image at these times its size, and average.
         flip: mirrored too.
@@ -94,13 +94,15 @@ def weigh(
     paths = [bundle / name for name in (CPU_ONNX, FUSED_ONNX) for bundle in bundles if (bundle / name).exists()]
     if not paths:
         raise UserError(f"no {CPU_ONNX} in {bundles[0]}: make bundles with python quant/ptq_segmentation.py")
-    models = {f"{path.parent.name}/{path.name}": OnnxRuntimeEngine(path).infer for path in paths}
+    models = {str(path): OnnxRuntimeEngine(path).infer for path in paths}
     counts = score_images(models, data.test(), len(data.classes), preprocessing, views)
-    reference = next(iter(counts.values()))
-    return [
-        Row(name, Scores.of(part.sum(0)), miou_drop(reference, part, seed), path.stat().st_size / 1e6)
-        for path, (name, part) in zip(paths, counts.items(), strict=True)
-    ]
+    reference = counts[str(paths[0])]
+    rows = []
+    for path in paths:
+        own = counts[str(path)]
+        drop, megabytes = miou_drop(reference, own, seed), path.stat().st_size / 1e6
+        rows.append(Row(f"{path.parent.name}/{path.name}", Scores.of(own.sum(0)), drop, megabytes))
+    return rows
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

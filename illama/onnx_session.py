@@ -10,7 +10,7 @@ from illama.accuracy import usable_cores
 
 
 def cpu_session(
-    model: Path | bytes, threads: int = 0, profile: Path | None = None, half: bool = False
+    model: Path | bytes, threads: int = 0, profile: Path | None = None, fused: bool = False
 ) -> onnxruntime.InferenceSession:
     """A session that computes what the graph says.
 
@@ -22,15 +22,16 @@ def cpu_session(
         model: a file, or its contents.
         threads: within an operator; 0 for one a core.
         profile: prefix of the file of times that ``end_profiling`` writes.
-        half: the graph computes in half precision. There ONNX Runtime must not round a quantized convolution's bias
-            to integers of the product of its scales, as it does unasked: half precision has no room for such a scale.
+        fused: the graph is one for TensorRT. Left to itself, ONNX Runtime rounds a quantized convolution's bias to
+            integers of the product of its scales, which half precision has no room for, and takes a Relu before a
+            QuantizeLinear to FP8 for one that changes nothing.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    disabled = ["WeightBiasQuantization"] if half else None
+    disabled = ["WeightBiasQuantization", "ReluQuantRewrite"] if fused else None
     return onnxruntime.InferenceSession(
         model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
     )

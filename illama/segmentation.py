@@ -24,11 +24,6 @@ from illama.errors import UserError
 from illama.model import ILLaMA, Linear
 from illama.norms import make_norm
 
-try:
-    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-except ImportError as missing:
-    raise UserError("segmentation needs one more package: pip install 'illama-toolkit[segmentation]'") from missing
-
 LEVELS = 4
 
 
@@ -87,13 +82,7 @@ class UperNet(ILLaMA):
             nn.Identity(),
             nn.Identity(),
         ])  # fmt: skip
-        # Its first two levels are an image's and half of it, which it does not use.
-        self.decoder = UPerNetDecoder((0, 0, *[width] * LEVELS), decoder_channels=channels)
-        for name, module in list(self.decoder.named_modules()):
-            if isinstance(module, nn.ReLU):
-                module.inplace = False  # there is no such thing in an exported graph
-            elif isinstance(module, nn.AdaptiveAvgPool2d):
-                self.decoder.set_submodule(name, Pooled(config.side // 2, int(module.output_size)))  # type: ignore[arg-type]
+        self.decoder = _make_decoder(config)
         self.head = nn.Conv2d(channels, config.num_classes, 1)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
@@ -113,6 +102,22 @@ class UperNet(ILLaMA):
         """(B, C, H, W) -> (B, num_classes, H, W)."""
         logits = self.head(self.decoder([None, None, *self.pyramid(images)]))
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _make_decoder(config: SegmentationConfig) -> nn.Module:
+    """segmentation_models_pytorch's, with two of its parts replaced by equal ones that export well."""
+    try:
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+    except ImportError as missing:
+        raise UserError("segmentation needs one more package: pip install 'illama-toolkit[segmentation]'") from missing
+    # Its first two levels are an image's and half of it, which it does not use.
+    decoder: nn.Module = UPerNetDecoder((0, 0, *[config.width] * LEVELS), decoder_channels=config.decoder_channels)
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # there is no such thing in an exported graph
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            decoder.set_submodule(name, Pooled(config.side // 2, int(module.output_size)))  # type: ignore[arg-type]
+    return decoder
 
 
 class Doubled(nn.Module):

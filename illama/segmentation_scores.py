@@ -53,13 +53,13 @@ class Scores:
         miou: mean over the classes of intersection over union; one that is neither there nor predicted is left out.
         pixel_accuracy: share of pixels that are right (aAcc).
         mean_accuracy: mean over the classes that are there of the share of their pixels that are right (mAcc).
-        iou: of each class; NaN for one that is left out.
+        iou: of each class; None for one that is left out.
     """
 
     miou: float
     pixel_accuracy: float
     mean_accuracy: float
-    iou: tuple[float, ...]
+    iou: tuple[float | None, ...]
 
     @classmethod
     def of(cls, counts: np.ndarray) -> Scores:
@@ -72,7 +72,7 @@ class Scores:
             float(np.nanmean(iou)),
             float(100 * right.sum() / true.sum()),
             float(100 * (right[true > 0] / true[true > 0]).mean()),
-            tuple(iou.tolist()),
+            tuple(None if math.isnan(value) else value for value in iou.tolist()),
         )
 
 

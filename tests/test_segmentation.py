@@ -161,7 +161,9 @@ def test_scores_are_those_of_another_library(seed, classes):
     tp, fp, fn, _ = (part.sum(0).double() for part in stats)
     iou, there = tp / (tp + fp + fn), tp + fn > 0
     assert scores.miou == pytest.approx(100 * iou.nanmean().item())
-    assert scores.iou == pytest.approx((100 * iou).tolist(), nan_ok=True)
+    assert [np.nan if value is None else value for value in scores.iou] == pytest.approx(
+        (100 * iou).tolist(), nan_ok=True
+    )
     assert scores.mean_accuracy == pytest.approx(100 * (tp / (tp + fn))[there].mean().item())
     assert scores.pixel_accuracy == pytest.approx(100 * (predicted == true)[true != IGNORED].mean())
 
@@ -326,7 +328,7 @@ def test_quantized_files_score_as_the_network_does(trained, shapes, tmp_path, ca
 
     int8 = out / "int8"
     layers = {row[0]: row[1:] for row in Manifest.read(int8).metrics["layers"]}
-    print(layers)
+    assert layers["decoder.fusion_block.0"] == ["int8 per channel", "uint8 asymmetric"], layers
     assert (int8 / "model.onnx").stat().st_size < 0.4 * (out / "fp32" / "model.onnx").stat().st_size
     if library := find_library():
         assert build_bundle(library, int8).fused_attentions == 4
@@ -357,11 +359,11 @@ def test_files_with_quantized_convolutions_give_what_pytorch_gives(name, tmp_pat
     expected, exact = quantized(images).detach(), model(images).detach()
     noise = (expected - exact).norm() / exact.norm()
     assert 0 < noise < (0.02 if name == "int8" else 0.06)
-    files = (("plain", torch.float32, CPU_ONNX, 0.1), ("fused", torch.float16, FUSED_ONNX, 0.5))
-    for form, dtype, file, share in files:  # half precision moves some values to the other side of a tie
+    files = (("plain", torch.float32, CPU_ONNX, 0.1), ("fused", torch.float32, FUSED_ONNX, 0.1),
+             ("fused", torch.float16, FUSED_ONNX, 0.8))  # fmt: skip
+    for form, dtype, file, share in files:  # half precision moves many values to the other side of a tie
         export_onnx(quantized, tmp_path / file, form, dtype)
         found = torch.from_numpy(OnnxRuntimeEngine(tmp_path / file).infer(images.numpy()))
-        print(form, (found - expected).norm() / expected.norm(), noise)
         assert (found - expected).norm() < share * noise * expected.norm(), form
 
 
