@@ -9,6 +9,8 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# Without what these two ask for: an older numpy, for Python that is not used, and TensorRT itself.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps nvidia-pytriton tensorrt-stubs
 	touch $@
 
 demo: setup

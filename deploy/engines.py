@@ -21,7 +21,7 @@ from deploy.graph import centre_inputs, has_fp8, load_graph
 from deploy.record import EngineRecord
 from deploy.tensorrt_engine import TensorRTEngine
 from illama.accuracy import torch_infer, usable_cores
-from illama.bundle import CPU_ONNX, ENGINES, TORCHAO, WEIGHTS, Manifest, is_bundle
+from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, is_bundle
 from illama.checkpoint import load_checkpoint
 from illama.config import ModelConfig
 from illama.errors import UserError
@@ -68,7 +68,9 @@ class OnnxRuntimeEngine:
                 f"this ONNX Runtime has no {provider}: install onnxruntime-gpu, or choose another --runtime"
             )
         try:
-            self._session = cpu_session(path, threads) if provider is None else gpu_session(path, provider)
+            self._session = (
+                gpu_session(path, provider) if provider else cpu_session(path, threads, fused=path.name == FUSED_ONNX)
+            )
         except Exception as error:  # its exceptions share no base class but this one
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name

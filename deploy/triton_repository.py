@@ -23,7 +23,8 @@ import numpy as np
 from google.protobuf import text_format
 
 from deploy.engines import OnnxRuntimeEngine
-from illama.bundle import CPU_ONNX, ENGINES, MANIFEST, Manifest, command_line, package_versions, sha256, write_folder
+from deploy.record import EngineRecord
+from illama.bundle import CPU_ONNX, ENGINES, MANIFEST, Manifest, command_line, package_versions, write_folder
 from illama.data import Preprocessing
 from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
@@ -149,16 +150,10 @@ def checked_engine(bundle: Path, max_batch: int) -> Path:
         UserError: there is none, it is not that file, or it was built for smaller batches.
     """
     path = bundle / ENGINES / "tensorrt.engine"
-    try:
-        record = json.loads(path.with_suffix(".json").read_text())
-        expected, largest = record["engine_sha256"], int(record["batch"][-1])
-        if sha256(path) != expected:
-            raise UserError(f"{path} is not the engine that its JSON describes: build it again with deploy/build.py")
-    except FileNotFoundError as error:
-        raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with "
-                        "that GPU and Triton's TensorRT run python deploy/build.py") from error  # fmt: skip
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path.with_suffix('.json')} is damaged: build the engine again") from error
+    if not path.exists():
+        raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with that "
+                        "GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
+    largest = EngineRecord.read(path).batch[-1]
     if max_batch > largest:
         raise UserError(
             f"{path} was built for batches up to {largest}: lower --max-batch, or build with a larger --batch"

@@ -37,8 +37,8 @@ SCHEME = "scheme.yaml"  # what quantized it, to be read, changed and replayed
 ENGINES = "engines"
 FRAME = "frame"  # in a manifest's metrics: (height, width, channels) that graphs with preprocessing take
 SOFTMAX_OUTPUT = "softmax_output"  # in a fused graph's metadata: how attention's softmax output is rounded
-_PACKAGES = ("torch", "torchvision", "timm", "nvidia-modelopt", "torchao", "onnx", "onnxruntime", "tensorrt-rtx",
-             "tensorrt", "numpy")  # fmt: skip
+_PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "nvidia-modelopt", "torchao", "onnx",
+             "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "numpy")  # fmt: skip
 
 
 @dataclass

@@ -233,7 +233,7 @@ def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
     return _Stored(
         {name: value.float() for name, value in state.items()},
         config,
-        _read_preprocessing(manifest) if manifest else None,
+        read_preprocessing(manifest) if manifest else None,
         tuple(manifest.classes) if manifest else (),
         weights,
     )
@@ -291,7 +291,7 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pat
         if expected[name].shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
             raise UserError(f"{path} does not fit {what}: {name} has shape {shapes}")
-        if not state[name].is_floating_point():
+        if expected[name].is_floating_point() and not state[name].is_floating_point():
             raise UserError(f"{path} has {state[name].dtype} values in {name}: float weights are needed")
 
 
@@ -329,7 +329,8 @@ def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:
     raise UserError(f"{path} takes {given} colour channels and cannot be brought to {channels}: only 1 and 3 convert")
 
 
-def _read_preprocessing(manifest: Manifest) -> Preprocessing:
+def read_preprocessing(manifest: Manifest) -> Preprocessing:
+    """The preprocessing that a manifest names."""
     values = manifest.preprocessing
     return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 

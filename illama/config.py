@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 from illama.errors import UserError
 
@@ -138,7 +138,7 @@ class ModelConfig:
             raise UserError(f"width {self.width} must split into {self.heads} heads of an even size")
 
     @classmethod
-    def preset(cls, name: str, variant: str = "illama", **overrides: Any) -> ModelConfig:
+    def preset(cls, name: str, variant: str = "illama", **overrides: Any) -> Self:
         """A published size (``tiny``, ``small``, ``base``, ``large``) or ``nano``, with fields overridden.
 
         ``variant`` is a step of the way from ViT to iLLaMA, one of :data:`VARIANTS`.
@@ -150,7 +150,7 @@ class ModelConfig:
         return cls.from_dict({**_PRESETS[name], **VARIANTS[variant], **overrides})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The config that :meth:`to_dict` wrote; unknown names raise :class:`UserError`."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:

@@ -80,6 +80,15 @@ class Preprocessing:
             None if image_size >= 384 or image_size <= 32 else image_size * 256 // 224,
         )
 
+    def to_input(self) -> list[Callable[[Any], Any]]:
+        """The steps that take an image to the network's input once it has the right size."""
+        return [
+            v2.Grayscale(1) if self.in_channels == 1 else v2.RGB(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(self.mean), list(self.std)),
+        ]
+
     def transform(self, augment: Sequence[Callable[[Any], Any]] = ()) -> Transform:
         """PIL image or uint8 tensor (C, H, W) -> float tensor (in_channels, image_size, image_size).
 
@@ -90,14 +99,7 @@ class Preprocessing:
         steps: list[Callable[[Any], Any]] = list(augment)
         if not augment and self.resize:
             steps += [v2.Resize(self.resize, bicubic), v2.CenterCrop(self.image_size)]
-        steps += [
-            v2.Resize(size, bicubic),
-            v2.Grayscale(1) if self.in_channels == 1 else v2.RGB(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(self.mean), list(self.std)),
-        ]
-        return v2.Compose(steps)
+        return v2.Compose([*steps, v2.Resize(size, bicubic), *self.to_input()])
 
 
 class ImageData(Protocol):
@@ -157,13 +159,14 @@ class FashionMNIST:
                 "'apt-get install dataset-fashion-mnist', or give the folder of train-images-idx3-ubyte.gz "
                 "with --data fashion-mnist:FOLDER"
             )
-        return _hold_out(TensorImages(*_read_idx_pair(self.folder, "train")))
+        return _hold_out(TensorImages(*_read_idx_pair(self.folder, "train")), VALIDATION_IMAGES)
 
 
 class ImageSplits:
     """What CIFAR, image folders and shards have in common: ImageNet's preprocessing, and splits of RGB images."""
 
     classes: tuple[str, ...]
+    held_out = VALIDATION_IMAGES
     _test: Dataset[Sample]
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
@@ -176,7 +179,7 @@ class ImageSplits:
         return _evenly_spaced(self._train(shuffled=False), count)
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
-        return _hold_out(self._train(shuffled=True))
+        return _hold_out(self._train(shuffled=True), self.held_out)
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
         """The training split, for reading in a random order if ``shuffled``."""
@@ -315,9 +318,9 @@ def _evenly_spaced(images: Dataset[Sample], count: int) -> Dataset[Sample]:
     return Subset(images, [i * total // count for i in range(count)])
 
 
-def _hold_out(images: Dataset[Sample]) -> tuple[Dataset[Sample], Dataset[Sample]]:
+def _hold_out(images: Dataset[Sample], at_most: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
     total = len(images)  # type: ignore[arg-type]
-    held = max(1, min(VALIDATION_IMAGES, total // 10))
+    held = max(1, min(at_most, total // 10))
     validation = [i * total // held for i in range(held)]
     rest = np.setdiff1d(np.arange(total), validation)
     return Subset(images, rest.tolist()), Subset(images, validation)

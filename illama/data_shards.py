@@ -33,8 +33,8 @@ CLASS_FILES = ("classes.txt", "classnames.txt")
 PLACE = np.dtype([("file", np.int32), ("label", np.int32), ("start", np.int64), ("size", np.int32)])
 
 
-def decode_image(file: str | BinaryIO, name: Callable[[], str]) -> Image.Image:
-    """A file as an RGB image.
+def decode_image(file: str | BinaryIO, name: Callable[[], str], mode: str | None = "RGB") -> Image.Image:
+    """A file as an image of a mode of Pillow's, or with None as it is.
 
     Raises:
         UserError: with its ``name()``, if it is broken or so large that Pillow warns of a decompression bomb.
@@ -44,7 +44,7 @@ def decode_image(file: str | BinaryIO, name: Callable[[], str]) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file)
         with image:
-            return image.convert("RGB")
+            return image.convert(mode)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise UserError(f"the image {name()} has more than {limit} million pixels: shrink it or take it out") from error

@@ -140,6 +140,7 @@ class ILLaMA(SoftMasked):
     """
 
     config: ModelConfig
+    head: nn.Module
     rotation: Tensor | None
     causal: Tensor
 
@@ -175,15 +176,18 @@ class ILLaMA(SoftMasked):
         return {"stem": r"^(?:cls_token|pos_embed|patch_embed)",
                 "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}  # fmt: skip
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The class token after the final norm, (B, width)."""
-        config = self.config
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> what the first block takes: patches and class token with their positions, (B, N, width)."""
         x = self.patch_embed(images)
         class_token = self.cls_token.expand(x.shape[0], -1, -1)
-        x = torch.cat([x, class_token] if config.class_token == "last" else [class_token, x], dim=1)
+        x = torch.cat([x, class_token] if self.config.class_token == "last" else [class_token, x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        x = self.drop(x)
+        return self.drop(x)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The class token after the final norm, (B, width)."""
+        config, x = self.config, self.embed(images)
         mask = self.attention_mask(config.mask, self.causal)
         blocks: list[nn.Module] = list(self.blocks)
         row, sees_all = config.class_index, config.class_token == "last" or config.class_sees_all

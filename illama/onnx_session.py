@@ -9,7 +9,9 @@ import onnxruntime
 from illama.accuracy import usable_cores
 
 
-def cpu_session(model: Path | bytes, threads: int = 0, profile: Path | None = None) -> onnxruntime.InferenceSession:
+def cpu_session(
+    model: Path | bytes, threads: int = 0, profile: Path | None = None, fused: bool = False
+) -> onnxruntime.InferenceSession:
     """A session that computes what the graph says.
 
     By default ONNX Runtime multiplies weights of 8 or 4 bits by inputs that it rounds to 8 bits on the way, though the
@@ -20,10 +22,16 @@ def cpu_session(model: Path | bytes, threads: int = 0, profile: Path | None = No
         model: a file, or its contents.
         threads: within an operator; 0 for one a core.
         profile: prefix of the file of times that ``end_profiling`` writes.
+        fused: the graph is one for TensorRT. Left to itself, ONNX Runtime rounds a quantized convolution's bias to
+            integers of the product of its scales, which half precision has no room for, and takes a Relu before a
+            QuantizeLinear to FP8 for one that changes nothing.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    disabled = ["WeightBiasQuantization", "ReluQuantRewrite"] if fused else None
+    return onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sized
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 from illama.batches import seed_everything
 from illama.bundle import WEIGHTS, Manifest, command_line, sha256, write_folder
@@ -24,8 +24,9 @@ from illama.llama_init import initialise_from_llama
 from illama.model import ILLaMA
 from illama.recipe import Recipe, recipe_of_command_line
 from illama.train_log import plot_curve, read_log
-from illama.training import Run, evaluate, fit
+from illama.training import Run, fit
 
+Network = TypeVar("Network", bound=ILLaMA)
 _MODEL_OPTIONS = ("image_size", "patch_size", "in_channels", "width", "depth", "heads", "mask")
 
 
@@ -37,10 +38,18 @@ def make_model(recipe: Recipe, classes: int) -> ILLaMA:
     """
     if recipe.new_head and not recipe.init:
         raise UserError("this recipe fine-tunes: name the weights with --init, or add --no-new-head to start anew")
-    overrides = {name: value for name in _MODEL_OPTIONS if (value := getattr(recipe, name)) is not None}
-    config = ModelConfig.preset(recipe.model, recipe.variant, **overrides, num_classes=classes)
+    config = ModelConfig.preset(recipe.model, recipe.variant, **model_options(recipe), num_classes=classes)
     seed_everything(recipe.seed)
-    model = ILLaMA(config, recipe.drop_path, recipe.dropout)
+    return initialise(ILLaMA(config, recipe.drop_path, recipe.dropout), recipe)
+
+
+def model_options(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe changes of its preset."""
+    return {name: value for name in _MODEL_OPTIONS if (value := getattr(recipe, name)) is not None}
+
+
+def initialise(model: Network, recipe: Recipe) -> Network:
+    """``model`` with the weights that the recipe names for the start; UserError if they cannot be had."""
     if recipe.init:
         initialise_from(model, recipe.init, new_head=recipe.new_head)
     if recipe.init_llama:
@@ -66,17 +75,23 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
     model = make_model(recipe, len(data.classes))
     preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
     run = Run(recipe, data, preprocessing, model, group, inputs=inputs_of(recipe))
-    try:
-        recipe.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {recipe.out}: {error.strerror}; choose another --out") from error
+    make_out(recipe.out)
     return run
 
 
+def make_out(out: Path) -> None:
+    """The run's folder; UserError if it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+
+
 def write_bundle(run: Run) -> Path:
-    """The finished run as a bundle: the kept weights, manifest with test accuracy, log and curve."""
+    """The finished run as a bundle: the kept weights, manifest with the score on the test images, log and curve."""
     recipe, test = run.recipe, run.data.test()
-    metrics = {"test_top1": evaluate(run, test), "test_images": len(cast(Sized, test)), "epochs": recipe.epochs}
+    metrics = {f"test_{run.score_name}": run.score(test), "test_images": len(cast(Sized, test)),
+               "epochs": recipe.epochs}  # fmt: skip
     weights, config = run.kept_weights(), cast(ILLaMA, run.model).config
     folder = recipe.out / "bundle"
     if not run.processes.main:

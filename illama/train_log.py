@@ -9,19 +9,24 @@ from torch.utils.tensorboard import SummaryWriter
 
 from illama.bundle import write_file
 
-COLUMNS = ("epoch", "step", "learning_rate", "soft_mask", "train_loss", "validation_top1", "images_per_second")
 LOSS_COLUMNS = ("step", "train_loss")
+_VALIDATION = "validation_"
 
 
 class Log:
     """A row per epoch in log.csv, the loss of every few steps in losses.csv, both for TensorBoard too.
 
     Rows after the resumed step are dropped.
+
+    Args:
+        score: what the validation images are scored by.
     """
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, step: int, score: str = "top1") -> None:
         self.epochs, self.losses = out / "log.csv", out / "losses.csv"
-        for path, columns in ((self.epochs, COLUMNS), (self.losses, LOSS_COLUMNS)):
+        self.columns = ("epoch", "step", "learning_rate", "soft_mask", "train_loss", f"{_VALIDATION}{score}",
+                        "images_per_second")  # fmt: skip
+        for path, columns in ((self.epochs, self.columns), (self.losses, LOSS_COLUMNS)):
             rows = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
             with write_file(path) as draft, draft.open("w", newline="") as file:
                 writer = csv.DictWriter(file, columns)
@@ -35,10 +40,10 @@ class Log:
         self.board.add_scalar("loss", loss, step)
 
     def write_epoch(self, *values: float) -> None:
-        """Append one value for each of :data:`COLUMNS`."""
+        """Append one value for each of the columns."""
         _append(self.epochs, *values)
         _, step, *rest = values
-        for name, value in zip(COLUMNS[2:], rest, strict=True):
+        for name, value in zip(self.columns[2:], rest, strict=True):
             self.board.add_scalar(name, value, int(step))
         self.board.flush()
 
@@ -55,16 +60,17 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 
 def plot_curve(rows: list[dict[str, str]], path: Path) -> None:
-    """Training loss and validation accuracy over the epochs, as PNG."""
+    """Training loss and validation score over the epochs, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     loss_axis = figure.add_subplot()
-    accuracy_axis = loss_axis.twinx()
+    score_axis = loss_axis.twinx()
     epochs = [int(row["epoch"]) for row in rows]
     loss_axis.plot(epochs, [float(row["train_loss"]) for row in rows], color="tab:blue")
-    accuracy_axis.plot(epochs, [float(row["validation_top1"]) for row in rows], color="tab:orange")
+    score = next(column for column in rows[0] if column.startswith(_VALIDATION))
+    score_axis.plot(epochs, [float(row[score]) for row in rows], color="tab:orange")
     loss_axis.set(xlabel="epoch")
     loss_axis.set_ylabel("training loss (augmented images)", color="tab:blue")
-    accuracy_axis.set_ylabel("validation top-1 (%)", color="tab:orange")
+    score_axis.set_ylabel(f"{score.replace('_', ' ')} (%)", color="tab:orange")
     figure.savefig(path, dpi=120)

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as sharded
@@ -39,6 +38,8 @@ _LOGGED_EVERY = 10  # steps; reading the loss makes a GPU wait
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Images (B, C, H, W) as the network got them, logits (B, classes) float32, targets likewise -> a scalar."""
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Images (B, C, H, W) and labels of a micro-batch -> the images that the network gets and the loss's targets."""
 Groups = Callable[[TrainingOptions, SoftMasked], list[dict[str, Any]]]
 """The optimiser's parameter groups of a network."""
 
@@ -62,9 +63,10 @@ def parameter_groups(recipe: TrainingOptions, model: SoftMasked) -> list[dict[st
 
 @dataclass
 class Run:
-    """One training run in progress.
+    """One training run in progress, of a classifier; what differs for other networks is in methods to override.
 
     Attributes:
+        score_name: of what :meth:`score` gives.
         model: an ILLaMA, or any network with a soft mask, such as one of illama.adapt; on its device, and sharded
             over the processes if the recipe says so.
         inputs: SHA-256 of the files that the starting weights came from, by path.
@@ -75,6 +77,8 @@ class Run:
         loss_sum: of the epoch's steps so far; ``loss_share`` is this process's part of the last few, which
             ``steps_unlogged`` counts.
     """
+
+    score_name: ClassVar[str] = "top1"
 
     recipe: TrainingOptions
     data: ImageData
@@ -112,6 +116,18 @@ class Run:
         self.wrapped = self.processes.wrap(self.model)
         self.forward = torch.compile(self.wrapped) if recipe.compile else self.wrapped
         self.restore()
+
+    def augmented(self) -> Augmented:
+        """The training images, augmented."""
+        return Augmented(self.images, training_transform(self.recipe, self.preprocessing), self.recipe.seed)
+
+    def mixer(self) -> Mix:
+        """How a micro-batch is mixed."""
+        return make_mixup(self.recipe, len(self.data.classes))
+
+    def score(self, split: Dataset[Sample]) -> float:
+        """How good the kept weights are under the hard mask, in percent; every process must ask."""
+        return evaluate(self, split)
 
     @property
     def kept(self) -> SoftMasked:
@@ -193,15 +209,14 @@ def fit(run: Run) -> None:
     stop = count // recipe.batch_size * recipe.epochs
     batches = MicroBatches(count, recipe, run.step, stop, processes.rank, processes.count)
     per_epoch = batches.steps_per_epoch
-    dataset = Augmented(run.images, training_transform(recipe, run.preprocessing), recipe.seed)
     cuda = processes.device.type == "cuda"
-    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=recipe.workers, pin_memory=cuda))
-    mixup = make_mixup(recipe, len(run.data.classes))
-    log = Log(recipe.out, run.step) if processes.main else None
+    loader = iter(DataLoader(run.augmented(), batch_sampler=batches, num_workers=recipe.workers, pin_memory=cuda))
+    mix = run.mixer()
+    log = Log(recipe.out, run.step, run.score_name) if processes.main else None
     started, first = time.perf_counter(), run.step
     with tqdm(total=stop, initial=run.step, unit="step", smoothing=0.05, disable=None if log else True) as bar:
         while run.step < stop:
-            training_step(run, mixup, loader, batches.parts, per_epoch)
+            training_step(run, mix, loader, batches.parts, per_epoch)
             bar.update()
             saving = run.step % recipe.checkpoint_steps == 0 or run.step == stop
             ending = run.step % per_epoch == 0
@@ -214,7 +229,7 @@ def fit(run: Run) -> None:
                 run.save()
 
 
-def training_step(run: Run, mixup: Mixup, loader: Iterator[Any], parts: range, steps_per_epoch: int) -> None:
+def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps_per_epoch: int) -> None:
     """One optimiser step: every micro-batch forward and backward, then the weights and their moving average."""
     recipe, device = run.recipe, run.processes.device
     run.model.train()
@@ -226,7 +241,7 @@ def training_step(run: Run, mixup: Mixup, loader: Iterator[Any], parts: range, s
     for part in parts:
         images, labels = next(loader)
         seed_everything(recipe.seed, run.step, part)
-        images, targets = mixup(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+        images, targets = mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
         with gradients_synchronised(run.wrapped, now=part == parts[-1]):
             with torch.autocast(device.type, getattr(torch, recipe.autocast), enabled=recipe.autocast != "float32"):
                 logits = run.forward(images)
@@ -259,10 +274,10 @@ def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> dict[s
     epoch, rate = run.step // per_epoch, run.optimizer.param_groups[-1]["lr"]
     soft_mask = run.model.soft_mask
     loss, run.loss_sum = run.loss_sum / per_epoch, 0.0
-    accuracy = evaluate(run, run.validation)
+    score = run.score(run.validation)
     if log:
-        log.write_epoch(epoch, run.step, rate, soft_mask, loss, accuracy, speed)
-    return {"epoch": str(epoch), "loss": f"{loss:.3f}", "val": f"{accuracy:.2f}%"}
+        log.write_epoch(epoch, run.step, rate, soft_mask, loss, score, speed)
+    return {"epoch": str(epoch), "loss": f"{loss:.3f}", "val": f"{score:.2f}%"}
 
 
 def evaluate(run: Run, split: Dataset[Sample]) -> float:

@@ -8,6 +8,7 @@ import json
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 from illama.bundle import SOFTMAX_OUTPUT
 from illama.masks import Form, MaskedAttention, SoftMasked
 from quant.formats import FORMATS
-from quant.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize
+from quant.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize, quantizers
 from quant.rotary import pair_halves, rotary_embedding
 
 OPSET = 23
@@ -51,7 +52,7 @@ _RULES = (
 
 
 def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes) float32.
+    """Write ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
 
     Args:
         form: ``plain`` for CPUs, ``fused`` (one Attention operator per block) for TensorRT.
@@ -64,6 +65,7 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
     notes = softmax_outputs(model) if form == "fused" else {}
     network = _Casting(model, dtype, centred=form == "fused")
     network.model.set_attention_form(form)
+    numbers = {quantizer.number.name for _, quantizer in quantizers(network)}
     config = model.config
     images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
     with warnings.catch_warnings(), torch.no_grad():
@@ -73,7 +75,7 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
         lower(traced)
         program = torch.onnx.export(
             traced, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            input_names=[INPUT], output_names=[OUTPUT], custom_translation_table=translations(form),
+            input_names=[INPUT], output_names=[OUTPUT], custom_translation_table=translations(form, numbers),
         )  # fmt: skip
     assert program is not None
     graph = simplify(program.model)
@@ -200,8 +202,12 @@ def name_by_layer(model: ir.Model) -> None:
             taken.add(id(value))
 
 
-def translations(form: Form) -> dict[Any, Any]:
-    """What our two operators are in ONNX; activations only, since weights are dequantized and nothing else."""
+def translations(form: Form, numbers: Collection[str] = ()) -> dict[Any, Any]:
+    """What our two operators are in ONNX; activations only, since weights are dequantized and nothing else.
+
+    Args:
+        numbers: names of the number formats in the network.
+    """
 
     def to_onnx_quantize_dequantize(x: Any, scale: Any, number: str, zero_point: int = 0) -> Any:
         limits, kind = FORMATS[number], _TYPES[number]
@@ -224,8 +230,17 @@ def translations(form: Form) -> dict[Any, Any]:
     def to_onnx_rotary(x: Any, cos: Any, sin: Any, positions: Any) -> Any:
         return op.RotaryEmbedding(x, cos, sin, positions, interleaved=0)
 
-    return {
+    def to_onnx_relu(x: Any) -> Any:
+        zero: Any = op.Constant(value_float=0.0)
+        return op.Max(x, op.CastLike(zero, x))
+
+    table = {
         rotary_embedding._opoverload: to_onnx_rotary,
         quantize_dequantize._opoverload: to_onnx_quantize_dequantize,
         dequantize._opoverload: to_onnx_dequantize,
     }
+    if form == "plain" and "fp8" in numbers:
+        # A Relu before a QuantizeLinear of zero point 0 is one that ONNX Runtime takes out, since bytes have no sign;
+        # FP8 has.
+        table[torch.ops.aten.relu.default] = to_onnx_relu
+    return table

@@ -236,7 +236,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedConv2d(nn.Module):
-    """A patch convolution whose weight and input are rounded; either may be left in floating point."""
+    """A convolution, padded by zeros if at all, whose weight and input are rounded; either may be left in float."""
 
     weight: Tensor
     shift: Tensor | None
@@ -244,19 +244,23 @@ class QuantizedConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, weight: WeightQuantizer | None, activation: QuantizeDequantize | None) -> None:
         super().__init__()
-        self.weight, self.bias, self.stride = conv.weight, conv.bias, conv.stride
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.weight_quantizer, self.input = weight, activation
         self.register_buffer("shift", None)
         self.register_buffer("frozen", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        padding = self.padding
+        if self.shift is not None and any(padding):  # the zeros around the input have to be shifted with it
+            x, padding = F.pad(x, [size for size in reversed(padding) for _ in range(2)]), (0, 0)  # type: ignore[misc]
         x = _rounded_input(self, x)
         if self.frozen is not None and self.weight_quantizer is not None:
             scale = self.weight_quantizer.scale.expand(len(self.frozen), 1, 1, 1).flatten()
             weight = dequantize(self.frozen, scale, self.weight_quantizer.number.name, 0)
         else:
             weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return F.conv2d(x, weight, self.bias, self.stride)
+        return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def freeze(self) -> None:
         """Keep the integers of the weight alone."""

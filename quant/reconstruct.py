@@ -36,7 +36,9 @@ class _Call:
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The transformer blocks of a network with their names, in order."""
-    return [(name, module) for name, module in model.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)]
+    named = {name: module for name, module in model.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)}
+    first = next(iter(named), "").rpartition(".")[0]  # a decoder may have blocks too, which come after
+    return [(name, module) for name, module in named.items() if name.rpartition(".")[0] == first]
 
 
 def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor], steps: int) -> None:

@@ -1,0 +1,84 @@
+"""Draw a small set in ADE20K's layout to try segmentation on: python benchmarks/draw_shapes.py runs/shapes
+
+Rectangles, discs and rings of any colour before noise: what a pixel belongs to is told by the shape around it, not by
+its colour, unless that is asked for. The pixel around a shape belongs to no class. The same options draw the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from illama.bundle import write_folder
+from illama.errors import run_command
+
+CLASSES = ("background", "rectangle", "disc", "ring")
+_COLOURS = {2: (220, 60, 60), 3: (60, 60, 220), 4: (60, 220, 60)}
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """Draw images of shapes and their label maps.
+
+    Attributes:
+        out: the folder, which must not exist yet or be empty.
+        train, validation: how many of each.
+        side: height in pixels; the width is that to twice that.
+        coloured: share of the shapes that have their class's colour and not any.
+        seed: of the drawing.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional]
+    train: int = 512
+    validation: int = 128
+    side: int = 64
+    coloured: float = 0.0
+    seed: int = 0
+
+
+def draw(generator: np.random.Generator, height: int, width: int, coloured: float) -> tuple[np.ndarray, np.ndarray]:
+    """A picture (H, W, 3) and its labels (H, W), both uint8: 0 for no class, the background being 1."""
+    pixels = generator.normal(128, 25, (height, width, 3))
+    labels = np.ones((height, width), np.uint8)
+    rows, columns = np.mgrid[:height, :width]
+    for _ in range(generator.integers(2, 5)):
+        size, kind = generator.uniform(0.12, 0.3) * height, int(generator.integers(2, 5))
+        y, x = generator.uniform(0, height), generator.uniform(0, width)
+        square = np.maximum(abs(rows - y), abs(columns - x))
+        far = square if kind == 2 else np.hypot(rows - y, columns - x)
+        hole = size / 2 if kind == 4 else -1.0
+        inside = (far < size) & (far >= hole)
+        labels[(far < size + 1) & (far >= hole - 1)] = 0
+        labels[inside] = kind
+        colour = _COLOURS[kind] if generator.uniform() < coloured else generator.uniform(0, 255, 3)
+        pixels[inside] = generator.normal(0, 12, (np.count_nonzero(inside), 3)) + colour
+    return pixels.clip(0, 255).astype(np.uint8), labels
+
+
+def write_shapes(folder: Path, options: DrawOptions) -> None:
+    """Fill an empty folder."""
+    generator, side = np.random.default_rng(options.seed), options.side
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", *(f"{i}\t0\t0\t0\t0\t{name}" for i, name in enumerate(CLASSES, 1))]
+    (folder / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
+    for split, count in (("training", options.train), ("validation", options.validation)):
+        images, maps = folder / "images" / split, folder / "annotations" / split
+        images.mkdir(parents=True)
+        maps.mkdir(parents=True)
+        for index in range(count):
+            pixels, labels = draw(generator, side, int(generator.integers(side, 2 * side)), options.coloured)
+            Image.fromarray(pixels).save(images / f"{index:04}.jpg", quality=95)
+            Image.fromarray(labels).save(maps / f"{index:04}.png")
+
+
+def main(options: DrawOptions) -> None:
+    with write_folder(options.out, is_ours=lambda folder: False) as folder:
+        write_shapes(folder, options)
+
+
+if __name__ == "__main__":
+    run_command(DrawOptions, main)
