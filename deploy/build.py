@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from deploy.builder import EngineOptions, Verbosity, build_engine, check_kernels, trtexec_line
+from deploy.builder import BuiltEngine, EngineOptions, Verbosity, build_engine, check_kernels, trtexec_line
 from deploy.graph import has_fp8, load_graph, precisions
 from deploy.library import Library, LibraryName, find_library
 from deploy.record import EngineRecord
@@ -78,24 +78,31 @@ def build_bundle(library: Library, bundle: Path, options: EngineOptions | None =
         UserError: no fused graph in the bundle, or an attention that cannot be fused.
     """
     options = options or EngineOptions()
-    manifest, source = Manifest.read(bundle), bundle / FUSED_ONNX
-    path = bundle / ENGINES / f"{library.name}.engine"
-    graph = load_graph(source)
+    source, path = bundle / FUSED_ONNX, bundle / ENGINES / f"{library.name}.engine"
+    Manifest.read(bundle)  # before the long work, whether there is one
     if (record := built_already(library, source, path, options)) is not None:
         return record
     built = build_engine(library, source, options)
     if torch.cuda.is_available() and not options.allow_unfused and options.verbosity == "detailed":
         check_kernels(library, built.data, built.attentions)
+    return write_engine(library, bundle, built, options)
+
+
+def write_engine(library: Library, bundle: Path, built: BuiltEngine, options: EngineOptions) -> EngineRecord:
+    """Write an engine of the bundle's fused graph, and its record beside it."""
+    manifest, source = Manifest.read(bundle), bundle / FUSED_ONNX
+    path = bundle / ENGINES / f"{library.name}.engine"
     path.parent.mkdir(exist_ok=True)
     with write_file(path) as draft:
         draft.write_bytes(built.data)
-    shape = tuple(manifest.preprocessing[name] for name in ("in_channels", "image_size", "image_size"))
+    shape = tuple(next(iter(built.inputs.values()))[1][1:])
     record = EngineRecord(
         onnx_sha256=sha256(source), engine_sha256=sha256(path), engine_bytes=len(built.data),
         library=library.name, library_version=library.version, targets=options.targets, batch=options.batch,
-        options=options.to_json(), precisions=precisions(graph), attentions=built.attentions, fused=built.fused,
-        inputs=built.inputs, outputs=built.outputs, input_shape=shape, preprocessing=manifest.preprocessing,
-        classes=manifest.classes, trtexec=trtexec_line(library, source, path, options),
+        options=options.to_json(), precisions=precisions(load_graph(source)), attentions=built.attentions,
+        fused=built.fused, inputs=built.inputs, outputs=built.outputs, input_shape=shape,
+        preprocessing=manifest.preprocessing, classes=manifest.classes,
+        trtexec=trtexec_line(library, source, path, options),
     )  # fmt: skip
     record.write(path)
     return record

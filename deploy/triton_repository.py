@@ -151,8 +151,8 @@ def checked_engine(bundle: Path, max_batch: int) -> Path:
     """
     path = bundle / ENGINES / "tensorrt.engine"
     if not path.exists():
-        raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with that "
-                        "GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
+        raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with "
+                        "that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
     largest = EngineRecord.read(path).batch[-1]
     if max_batch > largest:
         raise UserError(

@@ -331,7 +331,7 @@ def test_quantized_files_score_as_the_network_does(trained, shapes, tmp_path, ca
     assert layers["decoder.fusion_block.0"] == ["int8 per channel", "uint8 asymmetric"], layers
     assert (int8 / "model.onnx").stat().st_size < 0.4 * (out / "fp32" / "model.onnx").stat().st_size
     if library := find_library():
-        assert build_bundle(library, int8).fused_attentions == 4
+        assert build_bundle(library, int8).attentions == 4
 
 
 class _Convolutions(SoftMasked):

@@ -1,6 +1,5 @@
 """Serving: a real Triton server, real test images over HTTP and gRPC, against the engine itself."""
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -34,11 +33,12 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 
 import deploy.triton_server
 from deploy.engines import OnnxRuntimeEngine
+from deploy.record import EngineRecord
 from deploy.serve import ServeOptions, main, name_models
 from deploy.triton_repository import ServingOptions, add_versions, write_repository
 from deploy.triton_server import ListenOptions, running_server
 from illama import ILLaMA
-from illama.bundle import CPU_ONNX, MANIFEST
+from illama.bundle import CPU_ONNX, MANIFEST, sha256
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import Preprocessing, open_data
 from illama.errors import UserError
@@ -228,8 +228,12 @@ def small_onnx(tmp_path_factory):
     (folder / "engines").mkdir()
     engine = folder / "engines" / "tensorrt.engine"
     engine.write_bytes(b"what TensorRT would have written")
-    record = {"engine_sha256": hashlib.sha256(engine.read_bytes()).hexdigest(), "batch": [1, 8, 64]}
-    engine.with_suffix(".json").write_text(json.dumps(record))
+    record = EngineRecord(
+        onnx_sha256="", engine_sha256=sha256(engine), engine_bytes=1, library="tensorrt", library_version="11.4",
+        targets=("sm89",), batch=(1, 8, 64), options={}, precisions={}, attentions=2, fused=True, inputs={}, outputs={},
+        input_shape=(3, 32, 32), preprocessing={}, classes=[], trtexec="",
+    )  # fmt: skip
+    record.write(engine)
     return folder
 
 
@@ -276,7 +280,7 @@ def test_an_engine_that_is_not_the_one_described_is_not_served(small, tmp_path):
 
     refused("batches up to 64", ServingOptions(device="gpu", max_batch=65))
     engine.write_bytes(b"another")
-    refused("not the engine that its JSON describes")
+    refused("is not the engine that")
     engine.with_suffix(".json").write_text("{}")
     refused("is damaged")
     engine.unlink()

@@ -1,0 +1,196 @@
+"""Which runtime is fastest on this CPU, in float and in INT8: python benchmarks/cpu_latency.py
+
+iLLaMA-T at 224 pixels (random weights: speed does not depend on them) and the shipped nano, at batch 1 and 8, every
+contestant in turn in one process, so that whatever else the machine does hits all alike. The goal is for INT8 to be
+2.5 times as fast as ONNX Runtime in FP32 at batch 1 and 3 times at batch 8, and never slower than NNCF's INT8.
+
+NNCF is measured where it is installed (benchmarks/peers-requirements.txt) and left out, in words, where not.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from many_runs import write_results
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+from tqdm import tqdm
+
+from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine
+from eval.latency import measure_latency
+from illama import ILLaMA, ModelConfig
+from illama.accuracy import Infer, torch_infer, usable_cores
+from illama.checkpoint import SHIPPED, load_checkpoint
+from illama.errors import run_command
+from quant.calibrate import calibrate
+from quant.export import export_onnx
+from quant.schemes import find_scheme
+
+REFERENCE = "ONNX Runtime, FP32"
+OURS = "OpenVINO, INT8 (ours, the default)"
+HEADINGS = ("contestant", "batch 1, ms", "times as fast", "batch 8, ms", "times as fast")
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """Time the runtimes of a CPU against each other.
+
+    Attributes:
+        networks: of tiny (at 224 pixels) and nano (the shipped checkpoint).
+        batches: images a call.
+        repeats: medians taken of each, whose range is the spread.
+        rounds: turns of every contestant in each of them.
+        threads: of each runtime; 0 for one a core.
+        out: where the table and the figures go.
+    """
+
+    networks: tuple[str, ...] = ("tiny", "nano")
+    batches: tuple[int, ...] = (1, 8)
+    repeats: int = 5
+    rounds: int = 5
+    threads: int = 0
+    out: Path = Path("results/cpu-latency")
+
+
+def open_network(name: str) -> ILLaMA:
+    """iLLaMA of a size with random weights, or the shipped nano."""
+    if name == "nano":
+        return load_checkpoint(SHIPPED).model
+    torch.manual_seed(0)
+    return ILLaMA(ModelConfig.preset(name)).eval()
+
+
+def contestants(model: ILLaMA, images: torch.Tensor, folder: Path, threads: int) -> tuple[dict[str, Infer], list[str]]:
+    """(name -> what infers, what could not be had)."""
+    fp32, int8 = folder / "fp32.onnx", folder / "int8.onnx"
+    export_onnx(model, fp32, "plain")
+    export_onnx(calibrate(model, find_scheme("int8"), [images]), int8, "plain")
+    found: dict[str, Infer] = {
+        REFERENCE: OnnxRuntimeEngine(fp32, threads).infer,
+        "ONNX Runtime, INT8 (ours)": OnnxRuntimeEngine(int8, threads).infer,
+        "OpenVINO, FP32": OpenVinoEngine(fp32, threads, "f32").infer,
+        "OpenVINO, its own choice of float": OpenVinoEngine(fp32, threads).infer,
+        OURS: OpenVinoEngine(int8, threads).infer,
+        "OpenVINO, INT8 (ours), file as it is": as_it_is(int8, threads),
+    }
+    found |= in_torch(model, threads)
+    missing = []
+    for kind in ("default", "transformer"):
+        try:
+            found[f"OpenVINO, INT8 (NNCF, {kind})"] = nncf_quantized(fp32, images, kind == "transformer", threads)
+        except ImportError:
+            missing.append(f"NNCF, {kind}: nncf is not installed (benchmarks/peers-requirements.txt)")
+    return found, missing
+
+
+def in_torch(model: ILLaMA, threads: int) -> dict[str, Infer]:
+    """PyTorch as it is, compiled, in half precision and quantized by torchao."""
+    torch.set_num_threads(threads or usable_cores())
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    dynamic = copy.deepcopy(model)
+    quantize_(dynamic, Int8DynamicActivationInt8WeightConfig())
+    return {
+        "PyTorch, FP32": torch_infer(model),
+        "PyTorch, bfloat16": _infer_in(torch.bfloat16, half),
+        "torch.compile, FP32": torch_infer(_compiled(copy.deepcopy(model))),
+        "torch.compile, bfloat16": _infer_in(torch.bfloat16, _compiled(copy.deepcopy(half))),
+        "torch.compile, torchao INT8 dynamic": _infer_in(torch.float32, _compiled(dynamic)),
+    }
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, torch.compile(model, dynamic=False))
+
+
+def _infer_in(dtype: torch.dtype, model: nn.Module) -> Infer:
+    @torch.no_grad()  # torchao's weights cannot be sliced in inference mode
+    def infer(images: np.ndarray) -> np.ndarray:
+        return model(torch.from_numpy(images).to(dtype)).float().numpy()
+
+    return infer
+
+
+def as_it_is(path: Path, threads: int) -> Infer:
+    """A file in OpenVINO without the project's rewrite of its inputs' zero points."""
+    import openvino
+
+    return _request(openvino.Core().read_model(path), threads)
+
+
+def nncf_quantized(fp32: Path, images: torch.Tensor, transformer: bool, threads: int) -> Infer:
+    """NNCF's INT8 of the very file that ours is made from, in OpenVINO."""
+    import nncf
+    import openvino
+
+    kind = nncf.ModelType.TRANSFORMER if transformer else None
+    data = nncf.Dataset([image[None].numpy() for image in images])
+    model = nncf.quantize(openvino.Core().read_model(fp32), data, model_type=kind, subset_size=len(images))
+    return _request(model, threads)
+
+
+def _request(model: object, threads: int) -> Infer:
+    import openvino
+
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or usable_cores()}
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return lambda images: np.array(request.infer({0: images}, share_inputs=True)[0])
+
+
+def medians(
+    engines: dict[str, Infer], images: np.ndarray, options: LatencyOptions, tick: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Contestant -> its median milliseconds in each repeat."""
+    found: dict[str, list[float]] = {name: [] for name in engines}
+    for repeat in range(options.repeats + 1):
+        for name, latency in measure_latency(engines, images, options.rounds, calls=4, settle=2).items():
+            if repeat:  # the first compiles and warms up
+                found[name].append(latency.p50)
+        tick()
+    return found
+
+
+def table(figures: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: contestant by batch, in milliseconds with the range of the medians, and as a ratio to the reference."""
+    batches = list(figures)
+    lines = [f"| {' | '.join(HEADINGS[: 1 + 2 * len(batches)])} |", f"|{'---|' * (1 + 2 * len(batches))}"]
+    for name in figures[batches[0]]:
+        cells = [name]
+        for batch in batches:
+            values, reference = figures[batch][name], figures[batch][REFERENCE]
+            ratios = [base / value for base, value in zip(reference, values, strict=True)]
+            cells += [_spread(values, ""), _spread(ratios, "x")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], unit: str) -> str:
+    return f"{np.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main(options: LatencyOptions) -> None:
+    figures, texts = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for network in options.networks:
+            torch._dynamo.reset()
+            model = open_network(network)
+            config, total = model.config, len(options.batches) * (options.repeats + 1)
+            images = torch.randn(16, config.in_channels, config.image_size, config.image_size)
+            engines, missing = contestants(model, images, Path(folder), options.threads)
+            with tqdm(total=total, desc=network, unit="repeat") as bar:
+                figures[network] = {
+                    f"batch {batch}": medians(engines, images[:batch].numpy(), options, bar.update)
+                    for batch in options.batches
+                }
+            texts += [f"{network}, {config.image_size} pixels", "", table(figures[network]), "", *missing, ""]
+    write_results(options.out, "latency", {"milliseconds": figures}, "\n".join(texts))
+
+
+if __name__ == "__main__":
+    run_command(LatencyOptions, main)

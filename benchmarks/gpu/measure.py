@@ -1,0 +1,354 @@
+"""Numerics and latency on a GPU: bash benchmarks/gpu/run.sh
+
+What matters most comes first, and what the time does not suffice for is said to be not run. With --device cpu and small
+sizes the same code runs without a GPU, to see that it does; engines are then built and not run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from deploy.build import write_engine
+from deploy.builder import EngineOptions, build_engine
+from deploy.fusion import fused_kernels
+from deploy.library import Library, LibraryName, find_library
+from deploy.record import EngineRecord
+from deploy.tensorrt_engine import TensorRTEngine
+from eval.machine import describe_machine
+from illama import ILLaMA, ModelConfig
+from illama.bundle import ENGINES, FUSED_ONNX, Manifest, command_line, package_versions, write_file
+from illama.data import Preprocessing
+from illama.errors import UserError, run_command
+from illama.masks import AttentionMask, MaskedAttention
+from quant.calibrate import calibrate
+from quant.export import export_onnx
+from quant.schemes import find_scheme
+
+LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
+SCHEMES = ("fp16", "int8", "fp8", "fp8-attention", "int8-attention")
+MASKS = ("post_softmax", "pre_softmax", "bidirectional")
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    """Measure iLLaMA on a GPU.
+
+    Attributes:
+        name: of the results; the GPU's if not given.
+        device: cuda, or cpu to try the script.
+        networks: size@pixels.
+        batches: images a call.
+        seconds: after so long nothing new is begun.
+        calls: timed calls of each contestant.
+        tests: what pytest printed, to be kept with the results.
+        out: where the table and the figures go.
+    """
+
+    name: str | None = None
+    device: str = "cuda"
+    networks: tuple[str, ...] = ("tiny@224", "small@224", "base@224", "base@384")
+    batches: tuple[int, ...] = (1, 8, 64)
+    seconds: float = 390
+    calls: int = 50
+    tests: Path | None = None
+    out: Path = Path("results/gpu")
+
+
+@dataclass
+class Report:
+    """What was found; written after every step, so that a time-out loses nothing.
+
+    Attributes:
+        numerics: rows of (what, largest error relative to the largest magnitude in float64).
+        latency: rows of (network, contestant, batch, p50 ms, p99 ms).
+        engines: rows of (network, library, scheme, mask, outcome).
+        not_run: what and why.
+    """
+
+    device: str
+    numerics: list[dict[str, Any]] = field(default_factory=list)
+    latency: list[dict[str, Any]] = field(default_factory=list)
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, text in ((".json", json.dumps(asdict(self), indent=2) + "\n"), (".md", self.table())):
+            with write_file(folder / f"{name}{suffix}") as draft:
+                draft.write_text(text)
+
+    def table(self) -> str:
+        """Everything as Markdown."""
+        parts = [f"# {self.device}\n"]
+        for title, rows in (("Latency", self.latency), ("Numerics, against float64", self.numerics),
+                            ("Engines", self.engines)):  # fmt: skip
+            if rows:
+                heads = list(rows[0])
+                parts += [f"\n## {title}\n", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+                parts += [f"| {' | '.join(str(row[head]) for head in heads)} |" for row in rows]
+        return "\n".join([*parts, "", *(f"Not run: {reason}" for reason in self.not_run), ""])
+
+
+class Clock:
+    """Times calls by CUDA events on a GPU, by the wall clock elsewhere; and knows when to stop."""
+
+    def __init__(self, options: GpuOptions) -> None:
+        self.on_gpu, self.calls = options.device == "cuda", options.calls
+        self.end = time.monotonic() + options.seconds
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.end
+
+    def milliseconds(self, call: Callable[[], Any]) -> list[float]:
+        """Of each of ``calls`` calls, after a warm-up."""
+        for _ in range(5):
+            call()
+        found = []
+        for _ in range(self.calls):
+            if self.on_gpu:
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record()
+                call()
+                last.record()
+                torch.cuda.synchronize()
+                found.append(first.elapsed_time(last))
+            else:
+                start = time.perf_counter()
+                call()
+                found.append((time.perf_counter() - start) * 1e3)
+        return found
+
+
+def network(name: str, mask: str = "post_softmax") -> ILLaMA:
+    """size@pixels with random weights."""
+    size, pixels = name.split("@")
+    torch.manual_seed(0)
+    return ILLaMA(ModelConfig.preset(size, image_size=int(pixels), mask=mask)).eval()
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """The largest difference over the largest magnitude."""
+    return float((found.double().cpu() - exact.cpu()).abs().max() / exact.abs().max())
+
+
+@torch.no_grad()
+def check_attention(report: Report, options: GpuOptions) -> None:
+    """Both forms of every mask in every precision against float64, at 197 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 197, 64, generator=generator).to(options.device) for _ in range(3))
+    causal = torch.ones(197, 197, dtype=torch.bool, device=options.device).tril()
+    for kind in MASKS:
+        core, mask = MaskedAttention(), AttentionMask(cast(Any, kind), causal)
+        core.form = "plain"
+        exact = core(q.double(), k.double(), v.double(), mask)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for form in ("plain", "fused"):
+                core.form = cast(Any, form)
+                error = relative_error(core(*(x.to(dtype) for x in (q, k, v)), mask), exact)
+                what = f"attention, {kind}, {form}, {str(dtype)[6:]}"
+                report.numerics.append({"what": what, "relative error": f"{error:.1e}"})
+
+
+def attention_variants(n: int, device: str) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+    """The post-softmax mask by kernels that do different amounts of work; see docs/fusion.md."""
+    causal = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+    for form in ("plain", "fused"):
+        core = MaskedAttention()
+        core.form = cast(Any, form)
+        mask = AttentionMask("post_softmax", causal)
+        yield f"{form} form", partial(core, mask=mask)
+
+    # Future keys first, with values of zero: row i sees the window i + 1 .. i + N of 2N keys, which skips blocks.
+    def window(b: Any, h: Any, row: Tensor, key: Tensor) -> Tensor:
+        return (key > row) & (key <= row + n)
+
+    blocks = create_block_mask(window, None, None, n, 2 * n, device=device)
+    compiled = torch.compile(flex_attention)
+
+    def banded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        doubled = torch.cat([torch.zeros_like(v), v], 2)
+        return compiled(q, torch.cat([k, k], 2), doubled, block_mask=blocks)
+
+    yield "window over doubled keys (FlexAttention)", banded
+    yield "pre-softmax mask (another function)", partial(F.scaled_dot_product_attention, attn_mask=causal)
+
+
+@torch.no_grad()
+def time_attention(report: Report, options: GpuOptions, clock: Clock) -> None:
+    """Attention alone, in float16, at 197 and 577 tokens."""
+    for n, batch in ((197, 64), (577, 16)):
+        q, k, v = (torch.randn(batch, 12, n, 64, device=options.device, dtype=torch.float16) for _ in range(3))
+        _, exact = next(attention_variants(n, options.device))
+        expected = exact(q[:1].double(), k[:1].double(), v[:1].double())
+        for name, attend in attention_variants(n, options.device):
+            with noting(report, f"attention of {n} tokens, {name}"):
+                error = relative_error(attend(q[:1], k[:1], v[:1]), expected)
+                if "another" not in name:
+                    report.numerics.append({"what": f"{name}, {n} tokens, float16", "relative error": f"{error:.1e}"})
+                add_latency(report, f"attention of {n} tokens, 12 heads", name, batch,
+                            clock.milliseconds(partial(attend, q, k, v)))  # fmt: skip
+
+
+class noting:  # noqa: N801  (reads as a statement)
+    """What fails inside is noted in the report, and the rest goes on."""
+
+    def __init__(self, report: Report, what: str) -> None:
+        self.report, self.what = report, what
+
+    def __enter__(self) -> None:
+        print(self.what, flush=True)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, Exception):
+            words = " ".join(str(error).split())[:200]
+            self.report.not_run.append(f"{self.what}: {type(error).__name__}: {words}")
+            return True
+        return False
+
+
+def add_latency(report: Report, where: str, contestant: str, batch: int, values: list[float]) -> None:
+    p50, p99 = np.percentile(values, (50, 99))
+    report.latency.append({"network": where, "contestant": contestant, "batch": batch, "p50 ms": f"{p50:.3f}",
+                           "p99 ms": f"{p99:.3f}", "images/s": f"{1e3 * batch / p50:.0f}"})  # fmt: skip
+
+
+def torch_contestants(model: ILLaMA, device: str) -> Iterator[tuple[str, Callable[[], nn.Module], torch.dtype]]:
+    """(name, how to make it, dtype of its input), the important ones first."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        quantize_,
+    )
+
+    def copy_in(dtype: torch.dtype) -> nn.Module:
+        return copy.deepcopy(model).to(device, dtype)
+
+    def compiled(module: nn.Module) -> nn.Module:
+        return cast(nn.Module, torch.compile(module, mode="max-autotune-no-cudagraphs" if device == "cuda" else None))
+
+    def quantized(config: Any) -> nn.Module:
+        module = copy_in(torch.bfloat16)
+        quantize_(module, config)
+        return compiled(module)
+
+    yield "PyTorch eager, FP16", lambda: copy_in(torch.float16), torch.float16
+    yield "torch.compile, FP16", lambda: compiled(copy_in(torch.float16)), torch.float16
+    yield "PyTorch eager, FP32", lambda: copy_in(torch.float32), torch.float32
+    yield "torchao FP8, compiled", lambda: quantized(Float8DynamicActivationFloat8WeightConfig()), torch.bfloat16
+    yield "torchao INT8, compiled", lambda: quantized(Int8DynamicActivationInt8WeightConfig()), torch.bfloat16
+
+
+@torch.no_grad()
+def time_torch(report: Report, options: GpuOptions, clock: Clock, name: str) -> None:
+    model = network(name)
+    for contestant, make, dtype in torch_contestants(model, options.device):
+        if clock.over:
+            report.not_run.append(f"{name}, {contestant}: out of time")
+            continue
+        with noting(report, f"{name}, {contestant}"):
+            module = make()
+            for batch in options.batches:
+                images = random_images(model, batch).to(options.device, dtype)
+                add_latency(report, name, contestant, batch, clock.milliseconds(partial(module, images)))
+
+
+def export(name: str, scheme: str, mask: str, bundle: Path) -> ILLaMA:
+    """Write the fused graph of a network, quantized or in half precision; the float network it came from."""
+    model = network(name, mask)
+    quantized = model if scheme == "fp16" else calibrate(model, find_scheme(scheme), [random_images(model, 4)])
+    export_onnx(quantized, bundle / FUSED_ONNX, "fused", torch.float16)
+    preprocessing = Preprocessing.imagenet(model.config.image_size, model.config.in_channels)
+    classes = [str(index) for index in range(model.config.num_classes)]
+    Manifest(command_line(), model.config.to_dict(), asdict(preprocessing), classes).write(bundle)
+    return model
+
+
+def random_images(model: ILLaMA, batch: int) -> Tensor:
+    """Normal noise (batch, C, H, W)."""
+    config = model.config
+    return torch.randn(batch, config.in_channels, config.image_size, config.image_size)
+
+
+def measure_engine(
+    report: Report, options: GpuOptions, clock: Clock, library: Library, name: str, scheme: str, mask: str
+) -> None:
+    """Build, count the fused kernels, compare with float64 PyTorch, and time."""
+    row = {"network": name, "library": library.title, "scheme": scheme, "mask": mask, "outcome": "not built"}
+    report.engines.append(row)
+    with tempfile.TemporaryDirectory() as folder, noting(report, f"{name}, {library.title} {scheme}, {mask}"):
+        bundle, largest = Path(folder), max(options.batches)
+        model = export(name, scheme, mask, bundle)
+        wanted = EngineOptions(library.resolve_targets(()), (1, min(8, largest), largest), verbosity="detailed")
+        built = build_engine(library, bundle / FUSED_ONNX, wanted)
+        write_engine(library, bundle, built, wanted)
+        path = bundle / ENGINES / f"{library.name}.engine"
+        row["outcome"] = f"built, {built.attentions} attentions fused, {len(built.data) / 1e6:.1f} MB; not run"
+        engine = TensorRTEngine(path, EngineRecord.read(path))
+        inspector = engine._engine.create_engine_inspector()
+        kernels = fused_kernels(inspector.get_engine_information(library.trt.LayerInformationFormat.JSON))
+        images = random_images(model, min(8, largest))
+        exact = model.double()(images.double())
+        error = relative_error(torch.from_numpy(engine.infer(images.numpy())), exact)
+        row["outcome"] = f"ran; inspector names {len(kernels)} fused kernels for {built.attentions} attentions"
+        report.numerics.append({"what": f"{name}, {library.title} {scheme}, {mask}", "relative error": f"{error:.1e}"})
+        if mask == "post_softmax":
+            for batch in options.batches:
+                fed = images[:1].repeat(batch, 1, 1, 1).numpy()
+                add_latency(report, name, f"{library.title}, {scheme}, host to host", batch,
+                            clock.milliseconds(partial(engine.infer, fed)))  # fmt: skip
+
+
+def main(options: GpuOptions) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no NVIDIA GPU here: this measures one (--device cpu tries the script)")
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, to try the script"
+    report, clock = Report(device), Clock(options)
+    report.facts = {"command": command_line(), "machine": describe_machine(), "versions": package_versions(),
+                    "tests": options.tests.read_text().splitlines()[-8:] if options.tests else "not run"}  # fmt: skip
+    name = options.name or re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    steps: list[Callable[[], None]] = [partial(check_attention, report, options)]
+    libraries = [library for each in LIBRARIES if (library := _found(each, report))]
+    engine = partial(measure_engine, report, options, clock)
+    for net in options.networks:
+        steps += [partial(engine, library, net, scheme, "post_softmax") for library in libraries for scheme in SCHEMES]
+        steps.append(partial(time_torch, report, options, clock, net))
+    steps.append(partial(time_attention, report, options, clock))
+    steps += [partial(engine, library, options.networks[0], scheme, mask)
+              for library in libraries for mask in MASKS[1:] for scheme in SCHEMES[:3]]  # fmt: skip
+    for index, step in enumerate(steps):
+        if clock.over:
+            report.not_run.append(f"{len(steps) - index} of {len(steps)} steps: out of time")
+            break
+        step()
+        report.write(options.out, name)
+    report.write(options.out, name)
+    print(report.table())
+
+
+def _found(name: LibraryName, report: Report) -> Library | None:
+    try:
+        return find_library(name)
+    except UserError as error:
+        report.not_run.append(f"{name}: {error}")
+        return None
+
+
+if __name__ == "__main__":
+    run_command(GpuOptions, main)
