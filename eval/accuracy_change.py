@@ -138,6 +138,6 @@ def _class_changes(reference: np.ndarray, other: np.ndarray, labels: np.ndarray)
     changes = []
     for label, test, p in zip(classes, tests, adjusted, strict=True):
         here = labels == label
-        right = [float(model[here].mean() * 100) for model in (reference, other)]
-        changes.append(ClassChange(int(label), int(here.sum()), *right, test.p, bool(p < 0.05)))
+        before, after = (float(model[here].mean() * 100) for model in (reference, other))
+        changes.append(ClassChange(int(label), int(here.sum()), before, after, test.p, bool(p < 0.05)))
     return tuple(changes)
