@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; one thread each is fastest
 
+import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -110,6 +112,24 @@ def run_command(*arguments: object, cwd: Path = ROOT, timeout: float = 300) -> s
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """A real command in this process, for the many that would only wait for torch to be imported again."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / str(arguments[0])), run_name="__main__")
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
