@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.helper
 import pytest
 import torch
 from PIL import Image
@@ -88,6 +90,21 @@ SMALL = ModelConfig(image_size=32, patch_size=8, in_channels=3, width=64, depth=
 @pytest.fixture
 def small_bundle(tmp_path):
     return write_bundle(tmp_path / "bundle", SMALL)
+
+
+def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, classes: list[str]) -> Path:
+    """A bundle as quantization writes it, of a network simple enough to be known: logits = RGB pixels x weights."""
+    nodes = [onnx.helper.make_node("Flatten", ["images"], ["flat"]),
+             onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"], name="head/MatMul")]  # fmt: skip
+    shapes = {"images": ["batch", 3, image_size, image_size], "logits": ["batch", len(classes)]}
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    constant = onnx.numpy_helper.from_array(weights.astype(np.float32), "w")
+    graph = onnx.helper.make_graph(nodes, "linear", values[:1], values[1:], [constant])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    with write_folder(folder) as draft:
+        Manifest("test", {}, asdict(Preprocessing(image_size, 3, (0.5,) * 3, (0.25,) * 3)), classes).write(draft)
+        onnx.save(model, draft / "model.onnx")
+    return folder
 
 
 def write_images(folder: Path, classes: int = 3, train: int = 8, val: int = 6) -> Path:

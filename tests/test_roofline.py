@@ -115,7 +115,7 @@ def test_the_table_of_devices_is_dense_and_in_proportion():
 
 
 def test_this_machine_is_measured_by_the_same_names_and_does_not_beat_its_floor(exported):
-    device = measure_cpu(rounds=3)
+    device = measure_cpu(rounds=2)
     assert device.bandwidth > 1 and device.peaks["fp32"] > 0.005
     floors = predict_floor(product_costs(exported / "model.onnx", 8), device)
     measured = measure_layers(exported / "model.onnx", floors, 8)
