@@ -4,7 +4,7 @@ A rate is in 10^12 operations a second, two to a multiply-accumulate; memory in 
 CUDA cores' rate, since TF32 is not FP32; 16 and 8 bits are the tensor cores', with the accumulator that is fastest,
 since what is predicted from them is a floor. A format that the tensor cores lack is left out.
 
-A makers' figure "with sparsity" is halved. GeForce figures of FP8 and INT8 are alike; so are Hopper's and Blackwell's.
+A maker's figure "with sparsity" is halved.
 """
 
 from __future__ import annotations

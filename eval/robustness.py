@@ -64,7 +64,7 @@ class Robustness:
 
     Attributes:
         clean, corrupted: top-1 in percent; the second is the mean over corruptions, each the mean over its severities.
-        kept: ``corrupted`` in percent of ``clean``.
+        kept: ``corrupted`` in percent of ``clean``; 0 where that is 0.
         drop: points of ``corrupted`` lost against the reference; paired bootstrap over the images.
         beyond_clean: points of it that are not lost on clean images already, likewise.
         by_corruption: corruption -> top-1 in percent.
@@ -103,7 +103,7 @@ def summarise(cells: Mapping[Cell, Right], seed: int = 0) -> dict[str, Robustnes
         results[model] = Robustness(
             clean=float(clean[model].mean() * 100),
             corrupted=top1,
-            kept=float(top1 / clean[model].mean()) if clean[model].any() else float("nan"),
+            kept=float(top1 / clean[model].mean()) if clean[model].any() else 0.0,
             drop=mean_drop(lost, seed),
             beyond_clean=mean_drop(lost - lost_clean, seed),
             by_corruption={name: float(values.mean() * 100) for name, values in means[model].items()},
@@ -133,9 +133,9 @@ def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Righ
             transform = bundles.preprocessing.transform() if cell == CLEAN else after_framing(bundles.preprocessing)
             logits, labels = predict(bundles.models, split, transform, workers=options.workers)
             with write_file(path) as draft, draft.open("wb") as file:
-                np.savez(file, **{model: values.argmax(1) == labels for model, values in logits.items()})
+                np.savez(file, **{f"right/{model}": values.argmax(1) == labels for model, values in logits.items()})
         with np.load(path) as stored:
-            cells[cell] = {model: stored[model] for model in bundles.models}
+            cells[cell] = {model: stored[f"right/{model}"] for model in bundles.models}
     return cells
 
 

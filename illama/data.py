@@ -81,7 +81,7 @@ class Preprocessing:
         )
 
     def framing(self) -> list[Callable[[Any], Any]]:
-        """The steps that bring an image to the network's size; the last is a resize, which changes none of that size."""
+        """The steps that bring an image to the network's size; the last, a resize, changes none that has it."""
         bicubic = InterpolationMode.BICUBIC
         crop = [v2.Resize(self.resize, bicubic), v2.CenterCrop(self.image_size)] if self.resize else []
         return [*crop, v2.Resize([self.image_size, self.image_size], bicubic)]

@@ -9,7 +9,8 @@ from eval.accuracy_change import compare_predictions
 from eval.calibration_error import reliability
 from illama.accuracy import load_images, top1
 from illama.bundle import Manifest
-from illama.data import Preprocessing, open_data
+from illama.checkpoint import read_preprocessing
+from illama.data import open_data
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def bundles(tmp_path):
 def test_the_tables(bundles, image_folder, run_here):
     result = run_here("eval/trust.py", *bundles, "--data", image_folder)
     assert result.returncode == 0, result.stderr
-    preprocessing = Preprocessing.from_dict(Manifest.read(bundles[0]).preprocessing)
+    preprocessing = read_preprocessing(Manifest.read(bundles[0]))
     images, labels = load_images(open_data(str(image_folder)).test(), preprocessing.transform())
     one, two = (OnnxRuntimeEngine(bundle / "model.onnx").infer(images) for bundle in bundles)
     change = compare_predictions(one, two, labels)
