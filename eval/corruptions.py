@@ -1,8 +1,8 @@
 """The 15 corruptions of ImageNet-C at their 5 severities (Hendrycks and Dietterich, arXiv 1903.12261), at any size.
 
 They are those of imagecorruptions, in the fork that is maintained (imagecorruptions-imaug): the original code, with
-the frost pictures in the package, and working with NumPy 2. The original package has not changed since 2020; albumentations
-and torchvision have no such set with these strengths.
+the frost pictures in the package, and working with NumPy 2. The original package has not changed since 2020;
+albumentations and torchvision have no such set with these strengths.
 
 ImageNet-C's strengths are set for images of 224 pixels. What has an extent in pixels there (blurs, weather, elastic
 waves) is done at 224 pixels here too, whatever the size of the image, and so covers the same share of the picture;
