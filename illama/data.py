@@ -80,6 +80,12 @@ class Preprocessing:
             None if image_size >= 384 or image_size <= 32 else image_size * 256 // 224,
         )
 
+    def framing(self) -> list[Callable[[Any], Any]]:
+        """The steps that bring an image to the network's size; the last, a resize, changes none that has it."""
+        bicubic = InterpolationMode.BICUBIC
+        crop = [v2.Resize(self.resize, bicubic), v2.CenterCrop(self.image_size)] if self.resize else []
+        return [*crop, v2.Resize([self.image_size, self.image_size], bicubic)]
+
     def to_input(self) -> list[Callable[[Any], Any]]:
         """The steps that take an image to the network's input once it has the right size."""
         return [
@@ -94,12 +100,8 @@ class Preprocessing:
 
         ``augment`` steps replace the resize: they see the image first and must leave it square.
         """
-        bicubic = InterpolationMode.BICUBIC
-        size = [self.image_size, self.image_size]
-        steps: list[Callable[[Any], Any]] = list(augment)
-        if not augment and self.resize:
-            steps += [v2.Resize(self.resize, bicubic), v2.CenterCrop(self.image_size)]
-        return v2.Compose([*steps, v2.Resize(size, bicubic), *self.to_input()])
+        *crop, resize = self.framing()
+        return v2.Compose([*(augment or crop), resize, *self.to_input()])
 
 
 class ImageData(Protocol):

@@ -6,12 +6,16 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; one thread each is fastest
 
+import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.helper
 import pytest
 import torch
 from PIL import Image
@@ -88,6 +92,21 @@ def small_bundle(tmp_path):
     return write_bundle(tmp_path / "bundle", SMALL)
 
 
+def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, classes: list[str]) -> Path:
+    """A bundle as quantization writes it, of a network simple enough to be known: logits = RGB pixels x weights."""
+    nodes = [onnx.helper.make_node("Flatten", ["images"], ["flat"]),
+             onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"], name="head/MatMul")]  # fmt: skip
+    shapes = {"images": ["batch", 3, image_size, image_size], "logits": ["batch", len(classes)]}
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    constant = onnx.numpy_helper.from_array(weights.astype(np.float32), "w")
+    graph = onnx.helper.make_graph(nodes, "linear", values[:1], values[1:], [constant])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    with write_folder(folder) as draft:
+        Manifest("test", {}, asdict(Preprocessing(image_size, 3, (0.5,) * 3, (0.25,) * 3)), classes).write(draft)
+        onnx.save(model, draft / "model.onnx")
+    return folder
+
+
 def write_images(folder: Path, classes: int = 3, train: int = 8, val: int = 6) -> Path:
     """Coloured noise in ImageNet's layout, `train` and `val` images a class."""
     generator = np.random.default_rng(0)
@@ -110,6 +129,24 @@ def run_command(*arguments: object, cwd: Path = ROOT, timeout: float = 300) -> s
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """A real command in this process, for the many that would only wait for torch to be imported again."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / str(arguments[0])), run_name="__main__")
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:

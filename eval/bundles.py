@@ -1,0 +1,80 @@
+"""Bundles opened side by side, to be given the same images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import Dataset, Subset
+
+from deploy.engines import OnnxRuntimeEngine
+from illama.accuracy import Infer
+from illama.bundle import CPU_ONNX, Manifest, sha256
+from illama.checkpoint import read_preprocessing
+from illama.data import ImageData, Preprocessing, Sample, open_data
+from illama.errors import UserError
+
+
+@dataclass(frozen=True)
+class OpenBundles:
+    """Bundles that take the same images and name the same classes.
+
+    Attributes:
+        models: name of a bundle -> images (B, C, H, W) to logits (B, classes).
+        files: name of a bundle -> SHA-256 of its graph.
+        preprocessing, classes: of them all.
+    """
+
+    models: dict[str, Infer]
+    files: dict[str, str]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+
+
+def open_bundles(folders: Sequence[Path]) -> OpenBundles:
+    """Open the ``model.onnx`` of each folder in ONNX Runtime, under the folder's own name.
+
+    Raises:
+        UserError: none given, one given twice, one that has no graph or takes other images than the first.
+    """
+    if not folders:
+        raise UserError("give at least one bundle, such as runs/ptq/fp32")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [os.path.relpath(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError("the same bundle was given twice: give each once")
+    manifests = [Manifest.read(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if not (folder / CPU_ONNX).exists():
+            raise UserError(f"{folder} has no {CPU_ONNX}: quantize it first, with python quant/ptq.py")
+        if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
+            raise UserError(f"{folder} takes other images or names other classes than {folders[0]}: give bundles alike")
+    paths = {name: folder / CPU_ONNX for name, folder in zip(names, folders, strict=True)}
+    return OpenBundles(
+        {name: OnnxRuntimeEngine(path).infer for name, path in paths.items()},
+        {name: sha256(path) for name, path in paths.items()},
+        read_preprocessing(manifests[0]),
+        tuple(manifests[0].classes),
+    )
+
+
+def open_fitting_data(spec: str, bundles: OpenBundles) -> ImageData:
+    """The data set that ``spec`` names; UserError unless its classes are the bundles'."""
+    data = open_data(spec)
+    if tuple(data.classes) != bundles.classes:
+        raise UserError(f"{spec} has other classes than the bundles ({len(data.classes)} and {len(bundles.classes)}): "
+                        "give the data that they were trained on")  # fmt: skip
+    return data
+
+
+def some_images(images: Dataset[Sample], count: int | None) -> Dataset[Sample]:
+    """``count`` images, evenly spaced, or all; UserError if there are fewer."""
+    total = len(images)  # type: ignore[arg-type]
+    if count is None:
+        return images
+    if not 1 <= count <= total:
+        raise UserError(f"{count} images asked for, 1 to {total} can be had: change --images")
+    return Subset(images, [index * total // count for index in range(count)])

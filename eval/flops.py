@@ -1,0 +1,150 @@
+"""What a network multiplies: python eval/flops.py
+
+Multiply-accumulates (MACs) of the matrix products and the patch convolution, layer by layer, from a config alone.
+A MAC is two floating-point operations (FLOPs). Norms, softmax, rotation and other element-wise work are left out, as
+the usual counters leave them out.
+
+The mask decides what attention needs. With N tokens of width D, one block takes 4 N D^2 for qkv and proj, and
+
+    bidirectional   2 N^2 D                  every query meets every key, twice
+    post_softmax    N^2 D + T D              every score is in some denominator; values only up to the diagonal
+    pre_softmax     2 T D                    scores and values up to the diagonal
+
+where T = N (N + 1) / 2. The iLLaMA paper (arXiv 2404.06773, its complexity of causal attention) writes
+floor(N^2 / 2) + 1 for T, which for N > 2 is a little less than the triangle has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from illama import ModelConfig
+from illama.config import MaskKind
+from illama.errors import UserError, run_command
+
+Form = Literal["needed", "plain", "fused"]
+
+
+@dataclass(frozen=True)
+class FlopsOptions:
+    """Print the MACs of the published sizes, under every mask and in every form of computing it.
+
+    Attributes:
+        sizes: presets, such as tiny; NAME@PIXELS for another resolution.
+        readout_only: compute the last block for the class token alone, as this project's network does.
+    """
+
+    sizes: tuple[str, ...] = ("nano", "tiny", "small", "base", "base@384", "large", "large@384")
+    readout_only: bool = False
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates for one image.
+
+    Attributes:
+        patches: the patch convolution.
+        projections: qkv and proj of every block.
+        products: q k and p v of every block.
+        mlp: of every block.
+    """
+
+    patches: int
+    projections: int
+    products: int
+    mlp: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.total
+
+
+def count_macs(config: ModelConfig, form: Form = "needed", readout_only: bool = False) -> Macs:
+    """What a network multiplies for one image.
+
+    Args:
+        form: ``needed`` counts what the mask lets through; ``plain`` and ``fused`` count what the two forms of
+            :class:`illama.masks.MaskedAttention` compute, masked or not.
+        readout_only: the last block for the class token alone (:class:`illama.ILLaMA`).
+    """
+    tokens, width, depth = config.tokens, config.width, config.depth
+    mlp_matrices = 3 if config.mlp == "swiglu" else 2
+    full = depth - readout_only
+    one = int(readout_only)
+    return Macs(
+        patches=config.patches * config.in_channels * config.patch_size**2 * width,
+        projections=full * 4 * tokens * width**2 + one * (2 * tokens + 2) * width**2,
+        products=full * products_macs(config, form) + one * readout_macs(config, form),
+        mlp=(full * tokens + one) * mlp_matrices * width * config.hidden,
+        head=width * config.num_classes,
+    )
+
+
+def products_macs(config: ModelConfig, form: Form = "needed") -> int:
+    """Both attention products of one block, for all queries and heads."""
+    pairs = config.tokens**2
+    if form == "needed":
+        triangle = visible_pairs(config)
+        scores, values = {"bidirectional": (pairs, pairs), "post_softmax": (pairs, triangle),
+                          "pre_softmax": (triangle, triangle)}[config.mask]  # fmt: skip
+        return (scores + values) * config.width
+    doubled = form == "fused" and config.mask == "post_softmax"  # the fused form meets [K ; K] and [V ; 0]
+    return (4 if doubled else 2) * pairs * config.width
+
+
+def readout_macs(config: ModelConfig, form: Form = "needed") -> int:
+    """Both attention products of the class token's query alone."""
+    tokens, width = config.tokens, config.width
+    sees_all = config.class_token == "last" or config.class_sees_all or config.mask == "bidirectional"
+    if form == "needed" and not sees_all:  # a class token at the front that sees itself alone
+        return (tokens if config.mask == "post_softmax" else 1) * width + width
+    rows = 2 if form == "fused" else 1  # a single query is fused as two equal ones
+    doubled = form == "fused" and config.mask == "post_softmax" and not sees_all
+    return rows * (4 if doubled else 2) * tokens * width
+
+
+def visible_pairs(config: ModelConfig) -> int:
+    """T: how many (query, key) pairs a causal mask lets through."""
+    opened = config.tokens - 1 - config.class_index if config.class_sees_all else 0
+    return config.tokens * (config.tokens + 1) // 2 + opened
+
+
+def paper_attention_macs(tokens: int, width: int, causal: bool) -> int:
+    """Attention of one block by the paper's formulas: 4ND^2 + 2N^2 D, and 4ND^2 + N^2 D + (floor(N^2/2) + 1) D."""
+    values = tokens**2 // 2 + 1 if causal else tokens**2
+    return 4 * tokens * width**2 + (tokens**2 + values) * width
+
+
+def preset_named(name: str, mask: MaskKind = "post_softmax") -> ModelConfig:
+    """The config of a preset's name, or of NAME@PIXELS; UserError for another name."""
+    size, at, pixels = name.partition("@")
+    if at and not pixels.isdigit():
+        raise UserError(f"{name!r} is not a size: give a preset such as tiny, or tiny@384 for another resolution")
+    config = ModelConfig.preset(size, mask=mask)
+    return replace(config, image_size=int(pixels)) if at else config
+
+
+def main(options: FlopsOptions) -> None:
+    columns: list[tuple[str, MaskKind, Form]] = [
+        ("bidirectional", "bidirectional", "plain"), ("post, needed", "post_softmax", "needed"),
+        ("post, plain", "post_softmax", "plain"), ("post, fused", "post_softmax", "fused"),
+        ("pre, needed", "pre_softmax", "needed")]  # fmt: skip
+    print("Giga-MACs of one image: the whole network, and in brackets its attention (qkv, products, proj)\n")
+    print("| size | tokens | " + " | ".join(title for title, _, _ in columns) + " |")
+    print("|---" * (len(columns) + 2) + "|")
+    for size in options.sizes:
+        cells = []
+        for _, mask, form in columns:
+            macs = count_macs(preset_named(size, mask), form, options.readout_only)
+            cells.append(f"{macs.total / 1e9:.3f} ({(macs.projections + macs.products) / 1e9:.3f})")
+        print(f"| {size} | {preset_named(size).tokens} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    run_command(FlopsOptions, main)

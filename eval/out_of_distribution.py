@@ -1,0 +1,138 @@
+"""How well a model's own outputs tell images of another kind from those it was trained on:
+
+python eval/out_of_distribution.py runs/ptq/fp32 runs/ptq/int8 --outside FOLDER
+
+Three scores, each higher for images that the model finds familiar: the largest probability (Hendrycks and Gimpel,
+arXiv 1610.02136), the largest logit (Hendrycks et al., arXiv 1911.11132) and the negative energy, the log of the sum
+of the logits' exponentials (Liu et al., arXiv 2010.03759, with temperature 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import scipy.special
+import scipy.stats
+import tyro
+from torch.utils.data import Dataset
+
+from eval.bundles import open_bundles, open_fitting_data, some_images
+from eval.predictions import probabilities
+from illama.accuracy import predict
+from illama.data import open_data
+from illama.data_shards import IMAGE_SUFFIXES, Sample, decode_image
+from illama.errors import UserError, run_command
+
+
+@dataclass(frozen=True)
+class OutsideOptions:
+    """Compare how well bundles tell another data set's images from their own.
+
+    Attributes:
+        bundles: of python quant/ptq.py.
+        outside: images of another kind: a folder of pictures at any depth, or anything that --data takes.
+        data: what the bundles were trained on; its test split is inside.
+        images: how many of each at most, evenly spaced; all if not given.
+    """
+
+    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    outside: str
+    data: str = "fashion-mnist"
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How well a score separates two sets of images.
+
+    Attributes:
+        auroc: chance that an image from inside scores higher than one from outside, ties counting half; 0..1.
+        fpr_at_95: share of the images from outside that score as high as the 95% of those inside that score highest.
+    """
+
+    auroc: float
+    fpr_at_95: float
+
+
+class Pictures(Dataset[Sample]):
+    """Every picture under a folder, in the order of their paths, all labelled 0.
+
+    Raises:
+        UserError: there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+        if not self.paths:
+            raise UserError(f"no pictures under {folder}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = str(self.paths[index])
+        return decode_image(path, lambda: path), 0
+
+
+def familiarity(logits: np.ndarray) -> dict[str, np.ndarray]:
+    """The three scores (images,) of logits (images, classes), float64."""
+    wide = logits.astype(np.float64)
+    return {
+        "max probability": probabilities(logits).max(1),
+        "max logit": wide.max(1),
+        "energy": scipy.special.logsumexp(wide, axis=1),
+    }
+
+
+def separation(inside: np.ndarray, outside: np.ndarray) -> Separation:
+    """How well a score (images,), higher inside, separates two sets.
+
+    Raises:
+        ValueError: one is empty, or holds scores that are not finite.
+    """
+    if not len(inside) or not len(outside) or not (np.isfinite(inside).all() and np.isfinite(outside).all()):
+        raise ValueError("separation takes two sets of finite scores, neither of them empty")
+    # Mann and Whitney's U is the number of pairs that are in order.
+    pairs = scipy.stats.mannwhitneyu(inside, outside, method="asymptotic").statistic
+    threshold = np.sort(inside)[::-1][int(np.ceil(0.95 * len(inside))) - 1]
+    return Separation(float(pairs / (len(inside) * len(outside))), float((outside >= threshold).mean()))
+
+
+def measure(inside: np.ndarray, outside: np.ndarray) -> dict[str, Separation]:
+    """Score -> how well it separates logits (images, classes) of two sets."""
+    scores = familiarity(inside), familiarity(outside)
+    return {name: separation(scores[0][name], scores[1][name]) for name in scores[0]}
+
+
+def open_outside(spec: str) -> Dataset[Sample]:
+    """The test split of a data set, or the pictures of a folder that is none; UserError if there are none."""
+    folder = Path(spec)
+    return Pictures(folder) if folder.is_dir() and not (folder / "val").is_dir() else open_data(spec).test()
+
+
+def print_table(results: Mapping[str, Mapping[str, Separation]]) -> None:
+    """A line for each model, two columns for each score."""
+    scores = list(next(iter(results.values())))
+    print(f"\n| model | {' | '.join(f'{name}: AUROC | FPR at 95%' for name in scores)} |")
+    print("|---" * (1 + 2 * len(scores)) + "|")
+    for model, separations in results.items():
+        cells = [f"{each.auroc:.4f} | {each.fpr_at_95 * 100:.1f}%" for each in separations.values()]
+        print(f"| {model} | {' | '.join(cells)} |")
+
+
+def main(options: OutsideOptions) -> None:
+    bundles = open_bundles(options.bundles)
+    sets = open_fitting_data(options.data, bundles).test(), open_outside(options.outside)
+    chosen = [some_images(images, options.images and min(options.images, len(images))) for images in sets]  # type: ignore[arg-type]
+    transform = bundles.preprocessing.transform()
+    inside, outside = (predict(bundles.models, images, transform)[0] for images in chosen)
+    print(f"{len(chosen[0])} images of {options.data}, {len(chosen[1])} of {options.outside}")  # type: ignore[arg-type]
+    print_table({model: measure(inside[model], outside[model]) for model in bundles.models})
+
+
+if __name__ == "__main__":
+    run_command(OutsideOptions, main)

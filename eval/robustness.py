@@ -1,0 +1,218 @@
+"""What corrupted images cost quantized models beside the float one, in the manner of ImageNet-C:
+
+python eval/robustness.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
+
+The first bundle is the reference. Every corruption and severity is kept in the output folder as it is measured, so
+that an interrupted run goes on, and more of them can be added later. eval/corruptions.py says how images are corrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import scipy.stats
+import tyro
+from tqdm import tqdm
+
+from eval.accuracy_drop import Drop
+from eval.bundles import OpenBundles, open_bundles, open_fitting_data, some_images
+from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
+from eval.machine import describe_machine
+from illama.accuracy import predict
+from illama.bundle import command_line, package_versions, write_file
+from illama.errors import UserError, run_command
+
+RUN, JSON, MARKDOWN, CELLS = "run.json", "robustness.json", "robustness.md", "cells"
+CLEAN = ("clean", 0)
+Cell = tuple[str, int]
+Right = dict[str, np.ndarray]  # name of a model -> what it got right, booleans (images,)
+
+
+@dataclass(frozen=True)
+class RobustnessOptions:
+    """Compare bundles on corrupted images.
+
+    Attributes:
+        bundles: of python quant/ptq.py; the first is what the others are held against.
+        data: what they were trained on; its test split is corrupted.
+        corruptions: any of the 15 of ImageNet-C.
+        severities: 1 to 5.
+        images: how many test images, evenly spaced.
+        seed: of the corruptions and the intervals.
+        workers: processes that corrupt images.
+        out: where the results go, and where an interrupted run goes on.
+    """
+
+    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    data: str = "fashion-mnist"
+    corruptions: tuple[str, ...] = CORRUPTIONS
+    severities: tuple[int, ...] = SEVERITIES
+    images: int = 1000
+    seed: int = 0
+    workers: int = 0
+    out: Path = Path("runs/robustness")
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """One model over all corruptions and severities.
+
+    Attributes:
+        clean, corrupted: top-1 in percent; the second is the mean over corruptions, each the mean over its severities.
+        kept: ``corrupted`` in percent of ``clean``; 0 where that is 0.
+        drop: points of ``corrupted`` lost against the reference; paired bootstrap over the images.
+        beyond_clean: points of it that are not lost on clean images already, likewise.
+        by_corruption: corruption -> top-1 in percent.
+    """
+
+    clean: float
+    corrupted: float
+    kept: float
+    drop: Drop
+    beyond_clean: Drop
+    by_corruption: dict[str, float]
+
+
+def summarise(cells: Mapping[Cell, Right], seed: int = 0) -> dict[str, Robustness]:
+    """Model -> its robustness; the first model is the reference.
+
+    Args:
+        cells: (corruption, severity) -> what each model got right there, on the same images throughout; with
+            :data:`CLEAN` and at least one other.
+    """
+    models = list(cells[CLEAN])
+    corruptions = list(dict.fromkeys(name for name, _ in cells if name != CLEAN[0]))
+
+    def per_image(model: str) -> dict[str, np.ndarray]:
+        return {name: np.mean([right[model] for cell, right in cells.items() if cell[0] == name], axis=0)
+                for name in corruptions}  # fmt: skip
+
+    means = {model: per_image(model) for model in models}
+    corrupted = {model: np.mean(list(means[model].values()), axis=0) for model in models}
+    clean = {model: cells[CLEAN][model].astype(float) for model in models}
+    reference = models[0]
+    results = {}
+    for model in models:
+        lost, lost_clean = corrupted[reference] - corrupted[model], clean[reference] - clean[model]
+        top1 = float(corrupted[model].mean() * 100)
+        results[model] = Robustness(
+            clean=float(clean[model].mean() * 100),
+            corrupted=top1,
+            kept=float(top1 / clean[model].mean()) if clean[model].any() else 0.0,
+            drop=mean_drop(lost, seed),
+            beyond_clean=mean_drop(lost - lost_clean, seed),
+            by_corruption={name: float(values.mean() * 100) for name, values in means[model].items()},
+        )
+    return results
+
+
+def mean_drop(differences: np.ndarray, seed: int = 0) -> Drop:
+    """The mean of paired differences (images,), in points, with a 95% percentile interval of the bootstrap."""
+    if np.ptp(differences) == 0 or len(differences) == 1:  # every resample is alike
+        return Drop(*[float(differences.mean() * 100)] * 3)
+    interval = scipy.stats.bootstrap((differences,), np.mean, n_resamples=10_000, batch=100, method="percentile",
+                                     random_state=np.random.default_rng(seed)).confidence_interval  # fmt: skip
+    return Drop(*(float(value * 100) for value in (differences.mean(), interval.low, interval.high)))
+
+
+def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:
+    """What every model gets right in every cell, measured or read from the output folder."""
+    images = some_images(open_fitting_data(options.data, bundles).test(), options.images)
+    _claim(options, bundles)
+    wanted = [CLEAN, *((name, severity) for name in options.corruptions for severity in options.severities)]
+    cells = {}
+    for cell in tqdm(wanted, desc="corruptions", unit="cell"):
+        path = options.out / CELLS / f"{cell[0]}-{cell[1]}.npz"
+        if not path.exists():
+            split = images if cell == CLEAN else CorruptedImages(images, bundles.preprocessing, *cell, options.seed)
+            transform = bundles.preprocessing.transform() if cell == CLEAN else after_framing(bundles.preprocessing)
+            logits, labels = predict(bundles.models, split, transform, workers=options.workers)
+            with write_file(path) as draft, draft.open("wb") as file:
+                np.savez(file, **{f"right/{model}": values.argmax(1) == labels for model, values in logits.items()})
+        with np.load(path) as stored:
+            cells[cell] = {model: stored[f"right/{model}"] for model in bundles.models}
+    return cells
+
+
+def _claim(options: RobustnessOptions, bundles: OpenBundles) -> None:
+    """Make the output folder, or go on in one of the same run; UserError in any other."""
+    facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
+    run = options.out / RUN
+    if options.out.exists() and any(options.out.iterdir()):
+        if not run.exists():
+            raise UserError(f"{options.out} holds other files: choose another --out")
+        if json.loads(run.read_text()) != facts:
+            raise UserError(f"{options.out} holds a run of other bundles, data, images or seed: choose another --out")
+    try:
+        (options.out / CELLS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror}; choose another --out") from error
+    with write_file(run) as draft:
+        draft.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def markdown(results: Mapping[str, Robustness]) -> str:
+    """Two tables: the models over all corruptions, and every corruption over the models."""
+
+    def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+        headings = list(headings)
+        return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+
+    def interval(drop: Drop) -> str:
+        return f"{drop.points:+.2f} ({drop.low:+.2f} to {drop.high:+.2f})"
+
+    reference = next(iter(results))
+    models = [
+        (name, f"{each.clean:.2f}", f"{each.corrupted:.2f}", f"{each.kept:.1f}",
+         *(("reference", "") if name == reference else (interval(each.drop), interval(each.beyond_clean))))
+        for name, each in results.items()
+    ]  # fmt: skip
+    corruptions = results[reference].by_corruption
+    return "\n".join([
+        *table(("model", "clean top-1 %", "corrupted top-1 %", "kept %", "points lost (95% interval)",
+                "beyond those on clean images"), models), "",
+        *table(("corruption", *results), ((name, *(f"{each.by_corruption[name]:.2f}" for each in results.values()))
+                                          for name in corruptions)),
+    ]) + "\n"  # fmt: skip
+
+
+def as_json(options: RobustnessOptions, cells: Mapping[Cell, Right], results: Mapping[str, Robustness]) -> str:
+    """The contents of robustness.json."""
+    content: dict[str, Any] = {
+        "command": command_line(), "data": options.data, "images": options.images, "seed": options.seed,
+        "models": {name: asdict(each) for name, each in results.items()},
+        "cells": [{"corruption": name, "severity": severity, "top1": {
+            model: float(values.mean() * 100) for model, values in right.items()}}
+            for (name, severity), right in cells.items()],
+        "machine": describe_machine(), "versions": package_versions(),
+    }  # fmt: skip
+    return json.dumps(content, indent=2) + "\n"
+
+
+def write_results(folder: Path, files: Sequence[tuple[str, str]]) -> None:
+    for name, text in files:
+        with write_file(folder / name) as draft:
+            draft.write_text(text)
+
+
+def main(options: RobustnessOptions) -> None:
+    if not options.corruptions or not options.severities:
+        raise UserError("give at least one corruption and one severity")
+    for corruption in options.corruptions:
+        for severity in options.severities:
+            check_corruption(corruption, severity)
+    cells = measure(options, open_bundles(options.bundles))
+    results = summarise(cells, options.seed)
+    table = markdown(results)
+    write_results(options.out, ((JSON, as_json(options, cells, results)), (MARKDOWN, table)))
+    print(f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
+          f"{' '.join(map(str, options.severities))}\n\n{table}\nwritten to {options.out}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(RobustnessOptions, main)

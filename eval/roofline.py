@@ -1,0 +1,206 @@
+"""How fast a file could be at best on a machine that is not here: python eval/roofline.py runs/ptq/int8
+
+A floor of the latency by the roofline model (Williams et al., CACM 52(4), 2009): a product takes as long as its
+operations at the device's peak rate, or as long as its operands and its result need to and from memory, whichever is
+longer; products follow one another. It is a PREDICTION from published figures, and an optimist: kernels reach a part
+of a peak, launches cost time, and all that is not a product is taken to be free. Only where a network stays in the
+cache from call to call can a device be faster than its memory allows here.
+
+With ``--device cpu`` the same model is held against this machine: its peaks are measured, and so is every layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import tyro
+from onnx import TensorProto, helper, numpy_helper
+
+from eval.devices import Device, find_device
+from eval.machine import describe_machine
+from eval.onnx_costs import ProductCost, product_costs
+from illama.accuracy import usable_cores
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
+from illama.errors import UserError, run_command
+from illama.onnx_session import cpu_session
+from quant.costs import GraphTimes, time_graphs
+
+_PROBE = 1024  # side of the matrices that the CPU's peaks are measured with
+
+
+@dataclass(frozen=True)
+class RooflineOptions:
+    """Predict a floor of a bundle's latency on a device, layer by layer.
+
+    Attributes:
+        bundle: of python quant/ptq.py.
+        device: such as orin-nano, agx-orin, thor, rtx-4090, l4, h100; cpu is this machine, measured.
+        batch: images a call.
+    """
+
+    bundle: Annotated[Path, tyro.conf.Positional]
+    device: str = "orin-nano"
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class LayerFloor:
+    """The least time that a layer can take, predicted.
+
+    Attributes:
+        precision: that its products run in; several are joined by +.
+        milliseconds: the floor.
+        bound: what sets it, ``compute`` or ``memory``.
+    """
+
+    layer: str
+    precision: str
+    operations: int
+    bytes: float
+    milliseconds: float
+    bound: str
+
+
+def predict_floor(costs: Sequence[ProductCost], device: Device) -> list[LayerFloor]:
+    """A floor for each layer; their sum is that of the network.
+
+    Raises:
+        UserError: the device lacks a precision.
+    """
+    layers: dict[str, list[ProductCost]] = defaultdict(list)
+    for cost in costs:
+        layers[cost.layer].append(cost)
+    floors = []
+    for layer, products in layers.items():
+        compute = sum(product.operations / device.peak(product.precision) for product in products)
+        size = sum(product.weight_bytes + product.activation_bytes for product in products)
+        memory = size / (device.bandwidth * 1e9)
+        floors.append(LayerFloor(
+            layer, "+".join(dict.fromkeys(product.precision for product in products)),
+            sum(product.operations for product in products), size, max(compute, memory) * 1e3,
+            "compute" if compute > memory else "memory",
+        ))  # fmt: skip
+    return floors
+
+
+def measure_cpu(rounds: int = 10) -> Device:
+    """This CPU's peaks, by large products in ONNX Runtime in FP32 and INT8, and by copies in memory; the best of each.
+
+    There is no FP8: a CPU can only emulate it.
+    """
+    operations = 2 * _PROBE**3
+    peaks = {precision: operations / _best(_product(integer), rounds) / 1e12
+             for precision, integer in (("fp32", False), ("int8", True))}  # fmt: skip
+    return Device("cpu", _copy_rate(rounds) / 1e9, peaks, f"measured here: {describe_machine()['cpu']}")  # type: ignore[arg-type]
+
+
+def _product(integer: bool) -> tuple[onnxruntime.InferenceSession, np.ndarray]:
+    """A session and its inputs: one square product, of int8 weights by uint8 inputs or of float32."""
+    values = np.random.default_rng(0).integers(-100, 100, (_PROBE, _PROBE))
+    nodes, operands = [], ["x", "w"]
+    constants: dict[str, Any] = {"w": values.astype(np.int8 if integer else np.float32)}
+    if integer:
+        constants |= {"scale": np.float32(0.01), "x_zero": np.uint8(128), "w_zero": np.int8(0)}
+        operands = ["x_float", "w_float"]
+        nodes = [helper.make_node("DequantizeLinear", [name, "scale", f"{name}_zero"], [f"{name}_float"])
+                 for name in ("x", "w")]  # fmt: skip
+    nodes.append(helper.make_node("MatMul", operands, ["y"]))
+    shape, kind = [_PROBE, _PROBE], TensorProto.UINT8 if integer else TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes, "probe", [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return cpu_session(model.SerializeToString()), (values + 100).astype(np.uint8 if integer else np.float32)
+
+
+def _best(probe: tuple[onnxruntime.InferenceSession, np.ndarray], rounds: int) -> float:
+    session, values = probe
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        session.run(None, {"x": values})
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _copy_rate(rounds: int, megabytes: int = 256) -> float:
+    """Bytes a second read and written, every core copying a part of its own."""
+    cores = usable_cores()
+    source = np.ones((cores, megabytes * 2**20 // cores), np.uint8)
+    target, times = np.zeros_like(source), []
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            list(pool.map(np.copyto, target, source))
+            times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(times)
+
+
+def measure_layers(path: Path, floors: Sequence[LayerFloor], batch: int) -> GraphTimes:
+    """What the layers take in ONNX Runtime here."""
+    shape = [dim.dim_value or batch for dim in onnx.load(path).graph.input[0].type.tensor_type.shape.dim]
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    return time_graphs({"file": path}, images, {floor.layer: None for floor in floors})["file"]
+
+
+def find_file(bundle: Path, on_cpu: bool) -> Path:
+    """The graph that the device would run; UserError if the bundle has none."""
+    Manifest.read(bundle)
+    names = (CPU_ONNX,) if on_cpu else (FUSED_ONNX, CPU_ONNX)
+    found = [bundle / name for name in names if (bundle / name).exists()]
+    if not found:
+        raise UserError(f"{bundle} has no {' or '.join(names)}: quantize it first, with python quant/ptq.py")
+    return found[0]
+
+
+def print_table(floors: Sequence[LayerFloor], measured: GraphTimes | None) -> None:
+    """A line for each layer, and the sum; with what was measured and by how much the prediction misses it."""
+    more = "  measured ms    error" if measured else ""
+    print(f"{'layer':28} {'in':>9} {'MFLOP':>9} {'kB':>9} {'bound':>8}  predicted ms{more}")
+    rows = [(floor, measured.layers.get(floor.layer) if measured else None) for floor in floors]
+    operations, size, milliseconds = (
+        sum(getattr(floor, name) for floor in floors) for name in ("operations", "bytes", "milliseconds")
+    )
+    total = LayerFloor("all products", "", operations, size, milliseconds, "")
+    rows.append((total, sum(measured.layers.values()) if measured else None))
+    for floor, time_taken in rows:
+        line = (f"{floor.layer:28} {floor.precision:>9} {floor.operations / 1e6:9.2f} {floor.bytes / 1e3:9.1f} "
+                f"{floor.bound:>8} {floor.milliseconds:13.4f}")  # fmt: skip
+        print(line + (f" {time_taken:12.4f} {_error(floor.milliseconds, time_taken):>8}" if time_taken else ""))
+    if measured:
+        print(f"{'the rest':66} {'not predicted':>13} {measured.rest:12.4f}")
+        print(f"{'a whole call':66} {total.milliseconds:13.4f} {measured.call:12.4f} "
+              f"{_error(total.milliseconds, measured.call):>8}")  # fmt: skip
+
+
+def _error(predicted: float, measured: float) -> str:
+    return f"{(predicted / measured - 1) * 100:+.0f}%"
+
+
+def main(options: RooflineOptions) -> None:
+    on_cpu = options.device == "cpu"
+    if options.batch < 1:
+        raise UserError(f"--batch must be at least 1, not {options.batch}")
+    path = find_file(options.bundle, on_cpu)
+    costs = product_costs(path, options.batch)
+    device = measure_cpu() if on_cpu else find_device(options.device)
+    floors = predict_floor(costs, device)
+    peaks = ", ".join(f"{name} {value:.4g}" for name, value in device.peaks.items())
+    print(f"PREDICTED, not measured: the least that {path} can take on {device.name}, batch {options.batch}")
+    print(f"10^12 operations a second: {peaks}; memory {device.bandwidth:.4g} GB/s ({device.source})\n")
+    print_table(floors, measure_layers(path, floors, options.batch) if on_cpu else None)
+
+
+if __name__ == "__main__":
+    run_command(RooflineOptions, main)
