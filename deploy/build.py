@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from deploy.builder import BuiltEngine, EngineOptions, Verbosity, build_engine, check_kernels, trtexec_line
@@ -63,8 +62,7 @@ class BuildOptions:
             smallest, best, largest = (int(part) for part in self.batch.split(":"))
         except ValueError as error:
             raise UserError(f"--batch is smallest:best:largest, such as 1:8:64, not {self.batch!r}") from error
-        targets = tuple(target for part in self.targets for target in part.split(",") if target)
-        return EngineOptions(targets, (smallest, best, largest), self.workspace_gib, self.timing_cache, self.refit,
+        return EngineOptions(self.targets, (smallest, best, largest), self.workspace_gib, self.timing_cache, self.refit,
                              self.weight_stripped, self.version_compatible, self.hardware_compatible, self.verbosity,
                              self.allow_unfused)  # fmt: skip
 
@@ -83,8 +81,8 @@ def build_bundle(library: Library, bundle: Path, options: EngineOptions | None =
     if (record := built_already(library, source, path, options)) is not None:
         return record
     built = build_engine(library, source, options)
-    if torch.cuda.is_available() and not options.allow_unfused and options.verbosity == "detailed":
-        check_kernels(library, built.data, built.attentions)
+    if not options.allow_unfused:
+        check_kernels(library, built, options)
     return write_engine(library, bundle, built, options)
 
 

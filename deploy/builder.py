@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +12,8 @@ from onnx import ModelProto
 
 from deploy.fusion import allow_decomposition, demand_fusion, find_attentions, fused_kernels, softmax_outputs
 from deploy.graph import load_graph
-from deploy.library import Library
-from illama.bundle import write_file
+from deploy.library import Library, fits_this_gpu
+from illama.bundle import read_pinned, write_pinned
 from illama.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class EngineOptions:
             )
         if self.workspace_gib is not None and not self.workspace_gib > 0:
             raise UserError(f"--workspace-gib must be more than 0, not {self.workspace_gib}")
+        if self.timing_cache is not None and (self.timing_cache.is_dir() or not self.timing_cache.parent.is_dir()):
+            raise UserError(f"--timing-cache is a file in a folder that is there, not {self.timing_cache}")
 
     def to_json(self) -> dict[str, Any]:
         """Everything but targets and batch, which a record has of its own."""
@@ -101,13 +103,17 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
     # From the file and not from memory, so that weights outside of it are found.
     if not parser.parse_from_file(str(source)):
         raise UserError(f"{library.name} cannot parse {source}: {_last(messages)}")
+    if options.weight_stripped and softmax_outputs(model):
+        raise UserError(f"{source} rounds the softmax output by a scale that no refit brings back: leave "
+                        "--weight-stripped out")  # fmt: skip
     attentions, kept = _prepare_attention(library, network, model, source, options)
     config = _configure(library, builder, network, options)
     data = builder.build_serialized_network(network, config)
     del kept  # the scales of softmax outputs, which the network reads until here
     if data is None:
         raise UserError(f"{library.name} {library.version} cannot build {source}: {_last(messages)}")
-    _write_timing_cache(config, options.timing_cache)
+    if options.timing_cache is not None:
+        write_pinned(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     inputs = _tensors([network.get_input(index) for index in range(network.num_inputs)])
     outputs = _tensors([network.get_output(index) for index in range(network.num_outputs)])
     return BuiltEngine(bytes(data), len(attentions), not options.allow_unfused, inputs, outputs)
@@ -152,42 +158,25 @@ def _configure(
 
 def _read_timing_cache(config: tensorrt.IBuilderConfig, path: Path) -> None:
     """Take up a timing cache, if the file is there and is what was written, by the SHA-256 beside it."""
-    data = b""
-    if path.exists():
-        data, pin = path.read_bytes(), _pin(path)
-        if not pin.exists() or pin.read_text().split()[0] != hashlib.sha256(data).hexdigest():
-            raise UserError(f"{path} is not the timing cache of {pin.name}: delete it, to have it made anew")
-    if not config.set_timing_cache(config.create_timing_cache(data), ignore_mismatch=False):
+    data = read_pinned(path)
+    if data is None and path.exists():
+        raise UserError(f"{path} is not what the SHA-256 beside it is of: delete it, to have it made anew")
+    if not config.set_timing_cache(config.create_timing_cache(data or b""), ignore_mismatch=False):
         raise UserError(f"{path} is of another GPU or version: delete it, to have it made anew")
 
 
-def _write_timing_cache(config: tensorrt.IBuilderConfig, path: Path | None) -> None:
-    if path is None:
-        return
-    data = bytes(config.get_timing_cache().serialize())
-    with write_file(path) as draft:
-        draft.write_bytes(data)
-    with write_file(_pin(path)) as draft:
-        draft.write_text(f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
-
-
-def _pin(path: Path) -> Path:
-    """Where the SHA-256 of a cache stands, in sha256sum's form."""
-    return path.with_name(f"{path.name}.sha256")
-
-
-def check_kernels(library: Library, data: bytes, attentions: int) -> None:
-    """Count the fused attention kernels of an engine by its inspector; needs the GPU that it is for.
+def check_kernels(library: Library, built: BuiltEngine, options: EngineOptions) -> None:
+    """Count the fused attention kernels of an engine by its inspector, where this machine's GPU is one that it is for.
 
     Raises:
         UserError: if there are fewer than attentions.
     """
-    _, logger = _collect_errors(library.trt)
-    engine: tensorrt.ICudaEngine = library.trt.Runtime(logger).deserialize_cuda_engine(data)
-    inspector = engine.create_engine_inspector()
+    if options.verbosity != "detailed" or not fits_this_gpu(options.targets, options.hardware_compatible):
+        return
+    inspector = library.deserialize(built.data, options.version_compatible).create_engine_inspector()
     kernels = fused_kernels(inspector.get_engine_information(library.trt.LayerInformationFormat.JSON))
-    if len(kernels) < attentions:
-        raise UserError(f"the engine has {len(kernels)} fused attention kernels for {attentions} attentions; "
+    if len(kernels) < built.attentions:
+        raise UserError(f"the engine has {len(kernels)} fused attention kernels for {built.attentions} attentions; "
                         "--allow-unfused accepts that")  # fmt: skip
 
 
@@ -212,7 +201,7 @@ def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOp
                          (options.hardware_compatible, "--hardwareCompatibilityLevel=ampere+")):  # fmt: skip
         if wanted:
             parts.append(flag)
-    return " ".join([*parts, f"--profilingVerbosity={_VERBOSITIES[options.verbosity].lower()}"])
+    return shlex.join([*parts, f"--profilingVerbosity={_VERBOSITIES[options.verbosity].lower()}"])
 
 
 def _image_shape(model: ModelProto) -> list[int]:

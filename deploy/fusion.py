@@ -17,7 +17,7 @@ from illama.errors import UserError
 if TYPE_CHECKING:
     import tensorrt
 
-_WORDS = ("mha", "attention", "fmha")
+_WORDS = ("mha", "attention")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ def allow_decomposition(attentions: Mapping[str, Any]) -> None:
 
 
 def fused_kernels(information: str) -> list[str]:
-    """The layers of an engine, by its inspector's JSON, that are fused attention: by their names and tactics."""
+    """The kernels of an engine, by its inspector's JSON in detail, that are fused attention.
+
+    By their own names alone: a layer is named after the graph's node, whatever became of it.
+    """
     layers = json.loads(information).get("Layers", [])
-    texts = [layer if isinstance(layer, str) else f"{layer.get('Name', '')} {layer.get('TacticName', '')}"
-             for layer in layers]  # fmt: skip
-    return [text for text in texts if any(word in text.lower() for word in _WORDS)]
+    tactics = [str(layer.get("TacticName", "")) for layer in layers if isinstance(layer, dict)]
+    return [tactic for tactic in tactics if any(word in tactic.lower() for word in _WORDS)]

@@ -61,9 +61,13 @@ class Library:
     def resolve_targets(self, targets: tuple[str, ...]) -> tuple[str, ...]:
         """The compute capabilities to build for; empty for TensorRT-RTX's portable default.
 
+        Args:
+            targets: such as ("sm86", "sm89"), or several in one with commas.
+
         Raises:
             UserError: for one that the library cannot build for.
         """
+        targets = tuple(target for part in targets for target in part.split(",") if target)
         if self.name == "tensorrt":
             here = "sm{}{}".format(*torch.cuda.get_device_capability())
             if any(target != here for target in targets):
@@ -99,16 +103,40 @@ class Library:
             if wanted:
                 raise UserError(f"TensorRT-RTX {reason}")
 
-    def runtime_cache_of(self, engine: tensorrt.ICudaEngine) -> tuple[Any, Any]:
-        """(an execution context's configuration, its cache of compiled kernels); (None, None) with the full library."""
+    def deserialize(self, data: bytes, version_compatible: bool = False) -> tensorrt.ICudaEngine:
+        """A serialized engine on this machine's GPU; check its record first, for it brings code along.
+
+        Raises:
+            UserError: if the library will not load it here.
+        """
+        runtime: tensorrt.Runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.ERROR))
+        runtime.engine_host_code_allowed = version_compatible  # such an engine carries its own small runtime
+        engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise UserError(f"{self.name} {self.version} will not load the engine on this GPU: build it for this one")
+        return engine
+
+    def runtime_config(self, engine: tensorrt.ICudaEngine) -> tuple[Any, Any]:
+        """(an execution context's configuration, its cache of compiled kernels); (None, None) with the full library.
+
+        TensorRT for RTX compiles kernels for the very shapes that come, at the first call, and captures a CUDA graph.
+        """
         if self.name == "tensorrt":
             return None, None
         config: Any = engine.create_runtime_config()  # newer than the stubs, as are a cache's methods
         cache = config.create_runtime_cache()
         config.set_runtime_cache(cache)
-        # Kernels for the very shapes that come, compiled at the first call and kept in the cache.
         config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return config, cache
+
+
+def fits_this_gpu(targets: tuple[str, ...], hardware_compatible: bool = False) -> bool:
+    """Whether an engine for these compute capabilities is for the GPU here; False without one."""
+    if not torch.cuda.is_available():
+        return False
+    here = "sm{}{}".format(*torch.cuda.get_device_capability())
+    return hardware_compatible or not targets or here in targets
 
 
 def find_library(name: LibraryName | None = None) -> Library | None:

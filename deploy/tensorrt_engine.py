@@ -1,10 +1,10 @@
-"""TensorRT's engines on a GPU: pinned buffers, one stream, and the whole call as a CUDA graph."""
+"""TensorRT's engines on a GPU: pinned buffers, one stream, and each batch size as a CUDA graph of its own."""
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,11 +12,25 @@ from torch import Tensor
 
 from deploy.library import TITLES, Library, find_library
 from deploy.record import EngineRecord
-from illama.bundle import FUSED_ONNX, sha256, write_file
+from illama.bundle import FUSED_ONNX, read_pinned, sha256, write_pinned
 from illama.errors import UserError
 
 if TYPE_CHECKING:
     import tensorrt
+
+_TYPES = {"float": torch.float32, "uint8": torch.uint8}
+
+
+@dataclass
+class _Call:
+    """One batch size: a context, since a CUDA graph holds on to its state, and buffers on both sides."""
+
+    context: tensorrt.IExecutionContext
+    pinned_in: Tensor
+    device_in: Tensor
+    device_out: Tensor
+    pinned_out: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
 
 
 class TensorRTEngine:
@@ -25,13 +39,12 @@ class TensorRTEngine:
     Args:
         path: the engine.
         record: :meth:`deploy.record.EngineRecord.read` of it; nothing is deserialized without.
-        cuda_graphs: capture one for each batch size that comes, and replay it.
 
     Raises:
-        UserError: no GPU, no such library, or an engine that the library will not load.
+        UserError: no GPU, no such library, an engine for another GPU, or one that the library will not load.
     """
 
-    def __init__(self, path: Path, record: EngineRecord, cuda_graphs: bool = True) -> None:
+    def __init__(self, path: Path, record: EngineRecord) -> None:
         if not torch.cuda.is_available():
             raise UserError(
                 f"{path} runs on an NVIDIA GPU, and there is none here: open the bundle's model.onnx instead"
@@ -39,96 +52,91 @@ class TensorRTEngine:
         library = find_library(record.library)  # type: ignore[arg-type]
         assert library is not None  # find_library raises for a name
         self.runtime = f"{TITLES[record.library]} {library.version} {torch.cuda.get_device_name()}"
-        self._engine = _deserialize(library, path)
-        if record.options["weight_stripped"]:
+        self._library, self._record = library, record
+        self._engine = library.deserialize(path.read_bytes(), bool(record.options.get("version_compatible")))
+        if record.options.get("weight_stripped"):
             _refit(library, self._engine, path.parent.parent / FUSED_ONNX, record)
-        self._config, self._cache = library.runtime_cache_of(self._engine)
         self._cache_path = path.with_suffix(".runtime-cache")
-        if self._cache is not None:
-            self._load_runtime_cache()
-        arguments = (self._config,) if self._config is not None else ()
-        self._context: tensorrt.IExecutionContext = self._engine.create_execution_context(*arguments)
+        self._config, self._cache = library.runtime_config(self._engine)
+        if self._cache is not None and (kept := read_pinned(self._cache_path)):
+            self._cache.deserialize(kept)
         self._stream = torch.cuda.Stream()
-        self._names = next(iter(record.inputs)), next(iter(record.outputs))
-        self._classes, self._batch = record.outputs[self._names[1]][1][-1], record.batch
-        self._graphs: dict[tuple[int, ...], Any] = {}
-        self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-        self._use_graphs = cuda_graphs
+        (self._input, (kind, shape)), (self._output, (_, out)) = (
+            next(iter(each.items())) for each in (record.inputs, record.outputs)
+        )
+        self._dtype, self._shape, self._out = _TYPES[kind], tuple(shape[1:]), tuple(out[1:])
+        self._calls: dict[int, _Call] = {}
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """Images, of the shape and type the engine takes -> logits (B, classes) float32.
+        """Images, of the shape and type that the record names -> logits (B, classes, ...) float32.
 
         Raises:
-            UserError: for a batch outside the engine's profile.
+            UserError: for another shape or type, or a batch outside the engine's profile.
         """
-        if not self._batch[0] <= len(images) <= self._batch[2]:
-            raise UserError(f"the engine takes {self._batch[0]} to {self._batch[2]} images at once, not {len(images)}")
-        shape = images.shape
-        if shape not in self._buffers:
-            self._prepare(images)
-        pinned_in, _, _, pinned_out = self._buffers[shape]
-        pinned_in.copy_(torch.from_numpy(images))
+        given = torch.from_numpy(np.ascontiguousarray(images))
+        if tuple(given.shape[1:]) != self._shape or given.dtype != self._dtype:
+            raise UserError(f"the engine takes {self._shape} of {self._dtype} a time, not {tuple(given.shape[1:])} of "
+                            f"{given.dtype}")  # fmt: skip
+        call = self._call(len(given))
+        call.pinned_in.copy_(given)
         with torch.cuda.stream(self._stream):
-            if shape in self._graphs:
-                self._graphs[shape].replay()
-            else:
-                self._enqueue(shape)
+            call.device_in.copy_(call.pinned_in, non_blocking=True)
+            self._run(call)
+            call.pinned_out.copy_(call.device_out, non_blocking=True)
         self._stream.synchronize()
-        return pinned_out.numpy().copy()
+        return call.pinned_out.numpy().copy()
+
+    def run_on_device(self, batch: int) -> None:
+        """Run the network alone, on what :meth:`infer` left on the GPU, on the current stream; for timing."""
+        self._run(self._call(batch))
+
+    def layers(self) -> str:
+        """What the engine inspector tells of its layers, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._library.trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
         """Write TensorRT-RTX's cache of compiled kernels beside the engine, with its SHA-256."""
         if self._cache is not None:
-            data = bytes(self._cache.serialize())
-            with write_file(self._cache_path) as draft:
-                draft.write_bytes(data)
-            with write_file(_pin(self._cache_path)) as draft:
-                draft.write_text(hashlib.sha256(data).hexdigest() + "\n")
+            write_pinned(self._cache_path, bytes(self._cache.serialize()))
 
-    def _load_runtime_cache(self) -> None:
-        """Take up the kernels of an earlier run, if the file is the one that was written; else they are compiled."""
-        path, pin = self._cache_path, _pin(self._cache_path)
-        if path.exists() and pin.exists() and pin.read_text().strip() == sha256(path):
-            self._cache.deserialize(path.read_bytes())
+    def _call(self, batch: int) -> _Call:
+        smallest, _, largest = self._record.batch
+        if not smallest <= batch <= largest:
+            raise UserError(f"the engine takes {smallest} to {largest} images at once, not {batch}")
+        if batch not in self._calls:
+            self._calls[batch] = self._prepare(batch)
+        return self._calls[batch]
 
-    def _prepare(self, images: np.ndarray) -> None:
-        """Buffers for one batch size, a warm-up call, and a CUDA graph of it."""
-        host = torch.from_numpy(images)
-        pinned_in = torch.empty_like(host).pin_memory()
-        pinned_out = torch.empty(len(images), self._classes).pin_memory()
-        device_in, device_out = pinned_in.cuda(), pinned_out.cuda()
-        self._buffers[images.shape] = pinned_in, device_in, device_out, pinned_out
+    def _prepare(self, batch: int) -> _Call:
+        """Buffers and a context for one batch size, a warm-up, and a CUDA graph where it is ours to make."""
+        arguments = (self._config,) if self._config is not None else ()
+        pinned_in = torch.zeros((batch, *self._shape), dtype=self._dtype).pin_memory()
+        pinned_out = torch.zeros((batch, *self._out)).pin_memory()
+        context = self._engine.create_execution_context(*arguments)
+        call = _Call(context, pinned_in, pinned_in.cuda(), pinned_out.cuda(), pinned_out)
+        ready = (context.set_input_shape(self._input, tuple(pinned_in.shape)),
+                 context.set_tensor_address(self._input, call.device_in.data_ptr()),
+                 context.set_tensor_address(self._output, call.device_out.data_ptr()))  # fmt: skip
+        if not all(ready):
+            raise RuntimeError("TensorRT does not take the shapes that the engine's record names")
+        torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             for _ in range(2):  # the first compiles kernels and allocates
-                self._enqueue(images.shape)
-            self._stream.synchronize()
-            if self._use_graphs:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self._stream):
-                    self._enqueue(images.shape)
-                self._graphs[images.shape] = graph
+                self._run(call)
+        self._stream.synchronize()
+        if self._library.name == "tensorrt":  # TensorRT-RTX captures by itself (Library.runtime_config)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._run(call)
+            call.graph = graph
+        return call
 
-    def _enqueue(self, shape: tuple[int, ...]) -> None:
-        pinned_in, device_in, device_out, pinned_out = self._buffers[shape]
-        self._context.set_input_shape(self._names[0], shape)
-        self._context.set_tensor_address(self._names[0], device_in.data_ptr())
-        self._context.set_tensor_address(self._names[1], device_out.data_ptr())
-        device_in.copy_(pinned_in, non_blocking=True)
-        if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+    def _run(self, call: _Call) -> None:
+        if call.graph is not None:
+            call.graph.replay()
+        elif not call.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise RuntimeError("TensorRT could not run the engine")
-        pinned_out.copy_(device_out, non_blocking=True)
-
-
-def _pin(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
-def _deserialize(library: Library, path: Path) -> tensorrt.ICudaEngine:
-    runtime: tensorrt.Runtime = library.trt.Runtime(library.trt.Logger(library.trt.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise UserError(f"{library.name} {library.version} will not load {path} on this GPU: build it again here")
-    return engine
 
 
 def _refit(library: Library, engine: tensorrt.ICudaEngine, source: Path, record: EngineRecord) -> None:

@@ -162,3 +162,23 @@ def write_file(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_pinned(path: Path, data: bytes) -> None:
+    """Write a file, and beside it its SHA-256 in sha256sum's form."""
+    for target, content in ((path, data), (_pin(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())):
+        with write_file(target) as draft:
+            draft.write_bytes(content)
+
+
+def read_pinned(path: Path) -> bytes | None:
+    """What :func:`write_pinned` wrote; None if there is no such file, or it is not what its SHA-256 is of."""
+    try:
+        data, pin = path.read_bytes(), _pin(path).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return data if pin.split()[:1] == [hashlib.sha256(data).hexdigest()] else None
+
+
+def _pin(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
