@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 
 from deploy.graph import centre_inputs, has_fp8, load_graph
+from deploy.library import fits_this_gpu
 from deploy.record import EngineRecord
 from deploy.tensorrt_engine import TensorRTEngine
 from illama.accuracy import torch_infer, usable_cores
@@ -48,8 +49,12 @@ class Engine(Protocol):
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Images, (B, C, H, W) float32 or whatever else the model takes -> logits (B, classes) float32."""
 
+    def close(self) -> None:
+        """Keep what makes the next start quicker, where a runtime has such a thing."""
+        return None
 
-class OnnxRuntimeEngine:
+
+class OnnxRuntimeEngine(Engine):
     """An ONNX file in ONNX Runtime.
 
     Args:
@@ -81,14 +86,20 @@ class OnnxRuntimeEngine:
 
 
 def gpu_session(path: Path, provider: str) -> onnxruntime.InferenceSession:
-    """A session on a GPU, which falls back to the CPU for no node."""
+    """A session on a GPU; ONNX Runtime leaves arithmetic with shapes to the CPU.
+
+    Raises:
+        UserError: if the provider did not start and everything would run on the CPU.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    session = onnxruntime.InferenceSession(str(path), options, providers=[provider, "CPUExecutionProvider"])
+    if provider not in session.get_providers():
+        raise UserError(f"{provider} does not start here: see that its CUDA libraries are installed")
+    return session
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Engine):
     """An ONNX file in OpenVINO on the CPU.
 
     Where the CPU multiplies bfloat16 (AMX), OpenVINO computes in that what the graph has in float32; ``precision``
@@ -129,15 +140,16 @@ class OpenVinoEngine:
         return np.array(self._request.infer({0: images}, share_inputs=True)[0])
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """A network in PyTorch, on the GPU if there is one: the float reference, or one quantized by torchao.
 
     Args:
+        device: cuda or cpu; a GPU if there is one, if not given. The network is moved there.
         compiled: by torch.compile.
     """
 
-    def __init__(self, network: torch.nn.Module, compiled: bool = False) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, network: torch.nn.Module, device: str | None = None, compiled: bool = False) -> None:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         network = network.eval().to(device)
         self.runtime = f"torch {torch.__version__} {device}{', compiled' * compiled}"
         self._infer = torch_infer(cast(torch.nn.Module, torch.compile(network)) if compiled else network)
@@ -209,7 +221,8 @@ def _best_of(bundle: Path, runtime: RuntimeName | None) -> Path:
     weights = bundle / (TORCHAO if (bundle / TORCHAO).exists() else WEIGHTS)
     if runtime in ("torch", "torch-compile"):
         return weights
-    engines = sorted((bundle / ENGINES).glob(f"{runtime or '*'}.engine")) if torch.cuda.is_available() else []
-    if engines:
-        return engines[0]
+    for engine in sorted((bundle / ENGINES).glob(f"{runtime or '*'}.engine")):
+        record = EngineRecord.read(engine)
+        if runtime or fits_this_gpu(record.targets, record.options["hardware_compatible"]):
+            return engine
     return bundle / CPU_ONNX if (bundle / CPU_ONNX).exists() else weights

@@ -117,7 +117,10 @@ def main(options: PredictOptions) -> None:
     print(f"{options.engine} in {engine.runtime}", flush=True)
     until = time.monotonic() + options.seconds if options.seconds is not None else None
     paths = new_images(options.watch, until) if options.watch else options.images
-    classify(engine, preparation(manifest), manifest.classes, paths, skip_broken=options.watch is not None)
+    try:
+        classify(engine, preparation(manifest), manifest.classes, paths, skip_broken=options.watch is not None)
+    finally:
+        engine.close()
 
 
 if __name__ == "__main__":

@@ -46,9 +46,7 @@ class TensorRTEngine:
 
     def __init__(self, path: Path, record: EngineRecord) -> None:
         if not torch.cuda.is_available():
-            raise UserError(
-                f"{path} runs on an NVIDIA GPU, and there is none here: open the bundle's model.onnx instead"
-            )
+            raise UserError(f"{path} runs on an NVIDIA GPU, and there is none here: open its model.onnx")
         library = find_library(record.library)  # type: ignore[arg-type]
         assert library is not None  # find_library raises for a name
         self.runtime = f"{TITLES[record.library]} {library.version} {torch.cuda.get_device_name()}"

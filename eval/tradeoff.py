@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -21,15 +20,22 @@ from eval.report import Row
 from illama.accuracy import load_images, predict
 from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, TORCHAO, Manifest
 from illama.data import Sample, Transform
+from illama.errors import UserError
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file and what runs it."""
+    """A file and what runs it.
+
+    Attributes:
+        runtime: what the file is for, in words.
+        note: why that is not what runs it here.
+    """
 
     path: Path
     engine: Engine
     runtime: str
+    note: str | None = None
 
     @property
     def name(self) -> str:
@@ -59,8 +65,10 @@ def weigh(
     timed = {each.name: each.engine.infer for each in candidates if not rows[each.name].note}
     for name, latency in measure_latency(timed, load_images(test, transform, 1)[0]).items():
         machine = describe_machine()
-        on_gpu = rows[name].runtime in TITLES.values()
+        on_gpu = rows[name].runtime in TITLES.values()  # what is not run there has a note, and is not timed
         rows[name].latency, rows[name].device = latency, machine["gpu" if on_gpu else "cpu"]
+    for each in candidates:
+        each.engine.close()
     return list(rows.values())
 
 
@@ -73,13 +81,23 @@ def find_candidates(bundles: Sequence[Path], networks: Mapping[str, nn.Module]) 
             engine = OpenVinoEngine(path)
             found.append(Candidate(path, engine, f"OpenVINO, CPU ({engine.floats})"))
     for path in (bundle / TORCHAO for bundle in bundles if (bundle / TORCHAO).exists()):
-        found.append(Candidate(path, TorchEngine(networks[path.parent.name]), "PyTorch, CPU"))
+        found.append(Candidate(path, TorchEngine(networks[path.parent.name], "cpu"), "PyTorch, CPU"))
     for path in (bundle / FUSED_ONNX for bundle in bundles if (bundle / FUSED_ONNX).exists()):
-        engines = sorted((path.parent / ENGINES).glob("*.engine"))
-        title = TITLES[EngineRecord.read(engines[0]).library] if engines else "TensorRT"
-        runs = engines and torch.cuda.is_available()
-        found.append(Candidate(path, open_engine(engines[0]) if runs else OnnxRuntimeEngine(path), title))
+        found.append(_of_fused(path))
     return found
+
+
+def _of_fused(path: Path) -> Candidate:
+    """The engine built from a fused graph if it runs here, else the graph itself in ONNX Runtime."""
+    engines = sorted((path.parent / ENGINES).glob("*.engine"))
+    if not engines:
+        return Candidate(path, OnnxRuntimeEngine(path), "TensorRT", "No engine was built from it")
+    title = TITLES[EngineRecord.read(engines[0]).library]
+    try:
+        return Candidate(path, open_engine(engines[0]), title)
+    except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
+        note = f"It is the graph that the engine was built from; the engine itself was not run: {error}"
+        return Candidate(path, OnnxRuntimeEngine(path), title, note)
 
 
 def _row(candidate: Candidate, correct: np.ndarray, reference: np.ndarray, seed: int) -> Row:
@@ -95,20 +113,16 @@ def _row(candidate: Candidate, correct: np.ndarray, reference: np.ndarray, seed:
         onnx_bytes=path.stat().st_size,
     )
     if path.name == FUSED_ONNX:
-        _describe_engine(row, path.parent, candidate)
+        row.note = candidate.note
+        _describe_engine(row, path.parent)
     elif reason := Manifest.read(path.parent).metrics.get("not_timed"):
         row.note = f"Not timed: {reason}"
     return row
 
 
-def _describe_engine(row: Row, bundle: Path, candidate: Candidate) -> None:
+def _describe_engine(row: Row, bundle: Path) -> None:
     """Fill in the engine that was built from the row's graph, if one was."""
-    engines = sorted((bundle / ENGINES).glob("*.engine"))
-    if not engines:
-        row.note = "No engine was built from it"
-        return
-    record = EngineRecord.read(engines[0])
-    row.engine, row.engine_bytes = f"{bundle.name}/{ENGINES}/{engines[0].name}", record.engine_bytes
-    row.fused = record.fused
-    if isinstance(candidate.engine, OnnxRuntimeEngine):
-        row.note = "It is the graph that the engine was built from; the engine itself was not run"
+    for engine in sorted((bundle / ENGINES).glob("*.engine"))[:1]:
+        record = EngineRecord.read(engine)
+        row.engine, row.engine_bytes = f"{bundle.name}/{ENGINES}/{engine.name}", record.engine_bytes
+        row.fused = record.fused

@@ -19,7 +19,7 @@ import torch
 
 from deploy.build import build_fitting
 from deploy.builder import EngineOptions
-from deploy.library import Library, find_library
+from deploy.library import Library, LibraryName, find_library
 from eval.machine import describe_machine, peak_memory_gib
 from eval.report import Summary, is_result, markdown_table, write_report
 from eval.tradeoff import weigh
@@ -48,6 +48,7 @@ class PtqOptions:
         calibration_images: how many training images the ranges are taken from.
         out: where the bundles, summary.json and report.html go; an earlier result there is replaced.
         image_size: run at another resolution than the checkpoint's: its position embedding is interpolated.
+        library: tensorrt or tensorrt_rtx; whichever can build here, tensorrt first, if not given.
         targets: compute capabilities of the engines, such as sm86 sm89; the library's portable choice if not given.
         seed: of the bootstrap's intervals; calibration is deterministic.
     """
@@ -60,6 +61,7 @@ class PtqOptions:
     calibration_images: int = 512
     out: Path = Path("runs/ptq")
     image_size: int | None = None
+    library: LibraryName | None = None
     targets: tuple[str, ...] = ()
     seed: int = 0
 
@@ -106,7 +108,7 @@ def open_job(options: PtqOptions, folder: Path) -> Job:
     )
     for scheme in schemes:
         check_scheme(inputs.model, scheme)
-    library = find_library()
+    library = find_library(options.library)
     if library:
         library.resolve_targets(options.targets)
     return Job(options, schemes, inputs, Origin.of(inputs, options.seed), folder, library)
@@ -147,16 +149,18 @@ def build_engines(job: Job, bundles: list[Path]) -> None:
     if job.library is None:
         job.not_run.append("No engine was built: no TensorRT that can build is installed here.")
         return
+    built = 0
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
         unfit: tuple[str, ...] = ()
         with job.phase(f"build {bundle.name} engine"):
             try:
-                _, unfit = build_fitting(job.library, bundle, EngineOptions(job.options.targets))
+                record, unfit = build_fitting(job.library, bundle, EngineOptions(job.options.targets))
+                built += record is not None
             except UserError as error:  # the rest of the table is worth having without this engine
                 job.not_run.append(f"No {bundle.name} engine: {error}.")
         if unfit:
             job.not_run.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
-    if not torch.cuda.is_available():
+    if built and not torch.cuda.is_available():
         job.not_run.append("Engines were built and their attention proven fused; they were not run or timed: that "
                            "needs an NVIDIA GPU.")  # fmt: skip
     if job.library.name == "tensorrt_rtx":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from quant.schemes import find_scheme
 
 LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
 SCHEMES = ("fp16", "int8", "fp8", "fp8-attention", "int8-attention")
+SIZES = ("nano", "tiny", "small", "base", "large")
 MASKS = ("post_softmax", "pre_softmax", "bidirectional")
 
 
@@ -60,13 +61,21 @@ class GpuOptions:
     """
 
     name: str | None = None
-    device: str = "cuda"
+    device: Literal["cuda", "cpu"] = "cuda"
     networks: tuple[str, ...] = ("tiny@224", "small@224", "base@224", "base@384")
     batches: tuple[int, ...] = (1, 8, 64)
     seconds: float = 390
     calls: int = 50
     tests: Path | None = None
     out: Path = Path("results/gpu")
+
+    def __post_init__(self) -> None:
+        for name in self.networks:
+            size, _, pixels = name.partition("@")
+            if size not in SIZES or not pixels.isdigit():
+                raise UserError(f"a network is SIZE@PIXELS, such as tiny@224, not {name!r}")
+        if min(self.batches, default=0) < 1 or self.calls < 1:
+            raise UserError("--batches and --calls are whole numbers from 1")
 
 
 @dataclass
@@ -241,7 +250,9 @@ def torch_contestants(model: ILLaMA, device: str) -> Iterator[tuple[str, Callabl
         return copy.deepcopy(model).to(device, dtype)
 
     def compiled(module: nn.Module) -> nn.Module:
-        return cast(nn.Module, torch.compile(module, mode="max-autotune-no-cudagraphs" if device == "cuda" else None))
+        torch._dynamo.reset()  # or what was compiled before counts against the limit of recompilations
+        mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
+        return cast(nn.Module, torch.compile(module, mode=mode, dynamic=False))
 
     def quantized(config: Any) -> nn.Module:
         module = copy_in(torch.bfloat16)
@@ -269,15 +280,34 @@ def time_torch(report: Report, options: GpuOptions, clock: Clock, name: str) -> 
                 add_latency(report, name, contestant, batch, clock.milliseconds(partial(module, images)))
 
 
-def export(name: str, scheme: str, mask: str, bundle: Path) -> ILLaMA:
-    """Write the fused graph of a network, quantized or in half precision; the float network it came from."""
-    model = network(name, mask)
-    quantized = model if scheme == "fp16" else calibrate(model, find_scheme(scheme), [random_images(model, 4)])
-    export_onnx(quantized, bundle / FUSED_ONNX, "fused", torch.float16)
-    preprocessing = Preprocessing.imagenet(model.config.image_size, model.config.in_channels)
-    classes = [str(index) for index in range(model.config.num_classes)]
-    Manifest(command_line(), model.config.to_dict(), asdict(preprocessing), classes).write(bundle)
-    return model
+class Exports:
+    """Bundles of fused graphs, and what each network gives in float64, each made once for all libraries and schemes."""
+
+    def __init__(self, folder: Path, options: GpuOptions) -> None:
+        self.folder, self.options = folder, options
+        self.exact: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+    def bundle(self, name: str, scheme: str, mask: str) -> Path:
+        """The bundle of a network, quantized or in half precision."""
+        folder = self.folder / f"{name}-{scheme}-{mask}"
+        if not folder.exists():
+            model = network(name, mask)
+            quantized = model if scheme == "fp16" else calibrate(model, find_scheme(scheme), [random_images(model, 4)])
+            folder.mkdir()
+            export_onnx(quantized, folder / FUSED_ONNX, "fused", torch.float16)
+            preprocessing = Preprocessing.imagenet(model.config.image_size, model.config.in_channels)
+            classes = [str(index) for index in range(model.config.num_classes)]
+            Manifest(command_line(), model.config.to_dict(), asdict(preprocessing), classes).write(folder)
+        return folder
+
+    @torch.no_grad()
+    def reference(self, name: str, mask: str) -> tuple[Tensor, Tensor]:
+        """(images, logits in float64)."""
+        if (name, mask) not in self.exact:
+            model = network(name, mask).double().to(self.options.device)
+            images = random_images(model, min(8, max(self.options.batches)))
+            self.exact[name, mask] = images, model(images.double().to(self.options.device)).cpu()
+        return self.exact[name, mask]
 
 
 def random_images(model: ILLaMA, batch: int) -> Tensor:
@@ -287,32 +317,31 @@ def random_images(model: ILLaMA, batch: int) -> Tensor:
 
 
 def measure_engine(
-    report: Report, options: GpuOptions, clock: Clock, library: Library, name: str, scheme: str, mask: str
+    report: Report, clock: Clock, exports: Exports, library: Library, name: str, scheme: str, mask: str
 ) -> None:
-    """Build, count the fused kernels, compare with float64 PyTorch, and time."""
+    """Build, count the fused kernels, compare with float64, and time: the network alone, and with its copies."""
     row = {"network": name, "library": library.title, "scheme": scheme, "mask": mask, "outcome": "not built"}
     report.engines.append(row)
-    with tempfile.TemporaryDirectory() as folder, noting(report, f"{name}, {library.title} {scheme}, {mask}"):
-        bundle, largest = Path(folder), max(options.batches)
-        model = export(name, scheme, mask, bundle)
+    batches, contestant = exports.options.batches, f"{library.title}, {scheme}"
+    with noting(report, f"{name}, {contestant}, {mask}"):
+        bundle, largest = exports.bundle(name, scheme, mask), max(batches)
         wanted = EngineOptions(library.resolve_targets(()), (1, min(8, largest), largest), verbosity="detailed")
         built = build_engine(library, bundle / FUSED_ONNX, wanted)
         write_engine(library, bundle, built, wanted)
         path = bundle / ENGINES / f"{library.name}.engine"
         row["outcome"] = f"built, {built.attentions} attentions fused, {len(built.data) / 1e6:.1f} MB; not run"
         engine = TensorRTEngine(path, EngineRecord.read(path))
-        inspector = engine._engine.create_engine_inspector()
-        kernels = fused_kernels(inspector.get_engine_information(library.trt.LayerInformationFormat.JSON))
-        images = random_images(model, min(8, largest))
-        exact = model.double()(images.double())
+        kernels = fused_kernels(engine.layers())
+        images, exact = exports.reference(name, mask)
         error = relative_error(torch.from_numpy(engine.infer(images.numpy())), exact)
         row["outcome"] = f"ran; inspector names {len(kernels)} fused kernels for {built.attentions} attentions"
-        report.numerics.append({"what": f"{name}, {library.title} {scheme}, {mask}", "relative error": f"{error:.1e}"})
-        if mask == "post_softmax":
-            for batch in options.batches:
-                fed = images[:1].repeat(batch, 1, 1, 1).numpy()
-                add_latency(report, name, f"{library.title}, {scheme}, host to host", batch,
-                            clock.milliseconds(partial(engine.infer, fed)))  # fmt: skip
+        report.numerics.append({"what": f"{name}, {contestant}, {mask}", "relative error": f"{error:.1e}"})
+        for batch in batches if mask == "post_softmax" else ():
+            fed = images[:1].repeat(batch, 1, 1, 1).numpy()
+            engine.infer(fed)
+            add_latency(report, name, contestant, batch, clock.milliseconds(partial(engine.run_on_device, batch)))
+            add_latency(report, name, f"{contestant}, from and to the CPU's memory", batch,
+                        clock.milliseconds(partial(engine.infer, fed)))  # fmt: skip
 
 
 def main(options: GpuOptions) -> None:
@@ -323,23 +352,31 @@ def main(options: GpuOptions) -> None:
     report.facts = {"command": command_line(), "machine": describe_machine(), "versions": package_versions(),
                     "tests": options.tests.read_text().splitlines()[-8:] if options.tests else "not run"}  # fmt: skip
     name = options.name or re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    with tempfile.TemporaryDirectory() as folder:
+        steps = plan(report, clock, Exports(Path(folder), options))
+        for index, step in enumerate(steps):
+            if clock.over:
+                report.not_run.append(f"{len(steps) - index} of {len(steps)} steps: out of time")
+                break
+            step()
+            report.write(options.out, name)
+    report.write(options.out, name)
+    print(report.table())
+
+
+def plan(report: Report, clock: Clock, exports: Exports) -> list[Callable[[], None]]:
+    """Everything to be measured, what matters most first."""
+    options = exports.options
     steps: list[Callable[[], None]] = [partial(check_attention, report, options)]
     libraries = [library for each in LIBRARIES if (library := _found(each, report))]
-    engine = partial(measure_engine, report, options, clock)
+    engine = partial(measure_engine, report, clock, exports)
     for net in options.networks:
         steps += [partial(engine, library, net, scheme, "post_softmax") for library in libraries for scheme in SCHEMES]
         steps.append(partial(time_torch, report, options, clock, net))
     steps.append(partial(time_attention, report, options, clock))
     steps += [partial(engine, library, options.networks[0], scheme, mask)
               for library in libraries for mask in MASKS[1:] for scheme in SCHEMES[:3]]  # fmt: skip
-    for index, step in enumerate(steps):
-        if clock.over:
-            report.not_run.append(f"{len(steps) - index} of {len(steps)} steps: out of time")
-            break
-        step()
-        report.write(options.out, name)
-    report.write(options.out, name)
-    print(report.table())
+    return steps
 
 
 def _found(name: LibraryName, report: Report) -> Library | None:
