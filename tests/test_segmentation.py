@@ -372,6 +372,8 @@ def test_commands_say_what_is_wrong_in_a_line(shapes, small_bundle, tmp_path):
         quantize(PtqSegmentationOptions(small_bundle, shapes, out=tmp_path / "ptq"))
     with pytest.raises(UserError, match="does not have the classes"):
         evaluate(SegmentationEvalOptions((small_bundle,), shapes))
+    with pytest.raises(UserError, match="no pixel"):
+        Scores.of(np.zeros((3, 4), int))
     with pytest.raises(UserError, match="overlap"):
         Views(overlap=1.0)
     assert not (tmp_path / "ptq").exists()
