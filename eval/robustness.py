@@ -20,10 +20,9 @@ import tyro
 from tqdm import tqdm
 
 from eval.accuracy_drop import Drop
-from eval.bundles import OpenBundles, open_bundles, open_fitting_data, some_images
+from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked, some_images
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.machine import describe_machine
-from illama.accuracy import predict
 from illama.bundle import command_line, package_versions, write_file
 from illama.errors import UserError, run_command
 
@@ -131,7 +130,7 @@ def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Righ
         if not path.exists():
             split = images if cell == CLEAN else CorruptedImages(images, bundles.preprocessing, *cell, options.seed)
             transform = bundles.preprocessing.transform() if cell == CLEAN else after_framing(bundles.preprocessing)
-            logits, labels = predict(bundles.models, split, transform, workers=options.workers)
+            logits, labels = predict_checked(bundles, split, transform, options.workers)
             with write_file(path) as draft, draft.open("wb") as file:
                 np.savez(file, **{f"right/{model}": values.argmax(1) == labels for model, values in logits.items()})
         with np.load(path) as stored:

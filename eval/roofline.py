@@ -25,6 +25,7 @@ import onnxruntime
 import tyro
 from onnx import TensorProto, helper, numpy_helper
 
+from eval.bundles import refuse_frames
 from eval.devices import Device, find_device
 from eval.machine import describe_machine
 from eval.onnx_costs import ProductCost, product_costs
@@ -155,8 +156,10 @@ def measure_layers(path: Path, floors: Sequence[LayerFloor], batch: int) -> Grap
 
 
 def find_file(bundle: Path, on_cpu: bool) -> Path:
-    """The graph that the device would run; UserError if the bundle has none."""
-    Manifest.read(bundle)
+    """The graph that the device would run; UserError if the bundle has none, or none that can be timed here."""
+    manifest = Manifest.read(bundle)
+    if on_cpu:
+        refuse_frames(bundle, manifest)
     names = (CPU_ONNX,) if on_cpu else (FUSED_ONNX, CPU_ONNX)
     found = [bundle / name for name in names if (bundle / name).exists()]
     if not found:
