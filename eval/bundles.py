@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from deploy.engines import OnnxRuntimeEngine
 from eval.predictions import check_finite
@@ -91,13 +91,3 @@ def predict_checked(
         except ValueError as error:
             raise UserError(f"{name}: {error}: leave it out, or quantize it by another scheme") from error
     return logits, labels
-
-
-def some_images(images: Dataset[Sample], count: int | None) -> Dataset[Sample]:
-    """``count`` images, evenly spaced, or all; UserError if there are fewer."""
-    total = len(images)  # type: ignore[arg-type]
-    if count is None:
-        return images
-    if not 1 <= count <= total:
-        raise UserError(f"{count} images asked for, 1 to {total} can be had: change --images")
-    return Subset(images, [index * total // count for index in range(count)])

@@ -16,8 +16,9 @@ import numpy as np
 import tyro
 
 from eval.accuracy_change import Change, Share, compare_predictions, top_k_accuracy
-from eval.bundles import open_bundles, open_fitting_data, predict_checked, some_images
+from eval.bundles import open_bundles, open_fitting_data, predict_checked
 from eval.calibration_error import reliability, scale_temperature
+from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 
 _SHOWN = 8  # flipped images that are named
@@ -81,7 +82,7 @@ def _share(share: Share) -> str:
 
 def main(options: TrustOptions) -> None:
     bundles = open_bundles(options.bundles)
-    images = some_images(open_fitting_data(options.data, bundles).test(), options.images)
+    images = evenly_spaced(open_fitting_data(options.data, bundles).test(), options.images)
     logits, labels = predict_checked(bundles, images, bundles.preprocessing.transform())
     reference, *others = logits
     try:
