@@ -1,10 +1,10 @@
 """How fast a file could be at best on a machine that is not here: python eval/roofline.py runs/ptq/int8
 
-A floor of the latency by the roofline model (Williams et al., CACM 52(4), 2009): a product takes as long as its
-operations at the device's peak rate, or as long as its operands and its result need to and from memory, whichever is
-longer; products follow one another. It is a PREDICTION from published figures, and an optimist: kernels reach a part
-of a peak, launches cost time, and all that is not a product is taken to be free. Only where a network stays in the
-cache from call to call can a device be faster than its memory allows here.
+A floor of the latency by the roofline model (Williams et al., CACM 52(4), 2009): a layer takes as long as its
+products' operations at the device's peak rates, or as long as their operands and results need to and from memory,
+whichever is longer; layers follow one another. It is a PREDICTION from published figures, and an optimist: kernels
+reach a part of a peak, launches cost time, and all that is not a product is taken to be free. Only where a network
+stays in the cache from call to call can a device be faster than its memory allows here.
 
 With ``--device cpu`` the same model is held against this machine: its peaks are measured, and so is every layer.
 """

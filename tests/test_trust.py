@@ -8,7 +8,8 @@ from conftest import ROOT, assert_one_line_error, write_linear_bundle
 
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_change import compare_predictions
-from eval.calibration_error import reliability
+from eval.calibration_error import reliability, scale_temperature
+from eval.trust import print_calibration
 from illama.accuracy import load_images, top1
 from illama.bundle import FRAME, Manifest
 from illama.checkpoint import read_preprocessing
@@ -36,6 +37,17 @@ def test_the_tables(bundles, image_folder, run_here):
     assert rows[1][1:4] == [f"{change.agreement:.2f}", str(change.test.lost), str(change.test.gained)]
     assert rows[2][1] == f"{reliability(two, labels).ece * 100:.2f}"
     assert "classes that changed significantly: none" in result.stdout
+
+
+def test_scaling_is_shown_before_and_after_on_the_same_images(capsys):
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(200, 3)) * 3, generator.integers(0, 3, 200)
+    print_calibration({"m": logits, "right": np.eye(3)[labels]}, labels)
+    scaled = scale_temperature((logits[::2], labels[::2]), logits[1::2], labels[1::2])
+    last, row = [line.strip("| ").split(" | ") for line in reversed(capsys.readouterr().out.splitlines()[-2:])]
+    assert row[6] == f"{reliability(logits[1::2], labels[1::2]).ece * 100:.2f} -> {scaled.after.ece * 100:.2f}"
+    assert row[7] == f"{reliability(logits[1::2], labels[1::2]).nll:.4f} -> {scaled.after.nll:.4f}"
+    assert len(row) == len(last) and "every image is right" in last[6]
 
 
 @pytest.mark.parametrize(
