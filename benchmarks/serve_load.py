@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import re
 import socket
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from deploy.engines import OnnxRuntimeEngine
 from deploy.triton_repository import ENCODED, ServingOptions, write_repository
 from deploy.triton_server import ListenOptions, running_server
-from illama.bundle import CPU_ONNX, Manifest
+from illama.bundle import CPU_ONNX, Manifest, make_out
 from illama.data import Preprocessing, Sample, open_data
 from illama.data_shards import decode_image
 from illama.errors import UserError, run_command
@@ -49,13 +50,15 @@ TIMEOUT = 60  # seconds, after which a request is lost
 class LoadOptions(ServingOptions):
     """Drive a server with clients for a bounded time; a request that is lost or answered wrongly fails the command.
 
+    Answers are held against ONNX Runtime's on the CPU, so this is a server of ``--device cpu``.
+
     Attributes:
         bundle: a folder with a model.onnx.
         data: the data set whose test images are sent.
         images: how many of them.
         clients: numbers of clients at once, one after another.
         seconds: of each.
-        out: where the table and its JSON go.
+        out: where the table and its JSON go, and the server's log until all went well.
     """
 
     bundle: Annotated[Path, tyro.conf.Positional]
@@ -64,6 +67,13 @@ class LoadOptions(ServingOptions):
     clients: tuple[int, ...] = (1, 4, 16)
     seconds: float = 10
     out: Path = Path("results/serve-load")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.clients, default=0) < 1 or self.images < 1 or not 0 < self.seconds < math.inf:
+            raise UserError("--clients, --images and --seconds are more than 0")
+        if self.device != "cpu":
+            raise UserError(f"answers are held against those of the CPU: leave --device {self.device} out")
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Answers:
 
 def read_questions(split: Dataset[Sample], count: int, bundle: Path) -> list[Question]:
     """The first ``count`` images of a split as PNG files, with the answers of the engine itself, one at a time."""
-    transform = Preprocessing(**Manifest.read(bundle).preprocessing).transform()
+    transform = Preprocessing.from_dict(Manifest.read(bundle).preprocessing).transform()
     engine = OnnxRuntimeEngine(bundle / CPU_ONNX)
     questions = []
     for index in range(min(count, len(split))):  # type: ignore[arg-type]
@@ -170,7 +180,7 @@ def row(clients: int, seconds: float, answers: Answers, cpu: float, images: floa
         cpu: seconds that the server computed for those ``images`` in ``batches``.
     """
     if not answers.seconds:
-        raise UserError(f"the server answered none of {answers.lost} requests: its log says why")
+        raise UserError(f"the server answered none of {answers.lost} requests")
     p50, p99 = (float(np.percentile(answers.seconds, q)) * 1e3 for q in (50, 99))
     return {
         "clients": clients,
@@ -235,29 +245,39 @@ def free_ports() -> ListenOptions:
     return ListenOptions(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2])
 
 
-def main(options: LoadOptions) -> None:
-    if min(options.clients) < 1 or options.seconds <= 0:
-        raise UserError("--clients and --seconds are more than 0")
-    questions = read_questions(open_data(options.data).test(), options.images, options.bundle)
+def measure(options: LoadOptions, questions: Sequence[Question], repository: Path, log: Path) -> dict[str, Any]:
+    """A server of ``repository`` under each load; its messages go to ``log``. UserError if it cannot answer."""
     listen, rows = free_ports(), []
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("wb") as log:
+    start = time.perf_counter()
+    with log.open("wb") as messages, running_server(repository, listen, messages) as server:
+        ready = time.perf_counter() - start
+        for clients in tqdm(options.clients, unit="load", disable=None):
+            before = cpu_seconds(server.pid), *batches_so_far(listen)
+            answers = load(f"{listen.address}:{listen.grpc_port}", questions, clients, options.seconds)
+            after = cpu_seconds(server.pid), *batches_so_far(listen)
+            rows.append(row(clients, options.seconds, answers, *np.subtract(after, before).tolist()))
+        memory = memory_gib(server.pid)
+    chosen = {key: value for key, value in asdict(options).items() if key not in ("bundle", "out")}
+    return {"rows": rows, "ready_seconds": ready, "memory_gib": memory, "options": chosen}
+
+
+def main(options: LoadOptions) -> None:
+    questions = read_questions(open_data(options.data).test(), options.images, options.bundle)
+    name = options.bundle.resolve().name
+    log = options.out / f"{name}.log"
+    make_out(options.out)
+    with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "models"
         write_repository(repository, {MODEL: [options.bundle]}, options)
-        start = time.perf_counter()
-        with running_server(repository, listen, log) as server:
-            ready = time.perf_counter() - start
-            for clients in tqdm(options.clients, unit="load", disable=None):
-                before = cpu_seconds(server.pid), *batches_so_far(listen)
-                answers = load(f"{listen.address}:{listen.grpc_port}", questions, clients, options.seconds)
-                after = cpu_seconds(server.pid), *batches_so_far(listen)
-                rows.append(row(clients, options.seconds, answers, *np.subtract(after, before).tolist()))
-            memory = memory_gib(server.pid)
-    chosen = {key: value for key, value in asdict(options).items() if key not in ("bundle", "out")}
-    facts = {"rows": rows, "ready_seconds": ready, "memory_gib": memory, "options": chosen}
-    write_results(options.out, options.bundle.resolve().name, facts, table(rows))
-    print(f"ready after {ready:.1f} s, {memory:.2f} GiB")
-    if bad := sum(line["lost"] + line["wrong"] for line in rows):
-        raise UserError(f"{bad} requests were lost or answered with another class than the engine's own")
+        try:
+            facts = measure(options, questions, repository, log)
+        except UserError as error:
+            raise UserError(f"{error} (the server's log is {log})") from error
+    write_results(options.out, name, facts, table(facts["rows"]))
+    print(f"ready after {facts['ready_seconds']:.1f} s, {facts['memory_gib']:.2f} GiB")
+    if bad := sum(line["lost"] + line["wrong"] for line in facts["rows"]):
+        raise UserError(f"{bad} requests were lost or answered with another class than the engine's own: see {log}")
+    log.unlink()
 
 
 if __name__ == "__main__":

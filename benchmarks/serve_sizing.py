@@ -49,25 +49,31 @@ def machines(cpu_ms: float, images_per_second: float, cores: int, busy: float, s
 
 def main(options: SizingOptions) -> None:
     if not (
-        options.images_per_second > 0 and 0 < options.busy <= 1 and options.spare >= 0 and (options.cores or 1) >= 1
+        0 < options.images_per_second < math.inf
+        and 0 < options.busy <= 1
+        and options.spare >= 0
+        and (options.cores or 1) >= 1
     ):
-        raise UserError("the load and the cores are more than 0, --busy is at most 1 and --spare not negative")
+        raise UserError(
+            "the load and the cores are finite and more than 0, --busy is at most 1 and --spare not negative"
+        )
     try:
         content = json.loads(options.measured.read_text())
         rows, machine, memory = content["rows"], content["machine"], content["memory_gib"]
+        name, measured_cores = machine["cpu"], machine["cores"]
         fast = [row for row in rows if row["p99_ms"] <= options.p99_ms]
         best = min(fast, key=lambda row: row["server_cpu_ms"], default=None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{options.measured} is no result of benchmarks/serve_load.py: make one with it") from error
     if best is None:
         raise UserError(f"no row has a p99 within {options.p99_ms:g} ms: allow more, or measure with fewer clients")
-    cores, cpu = options.cores or machine["cores"], best["server_cpu_ms"]
+    cores, cpu = options.cores or measured_cores, best["server_cpu_ms"]
     count = machines(cpu, options.images_per_second, cores, options.busy, options.spare)
     needed = options.images_per_second * cpu / 1e3
     print(
         f"measured      {cpu:.2f} ms of a core for an image, p99 {best['p99_ms']:.1f} ms, at {best['clients']} clients"
     )
-    print(f"on            {machine['cpu']}, {machine['cores']} cores; {memory:.1f} GiB for the server")
+    print(f"on            {name}, {measured_cores} cores; {memory:.1f} GiB for the server")
     print(f"the load      {options.images_per_second:g} images/s x {cpu:.2f} ms = {needed:.1f} cores at work")
     print(f"a machine     {cores} cores x {options.busy:g} = {cores * options.busy:.1f} cores at the peak")
     print(f"machines      {needed:.1f} / {cores * options.busy:.1f}, rounded up, + {options.spare} spare = {count}")

@@ -48,7 +48,7 @@ class CameraOptions:
 
 def main(options: CameraOptions) -> None:
     manifest, frame = Manifest.read(options.bundle), options.shape()
-    preprocessing = Preprocessing(**manifest.preprocessing)
+    preprocessing = Preprocessing.from_dict(manifest.preprocessing)
     present = [options.bundle / name for name in (CPU_ONNX, FUSED_ONNX) if (options.bundle / name).exists()]
     if not present or FRAME in manifest.metrics:
         raise UserError(f"{options.bundle} has no graph without preprocessing: name a bundle of python quant/ptq.py")

@@ -54,7 +54,7 @@ def bundle_of(engine: Path) -> Path:
 def preparation(manifest: Manifest) -> Prepare:
     """From an image file to what the network takes, (1, ...): its preprocessing, or the frame if the graph has that."""
     frame = manifest.metrics.get(FRAME)
-    transform = Preprocessing(**manifest.preprocessing).transform()
+    transform = Preprocessing.from_dict(manifest.preprocessing).transform()
 
     def prepare(path: Path) -> np.ndarray:
         image = decode_image(str(path), lambda: str(path))

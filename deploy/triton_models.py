@@ -32,7 +32,7 @@ class Preprocess:
         config = json.loads(args["model_config"])
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
         preprocessing = json.loads(config["parameters"]["preprocessing"]["string_value"])
-        self._transform = Preprocessing(**preprocessing).transform()
+        self._transform = Preprocessing.from_dict(preprocessing).transform()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request; an image that cannot be read fails its own request alone."""

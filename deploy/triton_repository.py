@@ -144,20 +144,28 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
 
 
 def checked_engine(bundle: Path, max_batch: int) -> Path:
-    """The bundle's TensorRT engine, the very file that its JSON describes, and built for batches that large.
+    """The bundle's TensorRT engine, the very file that its JSON describes, and one that Triton can run.
 
     Raises:
-        UserError: there is none, it is not that file, or it was built for smaller batches.
+        UserError: there is none, it is not that file, it has no weights, other inputs or outputs than the model's
+            config, or was built for other batches.
     """
     path = bundle / ENGINES / "tensorrt.engine"
     if not path.exists():
         raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with "
                         "that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
-    largest = EngineRecord.read(path).batch[-1]
-    if max_batch > largest:
-        raise UserError(
-            f"{path} was built for batches up to {largest}: lower --max-batch, or build with a larger --batch"
-        )
+    record, manifest = EngineRecord.read(path), Manifest.read(bundle)
+    wanted = {INPUT: ["float", [-1, *_shape(Preprocessing.from_dict(manifest.preprocessing))]]}
+    named = {OUTPUT: ["float", [-1, len(manifest.classes)]]}
+    if (record.inputs, record.outputs) != (wanted, named):
+        raise UserError(f"{path} takes {record.inputs} and gives {record.outputs}, and not {wanted} and {named}: "
+                        "Triton serves classifiers that take preprocessed images")  # fmt: skip
+    if record.options.get("weight_stripped"):
+        raise UserError(f"{path} has no weights, and Triton does not refit it: build it without --weight-stripped")
+    smallest, _, largest = record.batch
+    if smallest > 1 or max_batch > largest:
+        raise UserError(f"{path} was built for batches of {smallest} to {largest}, and 1 to {max_batch} are asked for: "
+                        "lower --max-batch, or build with another --batch")  # fmt: skip
     return path
 
 
@@ -166,23 +174,18 @@ def _checked_onnx(bundle: Path) -> Path:
     path, manifest = bundle / CPU_ONNX, Manifest.read(bundle)
     if not path.exists():
         raise UserError(f"{bundle} has no {CPU_ONNX}: make one with python quant/ptq.py")
-    shape = _shape(_preprocessing(manifest))
+    shape = _shape(Preprocessing.from_dict(manifest.preprocessing))
     try:
         answer = OnnxRuntimeEngine(path).infer(np.zeros((1, *shape), np.float32))
     except UserError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class but this one
         raise UserError(f"{path} takes no images of shape {shape}, as its manifest says: make it again") from error
+    if answer.ndim != 2:
+        raise UserError(f"{path} answers an image with {answer.shape[1:]}, and only a classifier can be served")
     if answer.shape != (1, len(manifest.classes)):
         raise UserError(f"{path} gives {answer.shape[1]} classes, its manifest names {len(manifest.classes)}")
     return path
-
-
-def _preprocessing(manifest: Manifest) -> Preprocessing:
-    try:
-        return Preprocessing(**manifest.preprocessing)
-    except TypeError as error:
-        raise UserError(f"unknown preprocessing in {MANIFEST}: {error}; make the bundle again") from error
 
 
 def _shape(preprocessing: Preprocessing) -> tuple[int, int, int]:
@@ -222,7 +225,10 @@ def _check_like(out: Path, name: str, bundle: Path, options: ServingOptions) -> 
 
 def _texts(name: str, manifest: Manifest, options: ServingOptions) -> dict[str, str]:
     """By path, the text files that say what a model is: three configs, and the classes' names."""
-    preprocessing, labels = _preprocessing(manifest), "".join(f"{label}\n" for label in manifest.classes)
+    preprocessing, labels = (
+        Preprocessing.from_dict(manifest.preprocessing),
+        "".join(f"{label}\n" for label in manifest.classes),
+    )
     shapes = _shape(preprocessing), (len(manifest.classes),)
     configs = {
         f"{name}-preprocess": _preprocess_config(preprocessing, shapes[0], options),

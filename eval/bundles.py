@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.data import Dataset, Subset
+import numpy as np
+from torch.utils.data import Dataset
 
 from deploy.engines import OnnxRuntimeEngine
-from illama.accuracy import Infer
-from illama.bundle import CPU_ONNX, Manifest, sha256
+from eval.predictions import check_finite
+from illama.accuracy import Infer, predict
+from illama.bundle import CPU_ONNX, FRAME, Manifest, sha256
 from illama.checkpoint import read_preprocessing
-from illama.data import ImageData, Preprocessing, Sample, open_data
+from illama.data import ImageData, Preprocessing, Sample, Transform, open_data
 from illama.errors import UserError
 
 
@@ -37,7 +39,8 @@ def open_bundles(folders: Sequence[Path]) -> OpenBundles:
     """Open the ``model.onnx`` of each folder in ONNX Runtime, under the folder's own name.
 
     Raises:
-        UserError: none given, one given twice, one that has no graph or takes other images than the first.
+        UserError: none given, one given twice, one that has no graph, takes a camera's frames, or takes
+            other images than the first.
     """
     if not folders:
         raise UserError("give at least one bundle, such as runs/ptq/fp32")
@@ -50,6 +53,7 @@ def open_bundles(folders: Sequence[Path]) -> OpenBundles:
     for folder, manifest in zip(folders, manifests, strict=True):
         if not (folder / CPU_ONNX).exists():
             raise UserError(f"{folder} has no {CPU_ONNX}: quantize it first, with python quant/ptq.py")
+        refuse_frames(folder, manifest)
         if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
             raise UserError(f"{folder} takes other images or names other classes than {folders[0]}: give bundles alike")
     paths = {name: folder / CPU_ONNX for name, folder in zip(names, folders, strict=True)}
@@ -61,6 +65,12 @@ def open_bundles(folders: Sequence[Path]) -> OpenBundles:
     )
 
 
+def refuse_frames(bundle: Path, manifest: Manifest) -> None:
+    """UserError for a bundle of deploy/camera.py, whose graphs take no preprocessed images."""
+    if FRAME in manifest.metrics:
+        raise UserError(f"{bundle} takes camera frames: give the bundle that it was made from")
+
+
 def open_fitting_data(spec: str, bundles: OpenBundles) -> ImageData:
     """The data set that ``spec`` names; UserError unless its classes are the bundles'."""
     data = open_data(spec)
@@ -70,11 +80,14 @@ def open_fitting_data(spec: str, bundles: OpenBundles) -> ImageData:
     return data
 
 
-def some_images(images: Dataset[Sample], count: int | None) -> Dataset[Sample]:
-    """``count`` images, evenly spaced, or all; UserError if there are fewer."""
-    total = len(images)  # type: ignore[arg-type]
-    if count is None:
-        return images
-    if not 1 <= count <= total:
-        raise UserError(f"{count} images asked for, 1 to {total} can be had: change --images")
-    return Subset(images, [index * total // count for index in range(count)])
+def predict_checked(
+    bundles: OpenBundles, images: Dataset[Sample], transform: Transform, workers: int = 0
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """:func:`illama.accuracy.predict` with every bundle; UserError for one whose logits are not finite."""
+    logits, labels = predict(bundles.models, images, transform, workers=workers)
+    for name, values in logits.items():
+        try:
+            check_finite(values)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}: leave it out, or quantize it by another scheme") from error
+    return logits, labels

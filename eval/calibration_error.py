@@ -129,6 +129,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
             every image is right.
     """
     check_predictions(logits, labels)
+    if (logits.argmax(1) == labels).all():  # the likelihood grows until it rounds to 1, wherever that is
+        raise ValueError("no temperature fits best where every image is right: give more calibration images")
     low, high = np.log(_TEMPERATURES)
     found = scipy.optimize.minimize_scalar(
         lambda log: negative_log_likelihood(logits / np.exp(log), labels),

@@ -20,10 +20,9 @@ import scipy.stats
 import tyro
 from torch.utils.data import Dataset
 
-from eval.bundles import open_bundles, open_fitting_data, some_images
+from eval.bundles import open_bundles, open_fitting_data, predict_checked
 from eval.predictions import probabilities
-from illama.accuracy import predict
-from illama.data import open_data
+from illama.data import evenly_spaced, open_data
 from illama.data_shards import IMAGE_SUFFIXES, Sample, decode_image
 from illama.errors import UserError, run_command
 
@@ -127,9 +126,9 @@ def print_table(results: Mapping[str, Mapping[str, Separation]]) -> None:
 def main(options: OutsideOptions) -> None:
     bundles = open_bundles(options.bundles)
     sets = open_fitting_data(options.data, bundles).test(), open_outside(options.outside)
-    chosen = [some_images(images, options.images and min(options.images, len(images))) for images in sets]  # type: ignore[arg-type]
+    chosen = [evenly_spaced(images, options.images and min(options.images, len(images))) for images in sets]  # type: ignore[arg-type]
     transform = bundles.preprocessing.transform()
-    inside, outside = (predict(bundles.models, images, transform)[0] for images in chosen)
+    inside, outside = (predict_checked(bundles, images, transform)[0] for images in chosen)
     print(f"{len(chosen[0])} images of {options.data}, {len(chosen[1])} of {options.outside}")  # type: ignore[arg-type]
     print_table({model: measure(inside[model], outside[model]) for model in bundles.models})
 

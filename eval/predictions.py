@@ -10,14 +10,20 @@ def check_predictions(logits: np.ndarray, labels: np.ndarray) -> None:
     """Logits (images, classes) with one label (images,) each, finite and at least one of them.
 
     Raises:
-        ValueError: they are not; a model that overflows gives logits that are not finite.
+        ValueError: they are not.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"logits {logits.shape} and labels {labels.shape} are not those of one set of images")
-    if not np.isfinite(logits).all():
-        raise ValueError(f"{int((~np.isfinite(logits)).any(1).sum())} of {len(logits)} images have logits not finite")
+    check_finite(logits)
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """ValueError unless all logits (images, ...) are finite; those of a model that overflows are not."""
+    broken = ~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
+    if broken.any():
+        raise ValueError(f"{int(broken.sum())} of {len(logits)} images have logits not finite")
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

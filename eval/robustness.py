@@ -20,11 +20,11 @@ import tyro
 from tqdm import tqdm
 
 from eval.accuracy_drop import Drop
-from eval.bundles import OpenBundles, open_bundles, open_fitting_data, some_images
+from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.machine import describe_machine
-from illama.accuracy import predict
-from illama.bundle import command_line, package_versions, write_file
+from illama.bundle import command_line, make_out, package_versions, write_file
+from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 
 RUN, JSON, MARKDOWN, CELLS = "run.json", "robustness.json", "robustness.md", "cells"
@@ -56,6 +56,10 @@ class RobustnessOptions:
     seed: int = 0
     workers: int = 0
     out: Path = Path("runs/robustness")
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"--seed must be 0 or more, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def mean_drop(differences: np.ndarray, seed: int = 0) -> Drop:
 
 def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:
     """What every model gets right in every cell, measured or read from the output folder."""
-    images = some_images(open_fitting_data(options.data, bundles).test(), options.images)
+    images = evenly_spaced(open_fitting_data(options.data, bundles).test(), options.images)
     _claim(options, bundles)
     wanted = [CLEAN, *((name, severity) for name in options.corruptions for severity in options.severities)]
     cells = {}
@@ -131,7 +135,7 @@ def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Righ
         if not path.exists():
             split = images if cell == CLEAN else CorruptedImages(images, bundles.preprocessing, *cell, options.seed)
             transform = bundles.preprocessing.transform() if cell == CLEAN else after_framing(bundles.preprocessing)
-            logits, labels = predict(bundles.models, split, transform, workers=options.workers)
+            logits, labels = predict_checked(bundles, split, transform, options.workers)
             with write_file(path) as draft, draft.open("wb") as file:
                 np.savez(file, **{f"right/{model}": values.argmax(1) == labels for model, values in logits.items()})
         with np.load(path) as stored:
@@ -143,15 +147,13 @@ def _claim(options: RobustnessOptions, bundles: OpenBundles) -> None:
     """Make the output folder, or go on in one of the same run; UserError in any other."""
     facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
     run = options.out / RUN
-    if options.out.exists() and any(options.out.iterdir()):
+    make_out(options.out)
+    if any(options.out.iterdir()):
         if not run.exists():
             raise UserError(f"{options.out} holds other files: choose another --out")
         if json.loads(run.read_text()) != facts:
             raise UserError(f"{options.out} holds a run of other bundles, data, images or seed: choose another --out")
-    try:
-        (options.out / CELLS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {options.out}: {error.strerror}; choose another --out") from error
+    make_out(options.out / CELLS)
     with write_file(run) as draft:
         draft.write_text(json.dumps(facts, indent=2) + "\n")
 

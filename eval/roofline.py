@@ -1,10 +1,10 @@
 """How fast a file could be at best on a machine that is not here: python eval/roofline.py runs/ptq/int8
 
-A floor of the latency by the roofline model (Williams et al., CACM 52(4), 2009): a product takes as long as its
-operations at the device's peak rate, or as long as its operands and its result need to and from memory, whichever is
-longer; products follow one another. It is a PREDICTION from published figures, and an optimist: kernels reach a part
-of a peak, launches cost time, and all that is not a product is taken to be free. Only where a network stays in the
-cache from call to call can a device be faster than its memory allows here.
+A floor of the latency by the roofline model (Williams et al., CACM 52(4), 2009): a layer takes as long as its
+products' operations at the device's peak rates, or as long as their operands and results need to and from memory,
+whichever is longer; layers follow one another. It is a PREDICTION from published figures, and an optimist: kernels
+reach a part of a peak, launches cost time, and all that is not a product is taken to be free. Only where a network
+stays in the cache from call to call can a device be faster than its memory allows here.
 
 With ``--device cpu`` the same model is held against this machine: its peaks are measured, and so is every layer.
 """
@@ -25,6 +25,7 @@ import onnxruntime
 import tyro
 from onnx import TensorProto, helper, numpy_helper
 
+from eval.bundles import refuse_frames
 from eval.devices import Device, find_device
 from eval.machine import describe_machine
 from eval.onnx_costs import ProductCost, product_costs
@@ -155,8 +156,10 @@ def measure_layers(path: Path, floors: Sequence[LayerFloor], batch: int) -> Grap
 
 
 def find_file(bundle: Path, on_cpu: bool) -> Path:
-    """The graph that the device would run; UserError if the bundle has none."""
-    Manifest.read(bundle)
+    """The graph that the device would run; UserError if the bundle has none, or none that can be timed here."""
+    manifest = Manifest.read(bundle)
+    if on_cpu:
+        refuse_frames(bundle, manifest)
     names = (CPU_ONNX,) if on_cpu else (FUSED_ONNX, CPU_ONNX)
     found = [bundle / name for name in names if (bundle / name).exists()]
     if not found:

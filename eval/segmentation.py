@@ -18,7 +18,7 @@ import tyro
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import Drop
 from eval.machine import describe_machine
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, package_versions, write_file
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, make_out, package_versions, write_file
 from illama.checkpoint import read_preprocessing
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
@@ -38,7 +38,7 @@ class SegmentationEvalOptions:
         scales: judge each image at these times its size, and average.
         flip: mirrored too.
         overlap: of neighbouring windows, as a share of a window's side.
-        out: also write the result there, as JSON (.json) and as a table (.md).
+        out: also write the result there, as JSON (.json is added to the name) and as a table (.md).
         seed: of the bootstrap.
     """
 
@@ -49,6 +49,10 @@ class SegmentationEvalOptions:
     overlap: float = 1 / 3
     out: Path | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"--seed must be 0 or more, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ def main(options: SegmentationEvalOptions) -> None:
     for bundle, manifest in zip(options.bundles, manifests, strict=True):
         if manifest.preprocessing != manifests[0].preprocessing or tuple(manifest.classes) != data.classes:
             raise UserError(f"{bundle} does not have the classes of {options.data} or the first bundle's preprocessing")
+    if options.out:
+        make_out(options.out.parent)
     rows = weigh(options.bundles, data, read_preprocessing(manifests[0]), views, options.seed)
     table = markdown_table(rows)
     print(table)
@@ -125,10 +131,9 @@ def main(options: SegmentationEvalOptions) -> None:
         facts = {"command": command_line(), "images": len(data.test()), "views": asdict(views),  # type: ignore[arg-type]
                  "classes": data.classes, "machine": describe_machine(), "versions": package_versions(),
                  "rows": [asdict(row) for row in rows]}  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         contents = {".json": json.dumps(facts, indent=2) + "\n", ".md": f"    {command_line()}\n\n{table}\n"}
         for suffix, content in contents.items():
-            with write_file(options.out.with_suffix(suffix)) as draft:
+            with write_file(options.out.with_name(options.out.name + suffix)) as draft:
                 draft.write_text(content)
 
 

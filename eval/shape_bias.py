@@ -22,9 +22,8 @@ import numpy as np
 import tyro
 from torch.utils.data import Dataset
 
-from eval.bundles import open_bundles
+from eval.bundles import open_bundles, predict_checked
 from eval.predictions import probabilities
-from illama.accuracy import predict
 from illama.data_shards import Sample, decode_image
 from illama.errors import UserError, run_command
 
@@ -162,7 +161,7 @@ def main(options: ShapeBiasOptions) -> None:
         raise UserError(f"shape bias needs ImageNet's 1,000 classes, and {options.bundles[0]} has {len(names)}")
     if all(re.fullmatch(r"n\d{8}", name) for name in names) and list(names) != sorted(names):
         raise UserError(f"the classes of {options.bundles[0]} are not in the order of their WordNet IDs")
-    logits, order = predict(bundles.models, stimuli, bundles.preprocessing.transform())
+    logits, order = predict_checked(bundles, stimuli, bundles.preprocessing.transform())
     results = {model: shape_bias(decide(values), np.array(stimuli.shapes)[order], np.array(stimuli.textures)[order])
                for model, values in logits.items()}  # fmt: skip
     print("\n| model | shape bias % | shape | texture | neither | pictures in conflict |\n|---|---|---|---|---|---|")

@@ -16,9 +16,9 @@ import numpy as np
 import tyro
 
 from eval.accuracy_change import Change, Share, compare_predictions, top_k_accuracy
-from eval.bundles import open_bundles, open_fitting_data, some_images
+from eval.bundles import open_bundles, open_fitting_data, predict_checked
 from eval.calibration_error import reliability, scale_temperature
-from illama.accuracy import predict
+from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 
 _SHOWN = 8  # flipped images that are named
@@ -63,15 +63,18 @@ def print_changes(changes: Mapping[str, Change], classes: tuple[str, ...]) -> No
 
 
 def print_calibration(logits: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
-    """Calibration of each model, before and after temperature scaling."""
-    print("\n| model | ECE % | adaptive ECE % | NLL | Brier | temperature | ECE %, NLL scaled |\n" + "|---" * 7 + "|")
+    """Calibration of each model over all images, and over every second one before and after temperature scaling."""
+    print("\n| model | ECE % | adaptive ECE % | NLL | Brier | temperature | ECE %, judged half | NLL, judged half |\n"
+          + "|---" * 8 + "|")  # fmt: skip
     for model, values in logits.items():
         measured = reliability(values, labels)
         try:
             scaled = scale_temperature((values[::2], labels[::2]), values[1::2], labels[1::2])
-            cells = f"{scaled.temperature:.3f} | {scaled.after.ece * 100:.2f}, {scaled.after.nll:.4f}"
+            before, after = scaled.before, scaled.after
+            cells = (f"{scaled.temperature:.3f} | {before.ece * 100:.2f} -> {after.ece * 100:.2f} | "
+                     f"{before.nll:.4f} -> {after.nll:.4f}")  # fmt: skip
         except ValueError as error:
-            cells = f"- | {error}"
+            cells = f"- | {error} | -"
         print(f"| {model} | {measured.ece * 100:.2f} | {measured.adaptive_ece * 100:.2f} | {measured.nll:.4f} | "
               f"{measured.brier:.4f} | {cells} |")  # fmt: skip
 
@@ -82,8 +85,8 @@ def _share(share: Share) -> str:
 
 def main(options: TrustOptions) -> None:
     bundles = open_bundles(options.bundles)
-    images = some_images(open_fitting_data(options.data, bundles).test(), options.images)
-    logits, labels = predict(bundles.models, images, bundles.preprocessing.transform())
+    images = evenly_spaced(open_fitting_data(options.data, bundles).test(), options.images)
+    logits, labels = predict_checked(bundles, images, bundles.preprocessing.transform())
     reference, *others = logits
     try:
         changes = {model: compare_predictions(logits[reference], logits[model], labels) for model in others}

@@ -140,6 +140,14 @@ def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> I
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def make_out(out: Path) -> None:
+    """The folder that a command writes into; UserError if it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+
+
 def _sweep(folder: Path) -> None:
     """Clear up after processes that were killed while they wrote ``folder``."""
     for leftover in [*folder.parent.glob(f".{folder.name}.old-*"), *folder.parent.glob(f".{folder.name}.draft-*")]:

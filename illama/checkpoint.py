@@ -330,9 +330,8 @@ def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:
 
 
 def read_preprocessing(manifest: Manifest) -> Preprocessing:
-    """The preprocessing that a manifest names."""
-    values = manifest.preprocessing
-    return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    """The preprocessing that a manifest names; UserError if it is damaged."""
+    return Preprocessing.from_dict(manifest.preprocessing)
 
 
 def _differences(stored: ModelConfig, asked: ModelConfig, of: Collection[str] | None = None) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +66,14 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.in_channels not in (1, 3):
             raise UserError(f"in_channels must be 1 (grey) or 3 (RGB), not {self.in_channels}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Of its fields as a manifest's JSON has them; UserError if they are others."""
+        try:
+            return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the bundle's preprocessing is damaged ({error}): make the bundle again") from error
 
     @classmethod
     def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:
@@ -152,7 +160,8 @@ class FashionMNIST:
         return TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "t10k"))
 
     def calibration(self, count: int) -> Dataset[Sample]:
-        return _evenly_spaced(TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "calibration")), count)
+        images = TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "calibration"))
+        return evenly_spaced(images, count, "calibration images")
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
         if not (self.folder / "train-images-idx3-ubyte.gz").exists():
@@ -178,7 +187,7 @@ class ImageSplits:
         return self._test
 
     def calibration(self, count: int) -> Dataset[Sample]:
-        return _evenly_spaced(self._train(shuffled=False), count)
+        return evenly_spaced(self._train(shuffled=False), count, "calibration images")
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
         return _hold_out(self._train(shuffled=True), self.held_out)
@@ -313,10 +322,14 @@ def _load_image(path: str) -> Image.Image:
     return decode_image(path, lambda: path)
 
 
-def _evenly_spaced(images: Dataset[Sample], count: int) -> Dataset[Sample]:
+def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "images") -> Dataset[Sample]:
+    """``count`` images, evenly spaced, or all for None; UserError, with the option of ``what``, if there are fewer."""
     total = len(images)  # type: ignore[arg-type]
+    if count is None:
+        return images
     if not 1 <= count <= total:
-        raise UserError(f"{count} calibration images asked for, 1 to {total} can be had: change --calibration-images")
+        option = f"--{what.replace(' ', '-')}"
+        raise UserError(f"{count} {what} asked for, 1 to {total} can be had: change {option}")
     return Subset(images, [i * total // count for i in range(count)])
 
 

@@ -12,7 +12,8 @@ from typing import TypeVar
 import tyro
 
 Options = TypeVar("Options")
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST,
+                 errno.ENOTDIR)  # fmt: skip
 
 
 class UserError(Exception):

@@ -109,7 +109,7 @@ def _make_decoder(config: SegmentationConfig) -> nn.Module:
     try:
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
     except ImportError as missing:
-        raise UserError("segmentation needs one more package: pip install 'illama-toolkit[segmentation]'") from missing
+        raise UserError("segmentation needs one more package: pip install -e '.[segmentation]'") from missing
     # Its first two levels are an image's and half of it, which it does not use.
     decoder: nn.Module = UPerNetDecoder((0, 0, *[config.width] * LEVELS), decoder_channels=config.decoder_channels)
     for name, module in list(decoder.named_modules()):

@@ -63,10 +63,12 @@ class Scores:
 
     @classmethod
     def of(cls, counts: np.ndarray) -> Scores:
-        """Those of :func:`count`'s counts (3, classes), summed over the images; ValueError if there is no pixel."""
+        """Those of :func:`count`'s counts (3, classes), summed over the images; UserError if there is no pixel."""
         right, true = counts[:2].astype(np.float64)
         if not true.any():
-            raise ValueError("there is no pixel that belongs to a class")
+            raise UserError(
+                "no pixel of these images belongs to a class: an annotation of 0 names none, 1 the first class"
+            )
         iou = class_ious(counts)
         return cls(
             float(np.nanmean(iou)),
@@ -144,13 +146,16 @@ def _slide(infer: Infer, pixels: Tensor, size: int, overlap: float) -> Tensor:
     height, width = pixels.shape[-2:]
     pixels = F.pad(pixels, (0, max(0, size - width), 0, max(0, size - height)))
     corners = [(y, x) for y in starts(height, size, overlap) for x in starts(width, size, overlap)]
-    windows = torch.stack([pixels[:, y : y + size, x : x + size] for y, x in corners])
-    logits = torch.cat([torch.from_numpy(infer(part.numpy())) for part in windows.split(_WINDOWS)])
-    total = torch.zeros(logits.shape[1], *pixels.shape[-2:])
-    visits = torch.zeros(pixels.shape[-2:])
-    for (y, x), window in zip(corners, logits, strict=True):
-        total[:, y : y + size, x : x + size] += window
-        visits[y : y + size, x : x + size] += 1
+    total, visits = torch.zeros(1, *pixels.shape[-2:]), torch.zeros(pixels.shape[-2:])
+    for first in range(0, len(corners), _WINDOWS):  # all windows' logits at once would be many times the image's
+        part = corners[first : first + _WINDOWS]
+        windows = torch.stack([pixels[:, y : y + size, x : x + size] for y, x in part])
+        logits = torch.from_numpy(infer(windows.numpy()))
+        if not first:
+            total = total.repeat(logits.shape[1], 1, 1)
+        for (y, x), window in zip(part, logits, strict=True):
+            total[:, y : y + size, x : x + size] += window
+            visits[y : y + size, x : x + size] += 1
     return (total / visits)[:, :height, :width]
 
 

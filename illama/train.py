@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from illama.batches import seed_everything
-from illama.bundle import WEIGHTS, Manifest, command_line, sha256, write_folder
+from illama.bundle import WEIGHTS, Manifest, command_line, make_out, sha256, write_folder
 from illama.checkpoint import initialise_from, write_weights
 from illama.config import ModelConfig
 from illama.data import ImageData, open_data
@@ -77,14 +77,6 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
     run = Run(recipe, data, preprocessing, model, group, inputs=inputs_of(recipe))
     make_out(recipe.out)
     return run
-
-
-def make_out(out: Path) -> None:
-    """The run's folder; UserError if it cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
 
 
 def write_bundle(run: Run) -> Path:

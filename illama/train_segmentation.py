@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset
 
 from illama.accuracy import torch_infer
 from illama.batches import seed_everything
-from illama.bundle import Manifest
+from illama.bundle import Manifest, make_out
 from illama.data_shards import Sample
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
@@ -28,7 +28,7 @@ from illama.schedules import SoftMaskSchedule
 from illama.segmentation import SegmentationConfig, UperNet
 from illama.segmentation_data import IGNORED, AugmentedMaps, SegmentationFolder
 from illama.segmentation_scores import Scores, score_images
-from illama.train import initialise, inputs_of, make_out, model_options, write_bundle
+from illama.train import initialise, inputs_of, model_options, write_bundle
 from illama.training import Mix, Run, fit
 
 Value = TypeVar("Value")

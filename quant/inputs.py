@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +99,13 @@ def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> C
     if kind != "timm" or not name:
         raise UserError(f"--model is timm:NAME, such as timm:vit_small_patch16_224, not {model!r}")
     return load_timm(name, path, image_size)
+
+
+def check_names(schemes: Sequence[Scheme]) -> None:
+    """UserError unless every scheme's bundle can have a folder of its own, beside those of fp32 and fp16."""
+    taken = [*(scheme.name for scheme in schemes), "fp32", "fp16"]
+    if clash := next((name for name in taken if taken.count(name) > 1), None):
+        raise UserError(f"two schemes are called {clash!r}: change the name in the scheme file")
 
 
 def scheme_named(name: str) -> Scheme:

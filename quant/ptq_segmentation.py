@@ -15,14 +15,14 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256, write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, make_out, sha256, write_folder
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
 from illama.segmentation import fold_batch_norms, load_segmentation
 from illama.segmentation_data import SegmentationFolder
 from quant.bundles import Origin, write_graphs, write_quantized
 from quant.calibrate import calibrate
-from quant.inputs import scheme_named
+from quant.inputs import check_names, scheme_named
 from quant.schemes import resolve, write_scheme
 
 _BATCH = 4  # dense maps of a batch are large
@@ -60,19 +60,20 @@ def main(options: PtqSegmentationOptions) -> None:
         raise UserError(f"{options.data} has other classes than {options.bundle}: they must be the same")
     model, preprocessing = fold_batch_norms(checkpoint.model), checkpoint.preprocessing
     assert preprocessing is not None  # load_segmentation reads bundles alone
-    schemes = {scheme.name: scheme for scheme in map(scheme_named, options.schemes)}
-    for scheme in schemes.values():
+    schemes = [scheme_named(name) for name in dict.fromkeys(options.schemes)]
+    check_names(schemes)
+    for scheme in schemes:
         resolve(scheme, model)
     source = {"checkpoint": str(options.bundle), "data": str(options.data),
               "calibration_images": options.calibration_images}  # fmt: skip
     origin = Origin(preprocessing, data.classes, {str(checkpoint.weights): sha256(checkpoint.weights)}, source)
+    make_out(options.out)
     batches = calibration_batches(data, options.calibration_images, preprocessing)
-    options.out.mkdir(parents=True, exist_ok=True)
     for name, file in (("fp32", CPU_ONNX), ("fp16", FUSED_ONNX)):
         print(f"export {name} ...", flush=True)
         with write_folder(options.out / name) as draft:
             write_graphs(draft, model, origin, (file,), {})
-    for scheme in schemes.values():
+    for scheme in schemes:
         print(f"quantize and export {scheme.name} ...", flush=True)
         with write_folder(options.out / scheme.name) as draft:
             write_quantized(draft, model, calibrate(model, scheme, batches), scheme, origin, {})

@@ -107,6 +107,12 @@ def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, clas
     return folder
 
 
+@pytest.fixture
+def overflow(tmp_path):
+    """A bundle whose every logit is infinite or no number."""
+    return write_linear_bundle(tmp_path / "overflow", np.full((768, 3), np.inf), 16, ["class0", "class1", "class2"])
+
+
 def write_images(folder: Path, classes: int = 3, train: int = 8, val: int = 6) -> Path:
     """Coloured noise in ImageNet's layout, `train` and `val` images a class."""
     generator = np.random.default_rng(0)

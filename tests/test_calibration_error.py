@@ -100,6 +100,8 @@ def test_what_has_no_answer_is_refused():
     logits, labels = _overconfident(50)
     with pytest.raises(ValueError, match="no temperature"):
         fit_temperature(logits, logits.argmax(1))
+    with pytest.raises(ValueError, match="every image is right"):
+        fit_temperature(20 * np.eye(4), np.arange(4))
     with pytest.raises(ValueError, match="bin"):
         reliability(logits, labels, 0)
     with pytest.raises(ValueError, match="one set"):

@@ -2,7 +2,9 @@
 
 import gzip
 import hashlib
+import json
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -63,6 +65,15 @@ def test_an_image_folder(image_folder):
     assert image.shape == (3, 32, 32) and label == 2
     grey = Transformed(data.test(), Preprocessing.imagenet(32, 1).transform())[0][0]
     assert grey.shape == (1, 32, 32)
+
+
+def test_preprocessing_comes_back_from_json_or_is_refused():
+    preprocessing = Preprocessing.imagenet(224)
+    values = json.loads(json.dumps(asdict(preprocessing)))
+    assert Preprocessing.from_dict(values) == preprocessing
+    for damaged in ({**values, "crop": 1}, {**values, "mean": None}, {"image_size": 224}, []):
+        with pytest.raises(UserError, match="make the bundle again"):
+            Preprocessing.from_dict(damaged)
 
 
 def test_more_calibration_images_than_there_are(image_folder):

@@ -159,4 +159,6 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     assert_one_line_error(run("--out", tmp_path), "holds other files")
     assert_one_line_error(run("--corruptions", "rain"), "unknown corruption 'rain'", "snow")
     assert_one_line_error(run("--data", "fashion-mnist"), "other classes")
-    assert_one_line_error(run("--out", tmp_path / "one" / "model.onnx" / "x"), "cannot write")
+    for path in (tmp_path / "one" / "model.onnx", tmp_path / "one" / "model.onnx" / "x"):
+        assert_one_line_error(run("--out", path), "cannot write")
+    assert_one_line_error(run("--seed", "-1"), "--seed must be 0 or more")

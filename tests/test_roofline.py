@@ -1,5 +1,7 @@
 """Costs of ONNX graphs against torch's counter and by hand; floors by hand; the CPU's model against its clock."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +14,7 @@ from eval.flops import count_macs
 from eval.onnx_costs import ProductCost, product_costs
 from eval.roofline import find_file, measure_cpu, measure_layers, predict_floor
 from illama import ILLaMA
+from illama.bundle import FRAME, Manifest
 from illama.errors import UserError
 from quant.export import export_onnx
 
@@ -135,5 +138,9 @@ def test_the_command_and_its_mistakes(exported, run_here, tmp_path):
     assert result.returncode == 0 and "PREDICTED" in result.stdout and "blocks.1.mlp.fc2" in result.stdout
     assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "xavier"), "unknown device", "orin-nx")
     assert_one_line_error(run_here("eval/roofline.py", tmp_path), "not a bundle")
+    manifest = Manifest.read(bundle)
+    replace(manifest, metrics={FRAME: [480, 640, 3]}).write(bundle)
+    assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "cpu"), "takes camera frames")
+    assert run_here("eval/roofline.py", bundle).returncode == 0
     (bundle / "model.fused.onnx").write_bytes(b"no graph")
     assert_one_line_error(run_here("eval/roofline.py", bundle), "cannot be read as ONNX")

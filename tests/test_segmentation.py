@@ -36,7 +36,7 @@ from quant.calibrate import calibrate
 from quant.export import export_onnx
 from quant.ptq_segmentation import PtqSegmentationOptions
 from quant.ptq_segmentation import main as quantize
-from quant.schemes import SCHEMES, resolve
+from quant.schemes import SCHEMES, resolve, write_scheme
 
 SHAPES = runpy.run_path(str(ROOT / "benchmarks" / "draw_shapes.py"))
 SHAPE = {"image_size": 64, "patch_size": 16, "width": 64, "depth": 4, "heads": 2, "decoder_channels": 32}
@@ -318,13 +318,15 @@ def test_quantized_files_score_as_the_network_does(trained, shapes, tmp_path, ca
     out = tmp_path / "ptq"
     quantize(PtqSegmentationOptions(trained, shapes, ("int8",), 8, out))
     bundles = tuple(out / name for name in ("fp32", "fp16", "int8"))
-    evaluate(SegmentationEvalOptions(bundles, shapes, out=tmp_path / "result"))
+    with pytest.raises(UserError, match="cannot write"):
+        evaluate(SegmentationEvalOptions(bundles, shapes, out=out / "fp32" / "model.onnx" / "result"))
+    evaluate(SegmentationEvalOptions(bundles, shapes, out=tmp_path / "result-1.5"))
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if ".onnx" in line]
     mious = {row[0].removeprefix("| "): float(row[1]) for row in rows}
     assert len(mious) == 4
     assert mious["fp32/model.onnx"] == pytest.approx(Manifest.read(trained).metrics["test_miou"], abs=0.1)
     assert all(abs(miou - mious["fp32/model.onnx"]) < 3 for miou in mious.values())
-    assert (tmp_path / "result.json").exists() and (tmp_path / "result.md").exists()
+    assert (tmp_path / "result-1.5.json").exists() and (tmp_path / "result-1.5.md").exists()
 
     int8 = out / "int8"
     layers = {row[0]: row[1:] for row in Manifest.read(int8).metrics["layers"]}
@@ -367,11 +369,27 @@ def test_files_with_quantized_convolutions_give_what_pytorch_gives(name, tmp_pat
         assert (found - expected).norm() < share * noise * expected.norm(), form
 
 
+def test_a_scheme_never_takes_another_bundle_s_place(trained, shapes, tmp_path):
+    for name, file in (("fp16", "mine"), ("int8", "mine"), ("own", "one"), ("own", "two")):
+        write_scheme(replace(SCHEMES["int8"], name=name), tmp_path / f"{file}-{name}.yaml")
+    for clash, files in (("fp16", ["mine-fp16"]), ("int8", ["mine-int8"]), ("own", ["one-own", "two-own"])):
+        schemes = ("int8", *(str(tmp_path / f"{file}.yaml") for file in files))
+        with pytest.raises(UserError, match=f"two schemes are called '{clash}'"):
+            quantize(PtqSegmentationOptions(trained, shapes, schemes, 8, tmp_path / "ptq"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        quantize(PtqSegmentationOptions(trained, shapes, ("int8",), 8, tmp_path / "file"))
+
+
 def test_commands_say_what_is_wrong_in_a_line(shapes, small_bundle, tmp_path):
+    with pytest.raises(UserError, match="--seed"):
+        SegmentationEvalOptions((small_bundle,), shapes, seed=-1)
     with pytest.raises(UserError, match="holds no segmentation network"):
         quantize(PtqSegmentationOptions(small_bundle, shapes, out=tmp_path / "ptq"))
     with pytest.raises(UserError, match="does not have the classes"):
         evaluate(SegmentationEvalOptions((small_bundle,), shapes))
+    with pytest.raises(UserError, match="no pixel"):
+        Scores.of(np.zeros((3, 4), int))
     with pytest.raises(UserError, match="overlap"):
         Views(overlap=1.0)
     assert not (tmp_path / "ptq").exists()

@@ -3,6 +3,8 @@
 import importlib.util
 import io
 import json
+import math
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +27,16 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'tritonclient[http,grpc]'")
+import serve_load
 import serve_sizing
 import tritonclient.grpc
 import tritonclient.http
 from google.protobuf import text_format
-from serve_load import Client, Question, as_png, free_ports, load, read_questions
+from serve_load import Client, LoadOptions, Question, as_png, free_ports, load, read_questions
 from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 
 import deploy.triton_server
+from deploy.builder import EngineOptions
 from deploy.engines import OnnxRuntimeEngine
 from deploy.record import EngineRecord
 from deploy.serve import ServeOptions, main, name_models
@@ -230,7 +235,8 @@ def small_onnx(tmp_path_factory):
     engine.write_bytes(b"what TensorRT would have written")
     record = EngineRecord(
         onnx_sha256="", engine_sha256=sha256(engine), engine_bytes=1, library="tensorrt", library_version="11.4",
-        targets=("sm89",), batch=(1, 8, 64), options={}, precisions={}, attentions=2, fused=True, inputs={}, outputs={},
+        targets=("sm89",), batch=(1, 8, 64), options=EngineOptions().to_json(), precisions={}, attentions=2, fused=True,
+        inputs={"images": ["float", [-1, 3, 32, 32]]}, outputs={"logits": ["float", [-1, 3]]},
         input_shape=(3, 32, 32), preprocessing={}, classes=[], trtexec="",
     )  # fmt: skip
     record.write(engine)
@@ -278,7 +284,19 @@ def test_an_engine_that_is_not_the_one_described_is_not_served(small, tmp_path):
         with pytest.raises(UserError, match=match):
             write_repository(tmp_path / "models", {"small": [small]}, options)
 
-    refused("batches up to 64", ServingOptions(device="gpu", max_batch=65))
+    refused("batches of 1 to 64", ServingOptions(device="gpu", max_batch=65))
+    record = EngineRecord.read(engine)
+    unfit = {
+        "batches of 8 to 64": {"batch": (8, 8, 64)},
+        "without --weight-stripped": {"options": {**record.options, "weight_stripped": True}},
+        "takes {'images': ..uint8'": {"inputs": {"images": ["uint8", [-1, 480, 640, 3]]}},
+        "and gives {'logits': ..half'": {"outputs": {"logits": ["half", [-1, 3]]}},
+        r"and gives {'logits': ..float', .-1, 3, 32, 32": {"outputs": {"logits": ["float", [-1, 3, 32, 32]]}},
+    }
+    for message, values in unfit.items():
+        replace(record, **values).write(engine)
+        refused(message)
+    record.write(engine)
     engine.write_bytes(b"another")
     refused("is not the engine that")
     engine.with_suffix(".json").write_text("{}")
@@ -302,7 +320,17 @@ def test_bundles_that_cannot_be_served(small, tmp_path):
     manifest = json.loads((small / MANIFEST).read_text())
     (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["one", "two"]}))
     refused("gives 3 classes, its manifest names 2", small)
+    (small / MANIFEST).write_text(json.dumps({**manifest, "preprocessing": {"image_size": 32}}))
+    refused("preprocessing is damaged", small)
     (small / MANIFEST).write_text(json.dumps(manifest))
+    graph = onnx.load(small / CPU_ONNX)
+    shape = numpy_helper.from_array(np.array([-1, 3, 1, 1]), "map_shape")
+    graph.graph.initializer.append(shape)
+    graph.graph.node[-1].output[0] = "flat"
+    graph.graph.node.append(onnx.helper.make_node("Reshape", ["flat", "map_shape"], ["logits"]))
+    graph.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", 1, ["batch", 3, 1, 1]))
+    onnx.save(graph, small / CPU_ONNX)
+    refused(r"answers an image with \(3, 1, 1\)", small)
     (small / CPU_ONNX).write_bytes(b"not a graph")
     refused("cannot load", small)
     (small / CPU_ONNX).unlink()
@@ -376,3 +404,27 @@ def test_machines_for_a_load(tmp_path, capsys):
         machines(10)
     with pytest.raises(UserError, match="no result of"):
         machines(10, ROOT / "README.md")
+    (tmp_path / "coreless.json").write_text(json.dumps({**content, "machine": {"cpu": "a processor"}}))
+    with pytest.raises(UserError, match="no result of"):
+        machines(50, tmp_path / "coreless.json")
+    with pytest.raises(UserError, match="finite"):
+        serve_sizing.main(serve_sizing.SizingOptions(tmp_path / "m.json", images_per_second=math.inf))
+
+
+def test_loads_that_cannot_be(clothes):
+    for values in ({"clients": ()}, {"clients": (0,)}, {"images": 0}, {"seconds": math.inf}):
+        with pytest.raises(UserError, match="more than 0"):
+            LoadOptions(bundle=clothes, **values)
+    with pytest.raises(UserError, match="leave --device gpu out"):
+        LoadOptions(bundle=clothes, device="gpu")
+
+
+def test_a_load_that_fails_leaves_the_server_s_log(clothes, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "tritonserver"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho no memory\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"status 3 .*out/clothes\.log"):
+        serve_load.main(LoadOptions(bundle=clothes, images=1, out=tmp_path / "out"))
+    assert (tmp_path / "out" / "clothes.log").read_text() == "no memory\n"

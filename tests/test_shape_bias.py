@@ -115,6 +115,10 @@ def test_mistakes_are_one_line(bundle, stimuli, small_bundle, tmp_path, run_here
     mixed = write_linear_bundle(tmp_path / "mixed", np.zeros((3 * 64, 1000)), 8,
                                 [f"n{index:08}" for index in range(1000, 0, -1)])  # fmt: skip
     assert_one_line_error(run_here("eval/shape_bias.py", mixed, "--stimuli", stimuli), "not in the order")
+    infinite = write_linear_bundle(
+        tmp_path / "infinite", np.full((3 * 64, 1000), np.inf), 8, [str(i) for i in range(1000)]
+    )
+    assert_one_line_error(run_here("eval/shape_bias.py", infinite, "--stimuli", stimuli), "infinite: 256 of 256 images")
     assert_one_line_error(run_here("eval/shape_bias.py", bundle, "--stimuli", tmp_path / "no"), "no pictures")
     assert_one_line_error(run_here("eval/shape_bias.py", small_bundle, "--stimuli", stimuli), "has no model.onnx")
     (stimuli / "cat" / "cat1-house2.png").write_bytes(b"")
