@@ -28,7 +28,7 @@ from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked
 from quant.bundles import Origin, check_scheme, quantize, write_graphs, write_quantized
-from quant.inputs import Inputs, open_inputs
+from quant.inputs import Inputs, check_names, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, write_scheme
 from quant.torchao_backend import load_torchao
 
@@ -94,9 +94,7 @@ def find_schemes(options: PtqOptions) -> list[Scheme]:
     """The schemes named and those of files, each once."""
     names = options.schemes if options.schemes is not None else () if options.scheme_file else DEFAULT_SCHEMES
     schemes = [find_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in options.scheme_file]
-    taken = [scheme.name for scheme in schemes] + ["fp32", "fp16"]
-    if clash := next((name for name in taken if taken.count(name) > 1), None):
-        raise UserError(f"two schemes are called {clash!r}: change the name in the scheme file")
+    check_names(schemes)
     return schemes
 
 
