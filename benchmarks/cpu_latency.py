@@ -18,13 +18,13 @@ from typing import cast
 
 import numpy as np
 import torch
-from many_runs import write_results
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from tqdm import tqdm
 
 from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine
 from eval.latency import measure_latency
+from eval.results import write_results
 from illama import ILLaMA, ModelConfig
 from illama.accuracy import Infer, torch_infer, usable_cores
 from illama.checkpoint import SHIPPED, load_checkpoint

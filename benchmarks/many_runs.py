@@ -15,9 +15,8 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from eval.machine import describe_machine
 from illama.accuracy import usable_cores
-from illama.bundle import Manifest, command_line, package_versions, write_file
+from illama.bundle import Manifest
 from illama.errors import UserError
 
 TRAIN = Path(__file__).parents[1] / "illama" / "train.py"
@@ -85,13 +84,3 @@ def compare(top1: np.ndarray, reference: np.ndarray) -> tuple[float, tuple[float
     differences = top1 - reference
     mean, half = differences.mean(), stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
     return float(mean), (float(mean - half), float(mean + half))
-
-
-def write_results(folder: Path, name: str, content: Mapping[str, Any], table: str) -> None:
-    """Print a Markdown table, and write it and ``content`` with the command, machine and versions beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"command": command_line(), "machine": describe_machine(), "versions": package_versions()}
-    for suffix, text in ((".json", json.dumps({**content, **facts}, indent=2) + "\n"), (".md", table)):
-        with write_file(folder / f"{name}{suffix}") as draft:
-            draft.write_text(text)
-    print(table)

@@ -23,13 +23,13 @@ from unittest import mock
 import numpy as np
 import onnx
 import torch
-from many_runs import write_results
 from PIL import Image
 from tqdm import tqdm
 
 import quant.calibrate
 import quant.export
 from eval.machine import peak_memory_gib
+from eval.results import write_results
 from illama import ILLaMA, ModelConfig
 from illama.accuracy import load_images
 from illama.checkpoint import load_checkpoint, write_weights

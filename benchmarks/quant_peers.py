@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from many_runs import write_results
 from peers.base import be_quiet, reason
 from peers.ours import PEERS
 from peers.runtimes import LOADERS, ORT
@@ -34,6 +33,7 @@ from peers.work import LABELS, RESULT, WorkOptions, logits_file, peer_versions, 
 from eval.accuracy_drop import Drop, paired_drop
 from eval.latency import measure_latency
 from eval.machine import describe_machine
+from eval.results import write_results
 from illama.accuracy import Infer, load_images, top1, usable_cores
 from illama.bundle import package_versions, sha256, write_file
 from illama.checkpoint import SHIPPED, load_checkpoint

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from backbone_quantizers import REFERENCE, Infer, find_quantizers, settings
 from fetch_emoji import concept_of
 from focus_backbone import IMAGE_SIZE, PACKAGE, TIMM_NAME, VERSION, convert, fetch, make_backbone, read_graph, verify
-from many_runs import write_results
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from eval.accuracy_drop import paired_drop
+from eval.results import write_results
 from illama.accuracy import load_images
 from illama.bundle import sha256, write_file
 from illama.checkpoint import SHIPPED, load_checkpoint

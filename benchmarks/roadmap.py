@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from many_runs import compare, final_top1, train_all, write_results
+from many_runs import compare, final_top1, train_all
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.attention_rank import attention_rank
 from eval.loss_landscape import loss_landscape, sharpness
+from eval.results import write_results
 from illama import ILLaMA
 from illama.accuracy import load_images
 from illama.checkpoint import load_checkpoint

@@ -26,7 +26,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from many_runs import write_results
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from deploy.engines import OnnxRuntimeEngine
 from deploy.triton_repository import ENCODED, ServingOptions, write_repository
 from deploy.triton_server import ListenOptions, running_server
+from eval.results import write_results
 from illama.bundle import CPU_ONNX, Manifest, make_out
 from illama.data import Preprocessing, Sample, open_data
 from illama.data_shards import decode_image

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from many_runs import write_results
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval.results import write_results
 from illama.accuracy import load_images
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import open_data

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from many_runs import write_results
 from timm.models.vision_transformer import VisionTransformer
 
 from eval.accuracy_drop import paired_drop
+from eval.results import write_results
 from illama.accuracy import predict, torch_infer
 from illama.adapt import CausalVisionTransformer, to_causal
 from illama.batches import seed_everything

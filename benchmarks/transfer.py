@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from many_runs import compare, final_top1, train_all, write_results
+from many_runs import compare, final_top1, train_all
 
+from eval.results import write_results
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 

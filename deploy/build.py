@@ -12,10 +12,10 @@ from typing import Annotated
 
 import tyro
 
-from deploy.builder import BuiltEngine, EngineOptions, Verbosity, build_engine, check_kernels, trtexec_line
+from deploy.builder import BuiltEngine, EngineOptions, build_engine, check_kernels, trtexec_line
 from deploy.graph import has_fp8, load_graph, precisions
-from deploy.library import Library, LibraryName, find_library
 from deploy.record import EngineRecord
+from deploy.tensorrt_library import Library, LibraryName, find_library
 from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256, write_file
 from illama.errors import UserError, run_command
 
@@ -23,7 +23,7 @@ FP8_OLDEST = 89
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(EngineOptions):
     """Build a TensorRT engine for each bundle that `python quant/ptq.py` wrote.
 
     What is built already from the same graph, by the same library with the same options, is left as it is.
@@ -31,46 +31,16 @@ class BuildOptions:
     Attributes:
         bundles: folders with a model.fused.onnx.
         library: tensorrt or tensorrt_rtx; whichever can build here, tensorrt first, if not given.
-        targets: compute capabilities, such as sm86,sm89; none for the library's portable default.
-        batch: smallest:best served:largest batch, the optimization profile.
-        workspace_gib: memory that layers may use beside weights and activations.
-        timing_cache: file of kernel timings, read if it is there and written back (tensorrt).
-        refit: allow weights to be replaced in the built engine.
-        weight_stripped: leave the weights out; they are refitted from the ONNX file when it is loaded.
-        version_compatible: let newer versions of the library run it (tensorrt).
-        hardware_compatible: let every GPU from Ampere on run it, at some cost in speed (tensorrt).
-        verbosity: what the engine can tell of its layers: none, layer-names or detailed.
-        allow_unfused: build even if attention falls apart into pieces; reports are marked.
     """
 
-    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     library: LibraryName | None = None
-    targets: tuple[str, ...] = ()
-    batch: str = "1:8:64"
-    workspace_gib: float | None = None
-    timing_cache: Path | None = None
-    refit: bool = False
-    weight_stripped: bool = False
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    verbosity: Verbosity = "layer-names"
-    allow_unfused: bool = False
-
-    def engine_options(self) -> EngineOptions:
-        """The same as :class:`deploy.builder.EngineOptions`; UserError for a batch that is none."""
-        try:
-            smallest, best, largest = (int(part) for part in self.batch.split(":"))
-        except ValueError as error:
-            raise UserError(f"--batch is smallest:best:largest, such as 1:8:64, not {self.batch!r}") from error
-        return EngineOptions(self.targets, (smallest, best, largest), self.workspace_gib, self.timing_cache, self.refit,
-                             self.weight_stripped, self.version_compatible, self.hardware_compatible, self.verbosity,
-                             self.allow_unfused)  # fmt: skip
 
 
 def build_bundle(library: Library, bundle: Path, options: EngineOptions | None = None) -> EngineRecord:
     """Build the engine of a bundle into its ``engines/`` folder, with its record beside it, unless it is there.
 
-    ``options.targets`` are resolved ones (:meth:`deploy.library.Library.resolve_targets`).
+    ``options.targets`` are resolved ones (:meth:`deploy.tensorrt_library.Library.resolve_targets`).
 
     Raises:
         UserError: no fused graph in the bundle, or an attention that cannot be fused.
@@ -93,12 +63,11 @@ def write_engine(library: Library, bundle: Path, built: BuiltEngine, options: En
     path.parent.mkdir(exist_ok=True)
     with write_file(path) as draft:
         draft.write_bytes(built.data)
-    shape = tuple(next(iter(built.inputs.values()))[1][1:])
     record = EngineRecord(
         onnx_sha256=sha256(source), engine_sha256=sha256(path), engine_bytes=len(built.data),
         library=library.name, library_version=library.version, targets=options.targets, batch=options.batch,
         options=options.to_json(), precisions=precisions(load_graph(source)), attentions=built.attentions,
-        fused=built.fused, inputs=built.inputs, outputs=built.outputs, input_shape=shape,
+        fused=built.fused, inputs=built.inputs, outputs=built.outputs,
         preprocessing=manifest.preprocessing, classes=manifest.classes,
         trtexec=trtexec_line(library, source, path, options),
     )  # fmt: skip
@@ -140,13 +109,13 @@ def unfit_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def main(options: BuildOptions) -> None:
-    wanted, library = options.engine_options(), find_library(options.library)
+    library = find_library(options.library)
     if library is None:
         raise UserError("no TensorRT that can build here: pip install tensorrt-rtx, or see docs/jetson.md on a Jetson")
     if not options.bundles:
         raise UserError("name a bundle: python deploy/build.py runs/ptq/int8")
     for bundle in options.bundles:
-        record, unfit = build_fitting(library, bundle, wanted)
+        record, unfit = build_fitting(library, bundle, options)
         if unfit:
             print(f"{bundle}: not for {', '.join(unfit)}, which lacks FP8; use INT8 there")
         if record:

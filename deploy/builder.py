@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from onnx import ModelProto
 
 from deploy.fusion import allow_decomposition, demand_fusion, find_attentions, fused_kernels, softmax_outputs
 from deploy.graph import load_graph
-from deploy.library import Library, fits_this_gpu
+from deploy.tensorrt_library import Library, fits_this_gpu
 from illama.bundle import read_pinned, write_pinned
 from illama.errors import UserError
 
@@ -23,12 +24,33 @@ Verbosity = Literal["none", "layer-names", "detailed"]
 _VERBOSITIES = {"none": "NONE", "layer-names": "LAYER_NAMES_ONLY", "detailed": "DETAILED"}
 
 
+def read_batch(text: str) -> tuple[int, int, int]:
+    """1:8:64 -> (1, 8, 64); UserError for what is none."""
+    try:
+        smallest, best, largest = (int(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UserError(f"--batch is smallest:best:largest, such as 1:8:64, not {text!r}") from error
+    return smallest, best, largest
+
+
+BatchRange = Annotated[
+    tuple[int, int, int],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="MIN:BEST:MAX",
+        instance_from_str=lambda texts: read_batch(texts[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [":".join(map(str, value))],
+    ),
+]
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What an engine is built for and with.
 
     Attributes:
-        targets: resolved compute capabilities (:meth:`deploy.library.Library.resolve_targets`).
+        targets: compute capabilities, such as sm86,sm89; none for the library's portable default.
         batch: smallest, best served and largest batch: the optimization profile.
         workspace_gib: memory that layers may use beside weights and activations; the library's own limit if not given.
         timing_cache: file of kernel timings, read if it is there and written back (full TensorRT).
@@ -41,7 +63,7 @@ class EngineOptions:
     """
 
     targets: tuple[str, ...] = ()
-    batch: tuple[int, int, int] = (1, 8, 64)
+    batch: BatchRange = (1, 8, 64)
     workspace_gib: float | None = None
     timing_cache: Path | None = None
     refit: bool = False
@@ -62,8 +84,9 @@ class EngineOptions:
             raise UserError(f"--timing-cache is a file in a folder that is there, not {self.timing_cache}")
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but targets and batch, which a record has of its own."""
-        values = {name: value for name, value in vars(self).items() if name not in ("targets", "batch")}
+        """Everything of how to build but targets and batch, which a record has of its own."""
+        names = [field.name for field in fields(EngineOptions) if field.name not in ("targets", "batch")]
+        values = {name: getattr(self, name) for name in names}
         return values | {"timing_cache": str(self.timing_cache) if self.timing_cache else None}
 
 

@@ -18,9 +18,9 @@ import onnxruntime
 import torch
 
 from deploy.graph import centre_inputs, has_fp8, load_graph
-from deploy.library import fits_this_gpu
 from deploy.record import EngineRecord
 from deploy.tensorrt_engine import TensorRTEngine
+from deploy.tensorrt_library import fits_this_gpu
 from illama.accuracy import torch_infer, usable_cores
 from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, is_bundle
 from illama.checkpoint import load_checkpoint

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import ModelProto
 
-from deploy.library import Library
+from deploy.tensorrt_library import Library
 from illama.bundle import SOFTMAX_OUTPUT
 from illama.errors import UserError
 

@@ -44,7 +44,6 @@ class EngineRecord:
     fused: bool
     inputs: dict[str, Any]
     outputs: dict[str, Any]
-    input_shape: tuple[int, ...]
     preprocessing: dict[str, Any]
     classes: list[str]
     trtexec: str
@@ -67,7 +66,7 @@ class EngineRecord:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
                 raise UserError(f"{path} is of format {values['format']}, this version reads {FORMAT}: build it again")
-            values |= {key: tuple(values[key]) for key in ("targets", "batch", "input_shape")}
+            values |= {key: tuple(values[key]) for key in ("targets", "batch")}
             record = cls(**{field.name: values[field.name] for field in fields(cls)})
             actual = sha256(engine)
         except FileNotFoundError as error:

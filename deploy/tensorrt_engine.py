@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploy.library import TITLES, Library, find_library
 from deploy.record import EngineRecord
+from deploy.tensorrt_library import TITLES, Library, find_library
 from illama.bundle import FUSED_ONNX, read_pinned, sha256, write_pinned
 from illama.errors import UserError
 

@@ -15,6 +15,9 @@ class Drop:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.points:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
 
 def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Drop:
     """The drop from ``reference`` to ``other``, with a percentile interval from a paired bootstrap.

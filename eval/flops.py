@@ -136,14 +136,16 @@ def main(options: FlopsOptions) -> None:
         ("post, plain", "post_softmax", "plain"), ("post, fused", "post_softmax", "fused"),
         ("pre, needed", "pre_softmax", "needed")]  # fmt: skip
     print("Giga-MACs of one image: the whole network, and in brackets its attention (qkv, products, proj)\n")
-    print("| size | tokens | " + " | ".join(title for title, _, _ in columns) + " |")
-    print("|---" * (len(columns) + 2) + "|")
+    print("| size | tokens | " + " | ".join(title for title, _, _ in columns) + " | causal attention by the paper |")
+    print("|---" * (len(columns) + 3) + "|")
     for size in options.sizes:
         cells = []
         for _, mask, form in columns:
             macs = count_macs(preset_named(size, mask), form, options.readout_only)
             cells.append(f"{macs.total / 1e9:.3f} ({(macs.projections + macs.products) / 1e9:.3f})")
-        print(f"| {size} | {preset_named(size).tokens} | " + " | ".join(cells) + " |")
+        config = preset_named(size)
+        paper = config.depth * paper_attention_macs(config.tokens, config.width, causal=True)
+        print(f"| {size} | {config.tokens} | " + " | ".join(cells) + f" | {paper / 1e9:.3f} |")
 
 
 if __name__ == "__main__":

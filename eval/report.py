@@ -65,12 +65,11 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of ``HEADINGS``; a dash stands for what was not measured."""
         drop, latency = self.drop, self.latency
-        interval = f"{drop.points:+.2f} ({drop.low:+.2f} to {drop.high:+.2f})"
         return (
             self.scheme,
             self.runtime if self.fused else f"{self.runtime}, unfused",
             f"{self.top1:.2f}",
-            "reference" if self.reference else interval,
+            "reference" if self.reference else str(drop),
             f"{self.onnx_bytes / 1e6:.2f}",
             f"{self.engine_bytes / 1e6:.2f}" if self.engine_bytes else "-",
             f"{latency.p50:.2f}" if latency else "-",

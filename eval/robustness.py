@@ -9,7 +9,7 @@ that an interrupted run goes on, and more of them can be added later. eval/corru
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +22,13 @@ from tqdm import tqdm
 from eval.accuracy_drop import Drop
 from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
-from eval.machine import describe_machine
-from illama.bundle import command_line, make_out, package_versions, write_file
+from eval.results import markdown as table
+from eval.results import write_results
+from illama.bundle import make_out, write_file
 from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 
-RUN, JSON, MARKDOWN, CELLS = "run.json", "robustness.json", "robustness.md", "cells"
+RUN, RESULTS, CELLS = "run.json", "robustness", "cells"
 CLEAN = ("clean", 0)
 Cell = tuple[str, int]
 Right = dict[str, np.ndarray]  # name of a model -> what it got right, booleans (images,)
@@ -161,45 +162,30 @@ def _claim(options: RobustnessOptions, bundles: OpenBundles) -> None:
 def markdown(results: Mapping[str, Robustness]) -> str:
     """Two tables: the models over all corruptions, and every corruption over the models."""
 
-    def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-        headings = list(headings)
-        return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
-
-    def interval(drop: Drop) -> str:
-        return f"{drop.points:+.2f} ({drop.low:+.2f} to {drop.high:+.2f})"
-
     reference = next(iter(results))
     models = [
         (name, f"{each.clean:.2f}", f"{each.corrupted:.2f}", f"{each.kept:.1f}",
-         *(("reference", "") if name == reference else (interval(each.drop), interval(each.beyond_clean))))
+         *(("reference", "") if name == reference else (str(each.drop), str(each.beyond_clean))))
         for name, each in results.items()
     ]  # fmt: skip
     corruptions = results[reference].by_corruption
-    return "\n".join([
-        *table(("model", "clean top-1 %", "corrupted top-1 %", "kept %", "points lost (95% interval)",
-                "beyond those on clean images"), models), "",
-        *table(("corruption", *results), ((name, *(f"{each.by_corruption[name]:.2f}" for each in results.values()))
-                                          for name in corruptions)),
-    ]) + "\n"  # fmt: skip
+    heads = ("model", "clean top-1 %", "corrupted top-1 %", "kept %", "points lost (95% interval)",
+             "beyond those on clean images")  # fmt: skip
+    by_corruption = [(name, *(f"{each.by_corruption[name]:.2f}" for each in results.values())) for name in corruptions]
+    return f"{table(heads, models)}\n\n{table(('corruption', *results), by_corruption)}\n"
 
 
-def as_json(options: RobustnessOptions, cells: Mapping[Cell, Right], results: Mapping[str, Robustness]) -> str:
+def as_json(
+    options: RobustnessOptions, cells: Mapping[Cell, Right], results: Mapping[str, Robustness]
+) -> dict[str, Any]:
     """The contents of robustness.json."""
-    content: dict[str, Any] = {
-        "command": command_line(), "data": options.data, "images": options.images, "seed": options.seed,
+    return {
+        "data": options.data, "images": options.images, "seed": options.seed,
         "models": {name: asdict(each) for name, each in results.items()},
         "cells": [{"corruption": name, "severity": severity, "top1": {
             model: float(values.mean() * 100) for model, values in right.items()}}
             for (name, severity), right in cells.items()],
-        "machine": describe_machine(), "versions": package_versions(),
     }  # fmt: skip
-    return json.dumps(content, indent=2) + "\n"
-
-
-def write_results(folder: Path, files: Sequence[tuple[str, str]]) -> None:
-    for name, text in files:
-        with write_file(folder / name) as draft:
-            draft.write_text(text)
 
 
 def main(options: RobustnessOptions) -> None:
@@ -210,10 +196,10 @@ def main(options: RobustnessOptions) -> None:
             check_corruption(corruption, severity)
     cells = measure(options, open_bundles(options.bundles))
     results = summarise(cells, options.seed)
-    table = markdown(results)
-    write_results(options.out, ((JSON, as_json(options, cells, results)), (MARKDOWN, table)))
     print(f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
-          f"{' '.join(map(str, options.severities))}\n\n{table}\nwritten to {options.out}")  # fmt: skip
+          f"{' '.join(map(str, options.severities))}\n")  # fmt: skip
+    write_results(options.out, RESULTS, as_json(options, cells, results), markdown(results))
+    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Of every ONNX file in the bundles, over the whole validation split, by ONNX Runt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ import tyro
 
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import Drop
-from eval.machine import describe_machine
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, make_out, package_versions, write_file
+from eval.results import markdown, write_results
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, make_out
 from illama.checkpoint import read_preprocessing
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
@@ -111,8 +110,7 @@ def weigh(
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows in Markdown."""
-    cells = [HEADINGS, ["---"] * len(HEADINGS), *(row.cells(row is rows[0]) for row in rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return markdown(HEADINGS, (row.cells(row is rows[0]) for row in rows))
 
 
 def main(options: SegmentationEvalOptions) -> None:
@@ -126,15 +124,12 @@ def main(options: SegmentationEvalOptions) -> None:
         make_out(options.out.parent)
     rows = weigh(options.bundles, data, read_preprocessing(manifests[0]), views, options.seed)
     table = markdown_table(rows)
-    print(table)
-    if options.out:
-        facts = {"command": command_line(), "images": len(data.test()), "views": asdict(views),  # type: ignore[arg-type]
-                 "classes": data.classes, "machine": describe_machine(), "versions": package_versions(),
+    if options.out is None:
+        print(table)
+    else:
+        facts = {"images": len(data.test()), "views": asdict(views), "classes": data.classes,  # type: ignore[arg-type]
                  "rows": [asdict(row) for row in rows]}  # fmt: skip
-        contents = {".json": json.dumps(facts, indent=2) + "\n", ".md": f"    {command_line()}\n\n{table}\n"}
-        for suffix, content in contents.items():
-            with write_file(options.out.with_name(options.out.name + suffix)) as draft:
-                draft.write_text(content)
+        write_results(options.out.parent, options.out.name, facts, table)
 
 
 if __name__ == "__main__":

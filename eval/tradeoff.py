@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from deploy.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
-from deploy.library import TITLES
 from deploy.record import EngineRecord
+from deploy.tensorrt_library import TITLES
 from eval.accuracy_drop import paired_drop
 from eval.latency import measure_latency
 from eval.machine import describe_machine

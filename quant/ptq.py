@@ -19,7 +19,7 @@ import torch
 
 from deploy.build import build_fitting
 from deploy.builder import EngineOptions
-from deploy.library import Library, LibraryName, find_library
+from deploy.tensorrt_library import Library, LibraryName, find_library
 from eval.machine import describe_machine, peak_memory_gib
 from eval.report import Summary, is_result, markdown_table, write_report
 from eval.tradeoff import weigh

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, assert_one_line_error, run_command, write_images
 from safetensors.torch import load_file, save_file
 
-from deploy.library import find_library
+from deploy.tensorrt_library import find_library
 from illama.accuracy import load_images, top1
 from illama.checkpoint import load_checkpoint
 from illama.data import open_data

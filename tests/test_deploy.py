@@ -20,8 +20,8 @@ from deploy.builder import EngineOptions, _read_timing_cache, build_engine, trte
 from deploy.engines import open_engine
 from deploy.fusion import SoftmaxOutput, fused_kernels, softmax_outputs
 from deploy.graph import centre_inputs, precisions
-from deploy.library import find_library
 from deploy.record import EngineRecord
+from deploy.tensorrt_library import find_library
 from illama import ILLaMA, ModelConfig
 from illama.bundle import FUSED_ONNX, read_pinned, sha256, write_pinned
 from illama.errors import UserError
@@ -62,7 +62,7 @@ def test_an_engine_and_what_is_written_beside_it(bundle, model):
     record = EngineRecord.read(path)
     assert (record.engine_sha256, record.onnx_sha256) == (sha256(path), sha256(bundle / FUSED_ONNX))
     assert record.fused and record.attentions == model.config.depth
-    assert record.batch == (1, 2, 4) and record.input_shape == (3, 32, 32)
+    assert record.batch == (1, 2, 4)
     assert record.inputs == {"images": ["float", [-1, 3, 32, 32]]} and record.outputs == {"logits": ["float", [-1, 3]]}
     assert record.preprocessing["mean"] and record.classes == ["class0", "class1", "class2"]
     assert record.precisions["blocks.0.attn.qkv/MatMul"] == "float16"
@@ -282,7 +282,7 @@ def test_calls_fit_tensorrts_signatures(tmp_path):
     stub = tmp_path / "tensorrt_bindings" / "tensorrt.pyi"
     stub.write_text(re.sub(r"(def \w+\()([^()]*)(\))", _parsable, re.sub(r"\bin: ", "inputs: ", stub.read_text())))
     stubs = [tmp_path / "tensorrt" / "__init__.pyi", tmp_path / "tensorrt_bindings" / "__init__.pyi", stub]
-    ours = [ROOT / "deploy" / name for name in ("library.py", "fusion.py", "builder.py", "tensorrt_engine.py")]
+    ours = [ROOT / "deploy" / name for name in ("tensorrt_library.py", "fusion.py", "builder.py", "tensorrt_engine.py")]
     options = ["--follow-imports=skip", "--cache-dir", tmp_path / "cache"]
     command = [sys.executable, "-m", "mypy", *map(str, [*options, *ours, *stubs])]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -14,9 +14,9 @@ from PIL import Image
 import deploy.engines
 from deploy.build import build_bundle
 from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine, cpu_runtime, open_engine
-from deploy.library import find_library
 from deploy.predict import top5
 from deploy.preprocessing import add_preprocessing
+from deploy.tensorrt_library import find_library
 from illama import ILLaMA, ModelConfig
 from illama.accuracy import load_images
 from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, Manifest

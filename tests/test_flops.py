@@ -6,7 +6,7 @@ from conftest import assert_one_line_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.flops import count_macs, paper_attention_macs, preset_named, products_macs, visible_pairs
+from eval.flops import count_macs, paper_attention_macs, preset_named, visible_pairs
 from illama import ILLaMA, ModelConfig
 from illama.config import VARIANTS
 
@@ -38,16 +38,16 @@ def test_tiny_at_full_size_under_every_mask(mask):
     assert count_macs(config, "plain", readout_only=True).flops == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("tokens", [2, 5, 50, 197, 577])
-def test_the_paper_s_formulas(tokens):
-    """Bidirectional to the digit; causal but for its floor(N^2/2) + 1 where the triangle has N(N+1)/2."""
-    side = ModelConfig(image_size=16, patch_size=16, width=64, heads=1)
-    assert paper_attention_macs(side.tokens, 64, causal=False) == 4 * 2 * 64**2 + products_macs(side, "plain")
-    triangle = tokens * (tokens + 1) // 2
-    gap = triangle - (tokens**2 // 2 + 1)
-    exact = 4 * tokens * 64**2 + (tokens**2 + triangle) * 64
-    assert paper_attention_macs(tokens, 64, causal=True) == exact - gap * 64
-    assert 0 <= gap * 64 / exact < 0.02
+@pytest.mark.parametrize("size", ["nano", "tiny", "base", "base@384", "large"])
+def test_the_papers_formulas(size):
+    """Bidirectional to the digit; causal but for its floor(N^2/2) + 1 where the triangle has N (N + 1) / 2."""
+    for mask, form, causal in (("bidirectional", "plain", False), ("post_softmax", "needed", True)):
+        config = preset_named(size, mask)
+        macs, n = count_macs(config, form, readout_only=False), config.tokens
+        gap = n * (n + 1) // 2 - (n**2 // 2 + 1) if causal else 0
+        paper = config.depth * (paper_attention_macs(n, config.width, causal) + gap * config.width)
+        assert macs.projections + macs.products == paper
+        assert gap * config.width * config.depth < 0.02 * paper
 
 
 @pytest.mark.parametrize(

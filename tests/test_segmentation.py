@@ -16,7 +16,7 @@ from torch import nn
 
 from deploy.build import build_bundle
 from deploy.engines import OnnxRuntimeEngine
-from deploy.library import find_library
+from deploy.tensorrt_library import find_library
 from eval.segmentation import SegmentationEvalOptions, miou_drop
 from eval.segmentation import main as evaluate
 from illama import ILLaMA, ModelConfig

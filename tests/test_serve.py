@@ -237,7 +237,7 @@ def small_onnx(tmp_path_factory):
         onnx_sha256="", engine_sha256=sha256(engine), engine_bytes=1, library="tensorrt", library_version="11.4",
         targets=("sm89",), batch=(1, 8, 64), options=EngineOptions().to_json(), precisions={}, attentions=2, fused=True,
         inputs={"images": ["float", [-1, 3, 32, 32]]}, outputs={"logits": ["float", [-1, 3]]},
-        input_shape=(3, 32, 32), preprocessing={}, classes=[], trtexec="",
+        preprocessing={}, classes=[], trtexec="",
     )  # fmt: skip
     record.write(engine)
     return folder

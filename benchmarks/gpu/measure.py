@@ -26,9 +26,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from deploy.build import write_engine
 from deploy.builder import EngineOptions, build_engine
 from deploy.fusion import fused_kernels
-from deploy.library import Library, LibraryName, find_library
 from deploy.record import EngineRecord
 from deploy.tensorrt_engine import TensorRTEngine
+from deploy.tensorrt_library import Library, LibraryName, find_library
 from eval.machine import describe_machine
 from illama import ILLaMA, ModelConfig
 from illama.bundle import ENGINES, FUSED_ONNX, Manifest, command_line, package_versions, write_file
