@@ -13,11 +13,24 @@ from illama.accuracy import Infer
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one call with ``batch`` images."""
+    """Milliseconds for one call with ``batch`` images.
 
-    p50: float
-    p99: float
+    Attributes:
+        calls: how many were timed.
+        joules: of one call, where the device says what it takes; None elsewhere.
+    """
+
     batch: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    calls: int
+    joules: float | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        return 1e3 * self.batch / self.mean
 
 
 def measure_latency(
@@ -36,7 +49,9 @@ def measure_latency(
                 infer(images)
                 if call >= settle:
                     times[name].append((time.perf_counter() - start) * 1e3)
-    return {
-        name: Latency(float(np.percentile(values, 50)), float(np.percentile(values, 99)), len(images))
-        for name, values in times.items()
-    }
+    return {name: _summarise(values, len(images)) for name, values in times.items()}
+
+
+def _summarise(times: list[float], batch: int) -> Latency:
+    p50, p90, p99 = (float(value) for value in np.percentile(times, [50, 90, 99]))
+    return Latency(batch, float(np.mean(times)), p50, p90, p99, len(times))
