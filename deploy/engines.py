@@ -17,7 +17,8 @@ import numpy as np
 import onnxruntime
 import torch
 
-from deploy.graph import centre_inputs, has_fp8, load_graph
+from deploy.graph import has_fp8, load_graph
+from deploy.openvino_graph import fit_openvino
 from deploy.record import EngineRecord
 from deploy.tensorrt_engine import TensorRTEngine
 from deploy.tensorrt_library import fits_this_gpu
@@ -125,9 +126,10 @@ class OpenVinoEngine(Engine):
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or usable_cores()}
         if precision:
             settings["INFERENCE_PRECISION_HINT"] = precision
-        model = centre_inputs(load_graph(path))
+        model, core = load_graph(path), openvino.Core()
+        floats = precision or core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+        fit_openvino(model, bfloat16=floats == "bf16")
         try:
-            core = openvino.Core()
             compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
         except RuntimeError as error:
             raise UserError(f"OpenVINO cannot load {path}: {' '.join(str(error).split())[:300]}") from error

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from deploy.build import build_bundle, build_fitting
 from deploy.builder import EngineOptions, _read_timing_cache, build_engine, trtexec_line
 from deploy.engines import open_engine
 from deploy.fusion import SoftmaxOutput, fused_kernels, softmax_outputs
-from deploy.graph import centre_inputs, precisions
+from deploy.graph import load_graph, precisions
+from deploy.openvino_graph import centre_inputs, fit_openvino, fold_scales, leave_inputs, split_products
 from deploy.record import EngineRecord
 from deploy.tensorrt_library import find_library
 from illama import ILLaMA, ModelConfig
@@ -245,27 +247,76 @@ def test_precisions_are_those_of_the_graph(tmp_path):
     assert precisions(onnx.load(tmp_path / "fp8.onnx"))["blocks.0.attn.core/Attention"] == "fp8"
 
 
+def in_onnxruntime(model, images):
+    """What the graph itself says, without what ONNX Runtime would make of it."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"images": images})[0]
+
+
+def operators(model):
+    return Counter(node.op_type for node in model.graph.node)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(16, 3, 32, 32)).astype(np.float32)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int8-attention", "w4a8"])
 def test_centred_inputs_give_the_same_numbers(scheme, tmp_path):
     path = tmp_path / "model.onnx"
     export_quantized(SMALL, scheme, path, "plain", torch.float32)
-    model = onnx.load(path)
-    centred = centre_inputs(model)
-    assert model.SerializeToString() == onnx.load(path).SerializeToString()  # a rewrite leaves its input alone
+    model, centred = load_graph(path), load_graph(path)
+    centre_inputs(centred)
     onnx.checker.check_model(centred, full_check=True)
     zeros = {tensor.name: tensor for tensor in centred.graph.initializer}
     kinds = [zeros[node.input[2]].data_type for node in centred.graph.node
              if node.op_type == "QuantizeLinear" and ".input" in node.name]  # fmt: skip
     assert kinds and set(kinds) == {onnx.TensorProto.INT8}
-    images = np.random.default_rng(0).normal(size=(16, 3, 32, 32)).astype(np.float32)
-    outputs = []
-    for each in (model, centred):
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        outputs.append(onnxruntime.InferenceSession(each.SerializeToString(), options).run(None, {"images": images})[0])
+    difference = np.abs(in_onnxruntime(model, IMAGES) - in_onnxruntime(centred, IMAGES))
     # The same integers; but a value on the edge between two may fall to the other, by the last bit of the shift.
-    assert np.abs(outputs[0] - outputs[1]).max() < 0.02 * np.abs(outputs[0]).max()
-    assert np.median(np.abs(outputs[0] - outputs[1])) < 1e-6
+    assert difference.max() < 0.02 * np.abs(in_onnxruntime(model, IMAGES)).max()
+    assert np.median(difference) < 1e-6
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "w4a8"])
+def test_products_in_parts_with_folded_scales_give_the_same_numbers(scheme, tmp_path):
+    path = tmp_path / "model.onnx"
+    if scheme:
+        export_quantized(SMALL, scheme, path, "plain", torch.float32)
+    else:
+        torch.manual_seed(0)
+        export_onnx(ILLaMA(SMALL).eval(), path, "plain")
+    model, split = load_graph(path), load_graph(path)
+    split_products(split)
+    fold_scales(split)
+    onnx.checker.check_model(split, full_check=True)
+    before, after = operators(model), operators(split)
+    assert before["Split"] == SMALL.depth and after["Split"] == 0
+    # q, k and v of each block but the last, whose q is of the class token alone and a product of its own already.
+    assert after["MatMul"] == before["MatMul"] + 2 * (SMALL.depth - 1) + 1
+    assert after["Mul"] < before["Mul"]
+    expected = in_onnxruntime(model, IMAGES)
+    difference = np.abs(expected - in_onnxruntime(split, IMAGES))
+    assert np.median(difference) < 1e-6 and difference.max() < (0.02 if scheme else 1e-5) * np.abs(expected).max()
+
+
+def test_inputs_of_small_products_are_left_as_they_are(tmp_path):
+    path = tmp_path / "model.onnx"
+    network = export_quantized(SMALL, "int8", path, "plain", torch.float32)
+    left, all_left = load_graph(path), load_graph(path)
+    # proj, the last block's q, the head; qkv has three times as many, and fc2's input is rounded with its Mul.
+    leave_inputs(left, outputs=SMALL.width)
+    leave_inputs(all_left, outputs=10**9)
+    rounded = operators(load_graph(path))["QuantizeLinear"]
+    assert operators(left)["QuantizeLinear"] == rounded - SMALL.depth - 2 > operators(all_left)["QuantizeLinear"] > 0
+    with torch.no_grad():
+        exact = network(torch.from_numpy(IMAGES)).numpy()
+    errors = [np.linalg.norm(in_onnxruntime(each, IMAGES) - exact) for each in (all_left, left, load_graph(path))]
+    assert errors[0] < errors[2] and errors[1] < 1.1 * errors[2]
+    fit_openvino(left, bfloat16=True)
+    onnx.checker.check_model(left, full_check=True)
+    read = {name for node in left.graph.node for name in node.input}
+    assert read >= {tensor.name for tensor in left.graph.initializer}  # nothing is kept that nothing reads
 
 
 STUBS = next(Path(sys.prefix).glob("lib/*/site-packages/tensorrt_bindings/tensorrt.pyi"), None)
