@@ -71,11 +71,12 @@ class _Turns:
     settle: int
 
     def within(self, seconds: float, a_call: float) -> _Turns:
-        """No more of anything than fits into ``seconds``: first fewer turns, then fewer calls in the fewest turns."""
+        """What fits into ``seconds``: first fewer turns, then shorter ones, of which at most a quarter settles."""
         affordable = int(seconds / max(a_call, 1e-9))
         turns = min(self.turns, max(LEAST_TURNS, affordable // (self.settle + self.calls)))
-        calls = min(self.calls, max(1, affordable // turns - self.settle))
-        return _Turns(turns, calls, min(self.settle, max(0, affordable // turns - calls)))
+        a_turn = affordable // turns
+        settle = self.settle if a_turn >= self.settle + self.calls else min(self.settle, a_turn // 4)
+        return _Turns(turns, min(self.calls, max(1, a_turn - settle)), settle)
 
 
 def measure_latency(
@@ -110,16 +111,14 @@ def measure_latency(
     _check(images, batches, rounds, calls, settle, seconds)
     wanted, share = _Turns(rounds, calls, settle), None if seconds is None else seconds / max(1, len(engines))
     timings = Timings({name: [] for name in engines}, {name: {} for name in engines}, _state(root))
-    watch, order, made, switches = Watch(root, find_gpu()), np.random.default_rng(seed), 0, 0
+    watch, order, start, switches = Watch(root, find_gpu()), np.random.default_rng(seed), time.monotonic(), _switches()
     watch.look()
     for batch in batches:
         given = images[np.arange(batch) % len(images)]
         plans, refused = _warm_up(engines, given, wanted, share, progress)
         for name, reason in refused.items():
             timings.refused[name][batch] = reason
-        before = _switches()
         times = _take_turns({name: engines[name] for name in plans}, given, plans, rounds, order, watch, progress)
-        switches, made = switches + _switches() - before, made + sum(len(values) for values in times.values())
         joules = _energy(engines, given, {name: m for name, m in (meters or {}).items() if name in plans}, progress)
         for name, values in times.items():
             timings.latency[name].append(_summarise(values, batch, joules.get(name)))
@@ -127,7 +126,7 @@ def measure_latency(
     timings.conditions.update({
         "batch sizes": list(batches), "rounds": rounds, "calls a turn": calls, "calls before them": settle,
         "seconds for a batch size": "no limit" if seconds is None else seconds,
-        "involuntary context switches for each timed call": round(switches / max(1, made), 3),
+        "involuntary context switches a second": round((_switches() - switches) / (time.monotonic() - start), 1),
         **watch.summary(),
         "energy": "; ".join(sorted({meter.covers for meter in (meters or {}).values()})) or "not readable here",
     })  # fmt: skip

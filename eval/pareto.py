@@ -96,10 +96,9 @@ def choose(rows: Sequence[Row], limits: Limits | None = None) -> Choice:
         row = min(kept, key=lambda row: (row.megabytes, -row.top1.percent))
     what = f"engine{'s' * (len(pool) > 1)}" + (f" timed at batch {limits.batch}" if pool is timed else "")
     place = f"{rule} of the {len(pool)} {what}" if len(pool) > 1 else f"the only {what}"
-    anything = any(each.at(limits.batch) for each in rows)
-    gap = (
-        "" if row.at(limits.batch) else f"; {'it was not' if anything else 'nothing was'} timed at batch {limits.batch}"
-    )
+    gap = "" if row.at(limits.batch) else f"; it was not timed at batch {limits.batch}"
+    if not any(each.at(limits.batch) for each in rows):
+        gap = f"; nothing was timed at batch {limits.batch}"
     name = f"{row.name}, the reference itself," if row.reference else row.name
     return Choice(row, f"{name} is {place}{within}{gap}. {_figures(row, rows, limits.batch)}", reasons)
 

@@ -29,7 +29,7 @@ _GPU_CLOCKS = ("*.gpu", "*.ga10b", "gpu-gpc-*", "*.gv11b")  # devfreq: Orin from
 def _text(path: Path) -> str | None:
     try:
         return path.read_text().strip()
-    except OSError:  # absent, for root alone, or a part that is switched off
+    except (OSError, ValueError):  # absent, for root alone, of a part that is switched off, or no text
         return None
 
 
