@@ -148,8 +148,9 @@ def medians(
     """Contestant -> its median milliseconds in each repeat."""
     found: dict[str, list[float]] = {name: [] for name in engines}
     for repeat in range(options.repeats + 1):
-        for name, latency in measure_latency(engines, images, options.rounds, calls=4, settle=2).items():
-            if repeat:  # the first compiles and warms up
+        measured = measure_latency(engines, images, (len(images),), options.rounds, 4, 2, progress=False).latency
+        if repeat:  # the first compiles and warms up
+            for name, (latency,) in measured.items():
                 found[name].append(latency.p50)
         tick()
     return found

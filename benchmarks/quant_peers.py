@@ -233,11 +233,10 @@ def timed(options: PeerOptions, results: dict[str, dict[str, Any]], rows: list[R
             except Exception as error:  # it ran before, in a process of its own
                 engines.pop(key_of(row), None)
                 notes[key_of(row)] = f"not timed: {reason(error)}"
-    times: dict[int, dict[str, float]] = {}
-    for batch in BATCHES:
-        print(f"time {len(engines)} of them with {batch} images a call, {options.rounds} rounds ...", flush=True)
-        measured = measure_latency(engines, images[:batch], rounds=options.rounds)
-        times[batch] = {name: latency.p50 for name, latency in measured.items()}
+    print(f"time {len(engines)} of them with {BATCHES} images a call, {options.rounds} rounds ...", flush=True)
+    measured = measure_latency(engines, images, BATCHES, options.rounds).latency
+    times = {batch: {name: each.p50 for name, found in measured.items() for each in found if each.batch == batch}
+             for batch in BATCHES}  # fmt: skip
     reference = key_of(next(row for row in rows if (row.peer, row.runtime) == (REFERENCE, ORT)))
     return [with_latency(row, times, reference, notes.get(key_of(row))) for row in rows]
 

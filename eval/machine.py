@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import resource
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from illama.accuracy import usable_cores
+from illama.errors import UserError
 
 
 def describe_machine() -> dict[str, Any]:
@@ -24,6 +27,42 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
+    """Keep this process to ``threads`` of its cores, before any engine is opened; returns those it may run on.
+
+    One hardware thread of each core comes first, where the machine tells which share one. Every runtime here takes
+    its number of threads from what is left. None changes nothing.
+
+    Raises:
+        UserError: for no threads, or for more than there are.
+    """
+    import torch
+
+    usable = sorted(os.sched_getaffinity(0))
+    if threads is None:
+        return usable
+    if not 1 <= threads <= len(usable):
+        raise UserError(f"threads must be 1 to {len(usable)}, the cores that this process may use, not {threads}")
+    chosen = sorted(_cores_first(usable, sysfs)[:threads])
+    for task in Path("/proc/self/task").iterdir():  # the threads that run already do not follow the first one
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task.name), chosen)
+    torch.set_num_threads(threads)
+    return chosen
+
+
+def _cores_first(usable: list[int], sysfs: Path) -> list[int]:
+    """One hardware thread of every core, then the second ones, and so on."""
+    seen: Counter[str] = Counter()
+    ranks = {}
+    for cpu in usable:
+        siblings = sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        core = siblings.read_text().strip() if siblings.exists() else str(cpu)
+        ranks[cpu] = seen[core]
+        seen[core] += 1
+    return sorted(usable, key=lambda cpu: (ranks[cpu], cpu))
 
 
 def peak_memory_gib() -> float:

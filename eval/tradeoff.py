@@ -63,7 +63,7 @@ def weigh(
     rows = {each.name: _row(each, correct[each.name], correct[candidates[0].name], seed) for each in candidates}
     rows[candidates[0].name].reference = True
     timed = {each.name: each.engine.infer for each in candidates if not rows[each.name].note}
-    for name, latency in measure_latency(timed, load_images(test, transform, 1)[0]).items():
+    for name, (latency,) in measure_latency(timed, load_images(test, transform, 1)[0]).latency.items():
         machine = describe_machine()
         on_gpu = rows[name].runtime in TITLES.values()  # what is not run there has a note, and is not timed
         rows[name].latency, rows[name].device = latency, machine["gpu" if on_gpu else "cpu"]
