@@ -1,128 +1,121 @@
-"""Accuracy and latency of every file in a set of bundles, under the same conditions."""
+"""Accuracy against latency of every file and engine, under the same conditions, and which of them to take:
+
+python eval/tradeoff.py runs/ptq --max-drop 0.2
+torchrun --nproc-per-node 8 eval/tradeoff.py runs/base --data /data/imagenet    # shares out the images, times alone
+
+The first file that runs on a CPU is the reference. The report goes to the output folder: report.html for people,
+report.json for programs, report.md for pull requests, plots for slides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
-from torch import nn
+import tyro
 from torch.utils.data import Dataset
 
-from deploy.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
-from deploy.record import EngineRecord
-from deploy.tensorrt_library import TITLES
-from eval.accuracy_drop import paired_drop
-from eval.latency import measure_latency
-from eval.machine import describe_machine
-from eval.report import Row
-from illama.accuracy import load_images, predict
-from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, TORCHAO, Manifest
-from illama.data import Sample, Transform
-from illama.errors import UserError
+from eval.candidates import expand, find_candidates
+from eval.machine import pin_threads
+from eval.measured import Report, read_report
+from eval.pareto import choose, front
+from eval.regression import compare_markdown, find_regressions
+from eval.report import write_report
+from eval.results import read_results
+from eval.table import markdown_table
+from eval.thumbnails import draw_thumbnails
+from eval.weigh import Images, WeighOptions, report_on, weigh
+from illama.bundle import Manifest, bundle_of, make_out
+from illama.checkpoint import read_preprocessing
+from illama.data import Sample, evenly_spaced, open_data
+from illama.distributed import Processes, processes
+from illama.errors import UserError, run_command
+
+UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A file and what runs it.
+class TradeoffOptions(WeighOptions):
+    """Weigh accuracy against latency for any number of bundles and engines.
 
     Attributes:
-        runtime: what the file is for, in words.
-        note: why that is not what runs it here.
+        paths: bundles, folders of them such as runs/ptq, or single files or engines.
+        data: what they were trained on; the test split is evaluated.
+        images: how many test images, evenly spaced; all if not given.
+        calibration_images: of the training split, which temperatures are fitted on; 0 for none.
+        workers: processes that read images.
+        out: where the report goes, and where an interrupted evaluation goes on.
     """
 
-    path: Path
-    engine: Engine
-    runtime: str
-    note: str | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.path} in {self.engine.runtime}"
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    data: str = "fashion-mnist"
+    images: int | None = None
+    calibration_images: int = 512
+    workers: int = 0
 
 
-def weigh(
-    bundles: Sequence[Path],
-    test: Dataset[Sample],
-    transform: Transform,
-    seed: int = 0,
-    networks: Mapping[str, nn.Module] | None = None,
-) -> list[Row]:
-    """One row for each file and runtime, over the whole test split, and timed at batch 1 where that has a meaning.
-
-    The first bundle's ``model.onnx`` in ONNX Runtime is the reference that drops are against. The bundles stand in one
-    folder, each under the name of its scheme.
-
-    Args:
-        networks: by the bundle's name, those that run inside PyTorch.
-    """
-    candidates = find_candidates(bundles, networks or {})
-    logits, labels = predict({each.name: each.engine.infer for each in candidates}, test, transform)
-    correct = {name: values.argmax(1) == labels for name, values in logits.items()}
-    rows = {each.name: _row(each, correct[each.name], correct[candidates[0].name], seed) for each in candidates}
-    rows[candidates[0].name].reference = True
-    timed = {each.name: each.engine.infer for each in candidates if not rows[each.name].note}
-    for name, (latency,) in measure_latency(timed, load_images(test, transform, 1)[0]).latency.items():
-        machine = describe_machine()
-        on_gpu = rows[name].runtime in TITLES.values()  # what is not run there has a note, and is not timed
-        rows[name].latency, rows[name].device = latency, machine["gpu" if on_gpu else "cpu"]
-    for each in candidates:
-        each.engine.close()
-    return list(rows.values())
+def check_inputs(options: WeighOptions) -> None:
+    """UserError, before the long work, for a baseline or results of other commands that cannot be read."""
+    for folder in options.also:
+        read_results(folder)
+    if options.fail_on_regression is not None:
+        read_report(options.fail_on_regression)
 
 
-def find_candidates(bundles: Sequence[Path], networks: Mapping[str, nn.Module]) -> list[Candidate]:
-    """Every file of the bundles in every runtime that it is for here: CPU files, PyTorch's, TensorRT's."""
-    found = []
-    for path in (bundle / CPU_ONNX for bundle in bundles if (bundle / CPU_ONNX).exists()):
-        found.append(Candidate(path, OnnxRuntimeEngine(path), "ONNX Runtime, CPU"))
-        if cpu_runtime(path) == "openvino":
-            engine = OpenVinoEngine(path)
-            found.append(Candidate(path, engine, f"OpenVINO, CPU ({engine.floats})"))
-    for path in (bundle / TORCHAO for bundle in bundles if (bundle / TORCHAO).exists()):
-        found.append(Candidate(path, TorchEngine(networks[path.parent.name], "cpu"), "PyTorch, CPU"))
-    for path in (bundle / FUSED_ONNX for bundle in bundles if (bundle / FUSED_ONNX).exists()):
-        found.append(_of_fused(path))
-    return found
+def write_and_tell(report: Report, split: Dataset[Sample], folder: Path, options: WeighOptions) -> list[str]:
+    """Write a report, print its table and its answer; what became worse than in the baseline, if one was given."""
+    shown = [flip.image for row in report.rows for flip in row.flipped]
+    write_report(report, folder, draw_thumbnails(split, shown))
+    batch = report.limits.batch
+    print(f"\n{markdown_table(report.rows, batch, front(report.rows, batch))}\n")
+    print(choose(report.rows, report.limits).sentence)
+    for reason in report.not_run:
+        print(reason)
+    print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {options.out / 'report.html'}")
+    if options.fail_on_regression is None:
+        return []
+    baseline = read_report(options.fail_on_regression)
+    regressions = find_regressions(baseline, report)
+    print(f"\n{compare_markdown(baseline, report, regressions)}")
+    return regressions
 
 
-def _of_fused(path: Path) -> Candidate:
-    """The engine built from a fused graph if it runs here, else the graph itself in ONNX Runtime."""
-    engines = sorted((path.parent / ENGINES).glob("*.engine"))
-    if not engines:
-        return Candidate(path, OnnxRuntimeEngine(path), "TensorRT", "No engine was built from it")
-    title = TITLES[EngineRecord.read(engines[0]).library]
-    try:
-        return Candidate(path, open_engine(engines[0]), title)
-    except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
-        note = f"It is the graph that the engine was built from; the engine itself was not run: {error}"
-        return Candidate(path, OnnxRuntimeEngine(path), title, note)
+def run(options: TradeoffOptions, group: Processes) -> list[str]:
+    """Weigh as one of the processes of ``group``; what became worse, if a baseline was given."""
+    start = time.perf_counter()
+    paths = expand(options.paths)
+    manifest = Manifest.read(bundle_of(paths[0]))
+    check_inputs(options)
+    data = open_data(options.data)
+    if list(data.classes) != manifest.classes:
+        raise UserError(f"{options.data} has other classes than {paths[0]} ({len(data.classes)} and "
+                        f"{len(manifest.classes)}): give the data that it was trained on")  # fmt: skip
+    transform = read_preprocessing(manifest).transform()
+    images = Images(options.data, data, evenly_spaced(data.test(), options.images), transform,
+                    options.calibration_images)  # fmt: skip
+    pin_threads(options.threads)
+    candidates = find_candidates(paths)
+    make_out(options.out)
+    weighed = weigh(candidates, images, options, options.out, options.out / UNFINISHED, options.workers, group)
+    if not group.main:
+        return []
+    seconds = {"evaluate and time": time.perf_counter() - start}
+    report = report_on(weighed, images, options, ", ".join(manifest.inputs) or str(paths[0]), seconds)
+    regressions = write_and_tell(report, images.split, options.out, options)
+    shutil.rmtree(options.out / UNFINISHED)
+    return regressions
 
 
-def _row(candidate: Candidate, correct: np.ndarray, reference: np.ndarray, seed: int) -> Row:
-    path = candidate.path
-    row = Row(
-        scheme=path.parent.name,
-        runtime=candidate.runtime,
-        evaluated_with=candidate.engine.runtime,
-        images=len(correct),
-        top1=float(correct.mean() * 100),
-        drop=paired_drop(reference, correct, seed),
-        onnx=f"{path.parent.name}/{path.name}",
-        onnx_bytes=path.stat().st_size,
-    )
-    if path.name == FUSED_ONNX:
-        row.note = candidate.note
-        _describe_engine(row, path.parent)
-    elif reason := Manifest.read(path.parent).metrics.get("not_timed"):
-        row.note = f"Not timed: {reason}"
-    return row
+def main(options: TradeoffOptions) -> None:
+    with processes(apart=True) as group:
+        regressions = run(options, group)
+    if regressions:
+        sys.exit(1)
 
 
-def _describe_engine(row: Row, bundle: Path) -> None:
-    """Fill in the engine that was built from the row's graph, if one was."""
-    for engine in sorted((bundle / ENGINES).glob("*.engine"))[:1]:
-        record = EngineRecord.read(engine)
-        row.engine, row.engine_bytes = f"{bundle.name}/{ENGINES}/{engine.name}", record.engine_bytes
-        row.fused = record.fused
+if __name__ == "__main__":
+    run_command(TradeoffOptions, main)

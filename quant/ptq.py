@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from deploy.build import build_fitting
 from deploy.builder import EngineOptions
 from deploy.tensorrt_library import Library, LibraryName, find_library
-from eval.machine import describe_machine, peak_memory_gib
-from eval.report import Summary, is_result, markdown_table, write_report
-from eval.tradeoff import weigh
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, command_line, package_versions, write_folder
+from eval.candidates import find_candidates
+from eval.machine import pin_threads
+from eval.measured import Report
+from eval.report import is_result
+from eval.tradeoff import check_inputs, write_and_tell
+from eval.weigh import Images, WeighOptions, report_on, weigh
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, write_folder
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked
@@ -36,7 +38,7 @@ DEFAULT_SCHEMES = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
-class PtqOptions:
+class PtqOptions(WeighOptions):
     """Quantize a trained vision transformer after training, build engines, and weigh accuracy against latency.
 
     Attributes:
@@ -46,11 +48,10 @@ class PtqOptions:
         schemes: any of those that python quant/schemes.py lists.
         scheme_file: a scheme of your own or of python quant/search.py, in YAML; then --schemes only names others.
         calibration_images: how many training images the ranges are taken from.
-        out: where the bundles, summary.json and report.html go; an earlier result there is replaced.
+        out: where the bundles and the report go; an earlier result there is replaced.
         image_size: run at another resolution than the checkpoint's: its position embedding is interpolated.
         library: tensorrt or tensorrt_rtx; whichever can build here, tensorrt first, if not given.
         targets: compute capabilities of the engines, such as sm86 sm89; the library's portable choice if not given.
-        seed: of the bootstrap's intervals; calibration is deterministic.
     """
 
     checkpoint: Path = SHIPPED
@@ -63,7 +64,6 @@ class PtqOptions:
     image_size: int | None = None
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()
-    seed: int = 0
 
 
 @dataclass
@@ -78,7 +78,6 @@ class Job:
     library: Library | None
     seconds: dict[str, float] = field(default_factory=dict)
     networks: dict[str, SoftMasked] = field(default_factory=dict)
-    layers: dict[str, list[list[str]]] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -128,18 +127,14 @@ def write_bundles(job: Job) -> list[Path]:
             if scheme.backend == "torchao":
                 job.networks[scheme.name] = load_torchao(bundle, copy.deepcopy(model))
         bundles.append(bundle)
-        note_scheme(job, scheme, bundle)
+        print_layers(bundle)
     return bundles
 
 
-def note_scheme(job: Job, scheme: Scheme, bundle: Path) -> None:
-    """Print what a scheme did to each layer, and keep it and what it could not do for the report."""
-    metrics = Manifest.read(bundle).metrics
-    job.layers[scheme.name] = metrics["layers"]
-    for layer, weight, activation in metrics["layers"]:
+def print_layers(bundle: Path) -> None:
+    """What a scheme did to each layer."""
+    for layer, weight, activation in Manifest.read(bundle).metrics["layers"]:
         print(f"  {layer:<26} {f'weight {weight}, ' if weight else ''}{'input ' if weight else ''}{activation}")
-    if metrics["no_tensorrt"]:
-        job.not_run.append(f"No graph for TensorRT of {scheme.name}: {metrics['no_tensorrt']}.")
 
 
 def build_engines(job: Job, bundles: list[Path]) -> None:
@@ -147,50 +142,37 @@ def build_engines(job: Job, bundles: list[Path]) -> None:
     if job.library is None:
         job.not_run.append("No engine was built: no TensorRT that can build is installed here.")
         return
-    built = 0
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
         unfit: tuple[str, ...] = ()
         with job.phase(f"build {bundle.name} engine"):
             try:
-                record, unfit = build_fitting(job.library, bundle, EngineOptions(job.options.targets))
-                built += record is not None
+                _, unfit = build_fitting(job.library, bundle, EngineOptions(job.options.targets))
             except UserError as error:  # the rest of the table is worth having without this engine
                 job.not_run.append(f"No {bundle.name} engine: {error}.")
         if unfit:
             job.not_run.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
-    if built and not torch.cuda.is_available():
-        job.not_run.append("Engines were built and their attention proven fused; they were not run or timed: that "
-                           "needs an NVIDIA GPU.")  # fmt: skip
-    if job.library.name == "tensorrt_rtx":
-        job.not_run.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
+
+
+def weigh_bundles(job: Job, bundles: list[Path]) -> Report:
+    """Accuracy and latency of everything that was written."""
+    options, data = job.options, job.inputs.data
+    images = Images(options.data, data, data.test(), job.origin.preprocessing.transform(), options.calibration_images)
+    with job.phase("evaluate and time"):
+        pin_threads(options.threads)
+        weighed = weigh(find_candidates(bundles, job.networks), images, options, job.folder)
+    return report_on(weighed, images, options, os.path.relpath(options.checkpoint), job.seconds, job.not_run)
 
 
 def main(options: PtqOptions) -> None:
+    check_inputs(options)
     with write_folder(options.out, is_result) as folder:
         job = open_job(options, folder)
         bundles = write_bundles(job)
         build_engines(job, bundles)
-        with job.phase("evaluate and time"):
-            transform = job.origin.preprocessing.transform()
-            rows = weigh(bundles, job.inputs.data.test(), transform, options.seed, job.networks)
-        summary = Summary(
-            rows=rows,
-            command=command_line(),
-            data=options.data,
-            checkpoint=os.path.relpath(options.checkpoint),
-            calibration_images=options.calibration_images,
-            machine=describe_machine(),
-            versions=package_versions(),
-            layers=job.layers,
-            seconds={**job.seconds, "all": sum(job.seconds.values())},
-            not_run=job.not_run,
-            peak_memory_gib=round(peak_memory_gib(), 2),
-        )
-        write_report(summary, folder)
-    print(f"\n{markdown_table(rows)}\n")
-    for reason in summary.not_run:
-        print(reason)
-    print(f"{summary.seconds['all']:.0f} s, {summary.peak_memory_gib} GiB; report: {options.out / 'report.html'}")
+        report = weigh_bundles(job, bundles)
+        regressions = write_and_tell(report, job.inputs.data.test(), folder, options)
+    if regressions:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""What there is to weigh in bundles: every file in every runtime that it is for here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from deploy.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
+from deploy.record import EngineRecord
+from deploy.tensorrt_library import TITLES
+from eval.bundles import refuse_frames
+from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, SCHEME, TORCHAO, Manifest, bundle_of, is_bundle
+from illama.errors import UserError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file and what runs it.
+
+    Attributes:
+        name: unlike any other's.
+        scheme: of its bundle.
+        path: the graph, or PyTorch's weights.
+        engine: what computes its logits here; one that several candidates share is one object.
+        runtime: what the file is for, in words.
+        built: the TensorRT engine built from the graph, if this is one.
+        on_gpu: whether it runs on one.
+        note: why it is not timed here; None where it is.
+    """
+
+    name: str
+    scheme: str
+    path: Path
+    engine: Engine
+    runtime: str
+    built: Path | None = None
+    on_gpu: bool = False
+    note: str | None = None
+
+
+def find_candidates(given: Sequence[Path], networks: Mapping[str, nn.Module] | None = None) -> list[Candidate]:
+    """Every file of the bundles in every runtime that it is for here: CPU files first, then PyTorch's, then TensorRT's.
+
+    Args:
+        given: bundles, or single files or engines of them.
+        networks: by the name of a bundle, those that run inside PyTorch, where they are at hand already.
+
+    Raises:
+        UserError: none given, one given twice, one that cannot be run or takes other images than the first.
+    """
+    schemes = _schemes(given)
+    check_alike(given)
+    found = [
+        candidate
+        for group in (_on_cpu, _in_torch, _in_tensorrt)
+        for path, scheme in zip(given, schemes, strict=True)
+        for candidate in group(path, scheme, networks or {})
+    ]
+    if not found:
+        raise UserError("there is no graph in what was given: make some with python quant/ptq.py")
+    return found
+
+
+def expand(given: Sequence[Path]) -> list[Path]:
+    """Each folder of bundles as its bundles, those of float networks first; all else as it is.
+
+    Raises:
+        UserError: a folder without a bundle, or nothing at a path.
+    """
+    paths: list[Path] = []
+    for path in given:
+        if not path.is_dir() or is_bundle(path):
+            paths.append(path)
+            continue
+        bundles = sorted((each for each in path.iterdir() if is_bundle(each)), key=_quantized)
+        if not bundles:
+            raise UserError(f"{path} is no bundle and holds none: make some with python quant/ptq.py")
+        paths += bundles
+    if not paths:
+        raise UserError("give at least one bundle, such as runs/ptq/fp32, or a folder of them")
+    return paths
+
+
+def _quantized(bundle: Path) -> tuple[bool, str]:
+    return (bundle / SCHEME).exists(), bundle.name
+
+
+def check_alike(given: Sequence[Path]) -> None:
+    """UserError unless all classify the same images into the same classes."""
+    if not given:
+        raise UserError("give at least one bundle, such as runs/ptq/fp32")
+    manifests = [Manifest.read(bundle_of(path)) for path in given]
+    for path, manifest in zip(given, manifests, strict=True):
+        refuse_frames(path, manifest)
+        if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
+            raise UserError(f"{path} takes other images or names other classes than {given[0]}: give bundles alike")
+
+
+def _schemes(given: Sequence[Path]) -> list[str]:
+    """The names of the bundles, or their paths where two have the same."""
+    if len({path.resolve() for path in given}) < len(given):
+        raise UserError("the same path was given twice: give each once")
+    folders = [bundle_of(path) for path in given]
+    names = {folder: folder.resolve().name for folder in folders}
+    ambiguous = len(set(names.values())) < len(names)
+    return [os.path.relpath(folder) if ambiguous else names[folder] for folder in folders]
+
+
+def _on_cpu(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[Candidate]:
+    graph = path / CPU_ONNX if path.is_dir() else path
+    if graph.suffix != ".onnx" or graph.name == FUSED_ONNX or not graph.exists():
+        return
+    reason = Manifest.read(graph.parent).metrics.get("not_timed")
+    note = f"Not timed: {reason}" if reason else None
+    runtime = "ONNX Runtime, CPU"
+    yield Candidate(f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph), runtime, note=note)
+    if cpu_runtime(graph) == "openvino":
+        engine = OpenVinoEngine(graph)
+        runtime = f"OpenVINO, CPU ({engine.floats})"
+        yield Candidate(f"{scheme}, {runtime}", scheme, graph, engine, runtime, note=note)
+
+
+def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[Candidate]:
+    weights = path / TORCHAO if path.is_dir() else path
+    if weights.name != TORCHAO or not weights.exists():
+        return
+    network = networks.get(weights.parent.name)
+    engine = TorchEngine(network, "cpu") if network is not None else open_engine(weights)
+    runtime = f"PyTorch, {'GPU' if 'cuda' in engine.runtime else 'CPU'}"
+    yield Candidate(f"{scheme}, {runtime}", scheme, weights, engine, runtime, on_gpu="cuda" in engine.runtime)
+
+
+def _in_tensorrt(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[Candidate]:
+    """The engines built from a fused graph that run here; for the others the graph itself, in ONNX Runtime."""
+    graph = bundle_of(path) / FUSED_ONNX
+    whole = path.is_dir() or path.name == FUSED_ONNX
+    engines = sorted((graph.parent / ENGINES).glob("*.engine")) if whole else [path]
+    if not graph.exists() or not (whole or path.suffix == ".engine"):
+        return
+    in_its_stead = None
+    for built in engines:
+        title = TITLES[EngineRecord.read(built).library]
+        try:
+            engine, note = open_engine(built), None
+        except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
+            engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph)
+            note = f"It is the graph that the engine was built from; the engine itself was not run: {error}"
+        yield Candidate(f"{scheme}, {title}", scheme, graph, engine, title, built, on_gpu=note is None, note=note)
+    if not engines:
+        note = "No engine was built from it"
+        yield Candidate(f"{scheme}, TensorRT", scheme, graph, OnnxRuntimeEngine(graph), "TensorRT", note=note)

@@ -1,0 +1,276 @@
+"""Accuracy and latency of candidates, under the same conditions, as the rows of a report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.temperature import store_temperature
+from torch.utils.data import Dataset
+
+from deploy.record import EngineRecord
+from eval.accuracy import Measured, measure
+from eval.accuracy_drop import paired_drop
+from eval.calibration_error import fit_temperatures
+from eval.candidates import Candidate
+from eval.evaluate import evaluate
+from eval.latency import measure_latency
+from eval.machine import describe_machine, peak_memory_gib
+from eval.measured import FlippedImage, Limits, Report, Row
+from eval.predictions import Predictions
+from eval.results import read_results
+from eval.sensors import find_gpu, open_meter
+from illama.accuracy import Infer, load_images
+from illama.bundle import Manifest, command_line, package_versions, sha256
+from illama.data import ImageData, Sample, Transform
+from illama.distributed import ALONE, Processes
+from illama.errors import UserError
+
+SHOWN = 24  # flipped images of each kind that a report may show
+
+
+@dataclass(frozen=True)
+class WeighOptions:
+    """How engines are timed, and what is asked of them.
+
+    Attributes:
+        batches: images a call; limits are on the first.
+        seconds: about how long the rounds at one batch size may take.
+        threads: of the CPU; one for each core if not given.
+        max_latency_ms: of the median of one call.
+        max_drop: points of top-1 that may be lost, at the upper end of their 95% interval.
+        max_megabytes: of the file that is deployed, 10^6 bytes.
+        also: folders with results of other commands, such as runs/robustness, to show in the same report.
+        fail_on_regression: an earlier report.json; exit with 1 if something became worse than in it.
+        seed: of intervals and of the order in which engines are timed.
+        out: where the report goes.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 64)
+    seconds: float = 10.0
+    threads: int | None = None
+    max_latency_ms: float | None = None
+    max_drop: float | None = None
+    max_megabytes: float | None = None
+    also: tuple[Path, ...] = ()
+    fail_on_regression: Path | None = None
+    seed: int = 0
+    out: Path = Path("runs/tradeoff")
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
+            raise UserError("--batches takes one batch size or more, each above 0 and given once")
+        if self.seconds <= 0:
+            raise UserError("--seconds must be above 0")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.batches[0], self.max_latency_ms, self.max_drop, self.max_megabytes)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What candidates are evaluated on.
+
+    Attributes:
+        name: of the data, as the user gave it.
+        split: of ``data``.
+        transform: the candidates' own.
+        calibration: how many images of the training split temperatures are fitted on; 0 for none.
+    """
+
+    name: str
+    data: ImageData
+    split: Dataset[Sample]
+    transform: Transform
+    calibration: int = 512
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Rows in the order of the candidates, the first of them the reference.
+
+    Attributes:
+        conditions: under which the latencies were taken.
+        notes: what was not measured, and why.
+        layers: scheme -> what it did, in rows of layer, weight, input.
+    """
+
+    rows: list[Row]
+    conditions: dict[str, Any]
+    notes: list[str]
+    layers: dict[str, list[list[str]]]
+
+
+def weigh(
+    candidates: Sequence[Candidate],
+    images: Images,
+    options: WeighOptions,
+    out: Path,
+    work: Path | None = None,
+    workers: int = 0,
+    group: Processes = ALONE,
+) -> Weighed:
+    """Evaluate every candidate, and time those that run here as they would be deployed.
+
+    Temperatures are fitted, and each is stored with its file.
+
+    Args:
+        out: where the report will lie; paths in the rows are relative to it.
+        work, workers, group: see :func:`eval.evaluate.evaluate`; of several processes, the main one alone times and
+            has rows.
+
+    Raises:
+        UserError: logits that are not finite, or do not fit the images.
+    """
+    models, first = _models(candidates)
+    temperatures, failed = fit_temperatures(models, images, group)
+    facts = {"data": images.name, "files": {each.name: sha256(each.path) for each in candidates},
+             "runtimes": {each.name: each.engine.runtime for each in candidates}}  # fmt: skip
+    evaluated = evaluate(models, images.split, images.transform, temperatures, work, workers, facts=facts,
+                         processes=group)  # fmt: skip
+    group.barrier()  # all have read what the others computed
+    if not group.main:
+        return Weighed([], {}, [], {})
+    notes = [f"No temperature of {model}: {reason}." for model, reason in failed.items()]
+    notes += _store(candidates, first, temperatures, images)
+    measured, reference = measure(evaluated, temperatures), evaluated[candidates[0].name].plain
+    rows = [
+        _row(each, measured[first[each.name]], reference, evaluated[first[each.name]].plain, out, options.seed)
+        for each in candidates
+    ]
+    rows[0].reference = True
+    conditions = _time(candidates, rows, images, options)
+    return Weighed(rows, conditions, notes + _notes_on(candidates), _layers_of(candidates))
+
+
+def report_on(weighed: Weighed, images: Images, options: WeighOptions, checkpoint: str, seconds: dict[str, float],
+              not_run: Sequence[str] = ()) -> Report:  # fmt: skip
+    """What was weighed, with what it was done on and by.
+
+    Args:
+        checkpoint: what was quantized.
+        seconds: of the steps; their sum is added.
+        not_run: what else was not measured, and why.
+    """
+    return Report(
+        rows=weighed.rows,
+        command=command_line(),
+        data=images.name,
+        checkpoint=checkpoint,
+        classes=tuple(images.data.classes),
+        machine=describe_machine(),
+        versions=package_versions(),
+        limits=options.limits,
+        conditions=weighed.conditions,
+        calibration_images=images.calibration,
+        seconds={**seconds, "all": sum(seconds.values())},
+        not_run=[*not_run, *weighed.notes],
+        peak_memory_gib=round(peak_memory_gib(), 2),
+        layers=weighed.layers,
+        others=[other for folder in options.also for other in read_results(folder)],
+    )
+
+
+def _models(candidates: Sequence[Candidate]) -> tuple[dict[str, Infer], dict[str, str]]:
+    """(what infers, by the name of the first candidate that it computes; candidate -> that name)."""
+    names: dict[int, str] = {}
+    first = {each.name: names.setdefault(id(each.engine), each.name) for each in candidates}
+    return {each.name: each.engine.infer for each in candidates if first[each.name] == each.name}, first
+
+
+def _store(
+    candidates: Sequence[Candidate], first: Mapping[str, str], temperatures: Mapping[str, float], images: Images
+) -> list[str]:
+    """Keep each graph's temperature in its bundle; what could not be kept, in words.
+
+    Of several runtimes of one graph the last one's stays: the one that it is deployed in.
+    """
+    failed = {}
+    for each in candidates:
+        if (temperature := temperatures.get(first[each.name])) is not None:
+            try:
+                store_temperature(each.path, temperature, images.calibration, images.name, each.engine.runtime)
+            except OSError as error:
+                failed[each.path] = f"The temperature of {each.name} was not stored with it: {error.strerror}."
+    return list(failed.values())
+
+
+def _row(
+    candidate: Candidate, measured: Measured, reference: Predictions, own: Predictions, out: Path, seed: int
+) -> Row:
+    path, record = candidate.path, EngineRecord.read(candidate.built) if candidate.built else None
+    files = [path, *([candidate.built] if candidate.built else [])]
+    return Row(
+        **vars(measured),
+        name=candidate.name,
+        scheme=candidate.scheme,
+        runtime=candidate.runtime,
+        evaluated_with=candidate.engine.runtime,
+        drop=paired_drop(reference.right, own.right, seed),
+        flipped=_flipped(measured, reference, own),
+        onnx=os.path.relpath(path, out),
+        onnx_bytes=path.stat().st_size,
+        engine=os.path.relpath(candidate.built, out) if candidate.built else None,
+        engine_bytes=record.engine_bytes if record else None,
+        fused=record.fused if record else True,
+        sha256={os.path.relpath(file, out): sha256(file) for file in files},
+        note=candidate.note,
+    )
+
+
+def _flipped(measured: Measured, reference: Predictions, own: Predictions) -> list[FlippedImage]:
+    if measured.change is None:
+        return []
+    flips = measured.change.flips
+    return [
+        FlippedImage(int(image), int(own.labels[image]), int(reference.predicted[image]), int(own.predicted[image]))
+        for kind in (flips.lost, flips.gained, flips.moved)
+        for image in kind[:SHOWN]
+    ]
+
+
+def _time(
+    candidates: Sequence[Candidate], rows: Sequence[Row], images: Images, options: WeighOptions
+) -> dict[str, Any]:
+    """Fill in the latencies of what runs here as it would be deployed; the conditions under which they were taken."""
+    timed = {each.name: each for each in candidates if not each.note}
+    gpu, machine = find_gpu(), describe_machine()
+    meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
+    engines = {name: each.engine.infer for name, each in timed.items()}
+    some = min(max(options.batches), len(images.split))  # type: ignore[arg-type]
+    pictures = load_images(images.split, images.transform, some)[0]
+    found = measure_latency(
+        engines, pictures, options.batches, seconds=options.seconds, meters=meters, seed=options.seed
+    )
+    for row in rows:
+        if row.name in timed:
+            row.latency = found.latency[row.name]
+            row.device = machine["gpu" if timed[row.name].on_gpu else "cpu"] if row.latency else None
+            refused = [f"not timed at batch {batch}: {reason}" for batch, reason in found.refused[row.name].items()]
+            row.note = "; ".join(refused) or None
+    return found.conditions
+
+
+def _notes_on(candidates: Sequence[Candidate]) -> list[str]:
+    """What no figure was measured for, and why, over all candidates."""
+    notes = []
+    for bundle, scheme in {each.path.parent: each.scheme for each in candidates}.items():
+        if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
+            notes.append(f"No graph for TensorRT of {scheme}: {reason}.")
+    engines = [each for each in candidates if each.built]
+    if any(each.note for each in engines):
+        notes.append("Engines were built and their attention proven fused; they were not run or timed: that needs "
+                     "an NVIDIA GPU that they were built for.")  # fmt: skip
+    if any(EngineRecord.read(each.built).library == "tensorrt_rtx" for each in engines if each.built):
+        notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
+    return notes
+
+
+def _layers_of(candidates: Sequence[Candidate]) -> dict[str, list[list[str]]]:
+    """Scheme -> what it did, in rows of layer, weight, input; of the bundles that quantization wrote."""
+    found = {each.scheme: Manifest.read(each.path.parent).metrics.get("layers") for each in candidates}
+    return {scheme: layers for scheme, layers in found.items() if layers}
