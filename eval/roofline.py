@@ -62,6 +62,8 @@ class RooflineOptions:
             raise UserError(f"--batch must be at least 1, not {self.batch}")
         if not self.bundles or not self.device:
             raise UserError("name at least one bundle and one --device")
+        if len({bundle.name for bundle in self.bundles}) < len(self.bundles):
+            raise UserError("two bundles have the same name: predict for them one after the other")
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         return {"bundle": self.bundle, "device": self.device, "milliseconds": self.milliseconds,
-                "floors": [asdict(floor) for floor in self.floors],
+                "floors": {floor.layer: floor.milliseconds for floor in self.floors},
                 "measured": vars(self.measured) if self.measured else None}  # fmt: skip
 
 
@@ -218,12 +220,10 @@ def layer_table(prediction: Prediction) -> str:
     return markdown(("layer", "in", "MFLOP", "kB", "bound", "predicted ms", *more), rows)
 
 
-def device_table(predictions: Sequence[Prediction]) -> str:
+def device_table(predictions: Sequence[Prediction], bundles: Sequence[str], devices: Sequence[str]) -> str:
     """A line for each device, a column for each bundle; a dash where the device lacks a precision."""
     times = {(each.device, each.bundle): f"{each.milliseconds:.3f}" for each in predictions}
-    bundles = list(dict.fromkeys(each.bundle for each in predictions))
-    rows = [(device, *(times.get((device, bundle), "-") for bundle in bundles))
-            for device in dict.fromkeys(each.device for each in predictions)]  # fmt: skip
+    rows = [(device, *(times.get((device, bundle), "-") for bundle in bundles)) for device in devices]
     return markdown(("device", *(f"{bundle} ms, predicted" for bundle in bundles)), rows)
 
 
@@ -243,15 +243,15 @@ def _against(predicted: float, measured: float | None, digits: int = 4) -> tuple
     return f"{measured:.{digits}f}", f"{(predicted / measured - 1) * 100:+.0f}%"
 
 
-def report(predictions: Sequence[Prediction], devices: Sequence[Device], batch: int) -> str:
+def report(predictions: Sequence[Prediction], bundles: Sequence[str], devices: Sequence[Device], batch: int) -> str:
     """The tables, after the peaks that they come from."""
     lines = [f"PREDICTED, not measured: the least that a call can take, batch {batch}", ""]
     for device in devices:
         peaks = ", ".join(f"{name} {value:.4g}" for name, value in device.peaks.items())
         lines.append(f"- {device.name}: {peaks} x 10^12 operations/s, {device.bandwidth:.4g} GB/s ({device.source})")
     tables = [layer_table(predictions[0])] if len(predictions) == 1 else []
-    if any(each.measured is None for each in predictions):
-        tables.append(device_table([each for each in predictions if each.measured is None]))
+    if elsewhere := [device.name for device in devices if device.name != CPU]:
+        tables.append(device_table(predictions, bundles, elsewhere))
     if any(each.measured for each in predictions):
         tables.append(measured_table(predictions))
     return "\n\n".join(["\n".join(lines), *tables])
@@ -270,9 +270,10 @@ def main(options: RooflineOptions) -> None:
                 refused = error
     if refused and not predictions:
         raise refused
+    names = [bundle.name for bundle in options.bundles]
     facts = {"batch": options.batch, "devices": [asdict(each) for each in devices],
              "predictions": [each.to_json() for each in predictions]}  # fmt: skip
-    write_results(options.out, RESULTS, facts, report(predictions, devices, options.batch))
+    write_results(options.out, RESULTS, facts, report(predictions, names, devices, options.batch))
 
 
 if __name__ == "__main__":

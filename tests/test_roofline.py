@@ -146,7 +146,10 @@ def test_tables_show_what_lacks_a_precision_and_by_how_much_a_prediction_misses(
     here = Prediction("int8", "cpu", [floor], times)
     there = [Prediction("fp16", "thor", [floor, floor]), Prediction("fp8", "thor", [floor]),
              Prediction("fp16", "agx-orin", [floor])]  # fmt: skip
-    assert device_table(there).splitlines()[2:] == ["| thor | 1.000 | 0.500 |", "| agx-orin | 0.500 | - |"]
+    assert device_table(there, ["fp16", "fp8"], ["thor", "agx-orin"]).splitlines()[2:] == [
+        "| thor | 1.000 | 0.500 |",
+        "| agx-orin | 0.500 | - |",
+    ]
     assert measured_table([here]).splitlines()[-1] == "| int8 | 0.50 | 2.00 | -75% | 4.00 | -88% |"
     assert layer_table(here).splitlines()[-1].endswith("| memory | 0.5000 | 2.0000 | -75% |")
     assert json.loads(json.dumps(here.to_json()))["measured"]["layers"] == {"fc": 2.0}
