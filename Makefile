@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test figures clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,10 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+# Every figure in README.md and docs/ printed again; ALL=1 for those of training runs too, which take hours.
+figures: setup
+	$(BIN)/python docs/figures.py $(if $(ALL),--all,--minutes 30)
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

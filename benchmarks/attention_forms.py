@@ -1,23 +1,29 @@
 """Which exact form of the attention is fastest here: python benchmarks/attention_forms.py
 
 Times the whole network, forward alone and a training step, in the plain and the fused form, in turn in
-every round, and prints the ratio. illama.masks.fastest_form holds the outcome.
+every round, and gives the ratio. illama.masks.fastest_form holds the outcome.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from eval.machine import describe_machine
+from eval.results import markdown, write_results
 from illama import ILLaMA, ModelConfig
 from illama.errors import run_command
 from illama.masks import Form
+
+ALPHAS = (0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,13 @@ class BenchmarkOptions:
         sizes: presets of ModelConfig.
         batches: images per call.
         rounds: timed calls of each form.
+        out: folder for the results.
     """
 
     sizes: tuple[str, ...] = ("nano", "tiny")
     batches: tuple[int, ...] = (1, 8)
     rounds: int = 20
+    out: Path = Path("results/attention-forms")
 
 
 def forward(model: ILLaMA, images: Tensor) -> None:
@@ -61,22 +69,36 @@ def time_forms(model: ILLaMA, images: Tensor, call: Callable[[ILLaMA, Tensor], N
     return {form: float(np.median(values)) for form, values in times.items()}
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each size and batch: how many times as fast the fused form is, forward / training step."""
+    cells = {(f"{row['size']}, batch {row['batch']}", row["alpha"], row["call"]): row["plain"] / row["fused"]
+             for row in rows}  # fmt: skip
+    lines = [(place, *(f"{cells[place, alpha, 'forward']:.2f} / {cells[place, alpha, 'training_step']:.2f}"
+                       for alpha in ALPHAS)) for place in dict.fromkeys(place for place, _, _ in cells)]  # fmt: skip
+    return markdown(("forward / training step", *(f"alpha {alpha:g}" for alpha in ALPHAS)), lines)
+
+
 def main(options: BenchmarkOptions) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(describe_machine())
-    print(f"{'':38} {'plain ms':>10} {'fused ms':>10} {'ratio':>8}")
-    for size in options.sizes:
+    rows = []
+    for size, batch in tqdm(list(itertools.product(options.sizes, options.batches)), unit="network"):
         config = ModelConfig.preset(size)
         model = ILLaMA(config).to(device)
-        for batch in options.batches:
-            images = torch.randn(batch, config.in_channels, config.image_size, config.image_size, device=device)
-            for alpha in (0.0, 0.5, 1.0):
-                model.soft_mask = alpha
-                for call in (forward, training_step):
-                    times = time_forms(model, images, call, options.rounds)
-                    label = f"{size} batch {batch} alpha {alpha} {call.__name__}"
-                    ratio = times["plain"] / times["fused"]
-                    print(f"{label:38} {times['plain']:10.2f} {times['fused']:10.2f} {ratio:8.2f}", flush=True)
+        images = torch.randn(batch, config.in_channels, config.image_size, config.image_size, device=device)
+        for alpha, call in itertools.product(ALPHAS, (forward, training_step)):
+            model.soft_mask = alpha
+            times = time_forms(model, images, call, options.rounds)
+            rows.append(
+                {
+                    "size": size,
+                    "batch": batch,
+                    "alpha": alpha,
+                    "call": call.__name__,
+                    "plain": times["plain"],
+                    "fused": times["fused"],
+                }
+            )
+    write_results(options.out, "attention-forms", {"milliseconds": rows}, table(rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.results import markdown, write_results
 from illama.errors import UserError, run_command
 
 
@@ -28,6 +29,7 @@ class SizingOptions:
         cores: of each machine; those of the measured one if not given.
         busy: share of its cores that a machine may use at the peak; queues grow long above.
         spare: machines that may be down at the peak.
+        out: folder for the results.
     """
 
     measured: Annotated[Path, tyro.conf.Positional]
@@ -36,6 +38,7 @@ class SizingOptions:
     cores: int | None = None
     busy: float = 0.6
     spare: int = 1
+    out: Path = Path("results/serve-sizing")
 
 
 def machines(cpu_ms: float, images_per_second: float, cores: int, busy: float, spare: int) -> int:
@@ -70,13 +73,15 @@ def main(options: SizingOptions) -> None:
     cores, cpu = options.cores or measured_cores, best["server_cpu_ms"]
     count = machines(cpu, options.images_per_second, cores, options.busy, options.spare)
     needed = options.images_per_second * cpu / 1e3
-    print(
-        f"measured      {cpu:.2f} ms of a core for an image, p99 {best['p99_ms']:.1f} ms, at {best['clients']} clients"
-    )
-    print(f"on            {name}, {measured_cores} cores; {memory:.1f} GiB for the server")
-    print(f"the load      {options.images_per_second:g} images/s x {cpu:.2f} ms = {needed:.1f} cores at work")
-    print(f"a machine     {cores} cores x {options.busy:g} = {cores * options.busy:.1f} cores at the peak")
-    print(f"machines      {needed:.1f} / {cores * options.busy:.1f}, rounded up, + {options.spare} spare = {count}")
+    peak = cores * options.busy
+    rows = [
+        ("measured", f"{cpu:.2f} ms of a core for an image, p99 {best['p99_ms']:.1f} ms, at {best['clients']} clients"),
+        ("on", f"{name}, {measured_cores} cores; {memory:.1f} GiB for the server"),
+        ("the load", f"{options.images_per_second:g} images/s x {cpu:.2f} ms = {needed:.1f} cores at work"),
+        ("a machine", f"{cores} cores x {options.busy:g} = {peak:.1f} cores at the peak"),
+        ("machines", f"{needed:.1f} / {peak:.1f}, rounded up, + {options.spare} spare = {count}"),
+    ]
+    write_results(options.out, "serve-sizing", {"machines": count}, markdown(("what", "how much"), rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ so that whatever else the machine does hits both sides, and its median and quart
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.machine import describe_machine
+from eval.results import markdown, write_results
 from illama import ILLaMA, ModelConfig
-from illama.bundle import command_line, write_file
 from illama.errors import UserError, run_command
 from illama.model import PatchEmbed, SwiGLU
 
@@ -51,7 +49,7 @@ class BenchmarkOptions:
         compile: time both under torch.compile as well; compiling takes some minutes.
         rounds: timed steps of each variant.
         threads: of PyTorch on a CPU; its own choice if not given.
-        json: file for the results.
+        out: folder for the results, train-step.json and train-step.md.
     """
 
     size: str = "tiny"
@@ -61,7 +59,7 @@ class BenchmarkOptions:
     compile: bool = True
     rounds: int = 15
     threads: int | None = None
-    json: Path | None = None
+    out: Path = Path("results/train-step")
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.rounds < 1 or (self.threads is not None and self.threads < 1):
@@ -259,6 +257,16 @@ def print_row(row: dict[str, Any]) -> None:
         print(f"  faster, {label:32}{_spread(value, 2)}", flush=True)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each ratio and precision, a column for each soft mask: median and quartiles over the rounds."""
+    alphas = list(dict.fromkeys(row["alpha"] for row in rows))
+    cells = {(label, row["precision"], row["alpha"]): f"{value['median']:.2f} ({value['q1']:.2f} to {value['q3']:.2f})"
+             for row in rows for label, value in row["speedup"].items()}  # fmt: skip
+    lines = [(*place, *(cells[*place, alpha] for alpha in alphas))
+             for place in dict.fromkeys((label, precision) for label, precision, _ in cells)]  # fmt: skip
+    return markdown(("times faster", "precision", *(f"alpha {alpha:g}" for alpha in alphas)), lines)
+
+
 def _spread(value: dict[str, float], digits: int) -> str:
     return f"{value['median']:9.{digits}f}  [{value['q1']:.{digits}f}, {value['q3']:.{digits}f}]"
 
@@ -271,8 +279,6 @@ def main(options: BenchmarkOptions) -> None:
     torch.manual_seed(0)
     images = torch.randn(options.batch, config.in_channels, config.image_size, config.image_size, device=device)
     labels = torch.randint(config.num_classes, (options.batch,), device=device)
-    machine = {**describe_machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(machine)
     deviation = compare(config, images, labels, options.alphas)
     print(f"same loss; gradients within {deviation:.1e} of each parameter's largest (allowed: {TOLERANCE:.0e})")
     results = []
@@ -286,11 +292,10 @@ def main(options: BenchmarkOptions) -> None:
         for row in summarise(time_steps(steps, options, device), precision):
             print_row(row)
             results.append(row)
-    if options.json:
-        content = {"made_by": command_line(), "machine": machine, "gradient_deviation": deviation, "results": results,
-                   "options": {name: value for name, value in asdict(options).items() if name != "json"}}  # fmt: skip
-        with write_file(options.json) as draft:
-            draft.write_text(json.dumps(content, indent=2) + "\n")
+    facts = {"threads": torch.get_num_threads(), "gradient_deviation": deviation, "results": results,
+             "options": {name: value for name, value in asdict(options).items() if name != "out"}}  # fmt: skip
+    print()
+    write_results(options.out, "train-step", facts, table(results))
 
 
 if __name__ == "__main__":

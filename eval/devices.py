@@ -18,6 +18,10 @@ from illama.errors import UserError
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
 
 
+class LacksPrecisionError(UserError):
+    """The device has no such arithmetic."""
+
+
 @dataclass(frozen=True)
 class Device:
     """What a machine can do at most.
@@ -34,9 +38,11 @@ class Device:
     source: str
 
     def peak(self, precision: Precision) -> float:
-        """Operations a second; UserError where the device has no such arithmetic."""
+        """Operations a second; LacksPrecisionError where the device has no such arithmetic."""
         if precision not in self.peaks:
-            raise UserError(f"{self.name} does not compute in {precision}: choose another bundle or another --device")
+            raise LacksPrecisionError(
+                f"{self.name} does not compute in {precision}: choose another bundle or another --device"
+            )
         return self.peaks[precision] * 1e12
 
 

@@ -16,14 +16,25 @@ floor(N^2 / 2) + 1 for T, which for N > 2 is a little less than the triangle has
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from eval.results import markdown, write_results
 from illama import ModelConfig
 from illama.config import MaskKind
 from illama.errors import UserError, run_command
 
 Form = Literal["needed", "plain", "fused"]
+RESULTS = "flops"
+COLUMNS: dict[str, tuple[MaskKind, Form]] = {
+    "bidirectional": ("bidirectional", "plain"),
+    "post, needed": ("post_softmax", "needed"),
+    "post, plain": ("post_softmax", "plain"),
+    "post, fused": ("post_softmax", "fused"),
+    "pre, needed": ("pre_softmax", "needed"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,12 @@ class FlopsOptions:
     Attributes:
         sizes: presets, such as tiny; NAME@PIXELS for another resolution.
         readout_only: compute the last block for the class token alone, as this project's network does.
+        out: folder for the results.
     """
 
     sizes: tuple[str, ...] = ("nano", "tiny", "small", "base", "base@384", "large", "large@384")
     readout_only: bool = False
+    out: Path = Path("runs/flops")
 
 
 @dataclass(frozen=True)
@@ -130,22 +143,26 @@ def preset_named(name: str, mask: MaskKind = "post_softmax") -> ModelConfig:
     return replace(config, image_size=int(pixels)) if at else config
 
 
-def main(options: FlopsOptions) -> None:
-    columns: list[tuple[str, MaskKind, Form]] = [
-        ("bidirectional", "bidirectional", "plain"), ("post, needed", "post_softmax", "needed"),
-        ("post, plain", "post_softmax", "plain"), ("post, fused", "post_softmax", "fused"),
-        ("pre, needed", "pre_softmax", "needed")]  # fmt: skip
-    print("Giga-MACs of one image: the whole network, and in brackets its attention (qkv, products, proj)\n")
-    print("| size | tokens | " + " | ".join(title for title, _, _ in columns) + " | causal attention by the paper |")
-    print("|---" * (len(columns) + 3) + "|")
-    for size in options.sizes:
-        cells = []
-        for _, mask, form in columns:
-            macs = count_macs(preset_named(size, mask), form, options.readout_only)
-            cells.append(f"{macs.total / 1e9:.3f} ({(macs.projections + macs.products) / 1e9:.3f})")
+def table(counts: Mapping[str, Mapping[str, Macs]]) -> str:
+    """A line for each size: the whole network, and in brackets its attention (qkv, products, proj)."""
+    rows = []
+    for size, macs in counts.items():
         config = preset_named(size)
         paper = config.depth * paper_attention_macs(config.tokens, config.width, causal=True)
-        print(f"| {size} | {config.tokens} | " + " | ".join(cells) + f" | {paper / 1e9:.3f} |")
+        cells = [f"{each.total / 1e9:.3f} ({(each.projections + each.products) / 1e9:.3f})" for each in macs.values()]
+        rows.append((size, str(config.tokens), *cells, f"{paper / 1e9:.3f}"))
+    return markdown(("size", "tokens", *COLUMNS, "causal attention by the paper"), rows)
+
+
+def main(options: FlopsOptions) -> None:
+    counts = {
+        size: {title: count_macs(preset_named(size, mask), form, options.readout_only)
+               for title, (mask, form) in COLUMNS.items()}
+        for size in options.sizes
+    }  # fmt: skip
+    facts = {size: {title: asdict(macs) for title, macs in each.items()} for size, each in counts.items()}
+    print("Giga-MACs of one image: the whole network, and in brackets its attention (qkv, products, proj)\n")
+    write_results(options.out, RESULTS, {"readout_only": options.readout_only, "macs": facts}, table(counts))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ of the logits' exponentials (Liu et al., arXiv 2010.03759, with temperature 1).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +22,12 @@ from torch.utils.data import Dataset
 
 from eval.bundles import open_bundles, open_fitting_data, predict_checked
 from eval.predictions import probabilities
+from eval.results import markdown, write_results
 from illama.data import evenly_spaced, open_data
 from illama.data_shards import IMAGE_SUFFIXES, Sample, decode_image
 from illama.errors import UserError, run_command
+
+RESULTS = "out-of-distribution"
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class OutsideOptions:
         outside: images of another kind: a folder of pictures at any depth, or anything that --data takes.
         data: what the bundles were trained on; its test split is inside.
         images: how many of each at most, evenly spaced; all if not given.
+        out: folder for the results.
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     outside: str
     data: str = "fashion-mnist"
     images: int | None = None
+    out: Path = Path("runs/out-of-distribution")
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,14 @@ def open_outside(spec: str) -> Dataset[Sample]:
     return Pictures(folder) if folder.is_dir() and not (folder / "val").is_dir() else open_data(spec).test()
 
 
-def print_table(results: Mapping[str, Mapping[str, Separation]]) -> None:
+def table(results: Mapping[str, Mapping[str, Separation]]) -> str:
     """A line for each model, two columns for each score."""
-    scores = list(next(iter(results.values())))
-    print(f"\n| model | {' | '.join(f'{name}: AUROC | FPR at 95%' for name in scores)} |")
-    print("|---" * (1 + 2 * len(scores)) + "|")
-    for model, separations in results.items():
-        cells = [f"{each.auroc:.4f} | {each.fpr_at_95 * 100:.1f}%" for each in separations.values()]
-        print(f"| {model} | {' | '.join(cells)} |")
+    headings = [f"{name}: {figure}" for name in next(iter(results.values())) for figure in ("AUROC", "FPR at 95%")]
+    rows = [
+        (model, *(cell for each in separations.values() for cell in (f"{each.auroc:.4f}", f"{each.fpr_at_95:.1%}")))
+        for model, separations in results.items()
+    ]
+    return markdown(("model", *headings), rows)
 
 
 def main(options: OutsideOptions) -> None:
@@ -129,8 +134,13 @@ def main(options: OutsideOptions) -> None:
     chosen = [evenly_spaced(images, options.images and min(options.images, len(images))) for images in sets]  # type: ignore[arg-type]
     transform = bundles.preprocessing.transform()
     inside, outside = (predict_checked(bundles, images, transform)[0] for images in chosen)
-    print(f"{len(chosen[0])} images of {options.data}, {len(chosen[1])} of {options.outside}")  # type: ignore[arg-type]
-    print_table({model: measure(inside[model], outside[model]) for model in bundles.models})
+    results = {model: measure(inside[model], outside[model]) for model in bundles.models}
+    images: tuple[int, int] = (len(chosen[0]), len(chosen[1]))  # type: ignore[arg-type]
+    facts = {"data": options.data, "outside": options.outside, "images": images,
+             "models": {model: {name: asdict(each) for name, each in scores.items()}
+                        for model, scores in results.items()}}  # fmt: skip
+    print(f"{images[0]} images of {options.data}, {images[1]} of {options.outside}\n")
+    write_results(options.out, RESULTS, facts, table(results))
 
 
 if __name__ == "__main__":

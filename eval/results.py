@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from eval.machine import describe_machine
+from eval.measured import OtherResult
 from illama.bundle import command_line, make_out, package_versions, write_file
+from illama.errors import UserError
+from illama.markdown_table import markdown
 
+__all__ = ["markdown", "read_results", "write_results"]
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows))
+# What a reader is told of results, by their name or that of their folder.
+_TITLES = {
+    "robustness": "Corrupted images",
+    "out-of-distribution": "Images of another kind",
+    "shape-bias": "Shape or texture",
+    "segmentation": "Segmentation",
+    "sensitivity": "What quantizing each layer alone costs",
+    "flops": "Operations",
+    "roofline": "Predicted latency",
+    "trust": "What changes behind a top-1",
+}
 
 
 def write_results(folder: Path, name: str, content: Mapping[str, Any], table: str) -> None:
@@ -24,3 +36,26 @@ def write_results(folder: Path, name: str, content: Mapping[str, Any], table: st
         with write_file(folder / f"{name}{suffix}") as draft:
             draft.write_text(text)
     print(table)
+
+
+def read_results(folder: Path) -> list[OtherResult]:
+    """Every result that :func:`write_results` or python quant/sensitivity.py wrote into a folder, by their names.
+
+    Raises:
+        UserError: there is none, or one that is damaged.
+    """
+    pairs = [(path, path.with_suffix(".json")) for path in sorted(folder.glob("*.md"))]
+    results = []
+    for table, figures in pairs:
+        try:
+            facts = json.loads(figures.read_text())
+            command, machine, text = facts["command"], facts.get("machine", {}), table.read_text()
+        except FileNotFoundError:  # a text beside the results
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{figures} is no result of a command in eval/: make it again") from error
+        title = _TITLES.get(table.stem) or _TITLES.get(folder.resolve().name) or table.stem.replace("-", " ")
+        results.append(OtherResult(title, str(table), command, machine, text))
+    if not results:
+        raise UserError(f"{folder} holds no results: a NAME.md with its NAME.json, as python eval/robustness.py writes")
+    return results

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,31 +26,44 @@ import tyro
 from onnx import TensorProto, helper, numpy_helper
 
 from eval.bundles import refuse_frames
-from eval.devices import Device, find_device
+from eval.devices import Device, LacksPrecisionError, find_device
 from eval.machine import describe_machine
 from eval.onnx_costs import ProductCost, product_costs
+from eval.results import markdown, write_results
 from illama.accuracy import usable_cores
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.errors import UserError, run_command
 from illama.onnx_session import cpu_session
 from quant.costs import GraphTimes, time_graphs
 
+RESULTS = "roofline"
+CPU = "cpu"  # this machine
 _PROBE = 1024  # side of the matrices that the CPU's peaks are measured with
 
 
 @dataclass(frozen=True)
 class RooflineOptions:
-    """Predict a floor of a bundle's latency on a device, layer by layer.
+    """Predict a floor of bundles' latency on devices; of one bundle on one device, layer by layer.
 
     Attributes:
-        bundle: of python quant/ptq.py.
+        bundles: of python quant/ptq.py.
         device: such as orin-nano, agx-orin, thor, rtx-4090, l4, h100; cpu is this machine, measured.
         batch: images a call.
+        out: folder for the results.
     """
 
-    bundle: Annotated[Path, tyro.conf.Positional]
-    device: str = "orin-nano"
+    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    device: tuple[str, ...] = ("orin-nano",)
     batch: int = 1
+    out: Path = Path("runs/roofline")
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UserError(f"--batch must be at least 1, not {self.batch}")
+        if not self.bundles or not self.device:
+            raise UserError("name at least one bundle and one --device")
+        if len({bundle.name for bundle in self.bundles}) < len(self.bundles):
+            raise UserError("two bundles have the same name: predict for them one after the other")
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,7 @@ def measure_cpu(rounds: int = 10) -> Device:
     operations = 2 * _PROBE**3
     peaks = {precision: operations / _best(_product(integer), rounds) / 1e12
              for precision, integer in (("fp32", False), ("int8", True))}  # fmt: skip
-    return Device("cpu", _copy_rate(rounds) / 1e9, peaks, f"measured here: {describe_machine()['cpu']}")  # type: ignore[arg-type]
+    return Device(CPU, _copy_rate(rounds) / 1e9, peaks, f"measured here: {describe_machine()['cpu']}")  # type: ignore[arg-type]
 
 
 def _product(integer: bool) -> tuple[onnxruntime.InferenceSession, np.ndarray]:
@@ -167,42 +180,100 @@ def find_file(bundle: Path, on_cpu: bool) -> Path:
     return found[0]
 
 
-def print_table(floors: Sequence[LayerFloor], measured: GraphTimes | None) -> None:
-    """A line for each layer, and the sum; with what was measured and by how much the prediction misses it."""
-    more = "  measured ms    error" if measured else ""
-    print(f"{'layer':28} {'in':>9} {'MFLOP':>9} {'kB':>9} {'bound':>8}  predicted ms{more}")
-    rows = [(floor, measured.layers.get(floor.layer) if measured else None) for floor in floors]
-    operations, size, milliseconds = (
-        sum(getattr(floor, name) for floor in floors) for name in ("operations", "bytes", "milliseconds")
-    )
-    total = LayerFloor("all products", "", operations, size, milliseconds, "")
-    rows.append((total, sum(measured.layers.values()) if measured else None))
-    for floor, time_taken in rows:
-        line = (f"{floor.layer:28} {floor.precision:>9} {floor.operations / 1e6:9.2f} {floor.bytes / 1e3:9.1f} "
-                f"{floor.bound:>8} {floor.milliseconds:13.4f}")  # fmt: skip
-        print(line + (f" {time_taken:12.4f} {_error(floor.milliseconds, time_taken):>8}" if time_taken else ""))
-    if measured:
-        print(f"{'the rest':66} {'not predicted':>13} {measured.rest:12.4f}")
-        print(f"{'a whole call':66} {total.milliseconds:13.4f} {measured.call:12.4f} "
-              f"{_error(total.milliseconds, measured.call):>8}")  # fmt: skip
+@dataclass(frozen=True)
+class Prediction:
+    """A file on a device, and what its layers take in fact where the device is this machine; ``bundle`` is its name."""
+
+    bundle: str
+    device: str
+    floors: list[LayerFloor]
+    measured: GraphTimes | None = None
+
+    @property
+    def milliseconds(self) -> float:
+        """The floor of the whole network."""
+        return sum(floor.milliseconds for floor in self.floors)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bundle": self.bundle, "device": self.device, "milliseconds": self.milliseconds,
+                "floors": {floor.layer: floor.milliseconds for floor in self.floors},
+                "measured": vars(self.measured) if self.measured else None}  # fmt: skip
 
 
-def _error(predicted: float, measured: float) -> str:
-    return f"{(predicted / measured - 1) * 100:+.0f}%"
+def predict(bundle: Path, device: Device, batch: int) -> Prediction:
+    """UserError if the bundle has no file for the device, or the device lacks a precision."""
+    on_cpu = device.name == CPU
+    path = find_file(bundle, on_cpu)
+    floors = predict_floor(product_costs(path, batch), device)
+    return Prediction(bundle.name, device.name, floors, measure_layers(path, floors, batch) if on_cpu else None)
+
+
+def layer_table(prediction: Prediction) -> str:
+    """A line for each layer; with what was measured and by how much the prediction misses it."""
+    measured = prediction.measured
+    rows = []
+    for floor in prediction.floors:
+        row = (floor.layer, floor.precision, f"{floor.operations / 1e6:.2f}", f"{floor.bytes / 1e3:.1f}", floor.bound,
+               f"{floor.milliseconds:.4f}")  # fmt: skip
+        rows.append((*row, *_against(floor.milliseconds, measured.layers.get(floor.layer))) if measured else row)
+    more = ("measured ms", "error") if measured else ()
+    return markdown(("layer", "in", "MFLOP", "kB", "bound", "predicted ms", *more), rows)
+
+
+def device_table(predictions: Sequence[Prediction], bundles: Sequence[str], devices: Sequence[str]) -> str:
+    """A line for each device, a column for each bundle; a dash where the device lacks a precision."""
+    times = {(each.device, each.bundle): f"{each.milliseconds:.3f}" for each in predictions}
+    rows = [(device, *(times.get((device, bundle), "-") for bundle in bundles)) for device in devices]
+    return markdown(("device", *(f"{bundle} ms, predicted" for bundle in bundles)), rows)
+
+
+def measured_table(predictions: Sequence[Prediction]) -> str:
+    """A line for each bundle that was measured here: its products, and a whole call."""
+    headings = ("bundle", "products, predicted ms", "products, measured ms", "error", "a whole call, measured ms",
+                "error")  # fmt: skip
+    return markdown(headings, [
+        (each.bundle, f"{each.milliseconds:.2f}", *_against(each.milliseconds, sum(each.measured.layers.values()), 2),
+         *_against(each.milliseconds, each.measured.call, 2)) for each in predictions if each.measured
+    ])  # fmt: skip
+
+
+def _against(predicted: float, measured: float | None, digits: int = 4) -> tuple[str, str]:
+    if not measured:
+        return "-", "-"
+    return f"{measured:.{digits}f}", f"{(predicted / measured - 1) * 100:+.0f}%"
+
+
+def report(predictions: Sequence[Prediction], bundles: Sequence[str], devices: Sequence[Device], batch: int) -> str:
+    """The tables, after the peaks that they come from."""
+    lines = [f"PREDICTED, not measured: the least that a call can take, batch {batch}", ""]
+    for device in devices:
+        peaks = ", ".join(f"{name} {value:.4g}" for name, value in device.peaks.items())
+        lines.append(f"- {device.name}: {peaks} x 10^12 operations/s, {device.bandwidth:.4g} GB/s ({device.source})")
+    tables = [layer_table(predictions[0])] if len(predictions) == 1 else []
+    if elsewhere := [device.name for device in devices if device.name != CPU]:
+        tables.append(device_table(predictions, bundles, elsewhere))
+    if any(each.measured for each in predictions):
+        tables.append(measured_table(predictions))
+    return "\n\n".join(["\n".join(lines), *tables])
 
 
 def main(options: RooflineOptions) -> None:
-    on_cpu = options.device == "cpu"
-    if options.batch < 1:
-        raise UserError(f"--batch must be at least 1, not {options.batch}")
-    path = find_file(options.bundle, on_cpu)
-    costs = product_costs(path, options.batch)
-    device = measure_cpu() if on_cpu else find_device(options.device)
-    floors = predict_floor(costs, device)
-    peaks = ", ".join(f"{name} {value:.4g}" for name, value in device.peaks.items())
-    print(f"PREDICTED, not measured: the least that {path} can take on {device.name}, batch {options.batch}")
-    print(f"10^12 operations a second: {peaks}; memory {device.bandwidth:.4g} GB/s ({device.source})\n")
-    print_table(floors, measure_layers(path, floors, options.batch) if on_cpu else None)
+    for bundle in options.bundles:  # before anything is measured
+        find_file(bundle, CPU in options.device)
+    devices = [measure_cpu() if name == CPU else find_device(name) for name in dict.fromkeys(options.device)]
+    predictions, refused = [], None
+    for device in devices:
+        for bundle in options.bundles:
+            try:
+                predictions.append(predict(bundle, device, options.batch))
+            except LacksPrecisionError as error:  # a dash in the table
+                refused = error
+    if refused and not predictions:
+        raise refused
+    names = [bundle.name for bundle in options.bundles]
+    facts = {"batch": options.batch, "devices": [asdict(each) for each in devices],
+             "predictions": [each.to_json() for each in predictions]}  # fmt: skip
+    write_results(options.out, RESULTS, facts, report(predictions, names, devices, options.batch))
 
 
 if __name__ == "__main__":

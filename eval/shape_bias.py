@@ -13,8 +13,8 @@ preprocessing. The iLLaMA paper (arXiv 2404.06773) reports 41.45%.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,10 +24,12 @@ from torch.utils.data import Dataset
 
 from eval.bundles import open_bundles, predict_checked
 from eval.predictions import probabilities
+from eval.results import markdown, write_results
 from illama.data_shards import Sample, decode_image
 from illama.errors import UserError, run_command
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")
+RESULTS = "shape-bias"
 IMAGENET_CLASSES = 1000
 
 # The authors' ImageNet classes of each, by their place in the order of WordNet IDs (code/helper/human_categories.py).
@@ -67,10 +69,12 @@ class ShapeBiasOptions:
     Attributes:
         bundles: of python quant/ptq.py, with ImageNet's 1,000 classes in the order of their WordNet IDs.
         stimuli: the folder with the 16 folders of cue-conflict pictures.
+        out: folder for the results.
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     stimuli: Path
+    out: Path = Path("runs/shape-bias")
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,17 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share * 100:.2f}"
 
 
+def tables(results: Mapping[str, ShapeBias]) -> str:
+    """The bias of every model, and of every model by shape."""
+    models = [
+        (model, _percent(each.bias), str(each.shape), str(each.texture), str(each.images - each.shape - each.texture),
+         str(each.images)) for model, each in results.items()
+    ]  # fmt: skip
+    shapes = [(name, *(_percent(each.by_class[name]) for each in results.values())) for name in SHAPE_CLASSES]
+    headings = ("model", "shape bias %", "shape", "texture", "neither", "pictures in conflict")
+    return f"{markdown(headings, models)}\n\n{markdown(('shape', *results), shapes)}"
+
+
 def main(options: ShapeBiasOptions) -> None:
     stimuli, bundles = Stimuli(options.stimuli), open_bundles(options.bundles)
     names = bundles.classes
@@ -164,13 +179,8 @@ def main(options: ShapeBiasOptions) -> None:
     logits, order = predict_checked(bundles, stimuli, bundles.preprocessing.transform())
     results = {model: shape_bias(decide(values), np.array(stimuli.shapes)[order], np.array(stimuli.textures)[order])
                for model, values in logits.items()}  # fmt: skip
-    print("\n| model | shape bias % | shape | texture | neither | pictures in conflict |\n|---|---|---|---|---|---|")
-    for model, each in results.items():
-        neither = each.images - each.shape - each.texture
-        print(f"| {model} | {_percent(each.bias)} | {each.shape} | {each.texture} | {neither} | {each.images} |")
-    print(f"\n| shape | {' | '.join(results)} |\n|---{'|---' * len(results)}|")
-    for name in SHAPE_CLASSES:
-        print(f"| {name} | {' | '.join(_percent(each.by_class[name]) for each in results.values())} |")
+    facts = {"models": {model: {"bias": each.bias, **asdict(each)} for model, each in results.items()}}
+    write_results(options.out, RESULTS, facts, tables(results))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python quant/sensitivity.py --scheme w4a8
 
-A table on the terminal, and sensitivity.json, .csv and .png in the output folder.
+A table on the terminal, and sensitivity.md, .json, .csv and .png in the output folder.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from illama.bundle import command_line, package_versions, write_folder
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 from quant.calibrate import calibrate
 from quant.inputs import Inputs, open_inputs, scheme_named
 from quant.layers import quantizers
@@ -103,16 +104,17 @@ def _finite(decibels: float) -> float | None:
     return round(decibels, 2) if math.isfinite(decibels) else None
 
 
-def print_table(result: dict[str, Any]) -> None:
+def table(result: dict[str, Any]) -> str:
     """The layers, most divergent first, and the tensors that are hardest to round."""
-    print(f"\n{'quantized alone':36} {'logits SQNR dB':>14} {'KL nats':>10} {'top-1 lost':>11} {'of them':>14}")
-    rows = sorted(result["layers"], key=lambda row: -row["kl"])
-    for row in [*rows, {"layer": _ALL, **result["all"]}]:
-        sqnr = "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-        counts = f"-{row['lost']} +{row['gained']}"
-        print(f"{row['layer']:36} {sqnr:>14} {row['kl']:10.2e} {row['drop']:+11.2f} {counts:>14}")
+    rows = [
+        (row["layer"], "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}", f"{row['kl']:.2e}",
+         f"{row['drop']:+.2f}", f"-{row['lost']} +{row['gained']}")
+        for row in [*sorted(result["layers"], key=lambda row: -row["kl"]), {"layer": _ALL, **result["all"]}]
+    ]  # fmt: skip
+    headings = ("quantized alone", f"logits SQNR dB, {result['scheme']}", "KL nats", "top-1 lost", "of them")
     hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
-    print("\nhardest tensors to round: " + ", ".join(f"{name} {value:.1f} dB" for value, name in hardest))
+    tensors = ", ".join(f"{name} {value:.1f} dB" for value, name in hardest)
+    return f"{markdown(headings, rows)}\n\nThe hardest tensors to round: {tensors}.\n"
 
 
 def main(options: SensitivityOptions) -> None:
@@ -126,8 +128,9 @@ def main(options: SensitivityOptions) -> None:
             writer = csv.DictWriter(file, result["layers"][0])
             writer.writeheader()
             writer.writerows(result["layers"])
+        (folder / "sensitivity.md").write_text(table(result))
         draw_sensitivity(result, folder / "sensitivity.png")
-    print_table(result)
+    print(f"\n{table(result)}")
     print(f"{options.images} images of the {options.split} split; written to {options.out}")
 
 

@@ -1,5 +1,7 @@
 """MACs against torch's own counter on the real network, the paper's formulas and its table."""
 
+import json
+
 import pytest
 import torch
 from conftest import assert_one_line_error
@@ -65,10 +67,11 @@ def test_what_the_mask_lets_through_is_what_the_network_s_mask_holds():
         assert visible_pairs(config) == ILLaMA(config).causal.sum()
 
 
-def test_the_command_prints_the_presets(run_here):
-    result = run_here("eval/flops.py", "--sizes", "tiny", "base@384")
+def test_the_command_prints_the_presets(run_here, tmp_path):
+    result = run_here("eval/flops.py", "--sizes", "tiny", "base@384", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [line for line in result.stdout.splitlines() if line.startswith(("| tiny", "| base@384"))]
+    assert json.loads((tmp_path / "flops.json").read_text())["macs"]["tiny"]["post, plain"]["head"] == 192 * 1000
     assert len(rows) == 2 and "| 197 | 1.254 (0.527) |" in rows[0] and "| 577 | 55.484 (22.472) |" in rows[1]
     assert_one_line_error(run_here("eval/flops.py", "--sizes", "huge"), "unknown model size")
     assert_one_line_error(run_here("eval/flops.py", "--sizes", "tiny@large"), "not a size")

@@ -1,5 +1,6 @@
 """Costs of ONNX graphs against torch's counter and by hand; floors by hand; the CPU's model against its clock."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +13,21 @@ from onnx import TensorProto, helper, numpy_helper
 from eval.devices import DEVICES, Device, find_device
 from eval.flops import count_macs
 from eval.onnx_costs import ProductCost, product_costs
-from eval.roofline import find_file, measure_cpu, measure_layers, predict_floor
+from eval.roofline import (
+    LayerFloor,
+    Prediction,
+    device_table,
+    find_file,
+    layer_table,
+    measure_cpu,
+    measure_layers,
+    measured_table,
+    predict_floor,
+)
 from illama import ILLaMA
 from illama.bundle import FRAME, Manifest
 from illama.errors import UserError
+from quant.costs import GraphTimes
 from quant.export import export_onnx
 
 
@@ -127,6 +139,22 @@ def test_this_machine_is_measured_by_the_same_names_and_does_not_beat_its_floor(
     assert sum(floor.milliseconds for floor in floors) < measured.call
 
 
+def test_tables_show_what_lacks_a_precision_and_by_how_much_a_prediction_misses():
+    floor = LayerFloor("fc", "fp8", 10, 20.0, 0.5, "memory")
+    times = GraphTimes(4.0)
+    times.add("fc", 2.0)
+    here = Prediction("int8", "cpu", [floor], times)
+    there = [Prediction("fp16", "thor", [floor, floor]), Prediction("fp8", "thor", [floor]),
+             Prediction("fp16", "agx-orin", [floor])]  # fmt: skip
+    assert device_table(there, ["fp16", "fp8"], ["thor", "agx-orin"]).splitlines()[2:] == [
+        "| thor | 1.000 | 0.500 |",
+        "| agx-orin | 0.500 | - |",
+    ]
+    assert measured_table([here]).splitlines()[-1] == "| int8 | 0.50 | 2.00 | -75% | 4.00 | -88% |"
+    assert layer_table(here).splitlines()[-1].endswith("| memory | 0.5000 | 2.0000 | -75% |")
+    assert json.loads(json.dumps(here.to_json()))["measured"]["layers"] == {"fc": 2.0}
+
+
 def test_the_command_and_its_mistakes(exported, run_here, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", SMALL)
     assert_one_line_error(run_here("eval/roofline.py", bundle), "has no model.fused.onnx or model.onnx")
@@ -134,13 +162,19 @@ def test_the_command_and_its_mistakes(exported, run_here, tmp_path):
     assert find_file(bundle, on_cpu=False).name == "model.onnx"
     (bundle / "model.fused.onnx").write_bytes((exported / "model.fused.onnx").read_bytes())
     assert [find_file(bundle, on_cpu).name for on_cpu in (True, False)] == ["model.onnx", "model.fused.onnx"]
-    result = run_here("eval/roofline.py", bundle, "--device", "agx-orin")
+    out = ("--out", tmp_path / "out")
+    result = run_here("eval/roofline.py", bundle, "--device", "agx-orin", *out)
     assert result.returncode == 0 and "PREDICTED" in result.stdout and "blocks.1.mlp.fc2" in result.stdout
+    both = run_here("eval/roofline.py", bundle, "--device", "agx-orin", "thor", *out)
+    assert both.returncode == 0 and "blocks" not in both.stdout
+    found = json.loads((tmp_path / "out" / "roofline.json").read_text())["predictions"]
+    assert [each["device"] for each in found] == ["agx-orin", "thor"]
+    assert all(f"| {each['device']} | {each['milliseconds']:.3f} |" in both.stdout for each in found)
     assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "xavier"), "unknown device", "orin-nx")
     assert_one_line_error(run_here("eval/roofline.py", tmp_path), "not a bundle")
     manifest = Manifest.read(bundle)
     replace(manifest, metrics={FRAME: [480, 640, 3]}).write(bundle)
     assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "cpu"), "takes camera frames")
-    assert run_here("eval/roofline.py", bundle).returncode == 0
+    assert run_here("eval/roofline.py", bundle, *out).returncode == 0
     (bundle / "model.fused.onnx").write_bytes(b"no graph")
     assert_one_line_error(run_here("eval/roofline.py", bundle), "cannot be read as ONNX")

@@ -388,15 +388,15 @@ def test_png_files_become_the_very_inputs_that_accuracy_is_measured_on():
         torch.testing.assert_close(transform(image), transform(test[index][0]), rtol=0, atol=0)
 
 
-def test_machines_for_a_load(tmp_path, capsys):
+def test_machines_for_a_load(tmp_path):
     row = {"clients": 4, "p99_ms": 20.0, "server_cpu_ms": 3.0}
     content = {"rows": [row, {**row, "p99_ms": 90.0, "server_cpu_ms": 1.0}], "memory_gib": 1.0,
                "machine": {"cpu": "a processor", "cores": 4}}  # fmt: skip
     (tmp_path / "m.json").write_text(json.dumps(content))
 
     def machines(p99, measured=tmp_path / "m.json"):
-        serve_sizing.main(serve_sizing.SizingOptions(measured, images_per_second=1000, p99_ms=p99))
-        return int(capsys.readouterr().out.split()[-1])
+        serve_sizing.main(serve_sizing.SizingOptions(measured, images_per_second=1000, p99_ms=p99, out=tmp_path))
+        return json.loads((tmp_path / "serve-sizing.json").read_text())["machines"]
 
     assert machines(50) == 3  # 1000 x 3 ms are 3 cores; 4 cores at 60% are 2.4; so two, and one to spare
     assert machines(100) == 2

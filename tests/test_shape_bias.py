@@ -1,5 +1,7 @@
 """The published mapping against timm's list of WordNet IDs, and a network whose every decision is known."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import assert_one_line_error, write_linear_bundle
@@ -98,12 +100,14 @@ def _expected():
     return shape, texture
 
 
-def test_the_command_on_a_set_whose_answer_is_known(bundle, stimuli, run_here):
-    result = run_here("eval/shape_bias.py", bundle, "--stimuli", stimuli)
+def test_the_command_on_a_set_whose_answer_is_known(bundle, stimuli, tmp_path, run_here):
+    result = run_here("eval/shape_bias.py", bundle, "--stimuli", stimuli, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     shape, texture = _expected()
     assert shape > texture > 50
     bias, neither = shape / (shape + texture) * 100, 240 - shape - texture
+    figures = json.loads((tmp_path / "out" / "shape-bias.json").read_text())["models"]["imagenet"]
+    assert (figures["bias"], figures["images"]) == (pytest.approx(bias / 100), 240)
     assert f"| imagenet | {bias:.2f} | {shape} | {texture} | {neither} | 240 |" in result.stdout
     assert all(f"\n| {name} | " in result.stdout for name in SHAPE_CLASSES)
 

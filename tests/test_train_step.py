@@ -45,18 +45,18 @@ def test_the_comparison_notices_another_mask(monkeypatch):
 
 
 def test_the_command_writes_what_it_prints(tmp_path):
-    report = tmp_path / "report.json"
     result = run_command("benchmarks/train_step.py", "--size", "nano", "--batch", "2", "--rounds", "2", "--no-compile",
-                         "--threads", "1", "--json", report)  # fmt: skip
+                         "--threads", "1", "--out", tmp_path)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    content = json.loads(report.read_text())
-    assert content["machine"]["threads"] == 1 and content["gradient_deviation"] < 1e-4
+    content = json.loads((tmp_path / "train-step.json").read_text())
+    assert content["threads"] == 1 and content["gradient_deviation"] < 1e-4
     assert [(row["precision"], row["alpha"]) for row in content["results"]] == [
         (precision, alpha) for precision in ("float32", "bfloat16") for alpha in (0.0, 0.5, 1.0)
     ]
     for row in content["results"]:
         assert set(row["milliseconds"]) == {"ours", "released"} and set(row["speedup"]) == {"eager"}
         assert f"{row['speedup']['eager']['median']:.2f}  [" in result.stdout
+        assert f"| {row['speedup']['eager']['median']:.2f} (" in (tmp_path / "train-step.md").read_text()
     assert_one_line_error(run_command("benchmarks/train_step.py", "--alphas", "2"), "alphas")
 
 
