@@ -22,6 +22,21 @@ from illama.errors import UserError
 SCHEMA_VERSION = 1
 
 
+@dataclass(frozen=True)
+class FlippedImage:
+    """An image whose top-1 class is another than the reference row's.
+
+    Attributes:
+        image: index in the test split.
+        label, before, after: class of the image, as the reference row names it, and as this row does; indices.
+    """
+
+    image: int
+    label: int
+    before: int
+    after: int
+
+
 @dataclass
 class Row:
     """One deployable file in one runtime, and what was measured of it.
@@ -34,6 +49,7 @@ class Row:
         images: how many test images they cover.
         drop: points of top-1 lost against the reference row on the same images.
         change: what else changes from the reference row; None for that row itself.
+        flipped: some of the images whose class changes, to be looked at.
         reliability: of the probabilities as they come out.
         temperature: fitted on calibration images and stored with the file; None where none was.
         scaled: reliability with the logits divided by it.
@@ -58,6 +74,7 @@ class Row:
     onnx: str
     onnx_bytes: int
     change: Change | None = None
+    flipped: list[FlippedImage] = field(default_factory=list)
     temperature: float | None = None
     scaled: Reliability | None = None
     engine: str | None = None
