@@ -1,8 +1,8 @@
 """``report.html``: one file that opens anywhere, from disk, without a single request.
 
 The interactive plot is drawn by ``templates/plot.js`` and not by plotly, whose script alone is 4.8 MB: this page is
-sent by mail and opened on phones, and all of it, for ten classes and with its pictures, is some 250 kB. Own marks also take the
-page's colours (dark, print), can be reached by keyboard and read aloud, and need no ``unsafe-inline`` or
+sent by mail and opened on phones, and all of it, for ten classes and with its pictures, is some 250 kB. Own marks also
+take the page's colours (dark, print), can be reached by keyboard and read aloud, and need no ``unsafe-inline`` or
 ``unsafe-eval``: the page's policy admits its own script and style by their hashes, and no network. Where no script runs
 (a preview in a mail program), matplotlib's picture stands in the plot's place and every table is there all the same.
 """

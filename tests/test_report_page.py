@@ -118,7 +118,7 @@ def test_the_table_is_copied_as_it_is_shown(page, clipboard):
     pasted = page.locator("textarea")
     for name in ("CSV", "Markdown"):
         page.get_by_role("button", name=f"Copy as {name}").click()
-        page.wait_for_function("document.getElementById('said').textContent.startsWith('copied 4')")
+        sync_api.expect(page.locator("#said")).to_have_text(f"copied 4 files as {name}")
         pasted.fill("")
         pasted.press("Control+v")
         text = pasted.input_value()

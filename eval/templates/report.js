@@ -85,7 +85,7 @@ function asCsv(lines) {
 }
 
 // A page that is opened from disk may have no clipboard of its own; an old way to copy then serves.
-async function copy(text) {
+async function copy(text, form) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
@@ -99,7 +99,7 @@ async function copy(text) {
     focused?.focus();
     if (!done) return say("this browser does not let a page copy");
   }
-  say(`copied ${shownRows().length} files`);
+  say(`copied ${shownRows().length} files as ${form}`);
 }
 
 function filterClasses() {
@@ -140,8 +140,8 @@ function openFoldsToPrint() {
 makeSortable();
 byId("filter").addEventListener("input", filterRows);
 byId("front-only").addEventListener("change", filterRows);
-byId("copy-markdown").addEventListener("click", () => copy(asMarkdown(tableText())));
-byId("copy-csv").addEventListener("click", () => copy(asCsv(tableText())));
+byId("copy-markdown").addEventListener("click", () => copy(asMarkdown(tableText()), "Markdown"));
+byId("copy-csv").addEventListener("click", () => copy(asCsv(tableText()), "CSV"));
 byId("table-tools").hidden = false;
 if (byId("by-class")) {
   byId("class-filter").addEventListener("input", filterClasses);
