@@ -64,7 +64,7 @@ def evaluate(
         workers: processes that read images.
         batch: images a call of a model.
         facts: what decides the result and cannot be seen from here, such as the data's name and the files' SHA-256.
-        processes: of :func:`illama.distributed.processes`. Each computes every ``count``-th chunk, and returns the whole.
+        processes: of :func:`illama.distributed.processes`. Each computes every ``count``-th chunk, and has the whole.
         patience: seconds that a process which is done waits for another chunk of the others.
 
     Raises:
