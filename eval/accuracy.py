@@ -23,13 +23,13 @@ import tyro
 from deploy.engines import RuntimeName
 from deploy.temperature import read_temperature, store_temperature
 from eval.accuracy_change import Change, Share, compare_predictions, top_k_accuracy
-from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked
-from eval.calibration_error import Reliability, fit_temperature, reliability
+from eval.bundles import OpenBundles, open_bundles, open_fitting_data
+from eval.calibration_error import Reliability, fit_temperatures, reliability
 from eval.evaluate import PATIENCE, Evaluated, evaluate
 from eval.measured import plain
 from eval.results import markdown, write_results
 from illama.accuracy import usable_cores
-from illama.data import ImageData, evenly_spaced
+from illama.data import evenly_spaced
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
 
@@ -92,27 +92,11 @@ class Measured:
     scaled: Reliability | None
 
 
-def fit_temperatures(
-    bundles: OpenBundles, data: ImageData, images: int, group: Processes
-) -> tuple[dict[str, float], dict[str, str]]:
-    """(temperatures, why there is none) by the model's name; fitted by one process, for all.
-
-    Args:
-        images: of the training split; 0 to take the temperatures stored with the files.
-    """
-    found, failed = dict.fromkeys(bundles.models, 0.0), dict.fromkeys(bundles.models, "none is stored with it")
-    if group.main and images:
-        logits, labels = predict_checked(bundles, data.calibration(images), bundles.preprocessing.transform())
-        for name, values in logits.items():
-            try:
-                found[name] = fit_temperature(values, labels)
-            except ValueError as error:
-                failed[name] = str(error)
-    elif group.main:
-        found |= {name: read_temperature(path) or 0.0 for name, path in bundles.paths.items()}
-    group.barrier()
-    agreed = dict(zip(found, group.sum(*found.values()), strict=True))  # the others add zeros
-    return {name: value for name, value in agreed.items() if value}, failed
+def stored_temperatures(bundles: OpenBundles) -> tuple[dict[str, float], dict[str, str]]:
+    """As :func:`eval.calibration_error.fit_temperatures`, those that are stored with the files."""
+    stored = {name: read_temperature(path) for name, path in bundles.paths.items()}
+    return ({name: value for name, value in stored.items() if value is not None},
+            {name: "none is stored with it" for name, value in stored.items() if value is None})  # fmt: skip
 
 
 def measure(results: Mapping[str, Evaluated], temperatures: Mapping[str, float]) -> dict[str, Measured]:
@@ -182,17 +166,18 @@ def run(options: AccuracyOptions, group: Processes) -> None:
     bundles = open_bundles(options.paths, options.runtime, threads)
     data = open_fitting_data(options.data, bundles)
     split = evenly_spaced(data.test(), options.images)
-    temperatures, failed = fit_temperatures(bundles, data, options.calibration_images, group)
+    transform, images = bundles.preprocessing.transform(), options.calibration_images
+    temperatures, failed = (fit_temperatures(bundles.models, data, transform, images, group) if images
+                            else stored_temperatures(bundles))  # fmt: skip
     facts = {"data": options.data, "files": bundles.files, "runtimes": bundles.runtimes}
     work = options.out / UNFINISHED
-    results = evaluate(bundles.models, split, bundles.preprocessing.transform(), temperatures, work, options.workers,
-                       options.batch, facts=facts, processes=group, patience=options.patience)  # fmt: skip
+    results = evaluate(bundles.models, split, transform, temperatures, work, options.workers, options.batch,
+                       facts=facts, processes=group, patience=options.patience)  # fmt: skip
     group.barrier()  # all have read the chunks
     if group.main:
-        if options.store and options.calibration_images:
+        if options.store and images:
             for name, temperature in temperatures.items():
-                store_temperature(bundles.paths[name], temperature, options.calibration_images, options.data,
-                                  bundles.runtimes[name])  # fmt: skip
+                store_temperature(bundles.paths[name], temperature, images, options.data, bundles.runtimes[name])
         write(options, bundles, measure(results, temperatures), failed)
         shutil.rmtree(work)
 

@@ -6,12 +6,16 @@ largest probability, and in each bin its mean, the confidence, is held against t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
 
-from eval.predictions import Predictions, check_predictions, log_probabilities
+from eval.predictions import Predictions, check_predictions, log_probabilities, refuse_overflow
+from illama.accuracy import Infer, predict
+from illama.data import ImageData, Transform
+from illama.distributed import ALONE, Processes
 
 BINS = 15
 _TEMPERATURES = (0.01, 100.0)
@@ -123,3 +127,29 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     if not low + 1e-3 < found.x < high - 1e-3:
         raise ValueError("no temperature fits best: give more calibration images, some right and some wrong")
     return float(np.exp(found.x))
+
+
+def fit_temperatures(
+    models: Mapping[str, Infer], data: ImageData, transform: Transform, images: int, group: Processes = ALONE
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The temperature of each model that has one, and why another has none, by the model's name.
+
+    Args:
+        images: of the training split, evenly spaced; 0 to fit nothing.
+        group: of these processes, the main one fits for all, and alone has the reasons.
+
+    Raises:
+        UserError: a model's logits are not finite, or there are not so many images.
+    """
+    found, failed = dict.fromkeys(models, 0.0), {}
+    if group.main and images:
+        logits, labels = predict(models, data.calibration(images), transform)
+        refuse_overflow(logits)
+        for name, values in logits.items():
+            try:
+                found[name] = fit_temperature(values, labels)
+            except ValueError as error:
+                failed[name] = str(error)
+    group.barrier()
+    agreed = dict(zip(found, group.sum(*found.values()), strict=True))  # the others add zeros
+    return {name: value for name, value in agreed.items() if value}, failed
