@@ -14,6 +14,7 @@ import tyro
 
 from deploy.graph import load_graph
 from deploy.preprocessing import add_preprocessing
+from deploy.temperature import copy_temperature
 from illama.bundle import CPU_ONNX, FRAME, FUSED_ONNX, Manifest, command_line, sha256, write_folder
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
@@ -55,6 +56,7 @@ def main(options: CameraOptions) -> None:
     with write_folder(options.out) as folder:
         for source in present:
             onnx.save(add_preprocessing(load_graph(source), preprocessing, frame), folder / source.name)
+            copy_temperature(source, folder / source.name)
         inputs = {str(source): sha256(source) for source in present}
         replace(
             manifest, made_by=command_line(), inputs=inputs, metrics={**manifest.metrics, FRAME: list(frame)}

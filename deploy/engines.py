@@ -181,10 +181,7 @@ def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
     """
     if runtime is not None and runtime not in get_args(RuntimeName):
         raise UserError(f"unknown runtime {runtime!r}: choose from {', '.join(get_args(RuntimeName))}")
-    if path.is_dir():
-        path = _best_of(path, runtime)
-    if not path.exists():
-        raise UserError(f"there is no {path}")
+    path = file_of(path, runtime)
     if path.suffix == ".engine":
         record = EngineRecord.read(path)
         if runtime not in (None, record.library):
@@ -193,7 +190,8 @@ def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
     if path.suffix == ".onnx":
         return _open_onnx(path, runtime or cpu_runtime(path), threads)
     if runtime not in (None, "torch", "torch-compile"):
-        raise UserError(f"{path} holds weights for PyTorch: it does not run in {runtime}")
+        raise UserError(f"{path} holds weights for PyTorch: it does not run in {runtime}; make graphs of it with "
+                        "python quant/ptq.py")  # fmt: skip
     return TorchEngine(_network(path), compiled=runtime == "torch-compile")
 
 
@@ -216,8 +214,20 @@ def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:
     )
 
 
+def file_of(path: Path, runtime: RuntimeName | None = None) -> Path:
+    """The file that :func:`open_engine` opens: ``path``, or that of a bundle which ``runtime`` takes or is best here.
+
+    Raises:
+        UserError: nothing there, or a folder that is no bundle.
+    """
+    if path.is_dir():
+        return _best_of(path, runtime)
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    return path
+
+
 def _best_of(bundle: Path, runtime: RuntimeName | None) -> Path:
-    """The file of a bundle that ``runtime`` takes, or the best one here."""
     if not is_bundle(bundle):
         raise UserError(f"{bundle} is not a bundle: name one, or a file of one")
     weights = bundle / (TORCHAO if (bundle / TORCHAO).exists() else WEIGHTS)

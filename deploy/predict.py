@@ -11,8 +11,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from deploy.engines import Engine, RuntimeName, open_engine
-from illama.bundle import ENGINES, FRAME, Manifest
+from deploy.engines import Engine, RuntimeName, file_of, open_engine
+from deploy.temperature import read_temperature
+from illama.bundle import FRAME, Manifest, bundle_of
 from illama.data import Preprocessing
 from illama.data_shards import decode_image
 from illama.errors import UserError, run_command
@@ -24,6 +25,8 @@ SETTLED = 0.2  # seconds for which a watched file must not have grown, or a came
 @dataclass(frozen=True)
 class PredictOptions:
     """Print the five likeliest classes of each image.
+
+    Their probabilities are calibrated where a temperature is stored with the file (deploy/temperature.py).
 
     Attributes:
         images: image files.
@@ -45,12 +48,6 @@ class PredictOptions:
 Prepare = Callable[[Path], np.ndarray]
 
 
-def bundle_of(engine: Path) -> Path:
-    """The bundle that an engine or a file belongs to."""
-    folder = engine if engine.is_dir() else engine.parent
-    return folder.parent if folder.name == ENGINES else folder
-
-
 def preparation(manifest: Manifest) -> Prepare:
     """From an image file to what the network takes, (1, ...): its preprocessing, or the frame if the graph has that."""
     frame = manifest.metrics.get(FRAME)
@@ -68,9 +65,9 @@ def preparation(manifest: Manifest) -> Prepare:
     return prepare
 
 
-def top5(logits: np.ndarray, classes: list[str]) -> list[tuple[str, float]]:
+def top5(logits: np.ndarray, classes: list[str], temperature: float = 1.0) -> list[tuple[str, float]]:
     """(class, probability) of the five likeliest classes of one image, the likeliest first; logits (classes,)."""
-    wide = np.exp((logits - logits.max()).astype(np.float64))
+    wide = np.exp((logits - logits.max()).astype(np.float64) / temperature)
     order = np.argsort(-logits, kind="stable")[:5]
     return [(classes[index], float(wide[index] / wide.sum())) for index in order]
 
@@ -93,7 +90,9 @@ def new_images(folder: Path, until: float | None) -> Iterator[Path]:
         time.sleep(0.02)
 
 
-def classify(engine: Engine, prepare: Prepare, classes: list[str], paths: Iterable[Path], skip_broken: bool) -> None:
+def classify(
+    engine: Engine, prepare: Prepare, classes: list[str], temperature: float, paths: Iterable[Path], skip_broken: bool
+) -> None:
     """Print a line for each image: its five likeliest classes, and the milliseconds from file to answer."""
     for path in paths:
         start = time.perf_counter()
@@ -105,7 +104,7 @@ def classify(engine: Engine, prepare: Prepare, classes: list[str], paths: Iterab
             print(f"{path}: skipped, {error}", flush=True)
             continue
         taken = (time.perf_counter() - start) * 1e3
-        answer = ", ".join(f"{name} {probability:.1%}" for name, probability in top5(logits, classes))
+        answer = ", ".join(f"{name} {probability:.1%}" for name, probability in top5(logits, classes, temperature))
         print(f"{path}: {answer} ({taken:.1f} ms)", flush=True)
 
 
@@ -113,12 +112,16 @@ def main(options: PredictOptions) -> None:
     if bool(options.images) == bool(options.watch):
         raise UserError("name images, or a folder with --watch")
     manifest = Manifest.read(bundle_of(options.engine))
-    engine = open_engine(options.engine, options.runtime, options.threads)
-    print(f"{options.engine} in {engine.runtime}", flush=True)
+    file = file_of(options.engine, options.runtime)
+    temperature = read_temperature(file)
+    engine = open_engine(file, options.runtime, options.threads)
+    calibrated = f"calibrated (temperature {temperature:.3f})" if temperature else "not calibrated"
+    print(f"{options.engine} in {engine.runtime}; its probabilities are {calibrated}", flush=True)
     until = time.monotonic() + options.seconds if options.seconds is not None else None
     paths = new_images(options.watch, until) if options.watch else options.images
     try:
-        classify(engine, preparation(manifest), manifest.classes, paths, skip_broken=options.watch is not None)
+        classify(engine, preparation(manifest), manifest.classes, temperature or 1.0, paths,
+                 skip_broken=options.watch is not None)  # fmt: skip
     finally:
         engine.close()
 

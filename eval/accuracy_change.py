@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-from eval.predictions import check_predictions, probabilities
+from eval.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Share:
     percent: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.percent:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,11 @@ class Change:
     classes: tuple[ClassChange, ...]
 
 
-def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> Share:
-    """Share of the images whose label is among the ``k`` largest logits; of equal logits the lower class counts first.
-
-    Raises:
-        ValueError: see :func:`eval.predictions.check_predictions`.
-    """
-    check_predictions(logits, labels)
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    right = int((best == labels[:, None]).any(1).sum())
-    interval = scipy.stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
-    return Share(right / len(labels) * 100, float(interval.low) * 100, float(interval.high) * 100)
+def top_k_accuracy(predictions: Predictions, k: int = 1) -> Share:
+    """Share of the images whose label is among the ``k`` largest logits, of equal ones the lower class first."""
+    right, images = int((predictions.rank < k).sum()), len(predictions)
+    interval = scipy.stats.binomtest(right, images).proportion_ci(method="wilson")
+    return Share(right / images * 100, float(interval.low) * 100, float(interval.high) * 100)
 
 
 def mcnemar(reference: np.ndarray, other: np.ndarray) -> McNemar:
@@ -109,25 +106,22 @@ def mcnemar(reference: np.ndarray, other: np.ndarray) -> McNemar:
     return McNemar(lost, gained, float(p))
 
 
-def compare_predictions(reference: np.ndarray, other: np.ndarray, labels: np.ndarray) -> Change:
-    """What changes from the logits of a reference to another model's, both (images, classes).
+def compare_predictions(reference: Predictions, other: Predictions) -> Change:
+    """What changes from the predictions of a reference to another model's.
 
     Raises:
-        ValueError: see :func:`eval.predictions.check_predictions`, and for logits of different shapes.
+        ValueError: they are not of the same images.
     """
-    for logits in (reference, other):
-        check_predictions(logits, labels)
-    if reference.shape != other.shape:
-        raise ValueError(f"logits {reference.shape} and {other.shape} are not of the same images and classes")
-    before, after = reference.argmax(1), other.argmax(1)
-    was_right, is_right = before == labels, after == labels
-    flips = (was_right & ~is_right, is_right & ~was_right, (before != after) & ~was_right & ~is_right)
+    if not np.array_equal(reference.labels, other.labels):
+        raise ValueError(f"predictions of {len(reference)} and {len(other)} images are not of the same ones")
+    changed = reference.predicted != other.predicted
+    flips = (reference.right & ~other.right, other.right & ~reference.right, changed & ~reference.right & ~other.right)
     return Change(
-        test=mcnemar(was_right, is_right),
+        test=mcnemar(reference.right, other.right),
         flips=Flips(*(np.flatnonzero(flip) for flip in flips)),
-        agreement=float((before == after).mean() * 100),
-        confidence_shift=float((probabilities(other).max(1) - probabilities(reference).max(1)).mean()),
-        classes=_class_changes(was_right, is_right, labels),
+        agreement=float((~changed).mean() * 100),
+        confidence_shift=float((other.confidence - reference.confidence).mean()),
+        classes=_class_changes(reference.right, other.right, reference.labels),
     )
 
 

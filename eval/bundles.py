@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from deploy.engines import OnnxRuntimeEngine
-from eval.predictions import check_finite
+from deploy.engines import RuntimeName, file_of, open_engine
+from eval.predictions import refuse_overflow
 from illama.accuracy import Infer, predict
-from illama.bundle import CPU_ONNX, FRAME, Manifest, sha256
+from illama.bundle import FRAME, Manifest, bundle_of, sha256
 from illama.checkpoint import read_preprocessing
 from illama.data import ImageData, Preprocessing, Sample, Transform, open_data
 from illama.errors import UserError
@@ -21,48 +21,64 @@ from illama.errors import UserError
 
 @dataclass(frozen=True)
 class OpenBundles:
-    """Bundles that take the same images and name the same classes.
+    """Bundles, or files of them, that take the same images and name the same classes.
 
     Attributes:
-        models: name of a bundle -> images (B, C, H, W) to logits (B, classes).
-        files: name of a bundle -> SHA-256 of its graph.
+        models: name of a bundle or file -> images (B, C, H, W) to logits (B, classes).
+        paths: name -> the file that is run.
+        files: name -> SHA-256 of that file.
+        runtimes: name -> what runs it, with its version, device and precision.
         preprocessing, classes: of them all.
     """
 
     models: dict[str, Infer]
+    paths: dict[str, Path]
     files: dict[str, str]
+    runtimes: dict[str, str]
     preprocessing: Preprocessing
     classes: tuple[str, ...]
 
 
-def open_bundles(folders: Sequence[Path]) -> OpenBundles:
-    """Open the ``model.onnx`` of each folder in ONNX Runtime, under the folder's own name.
+def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxruntime", threads: int = 0) -> OpenBundles:
+    """Open the file of each bundle that ``runtime`` takes, under the folder's own name, or the very files given.
+
+    Args:
+        runtime: None for the best of each, as :func:`deploy.engines.open_engine` chooses.
+        threads: on a CPU; 0 for one a core.
 
     Raises:
-        UserError: none given, one given twice, one that has no graph, takes a camera's frames, or takes
+        UserError: none given, one given twice, one that the runtime does not take, takes a camera's frames, or takes
             other images than the first.
     """
-    if not folders:
+    if not given:
         raise UserError("give at least one bundle, such as runs/ptq/fp32")
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [os.path.relpath(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise UserError("the same bundle was given twice: give each once")
-    manifests = [Manifest.read(folder) for folder in folders]
-    for folder, manifest in zip(folders, manifests, strict=True):
-        if not (folder / CPU_ONNX).exists():
-            raise UserError(f"{folder} has no {CPU_ONNX}: quantize it first, with python quant/ptq.py")
-        refuse_frames(folder, manifest)
+    manifests = [Manifest.read(bundle_of(path)) for path in given]
+    for path, manifest in zip(given, manifests, strict=True):
+        refuse_frames(path, manifest)
         if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
-            raise UserError(f"{folder} takes other images or names other classes than {folders[0]}: give bundles alike")
-    paths = {name: folder / CPU_ONNX for name, folder in zip(names, folders, strict=True)}
+            raise UserError(f"{path} takes other images or names other classes than {given[0]}: give bundles alike")
+    paths = dict(zip(_names(given), (file_of(path, runtime) for path in given), strict=True))
+    engines = {name: open_engine(path, runtime, threads) for name, path in paths.items()}
     return OpenBundles(
-        {name: OnnxRuntimeEngine(path).infer for name, path in paths.items()},
+        {name: engine.infer for name, engine in engines.items()},
+        paths,
         {name: sha256(path) for name, path in paths.items()},
+        {name: engine.runtime for name, engine in engines.items()},
         read_preprocessing(manifests[0]),
         tuple(manifests[0].classes),
     )
+
+
+def _names(given: Sequence[Path]) -> list[str]:
+    """A name for each: the bundle's, and the file's within it if it is a file; the paths if two have the same."""
+    whole = [path.resolve() for path in given]
+    bundles = [bundle_of(path) for path in whole]
+    names = [(bundle.name / path.relative_to(bundle)).as_posix() for bundle, path in zip(bundles, whole, strict=True)]
+    if len(set(names)) < len(names):
+        names = [os.path.relpath(path) for path in given]
+    if len(set(names)) < len(names):
+        raise UserError("the same bundle was given twice: give each once")
+    return names
 
 
 def refuse_frames(bundle: Path, manifest: Manifest) -> None:
@@ -85,9 +101,5 @@ def predict_checked(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """:func:`illama.accuracy.predict` with every bundle; UserError for one whose logits are not finite."""
     logits, labels = predict(bundles.models, images, transform, workers=workers)
-    for name, values in logits.items():
-        try:
-            check_finite(values)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}: leave it out, or quantize it by another scheme") from error
+    refuse_overflow(logits)
     return logits, labels

@@ -6,12 +6,16 @@ largest probability, and in each bin its mean, the confidence, is held against t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
 
-from eval.predictions import check_predictions, log_probabilities, probabilities
+from eval.predictions import Predictions, check_predictions, log_probabilities, refuse_overflow
+from illama.accuracy import Infer, predict
+from illama.data import ImageData, Transform
+from illama.distributed import ALONE, Processes
 
 BINS = 15
 _TEMPERATURES = (0.01, 100.0)
@@ -55,33 +59,17 @@ class Reliability:
     diagram: tuple[Bin, ...]
 
 
-@dataclass(frozen=True)
-class TemperatureScaling:
-    """What dividing the logits by one number does; top-1 cannot change."""
-
-    temperature: float
-    before: Reliability
-    after: Reliability
-
-
-def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Reliability:
-    """Calibration of logits (images, classes) against labels (images,).
-
-    Raises:
-        ValueError: see :func:`eval.predictions.check_predictions`; fewer than one bin.
-    """
-    check_predictions(logits, labels)
+def reliability(predictions: Predictions, bins: int = BINS) -> Reliability:
+    """Calibration of predictions, at least one; ValueError for fewer than one bin."""
     if bins < 1:
         raise ValueError(f"calibration error takes at least one bin, not {bins}")
-    predicted = probabilities(logits)
-    confidence, right = predicted.max(1), logits.argmax(1) == labels
-    one_hot = np.eye(logits.shape[1])[labels]
+    confidence, right = predictions.confidence, predictions.right
     equal_width = equal_width_bins(confidence, right, bins)
     return Reliability(
         ece=calibration_error(equal_width),
         adaptive_ece=calibration_error(equal_mass_bins(confidence, right, bins)),
-        nll=negative_log_likelihood(logits, labels),
-        brier=float(((predicted - one_hot) ** 2).sum(1).mean()),
+        nll=float(-predictions.log_likelihood.mean()),
+        brier=float(predictions.brier.mean()),
         diagram=equal_width,
     )
 
@@ -119,7 +107,7 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """What to divide logits by so that their negative log-likelihood is least (Guo et al., section 4.2).
 
-    The likelihood is convex in 1/T, so it has one minimum at most.
+    The likelihood is convex in 1/T, so it has one minimum at most. No image's class changes by it.
 
     Args:
         logits, labels: of calibration images, never of those that the result is measured on.
@@ -141,15 +129,27 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
-def scale_temperature(
-    calibration: tuple[np.ndarray, np.ndarray], logits: np.ndarray, labels: np.ndarray
-) -> TemperatureScaling:
-    """Fit a temperature on the logits and labels of ``calibration``, and measure on the others before and after.
+def fit_temperatures(
+    models: Mapping[str, Infer], data: ImageData, transform: Transform, images: int, group: Processes = ALONE
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The temperature of each model that has one, and why another has none, by the model's name.
+
+    Args:
+        images: of the training split, evenly spaced; 0 to fit nothing.
+        group: of these processes, the main one fits for all, and alone has the reasons.
 
     Raises:
-        ValueError: as :func:`fit_temperature`.
+        UserError: a model's logits are not finite, or there are not so many images.
     """
-    temperature = fit_temperature(*calibration)
-    return TemperatureScaling(
-        temperature, reliability(logits, labels), reliability(logits.astype(np.float64) / temperature, labels)
-    )
+    found, failed = dict.fromkeys(models, 0.0), {}
+    if group.main and images:
+        logits, labels = predict(models, data.calibration(images), transform)
+        refuse_overflow(logits)
+        for name, values in logits.items():
+            try:
+                found[name] = fit_temperature(values, labels)
+            except ValueError as error:
+                failed[name] = str(error)
+    group.barrier()
+    agreed = dict(zip(found, group.sum(*found.values()), strict=True))  # the others add zeros
+    return {name: value for name, value in agreed.items() if value}, failed

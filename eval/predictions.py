@@ -1,9 +1,74 @@
-"""What the measurements of predictions have in common: logits that fit their labels, as probabilities in float64."""
+"""What the measurements take from logits, image by image: as large for a thousand classes as for ten."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
 import numpy as np
 import scipy.special
+
+from illama.errors import UserError
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one model says of n images; every array is (n,).
+
+    Attributes:
+        labels: the right class, int64.
+        predicted: the class of the largest logit; of equal logits the lower class. int64.
+        rank: classes that come before the label in the order of the logits, equal ones by their number; int64.
+        confidence: largest probability, float64.
+        log_likelihood: log of the label's probability, in nats; float64.
+        brier: squared distance of the probabilities from the label's one-hot vector (Brier, 1950), in 0..2; float64.
+    """
+
+    labels: np.ndarray
+    predicted: np.ndarray
+    rank: np.ndarray
+    confidence: np.ndarray
+    log_likelihood: np.ndarray
+    brier: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each prediction is the label, booleans."""
+        return self.rank == 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of(cls, logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> Predictions:
+        """Those of logits (n, classes), whose probabilities are the softmax of logits / ``temperature``.
+
+        Raises:
+            ValueError: see :func:`check_predictions`; a temperature that is not above 0.
+        """
+        check_predictions(logits, labels)
+        if not 0 < temperature < np.inf:
+            raise ValueError(f"a temperature is above 0, not {temperature}")
+        images = np.arange(len(labels))
+        own = logits[images, labels][:, None]
+        before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
+        scaled = logits.astype(np.float64) / temperature
+        given = probabilities(scaled)
+        confidence = given.max(1)
+        given[images, labels] -= 1
+        return cls(
+            labels=labels.astype(np.int64),
+            predicted=logits.argmax(1),
+            rank=before.sum(1),
+            confidence=confidence,
+            log_likelihood=log_probabilities(scaled)[images, labels],
+            brier=(given**2).sum(1),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Those of all the images of ``parts``, in order; ValueError if there are none."""
+        return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
 
 def check_predictions(logits: np.ndarray, labels: np.ndarray) -> None:
@@ -24,6 +89,15 @@ def check_finite(logits: np.ndarray) -> None:
     broken = ~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
     if broken.any():
         raise ValueError(f"{int(broken.sum())} of {len(logits)} images have logits not finite")
+
+
+def refuse_overflow(logits: Mapping[str, np.ndarray]) -> None:
+    """UserError for a model, by its name, whose logits are not finite."""
+    for name, values in logits.items():
+        try:
+            check_finite(values)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}: leave it out, or quantize it by another scheme") from error
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

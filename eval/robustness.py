@@ -8,7 +8,6 @@ that an interrupted run goes on, and more of them can be added later. eval/corru
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +23,12 @@ from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_c
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.results import markdown as table
 from eval.results import write_results
+from eval.resume import claim
 from illama.bundle import make_out, write_file
 from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 
-RUN, RESULTS, CELLS = "run.json", "robustness", "cells"
+RESULTS, CELLS = "robustness", "cells"
 CLEAN = ("clean", 0)
 Cell = tuple[str, int]
 Right = dict[str, np.ndarray]  # name of a model -> what it got right, booleans (images,)
@@ -128,7 +128,9 @@ def mean_drop(differences: np.ndarray, seed: int = 0) -> Drop:
 def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:
     """What every model gets right in every cell, measured or read from the output folder."""
     images = evenly_spaced(open_fitting_data(options.data, bundles).test(), options.images)
-    _claim(options, bundles)
+    facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
+    claim(options.out, facts)
+    make_out(options.out / CELLS)
     wanted = [CLEAN, *((name, severity) for name in options.corruptions for severity in options.severities)]
     cells = {}
     for cell in tqdm(wanted, desc="corruptions", unit="cell"):
@@ -142,21 +144,6 @@ def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Righ
         with np.load(path) as stored:
             cells[cell] = {model: stored[f"right/{model}"] for model in bundles.models}
     return cells
-
-
-def _claim(options: RobustnessOptions, bundles: OpenBundles) -> None:
-    """Make the output folder, or go on in one of the same run; UserError in any other."""
-    facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
-    run = options.out / RUN
-    make_out(options.out)
-    if any(options.out.iterdir()):
-        if not run.exists():
-            raise UserError(f"{options.out} holds other files: choose another --out")
-        if json.loads(run.read_text()) != facts:
-            raise UserError(f"{options.out} holds a run of other bundles, data, images or seed: choose another --out")
-    make_out(options.out / CELLS)
-    with write_file(run) as draft:
-        draft.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def markdown(results: Mapping[str, Robustness]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from illama.data import Sample, Transform, Transformed
 
 Infer = Callable[[np.ndarray], np.ndarray]
+_CALLS = 10  # of one model before the next
 
 
 def usable_cores() -> int:
@@ -42,19 +43,45 @@ def predict(
     """Logits (n, classes) of each model over a whole split, and the labels (n,).
 
     The split is streamed once, whatever the number of models, with a progress bar. A model sees ``batch`` images
-    a call, and ten calls at a time, since changing from one to another costs time. ``workers`` processes read images.
+    a call. ``workers`` processes read images.
     """
-    logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    labels: list[np.ndarray] = []
     total, disable = len(split), None if progress else True  # type: ignore[arg-type]
-    loader = DataLoader(Transformed(split, transform), batch_size=10 * batch, num_workers=workers)
     with tqdm(total=total, desc="evaluate", unit="img", disable=disable, leave=False) as bar:
-        for images, batch_labels in loader:
+        return next(predict_chunks(models, split, transform, [range(total)], batch, workers, bar.update))
+
+
+def predict_chunks(
+    models: Mapping[str, Infer],
+    split: Dataset[Sample],
+    transform: Transform,
+    chunks: Sequence[range],
+    batch: int = 50,
+    workers: int = 0,
+    advance: Callable[[int], object] = lambda images: None,
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Logits (n, classes) of each model, and labels (n,), of one chunk of a split after the other.
+
+    Each image of the chunks is read once, whatever the number of models, and no other image is. A model sees ``batch``
+    images of one chunk a call, and ten calls at a time, since changing from one to another costs time.
+
+    Args:
+        chunks: indices of images; none is empty.
+        workers: processes that read images, ahead of the models.
+        advance: told how many more images are done.
+    """
+    calls = [[list(chunk[start : start + batch]) for start in range(0, len(chunk), batch)] for chunk in chunks]
+    in_order = [call for each in calls for call in each]
+    loader = iter(DataLoader(Transformed(split, transform), batch_sampler=in_order, num_workers=workers))
+    for chunk in calls:
+        logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
+        labels: list[np.ndarray] = []
+        for start in range(0, len(chunk), _CALLS):
+            read = [next(loader) for _ in chunk[start : start + _CALLS]]
             for name, infer in models.items():
-                logits[name] += [infer(part.numpy()) for part in images.split(batch)]
-            labels.append(batch_labels.numpy())
-            bar.update(len(images))
-    return {name: np.concatenate(parts) for name, parts in logits.items()}, np.concatenate(labels)
+                logits[name] += [infer(images.numpy()) for images, _ in read]
+            labels += [each.numpy() for _, each in read]
+            advance(sum(len(each) for _, each in read))
+        yield {name: np.concatenate(parts) for name, parts in logits.items()}, np.concatenate(labels)
 
 
 def torch_infer(model: torch.nn.Module) -> Infer:

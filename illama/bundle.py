@@ -6,6 +6,7 @@
     model.fused.onnx     after quantization: the graph for TensorRT
     model.torchao.safetensors  after quantization by torchao: the network for PyTorch
     engines/             after a build: engines, each with a JSON of its own
+    temperature.json     after an evaluation: what calibrates the probabilities of these files
 
 It appears whole or not at all: it is written beside its place and renamed into it.
 """
@@ -35,6 +36,7 @@ FUSED_ONNX = "model.fused.onnx"
 TORCHAO = "model.torchao.safetensors"
 SCHEME = "scheme.yaml"  # what quantized it, to be read, changed and replayed
 ENGINES = "engines"
+TEMPERATURE = "temperature.json"
 FRAME = "frame"  # in a manifest's metrics: (height, width, channels) that graphs with preprocessing take
 SOFTMAX_OUTPUT = "softmax_output"  # in a fused graph's metadata: how attention's softmax output is rounded
 _PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "nvidia-modelopt", "torchao", "onnx",
@@ -102,6 +104,12 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bundle_of(path: Path) -> Path:
+    """The folder of the bundle that a file or an engine belongs to, or that ``path`` is."""
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == ENGINES else folder
 
 
 def is_bundle(folder: Path) -> bool:

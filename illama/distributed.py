@@ -1,4 +1,4 @@
-"""Training over several processes: one per GPU under torchrun, or several on CPUs; a single one without it."""
+"""Work over several processes: one per GPU under torchrun, or several on CPUs; a single one without it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from illama.errors import UserError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all that train together.
+    """This process among all that train or evaluate together.
 
     Attributes:
         rank: 0 for the one that writes files and shows progress.
@@ -42,6 +43,16 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait for the other processes; UserError if one ended, or does not come within the timeout."""
+        if self.count == 1:
+            return
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise UserError("another process ended, or did not answer in time: see its own message, then start all of "
+                            "them again; what is done is kept") from error  # fmt: skip
 
     def share(self, total: int) -> tuple[list[int], int]:
         """This process's indices of ``total`` things, and how many of them count.
@@ -71,9 +82,16 @@ class Processes:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
 @contextmanager
-def processes() -> Iterator[Processes]:
+def processes(apart: bool = False, timeout: timedelta | None = None) -> Iterator[Processes]:
     """Join the processes that torchrun started; alone without torchrun.
+
+    Args:
+        apart: they compute each by itself, and only meet: on the CPU, so that several can share a GPU.
+        timeout: how long one waits for another; the library's own if not given.
 
     Raises:
         UserError: torchrun is to restart workers but would give them a store that holds dead workers' addresses
@@ -85,13 +103,14 @@ def processes() -> Iterator[Processes]:
                         "before torchrun --max-restarts")  # fmt: skip
     local = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local % torch.cuda.device_count() if apart else local)
+    meet_on_gpu = cuda and not apart
+    device = torch.device("cuda", local) if meet_on_gpu else torch.device("cpu")
     if not launched:
         yield Processes(0, 1, device)
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if meet_on_gpu else "gloo", timeout=timeout)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:

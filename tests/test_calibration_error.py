@@ -16,8 +16,8 @@ from eval.calibration_error import (
     equal_width_bins,
     fit_temperature,
     reliability,
-    scale_temperature,
 )
+from eval.predictions import Predictions
 
 
 def _overconfident(images, classes=10, temperature=2.5, seed=0):
@@ -32,16 +32,16 @@ def _overconfident(images, classes=10, temperature=2.5, seed=0):
 def test_ece_is_torchmetrics(bins):
     logits, labels = _overconfident(3000)
     expected = multiclass_calibration_error(torch.from_numpy(logits), torch.from_numpy(labels), 10, n_bins=bins)
-    assert reliability(logits, labels, bins).ece == pytest.approx(float(expected), abs=1e-6)
+    assert reliability(Predictions.of(logits, labels), bins).ece == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_nll_and_brier_are_torch_s():
     logits, labels = _overconfident(500)
-    measured, tensor = reliability(logits, labels), torch.from_numpy(logits)
+    measured, tensor = reliability(Predictions.of(logits, labels)), torch.from_numpy(logits)
     assert measured.nll == pytest.approx(F.cross_entropy(tensor, torch.from_numpy(labels)).item())
     one_hot = F.one_hot(torch.from_numpy(labels), 10)
     assert measured.brier == pytest.approx((tensor.softmax(1) - one_hot).square().sum(1).mean().item())
-    far = reliability(np.array([[0.0, 2000.0]], np.float32), np.array([0]))
+    far = reliability(Predictions.of(np.array([[0.0, 2000.0]], np.float32), np.array([0])))
     assert far.nll == 2000 and far.brier == 2 and far.ece == 1
 
 
@@ -91,9 +91,11 @@ def test_the_temperature_is_that_of_torch_s_lbfgs_and_near_the_true_one(temperat
 
 
 def test_scaling_mends_what_it_was_not_fitted_on():
-    scaled = scale_temperature(_overconfident(4000, seed=1), *_overconfident(20_000))
-    assert scaled.before.ece > 0.1 and scaled.after.ece < 0.02
-    assert scaled.after.nll < scaled.before.nll and scaled.after.brier < scaled.before.brier
+    temperature = fit_temperature(*_overconfident(4000, seed=1))
+    logits, labels = _overconfident(20_000)
+    before, after = (reliability(Predictions.of(logits, labels, each)) for each in (1, temperature))
+    assert before.ece > 0.1 and after.ece < 0.02
+    assert after.nll < before.nll and after.brier < before.brier
 
 
 def test_what_has_no_answer_is_refused():
@@ -103,6 +105,6 @@ def test_what_has_no_answer_is_refused():
     with pytest.raises(ValueError, match="every image is right"):
         fit_temperature(20 * np.eye(4), np.arange(4))
     with pytest.raises(ValueError, match="bin"):
-        reliability(logits, labels, 0)
+        reliability(Predictions.of(logits, labels), 0)
     with pytest.raises(ValueError, match="one set"):
         fit_temperature(logits[:0], labels[:0])

@@ -151,8 +151,8 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     assert again.returncode == 0 and (out / "robustness.md").read_text() == table
     assert (out / "cells" / "contrast-1.npz").stat().st_mtime_ns == kept
 
-    assert_one_line_error(run("--seed", "1"), "choose another --out")
-    assert_one_line_error(run(bundles=(other,)), "other bundles")
+    assert_one_line_error(run("--seed", "1"), "other seed", "choose another --out")
+    assert_one_line_error(run(bundles=(other,)), "other files")
     assert_one_line_error(run("--severities", "6"), "severity")
     assert_one_line_error(run("--images", "99"), "1 to 18")
     assert_one_line_error(run(bundles=(one, one)), "twice")

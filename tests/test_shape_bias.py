@@ -124,6 +124,8 @@ def test_mistakes_are_one_line(bundle, stimuli, small_bundle, tmp_path, run_here
     )
     assert_one_line_error(run_here("eval/shape_bias.py", infinite, "--stimuli", stimuli), "infinite: 256 of 256 images")
     assert_one_line_error(run_here("eval/shape_bias.py", bundle, "--stimuli", tmp_path / "no"), "no pictures")
-    assert_one_line_error(run_here("eval/shape_bias.py", small_bundle, "--stimuli", stimuli), "has no model.onnx")
+    assert_one_line_error(
+        run_here("eval/shape_bias.py", small_bundle, "--stimuli", stimuli), "holds weights for PyTorch"
+    )
     (stimuli / "cat" / "cat1-house2.png").write_bytes(b"")
     assert_one_line_error(run_here("eval/shape_bias.py", bundle, "--stimuli", stimuli), "cat1-house2.png", "elephant")

@@ -1,0 +1,67 @@
+"""What an evaluation holds in memory as the set grows: python benchmarks/evaluate_memory.py
+
+Fashion-MNIST's test split over and over, through a network of random weights and many classes, by
+eval.evaluate.evaluate; then through illama.accuracy.predict, which keeps all logits. Peaks are those of the process so
+far, so the sizes rise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import ConcatDataset
+
+from eval.evaluate import evaluate
+from eval.machine import peak_memory_gib
+from eval.results import markdown, write_results
+from illama import ILLaMA, ModelConfig
+from illama.accuracy import predict, torch_infer
+from illama.data import Sample, open_data
+from illama.errors import UserError, run_command
+
+HEADINGS = ("by", "images", "classes", "peak MiB", "seconds")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Evaluate ever larger sets, and note the peak of memory after each.
+
+    Attributes:
+        repeats: how many times over the 10,000 images are evaluated, rising.
+        classes: of the network.
+        out: where the table goes.
+    """
+
+    repeats: tuple[int, ...] = (1, 5)
+    classes: int = 1000
+    out: Path = Path("runs/evaluate-memory")
+
+    def __post_init__(self) -> None:
+        if not self.repeats or list(self.repeats) != sorted(self.repeats) or min(self.classes - 9, *self.repeats) < 1:
+            raise UserError("--repeats rise from 1 or more, and --classes are 10 or more")
+
+
+def main(options: MemoryOptions) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig.preset("nano", num_classes=options.classes)
+    data = open_data("fashion-mnist")
+    models = {"nano": torch_infer(ILLaMA(config).eval())}
+    transform = data.preprocessing(config.image_size, config.in_channels).transform()
+    rows = [("nothing yet", "0", str(options.classes), f"{peak_memory_gib() * 1024:.0f}", "0.0")]
+    runs: list[tuple[str, Callable[..., object], int]] = [("evaluate", evaluate, each) for each in options.repeats]
+    for name, function, repeats in [*runs, ("predict", predict, options.repeats[-1])]:
+        split: ConcatDataset[Sample] = ConcatDataset([data.test()] * repeats)
+        start = time.perf_counter()
+        function(models, split, transform)
+        rows.append((name, str(len(split)), str(options.classes), f"{peak_memory_gib() * 1024:.0f}",
+                     f"{time.perf_counter() - start:.1f}"))  # fmt: skip
+    content = {"rows": [dict(zip(HEADINGS, row, strict=True)) for row in rows]}
+    write_results(options.out, "evaluate-memory", content, markdown(HEADINGS, rows))
+
+
+if __name__ == "__main__":
+    run_command(MemoryOptions, main)
