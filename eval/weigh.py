@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.temperature import store_temperature
 from torch.utils.data import Dataset
 
 from deploy.record import EngineRecord
+from deploy.temperature import store_temperature
 from eval.accuracy import Measured, measure
 from eval.accuracy_drop import paired_drop
 from eval.calibration_error import fit_temperatures
@@ -127,7 +127,7 @@ def weigh(
         UserError: logits that are not finite, or do not fit the images.
     """
     models, first = _models(candidates)
-    temperatures, failed = fit_temperatures(models, images, group)
+    temperatures, failed = fit_temperatures(models, images.data, images.transform, images.calibration, group)
     facts = {"data": images.name, "files": {each.name: sha256(each.path) for each in candidates},
              "runtimes": {each.name: each.engine.runtime for each in candidates}}  # fmt: skip
     evaluated = evaluate(models, images.split, images.transform, temperatures, work, workers, facts=facts,
