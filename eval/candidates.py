@@ -76,7 +76,7 @@ def expand(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir() or is_bundle(path):
             paths.append(path)
             continue
-        bundles = sorted((each for each in path.iterdir() if is_bundle(each)), key=_quantized)
+        bundles = sorted((each for each in path.iterdir() if each.is_dir() and is_bundle(each)), key=_quantized)
         if not bundles:
             raise UserError(f"{path} is no bundle and holds none: make some with python quant/ptq.py")
         paths += bundles

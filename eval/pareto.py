@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from eval.measured import Limits, Row
 from illama.errors import UserError
 
+_ALIKE = 1.05  # times of a call that are as good as equal: what they differ by from run to run
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -67,8 +69,8 @@ def _broken(row: Row, limits: Limits) -> list[tuple[float, str]]:
 def choose(rows: Sequence[Row], limits: Limits | None = None) -> Choice:
     """The engine to deploy.
 
-    With a limit on the drop, or with none at all, it is the fastest of those that keep to the limits (ties: the
-    smaller, then the more accurate). With limits on latency and size alone, it is the most accurate of them (ties: the
+    With a limit on the drop, or with none at all, it is the fastest of those that keep to the limits; of several
+    within 5% of it, the smallest. With limits on latency and size alone, it is the most accurate of them (ties: the
     faster, then the smaller). Where none of those that keep to the limits was timed, the smallest stands in for the
     fastest.
 
@@ -90,8 +92,10 @@ def choose(rows: Sequence[Row], limits: Limits | None = None) -> Choice:
         rule = "the most accurate"
         row = min(kept, key=lambda row: (-row.top1.percent, _p50(row, limits.batch), row.megabytes))
     elif timed:
-        pool, rule = timed, "the fastest"
-        row = min(timed, key=lambda row: (_p50(row, limits.batch), row.megabytes, -row.top1.percent))
+        pool, fastest = timed, min(_p50(row, limits.batch) for row in timed)
+        alike = [row for row in timed if _p50(row, limits.batch) <= fastest * _ALIKE]
+        row = min(alike, key=lambda row: (row.megabytes, _p50(row, limits.batch), -row.top1.percent))
+        rule = "the fastest" if _p50(row, limits.batch) == fastest else f"the smallest of the {len(alike)} fastest"
     else:
         row = min(kept, key=lambda row: (row.megabytes, -row.top1.percent))
     what = f"engine{'s' * (len(pool) > 1)}" + (f" timed at batch {limits.batch}" if pool is timed else "")

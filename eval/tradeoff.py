@@ -105,9 +105,8 @@ def run(options: TradeoffOptions, group: Processes) -> list[str]:
         return []
     seconds = {"evaluate and time": time.perf_counter() - start}
     report = report_on(weighed, images, options, ", ".join(manifest.inputs) or str(paths[0]), seconds)
-    regressions = write_and_tell(report, images.split, options.out, options)
     shutil.rmtree(options.out / UNFINISHED)
-    return regressions
+    return write_and_tell(report, images.split, options.out, options)
 
 
 def main(options: TradeoffOptions) -> None:

@@ -77,7 +77,9 @@ def test_a_choice_keeps_to_the_limits_and_is_the_best_that_does(rows, latency_ms
     if drop is None and limits != Limits():
         assert best.top1.percent == max(row.top1.percent for row in kept)
     elif any(row.at(1) for row in kept):
-        assert best.at(1).p50 == min(row.at(1).p50 for row in kept if row.at(1))
+        timed = [row for row in kept if row.at(1)]
+        alike = [row for row in timed if row.at(1).p50 <= 1.05 * min(row.at(1).p50 for row in timed)]
+        assert best in alike and best.megabytes == min(row.megabytes for row in alike)
     else:
         assert best.megabytes == min(row.megabytes for row in kept)
 
