@@ -73,6 +73,8 @@ def expand(given: Sequence[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for path in given:
+        if not path.exists():
+            raise UserError(f"there is no {path}: name a bundle, a folder of bundles, or a file of one")
         if not path.is_dir() or is_bundle(path):
             paths.append(path)
             continue
@@ -148,7 +150,7 @@ def _in_tensorrt(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> 
             engine, note = open_engine(built), None
         except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
             engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph)
-            note = f"It is the graph that the engine was built from; the engine itself was not run: {error}"
+            note = f"Accuracy is of the graph that the engine was built from: {str(error).replace(str(built), 'it')}"
         yield Candidate(f"{scheme}, {title}", scheme, graph, engine, title, built, on_gpu=note is None, note=note)
     if not engines:
         note = "No engine was built from it"

@@ -1,0 +1,123 @@
+"""python eval/tradeoff.py on networks whose answers are known, and every mistake in one line."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import assert_one_line_error, write_images, write_linear_bundle
+
+from deploy.temperature import read_temperature
+from illama.accuracy import load_images
+from illama.bundle import Manifest
+from illama.checkpoint import read_preprocessing
+from illama.data import Preprocessing, open_data
+
+CLASSES = ["class0", "class1", "class2"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two linear networks that know most training images, the second with more noise, and those images."""
+    folder = tmp_path_factory.mktemp("tradeoff")
+    images, labels = load_images(
+        open_data(str(write_images(folder / "images"))).calibration(24), Preprocessing.imagenet(16, 3).transform()
+    )
+    weights = np.linalg.lstsq(images.reshape(24, -1), np.eye(3)[labels], rcond=None)[0]
+    for name, noise in (("fp32", 0.03), ("int8", 0.02)):
+        weights = weights + np.random.default_rng(0).normal(size=weights.shape) * noise
+        write_linear_bundle(folder / "runs" / name, weights, 16, CLASSES)
+    (folder / "runs" / "notes.txt").write_text("not a bundle")
+    return folder
+
+
+@pytest.fixture
+def tradeoff(runs, run_here, tmp_path):
+    def run(*arguments, paths=(runs / "runs",), data=runs / "images", out=tmp_path / "out"):
+        return run_here("eval/tradeoff.py", *paths, "--data", data, "--out", out, "--batches", 2, 1, "--seconds", 0.1,
+                        "--calibration-images", 24, *arguments)  # fmt: skip
+
+    return run
+
+
+def expected_classes(runs, name):
+    """What numpy makes of a bundle's weights in float64."""
+    import onnx
+
+    bundle = runs / "runs" / name
+    data = open_data(str(runs / "images"))
+    images, labels = load_images(data.test(), read_preprocessing(Manifest.read(bundle)).transform())
+    weights = onnx.numpy_helper.to_array(onnx.load(bundle / "model.onnx").graph.initializer[0]).astype(np.float64)
+    return (images.reshape(len(images), -1).astype(np.float64) @ weights).argmax(1), labels
+
+
+def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
+    result = tradeoff("--max-drop", 100)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert [row["reference"] for row in report["rows"]] == [True] + [False] * (len(rows) - 1)
+    (before, labels), (after, _) = (expected_classes(runs, name) for name in ("fp32", "int8"))
+    for scheme, classes in (("fp32", before), ("int8", after)):
+        row = rows[f"{scheme}, ONNX Runtime, CPU"]
+        assert row["top1"]["percent"] == pytest.approx((classes == labels).mean() * 100)
+        assert [latency["batch"] for latency in row["latency"]] == [2, 1] and row["device"]
+        assert row["latency"][0]["p50"] <= row["latency"][0]["p90"] <= row["latency"][0]["p99"]
+        assert row["temperature"] == pytest.approx(read_temperature(runs / "runs" / scheme / "model.onnx"), rel=0.05)
+    row = rows["int8, ONNX Runtime, CPU"]
+    lost = np.flatnonzero((before == labels) & (after != labels)).tolist()
+    gained = np.flatnonzero((before != labels) & (after == labels)).tolist()
+    assert (row["change"]["flips"]["lost"], row["change"]["flips"]["gained"]) == (lost, gained)
+    assert row["drop"]["points"] == pytest.approx((len(lost) - len(gained)) / len(labels) * 100)
+    assert [flip["image"] for flip in row["flipped"]][: len(lost)] == lost
+    assert report["conditions"]["batch sizes"] == [2, 1] and report["conditions"]["threads"] >= 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert len(re.findall("<img[^>]*data:image/", page)) >= len(lost) + len(gained) > 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html", "report.json", "report.md", "summary.json", "tradeoff.png", "reliability.png"
+    }  # fmt: skip
+    assert "at batch 2" in result.stdout and result.stdout.count("\n| ") == len(rows)
+
+
+def test_a_regression_fails_the_build(tradeoff, tmp_path):
+    assert tradeoff().returncode == 0
+    path = tmp_path / "out" / "report.json"
+    baseline = json.loads(path.read_text())
+    baseline["rows"] = [{**row, "latency": []} for row in baseline["rows"]]  # whatever the clock said
+    (tmp_path / "same.json").write_text(json.dumps(baseline))
+    result = tradeoff("--fail-on-regression", tmp_path / "same.json")
+    assert result.returncode == 0 and "Nothing is worse" in result.stdout
+    baseline["rows"][-1]["onnx_bytes"] //= 2
+    baseline["rows"].append({**baseline["rows"][-1], "name": "gone"})
+    (tmp_path / "better.json").write_text(json.dumps(baseline))
+    result = tradeoff("--fail-on-regression", tmp_path / "better.json")
+    assert result.returncode == 1 and "gone" in result.stdout and path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--batches", "0"), "batch"),
+        (("--seconds", "0"), "--seconds"),
+        (("--threads", "99"), "99"),
+        (("--images", "1000"), "--images"),
+        (("--max-latency-ms", "0"), "latency"),
+        (("--also", "tests/data"), "no results"),
+        (("--fail-on-regression", "README.md"), "report.json"),
+    ],
+)
+def test_mistakes_are_one_line(tradeoff, tmp_path, arguments, words):
+    assert_one_line_error(tradeoff(*arguments), words)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("report.*"))
+
+
+def test_paths_that_cannot_be_weighed(tradeoff, runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    other = write_linear_bundle(tmp_path / "other", np.zeros((768, 2)), 16, ["a", "b"])
+    fp32 = runs / "runs" / "fp32"
+    assert_one_line_error(tradeoff(paths=(tmp_path / "empty",)), "is no bundle and holds none")
+    assert_one_line_error(tradeoff(paths=(tmp_path / "absent",)), "absent")
+    assert_one_line_error(tradeoff(paths=()), "give at least one bundle")
+    assert_one_line_error(tradeoff(paths=(fp32, fp32)), "twice")
+    assert_one_line_error(tradeoff(paths=(fp32, other)), "other classes")
+    assert_one_line_error(tradeoff(paths=(other,)), "other classes")
