@@ -25,8 +25,8 @@ def runs(tmp_path_factory):
         Preprocessing(16, 3, (0.5,) * 3, (0.25,) * 3).transform(),
     )
     weights = np.linalg.lstsq(images.reshape(24, -1), np.eye(3)[labels], rcond=None)[0]
-    for name, noise in (("fp32", 0.06), ("int8", 0.03)):
-        weights = weights + np.random.default_rng(0).normal(size=weights.shape) * noise
+    for seed, (name, noise) in enumerate((("fp32", 0.06), ("int8", 0.05))):
+        weights = weights + np.random.default_rng(seed).normal(size=weights.shape) * noise
         write_linear_bundle(folder / "runs" / name, weights, 16, CLASSES)
     (folder / "runs" / "notes.txt").write_text("not a bundle")
     return folder
@@ -77,7 +77,7 @@ def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.html", "report.json", "report.md", "summary.json", "tradeoff.png", "reliability.png"
     }  # fmt: skip
-    assert "at batch 2" in result.stdout and result.stdout.count("\n| ") == len(rows)
+    assert "at batch 2" in result.stdout and result.stdout.count("\n| ") == 1 + len(rows)
 
 
 def test_a_regression_fails_the_build(tradeoff, tmp_path):
