@@ -1,7 +1,7 @@
 """Rewrites of a graph for OpenVINO's kernels on CPUs (docs/cpu.md has what each gains).
 
 A rewrite changes the model that it is given; the file stays as it is. All but :func:`leave_inputs` give the same
-numbers, to the last bit of float32.
+numbers, up to the rounding of float32.
 """
 
 from __future__ import annotations
@@ -147,14 +147,14 @@ def fold_scales(model: ModelProto) -> None:
         before   x -> MatMul(w) -> Add(b) -> Reshape -> Transpose -> RotaryEmbedding -> Mul(s)
         after    x -> MatMul(s w) -> Add(s b) -> Reshape -> Transpose -> RotaryEmbedding
 
-    All between is linear. Of a quantized weight, its scale is multiplied. Attention's 1 / sqrt(64) is a power of two,
-    so nothing is rounded.
+    All between is linear, and nothing else reads it. Of a quantized weight, its scale is multiplied. With heads of 64,
+    1 / sqrt(64) is a power of two, and nothing is rounded.
     """
     index = Index(model)
     for mul in [node for node in model.graph.node if node.op_type == "Mul"]:
         product = _find_product(index, _through_linear(index, mul.input[0]))
         factor = index.array(mul.input[1]) if mul.input[1] in index.constants else None
-        if product is not None and factor is not None and factor.ndim == 0 and product.output != mul.input[0]:
+        if product is not None and factor is not None and factor.ndim == 0 and len(index.readers(product.output)) == 1:
             scaled = product.dequantize or product.matmul
             for node in [scaled, *([product.bias] if product.bias is not None else [])]:
                 name = f"{mul.output[0]}.{node.input[1]}"  # of its own: equal constants are one

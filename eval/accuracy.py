@@ -10,7 +10,6 @@ split.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,9 +25,9 @@ from eval.accuracy_change import Change, Share, compare_predictions, top_k_accur
 from eval.bundles import OpenBundles, open_bundles, open_fitting_data
 from eval.calibration_error import Reliability, fit_temperatures, reliability
 from eval.evaluate import PATIENCE, Evaluated, evaluate
+from eval.machine import share_of_cores
 from eval.measured import plain
 from eval.results import markdown, write_results
-from illama.accuracy import usable_cores
 from illama.data import evenly_spaced
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
@@ -162,9 +161,8 @@ def _reliability(each: Reliability) -> tuple[str, ...]:
 
 def run(options: AccuracyOptions, group: Processes) -> None:
     """Evaluate as one of the processes of ``group``; the main one prints and writes the results."""
-    threads = options.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    bundles = open_bundles(options.paths, options.runtime, threads)
-    data = open_fitting_data(options.data, bundles)
+    bundles = open_bundles(options.paths, options.runtime, options.threads or share_of_cores())
+    data = open_fitting_data(options.data, bundles.classes)
     split = evenly_spaced(data.test(), options.images)
     transform, images = bundles.preprocessing.transform(), options.calibration_images
     temperatures, failed = (fit_temperatures(bundles.models, data, transform, images, group) if images
@@ -175,11 +173,11 @@ def run(options: AccuracyOptions, group: Processes) -> None:
                        facts=facts, processes=group, patience=options.patience)  # fmt: skip
     group.barrier()  # all have read the chunks
     if group.main:
+        write(options, bundles, measure(results, temperatures), failed)
+        shutil.rmtree(work)
         if options.store and images:
             for name, temperature in temperatures.items():
                 store_temperature(bundles.paths[name], temperature, images, options.data, bundles.runtimes[name])
-        write(options, bundles, measure(results, temperatures), failed)
-        shutil.rmtree(work)
 
 
 def write(

@@ -26,6 +26,9 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
     often each of three things is drawn (only the reference right, only the other right, no difference),
     and those counts are multinomial: the draw is exact, and takes no n x resamples table.
 
+    What never occurred, no resample can draw, however few the images are. There the interval reaches as far as the
+    exact one for none of n does (Clopper and Pearson, 1934): by 1 - 0.025^(1 / n), 0.04 points for 10,000 images.
+
     Raises:
         ValueError: for arrays of different or zero length.
     """
@@ -36,4 +39,6 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
     draws = np.random.default_rng(seed).multinomial(count, [lost, gained, max(0.0, 1 - lost - gained)], size=resamples)
     drops = (draws[:, 0] - draws[:, 1]) / count * 100
     low, high = np.percentile(drops, [2.5, 97.5])
-    return Drop(float((lost - gained) * 100), float(low), float(high))
+    points, unseen = (lost - gained) * 100, (1 - 0.025 ** (1 / count)) * 100
+    low, high = min(low, points - unseen * (gained == 0)), max(high, points + unseen * (lost == 0))
+    return Drop(float(points), float(low), float(high))

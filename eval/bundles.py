@@ -50,13 +50,7 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
         UserError: none given, one given twice, one that the runtime does not take, takes a camera's frames, or takes
             other images than the first.
     """
-    if not given:
-        raise UserError("give at least one bundle, such as runs/ptq/fp32")
-    manifests = [Manifest.read(bundle_of(path)) for path in given]
-    for path, manifest in zip(given, manifests, strict=True):
-        refuse_frames(path, manifest)
-        if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
-            raise UserError(f"{path} takes other images or names other classes than {given[0]}: give bundles alike")
+    manifest = check_alike(given)
     paths = dict(zip(_names(given), (file_of(path, runtime) for path in given), strict=True))
     engines = {name: open_engine(path, runtime, threads) for name, path in paths.items()}
     return OpenBundles(
@@ -64,9 +58,21 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
         paths,
         {name: sha256(path) for name, path in paths.items()},
         {name: engine.runtime for name, engine in engines.items()},
-        read_preprocessing(manifests[0]),
-        tuple(manifests[0].classes),
+        read_preprocessing(manifest),
+        tuple(manifest.classes),
     )
+
+
+def check_alike(given: Sequence[Path]) -> Manifest:
+    """The first bundle's manifest; UserError unless all classify the same images into the same classes."""
+    if not given:
+        raise UserError("give at least one bundle, such as runs/ptq/fp32")
+    manifests = [Manifest.read(bundle_of(path)) for path in given]
+    for path, manifest in zip(given, manifests, strict=True):
+        refuse_frames(path, manifest)
+        if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
+            raise UserError(f"{path} takes other images or names other classes than {given[0]}: give bundles alike")
+    return manifests[0]
 
 
 def _names(given: Sequence[Path]) -> list[str]:
@@ -87,11 +93,11 @@ def refuse_frames(bundle: Path, manifest: Manifest) -> None:
         raise UserError(f"{bundle} takes camera frames: give the bundle that it was made from")
 
 
-def open_fitting_data(spec: str, bundles: OpenBundles) -> ImageData:
-    """The data set that ``spec`` names; UserError unless its classes are the bundles'."""
+def open_fitting_data(spec: str, classes: Sequence[str]) -> ImageData:
+    """The data set that ``spec`` names; UserError unless its classes are those of the bundles."""
     data = open_data(spec)
-    if tuple(data.classes) != bundles.classes:
-        raise UserError(f"{spec} has other classes than the bundles ({len(data.classes)} and {len(bundles.classes)}): "
+    if tuple(data.classes) != tuple(classes):
+        raise UserError(f"{spec} has other classes than the bundles ({len(data.classes)} and {len(classes)}): "
                         "give the data that they were trained on")  # fmt: skip
     return data
 

@@ -147,7 +147,8 @@ def fit_temperatures(
         refuse_overflow(logits)
         for name, values in logits.items():
             try:
-                found[name] = fit_temperature(values, labels)
+                # Four digits, so that a run that is taken up again, or elsewhere, finds the same.
+                found[name] = float(f"{fit_temperature(values, labels):.4g}")
             except ValueError as error:
                 failed[name] = str(error)
     group.barrier()

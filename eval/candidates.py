@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from deploy.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
 from deploy.record import EngineRecord
 from deploy.tensorrt_library import TITLES
-from eval.bundles import refuse_frames
+from eval.bundles import check_alike
+from illama.accuracy import Infer
 from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, SCHEME, TORCHAO, Manifest, bundle_of, is_bundle
 from illama.errors import UserError
 
@@ -41,27 +43,47 @@ class Candidate:
     on_gpu: bool = False
     note: str | None = None
 
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Logits of any number of images, in calls that the engine takes."""
+        if self.built is None or self.note:
+            return self.engine.infer(images)
+        least, _, most = EngineRecord.read(self.built).batch
+        return in_calls_of(self.engine.infer, images, least, most)
 
-def find_candidates(given: Sequence[Path], networks: Mapping[str, nn.Module] | None = None) -> list[Candidate]:
+
+def in_calls_of(infer: Infer, images: np.ndarray, least: int, most: int) -> np.ndarray:
+    """Logits of images (n, C, H, W) from calls of ``least`` to ``most`` images; a short last one repeats an image."""
+    parts = []
+    for start in range(0, len(images), most):
+        part = images[start : start + most]
+        padded = np.concatenate([part, np.repeat(part[-1:], max(0, least - len(part)), axis=0)])
+        parts.append(infer(padded)[: len(part)])
+    return np.concatenate(parts)
+
+
+def find_candidates(
+    given: Sequence[Path], networks: Mapping[str, nn.Module] | None = None, threads: int = 0
+) -> list[Candidate]:
     """Every file of the bundles in every runtime that it is for here: CPU files first, then PyTorch's, then TensorRT's.
 
     Args:
         given: bundles, or single files or engines of them.
         networks: by the name of a bundle, those that run inside PyTorch, where they are at hand already.
+        threads: of ONNX Runtime and OpenVINO on the CPU; 0 for one a core.
 
     Raises:
         UserError: none given, one given twice, one that cannot be run or takes other images than the first.
     """
-    schemes = _schemes(given)
     check_alike(given)
-    found = [
-        candidate
-        for group in (_on_cpu, _in_torch, _in_tensorrt)
-        for path, scheme in zip(given, schemes, strict=True)
-        for candidate in group(path, scheme, networks or {})
-    ]
+    named = list(zip(given, _schemes(given), strict=True))
+    found = [each for path, scheme in named for each in _on_cpu(path, scheme, threads)]
+    found += [each for path, scheme in named for each in _in_torch(path, scheme, networks or {})]
+    found += [each for path, scheme in named for each in _in_tensorrt(path, scheme, threads)]
     if not found:
         raise UserError("there is no graph in what was given: make some with python quant/ptq.py")
+    names = [each.name for each in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twice[0]} was given twice, by its bundle and by itself: give each once")
     return found
 
 
@@ -91,17 +113,6 @@ def _quantized(bundle: Path) -> tuple[bool, str]:
     return (bundle / SCHEME).exists(), bundle.name
 
 
-def check_alike(given: Sequence[Path]) -> None:
-    """UserError unless all classify the same images into the same classes."""
-    if not given:
-        raise UserError("give at least one bundle, such as runs/ptq/fp32")
-    manifests = [Manifest.read(bundle_of(path)) for path in given]
-    for path, manifest in zip(given, manifests, strict=True):
-        refuse_frames(path, manifest)
-        if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
-            raise UserError(f"{path} takes other images or names other classes than {given[0]}: give bundles alike")
-
-
 def _schemes(given: Sequence[Path]) -> list[str]:
     """The names of the bundles, or their paths where two have the same."""
     if len({path.resolve() for path in given}) < len(given):
@@ -112,16 +123,16 @@ def _schemes(given: Sequence[Path]) -> list[str]:
     return [os.path.relpath(folder) if ambiguous else names[folder] for folder in folders]
 
 
-def _on_cpu(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[Candidate]:
+def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
     graph = path / CPU_ONNX if path.is_dir() else path
     if graph.suffix != ".onnx" or graph.name == FUSED_ONNX or not graph.exists():
         return
     reason = Manifest.read(graph.parent).metrics.get("not_timed")
     note = f"Not timed: {reason}" if reason else None
     runtime = "ONNX Runtime, CPU"
-    yield Candidate(f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph), runtime, note=note)
+    yield Candidate(f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph, threads), runtime, note=note)
     if cpu_runtime(graph) == "openvino":
-        engine = OpenVinoEngine(graph)
+        engine = OpenVinoEngine(graph, threads)
         runtime = f"OpenVINO, CPU ({engine.floats})"
         yield Candidate(f"{scheme}, {runtime}", scheme, graph, engine, runtime, note=note)
 
@@ -136,7 +147,7 @@ def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Ite
     yield Candidate(f"{scheme}, {runtime}", scheme, weights, engine, runtime, on_gpu="cuda" in engine.runtime)
 
 
-def _in_tensorrt(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[Candidate]:
+def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
     """The engines built from a fused graph that run here; for the others the graph itself, in ONNX Runtime."""
     graph = bundle_of(path) / FUSED_ONNX
     whole = path.is_dir() or path.name == FUSED_ONNX
@@ -149,9 +160,9 @@ def _in_tensorrt(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> 
         try:
             engine, note = open_engine(built), None
         except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
-            engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph)
+            engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph, threads)
             note = f"Accuracy is of the graph that the engine was built from: {str(error).replace(str(built), 'it')}"
         yield Candidate(f"{scheme}, {title}", scheme, graph, engine, title, built, on_gpu=note is None, note=note)
     if not engines:
         note = "No engine was built from it"
-        yield Candidate(f"{scheme}, TensorRT", scheme, graph, OnnxRuntimeEngine(graph), "TensorRT", note=note)
+        yield Candidate(f"{scheme}, TensorRT", scheme, graph, OnnxRuntimeEngine(graph, threads), "TensorRT", note=note)

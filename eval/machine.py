@@ -33,7 +33,7 @@ def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
     """Keep this process to ``threads`` of its cores, before any engine is opened; returns those it may run on.
 
     One hardware thread of each core comes first, where the machine tells which share one. Every runtime here takes
-    its number of threads from what is left. None changes nothing.
+    its number of threads from what is left; PyTorch is told, since torchrun leaves it one. None keeps all cores.
 
     Raises:
         UserError: for no threads, or for more than there are.
@@ -42,7 +42,7 @@ def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
 
     usable = sorted(os.sched_getaffinity(0))
     if threads is None:
-        return usable
+        threads = len(usable)
     if not 1 <= threads <= len(usable):
         raise UserError(f"threads must be 1 to {len(usable)}, the cores that this process may use, not {threads}")
     chosen = sorted(_cores_first(usable, sysfs)[:threads])
@@ -51,6 +51,18 @@ def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
             os.sched_setaffinity(int(task.name), chosen)
     torch.set_num_threads(threads)
     return chosen
+
+
+def share_of_cores() -> int:
+    """How many threads each of torchrun's processes on this machine has to itself; all cores, without it.
+
+    PyTorch is told.
+    """
+    import torch
+
+    threads = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(threads)
+    return threads
 
 
 def _cores_first(usable: list[int], sysfs: Path) -> list[int]:

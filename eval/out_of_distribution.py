@@ -130,7 +130,7 @@ def table(results: Mapping[str, Mapping[str, Separation]]) -> str:
 
 def main(options: OutsideOptions) -> None:
     bundles = open_bundles(options.bundles)
-    sets = open_fitting_data(options.data, bundles).test(), open_outside(options.outside)
+    sets = open_fitting_data(options.data, bundles.classes).test(), open_outside(options.outside)
     chosen = [evenly_spaced(images, options.images and min(options.images, len(images))) for images in sets]  # type: ignore[arg-type]
     transform = bundles.preprocessing.transform()
     inside, outside = (predict_checked(bundles, images, transform)[0] for images in chosen)

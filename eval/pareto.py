@@ -78,7 +78,7 @@ def choose(rows: Sequence[Row], limits: Limits | None = None) -> Choice:
         UserError: for a limit that nothing could keep to.
     """
     limits = limits or Limits()
-    _check(limits)
+    check_limits(limits)
     reasons = {row.name: fits(row, limits) for row in rows}
     kept = [row for row in rows if not reasons[row.name]]
     within = _in_words(limits)
@@ -107,7 +107,8 @@ def choose(rows: Sequence[Row], limits: Limits | None = None) -> Choice:
     return Choice(row, f"{name} is {place}{within}{gap}. {_figures(row, rows, limits.batch)}", reasons)
 
 
-def _check(limits: Limits) -> None:
+def check_limits(limits: Limits) -> None:
+    """UserError for a limit that nothing could keep to."""
     for name, value in {"latency": limits.latency_ms, "size": limits.megabytes, "the batch size": limits.batch}.items():
         if value is not None and not value > 0:
             raise UserError(f"the limit on {name} must be more than zero, not {value}")

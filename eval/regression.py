@@ -40,9 +40,11 @@ def find_regressions(baseline: Mapping[str, Any], report: Report, tolerances: To
     * The drop of top-1 grew by more than the tolerance, and so much that chance does not explain it: the 95% interval
       of the growth, put together from those of the two drops, lies above zero (Zou and Donner, Statistics in Medicine
       27, 2008). It takes the two for independent; they are of the same images, so that it is rather too wide.
-    * p50 grew at a batch size that both timed, taken over the reference row's of the same report, so that the speed of
-      the machine cancels.
-    * A file grew; a row is gone; attention is not fused any longer; negative log-likelihood or calibration error grew.
+    * The reference's own top-1 lies below the baseline's 95% interval of it.
+    * p50 grew over the reference row's of the same report, so that the speed of the machine cancels; on the same device
+      it must have grown by itself as well, lest a faster reference make all others slower.
+    * A batch size is not timed any longer; a file grew; a row is gone; attention is not fused any longer; negative
+      log-likelihood or calibration error grew.
 
     Args:
         baseline: of :func:`eval.measured.read_report`.
@@ -60,6 +62,8 @@ def find_regressions(baseline: Mapping[str, Any], report: Report, tolerances: To
             if new := rows.get(old["name"]):
                 found += _of_row(old, new, limits)
                 found += _of_latency(_ratios(baseline, old), _ratios(now, new), old, new, limits.latency)
+                found += [f"{old['name']}: it is not timed at batch {batch} any longer"
+                          for batch in _p50(old).keys() - _p50(new).keys()]  # fmt: skip
             else:
                 found.append(f"{old['name']}: it is in the baseline and not in this report")
     except (KeyError, TypeError, AttributeError) as error:
@@ -95,6 +99,9 @@ def _of_row(old: Mapping[str, Any], new: Mapping[str, Any], limits: Tolerances) 
     if growth > limits.drop and growth > noise:
         yield (f"{name}: top-1 drops by {after['points']:+.2f} points against the reference, and by "
                f"{before['points']:+.2f} before: {growth:.2f} more, of which chance explains {noise:.2f}")  # fmt: skip
+    if new["reference"] and new["top1"]["percent"] < old["top1"]["low"]:
+        yield (f"{name}: top-1 is {new['top1']['percent']:.2f}%, and was {old['top1']['percent']:.2f}% (95% interval "
+               f"from {old['top1']['low']:.2f}%)")  # fmt: skip
     for kind in ("onnx", "engine"):
         small, large = old[f"{kind}_bytes"], new[f"{kind}_bytes"]
         if small and large and large > small * (1 + limits.size):
@@ -121,17 +128,24 @@ def _of_latency(
     other = (
         "" if before["device"] == after["device"] else f" (on {after['device']}; the baseline on {before['device']})"
     )
+    same = before["device"] == after["device"]
     for batch in old.keys() & new.keys():
+        if same and _p50(after)[batch] <= _p50(before)[batch]:
+            continue
         if new[batch] > old[batch] * (1 + limit):
             yield (f"{after['name']}: p50 at batch {batch} is {new[batch]:.2f} times the reference's, and was "
                    f"{old[batch]:.2f} times{other}")  # fmt: skip
 
 
+def _p50(row: Mapping[str, Any]) -> dict[int, float]:
+    return {each["batch"]: each["p50"] for each in row["latency"]}
+
+
 def _ratios(report: Mapping[str, Any], row: Mapping[str, Any]) -> dict[int, float]:
     """Batch size -> p50 of a row over the reference row's, where both were timed."""
     references = [each for each in report["rows"] if each["reference"]]
-    base = {each["batch"]: each["p50"] for each in references[0]["latency"]} if references else {}
-    return {each["batch"]: each["p50"] / base[each["batch"]] for each in row["latency"] if base.get(each["batch"])}
+    base = _p50(references[0]) if references else {}
+    return {batch: p50 / base[batch] for batch, p50 in _p50(row).items() if base.get(batch)}
 
 
 def compare_markdown(baseline: Mapping[str, Any], report: Report, regressions: list[str]) -> str:

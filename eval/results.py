@@ -24,7 +24,7 @@ _TITLES = {
     "sensitivity": "What quantizing each layer alone costs",
     "flops": "Operations",
     "roofline": "Predicted latency",
-    "trust": "What changes behind a top-1",
+    "accuracy": "What changes behind a top-1",
 }
 
 

@@ -127,7 +127,7 @@ def mean_drop(differences: np.ndarray, seed: int = 0) -> Drop:
 
 def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:
     """What every model gets right in every cell, measured or read from the output folder."""
-    images = evenly_spaced(open_fitting_data(options.data, bundles).test(), options.images)
+    images = evenly_spaced(open_fitting_data(options.data, bundles.classes).test(), options.images)
     facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
     claim(options.out, facts)
     make_out(options.out / CELLS)

@@ -12,15 +12,17 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from torch.utils.data import Dataset
 
+from eval.bundles import check_alike, open_fitting_data
 from eval.candidates import expand, find_candidates
-from eval.machine import pin_threads
+from eval.machine import pin_threads, share_of_cores
 from eval.measured import Report, read_report
 from eval.pareto import choose, front
 from eval.regression import compare_markdown, find_regressions
@@ -29,9 +31,9 @@ from eval.results import read_results
 from eval.table import markdown_table
 from eval.thumbnails import draw_thumbnails
 from eval.weigh import Images, WeighOptions, report_on, weigh
-from illama.bundle import Manifest, bundle_of, make_out
+from illama.bundle import make_out
 from illama.checkpoint import read_preprocessing
-from illama.data import Sample, evenly_spaced, open_data
+from illama.data import Sample, evenly_spaced
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
 
@@ -48,6 +50,7 @@ class TradeoffOptions(WeighOptions):
         images: how many test images, evenly spaced; all if not given.
         calibration_images: of the training split, which temperatures are fitted on; 0 for none.
         workers: processes that read images.
+        store: keep each temperature with its file, for deploy/predict.py.
         out: where the report goes, and where an interrupted evaluation goes on.
     """
 
@@ -56,18 +59,27 @@ class TradeoffOptions(WeighOptions):
     images: int | None = None
     calibration_images: int = 512
     workers: int = 0
+    store: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.workers, self.calibration_images) < 0:
+            raise UserError("--workers and --calibration-images must be 0 or more")
 
 
-def check_inputs(options: WeighOptions) -> None:
-    """UserError, before the long work, for a baseline or results of other commands that cannot be read."""
+def check_inputs(options: WeighOptions) -> Mapping[str, Any] | None:
+    """The baseline, if one was given, read before the long work and before a new report takes its place.
+
+    Raises:
+        UserError: for a baseline, or results of other commands, that cannot be read.
+    """
     for folder in options.also:
         read_results(folder)
-    if options.fail_on_regression is not None:
-        read_report(options.fail_on_regression)
+    return read_report(options.fail_on_regression) if options.fail_on_regression is not None else None
 
 
-def write_and_tell(report: Report, split: Dataset[Sample], folder: Path, options: WeighOptions) -> list[str]:
-    """Write a report, print its table and its answer; what became worse than in the baseline, if one was given."""
+def write_and_tell(report: Report, split: Dataset[Sample], folder: Path, options: WeighOptions) -> None:
+    """Write a report, and print its table and its answer."""
     shown = [flip.image for row in report.rows for flip in row.flipped]
     write_report(report, folder, draw_thumbnails(split, shown))
     batch = report.limits.batch
@@ -76,44 +88,45 @@ def write_and_tell(report: Report, split: Dataset[Sample], folder: Path, options
     for reason in report.not_run:
         print(reason)
     print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {options.out / 'report.html'}")
-    if options.fail_on_regression is None:
-        return []
-    baseline = read_report(options.fail_on_regression)
-    regressions = find_regressions(baseline, report)
-    print(f"\n{compare_markdown(baseline, report, regressions)}")
-    return regressions
 
 
-def run(options: TradeoffOptions, group: Processes) -> list[str]:
-    """Weigh as one of the processes of ``group``; what became worse, if a baseline was given."""
+def exit_on_regression(baseline: Mapping[str, Any] | None, report: Report) -> None:
+    """Print what changed since a baseline, if there is one, and exit with 1 if something became worse."""
+    if baseline is not None:
+        regressions = find_regressions(baseline, report)
+        print(f"\n{compare_markdown(baseline, report, regressions)}")
+        if regressions:
+            sys.exit(1)
+
+
+def run(options: TradeoffOptions, group: Processes) -> Report | None:
+    """Weigh as one of the processes of ``group``; the main one writes the report, and returns it."""
     start = time.perf_counter()
     paths = expand(options.paths)
-    manifest = Manifest.read(bundle_of(paths[0]))
-    check_inputs(options)
-    data = open_data(options.data)
-    if list(data.classes) != manifest.classes:
-        raise UserError(f"{options.data} has other classes than {paths[0]} ({len(data.classes)} and "
-                        f"{len(manifest.classes)}): give the data that it was trained on")  # fmt: skip
-    transform = read_preprocessing(manifest).transform()
-    images = Images(options.data, data, evenly_spaced(data.test(), options.images), transform,
-                    options.calibration_images)  # fmt: skip
+    manifest = check_alike(paths)
+    data = open_fitting_data(options.data, manifest.classes)
+    images = Images(options.data, data, evenly_spaced(data.test(), options.images),
+                    read_preprocessing(manifest).transform(), options.calibration_images)  # fmt: skip
     pin_threads(options.threads)
-    candidates = find_candidates(paths)
+    candidates = find_candidates(paths, threads=share_of_cores())
     make_out(options.out)
-    weighed = weigh(candidates, images, options, options.out, options.out / UNFINISHED, options.workers, group)
+    weighed = weigh(candidates, images, options, options.out, options.out / UNFINISHED, options.workers, group,
+                    store=options.store, alone=lambda: find_candidates(paths))  # fmt: skip
     if not group.main:
-        return []
+        return None
     seconds = {"evaluate and time": time.perf_counter() - start}
     report = report_on(weighed, images, options, ", ".join(manifest.inputs) or str(paths[0]), seconds)
+    write_and_tell(report, images.split, options.out, options)
     shutil.rmtree(options.out / UNFINISHED)
-    return write_and_tell(report, images.split, options.out, options)
+    return report
 
 
 def main(options: TradeoffOptions) -> None:
+    baseline = check_inputs(options)
     with processes(apart=True) as group:
-        regressions = run(options, group)
-    if regressions:
-        sys.exit(1)
+        report = run(options, group)
+    if report is not None:
+        exit_on_regression(baseline, report)
 
 
 if __name__ == "__main__":

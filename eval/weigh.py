@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from eval.calibration_error import fit_temperatures
 from eval.candidates import Candidate
 from eval.evaluate import evaluate
 from eval.latency import measure_latency
-from eval.machine import describe_machine, peak_memory_gib
+from eval.machine import describe_machine, peak_memory_gib, pin_threads
 from eval.measured import FlippedImage, Limits, Report, Row
+from eval.pareto import check_limits
 from eval.predictions import Predictions
 from eval.results import read_results
 from eval.sensors import find_gpu, open_meter
@@ -63,8 +65,9 @@ class WeighOptions:
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
             raise UserError("--batches takes one batch size or more, each above 0 and given once")
-        if self.seconds <= 0:
-            raise UserError("--seconds must be above 0")
+        if not 0 < self.seconds < math.inf or self.seed < 0:
+            raise UserError("--seconds must be a number above 0, and --seed 0 or more")
+        check_limits(self.limits)
 
     @property
     def limits(self) -> Limits:
@@ -113,15 +116,18 @@ def weigh(
     work: Path | None = None,
     workers: int = 0,
     group: Processes = ALONE,
+    *,
+    store: bool = False,
+    alone: Callable[[], Sequence[Candidate]] | None = None,
 ) -> Weighed:
     """Evaluate every candidate, and time those that run here as they would be deployed.
-
-    Temperatures are fitted, and each is stored with its file.
 
     Args:
         out: where the report will lie; paths in the rows are relative to it.
         work, workers, group: see :func:`eval.evaluate.evaluate`; of several processes, the main one alone times and
             has rows.
+        store: keep each temperature with its file.
+        alone: opens the candidates again for timing, with all cores, where processes shared these.
 
     Raises:
         UserError: logits that are not finite, or do not fit the images.
@@ -136,13 +142,17 @@ def weigh(
     if not group.main:
         return Weighed([], {}, [], {})
     notes = [f"No temperature of {model}: {reason}." for model, reason in failed.items()]
-    notes += _store(candidates, first, temperatures, images)
+    if store:
+        notes += _store(candidates, first, temperatures, images)
     measured, reference = measure(evaluated, temperatures), evaluated[candidates[0].name].plain
     rows = [
         _row(each, measured[first[each.name]], reference, evaluated[first[each.name]].plain, out, options.seed)
         for each in candidates
     ]
     rows[0].reference = True
+    if alone and group.count > 1:
+        pin_threads(options.threads)
+        candidates = alone()
     conditions = _time(candidates, rows, images, options)
     return Weighed(rows, conditions, notes + _notes_on(candidates), _layers_of(candidates))
 
@@ -179,7 +189,7 @@ def _models(candidates: Sequence[Candidate]) -> tuple[dict[str, Infer], dict[str
     """(what infers, by the name of the first candidate that it computes; candidate -> that name)."""
     names: dict[int, str] = {}
     first = {each.name: names.setdefault(id(each.engine), each.name) for each in candidates}
-    return {each.name: each.engine.infer for each in candidates if first[each.name] == each.name}, first
+    return {each.name: each.infer for each in candidates if first[each.name] == each.name}, first
 
 
 def _store(
@@ -262,9 +272,12 @@ def _notes_on(candidates: Sequence[Candidate]) -> list[str]:
         if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
             notes.append(f"No graph for TensorRT of {scheme}: {reason}.")
     engines = [each for each in candidates if each.built]
-    if any(each.note for each in engines):
-        notes.append("Engines were built and their attention proven fused; they were not run or timed: that needs "
-                     "an NVIDIA GPU that they were built for.")  # fmt: skip
+    idle = [each for each in engines if each.note]
+    if idle:
+        fused = all(EngineRecord.read(each.built).fused for each in idle if each.built)
+        proven = " with every attention proven fused" if fused else ""
+        notes.append(f"{len(idle)} of {len(engines)} engines, built{proven}, were not run or timed: that needs an "
+                     "NVIDIA GPU that they were built for.")  # fmt: skip
     if any(EngineRecord.read(each.built).library == "tensorrt_rtx" for each in engines if each.built):
         notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
     return notes

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from eval.candidates import find_candidates
 from eval.machine import pin_threads
 from eval.measured import Report
 from eval.report import is_result
-from eval.tradeoff import check_inputs, write_and_tell
+from eval.tradeoff import check_inputs, exit_on_regression, write_and_tell
 from eval.weigh import Images, WeighOptions, report_on, weigh
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, write_folder
 from illama.checkpoint import SHIPPED
@@ -159,20 +158,19 @@ def weigh_bundles(job: Job, bundles: list[Path]) -> Report:
     images = Images(options.data, data, data.test(), job.origin.preprocessing.transform(), options.calibration_images)
     with job.phase("evaluate and time"):
         pin_threads(options.threads)
-        weighed = weigh(find_candidates(bundles, job.networks), images, options, job.folder)
+        weighed = weigh(find_candidates(bundles, job.networks), images, options, job.folder, store=True)
     return report_on(weighed, images, options, os.path.relpath(options.checkpoint), job.seconds, job.not_run)
 
 
 def main(options: PtqOptions) -> None:
-    check_inputs(options)
+    baseline = check_inputs(options)
     with write_folder(options.out, is_result) as folder:
         job = open_job(options, folder)
         bundles = write_bundles(job)
         build_engines(job, bundles)
         report = weigh_bundles(job, bundles)
-        regressions = write_and_tell(report, job.inputs.data.test(), folder, options)
-    if regressions:
-        sys.exit(1)
+        write_and_tell(report, job.inputs.data.test(), folder, options)
+    exit_on_regression(baseline, report)
 
 
 if __name__ == "__main__":

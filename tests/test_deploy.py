@@ -300,6 +300,23 @@ def test_products_in_parts_with_folded_scales_give_the_same_numbers(scheme, tmp_
     assert np.median(difference) < 1e-6 and difference.max() < (0.02 if scheme else 1e-5) * np.abs(expected).max()
 
 
+def test_a_product_that_something_else_reads_keeps_its_scale():
+    nodes = [onnx.helper.make_node("MatMul", ["images", "w"], ["product"]),
+             onnx.helper.make_node("Reshape", ["product", "shape"], ["moved"]),
+             onnx.helper.make_node("Mul", ["moved", "factor"], ["scaled"]),
+             onnx.helper.make_node("Add", ["scaled", "product"], ["sum"])]  # fmt: skip
+    constants = {"w": np.eye(4, dtype=np.float32), "shape": np.array([-1, 4]), "factor": np.float32(0.5)}
+    graph = onnx.helper.make_graph(
+        nodes, "twice", [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [2, 4])],
+        [onnx.helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, [2, 4])],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10)
+    fold_scales(model)
+    images = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(in_onnxruntime(model, images), 1.5 * images)
+
+
 def test_inputs_of_small_products_are_left_as_they_are(tmp_path):
     path = tmp_path / "model.onnx"
     network = export_quantized(SMALL, "int8", path, "plain", torch.float32)

@@ -47,9 +47,26 @@ def test_latency_is_worse_beyond_a_tenth_at_each_batch_size(factor):
     assert all(f"{0.25 * factor:.2f} times" in line and "on another; the baseline on a <CPU>" in line for line in found)
 
 
-def test_latency_that_only_one_of_the_two_has_is_not_judged():
-    assert find_regressions(BASELINE, _changed(latency=[])) == []
-    assert find_regressions(BASELINE, _changed(0, latency=[])) == []
+def test_a_batch_size_that_is_no_longer_timed_is_named():
+    found = find_regressions(BASELINE, _changed(latency=[]))
+    assert len(found) == len(make_report().rows[1].latency) and all("any longer" in line for line in found)
+    report = make_report()
+    without = json.loads(json.dumps(_changed(latency=[]).to_json()))
+    assert find_regressions(without, report) == []  # one that is new is none
+
+
+def test_a_faster_reference_makes_no_other_slower():
+    report = make_report()
+    report.rows[0] = replace(report.rows[0], latency=_slower(report.rows[0], 0.5))
+    assert find_regressions(BASELINE, report) == []
+
+
+def test_a_network_that_lost_everywhere_is_worse():
+    report = make_report()
+    fallen = replace(report.rows[0].top1, percent=report.rows[0].top1.low - 0.01)
+    report.rows[0] = replace(report.rows[0], top1=fallen)
+    (line,) = find_regressions(BASELINE, report)
+    assert line.startswith(report.rows[0].name) and "top-1" in line
 
 
 @settings(deadline=None, max_examples=100)

@@ -80,8 +80,10 @@ function asMarkdown(lines) {
 }
 
 function asCsv(lines) {
+  // A spreadsheet takes a cell that begins so for a formula, unless it is a number or an apostrophe stands before it.
+  const plain = (text) => (/^[=+\-@]/.test(text) && text.length > 1 && isNaN(text) ? `'${text}` : text);
   const quote = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-  return lines.map((line) => line.map(quote).join(",")).join("\r\n") + "\r\n";
+  return lines.map((line) => line.map((text) => quote(plain(text))).join(",")).join("\r\n") + "\r\n";
 }
 
 // A page that is opened from disk may have no clipboard of its own; an old way to copy then serves.
