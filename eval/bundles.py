@@ -70,6 +70,8 @@ def check_alike(given: Sequence[Path]) -> Manifest:
     manifests = [Manifest.read(bundle_of(path)) for path in given]
     for path, manifest in zip(given, manifests, strict=True):
         refuse_frames(path, manifest)
+        if "decoder_channels" in manifest.config:
+            raise UserError(f"{path} is of a segmentation network: judge it with python eval/segmentation.py")
         if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
             raise UserError(f"{path} takes other images or names other classes than {given[0]}: give bundles alike")
     return manifests[0]

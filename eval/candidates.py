@@ -15,7 +15,7 @@ from deploy.record import EngineRecord
 from deploy.tensorrt_library import TITLES
 from eval.bundles import check_alike
 from illama.accuracy import Infer
-from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, SCHEME, TORCHAO, Manifest, bundle_of, is_bundle
+from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of
 from illama.errors import UserError
 
 
@@ -97,10 +97,10 @@ def expand(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if not path.exists():
             raise UserError(f"there is no {path}: name a bundle, a folder of bundles, or a file of one")
-        if not path.is_dir() or is_bundle(path):
+        if not path.is_dir() or (path / MANIFEST).exists():
             paths.append(path)
             continue
-        bundles = sorted((each for each in path.iterdir() if each.is_dir() and is_bundle(each)), key=_quantized)
+        bundles = sorted((each for each in path.iterdir() if (each / MANIFEST).exists()), key=_quantized)
         if not bundles:
             raise UserError(f"{path} is no bundle and holds none: make some with python quant/ptq.py")
         paths += bundles

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from eval.calibration_error import Reliability
 from eval.measured import Report, Row
-from eval.pareto import front
+from eval.pareto import choose, front
 
 INK, QUIET, FAINT, WARN = "#16202c", "#566273", "#d9dde3", "#b42318"
 COLOURS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as in the page
@@ -30,12 +30,14 @@ def draw_tradeoff(report: Report) -> bytes:
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.add_subplot()
     batch = report.limits.batch
-    best = front(report.rows, batch)
+    best, chosen = front(report.rows, batch), choose(report.rows, report.limits).row
     styles = {each: i % len(COLOURS) for i, each in enumerate(dict.fromkeys(row.runtime for row in report.rows))}
     for row in report.rows:
         style = styles[row.runtime]
         if latency := row.at(batch):
             _mark(axes, row, latency.p50, COLOURS[style] if row.name in best else "#8b95a3", MARKS[style])
+            if row is chosen:
+                axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="to deploy")
         else:
             axes.axhline(row.top1.percent, ls=(0, (4, 4)), lw=1, color=COLOURS[style], alpha=0.6)
     _name_untimed(axes, [row for row in report.rows if not row.at(batch)])

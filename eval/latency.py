@@ -114,7 +114,12 @@ def measure_latency(
     watch, order, start, switches = Watch(root, find_gpu()), np.random.default_rng(seed), time.monotonic(), _switches()
     watch.look()
     for batch in batches:
-        given = images[np.arange(batch) % len(images)]
+        try:
+            given = images[np.arange(batch) % len(images)]
+        except MemoryError as error:
+            for name in engines:
+                timings.refused[name][batch] = str(error)
+            continue
         plans, refused = _warm_up(engines, given, wanted, share, progress)
         for name, reason in refused.items():
             timings.refused[name][batch] = reason

@@ -155,12 +155,13 @@ def plot_data(report: Report) -> dict[str, Any]:
         }
         for row in report.rows
     ]  # fmt: skip
-    limits = report.limits
+    limits, chosen = report.limits, choose(report.rows, report.limits).row
     floor = reference.top1.percent - limits.drop if reference and limits.drop is not None else None
     return {
         "rows": rows,
         "batches": batches,
         "batch": limits.batch if limits.batch in batches else next(iter(batches), limits.batch),
+        "chosen": chosen.name if chosen else None,
         "images": report.rows[0].images,
         "limits": {"batch": limits.batch, "latency": limits.latency_ms, "top1": floor, "drop": limits.drop},
     }

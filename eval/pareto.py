@@ -95,7 +95,8 @@ def choose(rows: Sequence[Row], limits: Limits | None = None) -> Choice:
         pool, fastest = timed, min(_p50(row, limits.batch) for row in timed)
         alike = [row for row in timed if _p50(row, limits.batch) <= fastest * _ALIKE]
         row = min(alike, key=lambda row: (row.megabytes, _p50(row, limits.batch), -row.top1.percent))
-        rule = "the fastest" if _p50(row, limits.batch) == fastest else f"the smallest of the {len(alike)} fastest"
+        fast = _p50(row, limits.batch) == fastest
+        rule = "the fastest" if fast else "as fast as any (within 5%), and then the smallest,"
     else:
         row = min(kept, key=lambda row: (row.megabytes, -row.top1.percent))
     what = f"engine{'s' * (len(pool) > 1)}" + (f" timed at batch {limits.batch}" if pool is timed else "")

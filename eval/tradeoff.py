@@ -9,6 +9,7 @@ report.json for programs, report.md for pull requests, plots for slides.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -25,7 +26,7 @@ from eval.candidates import expand, find_candidates
 from eval.machine import pin_threads, share_of_cores
 from eval.measured import Report, read_report
 from eval.pareto import choose, front
-from eval.regression import compare_markdown, find_regressions
+from eval.regression import check_images, compare_markdown, find_regressions
 from eval.report import write_report
 from eval.results import read_results
 from eval.table import markdown_table
@@ -78,6 +79,12 @@ def check_inputs(options: WeighOptions) -> Mapping[str, Any] | None:
     return read_report(options.fail_on_regression) if options.fail_on_regression is not None else None
 
 
+def check_baseline(baseline: Mapping[str, Any] | None, images: Images) -> None:
+    """UserError for a baseline, if there is one, of other images than these."""
+    if baseline is not None:
+        check_images(baseline, images.name, images.data.classes, len(images.split))  # type: ignore[arg-type]
+
+
 def write_and_tell(report: Report, split: Dataset[Sample], folder: Path, options: WeighOptions) -> None:
     """Write a report, and print its table and its answer."""
     shown = [flip.image for row in report.rows for flip in row.flipped]
@@ -99,7 +106,7 @@ def exit_on_regression(baseline: Mapping[str, Any] | None, report: Report) -> No
             sys.exit(1)
 
 
-def run(options: TradeoffOptions, group: Processes) -> Report | None:
+def run(options: TradeoffOptions, group: Processes, baseline: Mapping[str, Any] | None) -> Report | None:
     """Weigh as one of the processes of ``group``; the main one writes the report, and returns it."""
     start = time.perf_counter()
     paths = expand(options.paths)
@@ -107,6 +114,7 @@ def run(options: TradeoffOptions, group: Processes) -> Report | None:
     data = open_fitting_data(options.data, manifest.classes)
     images = Images(options.data, data, evenly_spaced(data.test(), options.images),
                     read_preprocessing(manifest).transform(), options.calibration_images)  # fmt: skip
+    check_baseline(baseline, images)
     pin_threads(options.threads)
     candidates = find_candidates(paths, threads=share_of_cores())
     make_out(options.out)
@@ -115,8 +123,9 @@ def run(options: TradeoffOptions, group: Processes) -> Report | None:
     if not group.main:
         return None
     seconds = {"evaluate and time": time.perf_counter() - start}
-    report = report_on(weighed, images, options, ", ".join(manifest.inputs) or str(paths[0]), seconds)
-    write_and_tell(report, images.split, options.out, options)
+    source = ", ".join(map(os.path.relpath, manifest.inputs)) or str(paths[0])
+    report = report_on(weighed, images, options, source, seconds)
+    write_and_tell(report, data.test(), options.out, options)
     shutil.rmtree(options.out / UNFINISHED)
     return report
 
@@ -124,7 +133,7 @@ def run(options: TradeoffOptions, group: Processes) -> Report | None:
 def main(options: TradeoffOptions) -> None:
     baseline = check_inputs(options)
     with processes(apart=True) as group:
-        report = run(options, group)
+        report = run(options, group, baseline)
     if report is not None:
         exit_on_regression(baseline, report)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from deploy.record import EngineRecord
 from deploy.temperature import store_temperature
@@ -91,6 +91,10 @@ class Images:
     transform: Transform
     calibration: int = 512
 
+    def place(self, index: int) -> int:
+        """Where an image of ``split`` stands in the whole test split."""
+        return self.split.indices[index] if isinstance(self.split, Subset) else index
+
 
 @dataclass(frozen=True)
 class Weighed:
@@ -146,7 +150,7 @@ def weigh(
         notes += _store(candidates, first, temperatures, images)
     measured, reference = measure(evaluated, temperatures), evaluated[candidates[0].name].plain
     rows = [
-        _row(each, measured[first[each.name]], reference, evaluated[first[each.name]].plain, out, options.seed)
+        _row(each, measured[first[each.name]], (reference, evaluated[first[each.name]].plain), images, options, out)
         for each in candidates
     ]
     rows[0].reference = True
@@ -210,8 +214,14 @@ def _store(
 
 
 def _row(
-    candidate: Candidate, measured: Measured, reference: Predictions, own: Predictions, out: Path, seed: int
+    candidate: Candidate,
+    measured: Measured,
+    predictions: tuple[Predictions, Predictions],
+    images: Images,
+    options: WeighOptions,
+    out: Path,
 ) -> Row:
+    """Its row, from the predictions of the reference and its own."""
     path, record = candidate.path, EngineRecord.read(candidate.built) if candidate.built else None
     files = [path, *([candidate.built] if candidate.built else [])]
     return Row(
@@ -220,8 +230,8 @@ def _row(
         scheme=candidate.scheme,
         runtime=candidate.runtime,
         evaluated_with=candidate.engine.runtime,
-        drop=paired_drop(reference.right, own.right, seed),
-        flipped=_flipped(measured, reference, own),
+        drop=paired_drop(predictions[0].right, predictions[1].right, options.seed),
+        flipped=_flipped(measured, *predictions, images),
         onnx=os.path.relpath(path, out),
         onnx_bytes=path.stat().st_size,
         engine=os.path.relpath(candidate.built, out) if candidate.built else None,
@@ -232,12 +242,12 @@ def _row(
     )
 
 
-def _flipped(measured: Measured, reference: Predictions, own: Predictions) -> list[FlippedImage]:
+def _flipped(measured: Measured, reference: Predictions, own: Predictions, images: Images) -> list[FlippedImage]:
     if measured.change is None:
         return []
-    flips = measured.change.flips
+    flips, facts = measured.change.flips, (own.labels, reference.predicted, own.predicted)
     return [
-        FlippedImage(int(image), int(own.labels[image]), int(reference.predicted[image]), int(own.predicted[image]))
+        FlippedImage(images.place(int(image)), *(int(of[image]) for of in facts))
         for kind in (flips.lost, flips.gained, flips.moved)
         for image in kind[:SHOWN]
     ]

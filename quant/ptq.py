@@ -22,7 +22,7 @@ from eval.candidates import find_candidates
 from eval.machine import pin_threads
 from eval.measured import Report
 from eval.report import is_result
-from eval.tradeoff import check_inputs, exit_on_regression, write_and_tell
+from eval.tradeoff import check_baseline, check_inputs, exit_on_regression, write_and_tell
 from eval.weigh import Images, WeighOptions, report_on, weigh
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, write_folder
 from illama.checkpoint import SHIPPED
@@ -152,10 +152,15 @@ def build_engines(job: Job, bundles: list[Path]) -> None:
             job.not_run.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
 
 
+def images_of(job: Job) -> Images:
+    """What the bundles are evaluated on."""
+    data, options = job.inputs.data, job.options
+    return Images(options.data, data, data.test(), job.origin.preprocessing.transform(), options.calibration_images)
+
+
 def weigh_bundles(job: Job, bundles: list[Path]) -> Report:
     """Accuracy and latency of everything that was written."""
-    options, data = job.options, job.inputs.data
-    images = Images(options.data, data, data.test(), job.origin.preprocessing.transform(), options.calibration_images)
+    options, images = job.options, images_of(job)
     with job.phase("evaluate and time"):
         pin_threads(options.threads)
         weighed = weigh(find_candidates(bundles, job.networks), images, options, job.folder, store=True)
@@ -166,6 +171,7 @@ def main(options: PtqOptions) -> None:
     baseline = check_inputs(options)
     with write_folder(options.out, is_result) as folder:
         job = open_job(options, folder)
+        check_baseline(baseline, images_of(job))
         bundles = write_bundles(job)
         build_engines(job, bundles)
         report = weigh_bundles(job, bundles)

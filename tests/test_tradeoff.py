@@ -143,3 +143,8 @@ def test_paths_that_cannot_be_weighed(tradeoff, runs, tmp_path):
     assert_one_line_error(tradeoff(paths=(fp32, fp32 / "model.onnx")), "twice")
     assert_one_line_error(tradeoff(paths=(fp32, other)), "other classes")
     assert_one_line_error(tradeoff(paths=(other,)), "other classes")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "config": {"decoder_channels": 32}}))
+    assert_one_line_error(tradeoff(paths=(other,)), "eval/segmentation.py")
+    (other / "manifest.json").write_text("{")
+    assert_one_line_error(tradeoff(paths=(other.parent,)), "damaged")

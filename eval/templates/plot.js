@@ -125,10 +125,12 @@ function drawPoint(root, row, scale) {
   const [x, y] = [scale.x(row.p50[state.batch]), scale.y(row.top1)];
   const onFront = row.front.includes(state.batch);
   const text = describe(row);
-  const group = svg("g", { class: `point r${style(row)}${onFront ? " on-front" : ""}`, tabindex: 0, role: "img",
+  const chosen = row.name === report.chosen;
+  const group = svg("g", { class: `point r${style(row)}${onFront || chosen ? " on-front" : ""}`, tabindex: 0, role: "img",
                            "aria-label": text.join(", "), "data-name": row.name }, root);
   const [low, high] = [scale.y(row.low), scale.y(row.high)];
   if (low - high > 1) svg("path", { class: "bars", d: `M${x} ${low}V${high}M${x - 4} ${low}h8M${x - 4} ${high}h8` }, group);
+  if (chosen) svg("circle", { class: "ring", cx: x, cy: y, r: 10 }, group);
   svg("circle", { class: "halo", cx: x, cy: y, r: 14 }, group);
   svg("path", { class: "mark", d: MARKS[style(row)], transform: `translate(${x} ${y})` }, group);
   for (const event of ["pointerenter", "focus"]) group.addEventListener(event, () => showTip(text, x, y));
@@ -138,7 +140,8 @@ function drawPoint(root, row, scale) {
 
 function describe(row) {
   return [row.name, `${row.p50[state.batch].toFixed(2)} ms at batch ${state.batch}`, `${row.top1.toFixed(2)}% top-1, ${row.drop}`,
-          `${row.megabytes.toFixed(2)} MB`, row.front.includes(state.batch) ? "on the front" : "beaten by another"];
+          `${row.megabytes.toFixed(2)} MB`, row.front.includes(state.batch) ? "on the front" : "beaten by another",
+          ...(row.name === report.chosen ? ["to deploy"] : [])];
 }
 
 // Each label goes to the first place beside its mark where it covers neither a mark nor another label; else nowhere.
@@ -263,6 +266,7 @@ function drawLegend() {
     return item;
   };
   const entries = runtimes.map((runtime, i) => entry(runtime, { class: `mark filled r${i % MARKS.length}` }, MARKS[i % MARKS.length]));
+  if (report.chosen) entries.push(entry("to deploy", { class: "ring" }, MARKS[0]));
   entries.push(entry("beaten by another", { class: "mark" }, MARKS[0]));
   if (report.rows.some((row) => !report.batches.every((batch) => row.p50[batch] !== undefined))) {
     entries.push(entry("not timed", { class: "mark", "stroke-dasharray": "5 3" }, "M-11 0H11"));
