@@ -16,10 +16,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from eval.bundles import check_alike, open_fitting_data
 from eval.candidates import expand, find_candidates
@@ -112,8 +112,10 @@ def run(options: TradeoffOptions, group: Processes, baseline: Mapping[str, Any] 
     paths = expand(options.paths)
     manifest = check_alike(paths)
     data = open_fitting_data(options.data, manifest.classes)
-    images = Images(options.data, data, evenly_spaced(data.test(), options.images),
-                    read_preprocessing(manifest).transform(), options.calibration_images)  # fmt: skip
+    split = evenly_spaced(data.test(), options.images)
+    indices = cast(Subset[Sample], split).indices if options.images is not None else None
+    transform = read_preprocessing(manifest).transform()
+    images = Images(options.data, data, split, transform, options.calibration_images, indices)
     check_baseline(baseline, images)
     pin_threads(options.threads)
     candidates = find_candidates(paths, threads=share_of_cores())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from deploy.record import EngineRecord
 from deploy.temperature import store_temperature
@@ -83,6 +83,7 @@ class Images:
         split: of ``data``.
         transform: the candidates' own.
         calibration: how many images of the training split temperatures are fitted on; 0 for none.
+        indices: of the images of ``split`` in the whole test split; None where they are all.
     """
 
     name: str
@@ -90,10 +91,11 @@ class Images:
     split: Dataset[Sample]
     transform: Transform
     calibration: int = 512
+    indices: Sequence[int] | None = None
 
     def place(self, index: int) -> int:
         """Where an image of ``split`` stands in the whole test split."""
-        return self.split.indices[index] if isinstance(self.split, Subset) else index
+        return index if self.indices is None else self.indices[index]
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ def weigh(
         pin_threads(options.threads)
         candidates = alone()
     conditions = _time(candidates, rows, images, options)
+    for each in candidates:
+        each.engine.close()
     return Weighed(rows, conditions, notes + _notes_on(candidates), _layers_of(candidates))
 
 

@@ -20,7 +20,7 @@ from illama.data import open_data
 
 def _ptq(bundle, images, out, *more):
     return run_command("quant/ptq.py", "--checkpoint", bundle, "--data", images, "--out", out,
-                       "--calibration-images", 8, *more)  # fmt: skip
+                       "--calibration-images", 8, "--batches", 1, 3, "--seconds", 1, *more)  # fmt: skip
 
 
 def test_the_whole_way(small_bundle, image_folder, tmp_path):

@@ -82,6 +82,16 @@ def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
     assert "at batch 2" in result.stdout and result.stdout.count("\n| ") == 1 + len(rows)
 
 
+def test_images_that_flip_are_named_by_their_place_in_the_whole_split(tradeoff, runs, tmp_path):
+    assert tradeoff("--images", 9).returncode == 0
+    (before, _), (after, _) = (expected_classes(runs, name) for name in ("fp32", "int8"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = (row for row in report["rows"] if row["name"] == "int8, ONNX Runtime, CPU")
+    every_second = np.arange(0, 18, 2)
+    assert sorted(flip["image"] for flip in row["flipped"]) == every_second[(before != after)[::2]].tolist()
+    assert row["flipped"]
+
+
 def test_a_regression_fails_the_build(tradeoff, tmp_path):
     assert tradeoff().returncode == 0
     path = tmp_path / "out" / "report.json"
