@@ -33,7 +33,7 @@ def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
     """Keep this process to ``threads`` of its cores, before any engine is opened; returns those it may run on.
 
     One hardware thread of each core comes first, where the machine tells which share one. Every runtime here takes
-    its number of threads from what is left; PyTorch is told, since torchrun leaves it one. None keeps all cores.
+    its number of threads from what is left. None changes nothing.
 
     Raises:
         UserError: for no threads, or for more than there are.
@@ -42,7 +42,7 @@ def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
 
     usable = sorted(os.sched_getaffinity(0))
     if threads is None:
-        threads = len(usable)
+        return usable
     if not 1 <= threads <= len(usable):
         raise UserError(f"threads must be 1 to {len(usable)}, the cores that this process may use, not {threads}")
     chosen = sorted(_cores_first(usable, sysfs)[:threads])
@@ -56,12 +56,14 @@ def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
 def share_of_cores() -> int:
     """How many threads each of torchrun's processes on this machine has to itself; all cores, without it.
 
-    PyTorch is told.
+    PyTorch is told, to which torchrun leaves one thread.
     """
     import torch
 
-    threads = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(threads)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(1, usable_cores() // processes)
+    if processes > 1:
+        torch.set_num_threads(threads)
     return threads
 
 

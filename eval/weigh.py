@@ -25,7 +25,7 @@ from eval.pareto import check_limits
 from eval.predictions import Predictions
 from eval.results import read_results
 from eval.sensors import find_gpu, open_meter
-from illama.accuracy import Infer, load_images
+from illama.accuracy import Infer, load_images, usable_cores
 from illama.bundle import Manifest, command_line, package_versions, sha256
 from illama.data import ImageData, Sample, Transform
 from illama.distributed import ALONE, Processes
@@ -157,7 +157,7 @@ def weigh(
     ]
     rows[0].reference = True
     if alone and group.count > 1:
-        pin_threads(options.threads)
+        pin_threads(options.threads or usable_cores())
         candidates = alone()
     conditions = _time(candidates, rows, images, options)
     for each in candidates:
