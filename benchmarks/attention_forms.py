@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.results import markdown, write_results
+from eval.results import write_results
 from illama import ILLaMA, ModelConfig
 from illama.errors import run_command
+from illama.markdown_table import markdown
 from illama.masks import Form
 
 ALPHAS = (0.0, 0.5, 1.0)

@@ -17,11 +17,12 @@ from torch.utils.data import ConcatDataset
 
 from eval.evaluate import evaluate
 from eval.machine import peak_memory_gib
-from eval.results import markdown, write_results
+from eval.results import write_results
 from illama import ILLaMA, ModelConfig
 from illama.accuracy import predict, torch_infer
 from illama.data import Sample, open_data
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 
 HEADINGS = ("by", "images", "classes", "peak MiB", "seconds")
 

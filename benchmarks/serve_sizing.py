@@ -14,8 +14,9 @@ from typing import Annotated
 
 import tyro
 
-from eval.results import markdown, write_results
+from eval.results import write_results
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 
 
 @dataclass(frozen=True)

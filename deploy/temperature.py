@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def store_temperature(path: Path, temperature: float, images: int, data: str, fi
     stored = {**_read(target), name: StoredTemperature(temperature, images, data, fitted_with, digest)}
     with write_file(target) as draft:
         draft.write_text(json.dumps({each: asdict(values) for each, values in stored.items()}, indent=2) + "\n")
+
+
+def store_temperatures(fitted: Iterable[tuple[Path, float, str]], images: int, data: str) -> list[str]:
+    """Store those of several files: (file, temperature, runtime that it was fitted with). What could not be, in words.
+
+    Of several runtimes of one graph the last one's stays.
+    """
+    failed = {}
+    for path, temperature, runtime in fitted:
+        try:
+            store_temperature(path, temperature, images, data, runtime)
+        except OSError as error:
+            failed[path] = f"The temperature of {path} was not stored with it: {error.strerror}."
+    return list(failed.values())
 
 
 def copy_temperature(source: Path, target: Path) -> None:

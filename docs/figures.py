@@ -30,9 +30,9 @@ from typing import Any
 
 import yaml
 
-from eval.results import markdown
 from illama.bundle import write_file
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/*.md", "illama/weights/README.md")

@@ -20,17 +20,18 @@ from typing import Annotated
 import tyro
 
 from deploy.engines import RuntimeName
-from deploy.temperature import read_temperature, store_temperature
-from eval.accuracy_change import Change, Share, compare_predictions, top_k_accuracy
+from deploy.temperature import read_temperature, store_temperatures
+from eval.accuracy_change import Change, compare_predictions, top_k_accuracy
 from eval.bundles import OpenBundles, open_bundles, open_fitting_data
 from eval.calibration_error import Reliability, fit_temperatures, reliability
 from eval.evaluate import PATIENCE, Evaluated, evaluate
 from eval.machine import share_of_cores
-from eval.measured import plain
-from eval.results import markdown, write_results
+from eval.measured import Measured, plain
+from eval.results import write_results
 from illama.data import evenly_spaced
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 
 RESULTS, UNFINISHED = "accuracy", "unfinished"
 _SHOWN = 8  # flipped images that are named
@@ -70,25 +71,6 @@ class AccuracyOptions:
     def __post_init__(self) -> None:
         if self.batch < 1 or self.patience <= 0 or min(self.calibration_images, self.workers, self.threads) < 0:
             raise UserError("--batch is 1 or more, --patience above 0, and no number of anything is negative")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is printed of one model.
-
-    Attributes:
-        images: of the test split.
-        change: from the first model; None for that one.
-        temperature, scaled: None where there is no temperature.
-    """
-
-    images: int
-    top1: Share
-    top5: Share
-    change: Change | None
-    reliability: Reliability
-    temperature: float | None
-    scaled: Reliability | None
 
 
 def stored_temperatures(bundles: OpenBundles) -> tuple[dict[str, float], dict[str, str]]:
@@ -176,8 +158,9 @@ def run(options: AccuracyOptions, group: Processes) -> None:
         write(options, bundles, measure(results, temperatures), failed)
         shutil.rmtree(work)
         if options.store and images:
-            for name, temperature in temperatures.items():
-                store_temperature(bundles.paths[name], temperature, images, options.data, bundles.runtimes[name])
+            fitted = [(bundles.paths[name], value, bundles.runtimes[name]) for name, value in temperatures.items()]
+            for failure in store_temperatures(fitted, images, options.data):
+                print(failure)
 
 
 def write(

@@ -29,7 +29,7 @@ class Candidate:
         path: the graph, or PyTorch's weights.
         engine: what computes its logits here; one that several candidates share is one object.
         runtime: what the file is for, in words.
-        built: the TensorRT engine built from the graph, if this is one.
+        built: the TensorRT engine built from the graph, if this is one, and its record, read once: that hashes it.
         on_gpu: whether it runs on one.
         note: why it is not timed here; None where it is.
     """
@@ -39,7 +39,7 @@ class Candidate:
     path: Path
     engine: Engine
     runtime: str
-    built: Path | None = None
+    built: tuple[Path, EngineRecord] | None = None
     on_gpu: bool = False
     note: str | None = None
 
@@ -47,7 +47,7 @@ class Candidate:
         """Logits of any number of images, in calls that the engine takes."""
         if self.built is None or self.note:
             return self.engine.infer(images)
-        least, _, most = EngineRecord.read(self.built).batch
+        least, _, most = self.built[1].batch
         return in_calls_of(self.engine.infer, images, least, most)
 
 
@@ -156,13 +156,15 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
         return
     in_its_stead = None
     for built in engines:
-        title = TITLES[EngineRecord.read(built).library]
+        record = EngineRecord.read(built)
+        title = TITLES[record.library]
         try:
             engine, note = open_engine(built), None
         except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
             engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph, threads)
             note = f"Accuracy is of the graph that the engine was built from: {str(error).replace(str(built), 'it')}"
-        yield Candidate(f"{scheme}, {title}", scheme, graph, engine, title, built, on_gpu=note is None, note=note)
+        name = f"{scheme}, {title}"
+        yield Candidate(name, scheme, graph, engine, title, (built, record), on_gpu=note is None, note=note)
     if not engines:
         note = "No engine was built from it"
         yield Candidate(f"{scheme}, TensorRT", scheme, graph, OnnxRuntimeEngine(graph, threads), "TensorRT", note=note)

@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eval.results import markdown, write_results
+from eval.results import write_results
 from illama import ModelConfig
 from illama.config import MaskKind
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 
 Form = Literal["needed", "plain", "fused"]
 RESULTS = "flops"

@@ -37,8 +37,29 @@ class FlippedImage:
     after: int
 
 
-@dataclass
-class Row:
+@dataclass(kw_only=True)
+class Measured:
+    """What the predictions of one model say.
+
+    Attributes:
+        images: how many test images they cover.
+        change: from the reference model; None for that one itself.
+        reliability: of the probabilities as they come out.
+        temperature: fitted on calibration images; None where none was.
+        scaled: reliability with the logits divided by it.
+    """
+
+    images: int
+    top1: Share
+    top5: Share
+    change: Change | None = None
+    reliability: Reliability
+    temperature: float | None = None
+    scaled: Reliability | None = None
+
+
+@dataclass(kw_only=True)
+class Row(Measured):
     """One deployable file in one runtime, and what was measured of it.
 
     Attributes:
@@ -46,13 +67,8 @@ class Row:
         scheme: number format: fp32, fp16 or a quantization scheme.
         runtime: what the file is for, in words.
         evaluated_with: what computed the logits that the accuracies come from.
-        images: how many test images they cover.
         drop: points of top-1 lost against the reference row on the same images.
-        change: what else changes from the reference row; None for that row itself.
         flipped: some of the images whose class changes, to be looked at.
-        reliability: of the probabilities as they come out.
-        temperature: fitted on calibration images and stored with the file; None where none was.
-        scaled: reliability with the logits divided by it.
         onnx, engine: paths, relative to the report where they lie beside it; None where there is no such file.
         sha256: path of each of these files -> its hash.
         fused: False for an engine whose attention may be in pieces.
@@ -66,17 +82,10 @@ class Row:
     scheme: str
     runtime: str
     evaluated_with: str
-    images: int
-    top1: Share
-    top5: Share
     drop: Drop
-    reliability: Reliability
     onnx: str
     onnx_bytes: int
-    change: Change | None = None
     flipped: list[FlippedImage] = field(default_factory=list)
-    temperature: float | None = None
-    scaled: Reliability | None = None
     engine: str | None = None
     engine_bytes: int | None = None
     sha256: dict[str, str] = field(default_factory=dict)

@@ -22,10 +22,11 @@ from torch.utils.data import Dataset
 
 from eval.bundles import open_bundles, open_fitting_data, predict_checked
 from eval.predictions import probabilities
-from eval.results import markdown, write_results
+from eval.results import write_results
 from illama.data import evenly_spaced, open_data
 from illama.data_shards import IMAGE_SUFFIXES, Sample, decode_image
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 
 RESULTS = "out-of-distribution"
 

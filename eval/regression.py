@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.measured import Report
-from eval.results import markdown
 from eval.table import MISSING, escape
 from illama.errors import UserError
+from illama.markdown_table import markdown
 
 _SAME = ("data", "classes")  # without which no figure of one report can be held against the other's
 
@@ -138,10 +138,8 @@ def _of_latency(
     limit: float,
 ) -> Iterator[str]:
     """The regressions of one row in latency, of batch size -> p50 over the reference row's."""
-    other = (
-        "" if before["device"] == after["device"] else f" (on {after['device']}; the baseline on {before['device']})"
-    )
     same = before["device"] == after["device"]
+    other = "" if same else f" (on {after['device']}; the baseline on {before['device']})"
     for batch in old.keys() & new.keys():
         if same and _p50(after)[batch] <= _p50(before)[batch]:
             continue

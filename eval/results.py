@@ -11,9 +11,6 @@ from eval.machine import describe_machine
 from eval.measured import OtherResult
 from illama.bundle import command_line, make_out, package_versions, write_file
 from illama.errors import UserError
-from illama.markdown_table import markdown
-
-__all__ = ["markdown", "read_results", "write_results"]
 
 # What a reader is told of results, by their name or that of their folder.
 _TITLES = {

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from eval.accuracy_drop import Drop
 from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
-from eval.results import markdown as table
 from eval.results import write_results
 from eval.resume import claim
 from illama.bundle import make_out, write_file
 from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown as table
 
 RESULTS, CELLS = "robustness", "cells"
 CLEAN = ("clean", 0)

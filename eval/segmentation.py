@@ -16,11 +16,12 @@ import tyro
 
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import Drop
-from eval.results import markdown, write_results
+from eval.results import write_results
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, make_out
 from illama.checkpoint import read_preprocessing
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 from illama.segmentation_data import SegmentationFolder
 from illama.segmentation_scores import Scores, Views, class_ious, score_images
 

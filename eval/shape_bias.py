@@ -24,9 +24,10 @@ from torch.utils.data import Dataset
 
 from eval.bundles import open_bundles, predict_checked
 from eval.predictions import probabilities
-from eval.results import markdown, write_results
+from eval.results import write_results
 from illama.data_shards import Sample, decode_image
 from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")
 RESULTS = "shape-bias"

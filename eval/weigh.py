@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from deploy.record import EngineRecord
-from deploy.temperature import store_temperature
-from eval.accuracy import Measured, measure
+from deploy.temperature import store_temperatures
+from eval.accuracy import measure
 from eval.accuracy_drop import paired_drop
 from eval.calibration_error import fit_temperatures
 from eval.candidates import Candidate
 from eval.evaluate import evaluate
 from eval.latency import measure_latency
 from eval.machine import describe_machine, peak_memory_gib, pin_threads
-from eval.measured import FlippedImage, Limits, Report, Row
+from eval.measured import FlippedImage, Limits, Measured, Report, Row
 from eval.pareto import check_limits
 from eval.predictions import Predictions
 from eval.results import read_results
@@ -149,7 +148,9 @@ def weigh(
         return Weighed([], {}, [], {})
     notes = [f"No temperature of {model}: {reason}." for model, reason in failed.items()]
     if store:
-        notes += _store(candidates, first, temperatures, images)
+        fitted = [(each.path, temperatures[first[each.name]], each.engine.runtime)
+                  for each in candidates if first[each.name] in temperatures]  # fmt: skip
+        notes += store_temperatures(fitted, images.calibration, images.name)
     measured, reference = measure(evaluated, temperatures), evaluated[candidates[0].name].plain
     rows = [
         _row(each, measured[first[each.name]], (reference, evaluated[first[each.name]].plain), images, options, out)
@@ -200,23 +201,6 @@ def _models(candidates: Sequence[Candidate]) -> tuple[dict[str, Infer], dict[str
     return {each.name: each.infer for each in candidates if first[each.name] == each.name}, first
 
 
-def _store(
-    candidates: Sequence[Candidate], first: Mapping[str, str], temperatures: Mapping[str, float], images: Images
-) -> list[str]:
-    """Keep each graph's temperature in its bundle; what could not be kept, in words.
-
-    Of several runtimes of one graph the last one's stays: the one that it is deployed in.
-    """
-    failed = {}
-    for each in candidates:
-        if (temperature := temperatures.get(first[each.name])) is not None:
-            try:
-                store_temperature(each.path, temperature, images.calibration, images.name, each.engine.runtime)
-            except OSError as error:
-                failed[each.path] = f"The temperature of {each.name} was not stored with it: {error.strerror}."
-    return list(failed.values())
-
-
 def _row(
     candidate: Candidate,
     measured: Measured,
@@ -226,8 +210,8 @@ def _row(
     out: Path,
 ) -> Row:
     """Its row, from the predictions of the reference and its own."""
-    path, record = candidate.path, EngineRecord.read(candidate.built) if candidate.built else None
-    files = [path, *([candidate.built] if candidate.built else [])]
+    built, record = candidate.built or (None, None)
+    files = [candidate.path, *([built] if built else [])]
     return Row(
         **vars(measured),
         name=candidate.name,
@@ -236,9 +220,9 @@ def _row(
         evaluated_with=candidate.engine.runtime,
         drop=paired_drop(predictions[0].right, predictions[1].right, options.seed),
         flipped=_flipped(measured, *predictions, images),
-        onnx=os.path.relpath(path, out),
-        onnx_bytes=path.stat().st_size,
-        engine=os.path.relpath(candidate.built, out) if candidate.built else None,
+        onnx=os.path.relpath(candidate.path, out),
+        onnx_bytes=candidate.path.stat().st_size,
+        engine=os.path.relpath(built, out) if built else None,
         engine_bytes=record.engine_bytes if record else None,
         fused=record.fused if record else True,
         sha256={os.path.relpath(file, out): sha256(file) for file in files},
@@ -285,14 +269,13 @@ def _notes_on(candidates: Sequence[Candidate]) -> list[str]:
     for bundle, scheme in {each.path.parent: each.scheme for each in candidates}.items():
         if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
             notes.append(f"No graph for TensorRT of {scheme}: {reason}.")
-    engines = [each for each in candidates if each.built]
-    idle = [each for each in engines if each.note]
+    engines = [each.built[1] for each in candidates if each.built]
+    idle = [each.built[1] for each in candidates if each.built and each.note]
     if idle:
-        fused = all(EngineRecord.read(each.built).fused for each in idle if each.built)
-        proven = " with every attention proven fused" if fused else ""
+        proven = " with every attention proven fused" if all(record.fused for record in idle) else ""
         notes.append(f"{len(idle)} of {len(engines)} engines, built{proven}, were not run or timed: that needs an "
                      "NVIDIA GPU that they were built for.")  # fmt: skip
-    if any(EngineRecord.read(each.built).library == "tensorrt_rtx" for each in engines if each.built):
+    if any(record.library == "tensorrt_rtx" for record in engines):
         notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
     return notes
 
