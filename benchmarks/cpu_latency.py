@@ -2,7 +2,8 @@
 
 iLLaMA-T at 224 pixels (random weights: speed does not depend on them) and the shipped nano, at batch 1 and 8, every
 contestant in turn in one process, so that whatever else the machine does hits all alike. The goal is for INT8 to be
-2.5 times as fast as ONNX Runtime in FP32 at batch 1 and 3 times at batch 8, and never slower than NNCF's INT8.
+2.5 times as fast as ONNX Runtime in FP32 at batch 1 and 3 times at batch 8, and never slower than NNCF's INT8. What
+each rewrite of deploy/openvino_graph.py gains is told by the same file without it, in the same rounds.
 
 NNCF is measured where it is installed (benchmarks/peers-requirements.txt) and left out, in words, where not.
 """
@@ -23,6 +24,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from tqdm import tqdm
 
 from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine
+from deploy.graph import load_graph
+from deploy.openvino_graph import fitting_rewrites
 from eval.latency import measure_latency
 from eval.results import write_results
 from illama import ILLaMA, ModelConfig
@@ -47,6 +50,8 @@ class LatencyOptions:
         repeats: medians taken of each, whose range is the spread.
         rounds: turns of every contestant in each of them.
         threads: of each runtime; 0 for one a core.
+        torch: time PyTorch too, as it is and compiled.
+        precision: what OpenVINO computes INT8 files' floating point in: f32 or bf16; its own choice if not given.
         out: where the table and the figures go.
     """
 
@@ -55,6 +60,8 @@ class LatencyOptions:
     repeats: int = 5
     rounds: int = 5
     threads: int = 0
+    torch: bool = True
+    precision: str | None = None
     out: Path = Path("results/cpu-latency")
 
 
@@ -66,24 +73,30 @@ def open_network(name: str) -> ILLaMA:
     return ILLaMA(ModelConfig.preset(name)).eval()
 
 
-def contestants(model: ILLaMA, images: torch.Tensor, folder: Path, threads: int) -> tuple[dict[str, Infer], list[str]]:
+def contestants(
+    model: ILLaMA, images: torch.Tensor, folder: Path, options: LatencyOptions
+) -> tuple[dict[str, Infer], list[str]]:
     """(name -> what infers, what could not be had)."""
-    fp32, int8 = folder / "fp32.onnx", folder / "int8.onnx"
+    threads = options.threads
+    fp32, int8, rounded = (folder / f"{name}.onnx" for name in ("fp32", "int8", "int8-attention"))
     export_onnx(model, fp32, "plain")
-    export_onnx(calibrate(model, find_scheme("int8"), [images[:16]]), int8, "plain")
+    for path in (int8, rounded):
+        export_onnx(calibrate(model, find_scheme(path.stem), [images[:16]]), path, "plain")
+    ours = OpenVinoEngine(int8, threads, options.precision)
     found: dict[str, Infer] = {
         REFERENCE: OnnxRuntimeEngine(fp32, threads).infer,
         "ONNX Runtime, INT8 (ours)": OnnxRuntimeEngine(int8, threads).infer,
         "OpenVINO, FP32": OpenVinoEngine(fp32, threads, "f32").infer,
         "OpenVINO, its own choice of float": OpenVinoEngine(fp32, threads).infer,
-        OURS: OpenVinoEngine(int8, threads).infer,
-        "OpenVINO, INT8 (ours), file as it is": as_it_is(int8, threads),
+        OURS: ours.infer,
+        **ablations(int8, ours.floats == "bf16", options),
+        "OpenVINO, INT8 (ours), attention rounded too": OpenVinoEngine(rounded, threads, options.precision).infer,
     }
-    found |= in_torch(model, threads)
+    found |= in_torch(model, threads) if options.torch else {}
     missing = []
     for kind in ("default", "transformer"):
         try:
-            found[f"OpenVINO, INT8 (NNCF, {kind})"] = nncf_quantized(fp32, images, kind == "transformer", threads)
+            found[f"OpenVINO, INT8 (NNCF, {kind})"] = nncf_quantized(fp32, images, kind == "transformer", options)
         except ImportError:
             missing.append(f"NNCF, {kind}: nncf is not installed (benchmarks/peers-requirements.txt)")
     return found, missing
@@ -116,14 +129,24 @@ def _infer_in(dtype: torch.dtype, model: nn.Module) -> Infer:
     return infer
 
 
-def as_it_is(path: Path, threads: int) -> Infer:
-    """A file in OpenVINO without the project's rewrite of its inputs' zero points."""
+def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, Infer]:
+    """A file in OpenVINO as it is, and with each rewrite left out that is done, or done that is left out."""
     import openvino
 
-    return _request(openvino.Core().read_model(path), threads)
+    done, every = fitting_rewrites(bfloat16), fitting_rewrites(bfloat16=True)
+    found = {}
+    for toggled in (None, *every):
+        name = f"{'without' if toggled in done else 'with'} {toggled.__name__}" if toggled else "as it is"
+        rewrites = [each for each in every if toggled and (each in done) != (each is toggled)]
+        model = load_graph(path)
+        for rewrite in rewrites:
+            rewrite(model)
+        read = openvino.Core().read_model(model.SerializeToString())
+        found[f"OpenVINO, INT8 (ours), {name}"] = _request(read, options.threads, options.precision)
+    return found
 
 
-def nncf_quantized(fp32: Path, images: torch.Tensor, transformer: bool, threads: int) -> Infer:
+def nncf_quantized(fp32: Path, images: torch.Tensor, transformer: bool, options: LatencyOptions) -> Infer:
     """NNCF's INT8 of the very file that ours is made from, in OpenVINO."""
     import nncf
     import openvino
@@ -131,13 +154,14 @@ def nncf_quantized(fp32: Path, images: torch.Tensor, transformer: bool, threads:
     kind = nncf.ModelType.TRANSFORMER if transformer else None
     data = nncf.Dataset([image[None].numpy() for image in images])
     model = nncf.quantize(openvino.Core().read_model(fp32), data, model_type=kind, subset_size=len(images))
-    return _request(model, threads)
+    return _request(model, options.threads, options.precision)
 
 
-def _request(model: object, threads: int) -> Infer:
+def _request(model: object, threads: int, precision: str | None) -> Infer:
     import openvino
 
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or usable_cores()}
+    settings |= {"INFERENCE_PRECISION_HINT": precision} if precision else {}
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda images: np.array(request.infer({0: images}, share_inputs=True)[0])
 
@@ -183,7 +207,7 @@ def main(options: LatencyOptions) -> None:
             model = open_network(network)
             config, total = model.config, len(options.batches) * (options.repeats + 1)
             images = torch.randn(max(16, *options.batches), config.in_channels, config.image_size, config.image_size)
-            engines, missing = contestants(model, images, Path(folder), options.threads)
+            engines, missing = contestants(model, images, Path(folder), options)
             with tqdm(total=total, desc=network, unit="repeat") as bar:
                 figures[network] = {
                     f"batch {batch}": medians(engines, images[:batch].numpy(), options, bar.update)

@@ -7,7 +7,7 @@ numbers, up to the rounding of float32.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,17 +21,13 @@ _WORTH_ROUNDING = 512
 _ELEMENTWISE = ("Add", "Mul")
 
 
-def fit_openvino(model: ModelProto, bfloat16: bool) -> None:
-    """Everything that OpenVINO gains from.
+def fitting_rewrites(bfloat16: bool) -> list[Callable[[ModelProto], None]]:
+    """Everything that OpenVINO gains from, in the order in which it is done.
 
     Args:
         bfloat16: whether it computes in bfloat16 what the graph has in float32.
     """
-    if bfloat16:
-        leave_inputs(model)
-    split_products(model)
-    fold_scales(model)
-    centre_inputs(model)
+    return [*([leave_inputs] if bfloat16 else []), split_products, centre_inputs]
 
 
 @dataclass(frozen=True)
@@ -139,38 +135,6 @@ def _columns(index: Index, product: _Product, part: slice, output: str) -> list[
     if product.bias is not None:
         nodes.append(helper.make_node("Add", [result, of(product.bias.input[1])], [output], name=output))
     return nodes
-
-
-def fold_scales(model: ModelProto) -> None:
-    """Multiply the weights by a number that the product is multiplied by afterwards.
-
-        before   x -> MatMul(w) -> Add(b) -> Reshape -> Transpose -> RotaryEmbedding -> Mul(s)
-        after    x -> MatMul(s w) -> Add(s b) -> Reshape -> Transpose -> RotaryEmbedding
-
-    All between is linear, and nothing else reads it. Of a quantized weight, its scale is multiplied. With heads of 64,
-    1 / sqrt(64) is a power of two, and nothing is rounded.
-    """
-    index = Index(model)
-    for mul in [node for node in model.graph.node if node.op_type == "Mul"]:
-        product = _find_product(index, _through_linear(index, mul.input[0]))
-        factor = index.array(mul.input[1]) if mul.input[1] in index.constants else None
-        if product is not None and factor is not None and factor.ndim == 0 and len(index.readers(product.output)) == 1:
-            scaled = product.dequantize or product.matmul
-            for node in [scaled, *([product.bias] if product.bias is not None else [])]:
-                name = f"{mul.output[0]}.{node.input[1]}"  # of its own: equal constants are one
-                node.input[1] = index.add_constant(name, index.array(node.input[1]) * factor)
-            for reader in index.readers(mul.output[0]):
-                reader.input[:] = [mul.input[0] if name == mul.output[0] else name for name in reader.input]
-    _prune(model)
-
-
-def _through_linear(index: Index, value: str) -> str:
-    """The value that one is made from by moving and rotating its elements alone, each step read by nothing else."""
-    while (maker := index.makers.get(value)) is not None and len(index.readers(value)) == 1:
-        if maker.op_type not in ("RotaryEmbedding", "Transpose", "Reshape"):
-            break
-        value = maker.input[0]
-    return value
 
 
 def centre_inputs(model: ModelProto) -> None:
