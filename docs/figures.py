@@ -21,7 +21,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -35,6 +36,7 @@ from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
 
 ROOT = Path(__file__).parents[1]
+DONE = "runs/figures/done.txt"
 DOCUMENTS = ("README.md", "docs/*.md", "illama/weights/README.md")
 _MARK = re.compile(r"<!-- (figures:|end|value:|/value)")
 _BLOCK = re.compile(r"(<!-- figures:(.*?)-->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -168,14 +170,30 @@ def update(root: Path, write: bool = True) -> list[str]:
     return lines
 
 
-def run_all(names: Iterable[str], commands: dict[str, Any]) -> list[str]:
-    """Run commands one after another, their output on the terminal; the names of those that failed."""
+def run_all(names: Sequence[str], commands: Mapping[str, Any], done: Path) -> list[str]:
+    """Run commands one after another, their output on the terminal; the names of those that failed.
+
+    The file ``done`` names those that have succeeded, which are not run again, until all have: so a run of hours goes
+    on where it was interrupted, or with what failed.
+    """
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    failed = []
-    for name in names:
-        print(f"\n{name}: about {commands[name]['minutes']} minutes", flush=True)
+    earlier = done.read_text().split() if done.exists() else []
+    ahead, failed = [name for name in names if name not in earlier], []
+    if len(ahead) < len(names):
+        print(f"done before: {', '.join(name for name in names if name in earlier)} (delete {done} to run all again)")
+    for place, name in enumerate(ahead):
+        left = sum(commands[each]["minutes"] for each in ahead[place:])
+        print(f"\n[{place + 1}/{len(ahead)}] {name}: about {commands[name]['minutes']} minutes of {left}", flush=True)
+        start = time.perf_counter()
         if subprocess.run(["bash", "-euxc", commands[name]["run"]], cwd=ROOT, env=environment).returncode:
             failed.append(name)
+            continue
+        print(f"{name}: took {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+        done.parent.mkdir(parents=True, exist_ok=True)
+        with done.open("a") as file:
+            file.write(f"{name}\n")
+    if not failed and set(earlier) <= set(names):
+        done.unlink(missing_ok=True)
     return failed
 
 
@@ -186,7 +204,7 @@ def main(options: FigureOptions) -> None:
             raise UserError(f"no commands named {name!r} in docs/figures.yaml: choose from {', '.join(commands)}")
     chosen = [name for name, each in commands.items()
               if options.all or name in options.run or each["minutes"] <= options.minutes]  # fmt: skip
-    failed = run_all(chosen, commands)
+    failed = run_all(chosen, commands, ROOT / DONE)
     differing = update(ROOT, write=not options.check)
     print("\n".join(differing) or "every figure is what its results file holds")
     if failed:

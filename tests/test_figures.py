@@ -95,12 +95,28 @@ def test_a_mark_that_cannot_be_filled_in_is_one_line_and_nothing_is_written(root
     assert (root / "README.md").read_text() == changed
 
 
-def test_commands_are_run_in_the_root_and_those_that_fail_are_named(run_here, capfd):
+def test_commands_are_run_in_the_root_and_those_that_fail_are_named(run_here, tmp_path, capfd):
     commands = {"good": {"minutes": 1, "run": "test -f Makefile\npython -c 'print(6 * 7)'"},
-                "bad": {"minutes": 1, "run": "false\ntrue"}}  # fmt: skip
-    assert FIGURES["run_all"](["good", "bad"], commands) == ["bad"]
-    assert "\n42\n" in capfd.readouterr().out
+                "bad": {"minutes": 2, "run": "false\ntrue"}}  # fmt: skip
+    assert FIGURES["run_all"](["good", "bad"], commands, tmp_path / "done.txt") == ["bad"]
+    output = capfd.readouterr().out
+    assert "\n42\n" in output and "[1/2] good: about 1 minutes of 3" in output
     assert_one_line_error(run_here("docs/figures.py", "--run", "ptqq"), "no commands named 'ptqq'", "robustness")
+
+
+def test_an_unfinished_run_goes_on_with_what_had_not_succeeded(tmp_path, capfd):
+    commands = {name: {"minutes": 1, "run": f"echo ran {name}; test {name} != bad -o -e {tmp_path / 'mended'}"}
+                for name in ("good", "bad", "last")}  # fmt: skip
+    done = tmp_path / "figures" / "done.txt"
+    assert FIGURES["run_all"](list(commands), commands, done) == ["bad"]
+    assert done.read_text().split() == ["good", "last"]
+    assert FIGURES["run_all"]([], commands, done) == [] and done.exists()  # nothing was asked for
+    (tmp_path / "mended").touch()
+    capfd.readouterr()
+    assert FIGURES["run_all"](list(commands), commands, done) == []
+    output = capfd.readouterr().out
+    assert "ran bad" in output and "ran good" not in output and "done before: good, last" in output
+    assert not done.exists()  # so that the next run makes all of them again
 
 
 def test_every_command_names_files_that_exist():
