@@ -222,12 +222,12 @@ def process_tree(process: int) -> list[Path]:
     return [folder, *itertools.chain.from_iterable(process_tree(int(child)) for child in children)]
 
 
-def memory_gib(process: int) -> float:
-    """Memory of a process and those it started, a page that several share counted once (Linux's Pss)."""
+def memory_gib(process: int) -> list[float]:
+    """Memory of a process, then of each that it started, a page that n of them share counted as 1 / n (Linux's Pss)."""
     sizes = [
         re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.M) for folder in process_tree(process)
     ]
-    return sum(int(found[1]) for found in sizes if found) / 2**20
+    return [int(found[1]) / 2**20 for found in sizes if found]
 
 
 def cpu_seconds(process: int) -> float:
@@ -258,7 +258,8 @@ def measure(options: LoadOptions, questions: Sequence[Question], repository: Pat
             rows.append(row(clients, options.seconds, answers, *np.subtract(after, before).tolist()))
         memory = memory_gib(server.pid)
     chosen = {key: value for key, value in asdict(options).items() if key not in ("bundle", "out")}
-    return {"rows": rows, "ready_seconds": ready, "memory_gib": memory, "options": chosen}
+    sizes = {"memory_gib": sum(memory), "process_memory_gib": memory}
+    return {"rows": rows, "ready_seconds": ready, **sizes, "options": chosen}
 
 
 def main(options: LoadOptions) -> None:
