@@ -112,16 +112,18 @@ def nncf_plain(task: Task, transformer: bool = False) -> Path:
 def nncf_accuracy(task: Task) -> Path:
     """nncf.quantize_with_accuracy_control; layers go back to float until the drop is within a point."""
 
-    def validate(model: Any, images: Iterable[np.ndarray]) -> tuple[float, None]:
-        logits = np.concatenate([model([image])[0] for image in images])
-        return top1(logits, task.validation[1]) / 100, None
+    def validate(model: Any, samples: Iterable[tuple[np.ndarray, int]]) -> tuple[float, None]:
+        logits, labels = zip(*((model([image])[0], label) for image, label in samples), strict=True)
+        return top1(np.concatenate(logits), np.array(labels)) / 100, None
 
     def quantize(source: Path, target: Path) -> None:
         import nncf
         import openvino
 
         calibration = nncf.Dataset([image[None] for image in task.images])
-        checks = nncf.Dataset([image[None] for image in task.validation[0]])
+        # With their labels, for it ranks the layers on a part of them.
+        samples = [(image[None], label) for image, label in zip(*task.validation, strict=True)]
+        checks = nncf.Dataset(samples, lambda sample: sample[0])
         model = openvino.Core().read_model(source)
         model = nncf.quantize_with_accuracy_control(
             model, calibration, checks, validate, max_drop=0.01, drop_type=nncf.DropType.ABSOLUTE,
