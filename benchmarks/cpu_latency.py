@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine
 from deploy.graph import load_graph
-from deploy.openvino_graph import fitting_rewrites
+from deploy.openvino_graph import fitting_rewrites, has_matrix_unit
 from eval.latency import measure_latency
 from eval.results import write_results
 from illama import ILLaMA, ModelConfig
@@ -133,7 +133,7 @@ def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, 
     """A file in OpenVINO as it is, and with each rewrite left out that is done, or done that is left out."""
     import openvino
 
-    done, every = fitting_rewrites(bfloat16), fitting_rewrites(bfloat16=True)
+    done, every = fitting_rewrites(bfloat16, has_matrix_unit()), fitting_rewrites(bfloat16=True, matrix_unit=True)
     found = {}
     for toggled in (None, *every):
         name = f"{'without' if toggled in done else 'with'} {toggled.__name__}" if toggled else "as it is"

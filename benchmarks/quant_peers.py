@@ -303,8 +303,10 @@ def main(options: PeerOptions) -> None:
     rows = rows_of(options, results)
     if options.rounds:
         rows = timed(options, results, rows)
-    title = describe(options, len(np.load(options.out / options.name / REFERENCE / LABELS)))
-    content = {"peers": [asdict(row) for row in rows], "peer_versions": peer_versions(), "threads": threads_of(options)}
+    labels = np.load(options.out / options.name / REFERENCE / LABELS)
+    title, majority = describe(options, len(labels)), 100 * float(np.bincount(labels).max()) / len(labels)
+    content = {"peers": [asdict(row) for row in rows], "peer_versions": peer_versions(),
+               "threads": threads_of(options), "test_images": len(labels), "majority_percent": majority}  # fmt: skip
     write_results(options.results, options.name, content, markdown(rows, title))
 
 

@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 
 from deploy.graph import has_fp8, load_graph
-from deploy.openvino_graph import fitting_rewrites
+from deploy.openvino_graph import fitting_rewrites, has_matrix_unit
 from deploy.record import EngineRecord
 from deploy.tensorrt_engine import TensorRTEngine
 from deploy.tensorrt_library import fits_this_gpu
@@ -128,7 +128,7 @@ class OpenVinoEngine(Engine):
             settings["INFERENCE_PRECISION_HINT"] = precision
         model, core = load_graph(path), openvino.Core()
         floats = precision or core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
-        for rewrite in fitting_rewrites(bfloat16=floats == "bf16"):
+        for rewrite in fitting_rewrites(floats == "bf16", has_matrix_unit()):
             rewrite(model)
         try:
             compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)

@@ -7,8 +7,10 @@ numbers, up to the rounding of float32.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -21,13 +23,24 @@ _WORTH_ROUNDING = 512
 _ELEMENTWISE = ("Add", "Mul")
 
 
-def fitting_rewrites(bfloat16: bool) -> list[Callable[[ModelProto], None]]:
+def fitting_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ModelProto], None]]:
     """Everything that OpenVINO gains from, in the order in which it is done.
 
     Args:
         bfloat16: whether it computes in bfloat16 what the graph has in float32.
+        matrix_unit: see :func:`has_matrix_unit`.
     """
-    return [*([leave_inputs] if bfloat16 else []), split_products, centre_inputs]
+    return [
+        *([leave_inputs] if bfloat16 else []),
+        split_products,
+        *([centre_inputs] if matrix_unit else []),
+    ]
+
+
+def has_matrix_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether oneDNN, whose kernels OpenVINO runs, multiplies integers in a matrix unit of this CPU (AMX)."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    return (allowed == "DEFAULT" or "AMX" in allowed) and cpuinfo.exists() and "amx_int8" in cpuinfo.read_text()
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,8 @@ def centre_inputs(model: ModelProto) -> None:
 
     with s the scale, so that the 256 integers are the same ones, each less by 128; and the bias takes back what the
     shift added, bias' = bias - (z - 128) s sum(w), w as it is dequantized. Graphs for TensorRT are
-    exported so (``quant.layers.centre``); OpenVINO's integer kernels gain a tenth (docs/cpu.md).
+    exported so (``quant.layers.centre``); OpenVINO's kernels gain from it where the CPU has a matrix unit
+    (docs/cpu.md).
     """
     index = Index(model)
     replaced: dict[str, list[NodeProto]] = {}

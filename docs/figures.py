@@ -48,7 +48,7 @@ class FigureOptions:
     """Bring every figure in the documents up to date with the results files, and run the commands that make those.
 
     Attributes:
-        run: commands to run first, by their names in docs/figures.yaml.
+        run: commands to run first, by their names in docs/figures.yaml, done before or not.
         minutes: also run every command that takes at most so many minutes.
         all: run every command there is; the training runs take hours.
         check: write nothing, name each figure that is not what its results file holds, and exit with 1 if one is.
@@ -170,14 +170,14 @@ def update(root: Path, write: bool = True) -> list[str]:
     return lines
 
 
-def run_all(names: Sequence[str], commands: Mapping[str, Any], done: Path) -> list[str]:
+def run_all(names: Sequence[str], commands: Mapping[str, Any], done: Path, again: Sequence[str] = ()) -> list[str]:
     """Run commands one after another, their output on the terminal; the names of those that failed.
 
     The file ``done`` names those that have succeeded, which are not run again, until all have: so a run of hours goes
-    on where it was interrupted, or with what failed.
+    on where it was interrupted, or with what failed. Those in ``again`` are run whatever it says.
     """
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    earlier = done.read_text().split() if done.exists() else []
+    earlier = [name for name in (done.read_text().split() if done.exists() else []) if name not in again]
     ahead, failed = [name for name in names if name not in earlier], []
     if len(ahead) < len(names):
         print(f"done before: {', '.join(name for name in names if name in earlier)} (delete {done} to run all again)")
@@ -187,6 +187,7 @@ def run_all(names: Sequence[str], commands: Mapping[str, Any], done: Path) -> li
         start = time.perf_counter()
         if subprocess.run(["bash", "-euxc", commands[name]["run"]], cwd=ROOT, env=environment).returncode:
             failed.append(name)
+            print(f"{name}: FAILED", flush=True)
             continue
         print(f"{name}: took {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
         done.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +205,7 @@ def main(options: FigureOptions) -> None:
             raise UserError(f"no commands named {name!r} in docs/figures.yaml: choose from {', '.join(commands)}")
     chosen = [name for name, each in commands.items()
               if options.all or name in options.run or each["minutes"] <= options.minutes]  # fmt: skip
-    failed = run_all(chosen, commands, ROOT / DONE)
+    failed = run_all(chosen, commands, ROOT / DONE, options.run)
     differing = update(ROOT, write=not options.check)
     print("\n".join(differing) or "every figure is what its results file holds")
     if failed:

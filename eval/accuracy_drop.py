@@ -19,6 +19,9 @@ class Drop:
         return f"{self.points:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
+NO_DROP = Drop(0.0, 0.0, 0.0)  # of the reference against itself
+
+
 def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Drop:
     """The drop from ``reference`` to ``other``, with a percentile interval from a paired bootstrap.
 
@@ -39,6 +42,15 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
     draws = np.random.default_rng(seed).multinomial(count, [lost, gained, max(0.0, 1 - lost - gained)], size=resamples)
     drops = (draws[:, 0] - draws[:, 1]) / count * 100
     low, high = np.percentile(drops, [2.5, 97.5])
-    points, unseen = (lost - gained) * 100, (1 - 0.025 ** (1 / count)) * 100
-    low, high = min(low, points - unseen * (gained == 0)), max(high, points + unseen * (lost == 0))
-    return Drop(float(points), float(low), float(high))
+    return widened((lost - gained) * 100, low, high, lost > 0, gained > 0, unseen_points(count))
+
+
+def unseen_points(count: int) -> float:
+    """Upper end of the exact 95% interval of a share, in percent, of which ``count`` images show none."""
+    return (1 - 0.025 ** (1 / count)) * 100
+
+
+def widened(points: float, low: float, high: float, lost: bool, gained: bool, unseen: float) -> Drop:
+    """A bootstrap's interval, as far as ``unseen`` points on the side of what no image shows."""
+    return Drop(float(points), float(low if gained else min(low, points - unseen)),
+                float(high if lost else max(high, points + unseen)))  # fmt: skip

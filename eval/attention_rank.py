@@ -1,4 +1,6 @@
-"""Rank of the attention maps: among how many directions a head spreads its mixing of the tokens.
+"""Rank of the attention maps, among how many directions a head spreads its mixing of the tokens:
+
+python eval/attention_rank.py --checkpoint illama-tiny-in1k-75.0.pth --data /data/imagenet
 
 The measure of the iLLaMA paper (arXiv 2404.06773, its analysis of attention maps): a map's singular values,
 normalised to sum to one, largest first, and the index at which their running sum reaches 0.8. The paper's curves
@@ -10,15 +12,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eval.results import write_results
 from illama import ILLaMA
+from illama.accuracy import load_images
+from illama.checkpoint import SHIPPED, load_checkpoint
+from illama.data import evenly_spaced, open_data
+from illama.errors import UserError, run_command
+from illama.markdown_table import markdown
 from illama.masks import MaskedAttention
 
+RESULTS = "attention-rank"
 _IMAGES_AT_ONCE = 8  # the maps of one layer of Base at 384 then take a quarter of a gigabyte in float64
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """Rank of the attention maps of a checkpoint, layer by layer.
+
+    Attributes:
+        checkpoint, data: as ``quant/ptq.py`` takes them.
+        images: of the test split, evenly spaced, whose mean map has the rank.
+        threshold: share of the sum of the singular values, above 0 and at most 1.
+        out: folder for the results.
+    """
+
+    checkpoint: Path = SHIPPED
+    data: str = "fashion-mnist"
+    images: int = 30
+    threshold: float = 0.8
+    out: Path = Path("runs/attention-rank")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise UserError(f"--threshold must be above 0 and at most 1, not {self.threshold}")
 
 
 def attention_rank(model: ILLaMA, images: Tensor, threshold: float = 0.8, of_mean_map: bool = False) -> np.ndarray:
@@ -83,3 +116,28 @@ def _whole_maps(model: ILLaMA, attentions: list[MaskedAttention]) -> Iterator[No
         model.readout_only = readout_only
         for attention, form in zip(attentions, forms, strict=True):
             attention.form = form
+
+
+def table(ranks: np.ndarray) -> str:
+    """A line for each layer of ``ranks`` (layers, heads), and one for all."""
+    lines = [(str(layer), *_summary(heads)) for layer, heads in enumerate(ranks, 1)]
+    return markdown(("layer", "rank, mean of the heads", "smallest", "largest"), [*lines, ("all", *_summary(ranks))])
+
+
+def _summary(ranks: np.ndarray) -> tuple[str, str, str]:
+    return f"{ranks.mean():.1f}", f"{ranks.min():.0f}", f"{ranks.max():.0f}"
+
+
+def main(options: RankOptions) -> None:
+    loaded, data = load_checkpoint(options.checkpoint), open_data(options.data)
+    config = loaded.model.config
+    preprocessing = loaded.preprocessing or data.preprocessing(config.image_size, config.in_channels)
+    images, _ = load_images(evenly_spaced(data.test(), options.images), preprocessing.transform())
+    ranks = attention_rank(loaded.model, torch.from_numpy(images), options.threshold, of_mean_map=True)
+    print(f"Of {config.tokens} tokens, at {options.threshold:.0%} of the singular values' sum\n")
+    facts = {"tokens": config.tokens, "images": options.images, "threshold": options.threshold, "ranks": ranks.tolist()}
+    write_results(options.out, RESULTS, facts, table(ranks))
+
+
+if __name__ == "__main__":
+    run_command(RankOptions, main)

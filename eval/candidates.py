@@ -15,7 +15,7 @@ from deploy.record import EngineRecord
 from deploy.tensorrt_library import TITLES
 from eval.bundles import check_alike
 from illama.accuracy import Infer
-from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of
+from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of, sha256
 from illama.errors import UserError
 
 
@@ -72,15 +72,18 @@ def find_candidates(
         threads: of ONNX Runtime and OpenVINO on the CPU; 0 for one a core.
 
     Raises:
-        UserError: none given, one given twice, one that cannot be run or takes other images than the first.
+        UserError: one given twice, with nothing to run, that cannot be run or takes other images than the first.
     """
     check_alike(given)
-    named = list(zip(given, _schemes(given), strict=True))
-    found = [each for path, scheme in named for each in _on_cpu(path, scheme, threads)]
-    found += [each for path, scheme in named for each in _in_torch(path, scheme, networks or {})]
-    found += [each for path, scheme in named for each in _in_tensorrt(path, scheme, threads)]
-    if not found:
-        raise UserError("there is no graph in what was given: make some with python quant/ptq.py")
+    by_path = [
+        [[*_on_cpu(path, scheme, threads)], [*_in_torch(path, scheme, networks or {})],
+         [*_in_tensorrt(path, scheme, threads)]]
+        for path, scheme in zip(given, _schemes(given), strict=True)
+    ]  # fmt: skip
+    for path, kinds in zip(given, by_path, strict=True):
+        if not any(kinds):
+            raise UserError(f"{path} has no graph or engine: make some with python quant/ptq.py, or leave it out")
+    found = [each for kind in zip(*by_path, strict=True) for candidates in kind for each in candidates]
     names = [each.name for each in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{twice[0]} was given twice, by its bundle and by itself: give each once")
@@ -88,10 +91,10 @@ def find_candidates(
 
 
 def expand(given: Sequence[Path]) -> list[Path]:
-    """Each folder of bundles as its bundles, those of float networks first; all else as it is.
+    """Each folder of bundles as those that have graphs, and all else as it is; those of float networks first.
 
     Raises:
-        UserError: a folder without a bundle, or nothing at a path.
+        UserError: a folder without such a bundle, or nothing at a path.
     """
     paths: list[Path] = []
     for path in given:
@@ -100,17 +103,17 @@ def expand(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir() or (path / MANIFEST).exists():
             paths.append(path)
             continue
-        bundles = sorted((each for each in path.iterdir() if (each / MANIFEST).exists()), key=_quantized)
+        bundles = sorted(each for each in path.iterdir() if (each / MANIFEST).exists() and _has_graphs(each))
         if not bundles:
-            raise UserError(f"{path} is no bundle and holds none: make some with python quant/ptq.py")
+            raise UserError(f"{path} is no bundle and holds none with graphs: make some with python quant/ptq.py")
         paths += bundles
     if not paths:
         raise UserError("give at least one bundle, such as runs/ptq/fp32, or a folder of them")
-    return paths
+    return sorted(paths, key=lambda path: (bundle_of(path) / SCHEME).exists())  # which keeps the order otherwise
 
 
-def _quantized(bundle: Path) -> tuple[bool, str]:
-    return (bundle / SCHEME).exists(), bundle.name
+def _has_graphs(bundle: Path) -> bool:
+    return any((bundle / name).exists() for name in (CPU_ONNX, FUSED_ONNX, TORCHAO))
 
 
 def _schemes(given: Sequence[Path]) -> list[str]:
@@ -154,9 +157,11 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
     engines = sorted((graph.parent / ENGINES).glob("*.engine")) if whole else [path]
     if not graph.exists() or not (whole or path.suffix == ".engine"):
         return
-    in_its_stead = None
+    in_its_stead, digest = None, sha256(graph) if engines else None
     for built in engines:
         record = EngineRecord.read(built)
+        if record.onnx_sha256 != digest:
+            raise UserError(f"{built} was built from another {graph.name} than lies there now: build it again")
         title = TITLES[record.library]
         try:
             engine, note = open_engine(built), None

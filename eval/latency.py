@@ -20,6 +20,7 @@ from illama.errors import UserError
 
 Item = TypeVar("Item")
 LEAST_TURNS = 3
+UNREADABLE = "not readable here"
 # What the runtimes raise for a batch that they do not take or have no memory for; ONNX Runtime's share no base class.
 _REFUSALS = (UserError, RuntimeError, MemoryError, ValueError, ort.InvalidArgument, ort.Fail, ort.RuntimeException,
              ort.EPFail, ort.NotImplemented)  # fmt: skip
@@ -133,7 +134,7 @@ def measure_latency(
         "seconds for a batch size": "no limit" if seconds is None else seconds,
         "involuntary context switches a second": round((_switches() - switches) / (time.monotonic() - start), 1),
         **watch.summary(),
-        "energy": "; ".join(sorted({meter.covers for meter in (meters or {}).values()})) or "not readable here",
+        "energy": "; ".join(sorted({meter.covers for meter in (meters or {}).values()})) or UNREADABLE,
     })  # fmt: skip
     return timings
 
@@ -154,7 +155,7 @@ def _state(root: Path) -> dict[str, Any]:
     return {
         "threads": usable_cores(),
         "cores": sorted(os.sched_getaffinity(0)),
-        "clock governor": read_governor(root) or "not readable here",
+        "clock governor": read_governor(root) or UNREADABLE,
         "load average before": round(os.getloadavg()[0], 2),
     }
 

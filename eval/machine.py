@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,19 @@ def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
             os.sched_setaffinity(int(task.name), chosen)
     torch.set_num_threads(threads)
     return chosen
+
+
+@contextlib.contextmanager
+def torch_on_all_cores() -> Iterator[None]:
+    """Let PyTorch compute with one thread for each usable core, as the other runtimes do, and give it its own back."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def share_of_cores() -> int:

@@ -168,7 +168,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as ``report.json`` holds it."""
-        return {"schema_version": SCHEMA_VERSION, **plain(asdict(self))}
+        content = {"schema_version": SCHEMA_VERSION, **plain(asdict(self))}
+        for row, written in zip(self.rows, content["rows"], strict=True):
+            for latency, figures in zip(row.latency, written["latency"], strict=True):
+                figures["images_per_second"] = latency.images_per_second
+        return content
 
 
 def plain(value: Any) -> Any:

@@ -203,13 +203,18 @@ def class_changes(report: Report) -> list[ClassLine]:
 
 
 def shown_flips(row: Row) -> list[tuple[str, FlippedImage]]:
-    """The flipped images of a row that are shown, those that it loses first, each with what became of it."""
+    """The flipped images of a row that are shown, some of each kind, those that it loses first, with their kinds."""
     kinds: dict[str, list[FlippedImage]] = {"right to wrong": [], "wrong to right": [], "wrong to wrong": []}
     for flip in row.flipped:
         now_right = flip.after == flip.label
         kind = "right to wrong" if flip.before == flip.label else "wrong to right" if now_right else "wrong to wrong"
         kinds[kind].append(flip)
-    return [(kind, flip) for kind, flips in kinds.items() for flip in flips][:SHOWN_FLIPS]
+    first = {kind: flips[: SHOWN_FLIPS // len(kinds)] for kind, flips in kinds.items()}
+    room = SHOWN_FLIPS - sum(map(len, first.values()))
+    for kind, flips in kinds.items():  # what the others leave goes to those lost first
+        more = flips[len(first[kind]) :][:room]
+        first[kind], room = first[kind] + more, room - len(more)
+    return [(kind, flip) for kind, flips in first.items() for flip in flips]
 
 
 def list_files(rows: Sequence[Row]) -> list[dict[str, Any]]:

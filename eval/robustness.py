@@ -18,7 +18,7 @@ import scipy.stats
 import tyro
 from tqdm import tqdm
 
-from eval.accuracy_drop import Drop
+from eval.accuracy_drop import NO_DROP, Drop, unseen_points, widened
 from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.results import write_results
@@ -59,8 +59,8 @@ class RobustnessOptions:
     out: Path = Path("runs/robustness")
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"--seed must be 0 or more, not {self.seed}")
+        if min(self.seed, self.workers) < 0:
+            raise UserError("--seed and --workers must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -109,20 +109,27 @@ def summarise(cells: Mapping[Cell, Right], seed: int = 0) -> dict[str, Robustnes
             clean=float(clean[model].mean() * 100),
             corrupted=top1,
             kept=float(top1 / clean[model].mean()) if clean[model].any() else 0.0,
-            drop=mean_drop(lost, seed),
-            beyond_clean=mean_drop(lost - lost_clean, seed),
+            drop=NO_DROP if model == reference else mean_drop(lost, seed),
+            beyond_clean=NO_DROP if model == reference else mean_drop(lost - lost_clean, seed, largest=2.0),
             by_corruption={name: float(values.mean() * 100) for name, values in means[model].items()},
         )
     return results
 
 
-def mean_drop(differences: np.ndarray, seed: int = 0) -> Drop:
-    """The mean of paired differences (images,), in points, with a 95% percentile interval of the bootstrap."""
-    if np.ptp(differences) == 0 or len(differences) == 1:  # every resample is alike
-        return Drop(*[float(differences.mean() * 100)] * 3)
-    interval = scipy.stats.bootstrap((differences,), np.mean, n_resamples=10_000, batch=100, method="percentile",
-                                     random_state=np.random.default_rng(seed)).confidence_interval  # fmt: skip
-    return Drop(*(float(value * 100) for value in (differences.mean(), interval.low, interval.high)))
+def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> Drop:
+    """The mean of paired differences (images,), in points, with a 95% percentile interval of the bootstrap.
+
+    It is widened as that of :func:`eval.accuracy_drop.paired_drop` where no image was lost, or none gained, by the
+    ``largest`` difference that an image may have.
+    """
+    points = float(differences.mean() * 100)
+    low = high = points
+    if np.ptp(differences) > 0:  # else every resample is alike
+        interval = scipy.stats.bootstrap((differences,), np.mean, n_resamples=10_000, batch=100, method="percentile",
+                                         random_state=np.random.default_rng(seed)).confidence_interval  # fmt: skip
+        low, high = interval.low * 100, interval.high * 100
+    return widened(points, low, high, bool((differences > 0).any()), bool((differences < 0).any()),
+                   largest * unseen_points(len(differences)))  # fmt: skip
 
 
 def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:

@@ -51,6 +51,8 @@ class SegmentationEvalOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.bundles:
+            raise UserError("give at least one bundle that python quant/ptq_segmentation.py wrote")
         if self.seed < 0:
             raise UserError(f"--seed must be 0 or more, not {self.seed}")
 

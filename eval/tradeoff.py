@@ -3,7 +3,7 @@
 python eval/tradeoff.py runs/ptq --max-drop 0.2
 torchrun --nproc-per-node 8 eval/tradeoff.py runs/base --data /data/imagenet    # shares out the images, times alone
 
-The first file that runs on a CPU is the reference. The report goes to the output folder: report.html for people,
+The first float file that runs on a CPU is the reference. The report goes to the output folder: report.html for people,
 report.json for programs, report.md for pull requests, plots for slides.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 
 from deploy.temperature import store_temperatures
 from eval.accuracy import measure
-from eval.accuracy_drop import paired_drop
+from eval.accuracy_drop import NO_DROP, paired_drop
 from eval.calibration_error import fit_temperatures
 from eval.candidates import Candidate
 from eval.evaluate import evaluate
-from eval.latency import measure_latency
-from eval.machine import describe_machine, peak_memory_gib, pin_threads
+from eval.latency import UNREADABLE, measure_latency
+from eval.machine import describe_machine, peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.measured import FlippedImage, Limits, Measured, Report, Row
 from eval.pareto import check_limits
 from eval.predictions import Predictions
@@ -31,6 +31,8 @@ from illama.distributed import ALONE, Processes
 from illama.errors import UserError
 
 SHOWN = 24  # flipped images of each kind that a report may show
+_ELSEWHERE = ("Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "
+              "measure those, and --also shows their results in this report.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,14 +158,15 @@ def weigh(
         _row(each, measured[first[each.name]], (reference, evaluated[first[each.name]].plain), images, options, out)
         for each in candidates
     ]
-    rows[0].reference = True
+    rows[0].reference, rows[0].drop = True, NO_DROP
     if alone and group.count > 1:
+        _close(candidates)
         pin_threads(options.threads or usable_cores())
         candidates = alone()
-    conditions = _time(candidates, rows, images, options)
-    for each in candidates:
-        each.engine.close()
-    return Weighed(rows, conditions, notes + _notes_on(candidates), _layers_of(candidates))
+    with torch_on_all_cores():
+        conditions = _time(candidates, rows, images, options)
+    _close(candidates)
+    return Weighed(rows, conditions, notes + _notes_on(candidates) + _unread(conditions), _layers_of(candidates))
 
 
 def report_on(weighed: Weighed, images: Images, options: WeighOptions, checkpoint: str, seconds: dict[str, float],
@@ -187,7 +190,7 @@ def report_on(weighed: Weighed, images: Images, options: WeighOptions, checkpoin
         conditions=weighed.conditions,
         calibration_images=images.calibration,
         seconds={**seconds, "all": sum(seconds.values())},
-        not_run=[*not_run, *weighed.notes],
+        not_run=[*not_run, *weighed.notes, *([] if options.also else [_ELSEWHERE])],
         peak_memory_gib=round(peak_memory_gib(), 2),
         layers=weighed.layers,
         others=[other for folder in options.also for other in read_results(folder)],
@@ -261,6 +264,19 @@ def _time(
             refused = [f"not timed at batch {batch}: {reason}" for batch, reason in found.refused[row.name].items()]
             row.note = "; ".join(refused) or None
     return found.conditions
+
+
+def _close(candidates: Sequence[Candidate]) -> None:
+    for each in candidates:
+        each.engine.close()
+
+
+def _unread(conditions: Mapping[str, Any]) -> list[str]:
+    """What the machine did not tell while engines were timed, in a line."""
+    told = {kind: any(f" {kind}, " in name for name in conditions) for kind in ("temperature", "clock")}
+    told["energy"] = conditions["energy"] != UNREADABLE
+    missing = ", ".join(kind for kind, is_told in told.items() if not is_told)
+    return [f"Not read while engines were timed, for want of a sensor that can be: {missing}."] if missing else []
 
 
 def _notes_on(candidates: Sequence[Candidate]) -> list[str]:

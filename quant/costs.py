@@ -37,8 +37,7 @@ class GraphTimes:
     """What one exported file takes at inference.
 
     Attributes:
-        call: ms of a whole call, without the profiler where that can be had. It is the 10th percentile: what a call
-            takes when nothing else disturbs it, on a busy machine too.
+        call: ms of a whole call, the median; without the profiler where that can be had.
         layers: layer -> ms of its own nodes.
         rest: ms of all other nodes: norms, softmax, reshapes, and copies that ONNX Runtime made under new names.
     """

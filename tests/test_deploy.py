@@ -21,7 +21,7 @@ from deploy.builder import EngineOptions, _read_timing_cache, build_engine, trte
 from deploy.engines import open_engine
 from deploy.fusion import SoftmaxOutput, fused_kernels, softmax_outputs
 from deploy.graph import load_graph, precisions
-from deploy.openvino_graph import centre_inputs, fitting_rewrites, leave_inputs, split_products
+from deploy.openvino_graph import centre_inputs, fitting_rewrites, has_matrix_unit, leave_inputs, split_products
 from deploy.record import EngineRecord
 from deploy.tensorrt_library import find_library
 from illama import ILLaMA, ModelConfig
@@ -298,6 +298,21 @@ def test_products_in_parts_give_the_same_numbers(scheme, tmp_path):
     assert np.median(difference) < 1e-6 and difference.max() < (0.02 if scheme else 1e-5) * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(
+    ("flags", "allowed", "expected"),
+    [("amx_tile amx_int8", None, True), ("amx_int8", "avx512_core_amx", True), ("amx_int8", "DEFAULT", True),
+     ("amx_int8", "AVX512_CORE_VNNI", False), ("avx512_vnni", None, False)],
+)  # fmt: skip
+def test_zero_points_are_shifted_away_where_there_is_a_matrix_unit(flags, allowed, expected, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if allowed:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
+    assert has_matrix_unit(tmp_path / "cpuinfo") == expected
+    assert (centre_inputs in fitting_rewrites(False, expected)) == expected
+    assert not has_matrix_unit(tmp_path / "no such file")
+
+
 def test_inputs_of_small_products_are_left_as_they_are(tmp_path):
     path = tmp_path / "model.onnx"
     network = export_quantized(SMALL, "int8", path, "plain", torch.float32)
@@ -311,7 +326,7 @@ def test_inputs_of_small_products_are_left_as_they_are(tmp_path):
         exact = network(torch.from_numpy(IMAGES)).numpy()
     errors = [np.linalg.norm(in_onnxruntime(each, IMAGES) - exact) for each in (all_left, left, load_graph(path))]
     assert errors[0] < errors[2] and errors[1] < 1.1 * errors[2]
-    for rewrite in fitting_rewrites(bfloat16=True):
+    for rewrite in fitting_rewrites(bfloat16=True, matrix_unit=True):
         rewrite(left)
     onnx.checker.check_model(left, full_check=True)
     read = {name for node in left.graph.node for name in node.input}

@@ -117,6 +117,9 @@ def test_an_unfinished_run_goes_on_with_what_had_not_succeeded(tmp_path, capfd):
     output = capfd.readouterr().out
     assert "ran bad" in output and "ran good" not in output and "done before: good, last" in output
     assert not done.exists()  # so that the next run makes all of them again
+    done.write_text("good\nlast\n")
+    FIGURES["run_all"](["good"], commands, done, again=["good"])
+    assert "ran good" in capfd.readouterr().out
 
 
 def test_every_command_names_files_that_exist():

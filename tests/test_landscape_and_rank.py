@@ -1,14 +1,19 @@
 """Attention rank and loss landscape, against numpy and on cases with a known answer."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_one_line_error
 
 from eval.attention_rank import attention_rank, map_rank
 from eval.loss_landscape import filter_normalised_direction, loss_landscape, sharpness
 from illama import ILLaMA, ModelConfig
+from illama.accuracy import load_images
+from illama.checkpoint import load_checkpoint
+from illama.data import evenly_spaced, open_data
 
 CONFIG = ModelConfig(image_size=32, patch_size=8, width=32, depth=3, heads=2, num_classes=5)
 
@@ -82,6 +87,28 @@ def test_attention_rank_leaves_the_model_as_it_was():
     assert model.training and not any(block.attn.core.p._forward_hooks for block in model.blocks)
     with pytest.raises(ValueError, match="image"):
         attention_rank(model, torch.randn(0, 3, 32, 32))
+
+
+def test_the_rank_of_a_checkpoint_by_its_command(run_here, small_bundle, image_folder, tmp_path):
+    command = (
+        "eval/attention_rank.py",
+        "--checkpoint",
+        small_bundle,
+        "--data",
+        image_folder,
+        "--out",
+        tmp_path / "out",
+    )
+    result = run_here(*command, "--images", 4)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "attention-rank.json").read_text())
+    loaded, data = load_checkpoint(small_bundle), open_data(str(image_folder))
+    images, _ = load_images(evenly_spaced(data.test(), 4), loaded.preprocessing.transform())
+    expected = attention_rank(loaded.model, torch.from_numpy(images), of_mean_map=True)
+    np.testing.assert_array_equal(found["ranks"], expected)
+    assert found["tokens"] == 17 and f"| all | {expected.mean():.1f} |" in result.stdout
+    assert_one_line_error(run_here(*command, "--threshold", "0"), "--threshold")
+    assert_one_line_error(run_here(*command, "--images", "0"), "--images")
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])

@@ -124,6 +124,15 @@ def test_on_one_cell_the_interval_is_that_of_the_paired_bootstrap():
     assert (drop.low, drop.high) == pytest.approx((expected.low, expected.high), abs=0.3)
 
 
+@pytest.mark.parametrize("gained", [0, 7])
+def test_where_nothing_was_lost_the_interval_does_not_shrink_to_nothing(gained):
+    reference, other = np.zeros(300, dtype=bool), np.arange(300) < gained
+    expected, drop = paired_drop(reference, other), mean_drop(reference.astype(float) - other)
+    assert (drop.points, drop.high) == pytest.approx((expected.points, expected.high)) and drop.high > drop.points
+    assert drop.low == pytest.approx(expected.low, abs=0.3)
+    assert mean_drop(np.zeros(300), largest=2.0).high == pytest.approx(2 * paired_drop(reference, reference).high)
+
+
 def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     generator = np.random.default_rng(0)
     weights = generator.normal(size=(3 * 32 * 32, 3))
@@ -152,6 +161,7 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     assert (out / "cells" / "contrast-1.npz").stat().st_mtime_ns == kept
 
     assert_one_line_error(run("--seed", "1"), "other seed", "choose another --out")
+    assert_one_line_error(run("--workers", "-1"), "--workers must be 0")
     assert_one_line_error(run(bundles=(other,)), "other files")
     assert_one_line_error(run("--severities", "6"), "severity")
     assert_one_line_error(run("--images", "99"), "1 to 18")
@@ -161,4 +171,4 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     assert_one_line_error(run("--data", "fashion-mnist"), "other classes")
     for path in (tmp_path / "one" / "model.onnx", tmp_path / "one" / "model.onnx" / "x"):
         assert_one_line_error(run("--out", path), "cannot write")
-    assert_one_line_error(run("--seed", "-1"), "--seed must be 0 or more")
+    assert_one_line_error(run("--seed", "-1"), "--seed and")

@@ -2,14 +2,17 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, write_images, write_linear_bundle
+import torch
+from conftest import assert_one_line_error, run_command, write_images, write_linear_bundle
 
 from deploy.temperature import read_temperature
-from eval.candidates import in_calls_of
-from illama.accuracy import load_images
+from eval.candidates import expand, in_calls_of
+from eval.machine import torch_on_all_cores
+from illama.accuracy import load_images, usable_cores
 from illama.bundle import Manifest
 from illama.checkpoint import read_preprocessing
 from illama.data import Preprocessing, open_data
@@ -54,11 +57,14 @@ def expected_classes(runs, name):
 
 
 def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
-    result = tradeoff("--max-drop", 100, "--store")
+    result = tradeoff("--max-drop", 0, "--store")
     assert result.returncode == 0, result.stderr
+    assert "No engine is within" not in result.stdout  # the reference loses nothing against itself
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert [row["reference"] for row in report["rows"]] == [True] + [False] * (len(rows) - 1)
+    assert report["rows"][0]["drop"] == {"points": 0, "low": 0, "high": 0}
+    assert any("--also" in reason for reason in report["not_run"])
     (before, labels), (after, _) = (expected_classes(runs, name) for name in ("fp32", "int8"))
     for scheme, classes in (("fp32", before), ("int8", after)):
         row = rows[f"{scheme}, ONNX Runtime, CPU"]
@@ -90,6 +96,23 @@ def test_images_that_flip_are_named_by_their_place_in_the_whole_split(tradeoff, 
     every_second = np.arange(0, 18, 2)
     assert sorted(flip["image"] for flip in row["flipped"]) == every_second[(before != after)[::2]].tolist()
     assert row["flipped"]
+
+
+def test_two_processes_find_what_one_does(tradeoff, runs, tmp_path):
+    assert tradeoff().returncode == 0
+    result = run_command(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--monitor-interval", 0.1,
+        "eval/tradeoff.py", runs / "runs", "--data", runs / "images", "--out", tmp_path / "two", "--batches", 2, 1,
+        "--seconds", 0.1, "--calibration-images", 24,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("out", "two"))
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        same = ("name", "images", "top1", "top5", "drop", "flipped", "temperature", "sha256")
+        assert {key: row[key] for key in same} == {key: other[key] for key in same}
+        assert [latency["batch"] for latency in other["latency"]] == [2, 1]
+    assert two["conditions"]["threads"] == usable_cores()  # timed alone, with all of them
+    assert not (tmp_path / "two" / "unfinished").exists()
 
 
 def test_a_regression_fails_the_build(tradeoff, tmp_path):
@@ -140,6 +163,26 @@ def test_an_engine_is_called_with_as_many_images_as_it_takes(images, least, most
 
     np.testing.assert_array_equal(in_calls_of(infer, given, least, most), given * 2)
     assert least <= min(calls) and max(calls) <= most
+
+
+def test_float_networks_come_first_and_what_has_no_graph_is_named(tradeoff, runs, tmp_path):
+    for name in ("fp32", "int8"):
+        shutil.copytree(runs / "runs" / name, tmp_path / "more" / name)
+    (tmp_path / "more" / "int8" / "scheme.yaml").write_text("name: int8")
+    trained = tmp_path / "more" / "trained"
+    shutil.copytree(runs / "runs" / "fp32", trained)
+    (trained / "model.onnx").unlink()
+    fp32, int8 = (tmp_path / "more" / name for name in ("fp32", "int8"))
+    assert expand([tmp_path / "more"]) == expand([int8, fp32]) == [fp32, int8]
+    assert expand([int8 / "model.onnx", trained]) == [trained, int8 / "model.onnx"]
+    assert_one_line_error(tradeoff(paths=(fp32, trained)), "trained has no graph or engine")
+
+
+def test_timing_gives_torch_every_core_and_its_own_back():
+    before = torch.get_num_threads()
+    with torch_on_all_cores():
+        assert torch.get_num_threads() == usable_cores()
+    assert torch.get_num_threads() == before
 
 
 def test_paths_that_cannot_be_weighed(tradeoff, runs, tmp_path):
