@@ -82,7 +82,8 @@ def find_candidates(
     ]  # fmt: skip
     for path, kinds in zip(given, by_path, strict=True):
         if not any(kinds):
-            raise UserError(f"{path} has no graph or engine: make some with python quant/ptq.py, or leave it out")
+            raise UserError(f"{path} has no graph to run, nor one that an engine was built from: make some with python "
+                            "quant/ptq.py, or leave it out")  # fmt: skip
     found = [each for kind in zip(*by_path, strict=True) for candidates in kind for each in candidates]
     names = [each.name for each in found]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -175,7 +175,7 @@ def test_float_networks_come_first_and_what_has_no_graph_is_named(tradeoff, runs
     fp32, int8 = (tmp_path / "more" / name for name in ("fp32", "int8"))
     assert expand([tmp_path / "more"]) == expand([int8, fp32]) == [fp32, int8]
     assert expand([int8 / "model.onnx", trained]) == [trained, int8 / "model.onnx"]
-    assert_one_line_error(tradeoff(paths=(fp32, trained)), "trained has no graph or engine")
+    assert_one_line_error(tradeoff(paths=(fp32, trained)), "trained has no graph to run")
 
 
 def test_timing_gives_torch_every_core_and_its_own_back():
