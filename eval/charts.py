@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from eval.calibration_error import Reliability
 from eval.measured import Report, Row
 from eval.pareto import choose, front
 
-INK, QUIET, FAINT, WARN = "#16202c", "#566273", "#d9dde3", "#b42318"
+INK, QUIET, FAINT, WARN, BEATEN = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
 COLOURS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as in the page
 MARKS = ("o", "s", "^", "D", "v", "P")
 _DPI = 160
@@ -35,7 +36,7 @@ def draw_tradeoff(report: Report) -> bytes:
     for row in report.rows:
         style = styles[row.runtime]
         if latency := row.at(batch):
-            _mark(axes, row, latency.p50, COLOURS[style] if row.name in best else "#8b95a3", MARKS[style])
+            _mark(axes, row, latency.p50, COLOURS[style] if row.name in best else BEATEN, MARKS[style])
             if row is chosen:
                 axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="to deploy")
         else:
@@ -57,7 +58,10 @@ def _mark(axes: Axes, row: Row, p50: float, colour: str, mark: str) -> None:
     low, high = row.drop.points - row.drop.low, row.drop.high - row.drop.points
     axes.errorbar(p50, row.top1.percent, [[max(high, 0)], [max(low, 0)]], fmt=mark, ms=8, capsize=3, lw=1.2,
                   color=colour, zorder=3)  # fmt: skip
-    axes.annotate(row.scheme, (p50, row.top1.percent), (8, 6), textcoords="offset points", color=INK, fontsize=9)
+    below = colour == BEATEN  # out of the way of what beats it
+    axes.annotate(row.scheme, (p50, row.top1.percent), (8, -13 if below else 6), textcoords="offset points",
+                  color=QUIET if below else INK, fontsize=9, zorder=4,
+                  path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
 
 
 def _join_front(axes: Axes, rows: Sequence[Row], batch: int) -> None:
@@ -95,7 +99,7 @@ def _shade_limits(axes: Axes, report: Report) -> None:
 def _legend(figure: Figure, axes: Axes, rows: Sequence[Row], styles: dict[str, int], batch: int) -> None:
     for runtime, style in styles.items():
         axes.plot([], [], MARKS[style], color=COLOURS[style], label=runtime)
-    axes.plot([], [], "o", color="#8b95a3", label="beaten by another")
+    axes.plot([], [], "o", color=BEATEN, label="beaten by another")
     if not all(row.at(batch) for row in rows):
         axes.plot([], [], ls=(0, (4, 4)), color=QUIET, label="not timed")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False, labelcolor=INK)
