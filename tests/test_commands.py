@@ -18,14 +18,14 @@ from illama.checkpoint import load_checkpoint
 from illama.data import open_data
 
 
-def _ptq(bundle, images, out, *more):
-    return run_command("quant/ptq.py", "--checkpoint", bundle, "--data", images, "--out", out,
-                       "--calibration-images", 8, "--batches", 1, 3, "--seconds", 1, *more)  # fmt: skip
+def _ptq(run, bundle, images, out, *more):
+    return run("quant/ptq.py", "--checkpoint", bundle, "--data", images, "--out", out,
+               "--calibration-images", 8, "--batches", 1, 3, "--seconds", 1, *more)  # fmt: skip
 
 
 def test_the_whole_way(small_bundle, image_folder, tmp_path):
     out = tmp_path / "out"
-    result = _ptq(small_bundle, image_folder, out)
+    result = _ptq(run_command, small_bundle, image_folder, out)
     assert result.returncode == 0, result.stderr
     summary = json.loads((out / "summary.json").read_text())
     in_openvino = {row["scheme"]: row for row in summary["rows"] if row["runtime"].startswith("OpenVINO")}
@@ -51,7 +51,7 @@ def test_the_whole_way(small_bundle, image_folder, tmp_path):
     session = onnxruntime.InferenceSession(out / "int8" / "model.onnx")
     assert top1(session.run(None, {"images": images})[0], labels) == pytest.approx(rows["int8", "model.onnx"]["top1"])
 
-    again = _ptq(small_bundle, image_folder, out, "--schemes", "int8")
+    again = _ptq(run_command, small_bundle, image_folder, out, "--schemes", "int8")
     assert again.returncode == 0, again.stderr
     assert not (out / "fp8").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images", "out"]
@@ -87,55 +87,59 @@ class Code:
     ("damage", "words"),
     [(_nan, "NaN"), (_truncated, "truncated"), (_another_config, "does not fit the config")],
 )
-def test_a_checkpoint_that_cannot_be_used(damage, words, small_bundle, image_folder, tmp_path):
+def test_a_checkpoint_that_cannot_be_used(damage, words, small_bundle, image_folder, tmp_path, run_here):
     damage(small_bundle)
-    result = _ptq(small_bundle, image_folder, tmp_path / "out")
+    result = _ptq(run_here, small_bundle, image_folder, tmp_path / "out")
     assert_one_line_error(result, words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
 
 
-def test_a_checkpoint_with_code_in_it(image_folder, tmp_path):
+def test_a_checkpoint_with_code_in_it(image_folder, tmp_path, run_here):
     torch.save({"model": Code(tmp_path / "executed")}, tmp_path / "evil.pth")
-    assert_one_line_error(_ptq(tmp_path / "evil.pth", image_folder, tmp_path / "out"), "more than tensors")
+    assert_one_line_error(_ptq(run_here, tmp_path / "evil.pth", image_folder, tmp_path / "out"), "more than tensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth", "images"]
 
 
-def test_options_that_do_not_fit(small_bundle, image_folder, tmp_path):
+def test_options_that_do_not_fit(small_bundle, image_folder, tmp_path, run_here):
     out = tmp_path / "out"
-    assert_one_line_error(_ptq(small_bundle, image_folder, out, "--schemes", "int3"), "unknown scheme 'int3'")
-    assert_one_line_error(_ptq(small_bundle, image_folder, out, "--calibration-images", 25), "25 calibration images")
-    assert_one_line_error(_ptq(small_bundle, tmp_path / "nowhere", out), "no data at")
-    unknown = run_command("quant/ptq.py", "--sheme", "int8")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, "--schemes", "int3"), "unknown scheme 'int3'")
+    assert_one_line_error(
+        _ptq(run_here, small_bundle, image_folder, out, "--calibration-images", 25), "25 calibration images"
+    )
+    assert_one_line_error(_ptq(run_here, small_bundle, tmp_path / "nowhere", out), "no data at")
+    unknown = run_here("quant/ptq.py", "--sheme", "int8")
     assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
     if library := find_library():
         bad = "sm86" if library.name == "tensorrt" else "sm12"
-        assert_one_line_error(_ptq(small_bundle, image_folder, out, "--targets", bad), bad if bad == "sm12" else "GPU")
+        assert_one_line_error(
+            _ptq(run_here, small_bundle, image_folder, out, "--targets", bad), bad if bad == "sm12" else "GPU"
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
 
 
-def test_folders_that_do_not_fit(small_bundle, image_folder, tmp_path):
+def test_folders_that_do_not_fit(small_bundle, image_folder, tmp_path, run_here):
     out = tmp_path / "out"
     one = write_images(tmp_path / "one", classes=1)
-    assert_one_line_error(_ptq(small_bundle, one, out), "one class only")
+    assert_one_line_error(_ptq(run_here, small_bundle, one, out), "one class only")
     (tmp_path / "empty").mkdir()
-    assert_one_line_error(_ptq(small_bundle, tmp_path / "empty", out), "no val/ folder")
+    assert_one_line_error(_ptq(run_here, small_bundle, tmp_path / "empty", out), "no val/ folder")
     (image_folder / "train" / "class1").rename(image_folder / "train" / "class9")
     (image_folder / "val" / "class1").rename(image_folder / "val" / "class9")
-    assert_one_line_error(_ptq(small_bundle, image_folder, out), "'class1'", "'class2'")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out), "'class1'", "'class2'")
     (image_folder / "train" / "class9").rename(image_folder / "train" / "class1")
     (image_folder / "val" / "class9").rename(image_folder / "val" / "class1")
     two = write_images(tmp_path / "two", classes=2)
-    assert_one_line_error(_ptq(small_bundle, two, out), "3 classes", "has 2")
+    assert_one_line_error(_ptq(run_here, small_bundle, two, out), "3 classes", "has 2")
     (image_folder / "val" / "class1" / "0.png").write_bytes(b"no picture")
-    assert_one_line_error(_ptq(small_bundle, image_folder, out), "class1/0.png")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out), "class1/0.png")
     assert not out.exists()
 
 
-def test_an_output_folder_that_cannot_be_written(small_bundle, image_folder, tmp_path):
+def test_an_output_folder_that_cannot_be_written(small_bundle, image_folder, tmp_path, run_here):
     (tmp_path / "file").write_text("in the way")
-    assert_one_line_error(_ptq(small_bundle, image_folder, tmp_path / "file" / "out"), "cannot write")
-    assert_one_line_error(_ptq(small_bundle, image_folder, tmp_path / "file"), "other files")
-    assert_one_line_error(_ptq(small_bundle, image_folder, "/proc/out"), "cannot write")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, tmp_path / "file" / "out"), "cannot write")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, tmp_path / "file"), "other files")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, "/proc/out"), "cannot write")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -167,8 +171,10 @@ def test_a_full_disk_is_one_line(small_bundle, image_folder, tmp_path):
 
 
 @pytest.mark.skipif(find_library() is None or find_library().name != "tensorrt_rtx", reason="needs tensorrt-rtx")
-def test_targets_without_fp8_get_their_int8_engine(small_bundle, image_folder, tmp_path):
-    result = _ptq(small_bundle, image_folder, tmp_path / "out", "--targets", "sm86", "--schemes", "int8", "fp8")
+def test_targets_without_fp8_get_their_int8_engine(small_bundle, image_folder, tmp_path, run_here):
+    result = _ptq(
+        run_here, small_bundle, image_folder, tmp_path / "out", "--targets", "sm86", "--schemes", "int8", "fp8"
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "int8" / "engines" / "tensorrt_rtx.engine").exists()
     assert not (tmp_path / "out" / "fp8" / "engines").exists()
