@@ -23,7 +23,7 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from tqdm import tqdm
 
-from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine
+from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine, openvino_core
 from deploy.graph import load_graph
 from deploy.openvino_graph import fitting_rewrites, has_matrix_unit
 from eval.latency import measure_latency
@@ -131,8 +131,6 @@ def _infer_in(dtype: torch.dtype, model: nn.Module) -> Infer:
 
 def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, Infer]:
     """A file in OpenVINO as it is, and with each rewrite left out that is done, or done that is left out."""
-    import openvino
-
     done, every = fitting_rewrites(bfloat16, has_matrix_unit()), fitting_rewrites(bfloat16=True, matrix_unit=True)
     found = {}
     for toggled in (None, *every):
@@ -141,7 +139,7 @@ def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, 
         model = load_graph(path)
         for rewrite in rewrites:
             rewrite(model)
-        read = openvino.Core().read_model(model.SerializeToString())
+        read = openvino_core().read_model(model.SerializeToString())
         found[f"OpenVINO, INT8 (ours), {name}"] = _request(read, options.threads, options.precision)
     return found
 
@@ -149,20 +147,17 @@ def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, 
 def nncf_quantized(fp32: Path, images: torch.Tensor, transformer: bool, options: LatencyOptions) -> Infer:
     """NNCF's INT8 of the very file that ours is made from, in OpenVINO."""
     import nncf
-    import openvino
 
     kind = nncf.ModelType.TRANSFORMER if transformer else None
     data = nncf.Dataset([image[None].numpy() for image in images])
-    model = nncf.quantize(openvino.Core().read_model(fp32), data, model_type=kind, subset_size=len(images))
+    model = nncf.quantize(openvino_core().read_model(fp32), data, model_type=kind, subset_size=len(images))
     return _request(model, options.threads, options.precision)
 
 
 def _request(model: object, threads: int, precision: str | None) -> Infer:
-    import openvino
-
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or usable_cores()}
     settings |= {"INFERENCE_PRECISION_HINT": precision} if precision else {}
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = openvino_core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda images: np.array(request.infer({0: images}, share_inputs=True)[0])
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -100,6 +101,22 @@ def gpu_session(path: Path, provider: str) -> onnxruntime.InferenceSession:
     return session
 
 
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's core, one for the whole process.
+
+    A core's CPU plugin gives the thread a stack for signals with room for AMX's registers, and puts back the one before
+    it when the core goes. If that was another core's, it may be freed by then, and the next signal that Python handles
+    (Ctrl-C, the end of a data loader's worker) is a segmentation fault.
+
+    Raises:
+        ImportError: if OpenVINO is not installed.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoEngine(Engine):
     """An ONNX file in OpenVINO on the CPU.
 
@@ -126,7 +143,7 @@ class OpenVinoEngine(Engine):
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or usable_cores()}
         if precision:
             settings["INFERENCE_PRECISION_HINT"] = precision
-        model, core = load_graph(path), openvino.Core()
+        model, core = load_graph(path), openvino_core()
         floats = precision or core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
         for rewrite in fitting_rewrites(floats == "bf16", has_matrix_unit()):
             rewrite(model)

@@ -72,6 +72,26 @@ def test_openvino_gives_them_in_float32_and_close_ones_by_its_own_choice(bundle,
     np.testing.assert_allclose(engine.infer(images), expected, atol=0.02 * np.abs(expected).max())
 
 
+_TWO_ENGINES_THEN_CTRL_C = """
+import os, signal, sys
+from pathlib import Path
+from deploy.engines import OpenVinoEngine
+first, second = OpenVinoEngine(Path(sys.argv[1])), OpenVinoEngine(Path(sys.argv[1]))
+del first
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_is_handled_after_openvino_has_gone(bundle):
+    result = run_command("-c", _TWO_ENGINES_THEN_CTRL_C, bundle / CPU_ONNX)
+    assert (result.returncode, result.stdout) == (0, "interrupted\n"), result.stderr
+
+
 def test_int8_in_openvino_is_as_right_as_in_onnx_runtime(tmp_path):
     """The shipped network on real images, with the inputs' zero points taken out of the graph."""
     shipped, data = load_checkpoint(SHIPPED), open_data("fashion-mnist")
