@@ -73,15 +73,14 @@ def test_openvino_gives_them_in_float32_and_close_ones_by_its_own_choice(bundle,
 
 
 _TWO_ENGINES_THEN_CTRL_C = """
-import os, signal, sys
+import signal, sys
 from pathlib import Path
 from deploy.engines import OpenVinoEngine
 first, second = OpenVinoEngine(Path(sys.argv[1])), OpenVinoEngine(Path(sys.argv[1]))
 del first
 del second
 try:
-    os.kill(os.getpid(), signal.SIGINT)
-    signal.pause()
+    signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
     print("interrupted")
 """
