@@ -74,6 +74,7 @@ def test_openvino_gives_them_in_float32_and_close_ones_by_its_own_choice(bundle,
 
 _TWO_ENGINES_THEN_CTRL_C = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 from pathlib import Path
 from deploy.engines import OpenVinoEngine
 first, second = OpenVinoEngine(Path(sys.argv[1])), OpenVinoEngine(Path(sys.argv[1]))
