@@ -32,7 +32,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from deploy.engines import OnnxRuntimeEngine
-from deploy.triton_repository import ENCODED, ServingOptions, write_repository
+from deploy.triton_config import ENCODED, ServingOptions
+from deploy.triton_repository import write_repository
 from deploy.triton_server import ListenOptions, running_server
 from eval.results import write_results
 from illama.bundle import CPU_ONNX, Manifest, make_out

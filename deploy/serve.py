@@ -11,7 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from deploy.triton_repository import ServingOptions, add_versions, is_repository, versions, write_repository
+from deploy.triton_config import ServingOptions
+from deploy.triton_repository import add_versions, is_repository, versions, write_repository
 from deploy.triton_server import ListenOptions, running_server
 from illama.errors import UserError, run_command
 

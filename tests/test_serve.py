@@ -40,7 +40,8 @@ from deploy.builder import EngineOptions
 from deploy.engines import OnnxRuntimeEngine
 from deploy.record import EngineRecord
 from deploy.serve import ServeOptions, main, name_models
-from deploy.triton_repository import ServingOptions, add_versions, write_repository
+from deploy.triton_config import ServingOptions
+from deploy.triton_repository import add_versions, write_repository
 from deploy.triton_server import ListenOptions, running_server
 from illama import ILLaMA
 from illama.bundle import CPU_ONNX, MANIFEST, sha256

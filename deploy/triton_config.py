@@ -1,0 +1,148 @@
+"""The configs of a served model: three ModelConfigs of Triton's, printed from its own protobuf messages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from google.protobuf import text_format
+
+from illama.bundle import Manifest
+from illama.data import Preprocessing
+from illama.errors import UserError
+from quant.export import INPUT, OUTPUT
+
+CONFIG, LABELS = "config.pbtxt", "labels.txt"
+ENCODED = "image"  # the ensemble's input: the bytes of an image file
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    """How Triton runs each model.
+
+    Attributes:
+        device: cpu for ONNX Runtime, gpu for engines that the full TensorRT built on such a GPU.
+        max_batch: most images that are computed together.
+        preferred_batches: sizes that a batch is sent at before its delay is over; any size up to max_batch if none.
+        queue_delay_us: microseconds that an image waits for others to be computed with it.
+        instances: copies of the network, on each GPU or on the CPU, where they share out the cores.
+        preprocess_instances: processes that decode images.
+        live_versions: newest versions that are loaded; older ones stay in the folder.
+    """
+
+    device: Literal["cpu", "gpu"] = "cpu"
+    max_batch: int = 32
+    preferred_batches: tuple[int, ...] = ()
+    queue_delay_us: int = 1000
+    instances: int = 1
+    preprocess_instances: int = 1
+    live_versions: int = 2
+
+    def __post_init__(self) -> None:
+        counts = (
+            self.max_batch,
+            self.instances,
+            self.preprocess_instances,
+            self.live_versions,
+            *self.preferred_batches,
+        )
+        if min(counts) < 1 or self.queue_delay_us < 0:
+            raise UserError("batches, instances and versions are 1 or more, and a delay is not negative")
+        if max(self.preferred_batches, default=1) > self.max_batch:
+            raise UserError(f"a preferred batch is larger than --max-batch {self.max_batch}")
+
+
+def config_texts(name: str, manifest: Manifest, options: ServingOptions) -> dict[str, str]:
+    """By path, the text files that say what a model is: three configs, and the classes' names."""
+    preprocessing, labels = (
+        Preprocessing.from_dict(manifest.preprocessing),
+        "".join(f"{label}\n" for label in manifest.classes),
+    )
+    shapes = input_shape(preprocessing), (len(manifest.classes),)
+    configs = {
+        f"{name}-preprocess": _preprocess_config(preprocessing, shapes[0], options),
+        f"{name}-network": _network_config(*shapes, options),
+        name: _ensemble_config(name, *shapes, options),
+    }
+    texts = {f"{model}/{LABELS}": labels for model in (name, f"{name}-network")}
+    for model, config in configs.items():
+        texts[f"{model}/{CONFIG}"] = text_format.MessageToString(_messages().ModelConfig(name=model, **config))
+    return texts
+
+
+def _preprocess_config(preprocessing: Preprocessing, shape: Sequence[int], options: ServingOptions) -> dict[str, Any]:
+    pb = _messages()
+    values = pb.ModelParameter(string_value=json.dumps(asdict(preprocessing)))
+    return {
+        "backend": "python",
+        "max_batch_size": options.max_batch,
+        "input": [_encoded(allow_ragged_batch=True)],
+        "output": [pb.ModelOutput(name=INPUT, data_type=pb.TYPE_FP32, dims=shape)],
+        "dynamic_batching": pb.ModelDynamicBatching(),  # of what waits already; each request is answered by itself
+        "parameters": {"preprocessing": values},
+        "instance_group": [pb.ModelInstanceGroup(kind="KIND_CPU", count=options.preprocess_instances)],
+    }
+
+
+def _network_config(shape: Sequence[int], classes: Sequence[int], options: ServingOptions) -> dict[str, Any]:
+    pb = _messages()
+    cpu = options.device == "cpu"
+    zeros = pb.ModelWarmup.Input(data_type=pb.TYPE_FP32, dims=shape, zero_data=True)
+    return {
+        **({"backend": "python"} if cpu else {"platform": "tensorrt_plan"}),
+        "max_batch_size": options.max_batch,
+        "input": [pb.ModelInput(name=INPUT, data_type=pb.TYPE_FP32, dims=shape)],
+        "output": [_logits(classes)],
+        "instance_group": [pb.ModelInstanceGroup(kind="KIND_CPU" if cpu else "KIND_GPU", count=options.instances)],
+        "dynamic_batching": pb.ModelDynamicBatching(
+            preferred_batch_size=options.preferred_batches, max_queue_delay_microseconds=options.queue_delay_us
+        ),
+        "version_policy": pb.ModelVersionPolicy(latest={"num_versions": options.live_versions}),
+        "model_warmup": [
+            pb.ModelWarmup(name=f"batch of {size}", batch_size=size, inputs={INPUT: zeros})
+            for size in sorted({1, options.max_batch})
+        ],
+    }
+
+
+def _ensemble_config(
+    name: str, shape: Sequence[int], classes: Sequence[int], options: ServingOptions
+) -> dict[str, Any]:
+    pb = _messages()
+    newest = -1
+    steps = [
+        pb.ModelEnsembling.Step(model_name=f"{name}-preprocess", model_version=newest,
+                                input_map={ENCODED: ENCODED}, output_map={INPUT: INPUT}),
+        pb.ModelEnsembling.Step(model_name=f"{name}-network", model_version=newest,
+                                input_map={INPUT: INPUT}, output_map={OUTPUT: OUTPUT}),
+    ]  # fmt: skip
+    return {
+        "platform": "ensemble",
+        "max_batch_size": options.max_batch,
+        "input": [_encoded()],
+        "output": [_logits(classes)],
+        "ensemble_scheduling": pb.ModelEnsembling(step=steps),
+    }
+
+
+def _encoded(**more: Any) -> Any:
+    return _messages().ModelInput(name=ENCODED, data_type="TYPE_UINT8", dims=[-1], **more)
+
+
+def _logits(classes: Sequence[int]) -> Any:
+    return _messages().ModelOutput(name=OUTPUT, data_type="TYPE_FP32", dims=classes, label_filename=LABELS)
+
+
+def _messages() -> Any:
+    """Triton's protobuf messages of a model's config."""
+    try:
+        return importlib.import_module("tritonclient.grpc.model_config_pb2")
+    except ImportError as error:
+        raise UserError("no tritonclient here: pip install 'tritonclient[http,grpc]'") from error
+
+
+def input_shape(preprocessing: Preprocessing) -> tuple[int, int, int]:
+    return preprocessing.in_channels, preprocessing.image_size, preprocessing.image_size
