@@ -32,13 +32,13 @@ from peers.work import LABELS, RESULT, WorkOptions, logits_file, peer_versions, 
 
 from eval.accuracy_drop import Drop, paired_drop
 from eval.latency import measure_latency
-from eval.machine import describe_machine
 from eval.results import write_results
 from illama.accuracy import Infer, load_images, top1, usable_cores
 from illama.bundle import package_versions, sha256, write_file
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import open_data
 from illama.errors import UserError, run_command
+from illama.machine import describe_machine
 from quant.layerwise import decibels
 
 REFERENCE = "fp32"  # in ONNX Runtime

@@ -1,33 +1,17 @@
-"""What the figures were measured on."""
+"""Cores, threads and memory of this process."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import resource
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from illama.accuracy import usable_cores
 from illama.errors import UserError
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory in GiB, operating system, Python and GPU, for a report."""
-    import torch
-
-    return {
-        "cpu": _cpu_name(),
-        "cores": usable_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
@@ -102,10 +86,3 @@ def peak_memory_gib() -> float:
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Hardware"))]
-    return names[0] if names else platform.processor() or "unknown"

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.machine import describe_machine
 from eval.measured import OtherResult
 from illama.bundle import command_line, make_out, package_versions, write_file
 from illama.errors import UserError
+from illama.machine import describe_machine
 
 # What a reader is told of results, by their name or that of their folder.
 _TITLES = {

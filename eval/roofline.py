@@ -27,12 +27,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from eval.bundles import refuse_frames
 from eval.devices import Device, LacksPrecisionError, find_device
-from eval.machine import describe_machine
 from eval.onnx_costs import ProductCost, product_costs
 from eval.results import write_results
 from illama.accuracy import usable_cores
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.errors import UserError, run_command
+from illama.machine import describe_machine
 from illama.markdown_table import markdown
 from illama.onnx_session import cpu_session
 from quant.costs import GraphTimes, time_graphs

@@ -18,7 +18,7 @@ from eval.calibration_error import fit_temperatures
 from eval.candidates import Candidate
 from eval.evaluate import evaluate
 from eval.latency import UNREADABLE, measure_latency
-from eval.machine import describe_machine, peak_memory_gib, pin_threads, torch_on_all_cores
+from eval.machine import peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.measured import FlippedImage, Limits, Measured, Report, Row
 from eval.pareto import check_limits
 from eval.predictions import Predictions
@@ -29,6 +29,7 @@ from illama.bundle import Manifest, command_line, package_versions, sha256
 from illama.data import ImageData, Sample, Transform
 from illama.distributed import ALONE, Processes
 from illama.errors import UserError
+from illama.machine import describe_machine
 
 SHOWN = 24  # flipped images of each kind that a report may show
 _ELSEWHERE = ("Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "

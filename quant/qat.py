@@ -20,12 +20,12 @@ from typing import Any, cast
 
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import paired_drop
-from eval.machine import describe_machine
 from illama.accuracy import predict, top1, torch_infer
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256, write_folder
 from illama.checkpoint import SHIPPED
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
+from illama.machine import describe_machine
 from illama.model import ILLaMA
 from illama.recipe import TrainingOptions, read_recipe, recipe_named
 from illama.train_log import plot_curve, read_log

@@ -29,11 +29,11 @@ from deploy.fusion import fused_kernels
 from deploy.record import EngineRecord
 from deploy.tensorrt_engine import TensorRTEngine
 from deploy.tensorrt_library import Library, LibraryName, find_library
-from eval.machine import describe_machine
 from illama import ILLaMA, ModelConfig
 from illama.bundle import ENGINES, FUSED_ONNX, Manifest, command_line, package_versions, write_file
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
+from illama.machine import describe_machine
 from illama.masks import AttentionMask, MaskedAttention
 from quant.calibrate import calibrate
 from quant.export import export_onnx
