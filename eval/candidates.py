@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from deploy.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
+from deploy.engines import (
+    Engine,
+    OnnxRuntimeEngine,
+    OpenVinoEngine,
+    TorchEngine,
+    cpu_runtime,
+    open_engine,
+)
 from deploy.record import EngineRecord
 from deploy.tensorrt_library import TITLES
 from eval.bundles import check_alike
@@ -29,6 +36,7 @@ class Candidate:
         path: the graph, or PyTorch's weights.
         engine: what computes its logits here; one that several candidates share is one object.
         runtime: what the file is for, in words.
+        runtime_id: the same, as :func:`deploy.engines.open_engine` takes it.
         built: the TensorRT engine built from the graph, if this is one, and its record, read once: that hashes it.
         on_gpu: whether it runs on one.
         note: why it is not timed here; None where it is.
@@ -39,6 +47,7 @@ class Candidate:
     path: Path
     engine: Engine
     runtime: str
+    runtime_id: str
     built: tuple[Path, EngineRecord] | None = None
     on_gpu: bool = False
     note: str | None = None
@@ -134,11 +143,12 @@ def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
     reason = Manifest.read(graph.parent).metrics.get("not_timed")
     note = f"Not timed: {reason}" if reason else None
     runtime = "ONNX Runtime, CPU"
-    yield Candidate(f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph, threads), runtime, note=note)
+    yield Candidate(f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph, threads), runtime, "onnxruntime",
+                    note=note)  # fmt: skip
     if cpu_runtime(graph) == "openvino":
         engine = OpenVinoEngine(graph, threads)
         runtime = f"OpenVINO, CPU ({engine.floats})"
-        yield Candidate(f"{scheme}, {runtime}", scheme, graph, engine, runtime, note=note)
+        yield Candidate(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "openvino", note=note)
 
 
 def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[Candidate]:
@@ -148,7 +158,7 @@ def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Ite
     network = networks.get(weights.parent.name)
     engine = TorchEngine(network, "cpu") if network is not None else open_engine(weights)
     runtime = f"PyTorch, {'GPU' if 'cuda' in engine.runtime else 'CPU'}"
-    yield Candidate(f"{scheme}, {runtime}", scheme, weights, engine, runtime, on_gpu="cuda" in engine.runtime)
+    yield Candidate(f"{scheme}, {runtime}", scheme, weights, engine, runtime, "torch", on_gpu="cuda" in engine.runtime)
 
 
 def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
@@ -170,7 +180,9 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
             engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph, threads)
             note = f"Accuracy is of the graph that the engine was built from: {str(error).replace(str(built), 'it')}"
         name = f"{scheme}, {title}"
-        yield Candidate(name, scheme, graph, engine, title, (built, record), on_gpu=note is None, note=note)
+        yield Candidate(name, scheme, graph, engine, title, record.library, (built, record), on_gpu=note is None,
+                        note=note)  # fmt: skip
     if not engines:
         note = "No engine was built from it"
-        yield Candidate(f"{scheme}, TensorRT", scheme, graph, OnnxRuntimeEngine(graph, threads), "TensorRT", note=note)
+        yield Candidate(f"{scheme}, TensorRT", scheme, graph, OnnxRuntimeEngine(graph, threads), "TensorRT", "tensorrt",
+                        note=note)  # fmt: skip

@@ -66,6 +66,7 @@ class Row(Measured):
         name: unlike any other row's, such as "int8, OpenVINO, CPU (bf16)".
         scheme: number format: fp32, fp16 or a quantization scheme.
         runtime: what the file is for, in words.
+        runtime_id: the same, as :func:`deploy.engines.open_engine` takes it.
         evaluated_with: what computed the logits that the accuracies come from.
         drop: points of top-1 lost against the reference row on the same images.
         flipped: some of the images whose class changes, to be looked at.
@@ -81,6 +82,7 @@ class Row(Measured):
     name: str
     scheme: str
     runtime: str
+    runtime_id: str
     evaluated_with: str
     drop: Drop
     onnx: str

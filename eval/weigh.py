@@ -221,6 +221,7 @@ def _row(
         name=candidate.name,
         scheme=candidate.scheme,
         runtime=candidate.runtime,
+        runtime_id=candidate.runtime_id,
         evaluated_with=candidate.engine.runtime,
         drop=paired_drop(predictions[0].right, predictions[1].right, options.seed),
         flipped=_flipped(measured, *predictions, images),

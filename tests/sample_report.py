@@ -36,7 +36,8 @@ def make_row(name: str, top1: float, p50: float | None, **fields) -> Row:
     latency = [Latency(b, p50 * b * 1.1, p50 * b, p50 * b * 1.3, p50 * b * 2, 400, 0.01) for b in batches]
     loss = 93 - top1
     return Row(**{
-        "name": name, "scheme": scheme, "runtime": runtime, "evaluated_with": "onnxruntime", "images": 1200,
+        "name": name, "scheme": scheme, "runtime": runtime, "runtime_id": "onnxruntime",
+        "evaluated_with": "onnxruntime", "images": 1200,
         "top1": Share(top1, top1 - 1.5, top1 + 1.4), "top5": Share(99.5, 99, 99.8),
         "drop": Drop(loss, loss - 0.25, loss + 0.25), "reliability": make_reliability(0.08),
         "onnx": f"{scheme}/model.onnx", "onnx_bytes": 2_000_000, "sha256": {f"{scheme}/model.onnx": "0f" * 32},

@@ -17,8 +17,9 @@ from illama.errors import UserError
 
 def make_row(name, p50, top1, megabytes=5.0, drop=None, device="a CPU", reference=False, batch=1):
     latency = [] if p50 is None else [Latency(batch, p50, p50, p50, p50, 10)]
-    return Row(name=name, scheme="int8", runtime="somewhere", evaluated_with="something", images=1000,
-               top1=Share(top1, top1 - 1, top1 + 1), top5=Share(99, 98, 100), reliability=Reliability(0, 0, 0, 0, ()),
+    return Row(name=name, scheme="int8", runtime="somewhere", runtime_id="onnxruntime", evaluated_with="something",
+               images=1000, top1=Share(top1, top1 - 1, top1 + 1), top5=Share(99, 98, 100),
+               reliability=Reliability(0, 0, 0, 0, ()),
                drop=drop or Drop(92 - top1, 91.5 - top1, 92.5 - top1), onnx=f"{name}/model.onnx",
                onnx_bytes=int(megabytes * 1e6), latency=latency, device=device, reference=reference)  # fmt: skip
 
