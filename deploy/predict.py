@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +12,9 @@ import numpy as np
 import tyro
 
 from deploy.engines import Engine, RuntimeName, file_of, open_engine
+from deploy.image_input import ImageInput
 from deploy.temperature import read_temperature
-from illama.bundle import FRAME, Manifest, bundle_of
-from illama.data import Preprocessing
-from illama.data_shards import decode_image
+from illama.bundle import Manifest, bundle_of
 from illama.errors import UserError, run_command
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -45,26 +44,6 @@ class PredictOptions:
     threads: int = 0
 
 
-Prepare = Callable[[Path], np.ndarray]
-
-
-def preparation(manifest: Manifest) -> Prepare:
-    """From an image file to what the network takes, (1, ...): its preprocessing, or the frame if the graph has that."""
-    frame = manifest.metrics.get(FRAME)
-    transform = Preprocessing.from_dict(manifest.preprocessing).transform()
-
-    def prepare(path: Path) -> np.ndarray:
-        image = decode_image(str(path), lambda: str(path))
-        if frame is None:
-            return transform(image)[None].numpy()
-        if [image.height, image.width] != frame[:2]:
-            raise UserError(f"{path} is {image.height}x{image.width}, the engine takes frames of {frame[0]}x{frame[1]}")
-        pixels = np.asarray(image.convert("RGB" if frame[2] == 3 else "L")).reshape(1, *frame)
-        return np.ascontiguousarray(pixels)
-
-    return prepare
-
-
 def top5(logits: np.ndarray, classes: list[str], temperature: float = 1.0) -> list[tuple[str, float]]:
     """(class, probability) of the five likeliest classes of one image, the likeliest first; logits (classes,)."""
     wide = np.exp((logits - logits.max()).astype(np.float64) / temperature)
@@ -91,13 +70,13 @@ def new_images(folder: Path, until: float | None) -> Iterator[Path]:
 
 
 def classify(
-    engine: Engine, prepare: Prepare, classes: list[str], temperature: float, paths: Iterable[Path], skip_broken: bool
+    engine: Engine, takes: ImageInput, classes: list[str], temperature: float, paths: Iterable[Path], skip_broken: bool
 ) -> None:
     """Print a line for each image: its five likeliest classes, and the milliseconds from file to answer."""
     for path in paths:
         start = time.perf_counter()
         try:
-            logits = engine.infer(prepare(path))[0]
+            logits = engine.infer(takes.read(str(path), path.__str__)[None])[0]
         except UserError as error:
             if not skip_broken:
                 raise
@@ -120,7 +99,7 @@ def main(options: PredictOptions) -> None:
     until = time.monotonic() + options.seconds if options.seconds is not None else None
     paths = new_images(options.watch, until) if options.watch else options.images
     try:
-        classify(engine, preparation(manifest), manifest.classes, temperature or 1.0, paths,
+        classify(engine, ImageInput.of(manifest), manifest.classes, temperature or 1.0, paths,
                  skip_broken=options.watch is not None)  # fmt: skip
     finally:
         engine.close()
