@@ -1,18 +1,19 @@
 """A served bundle under load: python benchmarks/serve_load.py runs/ptq/int8
 
 Writes a repository of the bundle, starts Triton on it, and has clients send real test images as PNG files over gRPC,
-each its next one when the last is answered. Every answer is held against the same file, preprocessed and computed
-here without a server. The clients run on the machine that serves, and take their part of its cores.
+each its next one when the last is answered. Every answer is compared with that of the same file, preprocessed and
+computed here without a server. The clients run on the machine that serves, and take their part of its cores.
+
+Then come faults (benchmarks/serve_faults.py): 1,000 requests at once, every fifth of them broken, and a backend that is
+killed meanwhile.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import os
 import re
-import socket
 import tempfile
 import threading
 import time
@@ -24,34 +25,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import tyro
-from PIL import Image
-from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import to_pil_image
+from serve_client import MODEL, Answers, Client, Question, free_ports, read_questions
+from serve_faults import measure_faults
 from tqdm import tqdm
 
-from deploy.engines import OnnxRuntimeEngine
-from deploy.triton_config import ENCODED, ServingOptions
+from deploy.triton_config import ServingOptions
 from deploy.triton_repository import write_repository
 from deploy.triton_server import ListenOptions, running_server
 from eval.results import write_results
-from illama.bundle import CPU_ONNX, Manifest, make_out
-from illama.data import Preprocessing, Sample, open_data
-from illama.data_shards import decode_image
+from illama.bundle import make_out
+from illama.data import open_data
 from illama.errors import UserError, run_command
-from quant.export import OUTPUT
-
-MODEL = "served"
-SETTLE = 20  # requests of each client whose time is not counted
-TIMEOUT = 60  # seconds, after which a request is lost
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(ServingOptions):
     """Drive a server with clients for a bounded time; a request that is lost or answered wrongly fails the command.
 
-    Answers are held against ONNX Runtime's on the CPU, so this is a server of ``--device cpu``.
+    Answers are compared with those of the same runtime without a server, so this is a server of ``--device cpu``.
 
     Attributes:
         bundle: a folder with a model.onnx.
@@ -59,6 +51,7 @@ class LoadOptions(ServingOptions):
         images: how many of them.
         clients: numbers of clients at once, one after another.
         seconds: of each.
+        faults: how many requests to send at once while a backend is killed; 0 for none.
         out: where the table and its JSON go, and the server's log until all went well.
     """
 
@@ -67,95 +60,17 @@ class LoadOptions(ServingOptions):
     images: int = 256
     clients: tuple[int, ...] = (1, 4, 16)
     seconds: float = 10
+    faults: int = 1000
     out: Path = Path("results/serve-load")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.clients, default=0) < 1 or self.images < 1 or not 0 < self.seconds < math.inf:
             raise UserError("--clients, --images and --seconds are more than 0")
+        if self.faults < 0:
+            raise UserError("--faults is 0 or more")
         if self.device != "cpu":
             raise UserError(f"answers are held against those of the CPU: leave --device {self.device} out")
-
-
-@dataclass(frozen=True)
-class Question:
-    """An image file, and the logits (classes,) that it must be answered with."""
-
-    file: bytes
-    logits: np.ndarray
-
-
-@dataclass
-class Answers:
-    """What one client, or several, got: seconds of each answer, and what went wrong.
-
-    Attributes:
-        lost: requests without an answer.
-        wrong: answers with another class than the engine's own.
-        difference: largest absolute difference of a logit.
-    """
-
-    seconds: list[float]
-    lost: int = 0
-    wrong: int = 0
-    difference: float = 0.0
-
-
-def read_questions(split: Dataset[Sample], count: int, bundle: Path) -> list[Question]:
-    """The first ``count`` images of a split as PNG files, with the answers of the engine itself, one at a time."""
-    transform = Preprocessing.from_dict(Manifest.read(bundle).preprocessing).transform()
-    engine = OnnxRuntimeEngine(bundle / CPU_ONNX)
-    questions = []
-    for index in range(min(count, len(split))):  # type: ignore[arg-type]
-        file = as_png(split[index][0])
-        image = transform(decode_image(io.BytesIO(file), lambda: "of the test split"))
-        questions.append(Question(file, engine.infer(image.numpy()[None])[0]))
-    return questions
-
-
-def as_png(image: Image.Image | torch.Tensor) -> bytes:
-    """The PNG file of an image as a data set gives it."""
-    file = io.BytesIO()
-    (to_pil_image(image) if isinstance(image, torch.Tensor) else image).save(file, "PNG")
-    return file.getvalue()
-
-
-class Client:
-    """A client of its own connection, which notes what it gets."""
-
-    def __init__(self, url: str) -> None:
-        import tritonclient.grpc as triton
-
-        self._triton, self._connection, self.answers = triton, triton.InferenceServerClient(url), Answers([])
-
-    def ask(self, question: Question) -> None:
-        """Send one image, wait for its logits and judge them."""
-        file = np.frombuffer(question.file, np.uint8)[None]
-        request = self._triton.InferInput(ENCODED, file.shape, "UINT8")
-        request.set_data_from_numpy(file)
-        start = time.perf_counter()
-        try:
-            logits = self._connection.infer(MODEL, [request], client_timeout=TIMEOUT).as_numpy(OUTPUT)[0]
-        except self._triton.InferenceServerException:
-            self.answers.lost += 1
-            return
-        self.answers.seconds.append(time.perf_counter() - start)
-        self.answers.wrong += int(logits.argmax() != question.logits.argmax())
-        self.answers.difference = max(self.answers.difference, float(np.abs(logits - question.logits).max()))
-
-    def run(self, questions: Sequence[Question], seconds: float, together: threading.Barrier) -> Answers:
-        """Ask the questions over and over; those before all clients are ready count as answers, not in time."""
-        for question in questions[:SETTLE]:
-            self.ask(question)
-        self.answers.seconds.clear()
-        together.wait(TIMEOUT)
-        end = time.perf_counter() + seconds
-        for question in itertools.cycle(questions):
-            if time.perf_counter() >= end:
-                break
-            self.ask(question)
-        self._connection.close()
-        return self.answers
 
 
 def load(url: str, questions: Sequence[Question], clients: int, seconds: float) -> Answers:
@@ -237,15 +152,6 @@ def cpu_seconds(process: int) -> float:
     return sum(int(values[11]) + int(values[12]) for values in stats) / os.sysconf("SC_CLK_TCK")
 
 
-def free_ports() -> ListenOptions:
-    """Three ports that nothing listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    ports = [listening.getsockname()[1] for listening in sockets]
-    for listening in sockets:
-        listening.close()
-    return ListenOptions(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2])
-
-
 def measure(options: LoadOptions, questions: Sequence[Question], repository: Path, log: Path) -> dict[str, Any]:
     """A server of ``repository`` under each load; its messages go to ``log``. UserError if it cannot answer."""
     listen, rows = free_ports(), []
@@ -253,18 +159,18 @@ def measure(options: LoadOptions, questions: Sequence[Question], repository: Pat
     with log.open("wb") as messages, running_server(repository, listen, messages) as server:
         ready = time.perf_counter() - start
         for clients in tqdm(options.clients, unit="load", disable=None):
-            before = cpu_seconds(server.pid), *batches_so_far(listen)
+            before = cpu_seconds(server.process.pid), *batches_so_far(listen)
             answers = load(f"{listen.address}:{listen.grpc_port}", questions, clients, options.seconds)
-            after = cpu_seconds(server.pid), *batches_so_far(listen)
+            after = cpu_seconds(server.process.pid), *batches_so_far(listen)
             rows.append(row(clients, options.seconds, answers, *np.subtract(after, before).tolist()))
-        memory = memory_gib(server.pid)
+        memory = memory_gib(server.process.pid)
     chosen = {key: value for key, value in asdict(options).items() if key not in ("bundle", "out")}
     sizes = {"memory_gib": sum(memory), "process_memory_gib": memory}
     return {"rows": rows, "ready_seconds": ready, **sizes, "options": chosen}
 
 
 def main(options: LoadOptions) -> None:
-    questions = read_questions(open_data(options.data).test(), options.images, options.bundle)
+    questions = read_questions(open_data(options.data).test(), options.images, options.bundle, options.runtime)
     name = options.bundle.resolve().name
     log = options.out / f"{name}.log"
     make_out(options.out)
@@ -273,12 +179,19 @@ def main(options: LoadOptions) -> None:
         write_repository(repository, {MODEL: [options.bundle]}, options)
         try:
             facts = measure(options, questions, repository, log)
+            faults = measure_faults(repository, questions, options.faults, log) if options.faults else None
         except UserError as error:
             raise UserError(f"{error} (the server's log is {log})") from error
     write_results(options.out, name, facts, table(facts["rows"]))
     print(f"ready after {facts['ready_seconds']:.1f} s, {facts['memory_gib']:.2f} GiB")
+    if faults:
+        write_results(options.out, f"{name}-faults", asdict(faults), faults.table())
     if bad := sum(line["lost"] + line["wrong"] for line in facts["rows"]):
         raise UserError(f"{bad} requests were lost or answered with another class than the engine's own: see {log}")
+    if faults and faults.wrong + faults.mistaken:
+        raise UserError(
+            f"{faults.wrong} requests got another class, {faults.mistaken} another kind of answer: see {log}"
+        )
     log.unlink()
 
 

@@ -5,12 +5,14 @@ Writes a model repository, and starts the server on it with --run. docs/scale.md
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from deploy.recommended_runtime import RuntimeChoice
 from deploy.triton_config import ServingOptions
 from deploy.triton_repository import add_versions, is_repository, versions, write_repository
 from deploy.triton_server import ListenOptions, running_server
@@ -57,8 +59,12 @@ def write(options: ServeOptions) -> None:
     else:
         write_repository(options.out, models, options, options.version or 1)
     for name in models:
-        numbers = ", ".join(map(str, versions(options.out, name)))
-        print(f"{options.out}: {name}, versions {numbers}; {options.live_versions} of the newest are served")
+        numbers = versions(options.out, name)
+        listed = ", ".join(map(str, numbers))
+        print(f"{options.out}: {name}, versions {listed}; {options.live_versions} of the newest are served")
+        if options.device == "cpu":
+            choice = RuntimeChoice.read(options.out / f"{name}-network" / str(numbers[-1]))
+            print(f"{name} runs {choice.file.name} in {choice.runtime}, {choice.reason}")
 
 
 def name_models(bundles: tuple[Path, ...], name: str | None) -> dict[str, tuple[Path, ...]]:
@@ -74,22 +80,22 @@ def name_models(bundles: tuple[Path, ...], name: str | None) -> dict[str, tuple[
         raise UserError("two bundles have the same folder name: give --name to make them versions of one model")
     taken = [f"{model}{part}" for model in models for part in ("", "-preprocess", "-network")]
     for model in taken:
-        if "/" in model or model.startswith(".") or taken.count(model) > 1:
-            raise UserError(f"{model!r} cannot be the name of a model here: rename the bundle or give another --name")
+        if not re.fullmatch(r"\w[\w.-]*", model, re.ASCII) or taken.count(model) > 1:
+            raise UserError(f"{model!r} cannot be the name of a model here, which is of letters, digits, '_', '-' and "
+                            "'.': rename the bundle or give another --name")  # fmt: skip
     return models
 
 
 def serve(options: ServeOptions) -> None:
-    """Run the server until Ctrl-C or SIGTERM."""
+    """Run the server until Ctrl-C or SIGTERM; UserError once it no longer answers."""
     try:
-        with running_server(options.out, options) as process:
+        with running_server(options.out, options) as server:
             print(f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "
-                  f"{options.metrics_port}; Ctrl-C stops it", flush=True)  # fmt: skip
-            status = process.wait()
+                  f"{options.metrics_port}; Ctrl-C stops it\n"
+                  "Triton has no authentication: whoever reaches these ports can use it", flush=True)  # fmt: skip
+            server.watch()
     except KeyboardInterrupt:
         print("stopped")
-        return
-    raise UserError(f"tritonserver stopped by itself with status {status}: its log says why")
 
 
 if __name__ == "__main__":

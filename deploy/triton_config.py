@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from google.protobuf import text_format
 
+from deploy.engines import RuntimeName
+from deploy.image_input import ImageInput
+from deploy.triton_health import CONFIG
 from illama.bundle import Manifest
-from illama.data import Preprocessing
 from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
 
-CONFIG, LABELS = "config.pbtxt", "labels.txt"
+LABELS = "labels.txt"
 ENCODED = "image"  # the ensemble's input: the bytes of an image file
 
 
@@ -24,22 +25,29 @@ class ServingOptions:
     """How Triton runs each model.
 
     Attributes:
-        device: cpu for ONNX Runtime, gpu for engines that the full TensorRT built on such a GPU.
-        max_batch: most images that are computed together.
+        device: cpu, or gpu for engines that the full TensorRT built on such a GPU.
+        runtime: what runs the network on a CPU: onnxruntime, openvino, ...; if not given, the fastest of the report
+            beside the bundle, where that was measured on a CPU like this one, else the usual choice (docs/cpu.md).
+        max_batch: most images that are computed together, and most files in a request.
         preferred_batches: sizes that a batch is sent at before its delay is over; any size up to max_batch if none.
         queue_delay_us: microseconds that an image waits for others to be computed with it.
         instances: copies of the network, on each GPU or on the CPU, where they share out the cores.
         preprocess_instances: processes that decode images.
         live_versions: newest versions that are loaded; older ones stay in the folder.
+        max_file_mb: most that an image file may have, in 10^6 bytes.
+        max_megapixels: most that a picture may have, in 10^6 pixels; it is not decoded otherwise.
     """
 
     device: Literal["cpu", "gpu"] = "cpu"
+    runtime: RuntimeName | None = None
     max_batch: int = 32
     preferred_batches: tuple[int, ...] = ()
     queue_delay_us: int = 1000
     instances: int = 1
     preprocess_instances: int = 1
     live_versions: int = 2
+    max_file_mb: float = 20
+    max_megapixels: float = 50
 
     def __post_init__(self) -> None:
         counts = (
@@ -51,50 +59,55 @@ class ServingOptions:
         )
         if min(counts) < 1 or self.queue_delay_us < 0:
             raise UserError("batches, instances and versions are 1 or more, and a delay is not negative")
+        if self.runtime is not None and self.device == "gpu":
+            raise UserError("Triton's own TensorRT runs what is served on a GPU: leave --runtime out")
+        if not min(self.max_file_mb, self.max_megapixels) > 0:
+            raise UserError("--max-file-mb and --max-megapixels are more than 0")
         if max(self.preferred_batches, default=1) > self.max_batch:
             raise UserError(f"a preferred batch is larger than --max-batch {self.max_batch}")
 
 
 def config_texts(name: str, manifest: Manifest, options: ServingOptions) -> dict[str, str]:
     """By path, the text files that say what a model is: three configs, and the classes' names."""
-    preprocessing, labels = (
-        Preprocessing.from_dict(manifest.preprocessing),
-        "".join(f"{label}\n" for label in manifest.classes),
-    )
-    shapes = input_shape(preprocessing), (len(manifest.classes),)
+    takes, classes = ImageInput.of(manifest), len(manifest.classes)
     configs = {
-        f"{name}-preprocess": _preprocess_config(preprocessing, shapes[0], options),
-        f"{name}-network": _network_config(*shapes, options),
-        name: _ensemble_config(name, *shapes, options),
+        f"{name}-preprocess": _preprocess_config(takes, options),
+        f"{name}-network": _network_config(takes, classes, options),
+        name: _ensemble_config(name, classes, options),
     }
+    labels = "".join(f"{label}\n" for label in manifest.classes)
     texts = {f"{model}/{LABELS}": labels for model in (name, f"{name}-network")}
     for model, config in configs.items():
         texts[f"{model}/{CONFIG}"] = text_format.MessageToString(_messages().ModelConfig(name=model, **config))
     return texts
 
 
-def _preprocess_config(preprocessing: Preprocessing, shape: Sequence[int], options: ServingOptions) -> dict[str, Any]:
+def _preprocess_config(takes: ImageInput, options: ServingOptions) -> dict[str, Any]:
     pb = _messages()
-    values = pb.ModelParameter(string_value=json.dumps(asdict(preprocessing)))
+    facts = {
+        "input": takes.to_dict(),
+        "max_bytes": int(options.max_file_mb * 1e6),
+        "max_pixels": int(options.max_megapixels * 1e6),
+    }
     return {
         "backend": "python",
         "max_batch_size": options.max_batch,
         "input": [_encoded(allow_ragged_batch=True)],
-        "output": [pb.ModelOutput(name=INPUT, data_type=pb.TYPE_FP32, dims=shape)],
+        "output": [pb.ModelOutput(name=INPUT, data_type=_type_of(takes), dims=takes.shape)],
         "dynamic_batching": pb.ModelDynamicBatching(),  # of what waits already; each request is answered by itself
-        "parameters": {"preprocessing": values},
+        "parameters": {"preprocessing": pb.ModelParameter(string_value=json.dumps(facts))},
         "instance_group": [pb.ModelInstanceGroup(kind="KIND_CPU", count=options.preprocess_instances)],
     }
 
 
-def _network_config(shape: Sequence[int], classes: Sequence[int], options: ServingOptions) -> dict[str, Any]:
+def _network_config(takes: ImageInput, classes: int, options: ServingOptions) -> dict[str, Any]:
     pb = _messages()
     cpu = options.device == "cpu"
-    zeros = pb.ModelWarmup.Input(data_type=pb.TYPE_FP32, dims=shape, zero_data=True)
+    zeros = pb.ModelWarmup.Input(data_type=_type_of(takes), dims=takes.shape, zero_data=True)
     return {
         **({"backend": "python"} if cpu else {"platform": "tensorrt_plan"}),
         "max_batch_size": options.max_batch,
-        "input": [pb.ModelInput(name=INPUT, data_type=pb.TYPE_FP32, dims=shape)],
+        "input": [pb.ModelInput(name=INPUT, data_type=_type_of(takes), dims=takes.shape)],
         "output": [_logits(classes)],
         "instance_group": [pb.ModelInstanceGroup(kind="KIND_CPU" if cpu else "KIND_GPU", count=options.instances)],
         "dynamic_batching": pb.ModelDynamicBatching(
@@ -108,9 +121,7 @@ def _network_config(shape: Sequence[int], classes: Sequence[int], options: Servi
     }
 
 
-def _ensemble_config(
-    name: str, shape: Sequence[int], classes: Sequence[int], options: ServingOptions
-) -> dict[str, Any]:
+def _ensemble_config(name: str, classes: int, options: ServingOptions) -> dict[str, Any]:
     pb = _messages()
     newest = -1
     steps = [
@@ -132,8 +143,12 @@ def _encoded(**more: Any) -> Any:
     return _messages().ModelInput(name=ENCODED, data_type="TYPE_UINT8", dims=[-1], **more)
 
 
-def _logits(classes: Sequence[int]) -> Any:
-    return _messages().ModelOutput(name=OUTPUT, data_type="TYPE_FP32", dims=classes, label_filename=LABELS)
+def _logits(classes: int) -> Any:
+    return _messages().ModelOutput(name=OUTPUT, data_type="TYPE_FP32", dims=[classes], label_filename=LABELS)
+
+
+def _type_of(takes: ImageInput) -> Any:
+    return _messages().TYPE_UINT8 if takes.frame else _messages().TYPE_FP32
 
 
 def _messages() -> Any:
@@ -142,7 +157,3 @@ def _messages() -> Any:
         return importlib.import_module("tritonclient.grpc.model_config_pb2")
     except ImportError as error:
         raise UserError("no tritonclient here: pip install 'tritonclient[http,grpc]'") from error
-
-
-def input_shape(preprocessing: Preprocessing) -> tuple[int, int, int]:
-    return preprocessing.in_channels, preprocessing.image_size, preprocessing.image_size

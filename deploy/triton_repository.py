@@ -4,7 +4,9 @@ Each model NAME is three of Triton's:
 
     NAME               an ensemble of the two below: the bytes of JPEG or PNG files -> logits
     NAME-preprocess    the bundle's own preprocessing (Python backend)
-    NAME-network       versions 1, 2, ...: ONNX Runtime (Python backend) on CPUs, a TensorRT engine on GPUs
+    NAME-network       versions 1, 2, ...: a runtime of this toolkit (Python backend) on CPUs, a TensorRT engine on GPUs
+
+Each version holds a known answer (:mod:`deploy.known_answer`), by which a server is checked.
 """
 
 from __future__ import annotations
@@ -16,11 +18,23 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.engines import OnnxRuntimeEngine
+from deploy.engines import RuntimeName, open_engine
+from deploy.image_input import ImageInput
+from deploy.known_answer import KnownAnswer
+from deploy.recommended_runtime import recommend_runtime
 from deploy.record import EngineRecord
-from deploy.triton_config import ServingOptions, config_texts, input_shape
-from illama.bundle import CPU_ONNX, ENGINES, MANIFEST, Manifest, command_line, package_versions, write_folder
-from illama.data import Preprocessing
+from deploy.triton_config import ServingOptions, config_texts
+from deploy.triton_health import KNOWN_ANSWER
+from illama.bundle import (
+    CPU_ONNX,
+    ENGINES,
+    FUSED_ONNX,
+    MANIFEST,
+    Manifest,
+    command_line,
+    package_versions,
+    write_folder,
+)
 from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
 
@@ -95,10 +109,46 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
     with write_folder(out / f"{name}-network" / str(number), lambda _: False) as draft:
         if options.device == "gpu":
             shutil.copyfile(checked_engine(bundle, options.max_batch), draft / PLAN)
+            graph = bundle / (FUSED_ONNX if (bundle / FUSED_ONNX).exists() else CPU_ONNX)
+            known = known_answer(bundle, graph, "onnxruntime")  # this machine may have another GPU, or none
         else:
-            shutil.copyfile(_checked_onnx(bundle), draft / CPU_ONNX)
-            _write_code(draft, "OnnxNetwork")
+            choice = recommend_runtime(bundle, options.runtime)
+            known = known_answer(bundle, choice.file, choice.runtime)
+            shutil.copyfile(choice.file, draft / choice.file.name)
+            choice.write(draft)
+            _write_code(draft, "Network")
+        known.write(draft / KNOWN_ANSWER)
         shutil.copyfile(bundle / MANIFEST, draft / MANIFEST)
+
+
+def known_answer(bundle: Path, file: Path, runtime: RuntimeName) -> KnownAnswer:
+    """What a file of a bundle answers to a known picture.
+
+    Raises:
+        UserError: the file cannot be run, takes other images than its manifest says, or does not classify them into
+            its classes.
+    """
+    manifest = Manifest.read(bundle)
+    takes, classes, engine = ImageInput.of(manifest), len(manifest.classes), open_engine(file, runtime)
+
+    def infer(images: np.ndarray) -> np.ndarray:
+        try:
+            logits = engine.infer(images)
+        except Exception as error:  # a runtime's exceptions share no other base class
+            raise UserError(
+                f"{file} takes no images of shape {takes.shape}, as its manifest says: make it again"
+            ) from error
+        if logits.ndim != 2:
+            raise UserError(f"{file} answers an image with {logits.shape[1:]}, and only a classifier can be served")
+        if logits.shape[1] != classes:
+            raise UserError(f"{file} gives {logits.shape[1]} classes, its manifest names {classes}")
+        if not np.isfinite(logits).all():
+            raise UserError(f"the logits of {file} are not finite: make it again, and see python quant/debug_layers.py")
+        return logits
+
+    size = takes.preprocessing.image_size
+    picture = takes.frame[:2] if takes.frame else (size, size)
+    return KnownAnswer.ask(infer, lambda png: takes.read(png, lambda: "of the known answer"), picture)
 
 
 def checked_engine(bundle: Path, max_batch: int) -> Path:
@@ -113,36 +163,18 @@ def checked_engine(bundle: Path, max_batch: int) -> Path:
         raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with "
                         "that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
     record, manifest = EngineRecord.read(path), Manifest.read(bundle)
-    wanted = {INPUT: ["float", [-1, *input_shape(Preprocessing.from_dict(manifest.preprocessing))]]}
+    takes = ImageInput.of(manifest)
+    wanted = {INPUT: ["uint8" if takes.frame else "float", [-1, *takes.shape]]}
     named = {OUTPUT: ["float", [-1, len(manifest.classes)]]}
     if (record.inputs, record.outputs) != (wanted, named):
         raise UserError(f"{path} takes {record.inputs} and gives {record.outputs}, and not {wanted} and {named}: "
-                        "Triton serves classifiers that take preprocessed images")  # fmt: skip
+                        "Triton serves classifiers that take what their manifest says")  # fmt: skip
     if record.options.get("weight_stripped"):
         raise UserError(f"{path} has no weights, and Triton does not refit it: build it without --weight-stripped")
     smallest, _, largest = record.batch
     if smallest > 1 or max_batch > largest:
         raise UserError(f"{path} was built for batches of {smallest} to {largest}, and 1 to {max_batch} are asked for: "
                         "lower --max-batch, or build with another --batch")  # fmt: skip
-    return path
-
-
-def _checked_onnx(bundle: Path) -> Path:
-    """The bundle's graph for CPUs, once it has answered an image; UserError if it cannot."""
-    path, manifest = bundle / CPU_ONNX, Manifest.read(bundle)
-    if not path.exists():
-        raise UserError(f"{bundle} has no {CPU_ONNX}: make one with python quant/ptq.py")
-    shape = input_shape(Preprocessing.from_dict(manifest.preprocessing))
-    try:
-        answer = OnnxRuntimeEngine(path).infer(np.zeros((1, *shape), np.float32))
-    except UserError:
-        raise
-    except Exception as error:  # onnxruntime's exceptions share no base class but this one
-        raise UserError(f"{path} takes no images of shape {shape}, as its manifest says: make it again") from error
-    if answer.ndim != 2:
-        raise UserError(f"{path} answers an image with {answer.shape[1:]}, and only a classifier can be served")
-    if answer.shape != (1, len(manifest.classes)):
-        raise UserError(f"{path} gives {answer.shape[1]} classes, its manifest names {len(manifest.classes)}")
     return path
 
 

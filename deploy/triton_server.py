@@ -1,27 +1,37 @@
-"""Triton Inference Server as a process: found, started, waited for until it answers, and stopped."""
+"""Triton Inference Server as a process: found, started, waited for until it answers rightly, watched, and stopped."""
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import importlib.util
 import os
+import re
+import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from deploy.triton_health import STUB, LoadingError, ServedRepository, UnhealthyError, live_backends
 from illama.errors import UserError
 
-STUB = "triton_python_backend_stub"
 EXIT_SECONDS = 10  # for requests under way when it is told to stop
+WATCH_SECONDS = 2  # between two checks of a running server
+_AGAIN_SECONDS = 0.5  # and after one that failed
+_BACKEND_SECONDS = 30  # without a process of the Python backend, after which none will come
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "illama_serve_"
+_PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,7 @@ class ListenOptions:
     """Where the server listens.
 
     Attributes:
-        address: 127.0.0.1 for this machine alone, 0.0.0.0 for every other too.
+        address: 127.0.0.1 for this machine alone, 0.0.0.0 for every other too. Triton has no authentication.
         http_port: of the HTTP protocol.
         grpc_port: of the gRPC protocol.
         metrics_port: of Prometheus metrics.
@@ -42,31 +52,141 @@ class ListenOptions:
     metrics_port: int = 8002
     poll_seconds: int = 0
 
+    @property
+    def url(self) -> str:
+        """Of the HTTP protocol, from this machine."""
+        return f"http://{'127.0.0.1' if self.address == '0.0.0.0' else self.address}:{self.http_port}"
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that was ready to answer.
+
+    Attributes:
+        process: tritonserver's.
+        served: what it serves, to be checked.
+    """
+
+    process: subprocess.Popen[bytes]
+    served: ServedRepository
+
+    def watch(self) -> None:
+        """Check the server every :data:`WATCH_SECONDS`, for as long as it runs and answers.
+
+        Raises:
+            UserError: it stopped by itself, a process of its Python backend died, or it does not give its known
+                answers, twice in a row.
+        """
+        failed, answers_due = False, 0.0
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                status = self.process.wait(_AGAIN_SECONDS if failed else WATCH_SECONDS)
+                raise UserError(f"tritonserver stopped by itself with status {status}: its log says why")
+            try:
+                self.served.check_models()
+                if (start := time.monotonic()) >= answers_due:
+                    self.served.check_answers()
+                    answers_due = start + 10 * (time.monotonic() - start)  # a tenth of the time, for a slow network
+                failed = False
+            except LoadingError:  # again: a file of it changed
+                pass
+            except (UnhealthyError, TimeoutError) as error:
+                if failed:
+                    raise UserError(f"the server no longer answers and is stopped: {error or 'no answer'}") from error
+                failed, answers_due = True, 0.0
+
 
 @contextmanager
-def running_server(
-    repository: Path, options: ListenOptions, log: IO[bytes] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that is ready to answer, stopped at the end of the block.
+def running_server(repository: Path, options: ListenOptions, log: IO[bytes] | None = None) -> Iterator[RunningServer]:
+    """A server that gives its known answers, stopped at the end of the block.
 
     Args:
         log: where its messages go; the terminal's standard error if not given.
 
     Raises:
-        UserError: there is no tritonserver here, or it stopped before it was ready.
+        UserError: there is no tritonserver here, a port is taken, a model cannot be loaded, or the server stopped
+            before it was ready.
     """
-    with tempfile.TemporaryDirectory(prefix="triton-") as folder:
-        command, environment = _find_server(Path(folder))
-        command += _arguments(repository, options)
-        # In a session of its own, so that Ctrl-C reaches it through this process alone, once.
+    _check_ports(options)
+    with private_names() as (folder, lock):
+        command, environment = _find_server(folder)
+        models = folder / "models"
+        models.symlink_to(repository.resolve())  # a path with a space in it would end the Python backend
+        # In a session of its own, so that Ctrl-C reaches it through this process alone, once. It holds the lock too,
+        # and ends with this process even where that is killed.
+        command += _arguments(models, folder.name, options)
         process = subprocess.Popen(
-            command, env=environment, stdout=log or sys.stderr, stderr=log, start_new_session=True
+            command,
+            env=environment,
+            stdout=log or sys.stderr,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(lock,),
+            preexec_fn=_end_with_parent,
         )
+        server, patience = RunningServer(process, ServedRepository(options.url, repository)), EXIT_SECONDS + 20
         try:
-            _wait_until_ready(process, options)
-            yield process
+            _wait_until_ready(server)
+            yield server
+        except UserError:
+            patience = 2
+            raise
         finally:
-            _stop(process)
+            _stop(process, patience)
+
+
+def _check_ports(options: ListenOptions) -> None:
+    """UserError for an address or a port that nothing can listen on."""
+    for kind in ("http", "grpc", "metrics"):
+        port = getattr(options, f"{kind}_port")
+        try:
+            with socket.socket() as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind((options.address, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"cannot listen on {options.address}:{port} ({error}): give another --{kind}-port or "
+                            "--address") from error  # fmt: skip
+
+
+@contextmanager
+def private_names() -> Iterator[tuple[Path, int]]:
+    """(folder, lock): a new temporary folder, whose name is the prefix of a server's shared memory.
+
+    Both are cleared when the server is gone: Triton leaves shared memory behind where a process of it was killed. The
+    lock is held for as long as a process has the file open; what an earlier server of this toolkit left is cleared once
+    its lock is free.
+
+    Raises:
+        UserError: the folder for temporary files has a name that Triton's Python backend does not take.
+    """
+    if not re.fullmatch(r"[\w./-]+", tempfile.gettempdir()):
+        raise UserError(
+            f"Triton cannot work in {tempfile.gettempdir()!r}: set TMPDIR to a path without such characters"
+        )
+    for leftover in _SHARED_MEMORY.glob(f"{_PREFIX}*.lock"):
+        with suppress(OSError), leftover.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _clear(leftover.stem)
+    name = f"{_PREFIX}{secrets.token_hex(8)}"
+    with (_SHARED_MEMORY / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        folder = Path(tempfile.gettempdir()) / name
+        folder.mkdir(0o700)
+        try:
+            yield folder, file.fileno()
+        finally:
+            _clear(name)
+
+
+def _clear(name: str) -> None:
+    shutil.rmtree(Path(tempfile.gettempdir()) / name, ignore_errors=True)
+    for path in _SHARED_MEMORY.glob(f"{name}*"):
+        path.unlink(missing_ok=True)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process, a server about to be started, when the one that starts it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _find_server(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -96,13 +216,15 @@ def _find_server(folder: Path) -> tuple[list[str], dict[str, str]]:
     return [str(folder / "tritonserver"), f"--backend-directory={folder}"], environment
 
 
-def _arguments(repository: Path, options: ListenOptions) -> list[str]:
+def _arguments(repository: Path, prefix: str, options: ListenOptions) -> list[str]:
     poll = [f"--repository-poll-secs={options.poll_seconds}"] if options.poll_seconds else []
     return [
         f"--model-repository={repository}",
         "--disable-auto-complete-config",
+        "--exit-on-error=false",  # so that it can be asked why a model was not loaded
         f"--model-control-mode={'poll' if poll else 'none'}",
         *poll,
+        f"--backend-config=python,shm-region-prefix-name={prefix}",
         f"--http-address={options.address}",
         f"--http-port={options.http_port}",
         f"--grpc-address={options.address}",
@@ -113,22 +235,31 @@ def _arguments(repository: Path, options: ListenOptions) -> list[str]:
     ]
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], options: ListenOptions) -> None:
-    host = "127.0.0.1" if options.address == "0.0.0.0" else options.address
-    url = f"http://{host}:{options.http_port}/v2/health/ready"
-    while process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):  # not listening yet, or 400: models are still being loaded
-            time.sleep(0.1)
-    raise UserError(f"tritonserver stopped with status {process.returncode} before it was ready: its log says why")
+def _wait_until_ready(server: RunningServer) -> None:
+    """Until the server has loaded its models, or tried to, and gives its known answers; UserError if it does not."""
+    served, seen = server.served, time.monotonic()
+    while server.process.poll() is None:
+        if served.is_live():
+            try:
+                return served.check()
+            except LoadingError:
+                pass
+            except (UnhealthyError, TimeoutError) as error:
+                raise UserError(f"the server cannot serve {served.folder}: {error or 'no answer'}") from error
+        if any(version.is_relative_to(served.folder.resolve()) for version in live_backends()):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > _BACKEND_SECONDS:
+            raise UserError("no process of Triton's Python backend lives, and it waits for one: its log says why")
+        time.sleep(0.1)
+    raise UserError(f"tritonserver stopped with status {server.process.returncode} before it was ready: its log says "
+                    "why")  # fmt: skip
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Tell the server to stop; kill it and its backends if it takes longer, or at a second Ctrl-C or SIGTERM."""
     process.terminate()
-    try:
-        process.wait(EXIT_SECONDS + 20)  # Triton gives its requests EXIT_SECONDS, then it unloads the models
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.wait(patience)  # Triton gives its requests EXIT_SECONDS, then it unloads the models
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

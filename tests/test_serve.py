@@ -1,5 +1,6 @@
 """Serving: a real Triton server, real test images over HTTP and gRPC, against the engine itself."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -7,11 +8,14 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
-from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_bundle
+from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_linear_bundle
 from onnx import numpy_helper
 from PIL import Image
 
@@ -32,23 +37,32 @@ import serve_sizing
 import tritonclient.grpc
 import tritonclient.http
 from google.protobuf import text_format
-from serve_load import Client, LoadOptions, Question, as_png, free_ports, load, read_questions
+from serve_load import Client, LoadOptions, Question, as_png, free_ports, is_wrong, load, read_questions
 from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 
 import deploy.triton_server
 from deploy.builder import EngineOptions
-from deploy.engines import OnnxRuntimeEngine
+from deploy.camera import CameraOptions
+from deploy.camera import main as camera_main
+from deploy.engines import open_engine
+from deploy.image_input import ImageInput
+from deploy.known_answer import KnownAnswer
+from deploy.recommended_runtime import recommend_runtime
 from deploy.record import EngineRecord
 from deploy.serve import ServeOptions, main, name_models
 from deploy.triton_config import ServingOptions
+from deploy.triton_health import STUB, ServedRepository, UnhealthyError, live_backends
 from deploy.triton_repository import add_versions, write_repository
-from deploy.triton_server import ListenOptions, running_server
+from deploy.triton_server import ListenOptions, private_names, running_server
 from illama import ILLaMA
-from illama.bundle import CPU_ONNX, MANIFEST, sha256
+from illama.adapt import to_quantizable
+from illama.bundle import CPU_ONNX, MANIFEST, Manifest, sha256
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import Preprocessing, open_data
 from illama.errors import UserError
+from quant.bundles import Origin, quantize, write_graphs, write_quantized
 from quant.export import export_onnx
+from quant.schemes import find_scheme
 
 HERE = shutil.which("tritonserver") or importlib.util.find_spec("pytriton")
 needs_server = pytest.mark.skipif(not HERE, reason="no tritonserver: pip install --no-deps nvidia-pytriton")
@@ -81,17 +95,33 @@ def questions(clothes):
     return read_questions(open_data("fashion-mnist").test(), 64, clothes)
 
 
+def _command(listen, *arguments):
+    ports = ("--http-port", listen.http_port, "--grpc-port", listen.grpc_port, "--metrics-port", listen.metrics_port)
+    return [sys.executable, "deploy/serve.py", *map(str, arguments), "--run", *map(str, ports)]
+
+
 @contextmanager
-def served(log, *arguments):
-    """The command as a user types it, until Ctrl-C; then it must have ended well, and the server with it."""
+def started(log, *arguments):
+    """(where it listens, the command as a user types it, once its server is ready)."""
     listen = free_ports()
-    command = [sys.executable, "deploy/serve.py", *map(str, arguments), "--run", "--http-port", listen.http_port,
-               "--grpc-port", listen.grpc_port, "--metrics-port", listen.metrics_port]  # fmt: skip
     with log.open("wb") as errors:
-        process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+        process = subprocess.Popen(
+            _command(listen, *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     try:
         assert any(line.startswith("ready:") for line in process.stdout), log.read_text()
+        assert "no authentication" in process.stdout.readline()
+        yield listen, process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@contextmanager
+def served(log, *arguments):
+    """Where a server listens, until Ctrl-C; then it must have ended well."""
+    with started(log, *arguments) as (listen, process):
         yield listen
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
@@ -99,9 +129,6 @@ def served(log, *arguments):
         assert "Traceback" not in log.read_text()
         with pytest.raises(urllib.error.URLError, match="refused"):
             urllib.request.urlopen(f"http://127.0.0.1:{listen.http_port}/v2/health/live")
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +166,10 @@ def test_an_image_is_answered_as_the_engine_answers_it(protocol, server, questio
 @needs_server
 def test_several_files_in_a_request_and_the_classes_by_name(server, questions):
     files, expected = [q.file for q in questions[:32]], np.stack([q.logits for q in questions[:32]])
-    np.testing.assert_allclose(_infer("grpc", server[0], _padded(files)), expected, atol=1e-4)
+    np.testing.assert_allclose(_infer("grpc", server[0], _padded(files)), expected, atol=0.02 * np.abs(expected).max())
     best = _infer("http", server[0], _padded(files), class_count=1).ravel()
-    assert [answer.decode().split(":")[2] for answer in best] == [CLASSES[index] for index in expected.argmax(1)]
+    named = [CLASSES.index(answer.decode().split(":")[2]) for answer in best]
+    assert not any(is_wrong(np.eye(10)[index], logits) for index, logits in zip(named, expected, strict=True))
 
 
 @needs_server
@@ -150,7 +178,7 @@ def test_a_jpeg_of_another_size_goes_through_the_bundle_s_own_preprocessing(serv
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(file, "JPEG")
     transform = Preprocessing(**json.loads((clothes / MANIFEST).read_text())["preprocessing"]).transform()
     image = transform(Image.open(file).convert("RGB")).numpy()
-    expected = OnnxRuntimeEngine(clothes / CPU_ONNX).infer(image[None])
+    expected = open_engine(clothes / CPU_ONNX).infer(image[None])
     url = f"http://127.0.0.1:{server[0].http_port}/v2/models/served/infer"
     post = urllib.request.Request(url, file.getvalue(), {"Inference-Header-Content-Length": "0"})
     with urllib.request.urlopen(post) as answer:  # as curl --data-binary sends it
@@ -167,11 +195,137 @@ def test_what_is_no_image_fails_alone(server, questions):
     np.testing.assert_array_equal(_infer("grpc", server[0], _padded([questions[0].file]))[0], questions[0].logits)
 
 
+SCHEMES = ("int8", "fp8", "w4a8-dynamic")  # in OpenVINO, ONNX Runtime, and PyTorch
+
+
+def _schemes_of_a_colour_network(folder):
+    """Bundles of one network that takes RGB, each quantized by another scheme."""
+    torch.manual_seed(0)
+    model, images = ILLaMA(SMALL).eval(), [torch.randn(8, 3, 32, 32)]
+    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), {}, {})
+    folder.mkdir()
+    return [write_quantized(folder / name, model, quantize(model, scheme, images), scheme, origin, {})
+            for name in SCHEMES for scheme in [find_scheme(name)]]  # fmt: skip
+
+
+def _timm_bundle(folder):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=3, depth=2)
+    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), {}, {})
+    return write_graphs(folder, to_quantizable(vit.eval()), origin, (CPU_ONNX,), {})
+
+
+def _pictures(height, width, count, seed=0):
+    """PNG files of noise and what is in them."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return [as_png(Image.fromarray(each)) for each in pixels]
+
+
+def _post(listen, model, file):
+    """(HTTP status, logits or message) of one file, sent as curl --data-binary sends it."""
+    url = f"http://127.0.0.1:{listen.http_port}/v2/models/{model}/infer"
+    headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, file, headers)) as answer:
+            body, head = answer.read(), int(answer.headers["Inference-Header-Content-Length"])
+            return answer.status, np.frombuffer(body[head:], np.float32)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def _assert_close(actual, expected):
+    """Within what a float type of 8 bits of mantissa may differ by in another batch."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def _assert_answered(listen, model, bundle):
+    """One file, and several in a request, as the bundle itself answers them."""
+    takes, choice = ImageInput.of(Manifest.read(bundle)), recommend_runtime(bundle)
+    files = _pictures(*(takes.frame or (40, 60))[:2], 3)
+    inputs = np.stack([takes.read(io.BytesIO(file), str) for file in files])
+    expected = open_engine(choice.file, choice.runtime).infer(inputs)
+    status, logits = _post(listen, model, files[0])
+    assert status == 200, logits
+    _assert_close(logits, expected[0])
+    _assert_close(_infer("grpc", listen, _padded(files), model), expected)
+
+
+def _assert_bad_requests_fail_alone(listen, bundle):
+    """Requests at once, of which the server batches what it can: each gets its own answer or its own error."""
+    takes = ImageInput.of(Manifest.read(bundle))
+    (good,) = _pictures(16, 16, 1)
+    expected = open_engine(bundle / CPU_ONNX).infer(takes.read(io.BytesIO(good), str)[None])[0]
+    white, large = as_png(Image.new("RGB", (16, 16), "white")), as_png(Image.new("RGB", (101, 100)))
+    kinds = {good: 200, b"no picture": 400, b"": 400, white: 500, large: 400, good + bytes(10**5): 400}
+    files = [file for file in kinds for _ in range(8)]
+    np.random.default_rng(0).shuffle(files)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda file: _post(listen, bundle.name, bytes(file)), files))
+    for file, (status, answer) in zip(files, answers, strict=True):
+        assert status == kinds[bytes(file)], answer
+        if status == 200:
+            _assert_close(answer, expected)
+    assert "finite" in _post(listen, bundle.name, white)[1]
+
+
+def _backend(version):
+    """(process, its argument) of the Python backend that runs a version of a model."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            program, *arguments = path.read_text().split("\0")
+            if program.endswith(STUB) and Path(arguments[0]).parent.resolve() == version:
+                return int(path.parent.name), Path(arguments[0])
+    raise AssertionError(f"no backend of {version}")
+
+
+def _private_name(version):
+    """The name under which a server that runs a version of a model keeps its own files."""
+    return _backend(version)[1].parents[3].name
+
+
+def _probe(repository, listen):
+    return run_command("deploy/probe.py", repository, "--url", f"http://127.0.0.1:{listen.http_port}")
+
+
+@needs_server
+def test_every_kind_of_bundle_is_served_and_a_dead_backend_ends_the_server(tmp_path):
+    schemes = _schemes_of_a_colour_network(tmp_path / "schemes")
+    colours = {"timm": _timm_bundle(tmp_path / "timm"), "camera": tmp_path / "camera"}
+    camera_main(CameraOptions(schemes[0], "40x50", out=colours["camera"]))
+    # Finite logits for noise and for the known answer's waves, whose pixels are 0 in the mean, and none for white.
+    linear = write_linear_bundle(tmp_path / "linear", np.full((768, 3), 1e36) * [1, 0.5, 0.1], 16, ["a", "b", "c"])
+    out, log = tmp_path / "with space", tmp_path / "log"
+    options = ServingOptions(live_versions=3, max_megapixels=0.01, max_file_mb=0.1, queue_delay_us=20_000)
+    singles = {name: [bundle] for name, bundle in {**colours, "linear": linear}.items()}
+    write_repository(out, {"colour": schemes, **singles}, options)
+    with started(log, "--out", out) as (listen, process):
+        for model, bundle in {**colours, "colour": schemes[-1]}.items():
+            _assert_answered(listen, model, bundle)
+        images = torch.randn(2, 3, 32, 32).numpy()
+        for version, bundle in enumerate(schemes, 1):
+            choice = recommend_runtime(bundle)
+            expected = open_engine(choice.file, choice.runtime).infer(images)
+            _assert_close(_infer("grpc", listen, images, "colour-network", str(version), "images"), expected)
+        _assert_bad_requests_fail_alone(listen, linear)
+        assert "frames of 40x50" in _post(listen, "camera", _pictures(50, 40, 1)[0])[1]
+        assert _probe(out, listen).returncode == 0
+        other = shutil.copytree(out, tmp_path / "other")
+        known = KnownAnswer.read(out / "timm-network" / "1" / "known_answer.json")
+        replace(known, logits=known.logits[::-1]).write(other / "timm-network" / "1" / "known_answer.json")
+        with pytest.raises(UnhealthyError, match="timm gives other logits"):
+            ServedRepository(listen.url, other).check_answers()
+        name = _private_name((out / "timm-network" / "1").resolve())
+        os.kill(_backend((out / "colour-network" / "2").resolve())[0], signal.SIGKILL)
+        assert process.wait(60) == 2
+        assert "died" in log.read_text().splitlines()[-1]
+        assert not _left_of(name)
+    assert _probe(out, listen).returncode == 1
+
+
 @needs_server
 def test_many_clients_at_once_lose_nothing_and_mistakes_are_counted(server, questions):
     url = f"127.0.0.1:{server[0].grpc_port}"
     answers = load(url, questions, 8, 1.0)
-    assert (answers.lost, answers.wrong) == (0, 0) and answers.difference < 1e-4
+    assert (answers.lost, answers.wrong) == (0, 0)
     assert len(answers.seconds) > 20
     client = Client(url)
     client.ask(Question(b"no picture", questions[0].logits))
@@ -197,22 +351,83 @@ def test_a_version_added_and_taken_away_while_the_server_runs(server, clothes, o
     tensor = np.zeros((1, 1, 28, 28), np.float32)
     for version, bundle in (("1", clothes), ("2", other_clothes)):
         answer = _infer("grpc", listen, tensor, "served-network", version, "images")
-        np.testing.assert_array_equal(answer, OnnxRuntimeEngine(bundle / CPU_ONNX).infer(tensor))
+        np.testing.assert_array_equal(answer, open_engine(bundle / CPU_ONNX).infer(tensor))
     shutil.rmtree(repository / "served-network" / "2")
     assert answered_with(questions[0].logits)
 
 
+def _python_model(repository, name, code):
+    """A model of Triton's Python backend that holds the code alone."""
+    (repository / name / "1").mkdir(parents=True)
+    (repository / name / "1" / "model.py").write_text(code)
+    (repository / name / "config.pbtxt").write_text(
+        f'name: "{name}" backend: "python" max_batch_size: 1 instance_group [{{kind: KIND_CPU}}] '
+        'input [{name: "x" data_type: TYPE_FP32 dims: [1]}] output [{name: "y" data_type: TYPE_FP32 dims: [1]}]'
+    )
+    return repository
+
+
 @needs_server
-def test_a_server_that_cannot_start_says_so(tmp_path):
+@pytest.mark.parametrize("polled", [0, 1])
+def test_a_model_that_cannot_be_loaded_ends_the_wait_with_its_reason(polled, tmp_path):
+    models = _python_model(tmp_path / "models", "broken", "raise OSError('there is no disk')\n")
+    with (
+        (tmp_path / "log").open("wb") as log,
+        pytest.raises(UserError, match=r"broken is not loaded.*there is no disk"),
+        running_server(models, replace(free_ports(), poll_seconds=polled), log),
+    ):
+        pass
+
+
+@needs_server
+def test_a_model_without_a_config_that_can_be_read(tmp_path):
     (tmp_path / "models" / "broken").mkdir(parents=True)
     (tmp_path / "models" / "broken" / "config.pbtxt").write_text("not a config")
     with (
         (tmp_path / "log").open("wb") as log,
-        pytest.raises(UserError, match="before it was ready"),
+        pytest.raises(UserError, match="broken"),
         running_server(tmp_path / "models", free_ports(), log),
     ):
         pass
-    assert "broken" in (tmp_path / "log").read_text()
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="--grpc-port"):
+        listen = replace(free_ports(), grpc_port=taken.getsockname()[1])
+        with running_server(Path(), listen):
+            pass
+
+
+def _left_of(name):
+    return [*Path("/dev/shm").glob(f"{name}*"), *Path(tempfile.gettempdir()).glob(f"{name}*")]
+
+
+@needs_server
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
+    """Told to end it says one line; killed, it leaves nothing that the next start does not clear."""
+    models = _python_model(tmp_path / "models", "slow", "import time\ntime.sleep(600)\n")
+    (models / "repository.json").write_text("{}")
+    log = tmp_path / "log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(_command(free_ports(), "--out", models), cwd=ROOT, stdout=errors, stderr=errors)
+    version = models / "slow" / "1"
+    while not live_backends()[version.resolve()]:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    name = _private_name(version.resolve())
+    assert _left_of(name)
+    process.send_signal(end)
+    assert process.wait(60) == (0 if end == signal.SIGTERM else -end)
+    if end == signal.SIGTERM:
+        assert log.read_text().splitlines()[-1] == "stopped"
+    until = time.monotonic() + 60
+    while live_backends()[version.resolve()] and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not live_backends()[version.resolve()]
+    with private_names() as (theirs, _), private_names():
+        assert not _left_of(name)
+        assert len(_left_of(theirs.name)) == 2  # of a server that runs: its folder and its lock
 
 
 def test_no_server_at_all(monkeypatch, tmp_path):
@@ -333,7 +548,7 @@ def test_bundles_that_cannot_be_served(small, tmp_path):
     onnx.save(graph, small / CPU_ONNX)
     refused(r"answers an image with \(3, 1, 1\)", small)
     (small / CPU_ONNX).write_bytes(b"not a graph")
-    refused("cannot load", small)
+    refused("is not an ONNX file", small)
     (small / CPU_ONNX).unlink()
     assert not out.exists()
     out.mkdir()

@@ -1,0 +1,196 @@
+"""A served bundle when things go wrong: many requests at once, some of them broken, and a backend that is killed.
+
+The server is ``python deploy/serve.py --run`` as a user types it, started again whenever it ends with an error, as
+systemd or Kubernetes does. Every request is counted once: answered rightly, answered with another class, refused, or
+lost. A broken one must be refused as the client's mistake, and a good one must never be.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from serve_client import MODEL, TIMEOUT, Question, free_ports, is_wrong
+
+from deploy.triton_config import ENCODED
+from deploy.triton_health import STUB, ServedRepository, UnhealthyError
+from deploy.triton_server import ListenOptions
+from illama.errors import UserError
+from illama.markdown_table import markdown
+from quant.export import OUTPUT
+
+BROKEN_EVERY = 5
+READY_SECONDS = 120
+_SERVE = Path(__file__).parents[1] / "deploy" / "serve.py"
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What became of the requests, each counted once, and of the server.
+
+    Attributes:
+        good, broken: requests that were sent.
+        answered, wrong, lost: good ones that were answered rightly, with another class, or not at all.
+        refused: broken ones that were answered as the client's mistake.
+        broken_lost: broken ones that were not answered.
+        mistaken: those of either kind that got the other kind's answer.
+        noticed_seconds: from the kill to the end of the command.
+        recovered_seconds: from the kill to the first right answer.
+    """
+
+    good: int
+    broken: int
+    answered: int
+    wrong: int
+    lost: int
+    refused: int
+    broken_lost: int
+    mistaken: int
+    noticed_seconds: float
+    recovered_seconds: float
+
+    def table(self) -> str:
+        """In Markdown."""
+        row = [self.good, self.answered, self.lost, self.wrong, self.broken, self.refused, self.broken_lost,
+               self.mistaken, f"{self.noticed_seconds:.1f}", f"{self.recovered_seconds:.1f}"]  # fmt: skip
+        heading = ["good requests", "answered rightly", "lost", "wrong", "broken requests", "refused", "broken lost",
+                   "mistaken", "noticed after s", "answers again after s"]  # fmt: skip
+        return markdown(heading, [list(map(str, row))])
+
+
+class Supervisor:
+    """Runs the command on a repository, and starts it again when it ends with an error."""
+
+    def __init__(self, repository: Path, listen: ListenOptions, log: Path) -> None:
+        ports = [f"--{kind}-port={getattr(listen, f'{kind}_port')}" for kind in ("http", "grpc", "metrics")]
+        self._command = [sys.executable, str(_SERVE), "--out", str(repository), "--run", *ports]
+        self._log, self._stopping = log, threading.Event()
+        self.ends: list[float] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            with self._log.open("ab") as messages:
+                self._process = subprocess.Popen(self._command, stdout=messages, stderr=messages)
+                self._process.wait()
+            self.ends.append(time.monotonic())
+            self._stopping.wait(0.1)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._process:
+            self._process.terminate()
+        self._thread.join()
+
+
+@contextmanager
+def supervised(repository: Path, listen: ListenOptions, log: Path) -> Iterator[Supervisor]:
+    """A supervised server that answers rightly; UserError if it does not come to that."""
+    supervisor = Supervisor(repository, listen, log)
+    try:
+        wait_until_healthy(repository, listen)
+        yield supervisor
+    finally:
+        supervisor.stop()
+
+
+def wait_until_healthy(repository: Path, listen: ListenOptions) -> float:
+    """When the server gave its known answers again; UserError if that takes too long."""
+    served, end = ServedRepository(listen.url, repository), time.monotonic() + READY_SECONDS
+    while time.monotonic() < end:
+        try:
+            served.check()
+            return time.monotonic()
+        except (UnhealthyError, TimeoutError):
+            time.sleep(0.1)
+    raise UserError(f"the server did not answer rightly within {READY_SECONDS} s")
+
+
+def kill_backend(version: Path) -> float:
+    """Kill -9 the process that runs a version of a model; when that was."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        command = path.read_text().split("\0") if path.exists() else []
+        if len(command) > 1 and command[0].endswith(STUB) and Path(command[1]).parent.resolve() == version.resolve():
+            subprocess.run(["kill", "-9", path.parent.name], check=True)
+            return time.monotonic()
+    raise UserError(f"there is no process that runs {version}")
+
+
+def send_all(url: str, files: Sequence[bytes]) -> list[Any]:
+    """Send all requests at once over gRPC: of each its logits (classes,), or the error that came instead."""
+    import tritonclient.grpc as triton
+
+    answers: list[Any] = [None] * len(files)
+    left = threading.Semaphore(0)
+
+    def keep(index: int, result: Any, error: Any) -> None:
+        answers[index] = error if error is not None else result.as_numpy(OUTPUT)[0]
+        left.release()
+
+    with triton.InferenceServerClient(url) as client:
+        for index, file in enumerate(files):
+            request = triton.InferInput(ENCODED, [1, len(file)], "UINT8")
+            request.set_data_from_numpy(np.frombuffer(file, np.uint8)[None])
+            client.async_infer(MODEL, [request], lambda result, error, index=index: keep(index, result, error),
+                               client_timeout=TIMEOUT)  # fmt: skip
+        for _ in files:
+            left.acquire()
+    return answers
+
+
+def measure_faults(repository: Path, questions: Sequence[Question], requests: int, log: Path) -> Faults:
+    """Many requests at once, every fifth of them broken; while they are answered, the network's backend is killed.
+
+    Raises:
+        UserError: the server does not come back.
+    """
+    listen = free_ports()
+    asked = [questions[index % len(questions)] for index in range(requests)]
+    files = [q.file[: len(q.file) // 2] if index % BROKEN_EVERY == 0 else q.file for index, q in enumerate(asked)]
+    with supervised(repository, listen, log) as supervisor:
+        answers: list[Any] = []
+        sender = threading.Thread(target=lambda: answers.extend(send_all(f"127.0.0.1:{listen.grpc_port}", files)))
+        sender.start()
+        time.sleep(0.5)  # so that some are answered, and others are under way
+        killed = kill_backend(repository / f"{MODEL}-network" / "1")
+        sender.join()
+        recovered = wait_until_healthy_again(supervisor, repository, listen)
+        noticed = supervisor.ends[0]
+    return judge(asked, answers, noticed - killed, recovered - killed)
+
+
+def wait_until_healthy_again(supervisor: Supervisor, repository: Path, listen: ListenOptions) -> float:
+    """When a server that is dying was replaced by one that answers."""
+    end = time.monotonic() + READY_SECONDS
+    while not supervisor.ends and time.monotonic() < end:
+        time.sleep(0.05)
+    if not supervisor.ends:
+        raise UserError("the command did not notice that a backend was killed")
+    return wait_until_healthy(repository, listen)
+
+
+def judge(asked: Sequence[Question], answers: Sequence[Any], noticed: float, recovered: float) -> Faults:
+    """Count what became of each request."""
+    counts: Counter[tuple[bool, str]] = Counter()
+    for index, (question, answer) in enumerate(zip(asked, answers, strict=True)):
+        if isinstance(answer, np.ndarray):
+            kind = "wrong" if is_wrong(answer, question.logits) else "answered"
+        else:
+            kind = "refused" if "INVALID_ARGUMENT" in str(answer.status()) else "lost"
+        counts[index % BROKEN_EVERY == 0, kind] += 1
+    good, broken = (sum(count for (is_broken, _), count in counts.items() if is_broken == each)
+                    for each in (False, True))  # fmt: skip
+    mistaken = counts[False, "refused"] + counts[True, "answered"] + counts[True, "wrong"]
+    return Faults(good, broken, counts[False, "answered"], counts[False, "wrong"], counts[False, "lost"],
+                  counts[True, "refused"], counts[True, "lost"], mistaken, noticed, recovered)  # fmt: skip
