@@ -37,8 +37,8 @@ from deploy.triton_server import ListenOptions, running_server
 from eval.results import write_results
 from illama.bundle import CPU_ONNX, Manifest, make_out
 from illama.data import Preprocessing, Sample, open_data
-from illama.data_shards import decode_image
 from illama.errors import UserError, run_command
+from illama.images import decode_image
 from quant.export import OUTPUT
 
 MODEL = "served"

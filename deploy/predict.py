@@ -15,8 +15,8 @@ from deploy.engines import Engine, RuntimeName, file_of, open_engine
 from deploy.temperature import read_temperature
 from illama.bundle import FRAME, Manifest, bundle_of
 from illama.data import Preprocessing
-from illama.data_shards import decode_image
 from illama.errors import UserError, run_command
+from illama.images import decode_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SETTLED = 0.2  # seconds for which a watched file must not have grown, or a camera is still writing it

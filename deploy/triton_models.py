@@ -19,8 +19,8 @@ from deploy.engines import OnnxRuntimeEngine
 from illama.accuracy import usable_cores
 from illama.bundle import CPU_ONNX
 from illama.data import Preprocessing
-from illama.data_shards import decode_image
 from illama.errors import UserError
+from illama.images import decode_image
 
 
 class Preprocess:

@@ -24,8 +24,9 @@ from eval.bundles import open_bundles, open_fitting_data, predict_checked
 from eval.predictions import probabilities
 from eval.results import write_results
 from illama.data import evenly_spaced, open_data
-from illama.data_shards import IMAGE_SUFFIXES, Sample, decode_image
+from illama.data_shards import IMAGE_SUFFIXES, Sample
 from illama.errors import UserError, run_command
+from illama.images import decode_image
 from illama.markdown_table import markdown
 
 RESULTS = "out-of-distribution"

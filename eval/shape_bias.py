@@ -25,8 +25,9 @@ from torch.utils.data import Dataset
 from eval.bundles import open_bundles, predict_checked
 from eval.predictions import probabilities
 from eval.results import write_results
-from illama.data_shards import Sample, decode_image
+from illama.data_shards import Sample
 from illama.errors import UserError, run_command
+from illama.images import decode_image
 from illama.markdown_table import markdown
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")

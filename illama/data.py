@@ -29,8 +29,9 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
 
-from illama.data_shards import Sample, WebDataset, decode_image
+from illama.data_shards import Sample, WebDataset
 from illama.errors import UserError
+from illama.images import decode_image
 
 SHIPPED_FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion_mnist"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

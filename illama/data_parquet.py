@@ -33,13 +33,13 @@ from illama.data_shards import (
     PackedImages,
     Sample,
     check_labels,
-    decode_image,
     evaluation_shards,
     find_shards,
     name_classes,
     train_shards,
 )
 from illama.errors import UserError
+from illama.images import decode_image
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")

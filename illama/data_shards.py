@@ -12,18 +12,17 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from illama.errors import UserError
+from illama.images import decode_image
 
 Sample = tuple[Any, int]
 SPLIT_IN_PATH = re.compile(r"(?:^|[-_/])(train|val|validation|test)(?=[-_/.])")
@@ -31,27 +30,6 @@ TEST_SPLITS = ("validation", "val", "test")  # the first that is there is the te
 IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 CLASS_FILES = ("classes.txt", "classnames.txt")
 PLACE = np.dtype([("file", np.int32), ("label", np.int32), ("start", np.int64), ("size", np.int32)])
-
-
-def decode_image(file: str | BinaryIO, name: Callable[[], str], mode: str | None = "RGB") -> Image.Image:
-    """A file as an image of a mode of Pillow's, or with None as it is.
-
-    Raises:
-        UserError: with its ``name()``, if it is broken or so large that Pillow warns of a decompression bomb.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file)
-        with image:
-            return image.convert(mode)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        raise UserError(f"the image {name()} has more than {limit} million pixels: shrink it or take it out") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"cannot read the image {name()}: replace it or take it out ({type(error).__name__})"
-        ) from error
 
 
 def find_shards(folder: Path, suffix: str) -> dict[str, list[Path]]:

@@ -22,8 +22,9 @@ from torchvision.transforms import v2
 
 from illama.batches import Augmented, seed_everything
 from illama.data import ImageSplits, Preprocessing
-from illama.data_shards import Sample, decode_image
+from illama.data_shards import Sample
 from illama.errors import UserError
+from illama.images import decode_image
 
 IGNORED = 255  # the class index of pixels that belong to no class
 _IMAGES = (".jpg", ".jpeg", ".png")
