@@ -102,12 +102,13 @@ class Answers:
 
 def read_questions(split: Dataset[Sample], count: int, bundle: Path) -> list[Question]:
     """The first ``count`` images of a split as PNG files, with the answers of the engine itself, one at a time."""
-    transform = Preprocessing.from_dict(Manifest.read(bundle).preprocessing).transform()
+    preprocessing = Preprocessing.from_dict(Manifest.read(bundle).preprocessing)
+    transform = preprocessing.transform()
     engine = OnnxRuntimeEngine(bundle / CPU_ONNX)
     questions = []
     for index in range(min(count, len(split))):  # type: ignore[arg-type]
         file = as_png(split[index][0])
-        image = transform(decode_image(io.BytesIO(file), lambda: "of the test split"))
+        image = transform(decode_image(io.BytesIO(file), lambda: "of the test split", preprocessing.exif))
         questions.append(Question(file, engine.infer(image.numpy()[None])[0]))
     return questions
 

@@ -51,10 +51,11 @@ Prepare = Callable[[Path], np.ndarray]
 def preparation(manifest: Manifest) -> Prepare:
     """From an image file to what the network takes, (1, ...): its preprocessing, or the frame if the graph has that."""
     frame = manifest.metrics.get(FRAME)
-    transform = Preprocessing.from_dict(manifest.preprocessing).transform()
+    preprocessing = Preprocessing.from_dict(manifest.preprocessing)
+    transform = preprocessing.transform()
 
     def prepare(path: Path) -> np.ndarray:
-        image = decode_image(str(path), lambda: str(path))
+        image = decode_image(str(path), lambda: str(path), preprocessing.exif)
         if frame is None:
             return transform(image)[None].numpy()
         if [image.height, image.width] != frame[:2]:

@@ -31,8 +31,9 @@ class Preprocess:
         torch.set_num_threads(1)  # an image is too little work to share out, and the cores are the network's
         config = json.loads(args["model_config"])
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
-        preprocessing = json.loads(config["parameters"]["preprocessing"]["string_value"])
-        self._transform = Preprocessing.from_dict(preprocessing).transform()
+        given = json.loads(config["parameters"]["preprocessing"]["string_value"])
+        self._preprocessing = Preprocessing.from_dict(given)
+        self._transform = self._preprocessing.transform()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request; an image that cannot be read fails its own request alone."""
@@ -46,7 +47,9 @@ class Preprocess:
         return _response(self._output, np.stack(images))
 
     def _read(self, file: np.ndarray, index: int) -> np.ndarray:
-        image = decode_image(BytesIO(file.tobytes()), lambda: f"number {index} of the request")
+        image = decode_image(
+            BytesIO(file.tobytes()), lambda: f"number {index} of the request", self._preprocessing.exif
+        )
         return self._transform(image).numpy()
 
 

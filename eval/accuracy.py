@@ -144,7 +144,7 @@ def _reliability(each: Reliability) -> tuple[str, ...]:
 def run(options: AccuracyOptions, group: Processes) -> None:
     """Evaluate as one of the processes of ``group``; the main one prints and writes the results."""
     bundles = open_bundles(options.paths, options.runtime, options.threads or share_of_cores())
-    data = open_fitting_data(options.data, bundles.classes)
+    data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
     split = evenly_spaced(data.test(), options.images)
     transform, images = bundles.preprocessing.transform(), options.calibration_images
     temperatures, failed = (fit_temperatures(bundles.models, data, transform, images, group) if images

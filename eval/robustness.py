@@ -134,7 +134,8 @@ def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> D
 
 def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:
     """What every model gets right in every cell, measured or read from the output folder."""
-    images = evenly_spaced(open_fitting_data(options.data, bundles.classes).test(), options.images)
+    data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
+    images = evenly_spaced(data.test(), options.images)
     facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
     claim(options.out, facts)
     make_out(options.out / CELLS)

@@ -33,7 +33,7 @@ from illama.training import CHECKPOINT, Run, fit
 from quant.bundles import Origin, check_scheme, write_quantized
 from quant.calibrate import calibrate
 from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
-from quant.inputs import Inputs, open_inputs
+from quant.inputs import InputOptions, Inputs, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, write_scheme
 from quant.torchao_backend import convert_qat, load_torchao, prepare_qat
 from quant.weights import write_quantized_weights
@@ -119,7 +119,9 @@ def open_job(options: QatOptions) -> Job:
     if not options.data:
         raise UserError("no images to train on: give --data (see --help)")
     scheme = read_scheme(options.scheme_file) if options.scheme_file else find_scheme(options.scheme)
-    inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, None, options.image_size)
+    source = InputOptions(options.checkpoint, None, options.data, options.calibration_images, options.exif,
+                          options.class_order)  # fmt: skip
+    inputs = open_inputs(source, options.image_size)
     check_scheme(inputs.model, scheme)
     files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
     # A shipped scheme has no file, but a run under another one must not go on under this.
