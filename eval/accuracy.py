@@ -28,6 +28,7 @@ from eval.evaluate import PATIENCE, Evaluated, evaluate
 from eval.machine import share_of_cores
 from eval.measured import Measured, plain
 from eval.results import write_results
+from illama.accuracy import chance_note
 from illama.data import evenly_spaced
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
@@ -104,7 +105,9 @@ def tables(measured: Mapping[str, Measured], failed: Mapping[str, str], bundles:
     changes = {name: each.change for name, each in measured.items() if each.change}
     if changes:
         parts += [_changes(changes), _details(changes, bundles.classes)]
-    return "\n\n".join([*parts, _calibration(measured, failed)])
+    name, reference = next(iter(measured.items()))
+    note = chance_note(name, reference.top1.percent, len(bundles.classes))
+    return "\n\n".join([*parts, _calibration(measured, failed), *([note] if note else [])])
 
 
 def _changes(changes: Mapping[str, Change]) -> str:

@@ -18,6 +18,7 @@ from illama.errors import UserError
 
 Exif = Literal["apply", "ignore"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # a phone's MPO is opened as a JPEG
+MAX_SIDE = 1_000_000  # pixels; Pillow's table of a resize takes 32 bytes for each
 MAX_RESIZED = 64_000_000  # pixels of a resized image that may be made for a crop of it
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED, _WHITE_IS_ZERO = 2, 0  # values of the last two
@@ -40,8 +41,10 @@ def decode_image(
     Args:
         name: of the image, for messages.
         exif: whether the orientation that the file declares is applied. Pillow always applies that of a TIFF.
-        mode: Pillow's; None for the values as they are in the file, neither scaled nor turned.
-        max_pixels: width times height; Pillow's MAX_IMAGE_PIXELS if not given. It is checked before decoding.
+        mode: Pillow's; None for the values as they are in the file, neither scaled nor turned: a file whose values
+            Pillow itself would scale (grey of 2 or 4 bits) counts as broken.
+        max_pixels: width times height; Pillow's MAX_IMAGE_PIXELS if not given. It and MAX_SIDE are checked before
+            anything is decoded.
 
     Raises:
         UserError: with ``name()``, if the file is broken or of another format, or the image is too large.
@@ -50,10 +53,11 @@ def decode_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit is checked here, and damaged metadata is no reason to stop
-            return _decode(file, exif, mode, limit)
+            picture, orientation = _read(file, mode, limit)
+            return _turn(picture, orientation) if exif == "apply" and mode else picture
     except Image.DecompressionBombError as error:
-        problem = f"the image {name()} has more than {limit / 1e6:.3g} million pixels: shrink it or take it out"
-        raise UserError(problem) from error
+        size = f"{limit / 1e6:.3g} million pixels, or more than {MAX_SIDE} along a side"
+        raise UserError(f"the image {name()} has more than {size}: shrink it or take it out") from error
     except MemoryError as error:
         problem = f"the image {name()} is too large for this machine's memory: shrink it or take it out"
         raise UserError(problem) from error
@@ -62,15 +66,19 @@ def decode_image(
         raise UserError(problem) from error
 
 
-def _decode(file: str | BinaryIO, exif: Exif, mode: str | None, limit: float) -> Image.Image:
+def _read(file: str | BinaryIO, mode: str | None, limit: float) -> tuple[Image.Image, int]:
+    """A file's picture, not yet turned, and its orientation."""
     with Image.open(file, formats=_formats()) as image:
-        if image.width * image.height > limit:
+        if image.width * image.height > limit or max(image.size) > MAX_SIDE:
             raise Image.DecompressionBombError
+        if mode is None and any("L;" in str(tile) for tile in image.tile):
+            raise ValueError("Pillow scales or inverts grey of this kind")
         image.load()
-        if mode is None:
-            return image.copy()
-        orientation = _orientation(image) if exif == "apply" else 1
-        picture = _to_8_bits(image).convert(mode)
+        picture = _to_8_bits(image).convert(mode) if mode else image.copy()
+        return picture, _orientation(image)
+
+
+def _turn(picture: Image.Image, orientation: int) -> Image.Image:
     if orientation == 1:
         return picture
     picture.info.clear()  # Pillow would write the rest of the metadata anew, and fail where that is damaged
@@ -175,7 +183,7 @@ class ResizeAndCrop:
         upper, rows = bicubic(height, new_height, top, self.size)
         start, columns = bicubic(width, new_width, left, self.size)
         pixels = np.asarray(picture.crop((start, upper, start + columns.shape[1], upper + rows.shape[1])))
-        # Pillow's order, which decides where values are rounded: a tall picture that shrinks is shrunk in height first.
+        # The order of Pillow 13, which decides where values are rounded: tall pictures shrink in height first.
         rows_first = height > 2 * width and new_height < height
         for axis in (0, 1) if rows_first else (1, 0):
             pixels = _resample(pixels, (rows, columns)[axis], axis)

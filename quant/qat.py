@@ -21,7 +21,7 @@ from typing import Any, cast
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import paired_drop
 from eval.machine import describe_machine
-from illama.accuracy import predict, top1, torch_infer
+from illama.accuracy import chance_note, predict, top1, torch_infer
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256, write_folder
 from illama.checkpoint import SHIPPED
 from illama.distributed import Processes, processes
@@ -202,6 +202,8 @@ def main(options: QatOptions) -> None:
     print(f"top-1 of {metrics['test_images']} test images: FP32 {metrics['fp32_top1']:.2f}%, quantized after training "
           f"{metrics['ptq_top1']:.2f}%, trained {metrics['qat_top1']:.2f}%, its file {metrics[file]:.2f}%; "
           f"bundle in {bundle}")  # fmt: skip
+    if note := chance_note("FP32", metrics["fp32_top1"], len(job.inputs.data.classes)):
+        print(note)
 
 
 if __name__ == "__main__":

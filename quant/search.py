@@ -19,6 +19,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from illama.accuracy import chance_note
 from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions, write_folder
 from illama.errors import UserError, run_command
 from quant.bundles import Origin
@@ -159,6 +160,9 @@ def main(options: SearchOptions) -> None:
         write_scheme(scheme_of(candidates, chosen, options.learned, f"found by {command_line()}"), folder / SCHEME)
         Origin.of(inputs).manifest(inputs.model.config.to_dict(), {}).write(folder)
     print_result(result)
+    effect, _ = next(iter(candidates.whole.values()))
+    if note := chance_note("the float network", effect.right / effect.images * 100, len(inputs.data.classes)):
+        print(f"\n{note}")
     if best is None:
         raise UserError(f"no assignment of {len(plans)} tried kept to {budget}; the last of them is in {options.out}: "
                         "raise the budget, or give other --formats")  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from illama.accuracy import chance_note
 from illama.bundle import command_line, package_versions, write_folder
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
@@ -105,7 +106,8 @@ def table(result: dict[str, Any]) -> str:
     headings = ("quantized alone", f"logits SQNR dB, {result['scheme']}", "KL nats", "top-1 lost", "of them")
     hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
     tensors = ", ".join(f"{name} {value:.1f} dB" for value, name in hardest)
-    return f"{markdown(headings, rows)}\n\nThe hardest tensors to round: {tensors}.\n"
+    note = chance_note("the float network", result["all"]["right"] / result["all"]["images"] * 100, result["classes"])
+    return f"{markdown(headings, rows)}\n\nThe hardest tensors to round: {tensors}.\n{note}"
 
 
 def main(options: SensitivityOptions) -> None:
