@@ -289,8 +289,8 @@ class _ClassFolders(datasets.ImageFolder):
         except ValueError:  # a name of digits that are no decimal number: timm cannot order it
             natural = words
         if natural != words:
-            warn_once(f"the class folders in {Path(directory).parent} are in {self.class_order} order, and the other "
-                      "order (words: 1 10 2; natural: 1 2 10) gives other labels: see --class-order")  # fmt: skip
+            warn_once(f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}; the "
+                      "other (words: 1 10 2, natural: 1 2 10) gives other labels: see --class-order")  # fmt: skip
         names = natural if self.class_order == "natural" else words
         return names, {name: label for label, name in enumerate(names)}
 

@@ -206,6 +206,8 @@ def test_the_command_and_its_replay(data, tmp_path):
     assert found["met"] and (out / "model.onnx").stat().st_size <= 300_000
     assert set(found["assignment"].values()) > {"float"}
     assert found["assignment"].keys() == LAYERS.keys()
+    whole = found["whole_networks"]["int8"]
+    assert ("class order" in result.stdout) == (whole["right"] / whole["images"] < 0.4)  # a tenth from a third to all
     measured = found["rounds"][-1]["measured"]
     assert measured["megabytes"] == (out / "model.onnx").stat().st_size / 1e6 and measured["ms"] > 0
     assert found["rounds"][-1]["predicted"]["megabytes"] == pytest.approx(measured["megabytes"], rel=0.2)
