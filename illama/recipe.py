@@ -32,9 +32,9 @@ class TrainingOptions:
     Attributes:
         data: fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a folder
             with train/ and val/.
-        exif: apply the orientation that image files declare, or ignore it; what the bundle of --checkpoint says if not
-            given, and apply without one.
-        class_order: of class folders, words (1 10 2) or natural (1 2 10); likewise, and words without a bundle.
+        exif: apply the orientation that image files declare, or ignore it; apply if not given, or what the bundle says
+            that is trained further with quantization.
+        class_order: of class folders, words (1 10 2) or natural (1 2 10); words if not given, or likewise.
         out: where the checkpoint, the log and at the end the bundle go; an unfinished run there goes on.
         epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes and accumulated parts.

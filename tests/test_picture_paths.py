@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import SMALL, assert_one_line_error, write_bundle
 from PIL import Image
 
@@ -21,9 +22,11 @@ from illama.accuracy import predict, torch_infer
 from illama.bundle import CPU_ONNX, MANIFEST, Manifest
 from illama.checkpoint import SHIPPED, load_checkpoint, read_preprocessing
 from illama.data import Preprocessing, open_data
+from illama.distributed import Processes
 from illama.errors import UserError
-from illama.recipe import read_recipe
+from illama.recipe import Recipe, read_recipe
 from illama.segmentation_data import SegmentationFolder
+from illama.train import start_run
 from quant.export import export_onnx
 from quant.inputs import InputOptions, open_inputs
 from quant.qat import QatOptions
@@ -171,6 +174,20 @@ def test_commands_read_as_the_bundle_says_unless_told(tmp_path, image_folder, ru
     recipe.write_text("exif: [ignore]\n")
     with pytest.raises(UserError, match="exif must be apply or ignore"):
         read_recipe(QatOptions, tmp_path, str(recipe))
+
+
+def test_training_reads_as_it_is_told_and_its_bundle_says_so(tmp_path, image_folder):
+    small = {"model": "nano", "image_size": 16, "patch_size": 8, "width": 64, "depth": 1, "heads": 1}
+    recipe = Recipe(data=str(image_folder), out=tmp_path / "run", batch_size=2, micro_batch=2, workers=0, **small)
+    alone = Processes(0, 1, torch.device("cpu"))
+    for given, expected in (
+        ({}, ("apply", "words")),
+        ({"exif": "ignore", "class_order": "natural"}, ("ignore", "natural")),
+    ):
+        run = start_run(replace(recipe, **given), alone)
+        assert (
+            (run.preprocessing.exif, run.preprocessing.class_order) == (run.data.exif, run.data.class_order) == expected
+        )
 
 
 def test_the_resolution_changes_nothing_else_of_the_preprocessing(tmp_path):
