@@ -71,11 +71,18 @@ def _read(file: str | BinaryIO, mode: str | None, limit: float) -> tuple[Image.I
     with Image.open(file, formats=_formats()) as image:
         if image.width * image.height > limit or max(image.size) > MAX_SIDE:
             raise Image.DecompressionBombError
-        if mode is None and any("L;" in str(tile) for tile in image.tile):
-            raise ValueError("Pillow scales or inverts grey of this kind")
+        if _misread(image, mode):
+            raise ValueError("Pillow would give other values than the file's")
         image.load()
         picture = _to_8_bits(image).convert(mode) if mode else image.copy()
         return picture, _orientation(image)
+
+
+def _misread(image: Image.Image, mode: str | None) -> bool:
+    """Whether Pillow would decode other values than those of the file, or scale those that are to stay as they are."""
+    tiles = str(getattr(image, "tile", ""))
+    swapped = "libtiff" in tiles and any(kind in tiles for kind in (";16BS", ";32BS", ";32BF"))  # libtiff has done it
+    return swapped or (mode is None and "L;" in tiles)
 
 
 def _turn(picture: Image.Image, orientation: int) -> Image.Image:
