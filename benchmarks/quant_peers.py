@@ -28,7 +28,7 @@ import numpy as np
 from peers.base import be_quiet, reason
 from peers.ours import PEERS
 from peers.runtimes import LOADERS, ORT
-from peers.work import LABELS, RESULT, WorkOptions, logits_file, peer_versions, preprocessing_of
+from peers.work import LABELS, RESULT, WorkOptions, logits_file, open_both, peer_versions
 
 from eval.accuracy_drop import Drop, paired_drop
 from eval.latency import measure_latency
@@ -36,7 +36,6 @@ from eval.results import write_results
 from illama.accuracy import Infer, load_images, top1, usable_cores
 from illama.bundle import package_versions, sha256, write_file
 from illama.checkpoint import SHIPPED, load_checkpoint
-from illama.data import open_data
 from illama.errors import UserError, run_command
 from illama.machine import describe_machine
 from quant.layerwise import decibels
@@ -217,8 +216,7 @@ def weighed(row: Row, result: dict[str, Any], folder: Path, reference: np.ndarra
 
 def timed(options: PeerOptions, results: dict[str, dict[str, Any]], rows: list[Row]) -> list[Row]:
     """The rows with latencies, all measured in turn in this process."""
-    data = open_data(options.data)
-    _, preprocessing = preprocessing_of(options.checkpoint, data)
+    _, data, preprocessing = open_both(options.checkpoint, options.data)
     images, _ = load_images(data.calibration(max(BATCHES)), preprocessing.transform())
     engines: dict[str, Infer] = {}
     notes: dict[str, str] = {}

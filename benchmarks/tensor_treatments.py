@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from eval.results import write_results
 from illama.accuracy import load_images
-from illama.checkpoint import SHIPPED, load_checkpoint
-from illama.data import open_data
+from illama.checkpoint import SHIPPED
 from illama.errors import run_command
 from illama.masks import SoftMasked
 from quant.calibrate import calibrate
 from quant.formats import TensorSpec
+from quant.inputs import InputOptions, open_inputs
 from quant.layerwise import Tally
 from quant.schemes import SCHEMES, Scheme
 from quant.smooth import smooth
@@ -173,9 +173,8 @@ def draw(model: SoftMasked, batches: list[Tensor], path: Path) -> None:
 
 
 def main(options: Options) -> None:
-    checkpoint, data = load_checkpoint(options.checkpoint), open_data(options.data)
-    model, config = checkpoint.model, checkpoint.model.config
-    preprocessing = checkpoint.preprocessing or data.preprocessing(config.image_size, config.in_channels)
+    inputs = open_inputs(InputOptions(options.checkpoint, data=options.data))
+    model, data, preprocessing = inputs.model, inputs.data, inputs.preprocessing
     both = data.calibration(options.calibration_images + options.images)
     pixels, classes = (torch.from_numpy(array) for array in load_images(both, preprocessing.transform()))
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))

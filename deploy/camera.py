@@ -19,6 +19,8 @@ from illama.bundle import CPU_ONNX, FRAME, FUSED_ONNX, Manifest, command_line, s
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
 
+MAX_SIDE, MAX_PIXELS = 16_384, 64_000_000  # of a frame: the graph holds a matrix of image_size times each side
+
 
 @dataclass(frozen=True)
 class CameraOptions:
@@ -42,8 +44,11 @@ class CameraOptions:
             height, width = (int(part) for part in self.frame.split("x"))
         except ValueError as error:
             raise UserError(f"--frame is HEIGHTxWIDTH, such as 480x640, not {self.frame!r}") from error
-        if height < 1 or width < 1 or self.channels not in (1, 3):
-            raise UserError(f"a frame is 1x1 or more, of 1 or 3 channels, not {self.frame} of {self.channels}")
+        if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE and height * width <= MAX_PIXELS):
+            raise UserError(f"a frame has sides of 1 to {MAX_SIDE} pixels and at most {MAX_PIXELS} of them, "
+                            f"not {self.frame}")  # fmt: skip
+        if self.channels not in (1, 3):
+            raise UserError(f"a frame has 1 or 3 channels, not {self.channels}")
         return height, width, self.channels
 
 

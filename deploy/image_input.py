@@ -10,8 +10,8 @@ import numpy as np
 
 from illama.bundle import FRAME, Manifest
 from illama.data import Preprocessing
-from illama.data_shards import decode_image
 from illama.errors import UserError
+from illama.images import decode_image
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ImageInput:
         Raises:
             UserError: with ``name()``, for a file that cannot be read, or a picture that is not of the frame's size.
         """
-        image = decode_image(file, name)
+        image = decode_image(file, name, self.preprocessing.exif, max_pixels=max_pixels)
         if self.frame is None:
             return np.ascontiguousarray(self.preprocessing.transform()(image).numpy())
         height, width, channels = self.frame

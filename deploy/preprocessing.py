@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
-import torch.nn.functional as F
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
 from illama.data import Preprocessing
+from illama.images import bicubic, crop_of_resized
 
 Step = tuple[str, list[str], dict[str, Any]]  # operator, constants, attributes
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R BT.601, in the fractions that Pillow computes with
@@ -77,15 +76,9 @@ def add_preprocessing(model: ModelProto, preprocessing: Preprocessing, frame: tu
 def _resize_and_crop(height: int, width: int, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
     """The matrices of both axes, (image_size, height) and (image_size, width), as torchvision resizes and crops."""
     size, short = preprocessing.image_size, preprocessing.resize
-    if short is None:
-        return _bicubic(height, size), _bicubic(width, size)
-    longer = int(short * max(height, width) / min(height, width))
-    sides = (short, longer) if height <= width else (longer, short)
-    matrices = []
-    for old, new in zip((height, width), sides, strict=True):
-        first = round((new - size) / 2)
-        matrices.append(_bicubic(old, new)[first : first + size])
-    return matrices[0], matrices[1]
+    axes = ((size, 0), (size, 0)) if short is None else crop_of_resized((height, width), short, size)
+    rows, columns = (_matrix(old, new, first, size) for old, (new, first) in zip((height, width), axes, strict=True))
+    return rows, columns
 
 
 def _rows_come_first(rows: np.ndarray, columns: np.ndarray, preprocessing: Preprocessing) -> bool:
@@ -101,12 +94,12 @@ def _rows_come_first(rows: np.ndarray, columns: np.ndarray, preprocessing: Prepr
     return bool(np.abs(orders[1] - seen).sum() < np.abs(orders[0] - seen).sum())
 
 
-def _bicubic(old: int, new: int) -> np.ndarray:
-    """The matrix (new, old) of an antialiased bicubic resize of one axis."""
-    if old == new:
-        return np.eye(old, dtype=np.float32)
-    unit = torch.eye(old, dtype=torch.float64)[None, None]
-    return F.interpolate(unit, size=(new, old), mode="bicubic", antialias=True)[0, 0].float().numpy()
+def _matrix(old: int, new: int, first: int, count: int) -> np.ndarray:
+    """``count`` rows, from ``first`` on, of the matrix (new, old) of an antialiased bicubic resize of one axis."""
+    low, weights = bicubic(old, new, first, count)
+    matrix = np.zeros((count, old), np.float32)
+    matrix[:, low : low + weights.shape[1]] = weights
+    return matrix
 
 
 def _color_weights(channels: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from eval.evaluate import PATIENCE, Evaluated, evaluate
 from eval.machine import share_of_cores
 from eval.measured import Measured, plain
 from eval.results import write_results
+from illama.accuracy import chance_note
 from illama.data import evenly_spaced
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
@@ -104,7 +105,9 @@ def tables(measured: Mapping[str, Measured], failed: Mapping[str, str], bundles:
     changes = {name: each.change for name, each in measured.items() if each.change}
     if changes:
         parts += [_changes(changes), _details(changes, bundles.classes)]
-    return "\n\n".join([*parts, _calibration(measured, failed)])
+    name, reference = next(iter(measured.items()))
+    note = chance_note(name, reference.top1.percent, len(bundles.classes))
+    return "\n\n".join([*parts, _calibration(measured, failed), *([note] if note else [])])
 
 
 def _changes(changes: Mapping[str, Change]) -> str:
@@ -144,7 +147,7 @@ def _reliability(each: Reliability) -> tuple[str, ...]:
 def run(options: AccuracyOptions, group: Processes) -> None:
     """Evaluate as one of the processes of ``group``; the main one prints and writes the results."""
     bundles = open_bundles(options.paths, options.runtime, options.threads or share_of_cores())
-    data = open_fitting_data(options.data, bundles.classes)
+    data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
     split = evenly_spaced(data.test(), options.images)
     transform, images = bundles.preprocessing.transform(), options.calibration_images
     temperatures, failed = (fit_temperatures(bundles.models, data, transform, images, group) if images

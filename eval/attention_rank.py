@@ -129,7 +129,8 @@ def _summary(ranks: np.ndarray) -> tuple[str, str, str]:
 
 
 def main(options: RankOptions) -> None:
-    loaded, data = load_checkpoint(options.checkpoint), open_data(options.data)
+    loaded = load_checkpoint(options.checkpoint)
+    data = open_data(options.data, loaded.preprocessing.exif if loaded.preprocessing else "apply")
     config = loaded.model.config
     preprocessing = loaded.preprocessing or data.preprocessing(config.image_size, config.in_channels)
     images, _ = load_images(evenly_spaced(data.test(), options.images), preprocessing.transform())

@@ -68,11 +68,12 @@ def check_alike(given: Sequence[Path]) -> Manifest:
     if not given:
         raise UserError("give at least one bundle, such as runs/ptq/fp32")
     manifests = [Manifest.read(bundle_of(path)) for path in given]
+    expected = read_preprocessing(manifests[0])
     for path, manifest in zip(given, manifests, strict=True):
         refuse_frames(path, manifest)
         if "decoder_channels" in manifest.config:
             raise UserError(f"{path} is of a segmentation network: judge it with python eval/segmentation.py")
-        if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
+        if manifest.classes != manifests[0].classes or read_preprocessing(manifest) != expected:
             raise UserError(f"{path} takes other images or names other classes than {given[0]}: give bundles alike")
     return manifests[0]
 
@@ -95,9 +96,9 @@ def refuse_frames(bundle: Path, manifest: Manifest) -> None:
         raise UserError(f"{bundle} takes camera frames: give the bundle that it was made from")
 
 
-def open_fitting_data(spec: str, classes: Sequence[str]) -> ImageData:
-    """The data set that ``spec`` names; UserError unless its classes are those of the bundles."""
-    data = open_data(spec)
+def open_fitting_data(spec: str, classes: Sequence[str], preprocessing: Preprocessing) -> ImageData:
+    """The data set that ``spec`` names, read as the bundles say; UserError unless its classes are theirs."""
+    data = open_data(spec, preprocessing.exif, preprocessing.class_order)
     if tuple(data.classes) != tuple(classes):
         raise UserError(f"{spec} has other classes than the bundles ({len(data.classes)} and {len(classes)}): "
                         "give the data that they were trained on")  # fmt: skip

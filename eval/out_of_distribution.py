@@ -24,8 +24,9 @@ from eval.bundles import open_bundles, open_fitting_data, predict_checked
 from eval.predictions import probabilities
 from eval.results import write_results
 from illama.data import evenly_spaced, open_data
-from illama.data_shards import IMAGE_SUFFIXES, Sample, decode_image
+from illama.data_shards import IMAGE_SUFFIXES, Sample
 from illama.errors import UserError, run_command
+from illama.images import Exif, decode_image
 from illama.markdown_table import markdown
 
 RESULTS = "out-of-distribution"
@@ -70,7 +71,8 @@ class Pictures(Dataset[Sample]):
         UserError: there is none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
+        self.exif = exif
         self.paths = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
         if not self.paths:
             raise UserError(f"no pictures under {folder}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
@@ -80,7 +82,7 @@ class Pictures(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         path = str(self.paths[index])
-        return decode_image(path, lambda: path), 0
+        return decode_image(path, lambda: path, self.exif), 0
 
 
 def familiarity(logits: np.ndarray) -> dict[str, np.ndarray]:
@@ -113,10 +115,12 @@ def measure(inside: np.ndarray, outside: np.ndarray) -> dict[str, Separation]:
     return {name: separation(scores[0][name], scores[1][name]) for name in scores[0]}
 
 
-def open_outside(spec: str) -> Dataset[Sample]:
+def open_outside(spec: str, exif: Exif = "apply") -> Dataset[Sample]:
     """The test split of a data set, or the pictures of a folder that is none; UserError if there are none."""
     folder = Path(spec)
-    return Pictures(folder) if folder.is_dir() and not (folder / "val").is_dir() else open_data(spec).test()
+    if folder.is_dir() and not (folder / "val").is_dir():
+        return Pictures(folder, exif)
+    return open_data(spec, exif).test()
 
 
 def table(results: Mapping[str, Mapping[str, Separation]]) -> str:
@@ -131,7 +135,8 @@ def table(results: Mapping[str, Mapping[str, Separation]]) -> str:
 
 def main(options: OutsideOptions) -> None:
     bundles = open_bundles(options.bundles)
-    sets = open_fitting_data(options.data, bundles.classes).test(), open_outside(options.outside)
+    inside_data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
+    sets = inside_data.test(), open_outside(options.outside, bundles.preprocessing.exif)
     chosen = [evenly_spaced(images, options.images and min(options.images, len(images))) for images in sets]  # type: ignore[arg-type]
     transform = bundles.preprocessing.transform()
     inside, outside = (predict_checked(bundles, images, transform)[0] for images in chosen)

@@ -23,6 +23,7 @@ from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_c
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.results import write_results
 from eval.resume import claim
+from illama.accuracy import chance_note
 from illama.bundle import make_out, write_file
 from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
@@ -134,7 +135,8 @@ def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> D
 
 def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:
     """What every model gets right in every cell, measured or read from the output folder."""
-    images = evenly_spaced(open_fitting_data(options.data, bundles.classes).test(), options.images)
+    data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
+    images = evenly_spaced(data.test(), options.images)
     facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
     claim(options.out, facts)
     make_out(options.out / CELLS)
@@ -188,11 +190,14 @@ def main(options: RobustnessOptions) -> None:
     for corruption in options.corruptions:
         for severity in options.severities:
             check_corruption(corruption, severity)
-    cells = measure(options, open_bundles(options.bundles))
+    bundles = open_bundles(options.bundles)
+    cells = measure(options, bundles)
     results = summarise(cells, options.seed)
+    reference = next(iter(results))
+    note = chance_note(reference, results[reference].clean, len(bundles.classes))
     print(f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
           f"{' '.join(map(str, options.severities))}\n")  # fmt: skip
-    write_results(options.out, RESULTS, as_json(options, cells, results), markdown(results))
+    write_results(options.out, RESULTS, as_json(options, cells, results), f"{markdown(results)}\n{note}")
     print(f"written to {options.out}")
 
 

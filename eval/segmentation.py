@@ -119,13 +119,14 @@ def markdown_table(rows: Sequence[Row]) -> str:
 def main(options: SegmentationEvalOptions) -> None:
     views = Views(options.scales, options.flip, options.overlap)
     manifests = [Manifest.read(bundle) for bundle in options.bundles]
-    data = SegmentationFolder(options.data)
-    for bundle, manifest in zip(options.bundles, manifests, strict=True):
-        if manifest.preprocessing != manifests[0].preprocessing or tuple(manifest.classes) != data.classes:
+    kinds = [read_preprocessing(manifest) for manifest in manifests]
+    data = SegmentationFolder(options.data, kinds[0].exif)
+    for bundle, manifest, kind in zip(options.bundles, manifests, kinds, strict=True):
+        if kind != kinds[0] or tuple(manifest.classes) != data.classes:
             raise UserError(f"{bundle} does not have the classes of {options.data} or the first bundle's preprocessing")
     if options.out:
         make_out(options.out.parent)
-    rows = weigh(options.bundles, data, read_preprocessing(manifests[0]), views, options.seed)
+    rows = weigh(options.bundles, data, kinds[0], views, options.seed)
     table = markdown_table(rows)
     if options.out is None:
         print(table)

@@ -25,8 +25,9 @@ from torch.utils.data import Dataset
 from eval.bundles import open_bundles, predict_checked
 from eval.predictions import probabilities
 from eval.results import write_results
-from illama.data_shards import Sample, decode_image
+from illama.data_shards import Sample
 from illama.errors import UserError, run_command
+from illama.images import Exif, decode_image
 from illama.markdown_table import markdown
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")
@@ -109,7 +110,8 @@ class Stimuli(Dataset[Sample]):
         UserError: there is no picture, or one whose name or folder is not of the published layout.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
+        self.exif = exif
         self.paths = sorted(folder.glob("*/*.png"))
         if not self.paths:
             raise UserError(f"no pictures in {folder}: expected SHAPE/SHAPEn-TEXTUREm.png, such as cat/cat7-car2.png")
@@ -125,7 +127,7 @@ class Stimuli(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         path = str(self.paths[index])
-        return decode_image(path, lambda: path), index
+        return decode_image(path, lambda: path, self.exif), index
 
 
 def decide(logits: np.ndarray) -> np.ndarray:
@@ -171,7 +173,8 @@ def tables(results: Mapping[str, ShapeBias]) -> str:
 
 
 def main(options: ShapeBiasOptions) -> None:
-    stimuli, bundles = Stimuli(options.stimuli), open_bundles(options.bundles)
+    bundles = open_bundles(options.bundles)
+    stimuli = Stimuli(options.stimuli, bundles.preprocessing.exif)
     names = bundles.classes
     if len(names) != IMAGENET_CLASSES:
         raise UserError(f"shape bias needs ImageNet's 1,000 classes, and {options.bundles[0]} has {len(names)}")

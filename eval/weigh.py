@@ -24,7 +24,7 @@ from eval.pareto import check_limits
 from eval.predictions import Predictions
 from eval.results import read_results
 from eval.sensors import find_gpu, open_meter
-from illama.accuracy import Infer, load_images, usable_cores
+from illama.accuracy import Infer, chance_note, load_images, usable_cores
 from illama.bundle import Manifest, command_line, package_versions, sha256
 from illama.data import ImageData, Sample, Transform
 from illama.distributed import ALONE, Processes
@@ -160,6 +160,8 @@ def weigh(
         for each in candidates
     ]
     rows[0].reference, rows[0].drop = True, NO_DROP
+    if note := chance_note(rows[0].name, rows[0].top1.percent, len(images.data.classes)):
+        notes.append(note)
     if alone and group.count > 1:
         _close(candidates)
         pin_threads(options.threads or usable_cores())

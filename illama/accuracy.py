@@ -98,3 +98,16 @@ def torch_infer(model: torch.nn.Module) -> Infer:
 def top1(logits: np.ndarray, labels: np.ndarray) -> float:
     """Share of images whose largest logit is the label's, in percent."""
     return float((logits.argmax(1) == labels).mean() * 100)
+
+
+def chance_note(name: str, percent: float, classes: int) -> str:
+    """What to ask where a float network's top-1 is at chance level; empty where it is not.
+
+    Args:
+        percent: its top-1; chance level ends a tenth of the way from chance itself to 100%.
+    """
+    chance = 100 / classes
+    if percent >= chance + (100 - chance) / 10:
+        return ""
+    return (f"{name} has a top-1 of {percent:.2f}% where chance gives {chance:.2f}%: is the class order, the "
+            "preprocessing or the checkpoint another than the one for this data?")  # fmt: skip

@@ -310,8 +310,8 @@ def _resize(stored: _Stored, image_size: int) -> _Stored:
 
 def _resize_preprocessing(old: Preprocessing, image_size: int) -> Preprocessing:
     """ImageNet's becomes ImageNet's at the new size; any other keeps its crop's share, and warps from 384 pixels."""
-    if old == Preprocessing.imagenet(old.image_size, old.in_channels):
-        return Preprocessing.imagenet(image_size, old.in_channels)
+    if old == replace(Preprocessing.imagenet(old.image_size, old.in_channels), exif=old.exif):
+        return replace(old, image_size=image_size, resize=Preprocessing.imagenet(image_size).resize)
     crops = old.resize is not None and image_size < 384
     resize = old.resize * image_size // old.image_size if crops and old.resize else None
     return replace(old, image_size=image_size, resize=resize)

@@ -6,7 +6,7 @@ python illama/convert.py illama-tiny-in1k-75.0.pth --out runs/illama-tiny
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +19,7 @@ from illama.bundle import WEIGHTS, Manifest, command_line, sha256, write_folder
 from illama.checkpoint import Checkpoint, load_checkpoint, write_weights
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
+from illama.images import Exif
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ConvertOptions:
         image_size: side length in pixels to run at: the position embedding is interpolated.
         classes: a text file with the name of one class a line, in the order of the logits. If not given: the
             checkpoint's own names, ImageNet's WordNet IDs for 1000 classes, numbers for any other count.
+        exif: apply the orientation that image files declare, or ignore it as published figures did; what a bundle says
+            if not given, and apply without one.
         half: store the weights in float16, at half the size; they are used in float32 all the same.
     """
 
@@ -38,6 +41,7 @@ class ConvertOptions:
     out: Path
     image_size: int | None = None
     classes: Path | None = None
+    exif: Exif | None = None
     half: bool = False
 
 
@@ -82,6 +86,7 @@ def main(options: ConvertOptions) -> None:
         checkpoint = load_checkpoint(options.checkpoint, image_size=options.image_size)
         config = checkpoint.model.config
         preprocessing = checkpoint.preprocessing or Preprocessing.imagenet(config.image_size, config.in_channels)
+        preprocessing = replace(preprocessing, exif=options.exif or preprocessing.exif)
         manifest = Manifest(
             made_by=command_line(),
             config=config.to_dict(),

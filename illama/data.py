@@ -17,20 +17,23 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
 
-from illama.data_shards import Sample, WebDataset, decode_image
-from illama.errors import UserError
+from illama.data_shards import Sample, WebDataset
+from illama.errors import UserError, warn_once
+from illama.images import Exif, ResizeAndCrop, decode_image
 
 SHIPPED_FASHION_MNIST = Path(__file__).parent / "datasets" / "fashion_mnist"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -39,12 +42,13 @@ FASHION_MNIST_CLASSES: tuple[str, ...] = (
 )  # fmt: skip
 VALIDATION_IMAGES = 2000
 
+ClassOrder = Literal["words", "natural"]
 Transform = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input.
+    """How an image file becomes the network's input, and in which order the classes of an image folder are read.
 
     Attributes:
         image_size: side length in pixels of what the network takes.
@@ -52,9 +56,12 @@ class Preprocessing:
         mean, std: per channel, on pixels scaled to 0..1.
         resize: the shorter side is brought to this length (bicubic) before a centre crop; None warps the
             image to ``image_size`` without a crop, as the paper does at 384 pixels and above.
+        exif: whether the orientation that an image file declares is applied.
+        class_order: of class folders: as words (1, 10, 2), or by the numbers in them (1, 2, 10) as timm has it. It says
+            nothing of an image, and two that differ in it alone are equal.
 
     Raises:
-        UserError: another number of channels.
+        UserError: another number of channels, a resize smaller than the image, or another exif or class_order.
     """
 
     image_size: int
@@ -62,16 +69,28 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: int | None = None
+    exif: Exif = "apply"
+    class_order: ClassOrder = field(default="words", compare=False)
 
     def __post_init__(self) -> None:
         if self.in_channels not in (1, 3):
             raise UserError(f"in_channels must be 1 (grey) or 3 (RGB), not {self.in_channels}")
+        if self.resize is not None and self.resize < self.image_size:
+            raise UserError(f"a crop of {self.image_size} pixels cannot be taken from {self.resize}: raise resize")
+        for name, value, kinds in (("exif", self.exif, Exif), ("class_order", self.class_order, ClassOrder)):
+            if value not in get_args(kinds):
+                raise UserError(f"{name} must be {' or '.join(get_args(kinds))}, not {value!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Of its fields as a manifest's JSON has them; UserError if they are others."""
+        """Of its fields as a manifest's JSON has them; UserError if they are others.
+
+        A manifest without exif and class_order was written when there were none: its orientations are ignored, and
+        its class folders are in the order of words.
+        """
         try:
-            return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+            fields = {"exif": "ignore", "class_order": "words", **values}
+            return cls(**{**fields, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
         except (KeyError, TypeError) as error:
             raise UserError(f"the bundle's preprocessing is damaged ({error}): make the bundle again") from error
 
@@ -91,7 +110,7 @@ class Preprocessing:
     def framing(self) -> list[Callable[[Any], Any]]:
         """The steps that bring an image to the network's size; the last, a resize, changes none that has it."""
         bicubic = InterpolationMode.BICUBIC
-        crop = [v2.Resize(self.resize, bicubic), v2.CenterCrop(self.image_size)] if self.resize else []
+        crop = [ResizeAndCrop(self.resize, self.image_size)] if self.resize else []
         return [*crop, v2.Resize([self.image_size, self.image_size], bicubic)]
 
     def to_input(self) -> list[Callable[[Any], Any]]:
@@ -113,10 +132,16 @@ class Preprocessing:
 
 
 class ImageData(Protocol):
-    """A data set with its three splits; every item is an (image, label) pair, the image untransformed."""
+    """A data set with its three splits; every item is an (image, label) pair, the image untransformed.
+
+    Attributes:
+        exif, class_order: how it is read, as in :class:`Preprocessing`.
+    """
 
     name: str
     classes: tuple[str, ...]
+    exif: Exif
+    class_order: ClassOrder
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
         """The evaluation transform that suits these images."""
@@ -149,12 +174,15 @@ class FashionMNIST:
 
     name = "fashion-mnist"
     classes = FASHION_MNIST_CLASSES
+    exif: Exif = "apply"
+    class_order: ClassOrder = "words"
 
     def __init__(self, folder: Path = DEBIAN_FASHION_MNIST) -> None:
         self.folder = folder
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
-        return Preprocessing(image_size, in_channels, (0.2860,) * in_channels, (0.3530,) * in_channels)
+        mean, std = (0.2860,) * in_channels, (0.3530,) * in_channels
+        return Preprocessing(image_size, in_channels, mean, std, None, self.exif, self.class_order)
 
     def test(self) -> Dataset[Sample]:
         return TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "t10k"))
@@ -177,11 +205,14 @@ class ImageSplits:
     """What CIFAR, image folders and shards have in common: ImageNet's preprocessing, and splits of RGB images."""
 
     classes: tuple[str, ...]
+    exif: Exif = "apply"
+    class_order: ClassOrder = "words"
     held_out = VALIDATION_IMAGES
     _test: Dataset[Sample]
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
-        return Preprocessing.imagenet(image_size, in_channels)
+        imagenet = Preprocessing.imagenet(image_size, in_channels)
+        return replace(imagenet, exif=self.exif, class_order=self.class_order)
 
     def test(self) -> Dataset[Sample]:
         return self._test
@@ -219,8 +250,9 @@ class Cifar(ImageSplits):
 class ImageFolder(ImageSplits):
     """A folder in ImageNet's layout: train/CLASS/image and val/CLASS/image."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, exif: Exif = "apply", class_order: ClassOrder = "words") -> None:
         self.name, self.folder = folder.name, folder
+        self.exif, self.class_order = exif, class_order
         test = self._read("val")
         self._test, self.classes = test, tuple(test.classes)
 
@@ -229,7 +261,7 @@ class ImageFolder(ImageSplits):
         if not folder.is_dir():
             raise UserError(f"{self.folder} has no {split}/ folder: expected train/CLASS/images and val/CLASS/images")
         try:
-            images = datasets.ImageFolder(folder, loader=_load_image)
+            images = _ClassFolders(folder, self.exif, self.class_order)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: {str(error).splitlines()[0]} Put images in one folder per class") from error
         if len(images.classes) < 2:
@@ -243,43 +275,69 @@ class ImageFolder(ImageSplits):
         return images
 
 
+class _ClassFolders(datasets.ImageFolder):
+    """One split of an image folder, decoded by this project, its classes in the order asked for."""
+
+    def __init__(self, folder: Path, exif: Exif, class_order: ClassOrder) -> None:
+        self.class_order = class_order
+        super().__init__(folder, loader=partial(_load_image, exif=exif))
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        words, _ = super().find_classes(directory)
+        try:
+            natural = sorted(words, key=natural_key)
+        except ValueError:  # a name of digits that are no decimal number: timm cannot order it
+            natural = words
+        if natural != words:
+            warn_once(f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}; the "
+                      "other (words: 1 10 2, natural: 1 2 10) gives other labels: see --class-order")  # fmt: skip
+        names = natural if self.class_order == "natural" else words
+        return names, {name: label for label, name in enumerate(names)}
+
+
 class Shards(ImageSplits):
     """A folder of tar or parquet shards: see :mod:`illama.data_shards` and :mod:`illama.data_parquet`."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.name = folder.resolve().name
+    def __init__(self, kind: str, folder: Path, exif: Exif = "apply") -> None:
+        self.name, self.exif = folder.resolve().name, exif
         if kind == "webdataset":
-            self._source: Any = WebDataset(folder)
+            self._source: Any = WebDataset(folder, exif)
         else:
             from illama.data_parquet import ParquetFolder  # only here, since importing pyarrow takes a while
 
-            self._source = ParquetFolder(folder)
+            self._source = ParquetFolder(folder, exif)
         self.classes, self._test = self._source.classes, self._source.test
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
         return self._source.train(shuffled)
 
 
-def open_data(spec: str) -> ImageData:
+def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words") -> ImageData:
     """The data set that ``spec`` names, without decoding an image.
 
-    ``spec`` is fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER or a
-    folder in ImageNet's layout: see this module's docstring.
+    Args:
+        spec: fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER or a folder in
+            ImageNet's layout: see this module's docstring.
+        exif, class_order: as in :class:`Preprocessing`: those of the bundle, where one is there to be fitted.
 
     Raises:
         UserError: it is not there, or its files are incomplete, damaged or do not fit together.
     """
     name, _, folder = spec.partition(":")
+    data: ImageData
     if name == "fashion-mnist":
-        return FashionMNIST(Path(folder)) if folder else FashionMNIST()
-    if name in ("cifar10", "cifar100"):
-        return Cifar(name, Path(folder or "."))
-    if name in ("webdataset", "parquet"):
-        return Shards(name, Path(folder or "."))
-    if Path(spec).is_dir():
-        return ImageFolder(Path(spec))
-    raise UserError(f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, "
-                    "parquet:FOLDER or an existing folder")  # fmt: skip
+        data = FashionMNIST(Path(folder)) if folder else FashionMNIST()
+    elif name in ("cifar10", "cifar100"):
+        data = Cifar(name, Path(folder or "."))
+    elif name in ("webdataset", "parquet"):
+        data = Shards(name, Path(folder or "."), exif)
+    elif Path(spec).is_dir():
+        data = ImageFolder(Path(spec), exif, class_order)
+    else:
+        raise UserError(f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, "
+                        "parquet:FOLDER or an existing folder")  # fmt: skip
+    data.exif, data.class_order = exif, class_order
+    return data
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
@@ -318,8 +376,8 @@ def _read_idx_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _load_image(path: str) -> Image.Image:
-    return decode_image(path, lambda: path)
+def _load_image(path: str, exif: Exif) -> Image.Image:
+    return decode_image(path, lambda: path, exif)
 
 
 def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "images") -> Dataset[Sample]:

@@ -33,13 +33,13 @@ from illama.data_shards import (
     PackedImages,
     Sample,
     check_labels,
-    decode_image,
     evaluation_shards,
     find_shards,
     name_classes,
     train_shards,
 )
 from illama.errors import UserError
+from illama.images import Exif, decode_image
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -51,13 +51,14 @@ class ParquetImages(Dataset[Sample]):
     Attributes:
         labels: of all images, (N,) int32.
         names: of the classes, from the metadata that the datasets library writes; None if there are none.
+        exif: see :func:`illama.images.decode_image`.
 
     Raises:
         UserError: a shard is truncated, a column is missing or of another type, or a row has no image or label.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[Path], exif: Exif = "apply") -> None:
+        self.paths, self.exif = paths, exif
         opened = [_open(path) for path in paths]
         self.image_column, self.label_column = _columns(opened[0], paths[0])
         self.names = _class_names(opened[0], self.label_column)
@@ -75,7 +76,7 @@ class ParquetImages(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         content = io.BytesIO(self.read(index))
-        return decode_image(content, lambda: self.describe(index)), int(self.labels[index])
+        return decode_image(content, lambda: self.describe(index), self.exif), int(self.labels[index])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": -1, "_rows": None}  # a worker is not sent the row group
@@ -127,7 +128,7 @@ class UnpackedParquet(PackedImages):
     def __init__(self, images: ParquetImages) -> None:
         folder = _cache_folder(images)
         _unpack(images, folder)
-        super().__init__([folder / "images"], np.load(folder / "index.npy"))
+        super().__init__([folder / "images"], np.load(folder / "index.npy"), images.exif)
         self.source = images
 
     def describe(self, index: int) -> str:
@@ -140,16 +141,16 @@ class ParquetFolder:
     Classes are named by the ClassLabel in the first test shard, and are numbers if it has none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.shards = folder, find_shards(folder, "parquet")
-        self.test = ParquetImages(evaluation_shards(self.shards, folder))
+    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
+        self.folder, self.shards, self.exif = folder, find_shards(folder, "parquet"), exif
+        self.test = ParquetImages(evaluation_shards(self.shards, folder), exif)
         self.classes = name_classes(self.test.names, self.test.labels, folder)
         self._train: ParquetImages | None = None
 
     def train(self, shuffled: bool) -> Dataset[Sample]:
         """The training images; if they will be read ``shuffled``, from a copy that is made on first use."""
         if self._train is None:
-            self._train = ParquetImages(train_shards(self.shards, self.folder))
+            self._train = ParquetImages(train_shards(self.shards, self.folder), self.exif)
             check_labels(self._train.labels, len(self.classes), self.folder, all_present=True)
         return UnpackedParquet(self._train) if shuffled else self._train
 

@@ -12,18 +12,17 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from illama.errors import UserError
+from illama.images import Exif, decode_image
 
 Sample = tuple[Any, int]
 SPLIT_IN_PATH = re.compile(r"(?:^|[-_/])(train|val|validation|test)(?=[-_/.])")
@@ -31,27 +30,6 @@ TEST_SPLITS = ("validation", "val", "test")  # the first that is there is the te
 IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 CLASS_FILES = ("classes.txt", "classnames.txt")
 PLACE = np.dtype([("file", np.int32), ("label", np.int32), ("start", np.int64), ("size", np.int32)])
-
-
-def decode_image(file: str | BinaryIO, name: Callable[[], str], mode: str | None = "RGB") -> Image.Image:
-    """A file as an image of a mode of Pillow's, or with None as it is.
-
-    Raises:
-        UserError: with its ``name()``, if it is broken or so large that Pillow warns of a decompression bomb.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file)
-        with image:
-            return image.convert(mode)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        raise UserError(f"the image {name()} has more than {limit} million pixels: shrink it or take it out") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"cannot read the image {name()}: replace it or take it out ({type(error).__name__})"
-        ) from error
 
 
 def find_shards(folder: Path, suffix: str) -> dict[str, list[Path]]:
@@ -131,10 +109,11 @@ class PackedImages(Dataset[Sample]):
     Attributes:
         paths: the files.
         index: PLACE records, one an image.
+        exif: see :func:`illama.images.decode_image`.
     """
 
-    def __init__(self, paths: list[Path], index: np.ndarray) -> None:
-        self.paths, self.index = paths, index
+    def __init__(self, paths: list[Path], index: np.ndarray, exif: Exif = "apply") -> None:
+        self.paths, self.index, self.exif = paths, index, exif
 
     @property
     def labels(self) -> np.ndarray:
@@ -148,7 +127,7 @@ class PackedImages(Dataset[Sample]):
         with self.paths[place["file"]].open("rb", buffering=0) as file:
             file.seek(int(place["start"]))
             content = io.BytesIO(file.read(int(place["size"])))
-        return decode_image(content, lambda: self.describe(index)), int(place["label"])
+        return decode_image(content, lambda: self.describe(index), self.exif), int(place["label"])
 
     def describe(self, index: int) -> str:
         """Where an image comes from, for messages."""
@@ -162,10 +141,10 @@ class TarImages(PackedImages):
         UserError: a shard is truncated, or holds an image without a label or a label without an image.
     """
 
-    def __init__(self, paths: list[Path], split: str) -> None:
+    def __init__(self, paths: list[Path], split: str, exif: Exif) -> None:
         bar = tqdm(paths, desc=f"index {split}", unit="shard", disable=None, leave=False)
         parts = [np.array(list(_scan(path, number)), dtype=PLACE) for number, path in enumerate(bar)]
-        super().__init__(paths, np.concatenate(parts))
+        super().__init__(paths, np.concatenate(parts), exif)
         if not len(self):
             raise UserError(f"no images in {paths[0]} and the other {split} shards: expected KEY.jpg and KEY.cls")
 
@@ -183,16 +162,16 @@ class WebDataset:
     named by classes.txt or classnames.txt, a line each, if there is one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.shards = folder, find_shards(folder, "tar")
-        self.test = TarImages(evaluation_shards(self.shards, folder), "test")
+    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
+        self.folder, self.shards, self.exif = folder, find_shards(folder, "tar"), exif
+        self.test = TarImages(evaluation_shards(self.shards, folder), "test", exif)
         self.classes = name_classes(read_class_names(folder), self.test.labels, folder)
         self._train: TarImages | None = None
 
     def train(self, shuffled: bool) -> TarImages:
         """The training images; ``shuffled`` says that they will be read in no order, which is all the same here."""
         if self._train is None:
-            self._train = TarImages(train_shards(self.shards, self.folder), "train")
+            self._train = TarImages(train_shards(self.shards, self.folder), "train", self.exif)
             check_labels(self._train.labels, len(self.classes), self.folder, all_present=True)
         return self._train
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import tyro
@@ -42,6 +43,12 @@ def run_command(
         if error.errno not in _CANNOT_WRITE:
             raise
         _exit(f"cannot use {error.filename or 'the output folder'}: {os.strerror(error.errno)}", 2)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A warning in one line on the standard error stream, once in a process."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _exit(message: str, status: int) -> None:

@@ -11,7 +11,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from illama.data import ClassOrder
 from illama.errors import UserError
+from illama.images import Exif
 from illama.schedules import SoftMaskSchedule
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -30,6 +32,9 @@ class TrainingOptions:
     Attributes:
         data: fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a folder
             with train/ and val/.
+        exif: apply the orientation that image files declare, or ignore it; apply if not given, or what the bundle says
+            that is trained further with quantization.
+        class_order: of class folders, words (1 10 2) or natural (1 2 10); words if not given, or likewise.
         out: where the checkpoint, the log and at the end the bundle go; an unfinished run there goes on.
         epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes and accumulated parts.
@@ -57,6 +62,8 @@ class TrainingOptions:
     """
 
     data: str = ""
+    exif: Exif | None = None
+    class_order: ClassOrder | None = None
     out: Path = Path("runs/train")
     epochs: int = 300
     batch_size: int = 4096
@@ -213,17 +220,15 @@ def _checked(path: Path, name: str, value: Any, hints: dict[str, Any]) -> Any:
     if hint is None or name == "recipe":
         raise UserError(f"{path} has no such option: {name}; options are named as in --help")
     kinds = get_args(hint) or (hint,)
-    if get_origin(hint) is Literal:
-        if value in kinds:
-            return value
-    elif type(value) in kinds:
+    choices = [choice for kind in (hint, *kinds) if get_origin(kind) is Literal for choice in get_args(kind)]
+    if value in choices or type(value) in kinds:
         return value
-    elif float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
+    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             return float(value)  # YAML reads 4e-3, without a point, as text
     elif Path in kinds and isinstance(value, str):
         return Path(value)
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in choices or kinds)
     raise UserError(f"{path}: {name} must be {wanted}, not {value!r}")
 
 

@@ -22,9 +22,11 @@ from torchvision.transforms import v2
 
 from illama.batches import Augmented, seed_everything
 from illama.data import ImageSplits, Preprocessing
-from illama.data_shards import Sample, decode_image
+from illama.data_shards import Sample
 from illama.errors import UserError
+from illama.images import Exif, decode_image
 
+LONGEST = 32  # times the shorter side of an image
 IGNORED = 255  # the class index of pixels that belong to no class
 _IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -38,32 +40,33 @@ class SegmentationFolder(ImageSplits):
 
     held_out = 200
 
-    def __init__(self, folder: Path) -> None:
-        self.name, self.folder = folder.resolve().name, folder
+    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
+        self.name, self.folder, self.exif = folder.resolve().name, folder, exif
         self.classes = _read_classes(folder)
-        self._test = LabelMaps(folder, "validation", len(self.classes))
+        self._test = LabelMaps(folder, "validation", len(self.classes), exif)
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
         """ImageNet's colours; the shorter side becomes ``image_size``, and evaluation slides a window of that size."""
-        return replace(Preprocessing.imagenet(image_size, in_channels), resize=image_size)
+        return replace(super().preprocessing(image_size, in_channels), resize=image_size)
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
-        return LabelMaps(self.folder, "training", len(self.classes))
+        return LabelMaps(self.folder, "training", len(self.classes), self.exif)
 
 
 class LabelMaps(Dataset[Any]):
     """A split: (image (3, H, W), classes (H, W)), both uint8, as torchvision's Image and Mask.
 
-    Reading one raises UserError with its path if it is broken, or if the two do not fit.
+    Reading one raises UserError with its path if it is broken, if the two do not fit, or if the image is more than
+    LONGEST times as long as wide: whole images are resized by their shorter side, which such a one takes gigabytes for.
     """
 
-    def __init__(self, folder: Path, split: str, classes: int) -> None:
+    def __init__(self, folder: Path, split: str, classes: int, exif: Exif = "apply") -> None:
         images, maps = folder / "images" / split, folder / "annotations" / split
         if not images.is_dir():
             raise UserError(f"no folder {images}: expected images/{split}/NAME.jpg, annotations/{split}/NAME.png")
         files = sorted(path for path in images.iterdir() if path.suffix.lower() in _IMAGES)
         self.paths = [(path, maps / f"{path.stem}.png") for path in files]
-        self.classes = classes
+        self.classes, self.exif = classes, exif
         if not files:
             raise UserError(f"no images in {images}")
         annotated = {path.name for path in maps.iterdir()} if maps.is_dir() else set()
@@ -76,7 +79,10 @@ class LabelMaps(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         path, annotation = self.paths[index]
-        image = v2.functional.to_image(decode_image(str(path), lambda: str(path)))
+        picture = decode_image(str(path), lambda: str(path), self.exif)
+        if max(picture.size) > LONGEST * min(picture.size):
+            raise UserError(f"{path} is more than {LONGEST} times as long as wide: cut it up or take it out")
+        image = v2.functional.to_image(picture)
         labels = np.array(decode_image(str(annotation), lambda: str(annotation), mode=None))
         if labels.dtype != np.uint8 or labels.ndim != 2:
             raise UserError(f"{annotation} is not a PNG of one byte a pixel, the number of its class")

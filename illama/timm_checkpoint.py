@@ -38,7 +38,7 @@ def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheck
     except a few that only change what is computed (another ``global_pool`` without a norm of its own).
 
     The preprocessing is timm's for the name and its tag, resized bicubically even for the two of timm's ViTs that
-    say bilinear, and warped to the image size where timm squashes.
+    say bilinear, and warped to the image size where timm squashes. Class folders are in timm's natural order.
 
     Args:
         name: as timm knows it, with or without a tag.
@@ -128,4 +128,4 @@ def _timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) 
     if channels == 1:
         mean, std = ((sum(values) / len(values),) for values in (mean, std))
     resize = None if timm_s["crop_mode"] == "squash" else math.floor(image_size / timm_s["crop_pct"])
-    return Preprocessing(image_size, channels, mean, std, resize)
+    return Preprocessing(image_size, channels, mean, std, resize, class_order="natural")

@@ -71,7 +71,7 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
     """Open the data, make the network, and go on from ``recipe.out`` if a run was interrupted there."""
     if not recipe.data:
         raise UserError("no images to train on: give --data (see --help)")
-    data: ImageData = open_data(recipe.data)
+    data: ImageData = open_data(recipe.data, recipe.exif or "apply", recipe.class_order or "words")
     model = make_model(recipe, len(data.classes))
     preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
     run = Run(recipe, data, preprocessing, model, group, inputs=inputs_of(recipe))

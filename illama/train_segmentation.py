@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, Subset
 from illama.accuracy import torch_infer
 from illama.batches import seed_everything
 from illama.bundle import Manifest, make_out
+from illama.data import ClassOrder
 from illama.data_shards import Sample
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
@@ -60,6 +61,7 @@ class SegmentationOptions(Recipe):
     soft_mask_epochs: float = 0
     label_smoothing: float = 0.0
     decoder_channels: int = 256
+    class_order: _NotHere[ClassOrder | None] = None
     recipe: _NotHere[str] = ""
     new_head: _NotHere[bool] = True
     fsdp: _NotHere[bool] = False
@@ -119,7 +121,7 @@ def start_run(options: SegmentationOptions, group: Processes) -> Run:
     """Open the data, make the network, and go on from ``options.out`` if a run was interrupted there."""
     if not options.data:
         raise UserError("no images to train on: give --data (see --help)")
-    data = SegmentationFolder(Path(options.data))
+    data = SegmentationFolder(Path(options.data), options.exif or "apply")
     shape = {**model_options(options), "decoder_channels": options.decoder_channels}
     config = SegmentationConfig.preset(options.model, options.variant, **shape, num_classes=len(data.classes))
     seed_everything(options.seed)

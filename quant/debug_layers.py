@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from illama.bundle import CPU_ONNX, SCHEME, WEIGHTS, Manifest, sha256
-from illama.checkpoint import SHIPPED
+from illama.checkpoint import SHIPPED, read_preprocessing
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked
 from quant.bundles import SOURCE
@@ -31,7 +31,7 @@ from quant.compare import (
     trace_onnx,
 )
 from quant.export import export_onnx
-from quant.inputs import Inputs, open_inputs, scheme_named
+from quant.inputs import InputOptions, Inputs, open_inputs, scheme_named
 from quant.layerwise import selection_images
 from quant.schemes import Scheme
 from quant.weights import read_quantized_weights
@@ -70,14 +70,17 @@ def open_source(options: DebugOptions) -> Inputs:
         UserError: the bundle is none, or was made from another checkpoint.
     """
     manifest = Manifest.read(options.bundle) if options.bundle else None
-    source = {"checkpoint": SHIPPED, "data": "fashion-mnist", "calibration_images": 512, "model": None,
-              "image_size": None, **(manifest.metrics.get(SOURCE, {}) if manifest else {})}  # fmt: skip
+    source = dict(manifest.metrics.get(SOURCE, {})) if manifest else {}
     given = {"checkpoint": options.checkpoint, "data": options.data, "model": options.model,
              "calibration_images": options.calibration_images}  # fmt: skip
     source |= {name: value for name, value in given.items() if value is not None}
-    inputs = open_inputs(**{**source, "checkpoint": Path(source["checkpoint"])})
+    image_size, checkpoint = source.pop("image_size", None), Path(source.pop("checkpoint", SHIPPED))
+    if manifest:
+        preprocessing = read_preprocessing(manifest)
+        source |= {"exif": preprocessing.exif, "class_order": preprocessing.class_order}
+    inputs = open_inputs(InputOptions(checkpoint, **source), image_size)
     if manifest and sha256(inputs.checkpoint.weights) not in manifest.inputs.values():
-        raise UserError(f"{options.bundle} was not made from {source['checkpoint']}: give the right --checkpoint")
+        raise UserError(f"{options.bundle} was not made from {checkpoint}: give the right --checkpoint")
     return inputs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from illama.accuracy import load_images
-from illama.checkpoint import Checkpoint, load_checkpoint
-from illama.data import ImageData, Preprocessing, Sample, Transformed, open_data
+from illama.checkpoint import SHIPPED, Checkpoint, load_checkpoint
+from illama.data import ClassOrder, ImageData, Preprocessing, Sample, Transformed, open_data
 from illama.errors import UserError
+from illama.images import Exif
 from illama.masks import SoftMasked
 from illama.timm_checkpoint import load_timm
 from quant.schemes import Scheme, find_scheme, read_scheme
@@ -26,12 +27,36 @@ _BATCH = 64  # as `python quant/ptq.py` calibrates
 
 
 @dataclass(frozen=True)
+class InputOptions:
+    """Where a network and its images come from.
+
+    Attributes:
+        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
+        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
+        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
+        calibration_images: how many training images the ranges are taken from.
+        exif: apply the orientation that image files declare, or ignore it; what the checkpoint's bundle says if not
+            given, and apply without a bundle.
+        class_order: of class folders, words (1 10 2) or natural (1 2 10); what the checkpoint's bundle says if not
+            given, and without a bundle natural for a timm ViT and words for an iLLaMA.
+    """
+
+    checkpoint: Path = SHIPPED
+    model: str | None = None
+    data: str = "fashion-mnist"
+    calibration_images: int = 512
+    exif: Exif | None = None
+    class_order: ClassOrder | None = None
+
+
+@dataclass(frozen=True)
 class Inputs:
     """A network and its data, checked to fit each other.
 
     Attributes:
         calibration_images: how many training images the ranges are taken from, as ``python quant/ptq.py`` does.
-        source: the arguments of :func:`open_inputs` as JSON has them, for whoever is to open the same again.
+        source: what :func:`open_inputs` was given, as JSON has it, for whoever is to open the same again; how images
+            are read is in ``preprocessing``.
     """
 
     checkpoint: Checkpoint
@@ -68,17 +93,20 @@ class Inputs:
         return DataLoader(Transformed(images, self.preprocessing.transform()), batch_size=_BATCH)
 
 
-def open_inputs(
-    checkpoint: Path, data: str, calibration_images: int, model: str | None = None, image_size: int | None = None
-) -> Inputs:
+def open_inputs(options: InputOptions, image_size: int | None = None) -> Inputs:
     """Open both and check that they have the same classes; UserError if not.
 
     Args:
-        model: timm:NAME where the checkpoint is that of a timm ViT.
         image_size: run at another resolution than the checkpoint's.
     """
-    loaded, images = _open_checkpoint(checkpoint, model, image_size), open_data(data)
-    config = loaded.model.config
+    checkpoint, data = options.checkpoint, options.data
+    loaded = _open_checkpoint(checkpoint, options.model, image_size)
+    stored, config = loaded.preprocessing, loaded.model.config
+    images = open_data(
+        data,
+        options.exif or (stored.exif if stored else "apply"),
+        options.class_order or (stored.class_order if stored else "words"),
+    )
     if len(images.classes) != config.num_classes:
         raise UserError(
             f"{checkpoint} has {config.num_classes} classes, {data} has {len(images.classes)}: they must be the same"
@@ -86,10 +114,11 @@ def open_inputs(
     for trained, given in zip(loaded.classes, images.classes, strict=False):
         if trained != given:
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
-    preprocessing = loaded.preprocessing or images.preprocessing(config.image_size, config.in_channels)
-    source = {"checkpoint": str(checkpoint), "data": data, "calibration_images": calibration_images, "model": model,
-              "image_size": image_size}  # fmt: skip
-    return Inputs(loaded, images, preprocessing, calibration_images, source)
+    fitting = stored or images.preprocessing(config.image_size, config.in_channels)
+    preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order)
+    source = {"checkpoint": str(checkpoint), "data": data, "calibration_images": options.calibration_images,
+              "model": options.model, "image_size": image_size}  # fmt: skip
+    return Inputs(loaded, images, preprocessing, options.calibration_images, source)
 
 
 def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> Checkpoint:

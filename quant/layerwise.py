@@ -51,6 +51,7 @@ class Effect:
         kl: Kullback-Leibler divergence of the output distribution from the float network's, mean, in nats.
         lost, gained: how many images only the float network has right, and only the other.
         images: how many there were.
+        right: how many of them the float network has right.
     """
 
     sqnr_db: float
@@ -58,6 +59,7 @@ class Effect:
     lost: int
     gained: int
     images: int
+    right: int = 0
 
     @property
     def drop(self) -> float:
@@ -80,7 +82,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._signal = self._noise = self._kl = 0.0
-        self._lost = self._gained = self._images = 0
+        self._lost = self._gained = self._images = self._right = 0
 
     def add(self, reference: Tensor, other: Tensor, labels: Tensor) -> None:
         """Take in logits (n, classes) of the float network and of the other, and labels (n,)."""
@@ -93,13 +95,14 @@ class Tally:
         self._lost += int((right & ~right_too).sum())
         self._gained += int((right_too & ~right).sum())
         self._images += len(labels)
+        self._right += int(right.sum())
 
     def effect(self) -> Effect:
         """The effect over all batches; UserError if one of the networks gave NaN or infinity."""
         if not math.isfinite(self._kl):
             raise UserError("a quantized network gives NaN or infinite logits: its ranges do not fit its values")
         return Effect(decibels(self._signal, self._noise), max(0.0, self._kl / self._images), self._lost, self._gained,
-                      self._images)  # fmt: skip
+                      self._images, self._right)  # fmt: skip
 
 
 def decibels(signal: float, noise: float) -> float:

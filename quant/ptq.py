@@ -25,11 +25,10 @@ from eval.report import is_result
 from eval.tradeoff import check_baseline, check_inputs, exit_on_regression, write_and_tell
 from eval.weigh import Images, WeighOptions, report_on, weigh
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, write_folder
-from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked
 from quant.bundles import Origin, check_scheme, quantize, write_graphs, write_quantized
-from quant.inputs import Inputs, check_names, open_inputs
+from quant.inputs import InputOptions, Inputs, check_names, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, write_scheme
 from quant.torchao_backend import load_torchao
 
@@ -37,28 +36,20 @@ DEFAULT_SCHEMES = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
-class PtqOptions(WeighOptions):
+class PtqOptions(InputOptions, WeighOptions):
     """Quantize a trained vision transformer after training, build engines, and weigh accuracy against latency.
 
     Attributes:
-        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
-        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
-        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
         schemes: any of those that python quant/schemes.py lists.
         scheme_file: a scheme of your own or of python quant/search.py, in YAML; then --schemes only names others.
-        calibration_images: how many training images the ranges are taken from.
         out: where the bundles and the report go; an earlier result there is replaced.
         image_size: run at another resolution than the checkpoint's: its position embedding is interpolated.
         library: tensorrt or tensorrt_rtx; whichever can build here, tensorrt first, if not given.
         targets: compute capabilities of the engines, such as sm86 sm89; the library's portable choice if not given.
     """
 
-    checkpoint: Path = SHIPPED
-    model: str | None = None
-    data: str = "fashion-mnist"
     schemes: tuple[str, ...] | None = None
     scheme_file: tuple[Path, ...] = ()
-    calibration_images: int = 512
     out: Path = Path("runs/ptq")
     image_size: int | None = None
     library: LibraryName | None = None
@@ -99,9 +90,7 @@ def find_schemes(options: PtqOptions) -> list[Scheme]:
 def open_job(options: PtqOptions, folder: Path) -> Job:
     """Load and check everything before any work is done; UserError for whatever does not fit."""
     schemes = find_schemes(options)
-    inputs = open_inputs(
-        options.checkpoint, options.data, options.calibration_images, options.model, options.image_size
-    )
+    inputs = open_inputs(options, options.image_size)
     for scheme in schemes:
         check_scheme(inputs.model, scheme)
     library = find_library(options.library)

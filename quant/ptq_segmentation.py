@@ -55,11 +55,12 @@ def calibration_batches(data: SegmentationFolder, count: int, preprocessing: Pre
 
 
 def main(options: PtqSegmentationOptions) -> None:
-    checkpoint, data = load_segmentation(options.bundle), SegmentationFolder(options.data)
-    if data.classes != checkpoint.classes:
-        raise UserError(f"{options.data} has other classes than {options.bundle}: they must be the same")
+    checkpoint = load_segmentation(options.bundle)
     model, preprocessing = fold_batch_norms(checkpoint.model), checkpoint.preprocessing
     assert preprocessing is not None  # load_segmentation reads bundles alone
+    data = SegmentationFolder(options.data, preprocessing.exif)
+    if data.classes != checkpoint.classes:
+        raise UserError(f"{options.data} has other classes than {options.bundle}: they must be the same")
     schemes = [scheme_named(name) for name in dict.fromkeys(options.schemes)]
     check_names(schemes)
     for scheme in schemes:

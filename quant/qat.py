@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import paired_drop
-from illama.accuracy import predict, top1, torch_infer
+from illama.accuracy import chance_note, predict, top1, torch_infer
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256, write_folder
 from illama.checkpoint import SHIPPED
 from illama.distributed import Processes, processes
@@ -33,7 +33,7 @@ from illama.training import CHECKPOINT, Run, fit
 from quant.bundles import Origin, check_scheme, write_quantized
 from quant.calibrate import calibrate
 from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
-from quant.inputs import Inputs, open_inputs
+from quant.inputs import InputOptions, Inputs, open_inputs
 from quant.schemes import Scheme, find_scheme, read_scheme, write_scheme
 from quant.torchao_backend import convert_qat, load_torchao, prepare_qat
 from quant.weights import write_quantized_weights
@@ -119,7 +119,9 @@ def open_job(options: QatOptions) -> Job:
     if not options.data:
         raise UserError("no images to train on: give --data (see --help)")
     scheme = read_scheme(options.scheme_file) if options.scheme_file else find_scheme(options.scheme)
-    inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, None, options.image_size)
+    source = InputOptions(options.checkpoint, None, options.data, options.calibration_images, options.exif,
+                          options.class_order)  # fmt: skip
+    inputs = open_inputs(source, options.image_size)
     check_scheme(inputs.model, scheme)
     files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
     # A shipped scheme has no file, but a run under another one must not go on under this.
@@ -200,6 +202,8 @@ def main(options: QatOptions) -> None:
     print(f"top-1 of {metrics['test_images']} test images: FP32 {metrics['fp32_top1']:.2f}%, quantized after training "
           f"{metrics['ptq_top1']:.2f}%, trained {metrics['qat_top1']:.2f}%, its file {metrics[file]:.2f}%; "
           f"bundle in {bundle}")  # fmt: skip
+    if note := chance_note("FP32", metrics["fp32_top1"], len(job.inputs.data.classes)):
+        print(note)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from illama.accuracy import chance_note
 from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions, write_folder
-from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from quant.bundles import Origin
 from quant.candidates import Candidates, Study, offered_schemes, scheme_of
-from quant.inputs import Inputs, open_inputs
+from quant.inputs import InputOptions, Inputs, open_inputs
 from quant.layerwise import Effect, selection_images, split_selection, uncalibrated_images
 from quant.planning import Budget, Plan, Planner
 from quant.schemes import write_scheme
@@ -35,7 +35,7 @@ Batches = DataLoader[tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
-class SearchOptions:
+class SearchOptions(InputOptions):
     """Find which layer to keep in which number format, for one budget: give one of the three.
 
     Losses are measured on training images that calibration does not see, and never on test images.
@@ -48,13 +48,9 @@ class SearchOptions:
         formats: schemes to choose from for each layer, by name or YAML file; float is always among them.
         layer_times: SCHEME=FILE of TensorRT layer profiles (trtexec --exportProfile), one for each format and for
             float; ONNX Runtime on this machine's CPU is timed if not given.
-        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
-        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
-        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
         images: how many images the layers' losses are measured over.
         check_images: how many other images a whole assignment's drop is measured over, 10,000 or what there is if not
             given. --max-drop is kept to with 95% confidence, which a few images never give.
-        calibration_images: how many training images the ranges are taken from.
         learned: steps a block in which the found assignment's rounding is learned, as in a scheme.
         rounds: how many assignments to check at most.
         threads: of ONNX Runtime, when it is timed; 0 for one a core.
@@ -67,12 +63,8 @@ class SearchOptions:
     minimise: Literal["ms", "bytes"] = "ms"
     formats: tuple[str, ...] = ("int8", "w4a8", "int8-weight-only", "w4a16")
     layer_times: tuple[str, ...] = ()
-    checkpoint: Path = SHIPPED
-    model: str | None = None
-    data: str = "fashion-mnist"
     images: int = 1000
     check_images: int | None = None
-    calibration_images: int = 512
     learned: int = 0
     rounds: int = 6
     threads: int = 0
@@ -156,7 +148,7 @@ def main(options: SearchOptions) -> None:
     budget, profiles = options.budget(), options.profiles()
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
         schemes = offered_schemes(options.formats)
-        inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, options.model)
+        inputs = open_inputs(options)
         images, others = images_of(options, inputs, budget)
         with tempfile.TemporaryDirectory() as scratch:
             candidates = Study(inputs, schemes, images, options.threads).run(Path(scratch), profiles)
@@ -168,6 +160,9 @@ def main(options: SearchOptions) -> None:
         write_scheme(scheme_of(candidates, chosen, options.learned, f"found by {command_line()}"), folder / SCHEME)
         Origin.of(inputs).manifest(inputs.model.config.to_dict(), {}).write(folder)
     print_result(result)
+    effect, _ = next(iter(candidates.whole.values()))
+    if note := chance_note("the float network", effect.right / effect.images * 100, len(inputs.data.classes)):
+        print(f"\n{note}")
     if best is None:
         raise UserError(f"no assignment of {len(plans)} tried kept to {budget}; the last of them is in {options.out}: "
                         "raise the budget, or give other --formats")  # fmt: skip

@@ -19,12 +19,12 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from illama.accuracy import chance_note
 from illama.bundle import command_line, package_versions, write_folder
-from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
 from quant.calibrate import calibrate
-from quant.inputs import Inputs, open_inputs, scheme_named
+from quant.inputs import InputOptions, Inputs, open_inputs, scheme_named
 from quant.layers import quantizers
 from quant.layerwise import Effect, block_number, kind_of, layers_of, measure, selection_images, tensor_sqnr
 
@@ -34,29 +34,21 @@ _TENSOR_IMAGES = 64  # a tensor's noise needs no more: each image has thousands 
 
 
 @dataclass(frozen=True)
-class SensitivityOptions:
+class SensitivityOptions(InputOptions):
     """Measure what each layer of a network loses when it alone is quantized.
 
     Learned rounding is left out, since it adapts a whole block to one scheme.
 
     Attributes:
         scheme: a shipped scheme's name, or a YAML file.
-        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
-        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
-        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
         images: how many images the losses are taken over.
         split: train: of the training split, none that calibration sees; test: of the test split; evenly spaced.
-        calibration_images: how many training images the ranges are taken from.
         out: a folder for the results; an earlier result there is replaced.
     """
 
     scheme: str = "int8"
-    checkpoint: Path = SHIPPED
-    model: str | None = None
-    data: str = "fashion-mnist"
     images: int = 1000
     split: Literal["train", "test"] = "train"
-    calibration_images: int = 512
     out: Path = Path("runs/sensitivity")
 
 
@@ -114,14 +106,15 @@ def table(result: dict[str, Any]) -> str:
     headings = ("quantized alone", f"logits SQNR dB, {result['scheme']}", "KL nats", "top-1 lost", "of them")
     hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
     tensors = ", ".join(f"{name} {value:.1f} dB" for value, name in hardest)
-    return f"{markdown(headings, rows)}\n\nThe hardest tensors to round: {tensors}.\n"
+    note = chance_note("the float network", result["all"]["right"] / result["all"]["images"] * 100, result["classes"])
+    return f"{markdown(headings, rows)}\n\nThe hardest tensors to round: {tensors}.\n{note}"
 
 
 def main(options: SensitivityOptions) -> None:
     from quant.charts import draw_sensitivity  # only here, since importing matplotlib takes a while
 
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
-        inputs = open_inputs(options.checkpoint, options.data, options.calibration_images, options.model)
+        inputs = open_inputs(options)
         result = study(options, inputs)
         (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
         with (folder / "sensitivity.csv").open("w", newline="") as file:

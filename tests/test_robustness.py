@@ -151,6 +151,7 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     table = (out / "robustness.md").read_text()
     assert list(content["models"]) == ["one", "other"] and table in result.stdout
     assert "| one |" in table and "reference" in table and "| snow |" in table
+    assert ("class order" in table) == (content["models"]["one"]["clean"] < 40)  # a tenth from a third to all
     assert [(cell["corruption"], cell["severity"]) for cell in content["cells"]] == [
         CLEAN, ("snow", 1), ("snow", 5), ("contrast", 1), ("contrast", 5)]  # fmt: skip
 

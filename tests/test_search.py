@@ -18,7 +18,7 @@ from quant.candidates import Candidates, Choice, offered_schemes
 from quant.costs import layer_of_node, read_layer_times, weight_bytes
 from quant.export import export_onnx
 from quant.formats import TensorSpec
-from quant.inputs import open_inputs
+from quant.inputs import InputOptions, open_inputs
 from quant.layerwise import Effect, layers_of
 from quant.planning import Budget, Plan, Planner
 from quant.schemes import find_scheme, read_scheme, resolve, tensor_names
@@ -206,10 +206,12 @@ def test_the_command_and_its_replay(data, tmp_path):
     assert found["met"] and (out / "model.onnx").stat().st_size <= 300_000
     assert set(found["assignment"].values()) > {"float"}
     assert found["assignment"].keys() == LAYERS.keys()
+    whole = found["whole_networks"]["int8"]
+    assert ("class order" in result.stdout) == (whole["right"] / whole["images"] < 0.4)  # a tenth from a third to all
     measured = found["rounds"][-1]["measured"]
     assert measured["megabytes"] == (out / "model.onnx").stat().st_size / 1e6 and measured["ms"] > 0
     assert found["rounds"][-1]["predicted"]["megabytes"] == pytest.approx(measured["megabytes"], rel=0.2)
-    inputs = open_inputs(data[0], str(data[1]), 8)
+    inputs = open_inputs(InputOptions(data[0], data=str(data[1]), calibration_images=8))
     assert resolve(scheme, inputs.model).keys() == {
         name for layer, chosen in found["assignment"].items() for name in LAYERS[layer] if chosen != "float"
     } - {"patch_embed.proj.input"}  # no shipped scheme rounds pixels

@@ -70,7 +70,7 @@ def test_the_effect_is_what_its_definition_says():
     tally.add(exact[:1], noisy[:1], torch.tensor([0]))
     tally.add(exact[1:], noisy[1:], torch.tensor([1]))
     effect = tally.effect()
-    assert (effect.lost, effect.gained, effect.images, effect.drop) == (1, 0, 2, 50.0)
+    assert (effect.lost, effect.gained, effect.images, effect.right, effect.drop) == (1, 0, 2, 2, 50.0)
     assert effect.sqnr_db == pytest.approx(10 * math.log10(5 / 2))
     p = 1 / (1 + math.exp(-1))
     assert effect.kl == pytest.approx((p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)) / 2)
@@ -223,6 +223,8 @@ def test_the_commands(small_bundle, image_folder, tmp_path):
     assert [row["layer"] for row in rows] == [row["layer"] for row in found["layers"]] and len(rows) == 12
     assert Image.open(out / "sensitivity.png").width > 500
     assert all(row["layer"] in result.stdout for row in rows) and "hardest tensors" in result.stdout
+    shown, right = (out / "sensitivity.md").read_text(), found["all"]["right"] / found["all"]["images"]
+    assert shown in result.stdout and ("class order" in shown) == (right < 0.4)  # a tenth from a third to all
     again = run_command("quant/sensitivity.py", *arguments, "--images", 100, "--out", out)
     assert_one_line_error(again, "100 images asked for, 1 to 16")
     assert json.loads((out / "sensitivity.json").read_text()) == found

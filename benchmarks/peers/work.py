@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from torch.utils.data import Subset
 from eval.machine import peak_memory_gib
 from illama.accuracy import Infer, load_images, predict
 from illama.bundle import package_versions, write_file
-from illama.checkpoint import load_checkpoint
-from illama.data import ImageData, Preprocessing, open_data
+from illama.data import ImageData, Preprocessing
 from illama.errors import UserError, run_command
 from illama.model import ILLaMA
 from peers.base import Peer, Task, be_quiet, reason
 from peers.ours import PEERS
 from peers.runtimes import LOADERS
+from quant.inputs import InputOptions, open_inputs
 
 RESULT, LABELS = "result.json", "labels.npy"
 VALIDATION_IMAGES = 1000  # for the peer that checks accuracy while it quantizes; of the training split
@@ -51,13 +51,10 @@ class WorkOptions:
     test_images: int | None = None
 
 
-def preprocessing_of(checkpoint: Path, data: ImageData) -> tuple[ILLaMA, Preprocessing]:
-    """The network, and how its images are prepared; UserError if it has other classes than the data."""
-    loaded = load_checkpoint(checkpoint)
-    config = loaded.model.config
-    if config.num_classes != len(data.classes):
-        raise UserError(f"{checkpoint} has {config.num_classes} classes, the data {len(data.classes)}: give both")
-    return loaded.model, loaded.preprocessing or data.preprocessing(config.image_size, config.in_channels)
+def open_both(checkpoint: Path, data: str) -> tuple[ILLaMA, ImageData, Preprocessing]:
+    """The network, its data, and how the images are prepared; UserError if the two have other classes."""
+    inputs = open_inputs(InputOptions(checkpoint, data=data))
+    return cast(ILLaMA, inputs.model), inputs.data, inputs.preprocessing
 
 
 def work(options: WorkOptions, peers: dict[str, Peer] = PEERS) -> dict[str, Any]:
@@ -65,8 +62,7 @@ def work(options: WorkOptions, peers: dict[str, Peer] = PEERS) -> dict[str, Any]
     peer = peers[options.peer]
     peer.check_installed()
     torch.set_num_threads(options.threads)
-    data = open_data(options.data)
-    model, preprocessing = preprocessing_of(options.checkpoint, data)
+    model, data, preprocessing = open_both(options.checkpoint, options.data)
     transform = preprocessing.transform()
     images, _ = load_images(data.calibration(options.calibration_images), transform)
     checks = data.calibration(VALIDATION_IMAGES if peer.validates else 1)
