@@ -37,7 +37,9 @@ import serve_sizing
 import tritonclient.grpc
 import tritonclient.http
 from google.protobuf import text_format
-from serve_load import Client, LoadOptions, Question, as_png, free_ports, is_wrong, load, read_questions
+from serve_client import Client, Question, as_png, free_ports, is_wrong, read_questions
+from serve_faults import judge
+from serve_load import LoadOptions, load
 from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 
 import deploy.triton_server
@@ -627,10 +629,23 @@ def test_machines_for_a_load(tmp_path):
         serve_sizing.main(serve_sizing.SizingOptions(tmp_path / "m.json", images_per_second=math.inf))
 
 
+def test_every_request_is_counted_once_when_things_go_wrong():
+    """Requests 0 and 5 are the broken ones."""
+    right, wrong = np.array([0.0, 9.0]), np.array([9.0, 0.0])
+    refused, unavailable = (tritonclient.grpc.InferenceServerException("", status=f"StatusCode.{status}")
+                            for status in ("INVALID_ARGUMENT", "UNAVAILABLE"))  # fmt: skip
+    answers = [refused, right, wrong, unavailable, refused, right, right]
+    faults = judge([Question(b"", right)] * 7, answers, 1.0, 2.0)
+    assert (faults.good, faults.answered, faults.wrong, faults.lost) == (5, 2, 1, 1)
+    assert (faults.broken, faults.refused, faults.broken_lost, faults.mistaken) == (2, 1, 0, 2)
+
+
 def test_loads_that_cannot_be(clothes):
     for values in ({"clients": ()}, {"clients": (0,)}, {"images": 0}, {"seconds": math.inf}):
         with pytest.raises(UserError, match="more than 0"):
             LoadOptions(bundle=clothes, **values)
+    with pytest.raises(UserError, match="--faults"):
+        LoadOptions(bundle=clothes, faults=-1)
     with pytest.raises(UserError, match="leave --device gpu out"):
         LoadOptions(bundle=clothes, device="gpu")
 
