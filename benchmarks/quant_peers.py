@@ -35,7 +35,8 @@ from eval.latency import measure_latency
 from eval.machine import describe_machine
 from eval.results import write_results
 from illama.accuracy import Infer, load_images, top1, usable_cores
-from illama.bundle import package_versions, sha256, write_file
+from illama.atomic_write import write_file
+from illama.bundle import package_versions, sha256
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import open_data
 from illama.errors import UserError, run_command

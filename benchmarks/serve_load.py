@@ -35,7 +35,8 @@ from deploy.engines import OnnxRuntimeEngine
 from deploy.triton_repository import ENCODED, ServingOptions, write_repository
 from deploy.triton_server import ListenOptions, running_server
 from eval.results import write_results
-from illama.bundle import CPU_ONNX, Manifest, make_out
+from illama.atomic_write import make_out
+from illama.bundle import CPU_ONNX, Manifest
 from illama.data import Preprocessing, Sample, open_data
 from illama.data_shards import decode_image
 from illama.errors import UserError, run_command

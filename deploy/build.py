@@ -16,7 +16,8 @@ from deploy.builder import BuiltEngine, EngineOptions, build_engine, check_kerne
 from deploy.graph import has_fp8, load_graph, precisions
 from deploy.record import EngineRecord
 from deploy.tensorrt_library import Library, LibraryName, find_library
-from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256, write_file
+from illama.atomic_write import write_file
+from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256
 from illama.errors import UserError, run_command
 
 FP8_OLDEST = 89

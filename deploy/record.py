@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from illama.bundle import sha256, write_file
+from illama.atomic_write import write_file
+from illama.bundle import sha256
 from illama.errors import UserError
 
 FORMAT = 2

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from deploy.engines import RuntimeName, file_of
 from deploy.record import EngineRecord
-from illama.bundle import FUSED_ONNX, TEMPERATURE, bundle_of, sha256, write_file
+from illama.atomic_write import write_file
+from illama.bundle import FUSED_ONNX, TEMPERATURE, bundle_of, sha256
 from illama.errors import UserError
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from deploy.record import EngineRecord
 from deploy.tensorrt_library import TITLES, Library, find_library
-from illama.bundle import FUSED_ONNX, read_pinned, sha256, write_pinned
+from illama.atomic_write import read_pinned, write_pinned
+from illama.bundle import FUSED_ONNX, sha256
 from illama.errors import UserError
 
 if TYPE_CHECKING:

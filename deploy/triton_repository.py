@@ -24,7 +24,8 @@ from google.protobuf import text_format
 
 from deploy.engines import OnnxRuntimeEngine
 from deploy.record import EngineRecord
-from illama.bundle import CPU_ONNX, ENGINES, MANIFEST, Manifest, command_line, package_versions, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, ENGINES, MANIFEST, Manifest, command_line, package_versions
 from illama.data import Preprocessing
 from illama.errors import UserError
 from quant.export import INPUT, OUTPUT

@@ -12,7 +12,7 @@ from eval.measured import Report, Row
 from eval.page import render_html
 from eval.pareto import choose, front
 from eval.table import escape, markdown_table, not_measured
-from illama.bundle import write_file
+from illama.atomic_write import write_file
 
 SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
 TRADEOFF, RELIABILITY = "tradeoff.png", "reliability.png"

@@ -9,7 +9,8 @@ from typing import Any
 
 from eval.machine import describe_machine
 from eval.measured import OtherResult
-from illama.bundle import command_line, make_out, package_versions, write_file
+from illama.atomic_write import make_out, write_file
+from illama.bundle import command_line, package_versions
 from illama.errors import UserError
 
 # What a reader is told of results, by their name or that of their folder.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from illama.bundle import make_out, write_file
+from illama.atomic_write import make_out, write_file
 from illama.errors import UserError
 
 RUN = "run.json"

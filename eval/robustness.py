@@ -23,7 +23,7 @@ from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_c
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.results import write_results
 from eval.resume import claim
-from illama.bundle import make_out, write_file
+from illama.atomic_write import make_out, write_file
 from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown as table

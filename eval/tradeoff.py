@@ -32,7 +32,7 @@ from eval.results import read_results
 from eval.table import markdown_table
 from eval.thumbnails import draw_thumbnails
 from eval.weigh import Images, WeighOptions, report_on, weigh
-from illama.bundle import make_out
+from illama.atomic_write import make_out
 from illama.checkpoint import read_preprocessing
 from illama.data import Sample, evenly_spaced
 from illama.distributed import Processes, processes

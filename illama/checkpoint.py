@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from illama.bundle import MANIFEST, WEIGHTS, Manifest, write_file
+from illama.atomic_write import write_file
+from illama.bundle import MANIFEST, WEIGHTS, Manifest
 from illama.config import ClassToken, ModelConfig
 from illama.data import Preprocessing
 from illama.errors import UserError

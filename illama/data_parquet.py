@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from illama.bundle import write_folder
+from illama.atomic_write import write_folder
 from illama.data_shards import (
     PLACE,
     PackedImages,

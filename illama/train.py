@@ -13,8 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from illama.atomic_write import make_out, write_folder
 from illama.batches import seed_everything
-from illama.bundle import WEIGHTS, Manifest, command_line, make_out, sha256, write_folder
+from illama.bundle import WEIGHTS, Manifest, command_line, sha256
 from illama.checkpoint import initialise_from, write_weights
 from illama.config import ModelConfig
 from illama.data import ImageData, open_data

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from illama.bundle import write_file
+from illama.atomic_write import write_file
 
 LOSS_COLUMNS = ("step", "train_loss")
 _VALIDATION = "validation_"

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from illama.accuracy import torch_infer
+from illama.atomic_write import make_out
 from illama.batches import seed_everything
-from illama.bundle import Manifest, make_out
+from illama.bundle import Manifest
 from illama.data_shards import Sample
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command

@@ -24,7 +24,8 @@ from eval.measured import Report
 from eval.report import is_result
 from eval.tradeoff import check_baseline, check_inputs, exit_on_regression, write_and_tell
 from eval.weigh import Images, WeighOptions, report_on, weigh
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked

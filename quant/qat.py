@@ -22,7 +22,8 @@ from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import paired_drop
 from eval.machine import describe_machine
 from illama.accuracy import predict, top1, torch_infer
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256
 from illama.checkpoint import SHIPPED
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from quant.bundles import Origin

@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from illama.bundle import command_line, package_versions, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import command_line, package_versions
 from illama.checkpoint import SHIPPED
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown

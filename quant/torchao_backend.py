@@ -44,7 +44,8 @@ from torchao.quantization import (
 from torchao.quantization.qat import Float8FakeQuantizeConfig, IntxFakeQuantizeConfig, QATConfig
 from torchao.utils import TorchAOBaseTensor
 
-from illama.bundle import TORCHAO, write_file
+from illama.atomic_write import write_file
+from illama.bundle import TORCHAO
 from illama.config import ModelConfig
 from illama.errors import UserError
 from illama.masks import SoftMasked

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from illama.bundle import write_file
+from illama.atomic_write import write_file
 from illama.checkpoint import CONFIG_METADATA, read_state
 from illama.config import ModelConfig
 from illama.errors import UserError

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from illama import ILLaMA, ModelConfig
-from illama.bundle import Manifest, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import Manifest
 from illama.data import Preprocessing, open_data
 
 ROOT = Path(__file__).parents[1]

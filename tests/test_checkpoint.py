@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
 from illama import ILLaMA, ModelConfig
-from illama.bundle import Manifest, write_file, write_folder
+from illama.atomic_write import write_file, write_folder
+from illama.bundle import Manifest
 from illama.checkpoint import SHIPPED, initialise_from, load_checkpoint, resize_positions, write_weights
 from illama.data import Preprocessing
 from illama.errors import UserError

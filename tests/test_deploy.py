@@ -25,7 +25,8 @@ from deploy.openvino_graph import centre_inputs, fitting_rewrites, has_matrix_un
 from deploy.record import EngineRecord
 from deploy.tensorrt_library import find_library
 from illama import ILLaMA, ModelConfig
-from illama.bundle import FUSED_ONNX, read_pinned, sha256, write_pinned
+from illama.atomic_write import read_pinned, write_pinned
+from illama.bundle import FUSED_ONNX, sha256
 from illama.errors import UserError
 from quant.calibrate import calibrate
 from quant.export import export_onnx

@@ -31,7 +31,8 @@ from deploy.tensorrt_engine import TensorRTEngine
 from deploy.tensorrt_library import Library, LibraryName, find_library
 from eval.machine import describe_machine
 from illama import ILLaMA, ModelConfig
-from illama.bundle import ENGINES, FUSED_ONNX, Manifest, command_line, package_versions, write_file
+from illama.atomic_write import write_file
+from illama.bundle import ENGINES, FUSED_ONNX, Manifest, command_line, package_versions
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
 from illama.masks import AttentionMask, MaskedAttention
