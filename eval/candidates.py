@@ -15,6 +15,7 @@ from deploy.record import EngineRecord
 from deploy.tensorrt_library import TITLES
 from eval.bundles import check_alike
 from illama.accuracy import Infer
+from illama.atomic_write import list_folder
 from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of, sha256
 from illama.errors import UserError
 
@@ -104,7 +105,7 @@ def expand(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir() or (path / MANIFEST).exists():
             paths.append(path)
             continue
-        bundles = sorted(each for each in path.iterdir() if (each / MANIFEST).exists() and _has_graphs(each))
+        bundles = [each for each in list_folder(path) if (each / MANIFEST).exists() and _has_graphs(each)]
         if not bundles:
             raise UserError(f"{path} is no bundle and holds none with graphs: make some with python quant/ptq.py")
         paths += bundles

@@ -23,7 +23,7 @@ from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_c
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.results import write_results
 from eval.resume import claim
-from illama.atomic_write import make_out, write_file
+from illama.atomic_write import lock_folder, make_out, write_file
 from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown as table
@@ -188,11 +188,12 @@ def main(options: RobustnessOptions) -> None:
     for corruption in options.corruptions:
         for severity in options.severities:
             check_corruption(corruption, severity)
-    cells = measure(options, open_bundles(options.bundles))
-    results = summarise(cells, options.seed)
-    print(f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
-          f"{' '.join(map(str, options.severities))}\n")  # fmt: skip
-    write_results(options.out, RESULTS, as_json(options, cells, results), markdown(results))
+    with lock_folder(options.out):
+        cells = measure(options, open_bundles(options.bundles))
+        results = summarise(cells, options.seed)
+        print(f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
+              f"{' '.join(map(str, options.severities))}\n")  # fmt: skip
+        write_results(options.out, RESULTS, as_json(options, cells, results), markdown(results))
     print(f"written to {options.out}")
 
 

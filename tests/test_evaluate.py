@@ -125,6 +125,8 @@ def test_it_is_what_whole_logits_say(task, tmp_path):
 def test_interrupted_it_goes_on_where_it_was(task, tmp_path):
     """Ctrl-C in the second of three chunks; then only what is missing is read."""
     whole, work, calls = task.evaluate(), tmp_path / "work", []
+    work.mkdir()
+    (work / ".run.json.draft-0123456789abcdef").touch()  # killed before anything was there
 
     def interrupted(images):
         calls.append(len(images))

@@ -283,6 +283,8 @@ def test_the_loss_counts_no_ignored_pixel():
 def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
     alone = Processes(0, 1, torch.device("cpu"))
     options = replace(TRAINING, data=str(shapes), out=tmp_path / "whole", epochs=1, checkpoint_steps=2, batch_size=16)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
     whole = start_run(options, alone)
     fit(whole)
     killed = start_run(replace(options, out=tmp_path / "killed"), alone)

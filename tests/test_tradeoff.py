@@ -173,6 +173,7 @@ def test_float_networks_come_first_and_what_has_no_graph_is_named(tradeoff, runs
     shutil.copytree(runs / "runs" / "fp32", trained)
     (trained / "model.onnx").unlink()
     fp32, int8 = (tmp_path / "more" / name for name in ("fp32", "int8"))
+    shutil.copytree(fp32, tmp_path / "more" / ".fp32.draft-0123456789abcdef")  # of a killed process
     assert expand([tmp_path / "more"]) == expand([int8, fp32]) == [fp32, int8]
     assert expand([int8 / "model.onnx", trained]) == [trained, int8 / "model.onnx"]
     assert_one_line_error(tradeoff(paths=(fp32, trained)), "trained has no graph to run")
