@@ -23,9 +23,9 @@ import numpy as np
 from google.protobuf import text_format
 
 from deploy.engines import OnnxRuntimeEngine
-from deploy.record import EngineRecord
+from deploy.record import EngineRecord, find_engines
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, ENGINES, MANIFEST, Manifest, command_line, package_versions
+from illama.bundle import CPU_ONNX, MANIFEST, Manifest, command_line, package_versions
 from illama.data import Preprocessing
 from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
@@ -145,17 +145,27 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
 
 
 def checked_engine(bundle: Path, max_batch: int) -> Path:
-    """The bundle's TensorRT engine, the very file that its JSON describes, and one that Triton can run.
+    """The bundle's first TensorRT engine that Triton can run, the very file that its record describes.
 
     Raises:
-        UserError: there is none, it is not that file, it has no weights, other inputs or outputs than the model's
-            config, or was built for other batches.
+        UserError: there is none, or those there are are not that file, have no weights, other inputs or outputs than
+            the model's config, or were built for other batches.
     """
-    path = bundle / ENGINES / "tensorrt.engine"
-    if not path.exists():
-        raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with "
-                        "that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
-    record, manifest = EngineRecord.read(path), Manifest.read(bundle)
+    errors = []
+    for path in find_engines(bundle, "tensorrt"):
+        try:
+            _check_engine(path, Manifest.read(bundle), max_batch)
+            return path
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with "
+                    "that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
+
+
+def _check_engine(path: Path, manifest: Manifest, max_batch: int) -> None:
+    record = EngineRecord.read(path)
     wanted = {INPUT: ["float", [-1, *_shape(Preprocessing.from_dict(manifest.preprocessing))]]}
     named = {OUTPUT: ["float", [-1, len(manifest.classes)]]}
     if (record.inputs, record.outputs) != (wanted, named):
@@ -167,7 +177,6 @@ def checked_engine(bundle: Path, max_batch: int) -> Path:
     if smallest > 1 or max_batch > largest:
         raise UserError(f"{path} was built for batches of {smallest} to {largest}, and 1 to {max_batch} are asked for: "
                         "lower --max-batch, or build with another --batch")  # fmt: skip
-    return path
 
 
 def _checked_onnx(bundle: Path) -> Path:

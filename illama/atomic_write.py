@@ -157,7 +157,7 @@ def _version(path: Path) -> tuple[int, int] | None:
     """What differs between two folders that were at the same path one after another; None if nothing is there."""
     try:
         facts = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return facts.st_ino, facts.st_ctime_ns
 

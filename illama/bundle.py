@@ -5,7 +5,7 @@
     model.onnx           after quantization: the graph for CPUs
     model.fused.onnx     after quantization: the graph for TensorRT
     model.torchao.safetensors  after quantization by torchao: the network for PyTorch
-    engines/             after a build: engines, each with a JSON of its own
+    engines/             after a build: a folder for each engine, with its record
     temperature.json     after an evaluation: what calibrates the probabilities of these files
 
 It appears whole or not at all: it is written beside its place and renamed into it.
@@ -104,9 +104,13 @@ def sha256(path: Path) -> str:
 
 
 def bundle_of(path: Path) -> Path:
-    """The folder of the bundle that a file or an engine belongs to, or that ``path`` is."""
+    """The folder of the bundle that a file, an engine or an engine's folder belongs to, or that ``path`` is."""
     folder = path if path.is_dir() else path.parent
-    return folder.parent if folder.name == ENGINES else folder
+    if not (folder / MANIFEST).exists():
+        for each in (folder, folder.parent):
+            if each.name == ENGINES:
+                return each.parent
+    return folder
 
 
 def is_bundle(folder: Path) -> bool:

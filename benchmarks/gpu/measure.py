@@ -32,7 +32,7 @@ from deploy.tensorrt_library import Library, LibraryName, find_library
 from eval.machine import describe_machine
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import write_file
-from illama.bundle import ENGINES, FUSED_ONNX, Manifest, command_line, package_versions
+from illama.bundle import FUSED_ONNX, Manifest, command_line, package_versions
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
 from illama.masks import AttentionMask, MaskedAttention
@@ -328,8 +328,7 @@ def measure_engine(
         bundle, largest = exports.bundle(name, scheme, mask), max(batches)
         wanted = EngineOptions(library.resolve_targets(()), (1, min(8, largest), largest), verbosity="detailed")
         built = build_engine(library, bundle / FUSED_ONNX, wanted)
-        write_engine(library, bundle, built, wanted)
-        path = bundle / ENGINES / f"{library.name}.engine"
+        path = write_engine(library, bundle, built, wanted)
         row["outcome"] = f"built, {built.attentions} attentions fused, {len(built.data) / 1e6:.1f} MB; not run"
         engine = TensorRTEngine(path, EngineRecord.read(path))
         kernels = fused_kernels(engine.layers())
