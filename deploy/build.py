@@ -20,7 +20,7 @@ from deploy.builder import BuiltEngine, EngineOptions, build_engine, check_kerne
 from deploy.graph import has_fp8, load_graph, precisions
 from deploy.record import ENGINE, RECORD, EngineRecord, find_engines
 from deploy.tensorrt_library import Library, LibraryName, find_library
-from illama.atomic_write import write_folder
+from illama.atomic_write import sweep, write_folder
 from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256
 from illama.errors import UserError, run_command
 
@@ -62,7 +62,8 @@ def build_bundle(library: Library, bundle: Path, options: EngineOptions | None =
     """
     options = options or EngineOptions()
     Manifest.read(bundle)  # before the long work, whether there is one
-    if (path := built_already(library, bundle, options, name)) is not None:
+    sweep(bundle / ENGINES)
+    if (path := _built_already(library, bundle, options, name)) is not None:
         return path
     built = build_engine(library, bundle / FUSED_ONNX, options)
     if not options.allow_unfused:
@@ -70,8 +71,7 @@ def build_bundle(library: Library, bundle: Path, options: EngineOptions | None =
     return write_engine(library, bundle, built, options, name)
 
 
-def engine_path(library: Library, bundle: Path, options: EngineOptions, name: str | None = None) -> Path:
-    """Where an engine built with these options is written."""
+def _engine_path(library: Library, bundle: Path, options: EngineOptions, name: str | None) -> Path:
     targets = ".".join(options.targets) or "portable"
     return bundle / ENGINES / (name or f"{library.name}-{targets}-{'.'.join(map(str, options.batch))}") / ENGINE
 
@@ -81,7 +81,7 @@ def write_engine(
 ) -> Path:
     """Write an engine of the bundle's fused graph and its record, as one folder; the engine's file."""
     manifest, source = Manifest.read(bundle), bundle / FUSED_ONNX
-    path = engine_path(library, bundle, options, name)
+    path = _engine_path(library, bundle, options, name)
     record = EngineRecord(
         onnx_sha256=sha256(source), engine_sha256=hashlib.sha256(built.data).hexdigest(),
         engine_bytes=len(built.data), library=library.name, library_version=library.version,
@@ -97,13 +97,9 @@ def write_engine(
     return path
 
 
-def built_already(library: Library, bundle: Path, options: EngineOptions, name: str | None = None) -> Path | None:
-    """The bundle's engine that was built just so, under that name if one is given; None if there is none.
-
-    Raises:
-        UserError: an engine that was built otherwise has the name.
-    """
-    path, source = engine_path(library, bundle, options, name), bundle / FUSED_ONNX
+def _built_already(library: Library, bundle: Path, options: EngineOptions, name: str | None) -> Path | None:
+    """The bundle's engine that was built just so; None if there is none; UserError if another one has its name."""
+    path, source = _engine_path(library, bundle, options, name), bundle / FUSED_ONNX
     digest = sha256(source) if source.exists() else ""
     origin = (digest, library.name, library.version, options.targets, options.batch, options.to_json())
     for each in [path] if name else find_engines(bundle, library.name):

@@ -214,7 +214,7 @@ def open_file(path: Path, runtime: RuntimeName | None = None, threads: int = 0) 
         try:
             return _open(each, runtime, threads), each
         except UserError as error:
-            print(f"warning: {error}; the bundle's next file is taken", file=sys.stderr)
+            print(f"warning: {each} is left out: {error}", file=sys.stderr)
     return _open(paths[-1], runtime, threads), paths[-1]
 
 
@@ -263,8 +263,7 @@ def _files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:
     engines = find_engines(path, runtime) if runtime in (None, *TITLES) else []
     if engines and runtime:
         return sorted(engines, key=lambda engine: not _may_run(engine))
-    others = [path / CPU_ONNX if (path / CPU_ONNX).exists() else weights]
-    return [engine for engine in engines if _may_run(engine)] + others
+    return [*filter(_may_run, engines), path / CPU_ONNX if (path / CPU_ONNX).exists() else weights]
 
 
 def _may_run(engine: Path) -> bool:

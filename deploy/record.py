@@ -1,7 +1,6 @@
 """What is written beside an engine, so that it can be trusted, found again and used by those who did not build it.
 
-An engine is a folder in its bundle, ``engines/NAME``: ``model.engine``, ``record.json``, and ``runtime-cache``, what
-TensorRT-RTX compiled when it ran. An earlier version wrote files: ``engines/LIBRARY.engine``, ``.json`` and so on.
+An engine is a folder in its bundle, ``engines/NAME``. Earlier versions wrote ``engines/LIBRARY.engine`` and ``.json``.
 """
 
 from __future__ import annotations
@@ -79,10 +78,8 @@ class EngineRecord:
             values |= {key: tuple(values[key]) for key in ("targets", "batch")}
             record = cls(**{field.name: values[field.name] for field in fields(cls)})
             actual = sha256(engine)
-        except FileNotFoundError as error:
-            raise UserError(f"there is no {error.filename}: build the engine with python deploy/build.py") from error
         except OSError as error:
-            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+            raise UserError(f"cannot read {error.filename} ({error.strerror}): run python deploy/build.py") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: build the engine again with python deploy/build.py") from error
         if actual != record.engine_sha256:

@@ -56,8 +56,7 @@ class TensorRTEngine:
         self._engine = library.deserialize(path.read_bytes(), bool(record.options.get("version_compatible")))
         if record.options.get("weight_stripped"):
             _refit(library, self._engine, bundle_of(path) / FUSED_ONNX, record)
-        new = path.name == ENGINE
-        self._cache_path = path.with_name(RUNTIME_CACHE) if new else path.with_suffix(f".{RUNTIME_CACHE}")
+        self._cache_path = path.with_name(RUNTIME_CACHE) if path.name == ENGINE else path.with_suffix(".runtime-cache")
         self._config, self._cache = library.runtime_config(self._engine)
         if self._cache is not None and (kept := read_pinned(self._cache_path)):
             self._cache.deserialize(kept)

@@ -148,20 +148,18 @@ def checked_engine(bundle: Path, max_batch: int) -> Path:
     """The bundle's first TensorRT engine that Triton can run, the very file that its record describes.
 
     Raises:
-        UserError: there is none, or those there are are not that file, have no weights, other inputs or outputs than
-            the model's config, or were built for other batches.
+        UserError: there is none, or the first is not that file, has no weights, other inputs or outputs than the
+            model's config, or was built for other batches.
     """
-    errors = []
+    refused = None
     for path in find_engines(bundle, "tensorrt"):
         try:
             _check_engine(path, Manifest.read(bundle), max_batch)
             return path
         except UserError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-    raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with "
-                    "that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
+            refused = refused or error
+    raise refused or UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine "
+                               "with that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
 
 
 def _check_engine(path: Path, manifest: Manifest, max_batch: int) -> None:

@@ -104,11 +104,8 @@ def expand(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if not path.exists():
             raise UserError(f"there is no {path}: name a bundle, a folder of bundles, or a file of one")
-        if not path.is_dir() or (path / MANIFEST).exists():
-            paths.append(path)
-            continue
-        if bundle_of(path) != path:
-            paths.append(path / ENGINE)
+        if not path.is_dir() or (path / MANIFEST).exists() or bundle_of(path) != path:
+            paths.append(path / ENGINE if path.is_dir() and bundle_of(path) != path else path)
             continue
         bundles = [each for each in list_folder(path) if (each / MANIFEST).exists() and _has_graphs(each)]
         if not bundles:

@@ -23,7 +23,7 @@ from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_c
 from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.results import write_results
 from eval.resume import claim
-from illama.atomic_write import lock_folder, make_out, write_file
+from illama.atomic_write import lock_folder, make_out, sweep, write_file
 from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown as table
@@ -138,6 +138,7 @@ def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Righ
     facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
     claim(options.out, facts)
     make_out(options.out / CELLS)
+    sweep(options.out / CELLS)
     wanted = [CLEAN, *((name, severity) for name in options.corruptions for severity in options.severities)]
     cells = {}
     for cell in tqdm(wanted, desc="corruptions", unit="cell"):

@@ -1,14 +1,15 @@
 """Atomic writes: files and folders that appear whole or not at all, even if their writer is killed.
 
 What is written is a draft, ``.NAME.draft-RANDOM`` beside its place, until one rename puts it there. While it writes,
-the writer holds the lock ``.NAME.draft-RANDOM.lock``. A draft whose lock is free was left by a killed process, and the
-next write of NAME removes it.
+the writer holds the lock ``.NAME.draft-RANDOM.lock``, which the kernel releases however the writer ends. A draft whose
+lock is free was left by a killed process, and the next write of NAME removes it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -21,21 +22,18 @@ from pathlib import Path
 
 from illama.bundle import is_bundle
 from illama.errors import UserError
-from illama.locks import file_lock
 
 LOCK = ".lock"  # in a folder that a process works in
-# Earlier versions named a draft after its process, and had no locks.
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(draft|old)-(?P<token>[0-9a-f]{16}|\d{1,10})(\.lock)?", re.DOTALL)
 _LOST_RACE = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
+_held: set[int] = set()  # descriptors of locked files
 
 
 @contextmanager
 def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> Iterator[Path]:
     """A temporary folder that takes the place of ``folder`` if the block succeeds and vanishes if not.
-
-    Of two processes that write the same folder, the later one replaces what the earlier one wrote.
 
     Raises:
         UserError: at once, if ``folder`` cannot be written, or holds files and ``is_ours`` denies it; at the end, if
@@ -82,6 +80,51 @@ def read_pinned(path: Path) -> bytes | None:
     return data if _pin_line(path, data).split()[0] in pin.split() else None
 
 
+def _close_in_child() -> None:
+    """Otherwise a data loader's worker would hold its parent's locks for some seconds after the parent was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextmanager
+def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold ``flock`` on a file made for it and removed at the end; False on a file system without locks.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is False.
+        OSError: the file cannot be opened for writing.
+    """
+    descriptor, supported = _acquire(path, wait)
+    _held.add(descriptor)
+    try:
+        yield supported
+    finally:
+        if descriptor in _held:  # not in a forked child
+            path.unlink(missing_ok=True)  # while the lock is held: later the file could be another process's
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _acquire(path: Path, wait: bool) -> tuple[int, bool]:
+    """A descriptor of the file once it is locked; (descriptor, False) where there are no locks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor, True
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor, False
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its last holder removed the file after it was opened here
+
+
 def make_out(out: Path) -> None:
     """The folder that a command writes into; UserError if it cannot be made."""
     try:
@@ -92,10 +135,7 @@ def make_out(out: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, main: bool = True) -> Iterator[None]:
-    """Keep other processes from working in a folder, which is made if it is missing.
-
-    Args:
-        main: False does nothing: of processes that work together, one holds the lock for all.
+    """Keep other processes from working in a folder, which is made if it is missing; does nothing unless ``main``.
 
     Raises:
         UserError: another process works in it, or it cannot be written.
@@ -110,11 +150,26 @@ def lock_folder(folder: Path, main: bool = True) -> Iterator[None]:
             stack.callback(_remove_empty, folder)
         try:
             stack.enter_context(file_lock(folder / LOCK))
-        except BlockingIOError as error:
-            raise UserError(f"{folder} is in use by another process: wait for it, or choose another --out") from error
         except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+            reason = "it is in use by another process" if isinstance(error, BlockingIOError) else error.strerror
+            raise UserError(f"cannot write {folder}: {reason}; choose another --out") from error
+        sweep(folder)
         yield
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left in a folder of their writes of ``name``, or of all if none is given."""
+    # Earlier versions named a draft after its process: of a name that is not ours, such a number could mean anything.
+    pattern = _temporary(re.escape(name), r"[0-9a-f]{16}|\d{1,10}") if name else _temporary()
+    found = [pattern.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    for place, token in {(folder / match["name"], match["token"]) for match in found if match}:
+        draft, old = (_beside(place, kind, token) for kind in ("draft", "old"))
+        # Left as it is: in use (BlockingIOError), or another user's.
+        with suppress(OSError), file_lock(draft.with_name(f"{draft.name}.lock")) as held:
+            if held and old.is_dir() and not place.exists():
+                old.rename(place)  # killed between the two renames of _exchange
+            for leftover in (draft, old) if held else ():
+                _remove(leftover)
 
 
 def remove_folder(folder: Path) -> None:
@@ -125,7 +180,12 @@ def remove_folder(folder: Path) -> None:
 
 def list_folder(folder: Path) -> list[Path]:
     """What a folder holds, sorted, without the drafts and locks of processes that run or were killed."""
-    return sorted(path for path in folder.iterdir() if path.name != LOCK and not _TEMPORARY.fullmatch(path.name))
+    return sorted(path for path in folder.iterdir() if path.name != LOCK and not _temporary().fullmatch(path.name))
+
+
+def _temporary(name: str = ".+", token: str = "[0-9a-f]{16}") -> re.Pattern[str]:
+    """The names of drafts, of folders that are being replaced, and of their locks."""
+    return re.compile(rf"\.(?P<name>{name})\.(draft|old)-(?P<token>{token})(\.lock)?", re.DOTALL)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -169,26 +229,13 @@ def _beside(place: Path, kind: str, token: str) -> Path:
 @contextmanager
 def _draft_of(place: Path) -> Iterator[Path]:
     """A path beside ``place`` for this process alone; whatever is there is removed at the end."""
-    _sweep(place)
+    sweep(place.parent, place.name)
     draft = _beside(place, "draft", secrets.token_hex(8))
     with file_lock(draft.with_name(f"{draft.name}.lock"), wait=True):  # for a sweep that came before the lock
         try:
             yield draft
         finally:
             _remove(draft)
-
-
-def _sweep(place: Path) -> None:
-    """Remove what killed processes left of their writes of ``place``, and put back a folder that one had moved away."""
-    found = [_TEMPORARY.fullmatch(path.name) for path in place.parent.iterdir()]
-    for token in {match["token"] for match in found if match and match["name"] == place.name}:
-        draft, old = (_beside(place, kind, token) for kind in ("draft", "old"))
-        # Left as it is: in use (BlockingIOError), or another user's.
-        with suppress(OSError), file_lock(draft.with_name(f"{draft.name}.lock")) as held:
-            if held and old.is_dir() and not place.exists():
-                old.rename(place)
-            for leftover in (draft, old) if held else ():
-                _remove(leftover)
 
 
 def _remove(path: Path) -> None:
@@ -202,11 +249,11 @@ def _take_place(draft: Path, folder: Path, is_ours: Callable[[Path], bool]) -> N
     """Rename a draft to its place; the content of an earlier folder there is in the draft's place afterwards."""
     while True:
         try:
-            if not folder.exists():
+            if folder.exists():
+                _refuse_foreign(folder, is_ours)
+                _exchange(draft, folder)
+            else:
                 draft.rename(folder)
-                return
-            _refuse_foreign(folder, is_ours)
-            _exchange(draft, folder)
             return
         except OSError as error:  # another process wrote the folder in between
             if error.errno not in _LOST_RACE or not draft.exists():

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from illama.atomic_write import write_folder
+from illama.atomic_write import file_lock, sweep, write_folder
 from illama.data_shards import (
     PLACE,
     PackedImages,
@@ -40,7 +40,6 @@ from illama.data_shards import (
     train_shards,
 )
 from illama.errors import UserError
-from illama.locks import file_lock
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -205,6 +204,7 @@ def _unpack(images: ParquetImages, folder: Path) -> None:
             stack.enter_context(file_lock(folder.with_suffix(".lock"), wait=True))  # one process unpacks for all
         except OSError as error:
             raise UserError(f"cannot write {folder.parent} ({error.strerror}): {advice}") from error
+        sweep(folder.parent, folder.name)
         if folder.exists():
             return
         free = shutil.disk_usage(folder.parent).free

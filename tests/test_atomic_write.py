@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import illama.atomic_write
 from illama.atomic_write import (
+    file_lock,
     list_folder,
     lock_folder,
     read_pinned,
@@ -28,7 +29,6 @@ from illama.atomic_write import (
 from illama.bundle import Manifest
 from illama.checkpoint import load_checkpoint
 from illama.errors import UserError
-from illama.locks import file_lock
 
 
 def anything(folder):
@@ -107,6 +107,18 @@ def test_what_earlier_versions_left_is_swept(tmp_path):
     with write_file(tmp_path / "checkpoint.pt") as draft:
         draft.write_text("whole")
     assert names(tmp_path) == ["bundle", "checkpoint.pt"]
+
+
+def test_what_a_folder_holds_beside_drafts(tmp_path):
+    """Where the name is not known, a number means nothing: nobody's file is taken for a draft, nor removed."""
+    mine = {".notes.draft-2", ".thesis.old-2023", "checkpoint.pt"}
+    for name in (*mine, ".checkpoint.pt.draft-0123456789abcdef", ".bundle.draft-0123456789abcdef.lock", ".lock"):
+        (tmp_path / name).touch()
+    assert {path.name for path in list_folder(tmp_path)} == mine
+    with pytest.raises(UserError, match="other files"), write_folder(tmp_path):
+        pass
+    with lock_folder(tmp_path):
+        assert set(names(tmp_path)) == {*mine, ".lock"}
 
 
 def test_a_draft_in_use_is_not_swept(tmp_path):

@@ -151,8 +151,8 @@ def from_the_future(path):
     record.write_text(json.dumps({**json.loads(record.read_text()), "format": FORMAT + 1}))
 
 
-DAMAGES = {damage_engine: "is not the engine that", damage_record: "is damaged", lose_record: "there is no",
-           lose_engine: "there is no", from_the_future: "is of format"}  # fmt: skip
+DAMAGES = {damage_engine: "is not the engine that", damage_record: "is damaged", lose_record: "cannot read",
+           lose_engine: "cannot read", from_the_future: "is of format"}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -241,7 +241,7 @@ def test_engines_that_are_named_are_used_or_refused(tradeoff, with_engines, tmp_
         assert result.returncode == 0 and "left out" not in result.stdout, result.stderr
         (row,) = json.loads((tmp_path / str(number) / "report.json").read_text())["rows"]
         assert row["name"] == "fp32, TensorRT, tensorrt-sm87-1.1.1"
-    for name, words in (("half", "there is no"), ("other-graph", "another model.fused.onnx")):
+    for name, words in (("half", "cannot read"), ("other-graph", "another model.fused.onnx")):
         assert_one_line_error(tradeoff(paths=(with_engines / "engines" / name,)), words)
 
 
