@@ -209,7 +209,7 @@ def open_file(path: Path, runtime: RuntimeName | None = None, threads: int = 0) 
         raise UserError(f"unknown runtime {runtime!r}: choose from {', '.join(get_args(RuntimeName))}")
     if not path.exists():
         raise UserError(f"there is no {path}")
-    paths = _files_of(path, runtime)
+    paths = files_of(path, runtime)
     for each in paths[:-1]:
         try:
             return _open(each, runtime, threads), each
@@ -251,8 +251,8 @@ def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:
     )
 
 
-def _files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:
-    """The file at ``path``, or those of a bundle that ``runtime`` takes or are best here, the best one first."""
+def files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:
+    """The file at ``path``, or those of a bundle that ``runtime`` takes, the best first; UserError if it is none."""
     if not path.is_dir() or bundle_of(path) != path:
         return [path / ENGINE if path.is_dir() else path]
     if not is_bundle(path):

@@ -261,8 +261,8 @@ class Counts:
                 *(str(self.left[each]) for each in ("none", "old", "new")), str(len(self.failures)))  # fmt: skip
 
 
-HEADINGS = ("command", "over an earlier result", "killed before each of", "no result left", "the earlier one left",
-            "the new one left", "failures")  # fmt: skip
+HEADINGS = ("command", "over an earlier result", "kills", "left no result", "left the earlier one", "left the new one",
+            "failures")  # fmt: skip
 
 
 def run_all(command: Command, folder: Path, earlier: bool) -> dict[str, Any]:
