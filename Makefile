@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test figures clean
+.PHONY: setup demo test kill figures clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,10 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+# Kill train, build and ptq before each of their file operations (docs/reliability.md).
+kill: setup
+	$(BIN)/python tests/kill_harness.py --out results/kills
 
 # Every figure in README.md and docs/ printed again; ALL=1 for those of training runs too, which take hours.
 figures: setup

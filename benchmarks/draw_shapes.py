@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from illama.bundle import write_folder
+from illama.atomic_write import write_folder
 from illama.errors import run_command
 
 CLASSES = ("background", "rectangle", "disc", "ring")

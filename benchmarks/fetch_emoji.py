@@ -26,7 +26,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from illama.bundle import write_folder
+from illama.atomic_write import write_folder
 from illama.errors import UserError, run_command
 
 SIZE = 64

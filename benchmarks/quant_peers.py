@@ -34,7 +34,8 @@ from eval.accuracy_drop import Drop, paired_drop
 from eval.latency import measure_latency
 from eval.results import write_results
 from illama.accuracy import Infer, load_images, top1, usable_cores
-from illama.bundle import package_versions, sha256, write_file
+from illama.atomic_write import write_file
+from illama.bundle import package_versions, sha256
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.errors import UserError, run_command
 from illama.machine import describe_machine

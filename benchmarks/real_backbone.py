@@ -36,7 +36,8 @@ from tqdm import tqdm
 from eval.accuracy_drop import paired_drop
 from eval.results import write_results
 from illama.accuracy import load_images
-from illama.bundle import sha256, write_file
+from illama.atomic_write import write_file
+from illama.bundle import sha256
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import Preprocessing, Transformed, open_data
 from illama.errors import UserError, run_command

@@ -34,7 +34,7 @@ from deploy.triton_config import ServingOptions
 from deploy.triton_repository import write_repository
 from deploy.triton_server import ListenOptions, running_server
 from eval.results import write_results
-from illama.bundle import make_out
+from illama.atomic_write import make_out
 from illama.data import open_data
 from illama.errors import UserError, run_command
 

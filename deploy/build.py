@@ -6,17 +6,22 @@ the precision that the scheme asks for (deploy/fusion.py).
 
 from __future__ import annotations
 
+import hashlib
+import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from deploy.builder import BuiltEngine, EngineOptions, build_engine, check_kernels, trtexec_line
 from deploy.graph import has_fp8, load_graph, precisions
-from deploy.record import EngineRecord
+from deploy.record import ENGINE, RECORD, EngineRecord, find_engines
 from deploy.tensorrt_library import Library, LibraryName, find_library
-from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256, write_file
+from illama.atomic_write import sweep, write_folder
+from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256
 from illama.errors import UserError, run_command
 
 FP8_OLDEST = 89
@@ -31,65 +36,97 @@ class BuildOptions(EngineOptions):
     Attributes:
         bundles: folders with a model.fused.onnx.
         library: tensorrt or tensorrt_rtx; whichever can build here, tensorrt first, if not given.
+        name: of the engine's folder in the bundle's engines/; LIBRARY-TARGETS-BATCH if not given.
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     library: LibraryName | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name is not None and not re.fullmatch(r"\w[\w.+-]{,99}", self.name, re.ASCII):
+            raise UserError(f"--name is a folder's, of letters, digits and ._+-, not {self.name!r}")
 
 
-def build_bundle(library: Library, bundle: Path, options: EngineOptions | None = None) -> EngineRecord:
-    """Build the engine of a bundle into its ``engines/`` folder, with its record beside it, unless it is there.
+def build_bundle(library: Library, bundle: Path, options: EngineOptions | None = None, name: str | None = None) -> Path:
+    """Build an engine of a bundle into a folder of its own in ``engines/``, unless one was built just so: its file.
 
     ``options.targets`` are resolved ones (:meth:`deploy.tensorrt_library.Library.resolve_targets`).
 
+    Args:
+        name: of that folder; see :class:`BuildOptions`.
+
     Raises:
-        UserError: no fused graph in the bundle, or an attention that cannot be fused.
+        UserError: no fused graph in the bundle, an attention that cannot be fused, or another engine of that name.
     """
     options = options or EngineOptions()
-    source, path = bundle / FUSED_ONNX, bundle / ENGINES / f"{library.name}.engine"
     Manifest.read(bundle)  # before the long work, whether there is one
-    if (record := built_already(library, source, path, options)) is not None:
-        return record
-    built = build_engine(library, source, options)
+    sweep(bundle / ENGINES)
+    if (path := _built_already(library, bundle, options, name)) is not None:
+        return path
+    built = build_engine(library, bundle / FUSED_ONNX, options)
     if not options.allow_unfused:
         check_kernels(library, built, options)
-    return write_engine(library, bundle, built, options)
+    return write_engine(library, bundle, built, options, name)
 
 
-def write_engine(library: Library, bundle: Path, built: BuiltEngine, options: EngineOptions) -> EngineRecord:
-    """Write an engine of the bundle's fused graph, and its record beside it."""
+def _engine_path(library: Library, bundle: Path, options: EngineOptions, name: str | None) -> Path:
+    targets = ".".join(options.targets) or "portable"
+    return bundle / ENGINES / (name or f"{library.name}-{targets}-{'.'.join(map(str, options.batch))}") / ENGINE
+
+
+def write_engine(
+    library: Library, bundle: Path, built: BuiltEngine, options: EngineOptions, name: str | None = None
+) -> Path:
+    """Write an engine of the bundle's fused graph and its record, as one folder; the engine's file."""
     manifest, source = Manifest.read(bundle), bundle / FUSED_ONNX
-    path = bundle / ENGINES / f"{library.name}.engine"
-    path.parent.mkdir(exist_ok=True)
-    with write_file(path) as draft:
-        draft.write_bytes(built.data)
+    path = _engine_path(library, bundle, options, name)
     record = EngineRecord(
-        onnx_sha256=sha256(source), engine_sha256=sha256(path), engine_bytes=len(built.data),
-        library=library.name, library_version=library.version, targets=options.targets, batch=options.batch,
-        options=options.to_json(), precisions=precisions(load_graph(source)), attentions=built.attentions,
+        onnx_sha256=sha256(source), engine_sha256=hashlib.sha256(built.data).hexdigest(),
+        engine_bytes=len(built.data), library=library.name, library_version=library.version,
+        targets=options.targets, batch=options.batch, options=options.to_json(),
+        precisions=precisions(load_graph(source)), attentions=built.attentions,
         fused=built.fused, inputs=built.inputs, outputs=built.outputs,
         preprocessing=manifest.preprocessing, classes=manifest.classes,
         trtexec=trtexec_line(library, source, path, options),
     )  # fmt: skip
-    record.write(path)
-    return record
+    with write_folder(path.parent, partial(_may_replace, record.origin)) as draft:
+        (draft / ENGINE).write_bytes(built.data)
+        record.write(draft / ENGINE)
+    return path
 
 
-def built_already(library: Library, source: Path, engine: Path, options: EngineOptions) -> EngineRecord | None:
-    """The record of an engine that was built from ``source`` just so; None if there is none that can be trusted."""
+def _built_already(library: Library, bundle: Path, options: EngineOptions, name: str | None) -> Path | None:
+    """The bundle's engine that was built just so; None if there is none; UserError if another one has its name."""
+    path, source = _engine_path(library, bundle, options, name), bundle / FUSED_ONNX
+    digest = sha256(source) if source.exists() else ""
+    origin = (digest, library.name, library.version, options.targets, options.batch, options.to_json())
+    for each in [path] if name else find_engines(bundle, library.name):
+        with suppress(UserError):
+            if EngineRecord.read(each).origin == origin:
+                print(f"{each} is built already")
+                return each
+    if path.parent.exists() and not _may_replace(origin, path.parent):
+        raise UserError(f"{path.parent} is there, of another graph, library version or options: choose another --name, "
+                        "or delete it")  # fmt: skip
+    if path.parent.exists():
+        print(f"{path.parent} holds no engine that can be used, and is built again")
+    return None
+
+
+def _may_replace(origin: tuple[Any, ...], folder: Path) -> bool:
+    """Whether a folder is of an engine that is refused, or of one that another process built just so."""
     try:
-        record = EngineRecord.read(engine)
+        return EngineRecord.read(folder / ENGINE).origin == origin
     except UserError:
-        return None
-    same = (record.onnx_sha256, record.library, record.library_version, record.targets, record.batch, record.options)
-    wanted = (sha256(source), library.name, library.version, options.targets, options.batch, options.to_json())
-    return record if same == wanted else None
+        return (folder / ENGINE).exists() or (folder / RECORD).exists()
 
 
 def build_fitting(
-    library: Library, bundle: Path, options: EngineOptions | None = None
-) -> tuple[EngineRecord | None, tuple[str, ...]]:
-    """Build a bundle for the targets that have its number formats: (the engine's record, the targets left out).
+    library: Library, bundle: Path, options: EngineOptions | None = None, name: str | None = None
+) -> tuple[Path | None, tuple[str, ...]]:
+    """Build a bundle for the targets that have its number formats: (the engine, the targets left out).
 
     Raises:
         UserError: as :func:`build_bundle` does, and for an impossible target.
@@ -98,7 +135,7 @@ def build_fitting(
     wanted = library.resolve_targets(options.targets)
     unfit = unfit_targets(bundle / FUSED_ONNX, wanted)
     fit = tuple(target for target in wanted if target not in unfit)
-    return (build_bundle(library, bundle, replace(options, targets=fit)) if fit or not unfit else None), unfit
+    return (build_bundle(library, bundle, replace(options, targets=fit), name) if fit or not unfit else None), unfit
 
 
 def unfit_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,13 +152,14 @@ def main(options: BuildOptions) -> None:
     if not options.bundles:
         raise UserError("name a bundle: python deploy/build.py runs/ptq/int8")
     for bundle in options.bundles:
-        record, unfit = build_fitting(library, bundle, options)
+        path, unfit = build_fitting(library, bundle, options, options.name)
         if unfit:
             print(f"{bundle}: not for {', '.join(unfit)}, which lacks FP8; use INT8 there")
-        if record:
+        if path:
+            record = EngineRecord.read(path)
             proof = "fused attentions" if record.fused else "attentions, which may be in pieces"
-            print(f"{bundle / ENGINES / library.name}.engine: {record.engine_bytes / 1e6:.1f} MB, "
-                  f"{record.attentions} {proof}\n  {record.trtexec}")  # fmt: skip
+            print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.attentions} {proof}\n"
+                  f"  {record.trtexec}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from onnx import ModelProto
 from deploy.fusion import allow_decomposition, demand_fusion, find_attentions, fused_kernels, softmax_outputs
 from deploy.graph import load_graph
 from deploy.tensorrt_library import Library, fits_this_gpu
-from illama.bundle import read_pinned, write_pinned
+from illama.atomic_write import read_pinned, write_pinned
 from illama.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import tyro
 from deploy.graph import load_graph
 from deploy.preprocessing import add_preprocessing
 from deploy.temperature import copy_temperature
-from illama.bundle import CPU_ONNX, FRAME, FUSED_ONNX, Manifest, command_line, sha256, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, FRAME, FUSED_ONNX, Manifest, command_line, sha256
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
 

@@ -3,13 +3,14 @@
 | path                              | runtime                                                            |
 |-----------------------------------|--------------------------------------------------------------------|
 | a bundle                          | the best here: an engine that this GPU runs, else its CPU file      |
-| ``*.engine``                      | ``tensorrt`` or ``tensorrt_rtx``, as the record beside it says      |
+| an engine's folder, ``*.engine``  | ``tensorrt`` or ``tensorrt_rtx``, as the record beside it says      |
 | ``*.onnx``                        | ``openvino`` or ``onnxruntime``, or one of its GPU providers        |
 | ``*.safetensors`` or its bundle   | ``torch``, ``torch.compile``                                        |
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
@@ -20,11 +21,11 @@ import torch
 
 from deploy.graph import has_fp8, load_graph
 from deploy.openvino_graph import fitting_rewrites, has_matrix_unit
-from deploy.record import EngineRecord
+from deploy.record import ENGINE, EngineRecord, find_engines
 from deploy.tensorrt_engine import TensorRTEngine
-from deploy.tensorrt_library import fits_this_gpu
+from deploy.tensorrt_library import TITLES, fits_this_gpu
 from illama.accuracy import torch_infer, usable_cores
-from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, is_bundle
+from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, bundle_of, is_bundle
 from illama.checkpoint import load_checkpoint
 from illama.config import ModelConfig
 from illama.errors import UserError
@@ -190,6 +191,8 @@ def _network(path: Path) -> torch.nn.Module:
 def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:
     """The engine, file or bundle at ``path``, ready to infer.
 
+    An engine of a bundle that cannot be opened is passed over, with a line on stderr that says why.
+
     Args:
         runtime: which one; the best for the path, if not given (the table above, and docs/cpu.md).
         threads: on a CPU; 0 for one a core.
@@ -197,9 +200,25 @@ def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
     Raises:
         UserError: nothing there, a damaged or refused file, or a runtime that is not here or does not take it.
     """
+    return open_file(path, runtime, threads)[0]
+
+
+def open_file(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> tuple[Engine, Path]:
+    """As :func:`open_engine`, and the file that was opened."""
     if runtime is not None and runtime not in get_args(RuntimeName):
         raise UserError(f"unknown runtime {runtime!r}: choose from {', '.join(get_args(RuntimeName))}")
-    path = file_of(path, runtime)
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    paths = files_of(path, runtime)
+    for each in paths[:-1]:
+        try:
+            return _open(each, runtime, threads), each
+        except UserError as error:
+            print(f"warning: {each} is left out: {error}", file=sys.stderr)
+    return _open(paths[-1], runtime, threads), paths[-1]
+
+
+def _open(path: Path, runtime: RuntimeName | None, threads: int) -> Engine:
     if path.suffix == ".engine":
         record = EngineRecord.read(path)
         if runtime not in (None, record.library):
@@ -232,27 +251,25 @@ def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:
     )
 
 
-def file_of(path: Path, runtime: RuntimeName | None = None) -> Path:
-    """The file that :func:`open_engine` opens: ``path``, or that of a bundle which ``runtime`` takes or is best here.
-
-    Raises:
-        UserError: nothing there, or a folder that is no bundle.
-    """
-    if path.is_dir():
-        return _best_of(path, runtime)
-    if not path.exists():
-        raise UserError(f"there is no {path}")
-    return path
-
-
-def _best_of(bundle: Path, runtime: RuntimeName | None) -> Path:
-    if not is_bundle(bundle):
-        raise UserError(f"{bundle} is not a bundle: name one, or a file of one")
-    weights = bundle / (TORCHAO if (bundle / TORCHAO).exists() else WEIGHTS)
+def files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:
+    """The file at ``path``, or those of a bundle that ``runtime`` takes, the best first; UserError if it is none."""
+    if not path.is_dir() or bundle_of(path) != path:
+        return [path / ENGINE if path.is_dir() else path]
+    if not is_bundle(path):
+        raise UserError(f"{path} is not a bundle: name one, or a file of one")
+    weights = path / (TORCHAO if (path / TORCHAO).exists() else WEIGHTS)
     if runtime in ("torch", "torch-compile"):
-        return weights
-    for engine in sorted((bundle / ENGINES).glob(f"{runtime or '*'}.engine")):
+        return [weights]
+    engines = find_engines(path, runtime) if runtime in (None, *TITLES) else []
+    if engines and runtime:
+        return sorted(engines, key=lambda engine: not _may_run(engine))
+    return [*filter(_may_run, engines), path / CPU_ONNX if (path / CPU_ONNX).exists() else weights]
+
+
+def _may_run(engine: Path) -> bool:
+    """Whether an engine is for the GPU here; True for one that will be refused, whose opening says why."""
+    try:
         record = EngineRecord.read(engine)
-        if runtime or fits_this_gpu(record.targets, record.options["hardware_compatible"]):
-            return engine
-    return bundle / CPU_ONNX if (bundle / CPU_ONNX).exists() else weights
+    except UserError:
+        return True
+    return fits_this_gpu(record.targets, bool(record.options.get("hardware_compatible")))

@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from deploy.engines import Engine, RuntimeName, file_of, open_engine
+from deploy.engines import Engine, RuntimeName, open_file
 from deploy.image_input import ImageInput
 from deploy.temperature import read_temperature
 from illama.bundle import Manifest, bundle_of
@@ -29,7 +29,7 @@ class PredictOptions:
 
     Attributes:
         images: image files.
-        engine: a bundle, or an .engine or .onnx file of one.
+        engine: a bundle, or an engine's folder, an .engine or an .onnx file of one.
         runtime: openvino, onnxruntime, tensorrt, torch, ...; the best for the engine if not given.
         watch: classify each image that appears in this folder, one line each, until Ctrl-C.
         seconds: stop watching after so long.
@@ -91,9 +91,8 @@ def main(options: PredictOptions) -> None:
     if bool(options.images) == bool(options.watch):
         raise UserError("name images, or a folder with --watch")
     manifest = Manifest.read(bundle_of(options.engine))
-    file = file_of(options.engine, options.runtime)
+    engine, file = open_file(options.engine, options.runtime, options.threads)
     temperature = read_temperature(file)
-    engine = open_engine(file, options.runtime, options.threads)
     calibrated = f"calibrated (temperature {temperature:.3f})" if temperature else "not calibrated"
     print(f"{options.engine} in {engine.runtime}; its probabilities are {calibrated}", flush=True)
     until = time.monotonic() + options.seconds if options.seconds is not None else None

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from deploy.engines import RuntimeName, cpu_runtime, file_of
+from deploy.engines import RuntimeName, cpu_runtime, files_of
 from illama.accuracy import usable_cores
 from illama.bundle import CPU_ONNX, TORCHAO
 from illama.errors import UserError
@@ -53,7 +53,7 @@ def recommend_runtime(bundle: Path, asked: RuntimeName | None = None) -> Runtime
         UserError: the bundle has no file for it.
     """
     if asked is not None:
-        return RuntimeChoice(_existing(file_of(bundle, asked), bundle), asked, "as --runtime asks")
+        return RuntimeChoice(_existing(files_of(bundle, asked)[0], bundle), asked, "as --runtime asks")
     if not (bundle / CPU_ONNX).exists() and (bundle / TORCHAO).exists():
         return RuntimeChoice(bundle / TORCHAO, "torch", "the only runtime of its file")
     file = _existing(bundle / CPU_ONNX, bundle)

@@ -1,4 +1,7 @@
-"""What is written beside an engine, so that it can be trusted, found again and used by those who did not build it."""
+"""What is written beside an engine, so that it can be trusted, found again and used by those who did not build it.
+
+An engine is a folder in its bundle, ``engines/NAME``. Earlier versions wrote ``engines/LIBRARY.engine`` and ``.json``.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from illama.bundle import sha256, write_file
+from illama.atomic_write import list_folder
+from illama.bundle import ENGINES, sha256
 from illama.errors import UserError
 
 FORMAT = 2
+ENGINE, RECORD, RUNTIME_CACHE = "model.engine", "record.json", "runtime-cache"
 
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The JSON beside an engine, under the same name.
+    """The JSON beside an engine.
 
     Attributes:
         onnx_sha256, engine_sha256: of the file it was built from and of the engine.
@@ -49,10 +54,14 @@ class EngineRecord:
     trtexec: str
     format: int = FORMAT
 
+    @property
+    def origin(self) -> tuple[Any, ...]:
+        """What decides an engine; two of one origin do the same."""
+        return (self.onnx_sha256, self.library, self.library_version, self.targets, self.batch, self.options)
+
     def write(self, engine: Path) -> None:
         """Write it beside ``engine``."""
-        with write_file(record_path(engine)) as draft:
-            draft.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        record_path(engine).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, engine: Path) -> EngineRecord:
@@ -69,8 +78,8 @@ class EngineRecord:
             values |= {key: tuple(values[key]) for key in ("targets", "batch")}
             record = cls(**{field.name: values[field.name] for field in fields(cls)})
             actual = sha256(engine)
-        except FileNotFoundError as error:
-            raise UserError(f"there is no {error.filename}: build the engine with python deploy/build.py") from error
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename} ({error.strerror}): run python deploy/build.py") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: build the engine again with python deploy/build.py") from error
         if actual != record.engine_sha256:
@@ -79,5 +88,24 @@ class EngineRecord:
 
 
 def record_path(engine: Path) -> Path:
-    """Where the JSON of an engine stands."""
-    return engine.with_suffix(".json")
+    """Where the record of an engine is."""
+    return engine.with_name(RECORD) if engine.name == ENGINE else engine.with_suffix(".json")
+
+
+def find_engines(bundle: Path, library: str | None = None) -> list[Path]:
+    """The engine files of a bundle, in the order of their names.
+
+    Args:
+        library: tensorrt or tensorrt_rtx, whose engines are wanted. One whose record cannot be read may be of any.
+    """
+    folder = bundle / ENGINES
+    paths = [path / ENGINE if path.is_dir() else path for path in list_folder(folder)] if folder.is_dir() else []
+    engines = [path for path in paths if path.suffix == ".engine" and path.exists()]
+    return [each for each in engines if library is None or _library_of(each) in (library, None)]
+
+
+def _library_of(engine: Path) -> str | None:
+    try:
+        return str(json.loads(record_path(engine).read_text())["library"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

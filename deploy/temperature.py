@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deploy.engines import RuntimeName, file_of
 from deploy.record import EngineRecord
-from illama.bundle import FUSED_ONNX, TEMPERATURE, bundle_of, sha256, write_file
+from illama.atomic_write import write_file
+from illama.bundle import FUSED_ONNX, TEMPERATURE, bundle_of, sha256
 from illama.errors import UserError
 
 
@@ -42,16 +42,15 @@ class StoredTemperature:
             raise ValueError(f"a temperature is above 0, not {self.temperature}")
 
 
-def read_temperature(path: Path, runtime: RuntimeName | None = None) -> float | None:
+def read_temperature(path: Path) -> float | None:
     """The temperature stored for a file or an engine of a bundle; None if there is none, or one of other weights.
 
-    Args:
-        path: of a bundle, that of the file which ``runtime`` takes.
-
     Raises:
-        UserError: a damaged temperature.json, or nothing at ``path``.
+        UserError: a damaged temperature.json, or no file at ``path``.
     """
-    stored = _find(file_of(path, runtime))
+    if not path.is_file():
+        raise UserError(f"there is no {path}")
+    stored = _find(path)
     return stored.temperature if stored else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploy.record import EngineRecord
+from deploy.record import ENGINE, RUNTIME_CACHE, EngineRecord
 from deploy.tensorrt_library import TITLES, Library, find_library
-from illama.bundle import FUSED_ONNX, read_pinned, sha256, write_pinned
+from illama.atomic_write import read_pinned, write_pinned
+from illama.bundle import FUSED_ONNX, bundle_of, sha256
 from illama.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,8 +55,8 @@ class TensorRTEngine:
         self._library, self._record = library, record
         self._engine = library.deserialize(path.read_bytes(), bool(record.options.get("version_compatible")))
         if record.options.get("weight_stripped"):
-            _refit(library, self._engine, path.parent.parent / FUSED_ONNX, record)
-        self._cache_path = path.with_suffix(".runtime-cache")
+            _refit(library, self._engine, bundle_of(path) / FUSED_ONNX, record)
+        self._cache_path = path.with_name(RUNTIME_CACHE) if path.name == ENGINE else path.with_suffix(".runtime-cache")
         self._config, self._cache = library.runtime_config(self._engine)
         if self._cache is not None and (kept := read_pinned(self._cache_path)):
             self._cache.deserialize(kept)
@@ -94,9 +96,12 @@ class TensorRTEngine:
         return str(inspector.get_engine_information(self._library.trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
-        """Write TensorRT-RTX's cache of compiled kernels beside the engine, with its SHA-256."""
+        """Write TensorRT-RTX's cache of compiled kernels beside the engine, with its SHA-256; warn if it cannot be."""
         if self._cache is not None:
-            write_pinned(self._cache_path, bytes(self._cache.serialize()))
+            try:
+                write_pinned(self._cache_path, bytes(self._cache.serialize()))
+            except OSError as error:
+                print(f"warning: {self._cache_path} cannot be written: {error.strerror}", file=sys.stderr)
 
     def _call(self, batch: int) -> _Call:
         smallest, _, largest = self._record.batch

@@ -77,7 +77,7 @@ class Library:
         for target in targets:
             if target not in RTX_TARGETS:
                 raise UserError(f"unknown target {target!r}: choose from {', '.join(RTX_TARGETS)}")
-        return targets
+        return tuple(target for target in RTX_TARGETS if target in targets)
 
     def set_targets(self, config: tensorrt.IBuilderConfig, targets: tuple[str, ...]) -> None:
         """Choose the compute capabilities the engine is for; none leaves the library's default."""

@@ -22,18 +22,17 @@ from deploy.engines import RuntimeName, open_engine
 from deploy.image_input import ImageInput
 from deploy.known_answer import KnownAnswer
 from deploy.recommended_runtime import recommend_runtime
-from deploy.record import EngineRecord
+from deploy.record import EngineRecord, find_engines
 from deploy.triton_config import ServingOptions, config_texts
 from deploy.triton_health import KNOWN_ANSWER
+from illama.atomic_write import write_folder
 from illama.bundle import (
     CPU_ONNX,
-    ENGINES,
     FUSED_ONNX,
     MANIFEST,
     Manifest,
     command_line,
     package_versions,
-    write_folder,
 )
 from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
@@ -152,17 +151,25 @@ def known_answer(bundle: Path, file: Path, runtime: RuntimeName) -> KnownAnswer:
 
 
 def checked_engine(bundle: Path, max_batch: int) -> Path:
-    """The bundle's TensorRT engine, the very file that its JSON describes, and one that Triton can run.
+    """The bundle's first TensorRT engine that Triton can run, the very file that its record describes.
 
     Raises:
-        UserError: there is none, it is not that file, it has no weights, other inputs or outputs than the model's
-            config, or was built for other batches.
+        UserError: there is none, or the first is not that file, has no weights, other inputs or outputs than the
+            model's config, or was built for other batches.
     """
-    path = bundle / ENGINES / "tensorrt.engine"
-    if not path.exists():
-        raise UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine with "
-                        "that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
-    record, manifest = EngineRecord.read(path), Manifest.read(bundle)
+    refused = None
+    for path in find_engines(bundle, "tensorrt"):
+        try:
+            _check_engine(path, Manifest.read(bundle), max_batch)
+            return path
+        except UserError as error:
+            refused = refused or error
+    raise refused or UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine "
+                               "with that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
+
+
+def _check_engine(path: Path, manifest: Manifest, max_batch: int) -> None:
+    record = EngineRecord.read(path)
     takes = ImageInput.of(manifest)
     wanted = {INPUT: ["uint8" if takes.frame else "float", [-1, *takes.shape]]}
     named = {OUTPUT: ["float", [-1, len(manifest.classes)]]}
@@ -175,7 +182,6 @@ def checked_engine(bundle: Path, max_batch: int) -> Path:
     if smallest > 1 or max_batch > largest:
         raise UserError(f"{path} was built for batches of {smallest} to {largest}, and 1 to {max_batch} are asked for: "
                         "lower --max-batch, or build with another --batch")  # fmt: skip
-    return path
 
 
 def _write_model(out: Path, name: str, bundle: Path, options: ServingOptions) -> None:

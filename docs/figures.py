@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from illama.bundle import write_file
+from illama.atomic_write import write_file
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
 

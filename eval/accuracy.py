@@ -10,7 +10,6 @@ split.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -29,6 +28,7 @@ from eval.machine import share_of_cores
 from eval.measured import Measured, plain
 from eval.results import write_results
 from illama.accuracy import chance_note
+from illama.atomic_write import lock_folder, remove_folder
 from illama.data import evenly_spaced
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
@@ -159,7 +159,7 @@ def run(options: AccuracyOptions, group: Processes) -> None:
     group.barrier()  # all have read the chunks
     if group.main:
         write(options, bundles, measure(results, temperatures), failed)
-        shutil.rmtree(work)
+        remove_folder(work)
         if options.store and images:
             fitted = [(bundles.paths[name], value, bundles.runtimes[name]) for name, value in temperatures.items()]
             for failure in store_temperatures(fitted, images, options.data):
@@ -181,7 +181,8 @@ def write(
 
 
 def main(options: AccuracyOptions) -> None:
-    with processes(apart=True, timeout=timedelta(seconds=options.patience)) as group:
+    with (processes(apart=True, timeout=timedelta(seconds=options.patience)) as group,
+          lock_folder(options.out, group.main)):  # fmt: skip
         run(options, group)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from deploy.engines import RuntimeName, file_of, open_engine
+from deploy.engines import RuntimeName, open_file
 from eval.predictions import refuse_overflow
 from illama.accuracy import Infer, predict
 from illama.bundle import FRAME, Manifest, bundle_of, sha256
@@ -51,13 +51,12 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
             other images than the first.
     """
     manifest = check_alike(given)
-    paths = dict(zip(_names(given), (file_of(path, runtime) for path in given), strict=True))
-    engines = {name: open_engine(path, runtime, threads) for name, path in paths.items()}
+    opened = {name: open_file(path, runtime, threads) for name, path in zip(_names(given), given, strict=True)}
     return OpenBundles(
-        {name: engine.infer for name, engine in engines.items()},
-        paths,
-        {name: sha256(path) for name, path in paths.items()},
-        {name: engine.runtime for name, engine in engines.items()},
+        {name: engine.infer for name, (engine, _) in opened.items()},
+        {name: path for name, (_, path) in opened.items()},
+        {name: sha256(path) for name, (_, path) in opened.items()},
+        {name: engine.runtime for name, (engine, _) in opened.items()},
         read_preprocessing(manifest),
         tuple(manifest.classes),
     )

@@ -18,11 +18,12 @@ from deploy.engines import (
     cpu_runtime,
     open_engine,
 )
-from deploy.record import EngineRecord
+from deploy.record import ENGINE, EngineRecord, find_engines
 from deploy.tensorrt_library import TITLES
 from eval.bundles import check_alike
 from illama.accuracy import Infer
-from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of, sha256
+from illama.atomic_write import list_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of, sha256
 from illama.errors import UserError
 
 
@@ -40,6 +41,7 @@ class Candidate:
         built: the TensorRT engine built from the graph, if this is one, and its record, read once: that hashes it.
         on_gpu: whether it runs on one.
         note: why it is not timed here; None where it is.
+        left_out: engines of its bundle that were refused, and why.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Candidate:
     built: tuple[Path, EngineRecord] | None = None
     on_gpu: bool = False
     note: str | None = None
+    left_out: tuple[str, ...] = ()
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits of any number of images, in calls that the engine takes."""
@@ -101,7 +104,7 @@ def find_candidates(
 
 
 def expand(given: Sequence[Path]) -> list[Path]:
-    """Each folder of bundles as those that have graphs, and all else as it is; those of float networks first.
+    """Folders of bundles as those that have graphs, of engines as their files, the rest as it is; float networks first.
 
     Raises:
         UserError: a folder without such a bundle, or nothing at a path.
@@ -110,10 +113,10 @@ def expand(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if not path.exists():
             raise UserError(f"there is no {path}: name a bundle, a folder of bundles, or a file of one")
-        if not path.is_dir() or (path / MANIFEST).exists():
-            paths.append(path)
+        if not path.is_dir() or (path / MANIFEST).exists() or bundle_of(path) != path:
+            paths.append(path / ENGINE if path.is_dir() and bundle_of(path) != path else path)
             continue
-        bundles = sorted(each for each in path.iterdir() if (each / MANIFEST).exists() and _has_graphs(each))
+        bundles = [each for each in list_folder(path) if (each / MANIFEST).exists() and _has_graphs(each)]
         if not bundles:
             raise UserError(f"{path} is no bundle and holds none with graphs: make some with python quant/ptq.py")
         paths += bundles
@@ -165,24 +168,43 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
     """The engines built from a fused graph that run here; for the others the graph itself, in ONNX Runtime."""
     graph = bundle_of(path) / FUSED_ONNX
     whole = path.is_dir() or path.name == FUSED_ONNX
-    engines = sorted((graph.parent / ENGINES).glob("*.engine")) if whole else [path]
     if not graph.exists() or not (whole or path.suffix == ".engine"):
         return
-    in_its_stead, digest = None, sha256(graph) if engines else None
-    for built in engines:
-        record = EngineRecord.read(built)
-        if record.onnx_sha256 != digest:
-            raise UserError(f"{built} was built from another {graph.name} than lies there now: build it again")
-        title = TITLES[record.library]
+    usable, left_out = _engines_of(graph)
+    engines = usable if whole else [(path, _read_record(path, graph))]
+    in_its_stead = None
+    for built, record in engines:
+        title = TITLES.get(record.library, record.library)
+        if sum(each.library == record.library for _, each in usable) > 1:
+            title += f", {built.parent.name if built.name == ENGINE else built.stem}"
         try:
             engine, note = open_engine(built), None
         except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
             engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph, threads)
             note = f"Accuracy is of the graph that the engine was built from: {str(error).replace(str(built), 'it')}"
         name = f"{scheme}, {title}"
-        yield Candidate(name, scheme, graph, engine, title, record.library, (built, record), on_gpu=note is None,
-                        note=note)  # fmt: skip
+        yield Candidate(name, scheme, graph, engine, title, record.library, (built, record), note is None,
+                        note, left_out if whole else ())  # fmt: skip
     if not engines:
-        note = "No engine was built from it"
-        yield Candidate(f"{scheme}, TensorRT", scheme, graph, OnnxRuntimeEngine(graph, threads), "TensorRT", "tensorrt",
-                        note=note)  # fmt: skip
+        note = "No engine was built from it, or none that can be used"
+        engine = OnnxRuntimeEngine(graph, threads)
+        yield Candidate(f"{scheme}, TensorRT", scheme, graph, engine, "TensorRT", "tensorrt", note=note,
+                        left_out=left_out)  # fmt: skip
+
+
+def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:
+    """The engines built from a bundle's graph with their records, and why others were left out."""
+    engines, left_out = [], []
+    for path in find_engines(graph.parent):
+        try:
+            engines.append((path, _read_record(path, graph)))
+        except UserError as error:
+            left_out.append(f"The engine {path} was left out: {error}.")
+    return engines, tuple(left_out)
+
+
+def _read_record(engine: Path, graph: Path) -> EngineRecord:
+    record = EngineRecord.read(engine)
+    if record.onnx_sha256 != sha256(graph):
+        raise UserError(f"{engine} was built from another {graph.name} than lies there now: build it again")
+    return record

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from eval.predictions import Predictions, refuse_overflow
 from eval.resume import claim
 from illama.accuracy import Infer, predict_chunks
-from illama.bundle import write_file
+from illama.atomic_write import write_file
 from illama.data import Sample, Transform
 from illama.distributed import ALONE, Processes
 from illama.errors import UserError

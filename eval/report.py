@@ -12,7 +12,7 @@ from eval.measured import Report, Row
 from eval.page import render_html
 from eval.pareto import choose, front
 from eval.table import escape, markdown_table, not_measured
-from illama.bundle import write_file
+from illama.atomic_write import list_folder, write_file
 
 SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
 TRADEOFF, RELIABILITY = "tradeoff.png", "reliability.png"
@@ -77,7 +77,7 @@ def is_result(folder: Path) -> bool:
         ours = {*FILES, *(Path(row["onnx"]).parts[0] for row in rows)}
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False
-    return {path.name for path in folder.iterdir()} <= ours
+    return {path.name for path in list_folder(folder)} <= ours
 
 
 def markdown_summary(report: Report) -> str:

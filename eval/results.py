@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.measured import OtherResult
-from illama.bundle import command_line, make_out, package_versions, write_file
+from illama.atomic_write import make_out, write_file
+from illama.bundle import command_line, package_versions
 from illama.errors import UserError
 from illama.machine import describe_machine
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from illama.bundle import make_out, write_file
+from illama.atomic_write import list_folder, make_out, write_file
 from illama.errors import UserError
 
 RUN = "run.json"
@@ -24,7 +24,7 @@ def claim(folder: Path, facts: Mapping[str, Any]) -> None:
     """
     path, wanted = folder / RUN, json.loads(json.dumps(facts))
     make_out(folder)
-    if any(folder.iterdir()):
+    if list_folder(folder):
         if not path.exists():
             raise UserError(f"{folder} holds other files: choose another --out")
         if (stored := _read(path)) != wanted:

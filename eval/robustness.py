@@ -24,7 +24,7 @@ from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_fra
 from eval.results import write_results
 from eval.resume import claim
 from illama.accuracy import chance_note
-from illama.bundle import make_out, write_file
+from illama.atomic_write import lock_folder, make_out, sweep, write_file
 from illama.data import evenly_spaced
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown as table
@@ -140,6 +140,7 @@ def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Righ
     facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
     claim(options.out, facts)
     make_out(options.out / CELLS)
+    sweep(options.out / CELLS)
     wanted = [CLEAN, *((name, severity) for name in options.corruptions for severity in options.severities)]
     cells = {}
     for cell in tqdm(wanted, desc="corruptions", unit="cell"):
@@ -191,13 +192,14 @@ def main(options: RobustnessOptions) -> None:
         for severity in options.severities:
             check_corruption(corruption, severity)
     bundles = open_bundles(options.bundles)
-    cells = measure(options, bundles)
-    results = summarise(cells, options.seed)
-    reference = next(iter(results))
-    note = chance_note(reference, results[reference].clean, len(bundles.classes))
-    print(f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
-          f"{' '.join(map(str, options.severities))}\n")  # fmt: skip
-    write_results(options.out, RESULTS, as_json(options, cells, results), f"{markdown(results)}\n{note}")
+    with lock_folder(options.out):
+        cells = measure(options, bundles)
+        results = summarise(cells, options.seed)
+        reference = next(iter(results))
+        note = chance_note(reference, results[reference].clean, len(bundles.classes))
+        print(f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
+              f"{' '.join(map(str, options.severities))}\n")  # fmt: skip
+        write_results(options.out, RESULTS, as_json(options, cells, results), f"{markdown(results)}\n{note}")
     print(f"written to {options.out}")
 
 

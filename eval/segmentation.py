@@ -17,7 +17,8 @@ import tyro
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import Drop
 from eval.results import write_results
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, make_out
+from illama.atomic_write import make_out
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.checkpoint import read_preprocessing
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command

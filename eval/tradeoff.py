@@ -10,7 +10,6 @@ report.json for programs, report.md for pull requests, plots for slides.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from eval.results import read_results
 from eval.table import markdown_table
 from eval.thumbnails import draw_thumbnails
 from eval.weigh import Images, WeighOptions, report_on, weigh
-from illama.bundle import make_out
+from illama.atomic_write import lock_folder, remove_folder
 from illama.checkpoint import read_preprocessing
 from illama.data import Sample, evenly_spaced
 from illama.distributed import Processes, processes
@@ -119,7 +118,6 @@ def run(options: TradeoffOptions, group: Processes, baseline: Mapping[str, Any] 
     check_baseline(baseline, images)
     pin_threads(options.threads)
     candidates = find_candidates(paths, threads=share_of_cores())
-    make_out(options.out)
     weighed = weigh(candidates, images, options, options.out, options.out / UNFINISHED, options.workers, group,
                     store=options.store, alone=lambda: find_candidates(paths))  # fmt: skip
     if not group.main:
@@ -128,13 +126,13 @@ def run(options: TradeoffOptions, group: Processes, baseline: Mapping[str, Any] 
     source = ", ".join(map(os.path.relpath, manifest.inputs)) or str(paths[0])
     report = report_on(weighed, images, options, source, seconds)
     write_and_tell(report, data.test(), options.out, options)
-    shutil.rmtree(options.out / UNFINISHED)
+    remove_folder(options.out / UNFINISHED)
     return report
 
 
 def main(options: TradeoffOptions) -> None:
     baseline = check_inputs(options)
-    with processes(apart=True) as group:
+    with processes(apart=True) as group, lock_folder(options.out, group.main):
         report = run(options, group, baseline)
     if report is not None:
         exit_on_regression(baseline, report)

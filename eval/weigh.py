@@ -289,6 +289,7 @@ def _notes_on(candidates: Sequence[Candidate]) -> list[str]:
     for bundle, scheme in {each.path.parent: each.scheme for each in candidates}.items():
         if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
             notes.append(f"No graph for TensorRT of {scheme}: {reason}.")
+    notes += dict.fromkeys(line for each in candidates for line in each.left_out)
     engines = [each.built[1] for each in candidates if each.built]
     idle = [each.built[1] for each in candidates if each.built and each.note]
     if idle:

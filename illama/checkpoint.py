@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from illama.bundle import MANIFEST, WEIGHTS, Manifest, write_file
+from illama.bundle import MANIFEST, WEIGHTS, Manifest
 from illama.config import ClassToken, ModelConfig
 from illama.data import Preprocessing
 from illama.errors import UserError
@@ -127,8 +127,7 @@ def write_weights(state: Mapping[str, Tensor], config: ModelConfig, path: Path) 
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One key only: safetensors writes several in no fixed order.
     content = safetensors.torch.save(tensors, {CONFIG_METADATA: json.dumps(config.to_dict())})
-    with write_file(path) as draft:
-        draft.write_bytes(content)
+    path.write_bytes(content)
 
 
 def read_config(path: Path) -> ModelConfig | None:

@@ -15,7 +15,8 @@ import tyro
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from illama.bundle import WEIGHTS, Manifest, command_line, sha256, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import WEIGHTS, Manifest, command_line, sha256
 from illama.checkpoint import Checkpoint, load_checkpoint, write_weights
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command

@@ -12,12 +12,12 @@ on, with images of 110 kB that take 4 ms to decode, that is 15 ms for row groups
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from illama.bundle import write_folder
+from illama.atomic_write import file_lock, sweep, write_folder
 from illama.data_shards import (
     PLACE,
     PackedImages,
@@ -199,13 +199,13 @@ def _unpack(images: ParquetImages, folder: Path) -> None:
     """Write every image, as it is, into one file, and where each of them begins, if that is not yet done."""
     needed = sum(path.stat().st_size for path in images.paths)
     advice = f"training needs {needed / 1e9:.1f} GB there to unpack the images; set XDG_CACHE_HOME to another folder"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_suffix(".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write {folder.parent} ({error.strerror}): {advice}") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that train together, one unpacks
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(folder.with_suffix(".lock"), wait=True))  # one process unpacks for all
+        except OSError as error:
+            raise UserError(f"cannot write {folder.parent} ({error.strerror}): {advice}") from error
+        sweep(folder.parent, folder.name)
         if folder.exists():
             return
         free = shutil.disk_usage(folder.parent).free

@@ -14,7 +14,7 @@ import tyro
 
 Options = TypeVar("Options")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST,
-                 errno.ENOTDIR)  # fmt: skip
+                 errno.ENOTDIR, errno.EBUSY, errno.EXDEV)  # fmt: skip
 
 
 class UserError(Exception):

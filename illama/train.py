@@ -13,8 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from illama.atomic_write import lock_folder, write_folder
 from illama.batches import seed_everything
-from illama.bundle import WEIGHTS, Manifest, command_line, make_out, sha256, write_folder
+from illama.bundle import WEIGHTS, Manifest, command_line, sha256
 from illama.checkpoint import initialise_from, write_weights
 from illama.config import ModelConfig
 from illama.data import ImageData, open_data
@@ -74,9 +75,7 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
     data: ImageData = open_data(recipe.data, recipe.exif or "apply", recipe.class_order or "words")
     model = make_model(recipe, len(data.classes))
     preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
-    run = Run(recipe, data, preprocessing, model, group, inputs=inputs_of(recipe))
-    make_out(recipe.out)
-    return run
+    return Run(recipe, data, preprocessing, model, group, inputs=inputs_of(recipe))
 
 
 def write_bundle(run: Run) -> Path:
@@ -99,8 +98,9 @@ def write_bundle(run: Run) -> Path:
 
 
 def main(recipe: Recipe) -> None:
-    with processes() as group:
-        run = start_run(replace(recipe, out=recipe.out.resolve()), group)
+    recipe = replace(recipe, out=recipe.out.resolve())
+    with processes() as group, lock_folder(recipe.out, group.main):
+        run = start_run(recipe, group)
         fit(run)
         bundle = write_bundle(run)
     if group.main:

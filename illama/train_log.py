@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from illama.bundle import write_file
+from illama.atomic_write import write_file
 
 LOSS_COLUMNS = ("step", "train_loss")
 _VALIDATION = "validation_"
@@ -54,9 +54,9 @@ def _append(path: Path, *values: float) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv or losses.csv."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a log.csv or losses.csv, without a last line that a full disk cut short."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    return list(csv.DictReader(whole.splitlines()))
 
 
 def plot_curve(rows: list[dict[str, str]], path: Path) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from illama.accuracy import torch_infer
+from illama.atomic_write import lock_folder
 from illama.batches import seed_everything
-from illama.bundle import Manifest, make_out
+from illama.bundle import Manifest
 from illama.data import ClassOrder
 from illama.data_shards import Sample
 from illama.distributed import Processes, processes
@@ -128,14 +129,13 @@ def start_run(options: SegmentationOptions, group: Processes) -> Run:
     model = initialise(UperNet(config, options.drop_path, options.dropout), options)
     preprocessing = data.preprocessing(config.image_size, config.in_channels)
     loss = partial(map_loss, smoothing=options.label_smoothing)
-    run = SegmentationRun(options, data, preprocessing, model, group, inputs_of(options), loss)
-    make_out(options.out)
-    return run
+    return SegmentationRun(options, data, preprocessing, model, group, inputs_of(options), loss)
 
 
 def main(options: SegmentationOptions) -> None:
-    with processes() as group:
-        run = start_run(replace(options, out=options.out.resolve()), group)
+    options = replace(options, out=options.out.resolve())
+    with processes() as group, lock_folder(options.out, group.main):
+        run = start_run(options, group)
         fit(run)
         bundle = write_bundle(run)
     if group.main:

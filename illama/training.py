@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from illama.accuracy import predict, torch_infer
+from illama.atomic_write import write_file
 from illama.batches import Augmented, MicroBatches, make_mixup, seed_everything, training_transform
-from illama.bundle import write_file
 from illama.data import ImageData, Preprocessing, Sample
 from illama.distributed import Processes, gradients_synchronised
 from illama.errors import UserError

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,10 @@ from eval.candidates import find_candidates
 from eval.machine import pin_threads
 from eval.measured import Report
 from eval.report import is_result
-from eval.tradeoff import check_baseline, check_inputs, exit_on_regression, write_and_tell
+from eval.tradeoff import UNFINISHED, check_baseline, check_inputs, exit_on_regression, write_and_tell
 from eval.weigh import Images, WeighOptions, report_on, weigh
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest
 from illama.errors import UserError, run_command
 from illama.masks import SoftMasked
 from quant.bundles import Origin, check_scheme, quantize, write_graphs, write_quantized
@@ -149,10 +151,11 @@ def images_of(job: Job) -> Images:
 
 def weigh_bundles(job: Job, bundles: list[Path]) -> Report:
     """Accuracy and latency of everything that was written."""
-    options, images = job.options, images_of(job)
+    options, images, work = job.options, images_of(job), job.folder / UNFINISHED
     with job.phase("evaluate and time"):
         pin_threads(options.threads)
-        weighed = weigh(find_candidates(bundles, job.networks), images, options, job.folder, store=True)
+        weighed = weigh(find_candidates(bundles, job.networks), images, options, job.folder, work, store=True)
+    shutil.rmtree(work)
     return report_on(weighed, images, options, os.path.relpath(options.checkpoint), job.seconds, job.not_run)
 
 

@@ -15,7 +15,8 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, make_out, sha256, write_folder
+from illama.atomic_write import make_out, write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
 from illama.segmentation import fold_batch_norms, load_segmentation

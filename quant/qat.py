@@ -21,7 +21,8 @@ from typing import Any, cast
 from deploy.engines import OnnxRuntimeEngine
 from eval.accuracy_drop import paired_drop
 from illama.accuracy import chance_note, predict, top1, torch_infer
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256, write_folder
+from illama.atomic_write import lock_folder, write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256
 from illama.checkpoint import SHIPPED
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
@@ -132,10 +133,6 @@ def open_job(options: QatOptions) -> Job:
 def start_run(job: Job, group: Processes) -> Run:
     """Quantize the network, and go on from ``out`` if a run was interrupted there."""
     options = job.options
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {options.out}: {error.strerror}; choose another --out") from error
     # A checkpoint's weights replace those that rounding would be learned for, which takes minutes.
     interrupted = (options.out / CHECKPOINT).exists()
     quantized = job.quantize(replace(job.scheme, learned=0)) if interrupted else copy.deepcopy(job.untrained)
@@ -191,8 +188,9 @@ def write_bundle(job: Job, run: Run) -> Path:
 
 
 def main(options: QatOptions) -> None:
-    with processes() as group:
-        job = open_job(replace(options, out=options.out.resolve()))
+    options = replace(options, out=options.out.resolve())
+    with processes() as group, lock_folder(options.out, group.main):
+        job = open_job(options)
         run = start_run(job, group)
         fit(run)
         if not group.main:

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from illama.accuracy import chance_note
-from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions
 from illama.errors import UserError, run_command
 from quant.bundles import Origin
 from quant.candidates import Candidates, Study, offered_schemes, scheme_of

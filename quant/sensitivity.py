@@ -20,7 +20,8 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from illama.accuracy import chance_note
-from illama.bundle import command_line, package_versions, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import command_line, package_versions
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
 from quant.calibrate import calibrate

@@ -44,7 +44,7 @@ from torchao.quantization import (
 from torchao.quantization.qat import Float8FakeQuantizeConfig, IntxFakeQuantizeConfig, QATConfig
 from torchao.utils import TorchAOBaseTensor
 
-from illama.bundle import TORCHAO, write_file
+from illama.bundle import TORCHAO
 from illama.config import ModelConfig
 from illama.errors import UserError
 from illama.masks import SoftMasked
@@ -151,8 +151,7 @@ def write_torchao(model: SoftMasked, folder: Path) -> Path:
     tensors |= {name: value for name, value in state.items() if name not in packed}
     facts = json.dumps({"config": model.config.to_dict(), "tensors": about})
     content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, {_METADATA: facts})
-    with write_file(folder / TORCHAO) as draft:
-        draft.write_bytes(content)
+    (folder / TORCHAO).write_bytes(content)
     return folder / TORCHAO
 
 

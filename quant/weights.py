@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from illama.bundle import write_file
 from illama.checkpoint import CONFIG_METADATA, read_state
 from illama.config import ModelConfig
 from illama.errors import UserError
@@ -34,8 +33,7 @@ def write_quantized_weights(model: ILLaMA, scheme: Scheme, path: Path) -> None:
         ZERO_POINTS_METADATA: json.dumps(_zero_points(model)),
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with write_file(path) as draft:
-        save_file(tensors, draft, metadata)
+    save_file(tensors, path, metadata)
 
 
 def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:

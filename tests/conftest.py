@@ -22,8 +22,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from deploy.record import EngineRecord
 from illama import ILLaMA, ModelConfig
-from illama.bundle import Manifest, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import FUSED_ONNX, Manifest, bundle_of, sha256
 from illama.data import Preprocessing, open_data
 
 ROOT = Path(__file__).parents[1]
@@ -105,6 +107,21 @@ def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, clas
         Manifest("test", {}, asdict(Preprocessing(image_size, 3, (0.5,) * 3, (0.25,) * 3)), classes).write(draft)
         onnx.save(model, draft / "model.onnx")
     return folder
+
+
+def write_made_up_engine(path: Path, **facts: object) -> EngineRecord:
+    """An engine's file that no library has built, and a record that fits it and the fused graph of its bundle."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(f"what a library would have written to {path.name}".encode())
+    graph = bundle_of(path) / FUSED_ONNX
+    values = {"onnx_sha256": sha256(graph) if graph.exists() else "", "engine_sha256": sha256(path), "engine_bytes": 1,
+              "library": "tensorrt", "library_version": "11.4", "targets": ("sm89",), "batch": (1, 8, 64),
+              "options": {}, "precisions": {}, "attentions": 2, "fused": True, "preprocessing": {}, "classes": [],
+              "inputs": {"images": ["float", [-1, 3, 32, 32]]}, "outputs": {"logits": ["float", [-1, 3]]},
+              "trtexec": ""}  # fmt: skip
+    record = EngineRecord(**(values | facts))
+    record.write(path)
+    return record
 
 
 @pytest.fixture

@@ -116,4 +116,4 @@ def test_mistakes_are_one_line(accuracy, bundles, small_bundle, tmp_path):
     manifest = Manifest.read(bundles[1])
     replace(manifest, metrics={FRAME: [16, 16, 3]}).write(bundles[1])
     assert_one_line_error(accuracy(), "two takes camera frames")
-    assert read_temperature(bundles[1]) is None and not (tmp_path / "out" / "accuracy.json").exists()
+    assert read_temperature(bundles[1] / "model.onnx") is None and not (tmp_path / "out" / "accuracy.json").exists()

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 
 from illama import ILLaMA, ModelConfig
-from illama.bundle import Manifest, write_file, write_folder
+from illama.atomic_write import write_folder
+from illama.bundle import Manifest
 from illama.checkpoint import SHIPPED, initialise_from, load_checkpoint, resize_positions, write_weights
 from illama.data import Preprocessing
 from illama.errors import UserError
@@ -516,34 +517,3 @@ def test_a_missing_file_or_manifest_is_named(tmp_path, small_bundle):
     (small_bundle / "manifest.json").unlink()
     with pytest.raises(UserError, match="not a bundle"):
         load_checkpoint(small_bundle)
-
-
-def test_a_failed_write_leaves_the_old_bundle(tmp_path):
-    folder = write_bundle(tmp_path / "bundle", SMALL)
-    before = Manifest.read(folder)
-    with pytest.raises(RuntimeError), write_folder(folder) as draft:
-        (draft / "manifest.json").write_text("half")
-        raise RuntimeError("killed")
-    assert Manifest.read(folder) == before
-    with pytest.raises(RuntimeError), write_file(folder / "manifest.json") as draft:
-        draft.write_text("half")
-        raise RuntimeError("killed")
-    assert Manifest.read(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
-def test_what_killed_processes_left_is_swept(tmp_path):
-    (tmp_path / ".bundle.draft-999999999").mkdir()
-    write_bundle(tmp_path / "bundle", SMALL)
-    (tmp_path / "bundle").rename(tmp_path / ".bundle.old-999999999")  # killed between the two renames
-    with pytest.raises(RuntimeError), write_folder(tmp_path / "bundle"):
-        raise RuntimeError("killed")
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert load_checkpoint(tmp_path / "bundle").model.config == SMALL
-
-
-def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="other files"), write_folder(tmp_path):
-        pass
-    assert (tmp_path / "thesis.tex").read_text() == "precious"

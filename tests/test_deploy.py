@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_bundle
+from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
 from deploy.build import build_bundle, build_fitting
 from deploy.builder import EngineOptions, _read_timing_cache, build_engine, trtexec_line
@@ -22,10 +22,11 @@ from deploy.engines import open_engine
 from deploy.fusion import SoftmaxOutput, fused_kernels, softmax_outputs
 from deploy.graph import load_graph, precisions
 from deploy.openvino_graph import centre_inputs, fitting_rewrites, has_matrix_unit, leave_inputs, split_products
-from deploy.record import EngineRecord
+from deploy.record import FORMAT, EngineRecord, find_engines
 from deploy.tensorrt_library import find_library
 from illama import ILLaMA, ModelConfig
-from illama.bundle import FUSED_ONNX, read_pinned, sha256, write_pinned
+from illama.atomic_write import read_pinned, write_pinned
+from illama.bundle import FUSED_ONNX, bundle_of, sha256
 from illama.errors import UserError
 from quant.calibrate import calibrate
 from quant.export import export_onnx
@@ -57,63 +58,158 @@ def export_quantized(config, scheme, path, form="fused", dtype=torch.float16):
     return model
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 @needs_library
 def test_an_engine_and_what_is_written_beside_it(bundle, model):
-    build_bundle(library, bundle, EngineOptions(batch=(1, 2, 4)))
-    path = bundle / "engines" / f"{library.name}.engine"
+    path = build_bundle(library, bundle, EngineOptions(batch=(1, 2, 4)))
     record = EngineRecord.read(path)
     assert (record.engine_sha256, record.onnx_sha256) == (sha256(path), sha256(bundle / FUSED_ONNX))
+    assert record.engine_bytes == path.stat().st_size
     assert record.fused and record.attentions == model.config.depth
     assert record.batch == (1, 2, 4)
     assert record.inputs == {"images": ["float", [-1, 3, 32, 32]]} and record.outputs == {"logits": ["float", [-1, 3]]}
     assert record.preprocessing["mean"] and record.classes == ["class0", "class1", "class2"]
     assert record.precisions["blocks.0.attn.qkv/MatMul"] == "float16"
-    assert "--optShapes=images:2x3x32x32" in record.trtexec
+    assert "--optShapes=images:2x3x32x32" in record.trtexec and f"{path.parent.name}/model.engine" in record.trtexec
+    assert names(path.parent) == ["model.engine", "record.json"] and names(bundle / "engines") == [path.parent.name]
 
 
 @needs_library
-def test_unchanged_inputs_are_not_built_again(bundle):
-    path = bundle / "engines" / f"{library.name}.engine"
-    first = build_bundle(library, bundle)
+def test_engines_of_other_options_are_side_by_side(bundle):
+    """Each is a folder that says what it is for; an earlier version's, which was a file, is one of them."""
+    portable = build_bundle(library, bundle)
+    small = build_bundle(library, bundle, EngineOptions(batch=(1, 1, 1)))
+    named = build_bundle(library, bundle, EngineOptions(refit=library.name == "tensorrt"), "mine")
+    old = bundle / "engines" / f"{library.name}.engine"
+    write_made_up_engine(old, library=library.name)
+    assert len({portable, small, named, old}) == 4 and named.parent.name == "mine"
+    assert set(find_engines(bundle)) == set(find_engines(bundle, library.name)) == {portable, small, named, old}
+    if library.name == "tensorrt_rtx":
+        assert portable.parent.name == "tensorrt_rtx-portable-1.8.64"
+        both, again = (build_fitting(library, bundle, EngineOptions(targets))[0]
+                       for targets in (("sm89,sm86",), ("sm86", "sm89", "sm89")))  # fmt: skip
+        assert both == again and both.parent.name == "tensorrt_rtx-sm86.sm89-1.8.64"
+    assert {bundle_of(path) for path in (portable, portable.parent, old, bundle / FUSED_ONNX, bundle)} == {bundle}
+    for path in find_engines(bundle):
+        assert EngineRecord.read(path)
+
+
+@needs_library
+def test_unchanged_inputs_are_not_built_again(bundle, capsys):
+    path = build_bundle(library, bundle)
     written = path.stat().st_mtime_ns
-    assert build_bundle(library, bundle) == first and path.stat().st_mtime_ns == written
-    assert build_bundle(library, bundle, EngineOptions(batch=(1, 1, 1))).batch == (1, 1, 1)
-    again = path.stat().st_mtime_ns
-    path.write_bytes(path.read_bytes()[:-1])  # what the record speaks of is gone
-    build_bundle(library, bundle, EngineOptions(batch=(1, 1, 1)))
-    assert path.stat().st_mtime_ns > again and EngineRecord.read(path)
+    assert "already" not in capsys.readouterr().out
+    assert build_bundle(library, bundle) == path and path.stat().st_mtime_ns == written
+    assert f"{path} is built already" in capsys.readouterr().out
+    old = bundle / "engines" / f"{library.name}.engine"  # as an earlier version wrote it
+    path.rename(old)
+    (path.parent / "record.json").rename(old.with_suffix(".json"))
+    path.parent.rmdir()
+    assert build_bundle(library, bundle) == old
+    assert build_bundle(library, bundle, name="mine") == bundle / "engines" / "mine" / "model.engine"
 
 
 @needs_library
-def test_an_engine_that_its_record_does_not_speak_of_is_refused(bundle):
-    build_bundle(library, bundle)
-    path = bundle / "engines" / f"{library.name}.engine"
-    path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(UserError, match="is not the engine that"):
+def test_an_engine_is_not_replaced_by_one_of_other_options(bundle, capsys):
+    path = build_bundle(library, bundle, name="mine")
+    written = path.stat().st_mtime_ns
+    with pytest.raises(UserError, match="choose another --name"):
+        build_bundle(library, bundle, EngineOptions(batch=(1, 1, 1)), "mine")
+    export_quantized(SMALL, "int8", bundle / FUSED_ONNX)
+    with pytest.raises(UserError, match="choose another --name"):
+        build_bundle(library, bundle, name="mine")
+    assert path.stat().st_mtime_ns == written
+    notes = bundle / "engines" / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="choose another --name"):
+        build_bundle(library, bundle, name="notes")
+    assert (notes / "mine.txt").read_text() == "precious"
+
+
+def damage_engine(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_record(path):
+    path.with_name("record.json").write_text("{")
+
+
+def lose_record(path):
+    path.with_name("record.json").unlink()
+
+
+def lose_engine(path):
+    path.unlink()
+
+
+def from_the_future(path):
+    record = path.with_name("record.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "format": FORMAT + 1}))
+
+
+DAMAGES = {damage_engine: "is not the engine that", damage_record: "is damaged", lose_record: "cannot read",
+           lose_engine: "cannot read", from_the_future: "is of format"}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_engine_that_its_record_does_not_speak_of_is_refused(damage, tmp_path):
+    path = tmp_path / "engines" / "mine" / "model.engine"
+    write_made_up_engine(path)
+    assert EngineRecord.read(path)
+    damage(path)
+    with pytest.raises(UserError, match=DAMAGES[damage]):
         EngineRecord.read(path)
-    path.with_suffix(".json").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
-        EngineRecord.read(path)
-    path.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match="there is no"):
-        EngineRecord.read(path)
+
+
+@needs_library
+def test_an_engine_that_would_be_refused_is_built_again(bundle, capsys):
+    path = build_bundle(library, bundle)
+    for damage in DAMAGES:
+        damage(path)
+        capsys.readouterr()
+        assert build_bundle(library, bundle) == path and EngineRecord.read(path)
+        assert "is built again" in capsys.readouterr().out
+    assert names(bundle / "engines") == [path.parent.name]
+
+
+def test_the_engines_of_a_bundle(tmp_path):
+    """Also of a bundle in a folder of that name; but no draft of a killed process."""
+    bundle = write_bundle(tmp_path / "engines" / "bundle", SMALL)
+    assert find_engines(bundle) == [] and bundle_of(bundle) == bundle_of(bundle / "model.safetensors") == bundle
+    folder = bundle / "engines"
+    rtx, full, old, unknown = (folder / name for name in
+                               ("b/model.engine", "c/model.engine", "a.engine", "d/model.engine"))  # fmt: skip
+    for path in (rtx, old):
+        write_made_up_engine(path, library="tensorrt_rtx")
+    for path in (full, unknown, folder / ".b.draft-0123456789abcdef" / "model.engine"):
+        write_made_up_engine(path)
+    (folder / "labels.txt").write_text("class0")
+    (folder / "empty").mkdir()
+    damage_record(unknown)
+    assert find_engines(bundle) == [old, rtx, full, unknown]
+    assert find_engines(bundle, "tensorrt") == [full, unknown]
+    assert find_engines(bundle, "tensorrt_rtx") == [old, rtx, unknown]
+    assert {bundle_of(path) for path in (rtx, rtx.parent, old, folder)} == {bundle}
 
 
 @pytest.mark.gpu
 @needs_library
 def test_stripped_engines_are_smaller_and_get_their_weights_when_they_are_loaded(bundle, model):
     images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
-    path = bundle / "engines" / f"{library.name}.engine"
-    whole = build_bundle(library, bundle).engine_bytes
-    expected = open_engine(path).infer(images)
-    stripped = build_bundle(library, bundle, EngineOptions(weight_stripped=True)).engine_bytes
-    assert stripped < whole - (bundle / FUSED_ONNX).stat().st_size / 2
-    np.testing.assert_allclose(open_engine(path).infer(images), expected, atol=1e-2)
+    whole = build_bundle(library, bundle)
+    expected = open_engine(whole).infer(images)
+    stripped = build_bundle(library, bundle, EngineOptions(weight_stripped=True), "stripped")
+    assert stripped.stat().st_size < whole.stat().st_size - (bundle / FUSED_ONNX).stat().st_size / 2
+    np.testing.assert_allclose(open_engine(stripped).infer(images), expected, atol=1e-2)
 
 
 @needs_library
 def test_a_workspace_and_detail(bundle):
-    record = build_bundle(library, bundle, EngineOptions(workspace_gib=0.5, verbosity="detailed"))
+    record = EngineRecord.read(build_bundle(library, bundle, EngineOptions(workspace_gib=0.5, verbosity="detailed")))
     assert record.options["workspace_gib"] == 0.5 and record.options["verbosity"] == "detailed"
 
 
@@ -191,8 +287,8 @@ def test_targets_and_options_that_cannot_be(bundle):
     export_quantized(SMALL, "fp8", bundle / FUSED_ONNX)
     assert build_fitting(library, bundle, EngineOptions(("sm86",))) == (None, ("sm86",))
     assert not (bundle / "engines").exists()
-    record, unfit = build_fitting(library, bundle, EngineOptions(("sm86", "sm89")))
-    assert record.targets == ("sm89",) and unfit == ("sm86",)
+    path, unfit = build_fitting(library, bundle, EngineOptions(("sm86", "sm89")))
+    assert EngineRecord.read(path).targets == ("sm89",) and unfit == ("sm86",)
 
 
 @needs_library
@@ -220,10 +316,13 @@ def test_the_line_for_trtexec(bundle):
 
 
 @needs_library
-def test_the_command(bundle, tmp_path):
+def test_the_command(bundle, tmp_path, run_here):
     result = run_command("deploy/build.py", bundle, "--batch", "1:2:4")
     assert result.returncode == 0, result.stderr
     assert "2 fused attentions" in result.stdout and "--saveEngine=" in result.stdout
+    assert names(bundle / "engines") == [f"{library.name}-portable-1.2.4"] or library.name == "tensorrt"
+    for name in (".hidden", "../up", "a/b", "-x", "a b", "", "x" * 101):
+        assert_one_line_error(run_here("deploy/build.py", bundle, f"--name={name}"), "--name")
     assert_one_line_error(run_command("deploy/build.py", bundle, "--batch", "1:x"), "--batch is smallest:best:largest")
     (bundle / FUSED_ONNX).write_bytes(b"not a graph")
     assert_one_line_error(run_command("deploy/build.py", bundle), "ONNX")

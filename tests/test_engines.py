@@ -1,24 +1,29 @@
 """Every runtime gives the network's numbers; predictions and frames from the command line."""
 
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_bundle
+from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 from PIL import Image
 
 import deploy.engines
 from deploy.build import build_bundle
-from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine, cpu_runtime, open_engine
+from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine, cpu_runtime, open_engine, open_file
 from deploy.predict import top5
 from deploy.preprocessing import add_preprocessing
+from deploy.record import EngineRecord
+from deploy.tensorrt_engine import TensorRTEngine
 from deploy.tensorrt_library import find_library
 from illama import ILLaMA, ModelConfig
 from illama.accuracy import load_images
+from illama.atomic_write import read_pinned
 from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, Manifest
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import Preprocessing, open_data
@@ -144,32 +149,77 @@ def test_what_cannot_be_opened(bundle, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(find_library() is None, reason="no TensorRT that can build is installed")
 def test_an_engine_is_checked_before_it_is_deserialized(bundle, monkeypatch):
-    build_bundle(find_library(), bundle)
-    path = bundle / "engines" / f"{find_library().name}.engine"
-    if not torch.cuda.is_available():
+    path = build_bundle(find_library(), bundle, name="checked")
+    for given in (path, path.parent) if not torch.cuda.is_available() else ():
         with pytest.raises(UserError, match="runs on an NVIDIA GPU, and there is none here"):
-            open_engine(path)
+            open_engine(given)
     path.write_bytes(path.read_bytes() + b"x")
     monkeypatch.setattr(deploy.engines, "TensorRTEngine", lambda *_: pytest.fail("it was opened"))
-    with pytest.raises(UserError, match="is not loaded"):
-        open_engine(path)
-    with pytest.raises(UserError, match="is not loaded"):
-        open_engine(path, "openvino")
+    for given in (path, path.parent):
+        with pytest.raises(UserError, match="is not loaded"):
+            open_engine(given)
+        with pytest.raises(UserError, match="is not loaded"):
+            open_engine(given, "openvino")
+
+
+@pytest.fixture
+def refused(bundle, tmp_path):
+    """A bundle with a good graph, and an engine whose record was never written: its writer was killed before."""
+    copy = Path(shutil.copytree(bundle, tmp_path / "refused", ignore=shutil.ignore_patterns("engines")))
+    write_made_up_engine(copy / "engines" / "tensorrt.engine")
+    (copy / "engines" / "tensorrt.json").unlink()
+    return copy
+
+
+def test_a_refused_engine_does_not_stop_its_bundle(refused, images, expected, capsys):
+    engine, file = open_file(refused)
+    assert file == refused / CPU_ONNX
+    np.testing.assert_allclose(engine.infer(images), expected, atol=0.02 * np.abs(expected).max())
+    warning = capsys.readouterr().err.strip()
+    assert len(warning.splitlines()) == 1 and "tensorrt.json" in warning
+    for runtime in ("openvino", "torch"):
+        open_engine(refused, runtime)
+    assert not capsys.readouterr().err
+    for path, runtime in ((refused / "engines" / "tensorrt.engine", None), (refused, "tensorrt")):
+        with pytest.raises(UserError, match=r"tensorrt\.json"):
+            open_engine(path, runtime)
+
+
+def test_predictions_of_a_bundle_with_a_refused_engine(refused, tmp_path, run_here):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "photo.png")
+    command = ["deploy/predict.py", tmp_path / "photo.png", "--engine"]
+    result = run_here(*command, refused)
+    assert result.returncode == 0 and "photo.png: class" in result.stdout and "tensorrt.json" in result.stderr
+    assert_one_line_error(run_here(*command, refused, "--runtime", "tensorrt"), "tensorrt.json")
+    assert_one_line_error(run_here(*command, refused / "engines" / "tensorrt.engine"), "tensorrt.json")
+    assert_one_line_error(run_here(*command, refused / "engines"), "cannot read")
+
+
+def test_a_runtime_cache_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    """What it holds comes from a GPU; here it is made up, and so is the engine around it."""
+    engine = object.__new__(TensorRTEngine)
+    engine._cache = type("Cache", (), {"serialize": lambda self: b"kernels"})()
+    for folder, warnings in ((tmp_path / "missing", 1), (tmp_path, 0)):
+        engine._cache_path = folder / "runtime-cache"
+        engine.close()
+        assert len(capsys.readouterr().err.splitlines()) == warnings
+    assert read_pinned(tmp_path / "runtime-cache") == b"kernels"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_tensorrt_engine_gives_the_networks_numbers(batch, bundle, model):
     library = find_library()
-    build_bundle(library, bundle)
+    path = build_bundle(library, bundle)
     images = np.random.default_rng(1).normal(size=(batch, 3, 32, 32)).astype(np.float32)
-    engine = open_engine(bundle / "engines" / f"{library.name}.engine")
+    engine = open_engine(path)
     with torch.no_grad():
         expected = model.double()(torch.from_numpy(images).double()).numpy()
     for _ in range(3):  # the later calls replay a CUDA graph
         np.testing.assert_allclose(engine.infer(images), expected, atol=1e-2 * np.abs(expected).max())
     engine.close()
-    again = open_engine(bundle / "engines" / f"{library.name}.engine")  # with the runtime cache, if there is one
+    assert (path.parent / "runtime-cache").exists() == (library.name == "tensorrt_rtx")
+    again = open_engine(path.parent)  # with the runtime cache, if there is one
     np.testing.assert_array_equal(again.infer(images), engine.infer(images))
     with pytest.raises(UserError, match="takes 1 to 64 images"):
         engine.infer(np.zeros((65, 3, 32, 32), np.float32))
@@ -230,7 +280,7 @@ def test_a_bundle_that_takes_frames(color_bundle, photo, tmp_path):
         whole, rest = OnnxRuntimeEngine(out / name).infer(frame), OnnxRuntimeEngine(color_bundle / name).infer(prepared)
         assert np.abs(whole - rest).max() < 0.02 * np.abs(rest).max()
     if library := find_library():
-        record = build_bundle(library, out)
+        record = EngineRecord.read(build_bundle(library, out))
         assert record.inputs == {"images": ["uint8", [-1, 60, 80, 3]]} and record.fused
     plain = run_command("deploy/predict.py", photo, "--engine", color_bundle, "--runtime", "onnxruntime")
     camera = run_command("deploy/predict.py", photo, "--engine", out, "--runtime", "onnxruntime")

@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_one_line_error, run_command, write_images, write_linear_bundle
+from conftest import assert_one_line_error, run_command, write_images, write_linear_bundle, write_made_up_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 
 from deploy.engines import OnnxRuntimeEngine
-from deploy.record import EngineRecord
 from deploy.temperature import read_temperature, store_temperature
 from eval.evaluate import _wait_for, evaluate
 from eval.predictions import Predictions
 from illama.accuracy import predict
-from illama.bundle import FUSED_ONNX, TEMPERATURE, Manifest, sha256
+from illama.bundle import FUSED_ONNX, TEMPERATURE, Manifest
 from illama.checkpoint import read_preprocessing
 from illama.data import open_data
 from illama.distributed import Processes
@@ -125,6 +124,8 @@ def test_it_is_what_whole_logits_say(task, tmp_path):
 def test_interrupted_it_goes_on_where_it_was(task, tmp_path):
     """Ctrl-C in the second of three chunks; then only what is missing is read."""
     whole, work, calls = task.evaluate(), tmp_path / "work", []
+    work.mkdir()
+    (work / ".run.json.draft-0123456789abcdef").touch()  # killed before anything was there
 
     def interrupted(images):
         calls.append(len(images))
@@ -209,9 +210,9 @@ def bundle(tmp_path):
 
 def test_a_temperature_stays_with_its_weights(bundle, tmp_path):
     onnx = bundle / "model.onnx"
-    assert read_temperature(bundle) is None
+    assert read_temperature(onnx) is None
     store_temperature(onnx, 0.7, 512, "noise", "onnxruntime")
-    assert read_temperature(bundle) == read_temperature(onnx) == 0.7
+    assert read_temperature(onnx) == 0.7
     shutil.copyfile(onnx, bundle / FUSED_ONNX)
     assert read_temperature(bundle / FUSED_ONNX) is None
     store_temperature(bundle / FUSED_ONNX, 0.6, 512, "noise", "onnxruntime")
@@ -228,18 +229,14 @@ def test_a_temperature_stays_with_its_weights(bundle, tmp_path):
         read_temperature(tmp_path / "nowhere.onnx")
 
 
-def test_an_engine_has_that_of_its_graph(bundle):
-    graph, engine = bundle / "model.onnx", bundle / "engines" / "tensorrt.engine"
-    graph.rename(bundle / FUSED_ONNX)
-    engine.parent.mkdir()
-    engine.write_bytes(b"an engine")
-    facts = dict.fromkeys((each.name for each in fields(EngineRecord)), 0) | {
-        "onnx_sha256": sha256(bundle / FUSED_ONNX), "engine_sha256": sha256(engine), "format": 2, "targets": (),
-        "batch": (1, 1, 1)}  # fmt: skip
-    EngineRecord(**facts).write(engine)
+@pytest.mark.parametrize("name", ["tensorrt-sm89-1.1.1/model.engine", "tensorrt.engine"])
+def test_an_engine_has_that_of_its_graph(name, bundle):
+    (bundle / "model.onnx").rename(bundle / FUSED_ONNX)
+    engine = bundle / "engines" / name
+    write_made_up_engine(engine)
     store_temperature(bundle / FUSED_ONNX, 0.6, 512, "noise", "onnxruntime")
     assert read_temperature(engine) == 0.6
-    EngineRecord(**{**facts, "onnx_sha256": "0" * 64}).write(engine)
+    write_made_up_engine(engine, onnx_sha256="0" * 64)
     assert read_temperature(engine) is None
 
 
@@ -260,6 +257,6 @@ def test_predictions_are_calibrated_by_it(bundle, tmp_path, run_here):
         assert f"photo.png: {shown} (" in result.stdout
     frames = run_here("deploy/camera.py", bundle, "--frame", "24x24", "--out", tmp_path / "camera")
     assert frames.returncode == 0, frames.stderr
-    assert read_temperature(tmp_path / "camera") == 0.25
+    assert read_temperature(tmp_path / "camera" / "model.onnx") == 0.25
     (bundle / TEMPERATURE).write_text("{")
     assert_one_line_error(run_here(*command), "temperature.json is damaged")

@@ -191,6 +191,7 @@ def _options(material, out, **more):
 
 
 def _run(options, job=None):
+    options.out.mkdir(exist_ok=True)
     return start_run(job or open_job(options), ALONE)
 
 

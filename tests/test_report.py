@@ -68,6 +68,8 @@ def test_only_a_result_of_ours_may_be_replaced(tmp_path):
     write_report(make_report(), tmp_path)
     for row in make_report().rows:
         (tmp_path / row.scheme).mkdir(exist_ok=True)
+    for left_by_a_killed_process in (".report.html.draft-0123456789abcdef", ".lock"):
+        (tmp_path / left_by_a_killed_process).touch()
     assert is_result(tmp_path) and {path.name for path in tmp_path.iterdir()} >= set(FILES)
     (tmp_path / "notes.txt").write_text("mine")
     assert not is_result(tmp_path)

@@ -16,6 +16,7 @@ from torch import nn
 
 from deploy.build import build_bundle
 from deploy.engines import OnnxRuntimeEngine
+from deploy.record import EngineRecord
 from deploy.tensorrt_library import find_library
 from eval.segmentation import SegmentationEvalOptions, miou_drop
 from eval.segmentation import main as evaluate
@@ -283,6 +284,8 @@ def test_the_loss_counts_no_ignored_pixel():
 def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
     alone = Processes(0, 1, torch.device("cpu"))
     options = replace(TRAINING, data=str(shapes), out=tmp_path / "whole", epochs=1, checkpoint_steps=2, batch_size=16)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
     whole = start_run(options, alone)
     fit(whole)
     killed = start_run(replace(options, out=tmp_path / "killed"), alone)
@@ -333,7 +336,7 @@ def test_quantized_files_score_as_the_network_does(trained, shapes, tmp_path, ca
     assert layers["decoder.fusion_block.0"] == ["int8 per channel", "uint8 asymmetric"], layers
     assert (int8 / "model.onnx").stat().st_size < 0.4 * (out / "fp32" / "model.onnx").stat().st_size
     if library := find_library():
-        assert build_bundle(library, int8).attentions == 4
+        assert EngineRecord.read(build_bundle(library, int8)).attentions == 4
 
 
 class _Convolutions(SoftMasked):

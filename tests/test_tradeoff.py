@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, run_command, write_images, write_linear_bundle
+from conftest import assert_one_line_error, run_command, write_images, write_linear_bundle, write_made_up_engine
 
 from deploy.temperature import read_temperature
 from eval.candidates import expand, in_calls_of
@@ -173,6 +173,7 @@ def test_float_networks_come_first_and_what_has_no_graph_is_named(tradeoff, runs
     shutil.copytree(runs / "runs" / "fp32", trained)
     (trained / "model.onnx").unlink()
     fp32, int8 = (tmp_path / "more" / name for name in ("fp32", "int8"))
+    shutil.copytree(fp32, tmp_path / "more" / ".fp32.draft-0123456789abcdef")  # of a killed process
     assert expand([tmp_path / "more"]) == expand([int8, fp32]) == [fp32, int8]
     assert expand([int8 / "model.onnx", trained]) == [trained, int8 / "model.onnx"]
     assert_one_line_error(tradeoff(paths=(fp32, trained)), "trained has no graph to run")
@@ -201,3 +202,53 @@ def test_paths_that_cannot_be_weighed(tradeoff, runs, tmp_path):
     assert_one_line_error(tradeoff(paths=(other,)), "eval/segmentation.py")
     (other / "manifest.json").write_text("{")
     assert_one_line_error(tradeoff(paths=(other.parent,)), "damaged")
+
+
+@pytest.fixture
+def with_engines(runs, tmp_path):
+    """A bundle with engines of both libraries, and two that are refused; none of them can run anywhere."""
+    bundle = tmp_path / "fp32"
+    shutil.copytree(runs / "runs" / "fp32", bundle)
+    shutil.copyfile(bundle / "model.onnx", bundle / "model.fused.onnx")
+    for batch in ((1, 1, 1), (1, 8, 64)):
+        name = f"tensorrt-sm87-{'.'.join(map(str, batch))}"
+        write_made_up_engine(bundle / "engines" / name / "model.engine", batch=batch, targets=("sm87",))
+    write_made_up_engine(bundle / "engines" / "tensorrt_rtx.engine", library="tensorrt_rtx")
+    write_made_up_engine(bundle / "engines" / "other-graph" / "model.engine", onnx_sha256="0" * 64)
+    write_made_up_engine(bundle / "engines" / "half" / "model.engine")
+    (bundle / "engines" / "half" / "record.json").unlink()
+    return bundle
+
+
+def test_engines_have_rows_of_their_own_and_refused_ones_a_note(tradeoff, with_engines, tmp_path):
+    result = tradeoff(paths=(with_engines,))
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    small, large = "tensorrt-sm87-1.1.1", "tensorrt-sm87-1.8.64"
+    rows = {row["name"]: row["engine"] for row in report["rows"] if row["onnx"].endswith("fused.onnx")}
+    assert rows == {f"fp32, TensorRT, {small}": f"../fp32/engines/{small}/model.engine",
+                    f"fp32, TensorRT, {large}": f"../fp32/engines/{large}/model.engine",
+                    "fp32, TensorRT-RTX": "../fp32/engines/tensorrt_rtx.engine"}  # fmt: skip
+    notes = [reason for reason in report["not_run"] if "left out" in reason]
+    assert len(notes) == 2 and "half" in notes[0] and "other-graph" in notes[1]
+    assert len({(row["scheme"], row["runtime"]) for row in report["rows"]}) == len(report["rows"])  # as a table shows
+
+
+def test_engines_that_are_named_are_used_or_refused(tradeoff, with_engines, tmp_path):
+    folder = with_engines / "engines" / "tensorrt-sm87-1.1.1"
+    for number, path in enumerate((folder, folder / "model.engine")):
+        result = tradeoff(paths=(path,), out=tmp_path / str(number))
+        assert result.returncode == 0 and "left out" not in result.stdout, result.stderr
+        (row,) = json.loads((tmp_path / str(number) / "report.json").read_text())["rows"]
+        assert row["name"] == "fp32, TensorRT, tensorrt-sm87-1.1.1"
+    for name, words in (("half", "cannot read"), ("other-graph", "another model.fused.onnx")):
+        assert_one_line_error(tradeoff(paths=(with_engines / "engines" / name,)), words)
+
+
+def test_a_bundle_whose_engines_are_all_refused_is_measured_by_its_graphs(tradeoff, with_engines, tmp_path):
+    for record in (with_engines / "engines").rglob("*.json"):
+        record.write_text("{")
+    result = tradeoff(paths=(with_engines,))
+    assert result.returncode == 0 and result.stdout.count("left out") == 5, result.stderr
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert rows[-1]["name"] == "fp32, TensorRT" and rows[-1]["engine"] is None and len(rows) > 1

@@ -28,7 +28,7 @@ from illama.errors import UserError
 from illama.recipe import Recipe, load_recipe, recipe_names
 from illama.schedules import cosine_with_warmup, soft_mask_alpha
 from illama.train import make_model
-from illama.train_log import read_log
+from illama.train_log import Log, read_log
 from illama.training import make_optimizer
 
 
@@ -187,6 +187,17 @@ def _arguments(data, out, *more):
     return ["illama/train.py", "--data", f"fashion-mnist:{data}", "--out", out, "--epochs", 3, "--batch-size", 64,
             "--micro-batch", 16, "--depth", 2, "--width", 32, "--checkpoint-steps", 2, "--ema-decay", 0.5,
             "--soft-mask-epochs", 1, "--workers", 0, *more]  # fmt: skip
+
+
+def test_a_row_that_a_full_disk_cut_short_is_dropped(tmp_path):
+    for step in (0, 10):
+        log = Log(tmp_path, step)
+        log.write_loss(step + 10, 2.5)
+        with (tmp_path / "losses.csv").open("a") as file:
+            file.write("1")  # of step 12, and later than any checkpoint
+    assert [row["step"] for row in read_log(tmp_path / "losses.csv")] == ["10", "20"]
+    (tmp_path / "losses.csv").write_text("step,tra")
+    assert read_log(tmp_path / "losses.csv") == []
 
 
 def _torchrun(processes, *arguments):

@@ -30,7 +30,8 @@ from deploy.record import EngineRecord
 from deploy.tensorrt_engine import TensorRTEngine
 from deploy.tensorrt_library import Library, LibraryName, find_library
 from illama import ILLaMA, ModelConfig
-from illama.bundle import ENGINES, FUSED_ONNX, Manifest, command_line, package_versions, write_file
+from illama.atomic_write import write_file
+from illama.bundle import FUSED_ONNX, Manifest, command_line, package_versions
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
 from illama.machine import describe_machine
@@ -327,8 +328,7 @@ def measure_engine(
         bundle, largest = exports.bundle(name, scheme, mask), max(batches)
         wanted = EngineOptions(library.resolve_targets(()), (1, min(8, largest), largest), verbosity="detailed")
         built = build_engine(library, bundle / FUSED_ONNX, wanted)
-        write_engine(library, bundle, built, wanted)
-        path = bundle / ENGINES / f"{library.name}.engine"
+        path = write_engine(library, bundle, built, wanted)
         row["outcome"] = f"built, {built.attentions} attentions fused, {len(built.data) / 1e6:.1f} MB; not run"
         engine = TensorRTEngine(path, EngineRecord.read(path))
         kernels = fused_kernels(engine.layers())

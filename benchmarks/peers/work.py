@@ -15,7 +15,8 @@ from torch.utils.data import Subset
 
 from eval.machine import peak_memory_gib
 from illama.accuracy import Infer, load_images, predict
-from illama.bundle import package_versions, write_file
+from illama.atomic_write import write_file
+from illama.bundle import package_versions
 from illama.data import ImageData, Preprocessing
 from illama.errors import UserError, run_command
 from illama.model import ILLaMA

@@ -1,0 +1,290 @@
+"""Atomic writes: files and folders that appear whole or not at all, even if their writer is killed.
+
+What is written is a draft, ``.NAME.draft-RANDOM`` beside its place, until one rename puts it there. While it writes,
+the writer holds the lock ``.NAME.draft-RANDOM.lock``, which the kernel releases however the writer ends. A draft whose
+lock is free was left by a killed process, and the next write of NAME removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from illama.bundle import is_bundle
+from illama.errors import UserError
+
+LOCK = ".lock"  # in a folder that a process works in
+_LOST_RACE = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>
+_held: set[int] = set()  # descriptors of locked files
+
+
+@contextmanager
+def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` if the block succeeds and vanishes if not.
+
+    Raises:
+        UserError: at once, if ``folder`` cannot be written, or holds files and ``is_ours`` denies it; at the end, if
+            that has become so.
+    """
+    folder = folder.resolve()
+    _refuse_foreign(folder, is_ours)
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft = stack.enter_context(_draft_of(folder))
+            draft.mkdir()
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}; choose another folder") from error
+        yield draft
+        _take_place(draft, folder, is_ours)
+
+
+@contextmanager
+def write_file(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` if the block succeeds and vanishes if not."""
+    with _draft_of(path) as draft:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+
+def write_pinned(path: Path, data: bytes) -> None:
+    """Write a file, and beside it its SHA-256 in sha256sum's form."""
+    old, new = ("" if content is None else _pin_line(path, content) for content in (read_pinned(path), data))
+    # Between the steps, the file is the old or the new one, and the pin names both.
+    for target, content in ((_pin(path), (new + old).encode()), (path, data), (_pin(path), new.encode())):
+        with write_file(target) as draft:
+            draft.write_bytes(content)
+
+
+def read_pinned(path: Path) -> bytes | None:
+    """What :func:`write_pinned` wrote; None if there is no such file, or its SHA-256 is not the one beside it."""
+    try:
+        data, pin = path.read_bytes(), _pin(path).read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return data if _pin_line(path, data).split()[0] in pin.split() else None
+
+
+def _close_in_child() -> None:
+    """Otherwise a data loader's worker would hold its parent's locks for some seconds after the parent was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextmanager
+def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold ``flock`` on a file made for it and removed at the end; False on a file system without locks.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is False.
+        OSError: the file cannot be opened for writing.
+    """
+    descriptor, supported = _acquire(path, wait)
+    _held.add(descriptor)
+    try:
+        yield supported
+    finally:
+        if descriptor in _held:  # not in a forked child
+            path.unlink(missing_ok=True)  # while the lock is held: later the file could be another process's
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _acquire(path: Path, wait: bool) -> tuple[int, bool]:
+    """A descriptor of the file once it is locked; (descriptor, False) where there are no locks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor, True
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor, False
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its last holder removed the file after it was opened here
+
+
+def make_out(out: Path) -> None:
+    """The folder that a command writes into; UserError if it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+
+
+@contextmanager
+def lock_folder(folder: Path, main: bool = True) -> Iterator[None]:
+    """Keep other processes from working in a folder, which is made if it is missing; does nothing unless ``main``.
+
+    Raises:
+        UserError: another process works in it, or it cannot be written.
+    """
+    if not main:
+        yield
+        return
+    made = not folder.exists()
+    make_out(folder)
+    with ExitStack() as stack:
+        if made:
+            stack.callback(_remove_empty, folder)
+        try:
+            stack.enter_context(file_lock(folder / LOCK))
+        except OSError as error:
+            reason = "it is in use by another process" if isinstance(error, BlockingIOError) else error.strerror
+            raise UserError(f"cannot write {folder}: {reason}; choose another --out") from error
+        sweep(folder)
+        yield
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left in a folder of their writes of ``name``, or of all if none is given."""
+    # Earlier versions named a draft after its process: of a name that is not ours, such a number could mean anything.
+    pattern = _temporary(re.escape(name), r"[0-9a-f]{16}|\d{1,10}") if name else _temporary()
+    found = [pattern.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    for place, token in {(folder / match["name"], match["token"]) for match in found if match}:
+        draft, old = (_beside(place, kind, token) for kind in ("draft", "old"))
+        # Left as it is: in use (BlockingIOError), or another user's.
+        with suppress(OSError), file_lock(draft.with_name(f"{draft.name}.lock")) as held:
+            if held and old.is_dir() and not place.exists():
+                old.rename(place)  # killed between the two renames of _exchange
+            for leftover in (draft, old) if held else ():
+                _remove(leftover)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, which is whole or gone at any moment."""
+    with _draft_of(folder) as draft:
+        folder.rename(draft)
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without the drafts and locks of processes that run or were killed."""
+    return sorted(path for path in folder.iterdir() if path.name != LOCK and not _temporary().fullmatch(path.name))
+
+
+def _temporary(name: str = ".+", token: str = "[0-9a-f]{16}") -> re.Pattern[str]:
+    """The names of drafts, of folders that are being replaced, and of their locks."""
+    return re.compile(rf"\.(?P<name>{name})\.(draft|old)-(?P<token>{token})(\.lock)?", re.DOTALL)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _pin(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _pin_line(path: Path, data: bytes) -> str:
+    return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
+
+
+def _refuse_foreign(folder: Path, is_ours: Callable[[Path], bool]) -> None:
+    """UserError for a folder that must not be replaced, or cannot be."""
+    while version := _version(folder):
+        with suppress(FileNotFoundError):
+            if folder.is_mount():
+                raise UserError(f"{folder} is a mount point and cannot be replaced: choose a folder in it")
+            if folder.is_dir() and (not list_folder(folder) or is_ours(folder)):
+                return
+            if _version(folder) == version:  # else another process replaced the folder while this one looked
+                raise UserError(f"{folder} holds other files and will not be replaced: choose another folder")
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What differs between two folders that were at the same path one after another; None if nothing is there."""
+    try:
+        facts = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return facts.st_ino, facts.st_ctime_ns
+
+
+def _beside(place: Path, kind: str, token: str) -> Path:
+    return place.with_name(f".{place.name}.{kind}-{token}")
+
+
+@contextmanager
+def _draft_of(place: Path) -> Iterator[Path]:
+    """A path beside ``place`` for this process alone; whatever is there is removed at the end."""
+    sweep(place.parent, place.name)
+    draft = _beside(place, "draft", secrets.token_hex(8))
+    with file_lock(draft.with_name(f"{draft.name}.lock"), wait=True):  # for a sweep that came before the lock
+        try:
+            yield draft
+        finally:
+            _remove(draft)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _take_place(draft: Path, folder: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Rename a draft to its place; the content of an earlier folder there is in the draft's place afterwards."""
+    while True:
+        try:
+            if folder.exists():
+                _refuse_foreign(folder, is_ours)
+                _exchange(draft, folder)
+            else:
+                draft.rename(folder)
+            return
+        except OSError as error:  # another process wrote the folder in between
+            if error.errno not in _LOST_RACE or not draft.exists():
+                raise
+
+
+def _exchange(draft: Path, folder: Path) -> None:
+    """Swap two folders in one step, or in two renames where the kernel or the file system has no such step."""
+    try:
+        _renameat2(draft, folder)
+        return
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+    old = _beside(folder, "old", draft.name.rpartition("-")[2])
+    _remove(old)  # of an earlier attempt
+    folder.rename(old)
+    try:
+        draft.rename(folder)
+    except BaseException:
+        with suppress(OSError):  # another process was faster
+            old.rename(folder)
+        raise
+    _remove(old)
+
+
+def _renameat2(one: Path, other: Path) -> None:
+    sys.audit("os.rename", one, other, -1, -1)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
