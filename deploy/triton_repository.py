@@ -25,7 +25,7 @@ from deploy.recommended_runtime import recommend_runtime
 from deploy.record import EngineRecord, find_engines
 from deploy.triton_config import ServingOptions, config_texts
 from deploy.triton_health import KNOWN_ANSWER
-from illama.atomic_write import write_folder
+from illama.atomic_write import sweep, write_folder
 from illama.bundle import (
     CPU_ONNX,
     FUSED_ONNX,
@@ -105,6 +105,7 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
     Raises:
         UserError: the bundle cannot be served, or that version is there: none is ever replaced.
     """
+    sweep(out / f"{name}-network")  # of other versions, too
     with write_folder(out / f"{name}-network" / str(number), lambda _: False) as draft:
         if options.device == "gpu":
             shutil.copyfile(checked_engine(bundle, options.max_batch), draft / PLAN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import importlib.util
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from deploy.triton_health import STUB, LoadingError, ServedRepository, UnhealthyError, live_backends
+from illama.atomic_write import file_lock
 from illama.errors import UserError
 
 EXIT_SECONDS = 10  # for requests under way when it is told to stop
@@ -108,20 +108,19 @@ def running_server(repository: Path, options: ListenOptions, log: IO[bytes] | No
             before it was ready.
     """
     _check_ports(options)
-    with private_names() as (folder, lock):
+    with private_names() as folder:
         command, environment = _find_server(folder)
         models = folder / "models"
         models.symlink_to(repository.resolve())  # a path with a space in it would end the Python backend
-        # In a session of its own, so that Ctrl-C reaches it through this process alone, once. It holds the lock too,
-        # and ends with this process even where that is killed.
-        command += _arguments(models, folder.name, options)
+        command += _arguments(models, f"{folder.name}_", options)
+        # In a session of its own, so that Ctrl-C reaches it through this process alone, once. It ends with this process
+        # even where that is killed.
         process = subprocess.Popen(
             command,
             env=environment,
             stdout=log or sys.stderr,
             stderr=log,
             start_new_session=True,
-            pass_fds=(lock,),
             preexec_fn=_end_with_parent,
         )
         server, patience = RunningServer(process, ServedRepository(options.url, repository)), EXIT_SECONDS + 20
@@ -149,12 +148,11 @@ def _check_ports(options: ListenOptions) -> None:
 
 
 @contextmanager
-def private_names() -> Iterator[tuple[Path, int]]:
-    """(folder, lock): a new temporary folder, whose name is the prefix of a server's shared memory.
+def private_names() -> Iterator[Path]:
+    """A new temporary folder, whose name is also the prefix of a server's shared memory; both are cleared at the end.
 
-    Both are cleared when the server is gone: Triton leaves shared memory behind where a process of it was killed. The
-    lock is held for as long as a process has the file open; what an earlier server of this toolkit left is cleared once
-    its lock is free.
+    Triton leaves shared memory behind where a process of it was killed. What an earlier server of this toolkit left is
+    cleared too, if nobody holds its lock any more.
 
     Raises:
         UserError: the folder for temporary files has a name that Triton's Python backend does not take.
@@ -164,23 +162,22 @@ def private_names() -> Iterator[tuple[Path, int]]:
             f"Triton cannot work in {tempfile.gettempdir()!r}: set TMPDIR to a path without such characters"
         )
     for leftover in _SHARED_MEMORY.glob(f"{_PREFIX}*.lock"):
-        with suppress(OSError), leftover.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _clear(leftover.stem)
+        with suppress(OSError), file_lock(leftover) as held:  # BlockingIOError: in use
+            if held:
+                _clear(leftover.stem)
     name = f"{_PREFIX}{secrets.token_hex(8)}"
-    with (_SHARED_MEMORY / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with file_lock(_SHARED_MEMORY / f"{name}.lock", wait=True):  # for a sweep that came before the lock
         folder = Path(tempfile.gettempdir()) / name
         folder.mkdir(0o700)
         try:
-            yield folder, file.fileno()
+            yield folder
         finally:
             _clear(name)
 
 
 def _clear(name: str) -> None:
     shutil.rmtree(Path(tempfile.gettempdir()) / name, ignore_errors=True)
-    for path in _SHARED_MEMORY.glob(f"{name}*"):
+    for path in _SHARED_MEMORY.glob(f"{name}_*"):
         path.unlink(missing_ok=True)
 
 

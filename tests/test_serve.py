@@ -427,7 +427,7 @@ def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
     while live_backends()[version.resolve()] and time.monotonic() < until:
         time.sleep(0.1)
     assert not live_backends()[version.resolve()]
-    with private_names() as (theirs, _), private_names():
+    with private_names() as theirs, private_names():
         assert not _left_of(name)
         assert len(_left_of(theirs.name)) == 2  # of a server that runs: its folder and its lock
 
