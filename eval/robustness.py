@@ -191,8 +191,8 @@ def main(options: RobustnessOptions) -> None:
     for corruption in options.corruptions:
         for severity in options.severities:
             check_corruption(corruption, severity)
-    bundles = open_bundles(options.bundles)
     with lock_folder(options.out):
+        bundles = open_bundles(options.bundles)
         cells = measure(options, bundles)
         results = summarise(cells, options.seed)
         reference = next(iter(results))
