@@ -66,11 +66,13 @@ class Run:
 
     Args:
         swap: what the command puts in its place by one rename.
+        kill_by: the signal; SIGSTOP stops the command there until :meth:`resume`.
     """
 
-    def __init__(self, arguments: Sequence[object], place: Path, swap: Path, kill_at: KillAt = None) -> None:
+    def __init__(self, arguments: Sequence[object], place: Path, swap: Path, kill_at: KillAt = None,
+                 kill_by: signal.Signals = signal.SIGKILL) -> None:  # fmt: skip
         self.arguments, self.place, self.swap = [str(each) for each in arguments], place, swap
-        self.kill_at, self.count = kill_at, 0
+        self.kill_at, self.kill_by, self.count = kill_at, kill_by, 0
         self._output, self._operations = os.memfd_create("output"), os.memfd_create("operations")
         self.process = os.fork()
         if not self.process:
@@ -106,9 +108,18 @@ class Run:
         os.write(self._operations, f"{event} {' '.join(paths)}\n".encode())
         swaps = event == "os.rename" and paths[-1] == str(self.swap)
         if self.kill_at == self.count or (swaps and self.kill_at == BEFORE):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.kill_by)
         if swaps and self.kill_at == AFTER:
             self.kill_at = self.count + 1
+
+    def wait_until_stopped(self) -> None:
+        """Until the process has stopped or ended."""
+        os.waitid(os.P_PID, self.process, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def resume(self) -> Run:
+        """Let a stopped process go on, and wait for its end."""
+        os.kill(self.process, signal.SIGCONT)
+        return self.wait()
 
     def wait(self) -> Run:
         """Until the process has ended."""

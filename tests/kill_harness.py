@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -76,8 +75,8 @@ class Command:
     def __init__(self, inputs: Path) -> None:
         self.inputs = inputs
 
-    def start(self, place: Path, kill_at: KillAt = None) -> Run:
-        return Run([self.script, *self.arguments(place)], place, place / self.swap, kill_at)
+    def start(self, place: Path, kill_at: KillAt = None, kill_by: signal.Signals = signal.SIGKILL) -> Run:
+        return Run([self.script, *self.arguments(place)], place, place / self.swap, kill_at, kill_by)
 
     def arguments(self, place: Path) -> list[object]:
         raise NotImplementedError
@@ -231,12 +230,14 @@ def run_a_few(command: Command, folder: Path) -> list[str]:
 
 
 def write_twice(command: Command, place: Path) -> None:
-    """Two processes at one output folder, neither of which may end in a traceback: training refuses the second."""
-    first = command.start(place)
-    while isinstance(command, Train) and not (place / "out" / ".lock").exists():
-        time.sleep(0.001)
+    """Two processes at one output folder, neither of which may end in a traceback: training refuses the second.
+
+    The first is stopped before its swap until the second has ended.
+    """
+    first = command.start(place, BEFORE, signal.SIGSTOP)
+    first.wait_until_stopped()
     second = command.start(place).wait()
-    first.wait()
+    first.resume()
     check(first.status == 0, first.output)
     if isinstance(command, Train):
         lines = second.output.strip().splitlines()
