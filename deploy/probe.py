@@ -22,7 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         ServedRepository(options.url, options.repository, options.timeout).check()
-    except (UnhealthyError, TimeoutError) as error:
+    except (UnhealthyError, TimeoutError, ValueError) as error:  # ValueError: of what is no URL
         sys.exit(f"error: {error or 'the server does not answer'}")
 
 

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ class ServedRepository:
             LoadingError: a model is being loaded, as a polling server does again and again with one that fails.
             UnhealthyError: with Triton's own reason, where it gives one.
         """
-        states, alive = self._states(), live_backends()
-        missing = {model: states.get(model, {}) for model in self.models if not _ready(states.get(model, {}))}
+        models, states, alive = self.models, self._states(), live_backends()
+        missing = {model: states.get(model, {}) for model in models if not _ready(states.get(model, {}))}
         for model, versions in missing.items():
             if reason := next((reason for _, reason in versions.values() if reason), None):
                 raise UnhealthyError(f"model {model} is not loaded: {' '.join(reason.split())}")
@@ -69,7 +70,7 @@ class ServedRepository:
             raise LoadingError(f"model {loading[0]} is being loaded")
         if missing:
             raise UnhealthyError(f"model {next(iter(missing))} is not loaded: the log of Triton says why")
-        for model in self.models:
+        for model in models:
             config = self._get(f"v2/models/{model}/config")
             if config.get("backend") != "python":
                 continue
@@ -99,8 +100,10 @@ class ServedRepository:
 
     @property
     def models(self) -> list[str]:
-        """The names of all models in the repository."""
-        return sorted(path.parent.name for path in self.folder.glob(f"*/{CONFIG}"))
+        """The names of all models in the repository; UnhealthyError if there is none."""
+        if found := sorted(path.parent.name for path in self.folder.glob(f"*/{CONFIG}")):
+            return found
+        raise UnhealthyError(f"{self.folder} is no repository of python deploy/serve.py: it holds no model")
 
     def _check_answer(self, model: str) -> None:
         known, answered = self._known(model), self._answered(model)
@@ -137,13 +140,19 @@ class ServedRepository:
         """Model -> version -> (state, reason)."""
         post = urllib.request.Request(f"{self.url}/v2/repository/index", b"", method="POST")
         states: dict[str, dict[str, tuple[str, str]]] = {}
-        for each in json.loads(self._open(post, self.timeout)[0]):
+        for each in self._json(post):
             version = each.get("version", "")
             states.setdefault(each["name"], {})[version] = (each.get("state", ""), each.get("reason", ""))
         return states
 
     def _get(self, path: str) -> Any:
-        return json.loads(self._open(urllib.request.Request(f"{self.url}/{path}"), self.timeout)[0])
+        return self._json(urllib.request.Request(f"{self.url}/{path}"))
+
+    def _json(self, request: urllib.request.Request) -> Any:
+        try:
+            return json.loads(self._open(request, self.timeout)[0])
+        except ValueError as error:
+            raise UnhealthyError(f"what answers at {self.url} is not Triton") from error
 
     def _open(self, request: urllib.request.Request, timeout: float) -> tuple[bytes, int]:
         """(body, bytes of it that are a JSON header); TimeoutError where nothing comes in time."""
@@ -151,13 +160,14 @@ class ServedRepository:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 return answer.read(), int(answer.headers.get(_HEADER, 0))
         except urllib.error.HTTPError as error:
-            raise UnhealthyError(f"{request.selector}: {error.read().decode(errors='replace')}") from error
+            reason = " ".join(error.read().decode(errors="replace").split())
+            raise UnhealthyError(f"{request.selector} is refused with {error.code}: {reason[:300]}") from error
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise TimeoutError from error
             raise UnhealthyError(f"no server at {self.url}: {error.reason}") from error
-        except ConnectionError as error:
-            raise UnhealthyError(f"no server at {self.url}: {error}") from error
+        except (ConnectionError, HTTPException) as error:
+            raise UnhealthyError(f"no server at {self.url}: {str(error).strip()}") from error
 
 
 def _ready(versions: dict[str, tuple[str, str]]) -> list[str]:

@@ -9,9 +9,11 @@ import os
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -321,6 +323,27 @@ def test_every_kind_of_bundle_is_served_and_a_dead_backend_ends_the_server(tmp_p
         assert "died" in log.read_text().splitlines()[-1]
         assert not _left_of(name)
     assert _probe(out, listen).returncode == 1
+
+
+def test_a_probe_fails_without_a_model_and_where_another_server_answers(tmp_path):
+    """In each case with one line, as for all mistakes of a user."""
+    (tmp_path / "rgb").mkdir()
+    (tmp_path / "rgb" / "config.pbtxt").touch()
+    with socketserver.TCPServer(("127.0.0.1", 0), _Babble) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_address[1]}"
+        for folder, address in ((tmp_path, url), (tmp_path, "nowhere"), (tmp_path / "rgb", url)):
+            result = run_command("deploy/probe.py", folder, "--url", address)
+            assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+        other.shutdown()
+
+
+class _Babble(socketserver.StreamRequestHandler):
+    """What no HTTP server says."""
+
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(b"SSH-2.0\n")
 
 
 @needs_server
