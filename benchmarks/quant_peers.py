@@ -38,7 +38,7 @@ from illama.atomic_write import write_file
 from illama.bundle import package_versions, sha256
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.errors import UserError, run_command
-from illama.machine import describe_machine
+from illama.hardware import describe_machine
 from quant.layerwise import decibels
 
 REFERENCE = "fp32"  # in ONNX Runtime

@@ -11,7 +11,7 @@ from deploy.engines import RuntimeName, cpu_runtime, files_of
 from illama.accuracy import usable_cores
 from illama.bundle import CPU_ONNX, TORCHAO
 from illama.errors import UserError
-from illama.machine import cpu_name
+from illama.hardware import cpu_name
 
 REPORT = "report.json"  # beside the bundles of quant/ptq.py
 CHOICE = "runtime.json"

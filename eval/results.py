@@ -11,7 +11,7 @@ from eval.measured import OtherResult
 from illama.atomic_write import make_out, write_file
 from illama.bundle import command_line, package_versions
 from illama.errors import UserError
-from illama.machine import describe_machine
+from illama.hardware import describe_machine
 
 # What a reader is told of results, by their name or that of their folder.
 _TITLES = {

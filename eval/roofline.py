@@ -32,7 +32,7 @@ from eval.results import write_results
 from illama.accuracy import usable_cores
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.errors import UserError, run_command
-from illama.machine import describe_machine
+from illama.hardware import describe_machine
 from illama.markdown_table import markdown
 from illama.onnx_session import cpu_session
 from quant.costs import GraphTimes, time_graphs

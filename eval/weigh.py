@@ -29,7 +29,7 @@ from illama.bundle import Manifest, command_line, package_versions, sha256
 from illama.data import ImageData, Sample, Transform
 from illama.distributed import ALONE, Processes
 from illama.errors import UserError
-from illama.machine import describe_machine
+from illama.hardware import describe_machine
 
 SHOWN = 24  # flipped images of each kind that a report may show
 _ELSEWHERE = ("Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "

@@ -26,7 +26,7 @@ from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manife
 from illama.checkpoint import SHIPPED
 from illama.distributed import Processes, processes
 from illama.errors import UserError, run_command
-from illama.machine import describe_machine
+from illama.hardware import describe_machine
 from illama.model import ILLaMA
 from illama.recipe import TrainingOptions, read_recipe, recipe_named
 from illama.train_log import plot_curve, read_log

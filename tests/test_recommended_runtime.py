@@ -10,7 +10,7 @@ from sample_report import make_report, make_row
 from deploy.engines import cpu_runtime
 from deploy.recommended_runtime import RuntimeChoice, recommend_runtime
 from illama.errors import UserError
-from illama.machine import describe_machine
+from illama.hardware import describe_machine
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from illama.atomic_write import write_file
 from illama.bundle import FUSED_ONNX, Manifest, command_line, package_versions
 from illama.data import Preprocessing
 from illama.errors import UserError, run_command
-from illama.machine import describe_machine
+from illama.hardware import describe_machine
 from illama.masks import AttentionMask, MaskedAttention
 from quant.calibrate import calibrate
 from quant.export import export_onnx
