@@ -7,6 +7,8 @@ lost. A broken one must be refused as the client's mistake, and a good one must 
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +24,7 @@ import numpy as np
 from serve_client import MODEL, TIMEOUT, Question, free_ports, is_wrong
 
 from deploy.triton_config import ENCODED
-from deploy.triton_health import STUB, ServedRepository, UnhealthyError
+from deploy.triton_health import ServedRepository, UnhealthyError, live_backends
 from deploy.triton_server import ListenOptions
 from illama.errors import UserError
 from illama.markdown_table import markdown
@@ -89,9 +91,10 @@ class Supervisor:
 
     def stop(self) -> None:
         self._stopping.set()
-        if self._process:
-            self._process.terminate()
-        self._thread.join()
+        while self._thread.is_alive():  # it may have been about to start another one
+            if self._process:
+                self._process.terminate()
+            self._thread.join(0.5)
 
 
 @contextmanager
@@ -119,10 +122,9 @@ def wait_until_healthy(repository: Path, listen: ListenOptions) -> float:
 
 def kill_backend(version: Path) -> float:
     """Kill -9 the process that runs a version of a model; when that was."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        command = path.read_text().split("\0") if path.exists() else []
-        if len(command) > 1 and command[0].endswith(STUB) and Path(command[1]).parent.resolve() == version.resolve():
-            subprocess.run(["kill", "-9", path.parent.name], check=True)
+    for process, path in live_backends():
+        if path.parent.resolve() == version.resolve():
+            os.kill(process, signal.SIGKILL)
             return time.monotonic()
     raise UserError(f"there is no process that runs {version}")
 
@@ -135,8 +137,10 @@ def send_all(url: str, files: Sequence[bytes]) -> list[Any]:
     left = threading.Semaphore(0)
 
     def keep(index: int, result: Any, error: Any) -> None:
-        answers[index] = error if error is not None else result.as_numpy(OUTPUT)[0]
-        left.release()
+        try:
+            answers[index] = error if error is not None else result.as_numpy(OUTPUT)[0]
+        finally:
+            left.release()
 
     with triton.InferenceServerClient(url) as client:
         for index, file in enumerate(files):

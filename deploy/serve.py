@@ -14,7 +14,7 @@ import tyro
 
 from deploy.recommended_runtime import RuntimeChoice
 from deploy.triton_config import ServingOptions
-from deploy.triton_repository import add_versions, is_repository, versions, write_repository
+from deploy.triton_repository import add_versions, check_repository, versions, write_repository
 from deploy.triton_server import ListenOptions, running_server
 from illama.errors import UserError, run_command
 
@@ -43,7 +43,7 @@ class ServeOptions(ServingOptions, ListenOptions):
 def main(options: ServeOptions) -> None:
     if options.bundles:
         write(options)
-    elif not options.run or not is_repository(options.out):
+    elif not options.run or not options.out.exists():
         raise UserError("no bundles: give those that python quant/ptq.py wrote, or with --run a repository as --out")
     if options.run:
         serve(options)
@@ -88,6 +88,7 @@ def name_models(bundles: tuple[Path, ...], name: str | None) -> dict[str, tuple[
 
 def serve(options: ServeOptions) -> None:
     """Run the server until Ctrl-C or SIGTERM; UserError once it no longer answers."""
+    check_repository(options.out)
     try:
         with running_server(options.out, options) as server:
             print(f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "

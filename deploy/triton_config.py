@@ -11,12 +11,14 @@ from google.protobuf import text_format
 
 from deploy.engines import RuntimeName
 from deploy.image_input import ImageInput
+from deploy.tensorrt_library import TITLES
 from deploy.triton_health import CONFIG
 from illama.bundle import Manifest
 from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
 
 LABELS = "labels.txt"
+MAX_MEGAPIXELS = 178  # Pillow itself refuses more than twice its MAX_IMAGE_PIXELS
 ENCODED = "image"  # the ensemble's input: the bytes of an image file
 
 
@@ -61,8 +63,10 @@ class ServingOptions:
             raise UserError("batches, instances and versions are 1 or more, and a delay is not negative")
         if self.runtime is not None and self.device == "gpu":
             raise UserError("Triton's own TensorRT runs what is served on a GPU: leave --runtime out")
-        if not min(self.max_file_mb, self.max_megapixels) > 0:
-            raise UserError("--max-file-mb and --max-megapixels are more than 0")
+        if self.device == "cpu" and self.runtime in TITLES:
+            raise UserError(f"--runtime {self.runtime} is for a GPU: give --device gpu in its place")
+        if not (self.max_file_mb > 0 and 0 < self.max_megapixels <= MAX_MEGAPIXELS):
+            raise UserError(f"--max-file-mb is more than 0, --max-megapixels more than 0 and at most {MAX_MEGAPIXELS}")
         if max(self.preferred_batches, default=1) > self.max_batch:
             raise UserError(f"a preferred batch is larger than --max-batch {self.max_batch}")
 

@@ -10,10 +10,12 @@ import json
 import urllib.error
 import urllib.request
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from deploy.known_answer import KnownAnswer
 CONFIG, KNOWN_ANSWER = "config.pbtxt", "known_answer.json"
 STUB = "triton_python_backend_stub"  # the process that runs a Python model
 _HEADER = "Inference-Header-Content-Length"
+_Read = TypeVar("_Read")
 _SLOWER = 10  # times that a known answer may take of what it took when it was made
 
 
@@ -39,13 +42,15 @@ class ServedRepository:
 
     Attributes:
         url: such as http://127.0.0.1:8000.
-        folder: the repository.
+        folder: the repository. What was read of it once is not read again, for it may be written anew under a server
+            that holds what it loaded.
         timeout: seconds for an answer, beside what the network itself takes.
     """
 
     url: str
     folder: Path
     timeout: float = 3.0
+    _known: dict[tuple[str, str], KnownAnswer] = field(default_factory=dict, init=False, compare=False)
 
     def check(self) -> None:
         """All checks; UnhealthyError with the first that fails."""
@@ -59,23 +64,14 @@ class ServedRepository:
             LoadingError: a model is being loaded, as a polling server does again and again with one that fails.
             UnhealthyError: with Triton's own reason, where it gives one.
         """
-        models, states, alive = self.models, self._states(), live_backends()
-        missing = {model: states.get(model, {}) for model in models if not _ready(states.get(model, {}))}
-        for model, versions in missing.items():
-            if reason := next((reason for _, reason in versions.values() if reason), None):
-                raise UnhealthyError(f"model {model} is not loaded: {' '.join(reason.split())}")
-        if loading := [
-            model for model, versions in missing.items() for state, _ in versions.values() if state == "LOADING"
-        ]:
-            raise LoadingError(f"model {loading[0]} is being loaded")
-        if missing:
-            raise UnhealthyError(f"model {next(iter(missing))} is not loaded: the log of Triton says why")
+        # Not Triton's index of what is ready: it lists the repository's folder, which may have been written anew.
+        models, ready = self.models, self._read(self._get("v2/models/stats"), _ready_versions)
+        alive = Counter(path.parent.resolve() for _, path in live_backends())
+        if missing := [model for model in models if model not in ready]:
+            self._say_why(missing)
         for model in models:
-            config = self._get(f"v2/models/{model}/config")
-            if config.get("backend") != "python":
-                continue
-            wanted = sum(group["count"] for group in config["instance_group"])
-            for version in _ready(states[model]):
+            wanted = self._read(self._get(f"v2/models/{model}/config"), _wanted_backends)
+            for version in ready[model]:
                 running = alive[(self.folder / model / version).resolve()]
                 if running < wanted:
                     raise UnhealthyError(f"{wanted - running} of {wanted} Python backends of {model} died")
@@ -98,7 +94,7 @@ class ServedRepository:
             return False
         return True
 
-    @property
+    @cached_property
     def models(self) -> list[str]:
         """The names of all models in the repository; UnhealthyError if there is none."""
         if found := sorted(path.parent.name for path in self.folder.glob(f"*/{CONFIG}")):
@@ -106,25 +102,36 @@ class ServedRepository:
         raise UnhealthyError(f"{self.folder} is no repository of python deploy/serve.py: it holds no model")
 
     def _check_answer(self, model: str) -> None:
-        known, answered = self._known(model), self._answered(model)
+        version, answered = self._version(model), self._answered(model)
+        known = self._known_answer(model, version)
         try:
             logits = self._infer(model, known)
         except TimeoutError as error:
             if self._answered(model) == answered:
                 raise UnhealthyError(f"model {model} does not answer") from error
             return
-        # Asked again where it was another version's: one may have been added or taken away in between.
-        if not known.matches(logits) and not self._known(model).matches(self._infer(model, known)):
+        if known.matches(logits):
+            return
+        # Asked again: a version, or the repository, may have been loaded anew in between.
+        self._known.clear()
+        known = self._known_answer(model, self._version(model))
+        if not known.matches(self._infer(model, known)):
             raise UnhealthyError(f"model {model} gives other logits than it must")
 
-    def _known(self, model: str) -> KnownAnswer:
-        """The known answer of the newest version that is loaded, which is the one that answers."""
-        versions = self._get(f"v2/models/{model}-network")["versions"]
-        path = self.folder / f"{model}-network" / max(versions, key=int) / KNOWN_ANSWER
-        try:
-            return KnownAnswer.read(path)
-        except (OSError, ValueError, TypeError) as error:
-            raise UnhealthyError(f"cannot read {path}: write the repository again") from error
+    def _version(self, model: str) -> str:
+        """The newest version that is loaded, which is the one that answers."""
+        return self._read(self._get(f"v2/models/{model}-network"), lambda facts: max(facts["versions"], key=int))
+
+    def _known_answer(self, model: str, version: str) -> KnownAnswer:
+        if (model, version) not in self._known:
+            path = self.folder / f"{model}-network" / version / KNOWN_ANSWER
+            try:
+                self._known[model, version] = KnownAnswer.read(path)
+            except (OSError, ValueError, TypeError) as error:
+                if not path.parent.exists():
+                    raise LoadingError(f"{path.parent} is gone, and still loaded") from error
+                raise UnhealthyError(f"cannot read {path}: write the repository again") from error
+        return self._known[model, version]
 
     def _infer(self, model: str, known: KnownAnswer) -> np.ndarray:
         headers = {"Content-Type": "application/octet-stream", _HEADER: "0"}
@@ -133,25 +140,27 @@ class ServedRepository:
         return np.frombuffer(body[head:], np.float32)
 
     def _answered(self, model: str) -> int:
-        stats = self._get(f"v2/models/{model}/stats")["model_stats"]
-        return sum(version["inference_stats"]["success"]["count"] for version in stats)
+        return self._read(self._get(f"v2/models/{model}/stats"), _successes)
 
-    def _states(self) -> dict[str, dict[str, tuple[str, str]]]:
-        """Model -> version -> (state, reason)."""
-        post = urllib.request.Request(f"{self.url}/v2/repository/index", b"", method="POST")
-        states: dict[str, dict[str, tuple[str, str]]] = {}
-        for each in self._json(post):
-            version = each.get("version", "")
-            states.setdefault(each["name"], {})[version] = (each.get("state", ""), each.get("reason", ""))
-        return states
+    def _say_why(self, missing: Sequence[str]) -> None:
+        """Raise what Triton tells of models that are not loaded."""
+        index = self._read(urllib.request.Request(f"{self.url}/v2/repository/index", b""), _states)
+        states = {model: index.get(model, []) for model in missing}
+        for model, each in states.items():
+            if reason := next((reason for _, reason in each if reason), None):
+                raise UnhealthyError(f"model {model} is not loaded: {' '.join(reason.split())}")
+        if loading := next((model for model, each in states.items() for state, _ in each if state == "LOADING"), None):
+            raise LoadingError(f"model {loading} is being loaded")
+        raise UnhealthyError(f"model {missing[0]} is not loaded: the log of Triton says why")
 
-    def _get(self, path: str) -> Any:
-        return self._json(urllib.request.Request(f"{self.url}/{path}"))
+    def _get(self, path: str) -> urllib.request.Request:
+        return urllib.request.Request(f"{self.url}/{path}")
 
-    def _json(self, request: urllib.request.Request) -> Any:
+    def _read(self, request: urllib.request.Request, read: Callable[[Any], _Read]) -> _Read:
+        """What ``read`` makes of the JSON that answers a request."""
         try:
-            return json.loads(self._open(request, self.timeout)[0])
-        except ValueError as error:
+            return read(json.loads(self._open(request, self.timeout)[0]))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UnhealthyError(f"what answers at {self.url} is not Triton") from error
 
     def _open(self, request: urllib.request.Request, timeout: float) -> tuple[bytes, int]:
@@ -170,18 +179,37 @@ class ServedRepository:
             raise UnhealthyError(f"no server at {self.url}: {str(error).strip()}") from error
 
 
-def _ready(versions: dict[str, tuple[str, str]]) -> list[str]:
-    return [version for version, (state, _) in versions.items() if state == "READY"]
+def _ready_versions(stats: Any) -> dict[str, list[str]]:
+    """Model -> its versions that are loaded, of Triton's statistics."""
+    versions: dict[str, list[str]] = {}
+    for each in stats["model_stats"]:
+        versions.setdefault(each["name"], []).append(each["version"])
+    return versions
 
 
-def live_backends() -> Counter[Path]:
-    """How many processes of the Python backend run on this machine, by the folder of the model's version."""
-    found: Counter[Path] = Counter()
+def _states(index: Any) -> dict[str, list[tuple[str, str]]]:
+    """Model -> (state, reason) of each version, of Triton's index of a repository."""
+    states: dict[str, list[tuple[str, str]]] = {}
+    for each in index:
+        states.setdefault(each["name"], []).append((each.get("state", ""), each.get("reason", "")))
+    return states
+
+
+def _wanted_backends(config: Any) -> int:
+    """How many processes of the Python backend run each version of a model."""
+    return sum(group["count"] for group in config["instance_group"]) if config.get("backend") == "python" else 0
+
+
+def _successes(stats: Any) -> int:
+    return sum(version["inference_stats"]["success"]["count"] for version in stats["model_stats"])
+
+
+def live_backends() -> Iterator[tuple[int, Path]]:
+    """The processes of the Python backend on this machine: (process id, path of the model.py that it runs)."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = path.read_bytes().split(b"\0")
         except OSError:  # it ended meanwhile
             continue
         if len(command) > 1 and command[0].endswith(STUB.encode()):
-            found[Path(command[1].decode()).parent.resolve()] += 1
-    return found
+            yield int(path.parent.name), Path(command[1].decode())

@@ -2,7 +2,7 @@
 
 Each model NAME is three of Triton's:
 
-    NAME               an ensemble of the two below: the bytes of JPEG or PNG files -> logits
+    NAME               an ensemble of the two below: the bytes of image files -> logits
     NAME-preprocess    the bundle's own preprocessing (Python backend)
     NAME-network       versions 1, 2, ...: a runtime of this toolkit (Python backend) on CPUs, a TensorRT engine on GPUs
 
@@ -38,12 +38,23 @@ from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
 
 RECORD = "repository.json"  # in the repository's folder, where Triton looks at folders only
+FORMAT = 2
 PLAN = "model.plan"
 
 
 def is_repository(folder: Path) -> bool:
     """Whether a folder is a repository that this module wrote, and so may be replaced by a newer one."""
     return (folder / RECORD).is_file()
+
+
+def check_repository(folder: Path) -> None:
+    """UserError unless a folder is a repository as this module writes it now."""
+    try:
+        found = json.loads((folder / RECORD).read_text()).get("format", 1)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder} is no repository of this command: give it bundles to write one") from error
+    if found != FORMAT:
+        raise UserError(f"{folder} was written by another version of this toolkit: write it again from its bundles")
 
 
 def write_repository(
@@ -63,7 +74,7 @@ def write_repository(
             for number, bundle in enumerate(bundles, version):
                 _check_like(draft, name, bundle, options)
                 write_version(draft, name, bundle, number, options)
-        facts = {"command": command_line(), "versions": package_versions()}
+        facts = {"format": FORMAT, "command": command_line(), "versions": package_versions()}
         (draft / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -73,11 +84,10 @@ def add_versions(
     """Add the bundles as new versions of models that are there, each whole or not at all; their numbers.
 
     Raises:
-        UserError: no such model, other options or another kind of model, a version that is there, or a bundle that
-            cannot be served.
+        UserError: no such repository or model, other options or another kind of model, a version that is there, or a
+            bundle that cannot be served.
     """
-    if not is_repository(out):
-        raise UserError(f"{out} is no repository of this command: leave --add out to write one")
+    check_repository(out)
     for name, bundles in models.items():
         for bundle in bundles:
             _check_like(out, name, bundle, options)

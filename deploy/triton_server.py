@@ -32,6 +32,7 @@ _BACKEND_SECONDS = 30  # without a process of the Python backend, after which no
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "illama_serve_"
 _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+_LIBC = ctypes.CDLL(None)  # now: a forked child of a threaded process can no longer load it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,7 @@ def _clear(name: str) -> None:
 
 def _end_with_parent() -> None:
     """Have the kernel end this process, a server about to be started, when the one that starts it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _find_server(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -243,7 +244,7 @@ def _wait_until_ready(server: RunningServer) -> None:
                 pass
             except (UnhealthyError, TimeoutError) as error:
                 raise UserError(f"the server cannot serve {served.folder}: {error or 'no answer'}") from error
-        if any(version.is_relative_to(served.folder.resolve()) for version in live_backends()):
+        if any(path.resolve().is_relative_to(served.folder.resolve()) for _, path in live_backends()):
             seen = time.monotonic()
         elif time.monotonic() - seen > _BACKEND_SECONDS:
             raise UserError("no process of Triton's Python backend lives, and it waits for one: its log says why")

@@ -152,7 +152,7 @@ def run(options: AccuracyOptions, group: Processes) -> None:
     transform, images = bundles.preprocessing.transform(), options.calibration_images
     temperatures, failed = (fit_temperatures(bundles.models, data, transform, images, group) if images
                             else stored_temperatures(bundles))  # fmt: skip
-    facts = {"data": options.data, "files": bundles.files, "runtimes": bundles.runtimes}
+    facts = {"data": options.data, **bundles.facts, "runtimes": bundles.runtimes}
     work = options.out / UNFINISHED
     results = evaluate(bundles.models, split, transform, temperatures, work, options.workers, options.batch,
                        facts=facts, processes=group, patience=options.patience)  # fmt: skip

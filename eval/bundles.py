@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -37,6 +38,11 @@ class OpenBundles:
     runtimes: dict[str, str]
     preprocessing: Preprocessing
     classes: tuple[str, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What of them decides a result, as JSON can hold it."""
+        return {"files": self.files, "preprocessing": asdict(self.preprocessing), "classes": self.classes}
 
 
 def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxruntime", threads: int = 0) -> OpenBundles:

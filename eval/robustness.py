@@ -137,7 +137,7 @@ def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Righ
     """What every model gets right in every cell, measured or read from the output folder."""
     data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
     images = evenly_spaced(data.test(), options.images)
-    facts = {"data": options.data, "images": options.images, "seed": options.seed, "files": bundles.files}
+    facts = {"data": options.data, "images": options.images, "seed": options.seed, **bundles.facts}
     claim(options.out, facts)
     make_out(options.out / CELLS)
     sweep(options.out / CELLS)

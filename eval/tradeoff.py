@@ -114,7 +114,7 @@ def run(options: TradeoffOptions, group: Processes, baseline: Mapping[str, Any] 
     data = open_fitting_data(options.data, manifest.classes, preprocessing)
     split = evenly_spaced(data.test(), options.images)
     indices = cast(Subset[Sample], split).indices if options.images is not None else None
-    images = Images(options.data, data, split, preprocessing.transform(), options.calibration_images, indices)
+    images = Images(options.data, data, split, preprocessing, options.calibration_images, indices)
     check_baseline(baseline, images)
     pin_threads(options.threads)
     candidates = find_candidates(paths, threads=share_of_cores())

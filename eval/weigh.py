@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from eval.results import read_results
 from eval.sensors import find_gpu, open_meter
 from illama.accuracy import Infer, chance_note, load_images, usable_cores
 from illama.bundle import Manifest, command_line, package_versions, sha256
-from illama.data import ImageData, Sample, Transform
+from illama.data import ImageData, Preprocessing, Sample
 from illama.distributed import ALONE, Processes
 from illama.errors import UserError
 from illama.hardware import describe_machine
@@ -83,7 +83,7 @@ class Images:
     Attributes:
         name: of the data, as the user gave it.
         split: of ``data``.
-        transform: the candidates' own.
+        preprocessing: the candidates' own.
         calibration: how many images of the training split temperatures are fitted on; 0 for none.
         indices: of the images of ``split`` in the whole test split; None where they are all.
     """
@@ -91,7 +91,7 @@ class Images:
     name: str
     data: ImageData
     split: Dataset[Sample]
-    transform: Transform
+    preprocessing: Preprocessing
     calibration: int = 512
     indices: Sequence[int] | None = None
 
@@ -141,10 +141,12 @@ def weigh(
         UserError: logits that are not finite, or do not fit the images.
     """
     models, first = _models(candidates)
-    temperatures, failed = fit_temperatures(models, images.data, images.transform, images.calibration, group)
-    facts = {"data": images.name, "files": {each.name: sha256(each.path) for each in candidates},
+    transform = images.preprocessing.transform()
+    temperatures, failed = fit_temperatures(models, images.data, transform, images.calibration, group)
+    facts = {"data": images.name, "preprocessing": asdict(images.preprocessing), "classes": images.data.classes,
+             "files": {each.name: sha256(each.path) for each in candidates},
              "runtimes": {each.name: each.engine.runtime for each in candidates}}  # fmt: skip
-    evaluated = evaluate(models, images.split, images.transform, temperatures, work, workers, facts=facts,
+    evaluated = evaluate(models, images.split, transform, temperatures, work, workers, facts=facts,
                          processes=group)  # fmt: skip
     group.barrier()  # all have read what the others computed
     if not group.main:
@@ -257,7 +259,7 @@ def _time(
     meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
     engines = {name: each.engine.infer for name, each in timed.items()}
     some = min(max(options.batches), len(images.split))  # type: ignore[arg-type]
-    pictures = load_images(images.split, images.transform, some)[0]
+    pictures = load_images(images.split, images.preprocessing.transform(), some)[0]
     found = measure_latency(
         engines, pictures, options.batches, seconds=options.seconds, meters=meters, seed=options.seed
     )

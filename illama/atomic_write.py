@@ -36,8 +36,8 @@ def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> I
     """A temporary folder that takes the place of ``folder`` if the block succeeds and vanishes if not.
 
     Raises:
-        UserError: at once, if ``folder`` cannot be written, or holds files and ``is_ours`` denies it; at the end, if
-            that has become so.
+        UserError: at once, if ``folder`` cannot be written, is in use (:func:`lock_folder`), or holds files and
+            ``is_ours`` denies it; at the end, if that has become so.
     """
     folder = folder.resolve()
     _refuse_foreign(folder, is_ours)
@@ -207,10 +207,23 @@ def _refuse_foreign(folder: Path, is_ours: Callable[[Path], bool]) -> None:
         with suppress(FileNotFoundError):
             if folder.is_mount():
                 raise UserError(f"{folder} is a mount point and cannot be replaced: choose a folder in it")
+            if _in_use(folder):
+                raise UserError(f"{folder} is in use by another process: choose another folder")
             if folder.is_dir() and (not list_folder(folder) or is_ours(folder)):
                 return
             if _version(folder) == version:  # else another process replaced the folder while this one looked
                 raise UserError(f"{folder} holds other files and will not be replaced: choose another folder")
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder."""
+    if (folder / LOCK).exists():
+        try:
+            with suppress(FileNotFoundError, PermissionError), file_lock(folder / LOCK):
+                pass
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _version(path: Path) -> tuple[int, int] | None:

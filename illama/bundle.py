@@ -108,7 +108,7 @@ def bundle_of(path: Path) -> Path:
     folder = path if path.is_dir() else path.parent
     if not (folder / MANIFEST).exists():
         for each in (folder, folder.parent):
-            if each.name == ENGINES:
+            if each.name == ENGINES and (each.parent / MANIFEST).exists():
                 return each.parent
     return folder
 

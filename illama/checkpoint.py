@@ -122,7 +122,7 @@ def initialise_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:
 def write_weights(state: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
     """Write a state dict as .safetensors that carries its config, so that it can be loaded outside its bundle.
 
-    The same weights and config give the same bytes. The file appears whole or not at all.
+    The same weights and config give the same bytes.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One key only: safetensors writes several in no fixed order.

@@ -290,7 +290,7 @@ class _ClassFolders(datasets.ImageFolder):
             natural = words
         if natural != words:
             warn_once(f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}; the "
-                      "other (words: 1 10 2, natural: 1 2 10) gives other labels: see --class-order")  # fmt: skip
+                      "other (words: 1 10 2, natural: 1 2 10) gives other labels: see docs/images.md")  # fmt: skip
         names = natural if self.class_order == "natural" else words
         return names, {name: label for label, name in enumerate(names)}
 

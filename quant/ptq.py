@@ -146,7 +146,7 @@ def build_engines(job: Job, bundles: list[Path]) -> None:
 def images_of(job: Job) -> Images:
     """What the bundles are evaluated on."""
     data, options = job.inputs.data, job.options
-    return Images(options.data, data, data.test(), job.origin.preprocessing.transform(), options.calibration_images)
+    return Images(options.data, data, data.test(), job.origin.preprocessing, options.calibration_images)
 
 
 def weigh_bundles(job: Job, bundles: list[Path]) -> Report:

@@ -143,7 +143,7 @@ def check(model: SoftMasked, scheme: Scheme) -> None:
 def write_torchao(model: SoftMasked, folder: Path) -> Path:
     """Write a quantized network into a bundle as TORCHAO, and return its path: tensors and JSON, nothing that is run.
 
-    The same network gives the same bytes. The file appears whole or not at all.
+    The same network gives the same bytes.
     """
     state = model.state_dict()
     packed = {name: value for name, value in state.items() if isinstance(value, TorchAOBaseTensor)}

@@ -26,7 +26,7 @@ ZERO_POINTS_METADATA = "quant_zero_points"
 
 
 def write_quantized_weights(model: ILLaMA, scheme: Scheme, path: Path) -> None:
-    """Write a quantized network, as ``scheme`` made it of an iLLaMA; the file appears whole or not at all."""
+    """Write a quantized network, as ``scheme`` made it of an iLLaMA."""
     metadata = {
         CONFIG_METADATA: json.dumps(model.config.to_dict()),
         SCHEME_METADATA: json.dumps(asdict(scheme)),

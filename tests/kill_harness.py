@@ -287,7 +287,8 @@ def run_all(command: Command, folder: Path, earlier: bool) -> dict[str, Any]:
         (folder / TEMPORARY).mkdir()
         shutil.copytree(start, place)
         try:
-            counts.left[run_killed(command, place, number)] += 1
+            counts.left[left := run_killed(command, place, number)] += 1
+            check(left != "not reached", "it ended before this operation")
             run_whole(command, place)
         except (AssertionError, UserError, OSError, ValueError) as error:
             counts.failures.append(f"{operation}: {error}")

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -247,11 +247,21 @@ def test_a_folder_in_use_is_refused(tmp_path):
             pass
         with pytest.raises(UserError, match="in use"), lock_folder(out):
             pass
+        with pytest.raises(UserError, match="in use"), write_folder(out):
+            pass
         (out / "checkpoint.pt").touch()
         assert list_folder(out) == [out / "checkpoint.pt"]
     assert names(out) == ["checkpoint.pt"]
     with pytest.raises(UserError, match="cannot write"), lock_folder(out / "checkpoint.pt"):
         pass
+
+
+def test_a_folder_that_came_into_use_is_not_replaced(tmp_path):
+    out = tmp_path / "out"
+    with ExitStack() as stack:
+        with pytest.raises(UserError, match="in use"), write_folder(out):
+            stack.enter_context(lock_folder(out))
+        assert names(tmp_path) == ["out"] and names(out) == [".lock"]
 
 
 def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):

@@ -173,3 +173,8 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     for path in (tmp_path / "one" / "model.onnx", tmp_path / "one" / "model.onnx" / "x"):
         assert_one_line_error(run("--out", path), "cannot write")
     assert_one_line_error(run("--seed", "-1"), "--seed and")
+    for bundle in (one, other):
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        manifest["preprocessing"]["class_order"] = "natural"
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert_one_line_error(run("--severities", "1", "5"), "other preprocessing")

@@ -1,6 +1,5 @@
 """Serving: a real Triton server, real test images over HTTP and gRPC, against the engine itself."""
 
-import contextlib
 import importlib.util
 import io
 import json
@@ -27,7 +26,15 @@ import onnx
 import pytest
 import timm
 import torch
-from conftest import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_linear_bundle
+from conftest import (
+    ROOT,
+    SMALL,
+    assert_one_line_error,
+    run_command,
+    write_bundle,
+    write_linear_bundle,
+    write_made_up_engine,
+)
 from onnx import numpy_helper
 from PIL import Image
 
@@ -45,7 +52,6 @@ from serve_load import LoadOptions, load
 from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 
 import deploy.triton_server
-from deploy.builder import EngineOptions
 from deploy.camera import CameraOptions
 from deploy.camera import main as camera_main
 from deploy.engines import open_engine
@@ -55,12 +61,12 @@ from deploy.recommended_runtime import recommend_runtime
 from deploy.record import EngineRecord
 from deploy.serve import ServeOptions, main, name_models
 from deploy.triton_config import ServingOptions
-from deploy.triton_health import STUB, ServedRepository, UnhealthyError, live_backends
+from deploy.triton_health import ServedRepository, UnhealthyError, live_backends
 from deploy.triton_repository import add_versions, write_repository
 from deploy.triton_server import ListenOptions, private_names, running_server
 from illama import ILLaMA
 from illama.adapt import to_quantizable
-from illama.bundle import CPU_ONNX, MANIFEST, Manifest, sha256
+from illama.bundle import CPU_ONNX, MANIFEST, Manifest
 from illama.checkpoint import SHIPPED, load_checkpoint
 from illama.data import Preprocessing, open_data
 from illama.errors import UserError
@@ -273,12 +279,11 @@ def _assert_bad_requests_fail_alone(listen, bundle):
 
 def _backend(version):
     """(process, its argument) of the Python backend that runs a version of a model."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            program, *arguments = path.read_text().split("\0")
-            if program.endswith(STUB) and Path(arguments[0]).parent.resolve() == version:
-                return int(path.parent.name), Path(arguments[0])
-    raise AssertionError(f"no backend of {version}")
+    return next(each for each in live_backends() if each[1].parent.resolve() == version.resolve())
+
+
+def _is_live(version):
+    return any(path.parent.resolve() == version.resolve() for _, path in live_backends())
 
 
 def _private_name(version):
@@ -317,8 +322,13 @@ def test_every_kind_of_bundle_is_served_and_a_dead_backend_ends_the_server(tmp_p
         replace(known, logits=known.logits[::-1]).write(other / "timm-network" / "1" / "known_answer.json")
         with pytest.raises(UnhealthyError, match="timm gives other logits"):
             ServedRepository(listen.url, other).check_answers()
-        name = _private_name((out / "timm-network" / "1").resolve())
-        os.kill(_backend((out / "colour-network" / "2").resolve())[0], signal.SIGKILL)
+        served = ServedRepository(listen.url, out)
+        served.check()
+        out.rename(tmp_path / "away")  # as where it is written anew: the server has what it loaded
+        served.check()
+        (tmp_path / "away").rename(out)
+        name = _private_name(out / "timm-network" / "1")
+        os.kill(_backend(out / "colour-network" / "2")[0], signal.SIGKILL)
         assert process.wait(60) == 2
         assert "died" in log.read_text().splitlines()[-1]
         assert not _left_of(name)
@@ -329,21 +339,27 @@ def test_a_probe_fails_without_a_model_and_where_another_server_answers(tmp_path
     """In each case with one line, as for all mistakes of a user."""
     (tmp_path / "rgb").mkdir()
     (tmp_path / "rgb" / "config.pbtxt").touch()
-    with socketserver.TCPServer(("127.0.0.1", 0), _Babble) as other:
+    with socketserver.TCPServer(("127.0.0.1", 0), _OtherServer) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{other.server_address[1]}"
         for folder, address in ((tmp_path, url), (tmp_path, "nowhere"), (tmp_path / "rgb", url)):
             result = run_command("deploy/probe.py", folder, "--url", address)
             assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+        served = ServedRepository(url, tmp_path)
+        for _OtherServer.answer in (b"<html>", b"5", b"[1]", b'[{"state": "READY"}]', b'{"status": "ok"}'):
+            _OtherServer.answer = b"HTTP/1.0 200 OK\r\n\r\n" + _OtherServer.answer
+            with pytest.raises(UnhealthyError, match="not Triton"):
+                served.check_models()
         other.shutdown()
 
 
-class _Babble(socketserver.StreamRequestHandler):
-    """What no HTTP server says."""
+class _OtherServer(socketserver.StreamRequestHandler):
+    answer = b"SSH-2.0\n"
 
     def handle(self):
-        self.rfile.readline()
-        self.wfile.write(b"SSH-2.0\n")
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(self.answer)
 
 
 @needs_server
@@ -377,8 +393,12 @@ def test_a_version_added_and_taken_away_while_the_server_runs(server, clothes, o
     for version, bundle in (("1", clothes), ("2", other_clothes)):
         answer = _infer("grpc", listen, tensor, "served-network", version, "images")
         np.testing.assert_array_equal(answer, open_engine(bundle / CPU_ONNX).infer(tensor))
+    served = ServedRepository(listen.url, repository)
+    served.check()
     shutil.rmtree(repository / "served-network" / "2")
+    served.check_answers()  # while it is still loaded
     assert answered_with(questions[0].logits)
+    served.check()
 
 
 def _python_model(repository, name, code):
@@ -432,24 +452,24 @@ def _left_of(name):
 def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
     """Told to end it says one line; killed, it leaves nothing that the next start does not clear."""
     models = _python_model(tmp_path / "models", "slow", "import time\ntime.sleep(600)\n")
-    (models / "repository.json").write_text("{}")
+    (models / "repository.json").write_text('{"format": 2}')
     log = tmp_path / "log"
     with log.open("wb") as errors:
         process = subprocess.Popen(_command(free_ports(), "--out", models), cwd=ROOT, stdout=errors, stderr=errors)
     version = models / "slow" / "1"
-    while not live_backends()[version.resolve()]:
+    while not _is_live(version):
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
-    name = _private_name(version.resolve())
+    name = _private_name(version)
     assert _left_of(name)
     process.send_signal(end)
     assert process.wait(60) == (0 if end == signal.SIGTERM else -end)
     if end == signal.SIGTERM:
         assert log.read_text().splitlines()[-1] == "stopped"
     until = time.monotonic() + 60
-    while live_backends()[version.resolve()] and time.monotonic() < until:
+    while _is_live(version) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not live_backends()[version.resolve()]
+    assert not _is_live(version)
     with private_names() as theirs, private_names():
         assert not _left_of(name)
         assert len(_left_of(theirs.name)) == 2  # of a server that runs: its folder and its lock
@@ -471,16 +491,7 @@ def small_onnx(tmp_path_factory):
     folder = write_bundle(tmp_path_factory.mktemp("small") / "small", SMALL)
     torch.manual_seed(0)
     export_onnx(ILLaMA(SMALL), folder / CPU_ONNX, "plain")
-    (folder / "engines").mkdir()
-    engine = folder / "engines" / "tensorrt.engine"
-    engine.write_bytes(b"what TensorRT would have written")
-    record = EngineRecord(
-        onnx_sha256="", engine_sha256=sha256(engine), engine_bytes=1, library="tensorrt", library_version="11.4",
-        targets=("sm89",), batch=(1, 8, 64), options=EngineOptions().to_json(), precisions={}, attentions=2, fused=True,
-        inputs={"images": ["float", [-1, 3, 32, 32]]}, outputs={"logits": ["float", [-1, 3]]},
-        preprocessing={}, classes=[], trtexec="",
-    )  # fmt: skip
-    record.write(engine)
+    write_made_up_engine(folder / "engines" / "tensorrt.engine")
     return folder
 
 
@@ -589,6 +600,11 @@ def test_options_that_cannot_be():
         ServingOptions(preferred_batches=(64,), max_batch=32)
     with pytest.raises(UserError, match="1 or more"):
         ServingOptions(preprocess_instances=0)
+    with pytest.raises(UserError, match="--device gpu"):
+        ServingOptions(runtime="tensorrt_rtx")
+    for limit in ({"max_megapixels": 179}, {"max_megapixels": float("nan")}, {"max_file_mb": 0}):
+        with pytest.raises(UserError, match="--max-megapixels"):
+            ServingOptions(**limit)
 
 
 def test_versions_of_a_model_and_what_cannot_be_one(small, tmp_path):
@@ -607,6 +623,13 @@ def test_versions_of_a_model_and_what_cannot_be_one(small, tmp_path):
         add_versions(out, {"m": [small]}, options)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (small / MANIFEST).write_text(json.dumps(manifest))
+    record = (out / "repository.json").read_text()
+    (out / "repository.json").write_text(json.dumps({"command": "of an earlier version"}))
+    with pytest.raises(UserError, match="write it again"):
+        add_versions(out, {"m": [small]}, options)
+    with pytest.raises(UserError, match="write it again"):
+        main(ServeOptions(out=out, run=True))
+    (out / "repository.json").write_text(record)
     assert add_versions(out, {"m": [small]}, options) == {"m": [3]}
     assert (out / "m-network" / "3" / CPU_ONNX).read_bytes() == (small / CPU_ONNX).read_bytes()
 
