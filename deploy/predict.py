@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def new_images(folder: Path, until: float | None) -> Iterator[Path]:
             except FileNotFoundError:  # a camera renames what it has written
                 continue
             known = (path, facts.st_mtime_ns)
-            if path.suffix.lower() in SUFFIXES and known not in seen and time.time() - facts.st_mtime > SETTLED:
+            image = stat.S_ISREG(facts.st_mode) and path.suffix.lower() in SUFFIXES
+            if image and known not in seen and time.time() - facts.st_mtime > SETTLED:
                 seen.add(known)
                 yield path
         time.sleep(0.02)

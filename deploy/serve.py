@@ -51,8 +51,8 @@ def main(options: ServeOptions) -> None:
 
 def write(options: ServeOptions) -> None:
     """Write the repository, or add to it, and say what is in it."""
-    if options.version is not None and options.version < 1:
-        raise UserError("--version is 1 or more")
+    if options.version is not None and not 1 <= options.version < 1 << 31:
+        raise UserError("--version is 1 or more, and less than 2^31")
     models = name_models(options.bundles, options.name)
     if options.add:
         add_versions(options.out, models, options, options.version)
@@ -80,9 +80,9 @@ def name_models(bundles: tuple[Path, ...], name: str | None) -> dict[str, tuple[
         raise UserError("two bundles have the same folder name: give --name to make them versions of one model")
     taken = [f"{model}{part}" for model in models for part in ("", "-preprocess", "-network")]
     for model in taken:
-        if not re.fullmatch(r"\w[\w.-]*", model, re.ASCII) or taken.count(model) > 1:
-            raise UserError(f"{model!r} cannot be the name of a model here, which is of letters, digits, '_', '-' and "
-                            "'.': rename the bundle or give another --name")  # fmt: skip
+        if not re.fullmatch(r"\w[\w.-]{,199}", model, re.ASCII) or taken.count(model) > 1:
+            raise UserError(f"{model[:200]!r} cannot be the name of a model here, which has letters, digits, '_', '-' "
+                            "and '.', and not too long: rename the bundle or give another --name")  # fmt: skip
     return models
 
 

@@ -18,6 +18,7 @@ from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
 
 LABELS = "labels.txt"
+MAX_FILE_MB = 2000
 MAX_MEGAPIXELS = 178  # Pillow itself refuses more than twice its MAX_IMAGE_PIXELS
 ENCODED = "image"  # the ensemble's input: the bytes of an image file
 
@@ -59,14 +60,16 @@ class ServingOptions:
             self.live_versions,
             *self.preferred_batches,
         )
-        if min(counts) < 1 or self.queue_delay_us < 0:
-            raise UserError("batches, instances and versions are 1 or more, and a delay is not negative")
+        if min(counts) < 1 or self.queue_delay_us < 0 or max(*counts, self.queue_delay_us) >= 1 << 31:
+            raise UserError(
+                "batches, instances and versions are 1 or more, a delay is 0 or more, and all are below 2^31"
+            )
         if self.runtime is not None and self.device == "gpu":
             raise UserError("Triton's own TensorRT runs what is served on a GPU: leave --runtime out")
         if self.device == "cpu" and self.runtime in TITLES:
             raise UserError(f"--runtime {self.runtime} is for a GPU: give --device gpu in its place")
-        if not (self.max_file_mb > 0 and 0 < self.max_megapixels <= MAX_MEGAPIXELS):
-            raise UserError(f"--max-file-mb is more than 0, --max-megapixels more than 0 and at most {MAX_MEGAPIXELS}")
+        if not (1e-6 <= self.max_file_mb <= MAX_FILE_MB and 1e-6 <= self.max_megapixels <= MAX_MEGAPIXELS):
+            raise UserError(f"--max-file-mb is 1e-6 to {MAX_FILE_MB}, and --max-megapixels 1e-6 to {MAX_MEGAPIXELS}")
         if max(self.preferred_batches, default=1) > self.max_batch:
             raise UserError(f"a preferred batch is larger than --max-batch {self.max_batch}")
 
@@ -79,7 +82,7 @@ def config_texts(name: str, manifest: Manifest, options: ServingOptions) -> dict
         f"{name}-network": _network_config(takes, classes, options),
         name: _ensemble_config(name, classes, options),
     }
-    labels = "".join(f"{label}\n" for label in manifest.classes)
+    labels = "".join(f"{' '.join(label.split())}\n" for label in manifest.classes)  # a line each
     texts = {f"{model}/{LABELS}": labels for model in (name, f"{name}-network")}
     for model, config in configs.items():
         texts[f"{model}/{CONFIG}"] = text_format.MessageToString(_messages().ModelConfig(name=model, **config))

@@ -7,6 +7,8 @@ seconds.
 from __future__ import annotations
 
 import json
+import os
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -26,6 +28,8 @@ STUB = "triton_python_backend_stub"  # the process that runs a Python model
 _HEADER = "Inference-Header-Content-Length"
 _Read = TypeVar("_Read")
 _SLOWER = 10  # times that a known answer may take of what it took when it was made
+_BUSY_SHARE = 0.1  # of a core, over the time that an answer was waited for
+BUSY_SECONDS = 120  # that a server may compute without ending a request; the largest ones take half a minute
 
 
 class UnhealthyError(Exception):
@@ -51,6 +55,7 @@ class ServedRepository:
     folder: Path
     timeout: float = 3.0
     _known: dict[tuple[str, str], KnownAnswer] = field(default_factory=dict, init=False, compare=False)
+    _busy_since: dict[str, float] = field(default_factory=dict, init=False, compare=False)
 
     def check(self) -> None:
         """All checks; UnhealthyError with the first that fails."""
@@ -77,10 +82,13 @@ class ServedRepository:
                     raise UnhealthyError(f"{wanted - running} of {wanted} Python backends of {model} died")
 
     def check_answers(self) -> None:
-        """That every model gives its known answer, or is busy with other requests that it does answer.
+        """That every model gives its known answer, or is busy with other requests.
+
+        It is busy where requests of others ended while the known answer did not come, or where its processes computed.
 
         Raises:
-            UnhealthyError: an error, another answer, or none in time while nothing else was answered.
+            UnhealthyError: an error, another answer, or none in time while nothing was done, or when nothing has ended
+                for :data:`BUSY_SECONDS`.
         """
         for model in self.models:
             if f"{model}-network" in self.models:
@@ -102,14 +110,14 @@ class ServedRepository:
         raise UnhealthyError(f"{self.folder} is no repository of python deploy/serve.py: it holds no model")
 
     def _check_answer(self, model: str) -> None:
-        version, answered = self._version(model), self._answered(model)
-        known = self._known_answer(model, version)
+        known, before = self._known_answer(model, self._version(model)), self._activity(model)
         try:
             logits = self._infer(model, known)
         except TimeoutError as error:
-            if self._answered(model) == answered:
-                raise UnhealthyError(f"model {model} does not answer") from error
-            return
+            if self._was_busy(model, before):
+                return
+            raise UnhealthyError(f"model {model} does not answer") from error
+        self._busy_since.pop(model, None)
         if known.matches(logits):
             return
         # Asked again: a version, or the repository, may have been loaded anew in between.
@@ -117,6 +125,14 @@ class ServedRepository:
         known = self._known_answer(model, self._version(model))
         if not known.matches(self._infer(model, known)):
             raise UnhealthyError(f"model {model} gives other logits than it must")
+
+    def _was_busy(self, model: str, before: tuple[float, int, float]) -> bool:
+        now, ended, computed = self._activity(model)
+        if ended > before[1]:
+            self._busy_since.pop(model, None)
+            return True
+        since = self._busy_since.setdefault(model, before[0])
+        return computed - before[2] > _BUSY_SHARE * (now - before[0]) and now - since < BUSY_SECONDS
 
     def _version(self, model: str) -> str:
         """The newest version that is loaded, which is the one that answers."""
@@ -139,8 +155,13 @@ class ServedRepository:
         body, head = self._open(post, self.timeout + _SLOWER * known.seconds)
         return np.frombuffer(body[head:], np.float32)
 
-    def _answered(self, model: str) -> int:
-        return self._read(self._get(f"v2/models/{model}/stats"), _successes)
+    def _activity(self, model: str) -> tuple[float, int, float]:
+        """(now, requests that it or its network has answered, also with an error, processor time of its backends)."""
+        # Not those of its preprocessing, which answers the known picture too while the network hangs.
+        ended = self._read(self._get("v2/models/stats"), lambda stats: _count_ended(stats, (model, f"{model}-network")))
+        folders = [(self.folder / f"{model}{part}").resolve() for part in ("-preprocess", "-network")]
+        computed = sum(cpu_seconds(pid) for pid, path in live_backends() if path.parent.parent.resolve() in folders)
+        return time.monotonic(), ended, computed
 
     def _say_why(self, missing: Sequence[str]) -> None:
         """Raise what Triton tells of models that are not loaded."""
@@ -200,8 +221,18 @@ def _wanted_backends(config: Any) -> int:
     return sum(group["count"] for group in config["instance_group"]) if config.get("backend") == "python" else 0
 
 
-def _successes(stats: Any) -> int:
-    return sum(version["inference_stats"]["success"]["count"] for version in stats["model_stats"])
+def _count_ended(stats: Any, models: Sequence[str]) -> int:
+    return sum(each["inference_stats"][kind]["count"] for each in stats["model_stats"] if each["name"] in models
+               for kind in ("success", "fail"))  # fmt: skip
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process, in user and in kernel mode; 0 if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # fields 14 and 15 of proc(5)
 
 
 def live_backends() -> Iterator[tuple[int, Path]]:

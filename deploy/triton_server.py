@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import ipaddress
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -31,6 +33,7 @@ _AGAIN_SECONDS = 0.5  # and after one that failed
 _BACKEND_SECONDS = 30  # without a process of the Python backend, after which none will come
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "illama_serve_"
+_STACK_BYTES = 256 << 20  # of a thread: Triton 2.51 puts a request's JSON there, and 8 MB of it end the server
 _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 _LIBC = ctypes.CDLL(None)  # now: a forked child of a threaded process can no longer load it
 
@@ -122,7 +125,7 @@ def running_server(repository: Path, options: ListenOptions, log: IO[bytes] | No
             stdout=log or sys.stderr,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=_prepare_process,
         )
         server, patience = RunningServer(process, ServedRepository(options.url, repository)), EXIT_SECONDS + 20
         try:
@@ -137,13 +140,20 @@ def running_server(repository: Path, options: ListenOptions, log: IO[bytes] | No
 
 def _check_ports(options: ListenOptions) -> None:
     """UserError for an address or a port that nothing can listen on."""
+    ports = {options.http_port, options.grpc_port, options.metrics_port}
+    if len(ports) < 3 or not all(0 < port < 1 << 16 for port in ports):
+        raise UserError("--http-port, --grpc-port and --metrics-port are three different numbers from 1 to 65535")
+    try:
+        ipaddress.IPv4Address(options.address)
+    except ValueError as error:
+        raise UserError(f"--address is one of IPv4, such as 127.0.0.1 or 0.0.0.0, not {options.address!r}") from error
     for kind in ("http", "grpc", "metrics"):
         port = getattr(options, f"{kind}_port")
         try:
             with socket.socket() as trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 trial.bind((options.address, port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise UserError(f"cannot listen on {options.address}:{port} ({error}): give another --{kind}-port or "
                             "--address") from error  # fmt: skip
 
@@ -158,7 +168,7 @@ def private_names() -> Iterator[Path]:
     Raises:
         UserError: the folder for temporary files has a name that Triton's Python backend does not take.
     """
-    if not re.fullmatch(r"[\w./-]+", tempfile.gettempdir()):
+    if not re.fullmatch(r"[\w./-]+", tempfile.gettempdir(), re.ASCII):
         raise UserError(
             f"Triton cannot work in {tempfile.gettempdir()!r}: set TMPDIR to a path without such characters"
         )
@@ -182,8 +192,11 @@ def _clear(name: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process, a server about to be started, when the one that starts it ends."""
+def _prepare_process() -> None:
+    """In a server about to be started: it ends when the process that starts it ends, and has large stacks."""
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = _STACK_BYTES if most == resource.RLIM_INFINITY else min(_STACK_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -230,6 +243,9 @@ def _arguments(repository: Path, prefix: str, options: ListenOptions) -> list[st
         f"--metrics-address={options.address}",
         f"--metrics-port={options.metrics_port}",
         f"--exit-timeout-secs={EXIT_SECONDS}",
+        # Nobody registers shared memory here, by which a client could read what the server's processes exchange.
+        f"--http-restricted-api=shared-memory:key={secrets.token_hex(16)}",
+        f"--grpc-restricted-protocol=shared-memory:key={secrets.token_hex(16)}",
     ]
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -49,7 +50,7 @@ def decode_image(
     Raises:
         UserError: with ``name()``, if the file is broken or of another format, or the image is too large.
     """
-    limit = max_pixels or Image.MAX_IMAGE_PIXELS or math.inf
+    limit = (Image.MAX_IMAGE_PIXELS or math.inf) if max_pixels is None else max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit is checked here, and damaged metadata is no reason to stop
@@ -68,6 +69,8 @@ def decode_image(
 
 def _read(file: str | BinaryIO, mode: str | None, limit: float) -> tuple[Image.Image, int]:
     """A file's picture, not yet turned, and its orientation."""
+    if isinstance(file, str) and Path(file).is_fifo():
+        raise ValueError("a pipe, which could be waited for without end")
     with Image.open(file, formats=_formats()) as image:
         if image.width * image.height > limit or max(image.size) > MAX_SIDE:
             raise Image.DecompressionBombError

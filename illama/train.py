@@ -8,14 +8,14 @@ bit on a CPU; some of CUDA's kernels add in no fixed order).
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from illama.atomic_write import lock_folder, write_folder
 from illama.batches import seed_everything
-from illama.bundle import WEIGHTS, Manifest, command_line, sha256
+from illama.bundle import WEIGHTS, Manifest, command_line, is_bundle, sha256
 from illama.checkpoint import initialise_from, write_weights
 from illama.config import ModelConfig
 from illama.data import ImageData, open_data
@@ -58,6 +58,13 @@ def initialise(model: Network, recipe: Recipe) -> Network:
     return model
 
 
+def check_class_order(init: Path, classes: Sequence[str]) -> None:
+    """UserError if a bundle whose head is kept has the classes of the data in another order."""
+    known = Manifest.read(init).classes if init.is_dir() and is_bundle(init) else []
+    if sorted(known) == sorted(classes) and list(known) != list(classes):
+        raise UserError(f"{init} has the classes in another order: give another --class-order, or --new-head")
+
+
 def inputs_of(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the files that the starting weights come from; of a LLaMA its config and index stand for them."""
     files = []
@@ -74,6 +81,8 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
         raise UserError("no images to train on: give --data (see --help)")
     data: ImageData = open_data(recipe.data, recipe.exif or "apply", recipe.class_order or "words")
     model = make_model(recipe, len(data.classes))
+    if recipe.init and not recipe.new_head:
+        check_class_order(recipe.init, data.classes)
     preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
     return Run(recipe, data, preprocessing, model, group, inputs=inputs_of(recipe))
 

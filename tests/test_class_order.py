@@ -14,6 +14,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from illama.accuracy import chance_note
 from illama.bundle import Manifest
 from illama.data import open_data
+from illama.errors import UserError
+from illama.train import check_class_order
 from quant.ptq import PtqOptions, open_job
 
 COUNT = 12
@@ -110,6 +112,15 @@ def test_the_bundle_says_how_folders_are_ordered(bundles, numbered, run_here, tm
         report = json.loads((out / "report.json").read_text())
         assert any("class order" in note for note in report["not_run"]) == (right < 50)
         assert ("class order" in result.stdout) == ("class order" in (out / "report.html").read_text()) == (right < 50)
+
+
+def test_a_head_that_is_kept_has_the_classes_in_the_order_of_the_data(bundles):
+    natural, words = bundles
+    check_class_order(natural, NATURAL), check_class_order(words, WORDS)
+    check_class_order(words, [f"class {name}" for name in NATURAL])  # other names say nothing of an order
+    check_class_order(words / "model.onnx", NATURAL)  # neither does a file alone
+    with pytest.raises(UserError, match="--class-order"):
+        check_class_order(words, NATURAL)
 
 
 def test_chance_level_ends_a_tenth_of_the_way_to_all_right():

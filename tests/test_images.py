@@ -1,6 +1,7 @@
 """Image files of every depth and orientation against independent writers and readers, and what must not be decoded."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -201,6 +202,9 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch):
         Image.fromarray(STORED).convert("RGB").save(path, kind)
         with pytest.raises(UserError, match=rf"cannot read the image .*{kind}\.jpg"):
             decode_image(str(path), lambda path=path: str(path))
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UserError, match="cannot read the image"):
+        decode_image(str(tmp_path / "pipe.jpg"), lambda: "pipe.jpg")
     for kind in images.FORMATS:
         Image.fromarray(STORED).convert("RGB").save(path, kind)
         assert decode_image(str(path), lambda: "").size == STORED.shape[::-1]

@@ -375,6 +375,45 @@ def test_many_clients_at_once_lose_nothing_and_mistakes_are_counted(server, ques
 
 
 @needs_server
+def test_a_busy_server_is_healthy_and_one_that_hangs_is_not(server, questions):
+    listen, repository = server
+    served = ServedRepository(listen.url, repository, timeout=0.5)
+    file = as_png(Image.new("L", (4000, 4000)))
+    with ThreadPoolExecutor() as pool:
+        large = pool.submit(_infer, "grpc", listen, _padded([file] * 16))
+        time.sleep(0.2)
+        start = time.monotonic()
+        served.check()
+        assert time.monotonic() - start > 0.5 and not large.done()
+        large.result()
+    served.check()
+    process, _ = _backend(repository / "served-network" / "1")
+    os.kill(process, signal.SIGSTOP)
+    try:
+        with pytest.raises(UnhealthyError, match="does not answer"):
+            served.check()
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert len(_infer("grpc", listen, _padded([questions[0].file]))) == 1
+
+
+@needs_server
+def test_a_request_that_is_no_json_ends_nothing(server):
+    """Triton 2.51 holds a request's JSON on the stack."""
+    listen, _ = server
+    for body in (b"x" * 12_000_000, b"[" * 400_000):
+        request = urllib.request.Request(f"{listen.url}/v2/models/served/infer", body)
+        with pytest.raises(urllib.error.HTTPError, match="HTTP Error"):
+            urllib.request.urlopen(request)
+    region = {"key": "/illama", "offset": 0, "byte_size": 1}
+    request = urllib.request.Request(
+        f"{listen.url}/v2/systemsharedmemory/region/x/register", json.dumps(region).encode()
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+
+
+@needs_server
 def test_a_version_added_and_taken_away_while_the_server_runs(server, clothes, other_clothes, questions):
     listen, repository = server
     main(ServeOptions(bundles=(other_clothes,), name="served", out=repository, add=True, poll_seconds=1))
@@ -440,6 +479,9 @@ def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="--grpc-port"):
         listen = replace(free_ports(), grpc_port=taken.getsockname()[1])
         with running_server(Path(), listen):
+            pass
+    for wrong in ({"grpc_port": 8000}, {"http_port": 0}, {"http_port": 1 << 16}, {"address": "localhost"}):
+        with pytest.raises(UserError, match=r"--http-port|--address"), running_server(Path(), ListenOptions(**wrong)):
             pass
 
 
@@ -602,7 +644,9 @@ def test_options_that_cannot_be():
         ServingOptions(preprocess_instances=0)
     with pytest.raises(UserError, match="--device gpu"):
         ServingOptions(runtime="tensorrt_rtx")
-    for limit in ({"max_megapixels": 179}, {"max_megapixels": float("nan")}, {"max_file_mb": 0}):
+    with pytest.raises(UserError, match="below"):
+        ServingOptions(live_versions=1 << 31)
+    for limit in ({"max_megapixels": 179}, {"max_megapixels": 1e-7}, {"max_file_mb": float("inf")}, {"max_file_mb": 0}):
         with pytest.raises(UserError, match="--max-megapixels"):
             ServingOptions(**limit)
 
@@ -643,6 +687,8 @@ def test_names_of_models():
         name_models((Path("m"), Path("m-network")), None)
     with pytest.raises(UserError, match="cannot be"):
         name_models((Path("m"),), "../m")
+    with pytest.raises(UserError, match="cannot be"):
+        name_models((Path("m"),), "m" * 200)
 
 
 def test_png_files_become_the_very_inputs_that_accuracy_is_measured_on():
