@@ -517,6 +517,16 @@ def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
         assert len(_left_of(theirs.name)) == 2  # of a server that runs: its folder and its lock
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_still_importing_says_that_it_stops(end, tmp_path):
+    command = [sys.executable, "-X", "importtime", "deploy/serve.py", "--out", tmp_path, "--run"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.endswith(" numpy\n") for line in process.stderr)
+        process.send_signal(end)
+        output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "stopped\n")
+
+
 def test_no_server_at_all(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(deploy.triton_server.importlib.util, "find_spec", lambda name: None)
