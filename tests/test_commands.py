@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def test_the_whole_way(small_bundle, image_folder, tmp_path):
     assert rows["fp8", "model.onnx"]["latency_ms"] is None
     assert rows["fp32", "model.onnx"]["drop"] == 0
     assert (out / "report.html").exists()
-    assert result.stdout.count("\n| int8") == 3
+    # Those on the Pareto front are bold, which the clock decides.
+    assert len(re.findall(r"\n\| (?:\*\*)?int8\b", result.stdout)) == 3
 
     checkpoint, data = load_checkpoint(small_bundle), open_data(str(image_folder))
     images, labels = load_images(data.test(), checkpoint.preprocessing.transform())
