@@ -51,7 +51,7 @@ class EngineOptions:
 
     Attributes:
         targets: compute capabilities, such as sm86,sm89; none for the library's portable default.
-        batch: smallest, best served and largest batch: the optimization profile.
+        batch: min, opt and max batch of the optimization profile.
         workspace_gib: memory that layers may use beside weights and activations; the library's own limit if not given.
         timing_cache: file of kernel timings, read if it is there and written back (full TensorRT).
         refit: allow weights to be replaced in the built engine.

@@ -87,8 +87,8 @@ def name_models(bundles: tuple[Path, ...], name: str | None) -> dict[str, tuple[
     taken = [f"{model}{part}" for model in models for part in ("", "-preprocess", "-network")]
     for model in taken:
         if not re.fullmatch(r"\w[\w.-]{,199}", model, re.ASCII) or taken.count(model) > 1:
-            raise UserError(f"{model[:200]!r} cannot be the name of a model here, which has letters, digits, '_', '-' "
-                            "and '.', and not too long: rename the bundle or give another --name")  # fmt: skip
+            raise UserError(f"{model[:200]!r} cannot be a model's name: rename the bundle, or give a --name of up to "
+                            "180 letters, digits, '_', '-' and '.'")  # fmt: skip
     return models
 
 

@@ -18,7 +18,7 @@ from illama.errors import UserError
 from quant.export import INPUT, OUTPUT
 
 LABELS = "labels.txt"
-MAX_FILE_MB = 2000
+MAX_FILE_MB = 2000  # a gRPC message has less than 2^31 bytes
 MAX_MEGAPIXELS = 178  # Pillow itself refuses more than twice its MAX_IMAGE_PIXELS
 ENCODED = "image"  # the ensemble's input: the bytes of an image file
 
@@ -32,13 +32,13 @@ class ServingOptions:
         runtime: what runs the network on a CPU: onnxruntime, openvino, ...; if not given, the fastest of the report
             beside the bundle, where that was measured on a CPU like this one, else the usual choice (docs/cpu.md).
         max_batch: most images that are computed together, and most files in a request.
-        preferred_batches: sizes that a batch is sent at before its delay is over; any size up to max_batch if none.
+        preferred_batches: batch sizes that are sent at once, without waiting for queue_delay_us; none by default.
         queue_delay_us: microseconds that an image waits for others to be computed with it.
         instances: copies of the network, on each GPU or on the CPU, where they share out the cores.
         preprocess_instances: processes that decode images.
         live_versions: newest versions that are loaded; older ones stay in the folder.
-        max_file_mb: most that an image file may have, in 10^6 bytes.
-        max_megapixels: most that a picture may have, in 10^6 pixels; it is not decoded otherwise.
+        max_file_mb: maximum size of an image file, in 10^6 bytes.
+        max_megapixels: maximum size of an image, in 10^6 pixels; a larger one is not decoded.
     """
 
     device: Literal["cpu", "gpu"] = "cpu"

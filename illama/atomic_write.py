@@ -219,10 +219,12 @@ def _in_use(folder: Path) -> bool:
     """Whether a process holds the lock of a folder."""
     if (folder / LOCK).exists():
         try:
-            with suppress(FileNotFoundError, PermissionError), file_lock(folder / LOCK):
+            with file_lock(folder / LOCK):
                 pass
         except BlockingIOError:
             return True
+        except OSError:  # it cannot be opened for writing: the write itself says why
+            pass
     return False
 
 

@@ -51,6 +51,7 @@ from serve_faults import judge
 from serve_load import LoadOptions, load
 from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 
+import deploy.triton_health
 import deploy.triton_server
 from deploy.camera import CameraOptions
 from deploy.camera import main as camera_main
@@ -375,16 +376,20 @@ def test_many_clients_at_once_lose_nothing_and_mistakes_are_counted(server, ques
 
 
 @needs_server
-def test_a_busy_server_is_healthy_and_one_that_hangs_is_not(server, questions):
+def test_a_busy_server_is_healthy_and_one_that_hangs_is_not(server, questions, monkeypatch):
     listen, repository = server
     served = ServedRepository(listen.url, repository, timeout=0.5)
     file = as_png(Image.new("L", (4000, 4000)))
     with ThreadPoolExecutor() as pool:
-        large = pool.submit(_infer, "grpc", listen, _padded([file] * 16))
+        large = pool.submit(_infer, "grpc", listen, _padded([file] * 32))
         time.sleep(0.2)
         start = time.monotonic()
         served.check()
         assert time.monotonic() - start > 0.5 and not large.done()
+        monkeypatch.setattr(deploy.triton_health, "BUSY_SECONDS", 0.5)  # nothing has ended for longer
+        with pytest.raises(UnhealthyError, match="does not answer"):
+            served.check()
+        assert not large.done()
         large.result()
     served.check()
     process, _ = _backend(repository / "served-network" / "1")
