@@ -24,7 +24,7 @@ test: setup
 
 # Kill train, build and ptq before each of their file operations (docs/reliability.md).
 kill: setup
-	$(BIN)/python tests/kill_harness.py --out results/kills
+	$(BIN)/python tests/helpers/kill_harness.py --out results/kills
 
 # Every figure in README.md and docs/ printed again; ALL=1 for those of training runs too, which take hours.
 figures: setup

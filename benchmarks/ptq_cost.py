@@ -26,16 +26,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import quant.calibrate
-import quant.export
-from eval.machine import peak_memory_gib
-from eval.results import write_results
+from eval.benchmark.machine import peak_memory_gib
+from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.accuracy import load_images
-from illama.checkpoint import load_checkpoint, write_weights
-from illama.data import open_data
+from illama.checkpoints.load import load_checkpoint, write_weights
+from illama.data.datasets import open_data
 from illama.errors import UserError, run_command
-from quant.schemes import find_scheme
+from illama.inference import load_images
+from quant.export import onnx_export
+from quant.quantizers import calibrate
+from quant.schemes.scheme import find_scheme
 
 MARK = {"seconds": 60.0, "peak_memory_gib": 4.0}
 MARKED = "int8"
@@ -49,7 +49,7 @@ class CostOptions:
     """Measure what quantization after training costs, phase by phase.
 
     Attributes:
-        schemes: of quant/schemes.py, for ONNX.
+        schemes: of quant/schemes/scheme.py, for ONNX.
         checkpoint: measure it on this; iLLaMA of size ``model`` with random weights and 1000 classes if not given.
         model: tiny, small, base or large.
         images: for calibration; noise over upscaled Fashion-MNIST, 500 x 375 pixels as is common in ImageNet.
@@ -109,18 +109,18 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
         data, config = open_data(folder), model.config
         transform = data.preprocessing(config.image_size, config.in_channels).transform()
         pixels, _ = load_images(data.calibration(images), transform)
-    inside = [(quant.calibrate, "smooth", "smooth"), (quant.calibrate, "reconstruct", "learn rounding"),
+    inside = [(calibrate, "smooth", "smooth"), (calibrate, "reconstruct", "learn rounding"),
               (torch.export, "export", "torch.export"), (torch.onnx, "export", "translate"),
-              (quant.export, "simplify", "optimize"), (onnx.checker, "check_model", "check")]  # fmt: skip
+              (onnx_export, "simplify", "optimize"), (onnx.checker, "check_model", "check")]  # fmt: skip
     with ExitStack() as patches:
         for module, function, name in inside:
             patches.enter_context(mock.patch.object(module, function, clock.timed(name, getattr(module, function))))
         with clock.phase("calibrate"):
-            quantized = quant.calibrate.calibrate(model, find_scheme(scheme), torch.from_numpy(pixels).split(64))
+            quantized = calibrate.calibrate(model, find_scheme(scheme), torch.from_numpy(pixels).split(64))
         with clock.phase("rest of export"):
-            quant.export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")
+            onnx_export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")
             if fused:
-                quant.export.export_onnx(quantized, Path(folder) / "model.fused.onnx", "fused", torch.float16)
+                onnx_export.export_onnx(quantized, Path(folder) / "model.fused.onnx", "fused", torch.float16)
     return {"phases": clock.seconds, "peak_memory_gib": peak_memory_gib()}
 
 

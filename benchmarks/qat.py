@@ -14,7 +14,7 @@ import tyro
 
 from illama.bundle import Manifest
 from illama.errors import UserError, run_command
-from quant.bundles import SOURCE
+from quant.export.write_bundle import SOURCE
 
 HEADER = ("scheme", "epochs", "FP32 %", "PTQ %", "PTQ's drop", "QAT %", "QAT's drop", "won back", "its file %",
           "model.fused.onnx %")  # fmt: skip

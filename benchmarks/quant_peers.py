@@ -30,16 +30,16 @@ from peers.ours import PEERS
 from peers.runtimes import LOADERS, ORT
 from peers.work import LABELS, RESULT, WorkOptions, logits_file, open_both, peer_versions
 
-from eval.accuracy_drop import Drop, paired_drop
-from eval.latency import measure_latency
-from eval.results import write_results
-from illama.accuracy import Infer, load_images, top1, usable_cores
+from eval.benchmark.latency import measure_latency
+from eval.metrics.accuracy_drop import Drop, paired_drop
+from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import package_versions, sha256
-from illama.checkpoint import SHIPPED, load_checkpoint
+from illama.checkpoints.load import SHIPPED, load_checkpoint
 from illama.errors import UserError, run_command
 from illama.hardware import describe_machine
-from quant.layerwise import decibels
+from illama.inference import Infer, load_images, top1, usable_cores
+from quant.mixed_precision.layer_effects import decibels
 
 REFERENCE = "fp32"  # in ONNX Runtime
 BATCHES = (1, 8)

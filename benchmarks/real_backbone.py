@@ -33,14 +33,14 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from tqdm import tqdm
 
-from eval.accuracy_drop import paired_drop
-from eval.results import write_results
-from illama.accuracy import load_images
+from eval.metrics.accuracy_drop import paired_drop
+from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import sha256
-from illama.checkpoint import SHIPPED, load_checkpoint
-from illama.data import Preprocessing, Transformed, open_data
+from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.data.datasets import Preprocessing, Transformed, open_data
 from illama.errors import UserError, run_command
+from illama.inference import load_images
 
 PREPROCESSING = Preprocessing(IMAGE_SIZE, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=IMAGE_SIZE)
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

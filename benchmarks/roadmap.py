@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 
 from eval.attention_rank import attention_rank
 from eval.loss_landscape import loss_landscape, sharpness
-from eval.results import write_results
+from eval.report.store import write_results
 from illama import ILLaMA
-from illama.accuracy import load_images
-from illama.checkpoint import load_checkpoint
-from illama.data import open_data
+from illama.checkpoints.load import load_checkpoint
+from illama.data.datasets import open_data
 from illama.errors import UserError, run_command
-from illama.train_log import read_log
+from illama.inference import load_images
+from illama.training.log import read_log
 
 # What the paper trains with before and after it retunes the augmentation.
 _HEAVY: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0, "soft_mask": "none"}

@@ -17,14 +17,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from deploy.engines import RuntimeName, open_engine
-from deploy.image_input import ImageInput
-from deploy.recommended_runtime import recommend_runtime
-from deploy.triton_config import ENCODED
-from deploy.triton_server import ListenOptions
+from deploy.runtimes.image_input import ImageInput
+from deploy.runtimes.open_engine import RuntimeName, open_engine
+from deploy.runtimes.recommended_runtime import recommend_runtime
+from deploy.serving.model_config import ENCODED
+from deploy.serving.server import ListenOptions
 from illama.bundle import Manifest
-from illama.data import Sample
-from quant.export import OUTPUT
+from illama.data.datasets import Sample
+from quant.export.onnx_export import OUTPUT
 
 MODEL = "served"
 SETTLE = 20  # requests of each client whose time is not counted

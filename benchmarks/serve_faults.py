@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from serve_client import MODEL, TIMEOUT, Question, free_ports, is_wrong
 
-from deploy.triton_config import ENCODED
-from deploy.triton_health import ServedRepository, UnhealthyError, live_backends
-from deploy.triton_server import ListenOptions
+from deploy.serving.health import ServedRepository, UnhealthyError, live_backends
+from deploy.serving.model_config import ENCODED
+from deploy.serving.server import ListenOptions
 from illama.errors import UserError
 from illama.markdown_table import markdown
-from quant.export import OUTPUT
+from quant.export.onnx_export import OUTPUT
 
 BROKEN_EVERY = 5
 READY_SECONDS = 120

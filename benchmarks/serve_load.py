@@ -30,12 +30,12 @@ from serve_client import MODEL, Answers, Client, Question, free_ports, read_ques
 from serve_faults import measure_faults
 from tqdm import tqdm
 
-from deploy.triton_config import ServingOptions
-from deploy.triton_repository import write_repository
-from deploy.triton_server import ListenOptions, running_server
-from eval.results import write_results
+from deploy.serving.model_config import ServingOptions
+from deploy.serving.repository import write_repository
+from deploy.serving.server import ListenOptions, running_server
+from eval.report.store import write_results
 from illama.atomic_write import make_out
-from illama.data import open_data
+from illama.data.datasets import open_data
 from illama.errors import UserError, run_command
 
 

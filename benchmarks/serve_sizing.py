@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from eval.results import write_results
+from eval.report.store import write_results
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
 

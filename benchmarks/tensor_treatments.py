@@ -21,17 +21,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.results import write_results
-from illama.accuracy import load_images
-from illama.checkpoint import SHIPPED
+from eval.report.store import write_results
+from illama.checkpoints.load import SHIPPED
 from illama.errors import run_command
-from illama.masks import SoftMasked
-from quant.calibrate import calibrate
-from quant.formats import TensorSpec
+from illama.inference import load_images
+from illama.models.attention import SoftMasked
 from quant.inputs import InputOptions, open_inputs
-from quant.layerwise import Tally
-from quant.schemes import SCHEMES, Scheme
-from quant.smooth import smooth
+from quant.mixed_precision.layer_effects import Tally
+from quant.quantizers.calibrate import calibrate
+from quant.quantizers.smoothquant import smooth
+from quant.schemes.formats import TensorSpec
+from quant.schemes.scheme import SCHEMES, Scheme
 
 KINDS = {
     "weights": "*.weight",

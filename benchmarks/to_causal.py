@@ -1,8 +1,8 @@
 """A timm ViT, trained bidirectionally, made causal step by step: python benchmarks/to_causal.py
 
-Trains a small timm VisionTransformer on Fashion-MNIST with nothing masked, makes it causal (illama.adapt), and
-fine-tunes it twice with the same budget: with alpha falling from 1 to 0, and with the hard mask at once. Interrupted,
-the command goes on. It writes ``to_causal.json`` and ``to_causal.md`` to ``results/to-causal``.
+Trains a small timm VisionTransformer on Fashion-MNIST with nothing masked, makes it causal (illama.models.timm_vit),
+and fine-tunes it twice with the same budget: with alpha falling from 1 to 0, and with the hard mask at once.
+Interrupted, the command goes on. It writes ``to_causal.json`` and ``to_causal.md`` to ``results/to-causal``.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from eval.accuracy_drop import paired_drop
-from eval.results import write_results
-from illama.accuracy import predict, torch_infer
-from illama.adapt import CausalVisionTransformer, to_causal
-from illama.batches import seed_everything
-from illama.data import open_data
-from illama.distributed import Processes
+from eval.metrics.accuracy_drop import paired_drop
+from eval.report.store import write_results
+from illama.data.augmentation import seed_everything
+from illama.data.datasets import open_data
 from illama.errors import run_command
-from illama.recipe import Recipe, load_recipe
-from illama.schedules import SoftMaskSchedule
-from illama.train_log import read_log
-from illama.training import Run, fit
+from illama.inference import predict, torch_infer
+from illama.models.timm_vit import CausalVisionTransformer, to_causal
+from illama.training.distributed import Processes
+from illama.training.log import read_log
+from illama.training.recipe import Recipe, load_recipe
+from illama.training.schedules import SoftMaskSchedule
+from illama.training.trainer import Run, fit
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.results import write_results
+from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
-from illama.model import PatchEmbed, SwiGLU
+from illama.models.illama import PatchEmbed, SwiGLU
 
 Precision = Literal["float32", "bfloat16"]
 Step = Callable[[float], None]

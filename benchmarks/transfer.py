@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from many_runs import compare, final_top1, train_all
 
-from eval.results import write_results
-from illama.checkpoint import SHIPPED
+from eval.report.store import write_results
+from illama.checkpoints.load import SHIPPED
 from illama.errors import UserError, run_command
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
 """Build TensorRT engines from bundles: python deploy/build.py runs/ptq/int8 --targets sm86,sm89 --batch 1:8:64
 
 Works without a GPU where tensorrt-rtx is installed. The build fails unless every attention is one fused operator in
-the precision that the scheme asks for (deploy/fusion.py).
+the precision that the scheme asks for (deploy/trt/fusion.py).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from deploy.builder import BuiltEngine, EngineOptions, build_engine, check_kernels, trtexec_line
-from deploy.graph import has_fp8, load_graph, precisions
-from deploy.record import ENGINE, RECORD, EngineRecord, find_engines
-from deploy.tensorrt_library import Library, LibraryName, find_library
+from deploy.trt.builder import BuiltEngine, EngineOptions, build_engine, check_kernels, trtexec_line
+from deploy.trt.library import Library, LibraryName, find_library
+from deploy.trt.record import ENGINE, RECORD, EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
 from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256
 from illama.errors import UserError, run_command
+from illama.graph.reader import has_fp8, load_graph, precisions
 
 FP8_OLDEST = 89
 
@@ -52,7 +52,7 @@ class BuildOptions(EngineOptions):
 def build_bundle(library: Library, bundle: Path, options: EngineOptions | None = None, name: str | None = None) -> Path:
     """Build an engine of a bundle into a folder of its own in ``engines/``, unless one was built just so: its file.
 
-    ``options.targets`` are resolved ones (:meth:`deploy.tensorrt_library.Library.resolve_targets`).
+    ``options.targets`` are resolved ones (:meth:`deploy.trt.library.Library.resolve_targets`).
 
     Args:
         name: of that folder; see :class:`BuildOptions`.

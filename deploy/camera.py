@@ -12,13 +12,13 @@ from typing import Annotated
 import onnx
 import tyro
 
-from deploy.graph import load_graph
-from deploy.preprocessing import add_preprocessing
-from deploy.temperature import copy_temperature
+from deploy.rewrites.preprocessing import add_preprocessing
+from deploy.runtimes.temperature import copy_temperature
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FRAME, FUSED_ONNX, Manifest, command_line, sha256
-from illama.data import Preprocessing
+from illama.data.datasets import Preprocessing
 from illama.errors import UserError, run_command
+from illama.graph.reader import load_graph
 
 MAX_SIDE, MAX_PIXELS = 16_384, 64_000_000  # of a frame: the graph holds a matrix of image_size times each side
 

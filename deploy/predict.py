@@ -12,9 +12,9 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from deploy.engines import Engine, RuntimeName, open_file
-from deploy.image_input import ImageInput
-from deploy.temperature import read_temperature
+from deploy.runtimes.image_input import ImageInput
+from deploy.runtimes.open_engine import Engine, RuntimeName, open_file
+from deploy.runtimes.temperature import read_temperature
 from illama.bundle import Manifest, bundle_of
 from illama.errors import UserError, run_command
 
@@ -26,7 +26,7 @@ SETTLED = 0.2  # seconds for which a watched file must not have grown, or a came
 class PredictOptions:
     """Print the five likeliest classes of each image.
 
-    Their probabilities are calibrated where a temperature is stored with the file (deploy/temperature.py).
+    Their probabilities are calibrated where a temperature is stored with the file (deploy/runtimes/temperature.py).
 
     Attributes:
         images: image files.

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from deploy.triton_health import ServedRepository, UnhealthyError
+from deploy.serving.health import ServedRepository, UnhealthyError
 
 
 def main() -> None:

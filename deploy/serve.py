@@ -18,10 +18,10 @@ if __name__ == "__main__":  # what follows takes seconds to import, in which the
 
 import tyro
 
-from deploy.recommended_runtime import RuntimeChoice
-from deploy.triton_config import ServingOptions
-from deploy.triton_repository import add_versions, check_repository, versions, write_repository
-from deploy.triton_server import ListenOptions, running_server
+from deploy.runtimes.recommended_runtime import RuntimeChoice
+from deploy.serving.model_config import ServingOptions
+from deploy.serving.repository import add_versions, check_repository, versions, write_repository
+from deploy.serving.server import ListenOptions, running_server
 from illama.errors import UserError, run_command
 
 

@@ -18,21 +18,21 @@ from typing import Annotated
 
 import tyro
 
-from deploy.engines import RuntimeName
-from deploy.temperature import read_temperature, store_temperatures
-from eval.accuracy_change import Change, compare_predictions, top_k_accuracy
-from eval.bundles import OpenBundles, open_bundles, open_fitting_data
-from eval.calibration_error import Reliability, fit_temperatures, reliability
-from eval.evaluate import PATIENCE, Evaluated, evaluate
-from eval.machine import share_of_cores
-from eval.measured import Measured, plain
-from eval.results import write_results
-from illama.accuracy import chance_note
+from deploy.runtimes.open_engine import RuntimeName
+from deploy.runtimes.temperature import read_temperature, store_temperatures
+from eval.benchmark.evaluate_split import PATIENCE, Evaluated, evaluate
+from eval.benchmark.machine import share_of_cores
+from eval.benchmark.open_bundles import OpenBundles, open_bundles, open_fitting_data
+from eval.metrics.accuracy_change import Change, compare_predictions, top_k_accuracy
+from eval.metrics.calibration import Reliability, fit_temperatures, reliability
+from eval.report.schema import Measured, plain
+from eval.report.store import write_results
 from illama.atomic_write import lock_folder, remove_folder
-from illama.data import evenly_spaced
-from illama.distributed import Processes, processes
+from illama.data.datasets import evenly_spaced
 from illama.errors import UserError, run_command
+from illama.inference import chance_note
 from illama.markdown_table import markdown
+from illama.training.distributed import Processes, processes
 
 RESULTS, UNFINISHED = "accuracy", "unfinished"
 _SHOWN = 8  # flipped images that are named
@@ -75,7 +75,7 @@ class AccuracyOptions:
 
 
 def stored_temperatures(bundles: OpenBundles) -> tuple[dict[str, float], dict[str, str]]:
-    """As :func:`eval.calibration_error.fit_temperatures`, those that are stored with the files."""
+    """As :func:`eval.metrics.calibration.fit_temperatures`, those that are stored with the files."""
     stored = {name: read_temperature(path) for name, path in bundles.paths.items()}
     return ({name: value for name, value in stored.items() if value is not None},
             {name: "none is stored with it" for name, value in stored.items() if value is None})  # fmt: skip

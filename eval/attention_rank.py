@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.results import write_results
+from eval.report.store import write_results
 from illama import ILLaMA
-from illama.accuracy import load_images
-from illama.checkpoint import SHIPPED, load_checkpoint
-from illama.data import evenly_spaced, open_data
+from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.data.datasets import evenly_spaced, open_data
 from illama.errors import UserError, run_command
+from illama.inference import load_images
 from illama.markdown_table import markdown
-from illama.masks import MaskedAttention
+from illama.models.attention import MaskedAttention
 
 RESULTS = "attention-rank"
 _IMAGES_AT_ONCE = 8  # the maps of one layer of Base at 384 then take a quarter of a gigabyte in float64

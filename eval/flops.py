@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from eval.results import write_results
+from eval.report.store import write_results
 from illama import ModelConfig
-from illama.config import MaskKind
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
+from illama.models.config import MaskKind
 
 Form = Literal["needed", "plain", "fused"]
 RESULTS = "flops"
@@ -83,7 +83,7 @@ def count_macs(config: ModelConfig, form: Form = "needed", readout_only: bool = 
 
     Args:
         form: ``needed`` counts what the mask lets through; ``plain`` and ``fused`` count what the two forms of
-            :class:`illama.masks.MaskedAttention` compute, masked or not.
+            :class:`illama.models.attention.MaskedAttention` compute, masked or not.
         readout_only: the last block for the class token alone (:class:`illama.ILLaMA`).
     """
     tokens, width, depth = config.tokens, config.width, config.depth

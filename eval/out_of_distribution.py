@@ -20,13 +20,13 @@ import scipy.stats
 import tyro
 from torch.utils.data import Dataset
 
-from eval.bundles import open_bundles, open_fitting_data, predict_checked
-from eval.predictions import probabilities
-from eval.results import write_results
-from illama.data import evenly_spaced, open_data
-from illama.data_shards import IMAGE_SUFFIXES, Sample
+from eval.benchmark.open_bundles import open_bundles, open_fitting_data, predict_checked
+from eval.metrics.predictions import probabilities
+from eval.report.store import write_results
+from illama.data.datasets import evenly_spaced, open_data
+from illama.data.images import Exif, decode_image
+from illama.data.webdataset import IMAGE_SUFFIXES, Sample
 from illama.errors import UserError, run_command
-from illama.images import Exif, decode_image
 from illama.markdown_table import markdown
 
 RESULTS = "out-of-distribution"

@@ -3,7 +3,8 @@
 python eval/robustness.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
 
 The first bundle is the reference. Every corruption and severity is kept in the output folder as it is measured, so
-that an interrupted run goes on, and more of them can be added later. eval/corruptions.py says how images are corrupted.
+that an interrupted run goes on, and more of them can be added later. eval/metrics/corruptions.py says how images are
+corrupted.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import scipy.stats
 import tyro
 from tqdm import tqdm
 
-from eval.accuracy_drop import NO_DROP, Drop, unseen_points, widened
-from eval.bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked
-from eval.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
-from eval.results import write_results
-from eval.resume import claim
-from illama.accuracy import chance_note
+from eval.benchmark.open_bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked
+from eval.benchmark.resume import claim
+from eval.metrics.accuracy_drop import NO_DROP, Drop, unseen_points, widened
+from eval.metrics.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
+from eval.report.store import write_results
 from illama.atomic_write import lock_folder, make_out, sweep, write_file
-from illama.data import evenly_spaced
+from illama.data.datasets import evenly_spaced
 from illama.errors import UserError, run_command
+from illama.inference import chance_note
 from illama.markdown_table import markdown as table
 
 RESULTS, CELLS = "robustness", "cells"
@@ -120,8 +121,8 @@ def summarise(cells: Mapping[Cell, Right], seed: int = 0) -> dict[str, Robustnes
 def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> Drop:
     """The mean of paired differences (images,), in points, with a 95% percentile interval of the bootstrap.
 
-    It is widened as that of :func:`eval.accuracy_drop.paired_drop` where no image was lost, or none gained, by the
-    ``largest`` difference that an image may have.
+    It is widened as that of :func:`eval.metrics.accuracy_drop.paired_drop` where no image was lost, or none gained, by
+    the ``largest`` difference that an image may have.
     """
     points = float(differences.mean() * 100)
     low = high = points

@@ -25,17 +25,17 @@ import onnxruntime
 import tyro
 from onnx import TensorProto, helper, numpy_helper
 
-from eval.bundles import refuse_frames
-from eval.devices import Device, LacksPrecisionError, find_device
-from eval.onnx_costs import ProductCost, product_costs
-from eval.results import write_results
-from illama.accuracy import usable_cores
+from eval.benchmark.open_bundles import refuse_frames
+from eval.cost_model.devices import Device, LacksPrecisionError, find_device
+from eval.cost_model.onnx_costs import ProductCost, product_costs
+from eval.report.store import write_results
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.errors import UserError, run_command
+from illama.graph.session import cpu_session
 from illama.hardware import describe_machine
+from illama.inference import usable_cores
 from illama.markdown_table import markdown
-from illama.onnx_session import cpu_session
-from quant.costs import GraphTimes, time_graphs
+from quant.mixed_precision.costs import GraphTimes, time_graphs
 
 RESULTS = "roofline"
 CPU = "cpu"  # this machine

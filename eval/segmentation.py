@@ -14,16 +14,16 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from deploy.engines import OnnxRuntimeEngine
-from eval.accuracy_drop import Drop
-from eval.results import write_results
+from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from eval.metrics.accuracy_drop import Drop
+from eval.report.store import write_results
 from illama.atomic_write import make_out
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
-from illama.checkpoint import read_preprocessing
-from illama.data import Preprocessing
+from illama.checkpoints.load import read_preprocessing
+from illama.data.ade20k import SegmentationFolder
+from illama.data.datasets import Preprocessing
 from illama.errors import UserError, run_command
 from illama.markdown_table import markdown
-from illama.segmentation_data import SegmentationFolder
 from illama.segmentation_scores import Scores, Views, class_ious, score_images
 
 HEADINGS = ("file", "mIoU %", "drop (95% interval)", "aAcc %", "mAcc %", "file MB")

@@ -22,12 +22,12 @@ import numpy as np
 import tyro
 from torch.utils.data import Dataset
 
-from eval.bundles import open_bundles, predict_checked
-from eval.predictions import probabilities
-from eval.results import write_results
-from illama.data_shards import Sample
+from eval.benchmark.open_bundles import open_bundles, predict_checked
+from eval.metrics.predictions import probabilities
+from eval.report.store import write_results
+from illama.data.images import Exif, decode_image
+from illama.data.webdataset import Sample
 from illama.errors import UserError, run_command
-from illama.images import Exif, decode_image
 from illama.markdown_table import markdown
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")

@@ -20,22 +20,22 @@ from typing import Annotated, Any, cast
 import tyro
 from torch.utils.data import Dataset, Subset
 
-from eval.bundles import check_alike, open_fitting_data
-from eval.candidates import expand, find_candidates
-from eval.machine import pin_threads, share_of_cores
-from eval.measured import Report, read_report
-from eval.pareto import choose, front
-from eval.regression import check_images, compare_markdown, find_regressions
-from eval.report import write_report
-from eval.results import read_results
-from eval.table import markdown_table
-from eval.thumbnails import draw_thumbnails
-from eval.weigh import Images, WeighOptions, report_on, weigh
+from eval.benchmark.benchmark import Images, WeighOptions, report_on, weigh
+from eval.benchmark.machine import pin_threads, share_of_cores
+from eval.benchmark.open_bundles import check_alike, open_fitting_data
+from eval.benchmark.targets import expand, find_candidates
+from eval.report.pareto import choose, front
+from eval.report.regression import check_images, compare_markdown, find_regressions
+from eval.report.schema import Report, read_report
+from eval.report.store import read_results
+from eval.report.table import markdown_table
+from eval.report.thumbnails import draw_thumbnails
+from eval.report.write_report import write_report
 from illama.atomic_write import lock_folder, remove_folder
-from illama.checkpoint import read_preprocessing
-from illama.data import Sample, evenly_spaced
-from illama.distributed import Processes, processes
+from illama.checkpoints.load import read_preprocessing
+from illama.data.datasets import Sample, evenly_spaced
 from illama.errors import UserError, run_command
+from illama.training.distributed import Processes, processes
 
 UNFINISHED = "unfinished"
 

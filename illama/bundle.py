@@ -48,7 +48,7 @@ class Manifest:
         made_by: the command line that wrote it.
         inputs: path of each input file -> its SHA-256.
         config: :class:`illama.ModelConfig` as a dict.
-        preprocessing: :class:`illama.data.Preprocessing` as a dict.
+        preprocessing: :class:`illama.data.datasets.Preprocessing` as a dict.
         classes: names of the classes, in the order of the logits.
         metrics: figures measured on the way, free in form.
     """

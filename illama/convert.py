@@ -17,10 +17,10 @@ from torch import Tensor
 
 from illama.atomic_write import write_folder
 from illama.bundle import WEIGHTS, Manifest, command_line, sha256
-from illama.checkpoint import Checkpoint, load_checkpoint, write_weights
-from illama.data import Preprocessing
+from illama.checkpoints.load import Checkpoint, load_checkpoint, write_weights
+from illama.data.datasets import Preprocessing
+from illama.data.images import Exif
 from illama.errors import UserError, run_command
-from illama.images import Exif
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from illama.accuracy import usable_cores
+from illama.inference import usable_cores
 
 
 def describe_machine() -> dict[str, Any]:

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from illama.accuracy import Infer
-from illama.data import Preprocessing
+from illama.data.ade20k import IGNORED
+from illama.data.datasets import Preprocessing
 from illama.errors import UserError
-from illama.segmentation_data import IGNORED
+from illama.inference import Infer
 
 _WINDOWS = 8  # of one call
 
@@ -106,7 +106,7 @@ def score_images(
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
-    """:func:`count` of each model for every image of a :class:`illama.segmentation_data.LabelMaps`: (n, 3, classes).
+    """:func:`count` of each model for every image of a :class:`illama.data.ade20k.LabelMaps`: (n, 3, classes).
 
     Images are read once, one at a time, by ``workers`` processes, with a progress bar.
     """

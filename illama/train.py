@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from illama.atomic_write import lock_folder, write_folder
-from illama.batches import seed_everything
 from illama.bundle import WEIGHTS, Manifest, command_line, is_bundle, sha256
-from illama.checkpoint import initialise_from, write_weights
-from illama.config import ModelConfig
-from illama.data import ImageData, open_data
-from illama.distributed import Processes, processes
+from illama.checkpoints.llama_init import initialise_from_llama
+from illama.checkpoints.load import initialise_from, write_weights
+from illama.data.augmentation import seed_everything
+from illama.data.datasets import ImageData, open_data
 from illama.errors import UserError, run_command
-from illama.llama_init import initialise_from_llama
-from illama.model import ILLaMA
-from illama.recipe import Recipe, recipe_of_command_line
-from illama.train_log import plot_curve, read_log
-from illama.training import Run, fit
+from illama.models.config import ModelConfig
+from illama.models.illama import ILLaMA
+from illama.training.distributed import Processes, processes
+from illama.training.log import plot_curve, read_log
+from illama.training.recipe import Recipe, recipe_of_command_line
+from illama.training.trainer import Run, fit
 
 Network = TypeVar("Network", bound=ILLaMA)
 _MODEL_OPTIONS = ("image_size", "patch_size", "in_channels", "width", "depth", "heads", "mask")

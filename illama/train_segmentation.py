@@ -17,21 +17,21 @@ import tyro
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from illama.accuracy import torch_infer
 from illama.atomic_write import lock_folder
-from illama.batches import seed_everything
 from illama.bundle import Manifest
-from illama.data import ClassOrder
-from illama.data_shards import Sample
-from illama.distributed import Processes, processes
+from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
+from illama.data.augmentation import seed_everything
+from illama.data.datasets import ClassOrder
+from illama.data.webdataset import Sample
 from illama.errors import UserError, run_command
-from illama.recipe import Recipe
-from illama.schedules import SoftMaskSchedule
-from illama.segmentation import SegmentationConfig, UperNet
-from illama.segmentation_data import IGNORED, AugmentedMaps, SegmentationFolder
+from illama.inference import torch_infer
+from illama.models.upernet import SegmentationConfig, UperNet
 from illama.segmentation_scores import Scores, score_images
 from illama.train import initialise, inputs_of, model_options, write_bundle
-from illama.training import Mix, Run, fit
+from illama.training.distributed import Processes, processes
+from illama.training.recipe import Recipe
+from illama.training.schedules import SoftMaskSchedule
+from illama.training.trainer import Mix, Run, fit
 
 Value = TypeVar("Value")
 # What there is of this in a classifier's recipe has no meaning here.
@@ -46,7 +46,7 @@ class SegmentationOptions(Recipe):
     epochs and warm-up here come to the field's 160,000 steps of 16 images, 1,500 of them warm-up, on ADE20K.
 
     Attributes:
-        data: a folder in the layout of ADEChallengeData2016 (illama/segmentation_data.py).
+        data: a folder in the layout of ADEChallengeData2016 (illama/data/ade20k.py).
         init: the weights of a bundle, a .safetensors or a released .pth for the backbone; positions are resized.
         decoder_channels: width of the decoder.
     """

@@ -3,7 +3,7 @@
 python quant/debug_layers.py runs/ptq/int8
 
 The first two columns are what has gathered since the images, and fall from layer to layer by nature; the third feeds
-each layer with the file's own numbers, and names the fault. quant/compare.py explains.
+each layer with the file's own numbers, and names the fault. quant/export/verify.py explains.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import numpy as np
 import tyro
 
 from illama.bundle import CPU_ONNX, SCHEME, WEIGHTS, Manifest, sha256
-from illama.checkpoint import SHIPPED, read_preprocessing
+from illama.checkpoints.load import SHIPPED, read_preprocessing
 from illama.errors import UserError, run_command
-from illama.masks import SoftMasked
-from quant.bundles import SOURCE
-from quant.calibrate import calibrate
-from quant.compare import (
+from illama.models.attention import SoftMasked
+from quant.export.onnx_export import export_onnx
+from quant.export.verify import (
     Difference,
     accumulated_sqnr,
     compare_with_trace,
@@ -30,11 +29,12 @@ from quant.compare import (
     observable_layers,
     trace_onnx,
 )
-from quant.export import export_onnx
+from quant.export.weights import read_quantized_weights
+from quant.export.write_bundle import SOURCE
 from quant.inputs import InputOptions, Inputs, open_inputs, scheme_named
-from quant.layerwise import selection_images
-from quant.schemes import Scheme
-from quant.weights import read_quantized_weights
+from quant.mixed_precision.layer_effects import selection_images
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from illama.accuracy import load_images
-from illama.checkpoint import SHIPPED, Checkpoint, load_checkpoint
-from illama.data import ClassOrder, ImageData, Preprocessing, Sample, Transformed, open_data
+from illama.checkpoints.load import SHIPPED, Checkpoint, load_checkpoint
+from illama.checkpoints.timm_checkpoint import load_timm
+from illama.data.datasets import ClassOrder, ImageData, Preprocessing, Sample, Transformed, open_data
+from illama.data.images import Exif
 from illama.errors import UserError
-from illama.images import Exif
-from illama.masks import SoftMasked
-from illama.timm_checkpoint import load_timm
-from quant.schemes import Scheme, find_scheme, read_scheme
-from quant.smooth import smooth
+from illama.inference import load_images
+from illama.models.attention import SoftMasked
+from quant.quantizers.smoothquant import smooth
+from quant.schemes.scheme import Scheme, find_scheme, read_scheme
 
 _BATCH = 64  # as `python quant/ptq.py` calibrates
 

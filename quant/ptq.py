@@ -17,22 +17,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.build import build_fitting
-from deploy.builder import EngineOptions
-from deploy.tensorrt_library import Library, LibraryName, find_library
-from eval.candidates import find_candidates
-from eval.machine import pin_threads
-from eval.measured import Report
-from eval.report import is_result
+from deploy.trt.builder import EngineOptions
+from deploy.trt.library import Library, LibraryName, find_library
+from eval.benchmark.benchmark import Images, WeighOptions, report_on, weigh
+from eval.benchmark.machine import pin_threads
+from eval.benchmark.targets import find_candidates
+from eval.report.schema import Report
+from eval.report.write_report import is_result
 from eval.tradeoff import UNFINISHED, check_baseline, check_inputs, exit_on_regression, write_and_tell
-from eval.weigh import Images, WeighOptions, report_on, weigh
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest
 from illama.errors import UserError, run_command
-from illama.masks import SoftMasked
-from quant.bundles import Origin, check_scheme, quantize, write_graphs, write_quantized
+from illama.models.attention import SoftMasked
+from quant.export.write_bundle import Origin, check_scheme, quantize, write_graphs, write_quantized
 from quant.inputs import InputOptions, Inputs, check_names, open_inputs
-from quant.schemes import Scheme, find_scheme, read_scheme, write_scheme
-from quant.torchao_backend import load_torchao
+from quant.quantizers.torchao_backend import load_torchao
+from quant.schemes.scheme import Scheme, find_scheme, read_scheme, write_scheme
 
 DEFAULT_SCHEMES = ("int8", "fp8")
 
@@ -42,7 +42,7 @@ class PtqOptions(InputOptions, WeighOptions):
     """Quantize a trained vision transformer after training, build engines, and weigh accuracy against latency.
 
     Attributes:
-        schemes: any of those that python quant/schemes.py lists.
+        schemes: any of those that python quant/schemes/scheme.py lists.
         scheme_file: a scheme of your own or of python quant/search.py, in YAML; then --schemes only names others.
         out: where the bundles and the report go; an earlier result there is replaced.
         image_size: run at another resolution than the checkpoint's: its position embedding is interpolated.

@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from illama.atomic_write import make_out, write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
-from illama.data import Preprocessing
+from illama.data.ade20k import SegmentationFolder
+from illama.data.datasets import Preprocessing
 from illama.errors import UserError, run_command
-from illama.segmentation import fold_batch_norms, load_segmentation
-from illama.segmentation_data import SegmentationFolder
-from quant.bundles import Origin, write_graphs, write_quantized
-from quant.calibrate import calibrate
+from illama.models.upernet import fold_batch_norms, load_segmentation
+from quant.export.write_bundle import Origin, write_graphs, write_quantized
 from quant.inputs import check_names, scheme_named
-from quant.schemes import resolve, write_scheme
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import resolve, write_scheme
 
 _BATCH = 4  # dense maps of a batch are large
 
@@ -36,7 +36,7 @@ class PtqSegmentationOptions:
     Attributes:
         bundle: what python illama/train_segmentation.py wrote.
         data: a folder in ADE20K's layout; ranges are taken from its training images.
-        schemes: any of those that python quant/schemes.py lists for ONNX, or YAML files of your own.
+        schemes: any of those that python quant/schemes/scheme.py lists for ONNX, or YAML files of your own.
         calibration_images: how many, evenly spaced over the training split.
         out: where the bundles go, each under its scheme's name; earlier ones of these names are replaced.
     """

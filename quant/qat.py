@@ -18,26 +18,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from deploy.engines import OnnxRuntimeEngine
-from eval.accuracy_drop import paired_drop
-from illama.accuracy import chance_note, predict, top1, torch_infer
+from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from eval.metrics.accuracy_drop import paired_drop
 from illama.atomic_write import lock_folder, write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256
-from illama.checkpoint import SHIPPED
-from illama.distributed import Processes, processes
+from illama.checkpoints.load import SHIPPED
 from illama.errors import UserError, run_command
 from illama.hardware import describe_machine
-from illama.model import ILLaMA
-from illama.recipe import TrainingOptions, read_recipe, recipe_named
-from illama.train_log import plot_curve, read_log
-from illama.training import CHECKPOINT, Run, fit
-from quant.bundles import Origin, check_scheme, write_quantized
-from quant.calibrate import calibrate
-from quant.distill import Distillation, learn_scales, scale_groups, settle_scales
+from illama.inference import chance_note, predict, top1, torch_infer
+from illama.models.illama import ILLaMA
+from illama.training.distributed import Processes, processes
+from illama.training.log import plot_curve, read_log
+from illama.training.recipe import TrainingOptions, read_recipe, recipe_named
+from illama.training.trainer import CHECKPOINT, Run, fit
+from quant.export.weights import write_quantized_weights
+from quant.export.write_bundle import Origin, check_scheme, write_quantized
 from quant.inputs import InputOptions, Inputs, open_inputs
-from quant.schemes import Scheme, find_scheme, read_scheme, write_scheme
-from quant.torchao_backend import convert_qat, load_torchao, prepare_qat
-from quant.weights import write_quantized_weights
+from quant.quantizers.calibrate import calibrate
+from quant.quantizers.distillation import Distillation, learn_scales, scale_groups, settle_scales
+from quant.quantizers.torchao_backend import convert_qat, load_torchao, prepare_qat
+from quant.schemes.scheme import Scheme, find_scheme, read_scheme, write_scheme
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "qat-nano-fashion-mnist"
@@ -50,7 +50,7 @@ class QatOptions(TrainingOptions):
     Attributes:
         recipe: a name in quant/recipes (see there), or a YAML file of your own.
         checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
-        scheme: of quant/schemes.py; what is quantized to what.
+        scheme: of quant/schemes/scheme.py; what is quantized to what.
         scheme_file: a scheme of your own in YAML, instead.
         image_size: run at another resolution than the checkpoint's: its position embedding is interpolated.
         calibration_images: how many training images the first ranges are taken from.
@@ -145,7 +145,8 @@ def start_run(job: Job, group: Processes) -> Run:
 def measure(job: Job, trained: ILLaMA, folder: Path) -> dict[str, Any]:
     """Top-1 in percent and drops from FP32 over the whole test split, before training, after it, and of the files.
 
-    The file for TensorRT is there only where TensorRT has the kernels; see :func:`quant.bundles.write_quantized`.
+    The file for TensorRT is there only where TensorRT has the kernels; see
+    :func:`quant.export.write_bundle.write_quantized`.
     """
     test = job.inputs.data.test()
     models = {

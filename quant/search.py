@@ -4,7 +4,7 @@ python quant/search.py --max-drop 0.1
 python quant/search.py --max-megabytes 1.5
 
 What each layer loses and costs in each format is measured; the best assignment under those figures is found exactly
-(quant/assign.py); it is then really quantized and measured, and if that breaks the budget, the search tightens.
+(quant/mixed_precision/knapsack.py); it is then quantized and measured, and if it breaks the budget, it tightens.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from illama.accuracy import chance_note
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions
 from illama.errors import UserError, run_command
-from quant.bundles import Origin
-from quant.candidates import Candidates, Study, offered_schemes, scheme_of
+from illama.inference import chance_note
+from quant.export.write_bundle import Origin
 from quant.inputs import InputOptions, Inputs, open_inputs
-from quant.layerwise import Effect, selection_images, split_selection, uncalibrated_images
-from quant.planning import Budget, Plan, Planner
-from quant.schemes import write_scheme
+from quant.mixed_precision.choices import Candidates, Study, offered_schemes, scheme_of
+from quant.mixed_precision.layer_effects import Effect, selection_images, split_selection, uncalibrated_images
+from quant.mixed_precision.planner import Budget, Plan, Planner
+from quant.schemes.scheme import write_scheme
 
 RESULT = "search.json"
 _CHECK_IMAGES = 10_000

@@ -19,15 +19,23 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from illama.accuracy import chance_note
 from illama.atomic_write import write_folder
 from illama.bundle import command_line, package_versions
 from illama.errors import UserError, run_command
+from illama.inference import chance_note
 from illama.markdown_table import markdown
-from quant.calibrate import calibrate
 from quant.inputs import InputOptions, Inputs, open_inputs, scheme_named
-from quant.layers import quantizers
-from quant.layerwise import Effect, block_number, kind_of, layers_of, measure, selection_images, tensor_sqnr
+from quant.mixed_precision.layer_effects import (
+    Effect,
+    block_number,
+    kind_of,
+    layers_of,
+    measure,
+    selection_images,
+    tensor_sqnr,
+)
+from quant.quantizers.calibrate import calibrate
+from quant.quantizers.layers import quantizers
 
 RESULT = "sensitivity.json"
 _ALL = "all layers"
@@ -112,7 +120,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(options: SensitivityOptions) -> None:
-    from quant.charts import draw_sensitivity  # only here, since importing matplotlib takes a while
+    from quant.mixed_precision.layer_plots import (
+        draw_sensitivity,  # only here, since importing matplotlib takes a while
+    )
 
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
         inputs = open_inputs(options)

@@ -10,25 +10,17 @@ import runpy
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx.helper
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from support import ROOT, SMALL, write_bundle, write_images, write_linear_bundle
 
-from deploy.record import EngineRecord
 from illama import ILLaMA, ModelConfig
-from illama.atomic_write import write_folder
-from illama.bundle import FUSED_ONNX, Manifest, bundle_of, sha256
-from illama.data import Preprocessing, open_data
+from illama.data.datasets import open_data
 
-ROOT = Path(__file__).parents[1]
 PARITY = sorted((ROOT / "tests" / "data").glob("official_*.safetensors"))
 
 
@@ -74,54 +66,9 @@ def wide_parity():
     return Parity(ROOT / "tests" / "data" / "official_wide.safetensors")
 
 
-def write_bundle(folder: Path, config: ModelConfig, state: dict[str, torch.Tensor] | None = None) -> Path:
-    """A bundle as training writes it; random weights unless a state dict is given."""
-    torch.manual_seed(0)
-    state = state or ILLaMA(config).state_dict()
-    preprocessing = Preprocessing.imagenet(config.image_size, config.in_channels)
-    classes = [f"class{i}" for i in range(config.num_classes)]
-    with write_folder(folder) as draft:
-        Manifest("test", config.to_dict(), asdict(preprocessing), classes).write(draft)
-        save_file(state, draft / "model.safetensors")
-    return folder
-
-
-SMALL = ModelConfig(image_size=32, patch_size=8, in_channels=3, width=64, depth=2, heads=2, num_classes=3)
-
-
 @pytest.fixture
 def small_bundle(tmp_path):
     return write_bundle(tmp_path / "bundle", SMALL)
-
-
-def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, classes: list[str]) -> Path:
-    """A bundle as quantization writes it, of a network simple enough to be known: logits = RGB pixels x weights."""
-    nodes = [onnx.helper.make_node("Flatten", ["images"], ["flat"]),
-             onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"], name="head/MatMul")]  # fmt: skip
-    shapes = {"images": ["batch", 3, image_size, image_size], "logits": ["batch", len(classes)]}
-    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    constant = onnx.numpy_helper.from_array(weights.astype(np.float32), "w")
-    graph = onnx.helper.make_graph(nodes, "linear", values[:1], values[1:], [constant])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
-    with write_folder(folder) as draft:
-        Manifest("test", {}, asdict(Preprocessing(image_size, 3, (0.5,) * 3, (0.25,) * 3)), classes).write(draft)
-        onnx.save(model, draft / "model.onnx")
-    return folder
-
-
-def write_made_up_engine(path: Path, **facts: object) -> EngineRecord:
-    """An engine's file that no library has built, and a record that fits it and the fused graph of its bundle."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(f"what a library would have written to {path.name}".encode())
-    graph = bundle_of(path) / FUSED_ONNX
-    values = {"onnx_sha256": sha256(graph) if graph.exists() else "", "engine_sha256": sha256(path), "engine_bytes": 1,
-              "library": "tensorrt", "library_version": "11.4", "targets": ("sm89",), "batch": (1, 8, 64),
-              "options": {}, "precisions": {}, "attentions": 2, "fused": True, "preprocessing": {}, "classes": [],
-              "inputs": {"images": ["float", [-1, 3, 32, 32]]}, "outputs": {"logits": ["float", [-1, 3]]},
-              "trtexec": ""}  # fmt: skip
-    record = EngineRecord(**(values | facts))
-    record.write(path)
-    return record
 
 
 @pytest.fixture
@@ -130,28 +77,9 @@ def overflow(tmp_path):
     return write_linear_bundle(tmp_path / "overflow", np.full((768, 3), np.inf), 16, ["class0", "class1", "class2"])
 
 
-def write_images(folder: Path, classes: int = 3, train: int = 8, val: int = 6) -> Path:
-    """Coloured noise in ImageNet's layout, `train` and `val` images a class."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", train), ("val", val)):
-        for label in range(classes):
-            (folder / split / f"class{label}").mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{index}.png")
-    return folder
-
-
 @pytest.fixture
 def image_folder(tmp_path):
     return write_images(tmp_path / "images")
-
-
-def run_command(*arguments: object, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """A real command, as a user types it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture
@@ -172,20 +100,10 @@ def run_here(monkeypatch, capfd):
     signal.signal(signal.SIGTERM, handler)
 
 
-def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit status 2 and a last line that says what is wrong, without a traceback."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    for word in words:
-        assert word in last
-
-
 @pytest.fixture(scope="session")
 def real_images():
     """300 real test images, as the shipped checkpoint takes them, and their labels."""
-    from illama.accuracy import load_images
+    from illama.inference import load_images
 
     data = open_data("fashion-mnist")
     subset = torch.utils.data.Subset(data.test(), range(300))

@@ -24,21 +24,21 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from deploy.build import write_engine
-from deploy.builder import EngineOptions, build_engine
-from deploy.fusion import fused_kernels
-from deploy.record import EngineRecord
-from deploy.tensorrt_engine import TensorRTEngine
-from deploy.tensorrt_library import Library, LibraryName, find_library
+from deploy.runtimes.tensorrt_engine import TensorRTEngine
+from deploy.trt.builder import EngineOptions, build_engine
+from deploy.trt.fusion import fused_kernels
+from deploy.trt.library import Library, LibraryName, find_library
+from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import write_file
 from illama.bundle import FUSED_ONNX, Manifest, command_line, package_versions
-from illama.data import Preprocessing
+from illama.data.datasets import Preprocessing
 from illama.errors import UserError, run_command
 from illama.hardware import describe_machine
-from illama.masks import AttentionMask, MaskedAttention
-from quant.calibrate import calibrate
-from quant.export import export_onnx
-from quant.schemes import find_scheme
+from illama.models.attention import AttentionMask, MaskedAttention
+from quant.export.onnx_export import export_onnx
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import find_scheme
 
 LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
 SCHEMES = ("fp16", "int8", "fp8", "fp8-attention", "int8-attention")

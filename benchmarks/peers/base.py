@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from illama.errors import UserError
-from illama.model import ILLaMA
+from illama.models.illama import ILLaMA
 
 REQUIREMENTS = "benchmarks/peers-requirements.txt"
 BATCH = 64  # calibration images a call; the same for all peers that take batches

@@ -19,10 +19,10 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from illama.accuracy import top1
+from illama.inference import top1
 from peers.base import Peer, Task
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
-from quant.export import INPUT, export_onnx
+from quant.export.onnx_export import INPUT, export_onnx
 
 PRODUCTS = ["MatMul", "Gemm", "Conv"]
 _ORT_PAGE = "onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
@@ -155,7 +155,7 @@ _U8 = {"activation_type": QuantType.QUInt8}
 _S8 = {"activation_type": QuantType.QInt8}
 _PRODUCTS_ONLY = {"op_types_to_quantize": PRODUCTS}
 ONNX_PEERS: dict[str, Peer] = {
-    "fp32": Peer("float32", float_graph, (ORT, OPENVINO, OPENVINO_F32), "quant.export, opset 23"),
+    "fp32": Peer("float32", float_graph, (ORT, OPENVINO, OPENVINO_F32), "quant.export.onnx_export, opset 23"),
     "ort-s8s8": _ort_peer("S8S8", "all operators; Q/DQ S8S8 is the page's first choice", **_S8),
     "ort-u8s8": _ort_peer("U8S8", "all operators; U8S8 is quantize_static's default", **_U8),
     "ort-s8s8-products": _ort_peer("S8S8, products only", "operators that multiply", **_S8, **_PRODUCTS_ONLY),

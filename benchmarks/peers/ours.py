@@ -11,16 +11,18 @@ from peers.base import Peer, Task
 from peers.onnx_peers import ONNX_PEERS
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
 from peers.torch_peers import TORCH_PEERS
-from quant.export import export_onnx
-from quant.schemes import Scheme, find_scheme
+from quant.export.onnx_export import export_onnx
+from quant.schemes.scheme import Scheme, find_scheme
 
-_NEEDS = (("quant.calibrate", "illama-toolkit"),)
+_NEEDS = (("quant.quantizers.calibrate", "illama-toolkit"),)
 SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention")
 
 
 def ours(task: Task, scheme: Scheme) -> Path:
     """What ``python quant/ptq.py`` writes as model.onnx."""
-    from quant.calibrate import calibrate  # not above: the other peers would have its imports in their memory
+    from quant.quantizers.calibrate import (
+        calibrate,  # not above: the other peers would have its imports in their memory
+    )
 
     path = task.folder / "model.onnx"
     batches = [torch.from_numpy(batch) for batch in task.batches()]

@@ -12,8 +12,8 @@ import torch
 import torch._inductor.config
 from torch import nn
 
-from illama.accuracy import Infer, torch_infer
-from illama.checkpoint import load_checkpoint
+from illama.checkpoints.load import load_checkpoint
+from illama.inference import Infer, torch_infer
 from peers.base import check_installed
 
 ORT, OPENVINO, OPENVINO_F32 = "ONNX Runtime", "OpenVINO", "OpenVINO, float32 kept"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 
-from illama.model import Linear
+from illama.models.illama import Linear
 from peers.base import Peer, Task
 from peers.runtimes import COMPILED, EAGER, INDUCTOR, ORT, SIMULATED
-from quant.export import INPUT
+from quant.export.onnx_export import INPUT
 
 _MODELOPT_PAGE = "nvidia.github.io/Model-Optimizer/guides/_pytorch_quantization.html"
 _MODELOPT = (("modelopt", "nvidia-modelopt"),)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from eval.machine import peak_memory_gib
-from illama.accuracy import Infer, load_images, predict
+from eval.benchmark.machine import peak_memory_gib
 from illama.atomic_write import write_file
 from illama.bundle import package_versions
-from illama.data import ImageData, Preprocessing
+from illama.data.datasets import ImageData, Preprocessing
 from illama.errors import UserError, run_command
-from illama.model import ILLaMA
+from illama.inference import Infer, load_images, predict
+from illama.models.illama import ILLaMA
 from peers.base import Peer, Task, be_quiet, reason
 from peers.ours import PEERS
 from peers.runtimes import LOADERS

@@ -1,0 +1,153 @@
+"""TensorRT's engines on a GPU: pinned buffers, one stream, and each batch size as a CUDA graph of its own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deploy.trt.library import TITLES, Library, find_library
+from deploy.trt.record import ENGINE, RUNTIME_CACHE, EngineRecord
+from illama.atomic_write import read_pinned, write_pinned
+from illama.bundle import FUSED_ONNX, bundle_of, sha256
+from illama.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorrt
+
+_TYPES = {"float": torch.float32, "uint8": torch.uint8}
+
+
+@dataclass
+class _Call:
+    """One batch size: a context, since a CUDA graph holds on to its state, and buffers on both sides."""
+
+    context: tensorrt.IExecutionContext
+    pinned_in: Tensor
+    device_in: Tensor
+    device_out: Tensor
+    pinned_out: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class TensorRTEngine:
+    """An engine of TensorRT or TensorRT for RTX, whose record has been checked against it.
+
+    Args:
+        path: the engine.
+        record: :meth:`deploy.trt.record.EngineRecord.read` of it; nothing is deserialized without.
+
+    Raises:
+        UserError: no GPU, no such library, an engine for another GPU, or one that the library will not load.
+    """
+
+    def __init__(self, path: Path, record: EngineRecord) -> None:
+        if not torch.cuda.is_available():
+            raise UserError(f"{path} runs on an NVIDIA GPU, and there is none here: open its model.onnx")
+        library = find_library(record.library)  # type: ignore[arg-type]
+        assert library is not None  # find_library raises for a name
+        self.runtime = f"{TITLES[record.library]} {library.version} {torch.cuda.get_device_name()}"
+        self._library, self._record = library, record
+        self._engine = library.deserialize(path.read_bytes(), bool(record.options.get("version_compatible")))
+        if record.options.get("weight_stripped"):
+            _refit(library, self._engine, bundle_of(path) / FUSED_ONNX, record)
+        self._cache_path = path.with_name(RUNTIME_CACHE) if path.name == ENGINE else path.with_suffix(".runtime-cache")
+        self._config, self._cache = library.runtime_config(self._engine)
+        if self._cache is not None and (kept := read_pinned(self._cache_path)):
+            self._cache.deserialize(kept)
+        self._stream = torch.cuda.Stream()
+        (self._input, (kind, shape)), (self._output, (_, out)) = (
+            next(iter(each.items())) for each in (record.inputs, record.outputs)
+        )
+        self._dtype, self._shape, self._out = _TYPES[kind], tuple(shape[1:]), tuple(out[1:])
+        self._calls: dict[int, _Call] = {}
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Images, of the shape and type that the record names -> logits (B, classes, ...) float32.
+
+        Raises:
+            UserError: for another shape or type, or a batch outside the engine's profile.
+        """
+        given = torch.from_numpy(np.ascontiguousarray(images))
+        if tuple(given.shape[1:]) != self._shape or given.dtype != self._dtype:
+            raise UserError(f"the engine takes {self._shape} of {self._dtype} a time, not {tuple(given.shape[1:])} of "
+                            f"{given.dtype}")  # fmt: skip
+        call = self._call(len(given))
+        call.pinned_in.copy_(given)
+        with torch.cuda.stream(self._stream):
+            call.device_in.copy_(call.pinned_in, non_blocking=True)
+            self._run(call)
+            call.pinned_out.copy_(call.device_out, non_blocking=True)
+        self._stream.synchronize()
+        return call.pinned_out.numpy().copy()
+
+    def run_on_device(self, batch: int) -> None:
+        """Run the network alone, on what :meth:`infer` left on the GPU, on the current stream; for timing."""
+        self._run(self._call(batch))
+
+    def layers(self) -> str:
+        """What the engine inspector tells of its layers, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._library.trt.LayerInformationFormat.JSON))
+
+    def close(self) -> None:
+        """Write TensorRT-RTX's cache of compiled kernels beside the engine, with its SHA-256; warn if it cannot be."""
+        if self._cache is not None:
+            try:
+                write_pinned(self._cache_path, bytes(self._cache.serialize()))
+            except OSError as error:
+                print(f"warning: {self._cache_path} cannot be written: {error.strerror}", file=sys.stderr)
+
+    def _call(self, batch: int) -> _Call:
+        smallest, _, largest = self._record.batch
+        if not smallest <= batch <= largest:
+            raise UserError(f"the engine takes {smallest} to {largest} images at once, not {batch}")
+        if batch not in self._calls:
+            self._calls[batch] = self._prepare(batch)
+        return self._calls[batch]
+
+    def _prepare(self, batch: int) -> _Call:
+        """Buffers and a context for one batch size, a warm-up, and a CUDA graph where it is ours to make."""
+        arguments = (self._config,) if self._config is not None else ()
+        pinned_in = torch.zeros((batch, *self._shape), dtype=self._dtype).pin_memory()
+        pinned_out = torch.zeros((batch, *self._out)).pin_memory()
+        context = self._engine.create_execution_context(*arguments)
+        call = _Call(context, pinned_in, pinned_in.cuda(), pinned_out.cuda(), pinned_out)
+        ready = (context.set_input_shape(self._input, tuple(pinned_in.shape)),
+                 context.set_tensor_address(self._input, call.device_in.data_ptr()),
+                 context.set_tensor_address(self._output, call.device_out.data_ptr()))  # fmt: skip
+        if not all(ready):
+            raise RuntimeError("TensorRT does not take the shapes that the engine's record names")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):  # the first compiles kernels and allocates
+                self._run(call)
+        self._stream.synchronize()
+        if self._library.name == "tensorrt":  # TensorRT-RTX captures by itself (Library.runtime_config)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._run(call)
+            call.graph = graph
+        return call
+
+    def _run(self, call: _Call) -> None:
+        if call.graph is not None:
+            call.graph.replay()
+        elif not call.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError("TensorRT could not run the engine")
+
+
+def _refit(library: Library, engine: tensorrt.ICudaEngine, source: Path, record: EngineRecord) -> None:
+    """Give a weight-stripped engine the weights of the very graph that it was built from."""
+    if not source.exists() or sha256(source) != record.onnx_sha256:
+        raise UserError(f"the engine has no weights, and {source} is not the graph that it was built from")
+    logger = library.trt.Logger(library.trt.Logger.ERROR)
+    refitter: tensorrt.Refitter = library.trt.Refitter(engine, logger)
+    parser: tensorrt.OnnxParserRefitter = library.trt.OnnxParserRefitter(refitter, logger)
+    if not parser.refit_from_file(str(source)) or not refitter.refit_cuda_engine():
+        raise UserError(f"{library.name} could not put the weights of {source} into the engine: build it again")

@@ -1,0 +1,253 @@
+"""An ONNX file to a serialized engine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from onnx import ModelProto
+
+from deploy.trt.fusion import allow_decomposition, demand_fusion, find_attentions, fused_kernels, softmax_outputs
+from deploy.trt.library import Library, fits_this_gpu
+from illama.atomic_write import read_pinned, write_pinned
+from illama.errors import UserError
+from illama.graph.reader import load_graph
+
+if TYPE_CHECKING:
+    import tensorrt
+
+Verbosity = Literal["none", "layer-names", "detailed"]
+_VERBOSITIES = {"none": "NONE", "layer-names": "LAYER_NAMES_ONLY", "detailed": "DETAILED"}
+
+
+def read_batch(text: str) -> tuple[int, int, int]:
+    """1:8:64 -> (1, 8, 64); UserError for what is none."""
+    try:
+        smallest, best, largest = (int(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UserError(f"--batch is smallest:best:largest, such as 1:8:64, not {text!r}") from error
+    return smallest, best, largest
+
+
+BatchRange = Annotated[
+    tuple[int, int, int],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="MIN:BEST:MAX",
+        instance_from_str=lambda texts: read_batch(texts[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [":".join(map(str, value))],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is built for and with.
+
+    Attributes:
+        targets: compute capabilities, such as sm86,sm89; none for the library's portable default.
+        batch: min, opt and max batch of the optimization profile.
+        workspace_gib: memory that layers may use beside weights and activations; the library's own limit if not given.
+        timing_cache: file of kernel timings, read if it is there and written back (full TensorRT).
+        refit: allow weights to be replaced in the built engine.
+        weight_stripped: leave the weights out; whoever loads it refits them from the ONNX file.
+        version_compatible: let newer versions of the library run it (full TensorRT).
+        hardware_compatible: let GPUs of Ampere and newer run it, at some speed (full TensorRT).
+        verbosity: what the engine can tell of its layers.
+        allow_unfused: build even if attention falls apart into pieces.
+    """
+
+    targets: tuple[str, ...] = ()
+    batch: BatchRange = (1, 8, 64)
+    workspace_gib: float | None = None
+    timing_cache: Path | None = None
+    refit: bool = False
+    weight_stripped: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    verbosity: Verbosity = "layer-names"
+    allow_unfused: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
+            raise UserError(
+                f"--batch is smallest:best:largest, from 1 and rising, not {':'.join(map(str, self.batch))}"
+            )
+        if self.workspace_gib is not None and not self.workspace_gib > 0:
+            raise UserError(f"--workspace-gib must be more than 0, not {self.workspace_gib}")
+        if self.timing_cache is not None and (self.timing_cache.is_dir() or not self.timing_cache.parent.is_dir()):
+            raise UserError(f"--timing-cache is a file in a folder that is there, not {self.timing_cache}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything of how to build but targets and batch, which a record has of its own."""
+        names = [field.name for field in fields(EngineOptions) if field.name not in ("targets", "batch")]
+        values = {name: getattr(self, name) for name in names}
+        return values | {"timing_cache": str(self.timing_cache) if self.timing_cache else None}
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine in memory.
+
+    Attributes:
+        attentions: how many the network has.
+        fused: whether each is proven to be one operator in the precision asked for.
+        inputs, outputs: name -> [type, shape], -1 for the batch.
+    """
+
+    data: bytes
+    attentions: int
+    fused: bool
+    inputs: dict[str, list[Any]]
+    outputs: dict[str, list[Any]]
+
+
+def build_engine(library: Library, source: Path, options: EngineOptions | None = None) -> BuiltEngine:
+    """Build an ONNX file with dynamic batch.
+
+    Raises:
+        UserError: with the library's own words, if it cannot parse, fuse or build the graph, or lacks an option.
+    """
+    options = options or EngineOptions()
+    library.check_options(
+        timing_cache=options.timing_cache is not None, hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible, refittable=options.refit or options.weight_stripped,
+    )  # fmt: skip
+    model = load_graph(source)
+    messages, logger = _collect_errors(library.trt)
+    builder: tensorrt.Builder = library.trt.Builder(logger)
+    network = library.create_network(builder)
+    parser: tensorrt.OnnxParser = library.trt.OnnxParser(network, logger)
+    # From the file and not from memory, so that weights outside of it are found.
+    if not parser.parse_from_file(str(source)):
+        raise UserError(f"{library.name} cannot parse {source}: {_last(messages)}")
+    if options.weight_stripped and softmax_outputs(model):
+        raise UserError(f"{source} rounds the softmax output by a scale that no refit brings back: leave "
+                        "--weight-stripped out")  # fmt: skip
+    attentions, kept = _prepare_attention(library, network, model, source, options)
+    config = _configure(library, builder, network, options)
+    data = builder.build_serialized_network(network, config)
+    del kept  # the scales of softmax outputs, which the network reads until here
+    if data is None:
+        raise UserError(f"{library.name} {library.version} cannot build {source}: {_last(messages)}")
+    if options.timing_cache is not None:
+        write_pinned(options.timing_cache, bytes(config.get_timing_cache().serialize()))
+    inputs = _tensors([network.get_input(index) for index in range(network.num_inputs)])
+    outputs = _tensors([network.get_output(index) for index in range(network.num_outputs)])
+    return BuiltEngine(bytes(data), len(attentions), not options.allow_unfused, inputs, outputs)
+
+
+def _prepare_attention(
+    library: Library, network: tensorrt.INetworkDefinition, model: ModelProto, source: Path, options: EngineOptions
+) -> tuple[dict[str, Any], Any]:
+    if options.allow_unfused:
+        try:
+            attentions = find_attentions(library, network, str(source))
+        except UserError:
+            return {}, None
+        allow_decomposition(attentions)
+        return attentions, None
+    attentions = find_attentions(library, network, str(source))
+    return attentions, demand_fusion(library, network, attentions, softmax_outputs(model))
+
+
+def _configure(
+    library: Library, builder: tensorrt.Builder, network: tensorrt.INetworkDefinition, options: EngineOptions
+) -> tensorrt.IBuilderConfig:
+    trt, config = library.trt, builder.create_builder_config()
+    library.set_targets(config, options.targets)
+    profile = builder.create_optimization_profile()
+    images = network.get_input(0)
+    profile.set_shape(images.name, *((size, *tuple(images.shape)[1:]) for size in options.batch))
+    config.add_optimization_profile(profile)
+    config.profiling_verbosity = getattr(trt.ProfilingVerbosity, _VERBOSITIES[options.verbosity])
+    if options.workspace_gib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
+    for wanted, flag in ((options.refit, "REFIT"), (options.weight_stripped, "STRIP_PLAN"),
+                         (options.version_compatible, "VERSION_COMPATIBLE")):  # fmt: skip
+        if wanted:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.timing_cache is not None:
+        _read_timing_cache(config, options.timing_cache)
+    return config
+
+
+def _read_timing_cache(config: tensorrt.IBuilderConfig, path: Path) -> None:
+    """Take up a timing cache, if the file is there and is what was written, by the SHA-256 beside it."""
+    data = read_pinned(path)
+    if data is None and path.exists():
+        raise UserError(f"{path} is not what the SHA-256 beside it is of: delete it, to have it made anew")
+    if not config.set_timing_cache(config.create_timing_cache(data or b""), ignore_mismatch=False):
+        raise UserError(f"{path} is of another GPU or version: delete it, to have it made anew")
+
+
+def check_kernels(library: Library, built: BuiltEngine, options: EngineOptions) -> None:
+    """Count the fused attention kernels of an engine by its inspector, where this machine's GPU is one that it is for.
+
+    Raises:
+        UserError: if there are fewer than attentions.
+    """
+    if options.verbosity != "detailed" or not fits_this_gpu(options.targets, options.hardware_compatible):
+        return
+    inspector = library.deserialize(built.data, options.version_compatible).create_engine_inspector()
+    kernels = fused_kernels(inspector.get_engine_information(library.trt.LayerInformationFormat.JSON))
+    if len(kernels) < built.attentions:
+        raise UserError(f"the engine has {len(kernels)} fused attention kernels for {built.attentions} attentions; "
+                        "--allow-unfused accepts that")  # fmt: skip
+
+
+def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOptions) -> str:
+    """The command of the library's own tool that builds the like, for those who prefer it.
+
+    It cannot demand that attention be fused, nor round a softmax output, which no ONNX operator says.
+    """
+    shape = "x".join(str(size) for size in _image_shape(load_graph(source)))
+    parts = [library.trtexec, f"--onnx={os.path.relpath(source)}", f"--saveEngine={os.path.relpath(engine)}"]
+    parts += [f"--{name}Shapes=images:{size}x{shape}"
+              for name, size in zip(("min", "opt", "max"), options.batch, strict=True)]  # fmt: skip
+    if library.name == "tensorrt":
+        parts.append("--stronglyTyped")
+    elif options.targets:
+        parts.append(f"--computeCapabilities={','.join(f'{t[2:-1]}.{t[-1]}' for t in options.targets)}")
+    if options.workspace_gib is not None:
+        parts.append(f"--memPoolSize=workspace:{options.workspace_gib * 1024:g}")
+    for wanted, flag in ((options.timing_cache, f"--timingCacheFile={options.timing_cache}"),
+                         (options.refit, "--refit"), (options.weight_stripped, "--stripWeights"),
+                         (options.version_compatible, "--versionCompatible"),
+                         (options.hardware_compatible, "--hardwareCompatibilityLevel=ampere+")):  # fmt: skip
+        if wanted:
+            parts.append(flag)
+    return shlex.join([*parts, f"--profilingVerbosity={_VERBOSITIES[options.verbosity].lower()}"])
+
+
+def _image_shape(model: ModelProto) -> list[int]:
+    return [dimension.dim_value for dimension in model.graph.input[0].type.tensor_type.shape.dim[1:]]
+
+
+def _tensors(tensors: list[tensorrt.ITensor]) -> dict[str, list[Any]]:
+    return {tensor.name: [str(tensor.dtype).rpartition(".")[2].lower(), list(tensor.shape)] for tensor in tensors}
+
+
+def _collect_errors(trt: Any) -> tuple[list[str], Any]:
+    messages: list[str] = []
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                messages.append(" ".join(message.split()))
+
+    return messages, Logger()
+
+
+def _last(messages: list[str]) -> str:
+    return messages[-1] if messages else "it gave no reason"

@@ -1,0 +1,309 @@
+"""Accuracy and latency of candidates, under the same conditions, as the rows of a report."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from deploy.runtimes.temperature import store_temperatures
+from eval.accuracy import measure
+from eval.benchmark.evaluate_split import evaluate
+from eval.benchmark.latency import UNREADABLE, measure_latency
+from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
+from eval.benchmark.sensors import find_gpu, open_meter
+from eval.benchmark.targets import Candidate
+from eval.metrics.accuracy_drop import NO_DROP, paired_drop
+from eval.metrics.calibration import fit_temperatures
+from eval.metrics.predictions import Predictions
+from eval.report.pareto import check_limits
+from eval.report.schema import FlippedImage, Limits, Measured, Report, Row
+from eval.report.store import read_results
+from illama.bundle import Manifest, command_line, package_versions, sha256
+from illama.data.datasets import ImageData, Preprocessing, Sample
+from illama.errors import UserError
+from illama.hardware import describe_machine
+from illama.inference import Infer, chance_note, load_images, usable_cores
+from illama.training.distributed import ALONE, Processes
+
+SHOWN = 24  # flipped images of each kind that a report may show
+_ELSEWHERE = ("Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "
+              "measure those, and --also shows their results in this report.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeighOptions:
+    """How engines are timed, and what is asked of them.
+
+    Attributes:
+        batches: images a call; limits are on the first.
+        seconds: about how long the rounds at one batch size may take.
+        threads: of the CPU; one for each core if not given.
+        max_latency_ms: of the median of one call.
+        max_drop: points of top-1 that may be lost, at the upper end of their 95% interval.
+        max_megabytes: of the file that is deployed, 10^6 bytes.
+        also: folders with results of other commands, such as runs/robustness, to show in the same report.
+        fail_on_regression: an earlier report.json; exit with 1 if something became worse than in it.
+        seed: of intervals and of the order in which engines are timed.
+        out: where the report goes.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 64)
+    seconds: float = 10.0
+    threads: int | None = None
+    max_latency_ms: float | None = None
+    max_drop: float | None = None
+    max_megabytes: float | None = None
+    also: tuple[Path, ...] = ()
+    fail_on_regression: Path | None = None
+    seed: int = 0
+    out: Path = Path("runs/tradeoff")
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
+            raise UserError("--batches takes one batch size or more, each above 0 and given once")
+        if not 0 < self.seconds < math.inf or self.seed < 0:
+            raise UserError("--seconds must be a number above 0, and --seed 0 or more")
+        check_limits(self.limits)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.batches[0], self.max_latency_ms, self.max_drop, self.max_megabytes)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What candidates are evaluated on.
+
+    Attributes:
+        name: of the data, as the user gave it.
+        split: of ``data``.
+        preprocessing: the candidates' own.
+        calibration: how many images of the training split temperatures are fitted on; 0 for none.
+        indices: of the images of ``split`` in the whole test split; None where they are all.
+    """
+
+    name: str
+    data: ImageData
+    split: Dataset[Sample]
+    preprocessing: Preprocessing
+    calibration: int = 512
+    indices: Sequence[int] | None = None
+
+    def place(self, index: int) -> int:
+        """Where an image of ``split`` stands in the whole test split."""
+        return index if self.indices is None else self.indices[index]
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Rows in the order of the candidates, the first of them the reference.
+
+    Attributes:
+        conditions: under which the latencies were taken.
+        notes: what was not measured, and why.
+        layers: scheme -> what it did, in rows of layer, weight, input.
+    """
+
+    rows: list[Row]
+    conditions: dict[str, Any]
+    notes: list[str]
+    layers: dict[str, list[list[str]]]
+
+
+def weigh(
+    candidates: Sequence[Candidate],
+    images: Images,
+    options: WeighOptions,
+    out: Path,
+    work: Path | None = None,
+    workers: int = 0,
+    group: Processes = ALONE,
+    *,
+    store: bool = False,
+    alone: Callable[[], Sequence[Candidate]] | None = None,
+) -> Weighed:
+    """Evaluate every candidate, and time those that run here as they would be deployed.
+
+    Args:
+        out: where the report will lie; paths in the rows are relative to it.
+        work, workers, group: see :func:`eval.benchmark.evaluate_split.evaluate`; of several processes, the main one
+            alone times and has rows.
+        store: keep each temperature with its file.
+        alone: opens the candidates again for timing, with all cores, where processes shared these.
+
+    Raises:
+        UserError: logits that are not finite, or do not fit the images.
+    """
+    models, first = _models(candidates)
+    transform = images.preprocessing.transform()
+    temperatures, failed = fit_temperatures(models, images.data, transform, images.calibration, group)
+    facts = {"data": images.name, "preprocessing": asdict(images.preprocessing), "classes": images.data.classes,
+             "files": {each.name: sha256(each.path) for each in candidates},
+             "runtimes": {each.name: each.engine.runtime for each in candidates}}  # fmt: skip
+    evaluated = evaluate(models, images.split, transform, temperatures, work, workers, facts=facts,
+                         processes=group)  # fmt: skip
+    group.barrier()  # all have read what the others computed
+    if not group.main:
+        return Weighed([], {}, [], {})
+    notes = [f"No temperature of {model}: {reason}." for model, reason in failed.items()]
+    if store:
+        fitted = [(each.path, temperatures[first[each.name]], each.engine.runtime)
+                  for each in candidates if first[each.name] in temperatures]  # fmt: skip
+        notes += store_temperatures(fitted, images.calibration, images.name)
+    measured, reference = measure(evaluated, temperatures), evaluated[candidates[0].name].plain
+    rows = [
+        _row(each, measured[first[each.name]], (reference, evaluated[first[each.name]].plain), images, options, out)
+        for each in candidates
+    ]
+    rows[0].reference, rows[0].drop = True, NO_DROP
+    if note := chance_note(rows[0].name, rows[0].top1.percent, len(images.data.classes)):
+        notes.append(note)
+    if alone and group.count > 1:
+        _close(candidates)
+        pin_threads(options.threads or usable_cores())
+        candidates = alone()
+    with torch_on_all_cores():
+        conditions = _time(candidates, rows, images, options)
+    _close(candidates)
+    return Weighed(rows, conditions, notes + _notes_on(candidates) + _unread(conditions), _layers_of(candidates))
+
+
+def report_on(weighed: Weighed, images: Images, options: WeighOptions, checkpoint: str, seconds: dict[str, float],
+              not_run: Sequence[str] = ()) -> Report:  # fmt: skip
+    """What was weighed, with what it was done on and by.
+
+    Args:
+        checkpoint: what was quantized.
+        seconds: of the steps; their sum is added.
+        not_run: what else was not measured, and why.
+    """
+    return Report(
+        rows=weighed.rows,
+        command=command_line(),
+        data=images.name,
+        checkpoint=checkpoint,
+        classes=tuple(images.data.classes),
+        machine=describe_machine(),
+        versions=package_versions(),
+        limits=options.limits,
+        conditions=weighed.conditions,
+        calibration_images=images.calibration,
+        seconds={**seconds, "all": sum(seconds.values())},
+        not_run=[*not_run, *weighed.notes, *([] if options.also else [_ELSEWHERE])],
+        peak_memory_gib=round(peak_memory_gib(), 2),
+        layers=weighed.layers,
+        others=[other for folder in options.also for other in read_results(folder)],
+    )
+
+
+def _models(candidates: Sequence[Candidate]) -> tuple[dict[str, Infer], dict[str, str]]:
+    """(what infers, by the name of the first candidate that it computes; candidate -> that name)."""
+    names: dict[int, str] = {}
+    first = {each.name: names.setdefault(id(each.engine), each.name) for each in candidates}
+    return {each.name: each.infer for each in candidates if first[each.name] == each.name}, first
+
+
+def _row(
+    candidate: Candidate,
+    measured: Measured,
+    predictions: tuple[Predictions, Predictions],
+    images: Images,
+    options: WeighOptions,
+    out: Path,
+) -> Row:
+    """Its row, from the predictions of the reference and its own."""
+    built, record = candidate.built or (None, None)
+    files = [candidate.path, *([built] if built else [])]
+    return Row(
+        **vars(measured),
+        name=candidate.name,
+        scheme=candidate.scheme,
+        runtime=candidate.runtime,
+        runtime_id=candidate.runtime_id,
+        evaluated_with=candidate.engine.runtime,
+        drop=paired_drop(predictions[0].right, predictions[1].right, options.seed),
+        flipped=_flipped(measured, *predictions, images),
+        onnx=os.path.relpath(candidate.path, out),
+        onnx_bytes=candidate.path.stat().st_size,
+        engine=os.path.relpath(built, out) if built else None,
+        engine_bytes=record.engine_bytes if record else None,
+        fused=record.fused if record else True,
+        sha256={os.path.relpath(file, out): sha256(file) for file in files},
+        note=candidate.note,
+    )
+
+
+def _flipped(measured: Measured, reference: Predictions, own: Predictions, images: Images) -> list[FlippedImage]:
+    if measured.change is None:
+        return []
+    flips, facts = measured.change.flips, (own.labels, reference.predicted, own.predicted)
+    return [
+        FlippedImage(images.place(int(image)), *(int(of[image]) for of in facts))
+        for kind in (flips.lost, flips.gained, flips.moved)
+        for image in kind[:SHOWN]
+    ]
+
+
+def _time(
+    candidates: Sequence[Candidate], rows: Sequence[Row], images: Images, options: WeighOptions
+) -> dict[str, Any]:
+    """Fill in the latencies of what runs here as it would be deployed; the conditions under which they were taken."""
+    timed = {each.name: each for each in candidates if not each.note}
+    gpu, machine = find_gpu(), describe_machine()
+    meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
+    engines = {name: each.engine.infer for name, each in timed.items()}
+    some = min(max(options.batches), len(images.split))  # type: ignore[arg-type]
+    pictures = load_images(images.split, images.preprocessing.transform(), some)[0]
+    found = measure_latency(
+        engines, pictures, options.batches, seconds=options.seconds, meters=meters, seed=options.seed
+    )
+    for row in rows:
+        if row.name in timed:
+            row.latency = found.latency[row.name]
+            row.device = machine["gpu" if timed[row.name].on_gpu else "cpu"] if row.latency else None
+            refused = [f"not timed at batch {batch}: {reason}" for batch, reason in found.refused[row.name].items()]
+            row.note = "; ".join(refused) or None
+    return found.conditions
+
+
+def _close(candidates: Sequence[Candidate]) -> None:
+    for each in candidates:
+        each.engine.close()
+
+
+def _unread(conditions: Mapping[str, Any]) -> list[str]:
+    """What the machine did not tell while engines were timed, in a line."""
+    told = {kind: any(f" {kind}, " in name for name in conditions) for kind in ("temperature", "clock")}
+    told["energy"] = conditions["energy"] != UNREADABLE
+    missing = ", ".join(kind for kind, is_told in told.items() if not is_told)
+    return [f"Not read while engines were timed, for want of a sensor that can be: {missing}."] if missing else []
+
+
+def _notes_on(candidates: Sequence[Candidate]) -> list[str]:
+    """What no figure was measured for, and why, over all candidates."""
+    notes = []
+    for bundle, scheme in {each.path.parent: each.scheme for each in candidates}.items():
+        if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
+            notes.append(f"No graph for TensorRT of {scheme}: {reason}.")
+    notes += dict.fromkeys(line for each in candidates for line in each.left_out)
+    engines = [each.built[1] for each in candidates if each.built]
+    idle = [each.built[1] for each in candidates if each.built and each.note]
+    if idle:
+        proven = " with every attention proven fused" if all(record.fused for record in idle) else ""
+        notes.append(f"{len(idle)} of {len(engines)} engines, built{proven}, were not run or timed: that needs an "
+                     "NVIDIA GPU that they were built for.")  # fmt: skip
+    if any(record.library == "tensorrt_rtx" for record in engines):
+        notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
+    return notes
+
+
+def _layers_of(candidates: Sequence[Candidate]) -> dict[str, list[list[str]]]:
+    """Scheme -> what it did, in rows of layer, weight, input; of the bundles that quantization wrote."""
+    found = {each.scheme: Manifest.read(each.path.parent).metrics.get("layers") for each in candidates}
+    return {scheme: layers for scheme, layers in found.items() if layers}

@@ -1,0 +1,178 @@
+"""A whole split through several models: in chunks that are reduced at once, shared out over processes, and resumed.
+
+What is kept of an image is a few numbers (:class:`eval.metrics.predictions.Predictions`), so that memory grows neither
+with the classes nor, but for those, with the images. A chunk is computed in the same way whoever computes it: the
+result is the same to the bit by one process or by many, interrupted or not, as far as a runtime gives an image's logits
+again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from eval.benchmark.resume import claim
+from eval.metrics.predictions import Predictions, refuse_overflow
+from illama.atomic_write import write_file
+from illama.data.datasets import Sample, Transform
+from illama.errors import UserError
+from illama.inference import Infer, predict_chunks
+from illama.training.distributed import ALONE, Processes
+
+CHUNK = 1000  # images
+PATIENCE = 1800.0  # seconds
+_FORMS = ("plain", "scaled")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Of one model over a split: its predictions as they are, and with its logits divided by its temperature."""
+
+    plain: Predictions
+    scaled: Predictions | None = None
+
+
+def evaluate(
+    models: Mapping[str, Infer],
+    split: Dataset[Sample],
+    transform: Transform,
+    temperatures: Mapping[str, float] = {},
+    work: Path | None = None,
+    workers: int = 0,
+    batch: int = 50,
+    *,
+    facts: Mapping[str, Any] = {},
+    processes: Processes = ALONE,
+    chunk: int = CHUNK,
+    patience: float = PATIENCE,
+) -> dict[str, Evaluated]:
+    """Every model's predictions over a whole split, whose images are read once for all models, with a progress bar.
+
+    Args:
+        temperatures: by the model's name, where it has one.
+        work: where finished chunks are kept, and where an interrupted evaluation goes on; a temporary folder if not
+            given. Several processes need one, which they share.
+        workers: processes that read images.
+        batch: images a call of a model.
+        facts: what decides the result and cannot be seen from here, such as the data's name and the files' SHA-256.
+        processes: of :func:`illama.training.distributed.processes`. Each computes every ``count``-th chunk, and has the
+            whole.
+        patience: seconds that a process which is done waits for another chunk of the others.
+
+    Raises:
+        UserError: a model's logits are not finite or do not fit the labels; ``work`` holds another evaluation or
+            damaged chunks; other processes ended, or finished no chunk in ``patience`` seconds.
+        ValueError: several processes, and no ``work``.
+    """
+    images = len(split)  # type: ignore[arg-type]
+    chunks = [range(start, min(start + chunk, images)) for start in range(0, images, chunk)]
+    pinned = {**facts, "models": list(models), "temperatures": dict(temperatures), "images": images, "batch": batch,
+              "chunk": chunk}  # fmt: skip
+    if work is None and processes.count > 1:
+        raise ValueError("several processes need a folder to work in")
+    with nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
+        _claim_together(Path(folder), pinned, processes)
+        paths = {each: Path(folder) / f"{each.start:09d}.npz" for each in chunks}
+        own = chunks[processes.rank :: processes.count]
+        missing = [each for each in own if not paths[each].exists()]
+        with _progress(own, missing, processes) as bar:
+            predicted = predict_chunks(models, split, transform, missing, batch, workers, bar.update)
+            for each, (logits, labels) in zip(missing, predicted, strict=True):
+                _write(paths[each], _reduce(logits, labels, temperatures))
+        _wait_for(list(paths.values()), patience)
+        parts = [_read(path, models, len(each)) for each, path in paths.items()]
+    return {name: _concatenate([part[name] for part in parts]) for name in models}
+
+
+def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes) -> None:
+    if processes.main:
+        claim(work, facts)
+    processes.barrier()
+    if not processes.main:
+        claim(work, facts)
+
+
+def _progress(own: Sequence[range], missing: Sequence[range], processes: Processes) -> tqdm[Any]:
+    """A bar over this process's share, that starts where the run was interrupted."""
+    images, left = (sum(len(each) for each in chunks) for chunks in (own, missing))
+    share = f" (1 of {processes.count} shares)" if processes.count > 1 else ""
+    disable = None if processes.main else True  # None: unless it is a terminal
+    return tqdm(total=images, initial=images - left, desc=f"evaluate{share}", unit="img", disable=disable, leave=False)
+
+
+def _reduce(
+    logits: Mapping[str, np.ndarray], labels: np.ndarray, temperatures: Mapping[str, float]
+) -> dict[str, Evaluated]:
+    """A chunk's predictions by each model; UserError for one whose logits are not finite or do not fit the labels."""
+    refuse_overflow(logits)
+    reduced = {}
+    for name, values in logits.items():
+        try:
+            scaled = Predictions.of(values, labels, temperatures[name]) if name in temperatures else None
+            reduced[name] = Evaluated(Predictions.of(values, labels), scaled)
+        except ValueError as error:
+            raise UserError(f"{name} does not fit the images: {error}") from error
+    return reduced
+
+
+def _concatenate(parts: Sequence[Evaluated]) -> Evaluated:
+    scaled = [part.scaled for part in parts if part.scaled]
+    return Evaluated(
+        Predictions.concatenate([part.plain for part in parts]), Predictions.concatenate(scaled) if scaled else None
+    )
+
+
+def _write(path: Path, part: Mapping[str, Evaluated]) -> None:
+    """One chunk: arrays called MODEL/FORM/FIELD, the model by its place among all."""
+    arrays = {
+        f"{place}/{form}/{field.name}": getattr(predictions, field.name)
+        for place, each in enumerate(part.values())
+        for form in _FORMS
+        for field in fields(Predictions)
+        if (predictions := getattr(each, form)) is not None
+    }
+    with write_file(path) as draft, draft.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Evaluated]:
+    def form(stored: Mapping[str, np.ndarray], prefix: str) -> Predictions | None:
+        if f"{prefix}/labels" not in stored:
+            return None
+        predictions = Predictions(*(stored[f"{prefix}/{field.name}"] for field in fields(Predictions)))
+        if len(predictions) != images:
+            raise ValueError(f"{len(predictions)} images in place of {images}")
+        return predictions
+
+    try:
+        with np.load(path) as stored:
+            return {name: Evaluated(*(form(stored, f"{place}/{each}") for each in _FORMS))  # type: ignore[arg-type]
+                    for place, name in enumerate(models)}  # fmt: skip
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and start again") from error
+
+
+def _wait_for(paths: Sequence[Path], patience: float) -> None:
+    """Until all files are there; UserError once none has come for ``patience`` seconds.
+
+    This is no barrier, which could not tell a process that is slow from one that is gone.
+    """
+    last, since = len(paths) + 1, time.monotonic()
+    while missing := [path for path in paths if not path.exists()]:
+        if len(missing) < last:
+            last, since = len(missing), time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise UserError(f"no other process finished a chunk in {patience:g} s, {len(missing)} of {len(paths)} are "
+                            f"missing in {missing[0].parent}: see what became of it, and that all share this folder, "
+                            "then start all of them again; finished chunks are kept")  # fmt: skip
+        time.sleep(0.2)

@@ -1,0 +1,88 @@
+"""Cores, threads and memory of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from illama.errors import UserError
+from illama.inference import usable_cores
+
+
+def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
+    """Keep this process to ``threads`` of its cores, before any engine is opened; returns those it may run on.
+
+    One hardware thread of each core comes first, where the machine tells which share one. Every runtime here takes
+    its number of threads from what is left. None changes nothing.
+
+    Raises:
+        UserError: for no threads, or for more than there are.
+    """
+    import torch
+
+    usable = sorted(os.sched_getaffinity(0))
+    if threads is None:
+        return usable
+    if not 1 <= threads <= len(usable):
+        raise UserError(f"threads must be 1 to {len(usable)}, the cores that this process may use, not {threads}")
+    chosen = sorted(_cores_first(usable, sysfs)[:threads])
+    for task in Path("/proc/self/task").iterdir():  # the threads that run already do not follow the first one
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task.name), chosen)
+    torch.set_num_threads(threads)
+    return chosen
+
+
+@contextlib.contextmanager
+def torch_on_all_cores() -> Iterator[None]:
+    """Let PyTorch compute with one thread for each usable core, as the other runtimes do, and give it its own back."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def share_of_cores() -> int:
+    """How many threads each of torchrun's processes on this machine has to itself; all cores, without it.
+
+    PyTorch is told, to which torchrun leaves one thread.
+    """
+    import torch
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(1, usable_cores() // processes)
+    if processes > 1:
+        torch.set_num_threads(threads)
+    return threads
+
+
+def _cores_first(usable: list[int], sysfs: Path) -> list[int]:
+    """One hardware thread of every core, then the second ones, and so on."""
+    seen: Counter[str] = Counter()
+    ranks = {}
+    for cpu in usable:
+        siblings = sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        core = siblings.read_text().strip() if siblings.exists() else str(cpu)
+        ranks[cpu] = seen[core]
+        seen[core] += 1
+    return sorted(usable, key=lambda cpu: (ranks[cpu], cpu))
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held so far.
+
+    On Linux not getrusage's figure, which starts at that of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

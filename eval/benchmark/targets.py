@@ -1,0 +1,210 @@
+"""What there is to weigh in bundles: every file in every runtime that it is for here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from deploy.runtimes.open_engine import (
+    Engine,
+    OnnxRuntimeEngine,
+    OpenVinoEngine,
+    TorchEngine,
+    cpu_runtime,
+    open_engine,
+)
+from deploy.trt.library import TITLES
+from deploy.trt.record import ENGINE, EngineRecord, find_engines
+from eval.benchmark.open_bundles import check_alike
+from illama.atomic_write import list_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of, sha256
+from illama.errors import UserError
+from illama.inference import Infer
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file and what runs it.
+
+    Attributes:
+        name: unlike any other's.
+        scheme: of its bundle.
+        path: the graph, or PyTorch's weights.
+        engine: what computes its logits here; one that several candidates share is one object.
+        runtime: what the file is for, in words.
+        runtime_id: the same, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
+        built: the TensorRT engine built from the graph, if this is one, and its record, read once: that hashes it.
+        on_gpu: whether it runs on one.
+        note: why it is not timed here; None where it is.
+        left_out: engines of its bundle that were refused, and why.
+    """
+
+    name: str
+    scheme: str
+    path: Path
+    engine: Engine
+    runtime: str
+    runtime_id: str
+    built: tuple[Path, EngineRecord] | None = None
+    on_gpu: bool = False
+    note: str | None = None
+    left_out: tuple[str, ...] = ()
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Logits of any number of images, in calls that the engine takes."""
+        if self.built is None or self.note:
+            return self.engine.infer(images)
+        least, _, most = self.built[1].batch
+        return in_calls_of(self.engine.infer, images, least, most)
+
+
+def in_calls_of(infer: Infer, images: np.ndarray, least: int, most: int) -> np.ndarray:
+    """Logits of images (n, C, H, W) from calls of ``least`` to ``most`` images; a short last one repeats an image."""
+    parts = []
+    for start in range(0, len(images), most):
+        part = images[start : start + most]
+        padded = np.concatenate([part, np.repeat(part[-1:], max(0, least - len(part)), axis=0)])
+        parts.append(infer(padded)[: len(part)])
+    return np.concatenate(parts)
+
+
+def find_candidates(
+    given: Sequence[Path], networks: Mapping[str, nn.Module] | None = None, threads: int = 0
+) -> list[Candidate]:
+    """Every file of the bundles in every runtime that it is for here: CPU files first, then PyTorch's, then TensorRT's.
+
+    Args:
+        given: bundles, or single files or engines of them.
+        networks: by the name of a bundle, those that run inside PyTorch, where they are at hand already.
+        threads: of ONNX Runtime and OpenVINO on the CPU; 0 for one a core.
+
+    Raises:
+        UserError: one given twice, with nothing to run, that cannot be run or takes other images than the first.
+    """
+    check_alike(given)
+    by_path = [
+        [[*_on_cpu(path, scheme, threads)], [*_in_torch(path, scheme, networks or {})],
+         [*_in_tensorrt(path, scheme, threads)]]
+        for path, scheme in zip(given, _schemes(given), strict=True)
+    ]  # fmt: skip
+    for path, kinds in zip(given, by_path, strict=True):
+        if not any(kinds):
+            raise UserError(f"{path} has no graph to run, nor one that an engine was built from: make some with python "
+                            "quant/ptq.py, or leave it out")  # fmt: skip
+    found = [each for kind in zip(*by_path, strict=True) for candidates in kind for each in candidates]
+    names = [each.name for each in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twice[0]} was given twice, by its bundle and by itself: give each once")
+    return found
+
+
+def expand(given: Sequence[Path]) -> list[Path]:
+    """Folders of bundles as those that have graphs, of engines as their files, the rest as it is; float networks first.
+
+    Raises:
+        UserError: a folder without such a bundle, or nothing at a path.
+    """
+    paths: list[Path] = []
+    for path in given:
+        if not path.exists():
+            raise UserError(f"there is no {path}: name a bundle, a folder of bundles, or a file of one")
+        if not path.is_dir() or (path / MANIFEST).exists() or bundle_of(path) != path:
+            paths.append(path / ENGINE if path.is_dir() and bundle_of(path) != path else path)
+            continue
+        bundles = [each for each in list_folder(path) if (each / MANIFEST).exists() and _has_graphs(each)]
+        if not bundles:
+            raise UserError(f"{path} is no bundle and holds none with graphs: make some with python quant/ptq.py")
+        paths += bundles
+    if not paths:
+        raise UserError("give at least one bundle, such as runs/ptq/fp32, or a folder of them")
+    return sorted(paths, key=lambda path: (bundle_of(path) / SCHEME).exists())  # which keeps the order otherwise
+
+
+def _has_graphs(bundle: Path) -> bool:
+    return any((bundle / name).exists() for name in (CPU_ONNX, FUSED_ONNX, TORCHAO))
+
+
+def _schemes(given: Sequence[Path]) -> list[str]:
+    """The names of the bundles, or their paths where two have the same."""
+    if len({path.resolve() for path in given}) < len(given):
+        raise UserError("the same path was given twice: give each once")
+    folders = [bundle_of(path) for path in given]
+    names = {folder: folder.resolve().name for folder in folders}
+    ambiguous = len(set(names.values())) < len(names)
+    return [os.path.relpath(folder) if ambiguous else names[folder] for folder in folders]
+
+
+def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
+    graph = path / CPU_ONNX if path.is_dir() else path
+    if graph.suffix != ".onnx" or graph.name == FUSED_ONNX or not graph.exists():
+        return
+    reason = Manifest.read(graph.parent).metrics.get("not_timed")
+    note = f"Not timed: {reason}" if reason else None
+    runtime = "ONNX Runtime, CPU"
+    yield Candidate(f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph, threads), runtime, "onnxruntime",
+                    note=note)  # fmt: skip
+    if cpu_runtime(graph) == "openvino":
+        engine = OpenVinoEngine(graph, threads)
+        runtime = f"OpenVINO, CPU ({engine.floats})"
+        yield Candidate(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "openvino", note=note)
+
+
+def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[Candidate]:
+    weights = path / TORCHAO if path.is_dir() else path
+    if weights.name != TORCHAO or not weights.exists():
+        return
+    network = networks.get(weights.parent.name)
+    engine = TorchEngine(network, "cpu") if network is not None else open_engine(weights)
+    runtime = f"PyTorch, {'GPU' if 'cuda' in engine.runtime else 'CPU'}"
+    yield Candidate(f"{scheme}, {runtime}", scheme, weights, engine, runtime, "torch", on_gpu="cuda" in engine.runtime)
+
+
+def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
+    """The engines built from a fused graph that run here; for the others the graph itself, in ONNX Runtime."""
+    graph = bundle_of(path) / FUSED_ONNX
+    whole = path.is_dir() or path.name == FUSED_ONNX
+    if not graph.exists() or not (whole or path.suffix == ".engine"):
+        return
+    usable, left_out = _engines_of(graph)
+    engines = usable if whole else [(path, _read_record(path, graph))]
+    in_its_stead = None
+    for built, record in engines:
+        title = TITLES.get(record.library, record.library)
+        if sum(each.library == record.library for _, each in usable) > 1:
+            title += f", {built.parent.name if built.name == ENGINE else built.stem}"
+        try:
+            engine, note = open_engine(built), None
+        except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
+            engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph, threads)
+            note = f"Accuracy is of the graph that the engine was built from: {str(error).replace(str(built), 'it')}"
+        name = f"{scheme}, {title}"
+        yield Candidate(name, scheme, graph, engine, title, record.library, (built, record), note is None,
+                        note, left_out if whole else ())  # fmt: skip
+    if not engines:
+        note = "No engine was built from it, or none that can be used"
+        engine = OnnxRuntimeEngine(graph, threads)
+        yield Candidate(f"{scheme}, TensorRT", scheme, graph, engine, "TensorRT", "tensorrt", note=note,
+                        left_out=left_out)  # fmt: skip
+
+
+def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:
+    """The engines built from a bundle's graph with their records, and why others were left out."""
+    engines, left_out = [], []
+    for path in find_engines(graph.parent):
+        try:
+            engines.append((path, _read_record(path, graph)))
+        except UserError as error:
+            left_out.append(f"The engine {path} was left out: {error}.")
+    return engines, tuple(left_out)
+
+
+def _read_record(engine: Path, graph: Path) -> EngineRecord:
+    record = EngineRecord.read(engine)
+    if record.onnx_sha256 != sha256(graph):
+        raise UserError(f"{engine} was built from another {graph.name} than lies there now: build it again")
+    return record

@@ -1,0 +1,155 @@
+"""The plots of a report as PNG, for slides and for readers whose mail program runs no JavaScript."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from eval.metrics.calibration import Reliability
+from eval.report.pareto import choose, front
+from eval.report.schema import Report, Row
+
+INK, QUIET, FAINT, WARN, BEATEN = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
+COLOURS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as in the page
+MARKS = ("o", "s", "^", "D", "v", "P")
+_DPI = 160
+
+
+def draw_tradeoff(report: Report) -> bytes:
+    """Top-1 against latency as PNG: the front joined, what it beats in grey, what was not timed as dashed lines.
+
+    Raises:
+        ValueError: for a report without rows.
+    """
+    if not report.rows:
+        raise ValueError("there is nothing to draw in a report without rows")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    batch = report.limits.batch
+    best, chosen = front(report.rows, batch), choose(report.rows, report.limits).row
+    styles = {each: i % len(COLOURS) for i, each in enumerate(dict.fromkeys(row.runtime for row in report.rows))}
+    for row in report.rows:
+        style = styles[row.runtime]
+        if latency := row.at(batch):
+            _mark(axes, row, latency.p50, COLOURS[style] if row.name in best else BEATEN, MARKS[style])
+            if row is chosen:
+                axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="to deploy")
+        else:
+            axes.axhline(row.top1.percent, ls=(0, (4, 4)), lw=1, color=COLOURS[style], alpha=0.6)
+    _name_untimed(axes, [row for row in report.rows if not row.at(batch)])
+    for device in {row.device for row in report.rows if row.name in best}:
+        _join_front(axes, [row for row in report.rows if row.name in best and row.device == device], batch)
+    axes.set_xlim(0, 1.18 * max((each.p50 for row in report.rows if (each := row.at(batch))), default=1.0))
+    _shade_limits(axes, report)
+    axes.set_xlabel(f"p50 of one call at batch {batch}, ms")
+    axes.set_ylabel("top-1, %")
+    _plain_axes(axes)
+    axes.grid(color=FAINT, lw=0.6)
+    _legend(figure, axes, report.rows, styles, batch)
+    return _png(figure)
+
+
+def _mark(axes: Axes, row: Row, p50: float, colour: str, mark: str) -> None:
+    low, high = row.drop.points - row.drop.low, row.drop.high - row.drop.points
+    axes.errorbar(p50, row.top1.percent, [[max(high, 0)], [max(low, 0)]], fmt=mark, ms=8, capsize=3, lw=1.2,
+                  color=colour, zorder=3)  # fmt: skip
+    below = colour == BEATEN  # out of the way of what beats it
+    axes.annotate(row.scheme, (p50, row.top1.percent), (8, -13 if below else 6), textcoords="offset points",
+                  color=QUIET if below else INK, fontsize=9, zorder=4,
+                  path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
+
+
+def _join_front(axes: Axes, rows: Sequence[Row], batch: int) -> None:
+    points = sorted((latency.p50, row.top1.percent) for row in rows if (latency := row.at(batch)))
+    if points:
+        axes.step([x for x, _ in points], [y for _, y in points], where="post", color=INK, lw=1.2, alpha=0.6, zorder=2)
+
+
+def _name_untimed(axes: Axes, rows: Sequence[Row]) -> None:
+    """The schemes beside their lines, those of lines too close together in one text."""
+    bottom, top = axes.get_ylim()
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: row.top1.percent):
+        if groups and row.top1.percent - groups[-1][0].top1.percent < 0.045 * (top - bottom):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    for group in groups:
+        text, place = ", ".join(row.scheme for row in group), sum(row.top1.percent for row in group) / len(group)
+        axes.annotate(text, (1, place), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      va="center", color=QUIET, fontsize=8.5, annotation_clip=False)  # fmt: skip
+
+
+def _shade_limits(axes: Axes, report: Report) -> None:
+    """A shade over what the limits rule out, within the axes as they are."""
+    reference = next((row for row in report.rows if row.reference), None)
+    (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    if report.limits.latency_ms is not None and report.limits.latency_ms < right:
+        axes.axvspan(report.limits.latency_ms, right, color=WARN, alpha=0.08, lw=0)
+    if report.limits.drop is not None and reference and reference.top1.percent - report.limits.drop > bottom:
+        axes.axhspan(bottom, reference.top1.percent - report.limits.drop, color=WARN, alpha=0.08, lw=0)
+    axes.set_ylim(bottom, top)
+
+
+def _legend(figure: Figure, axes: Axes, rows: Sequence[Row], styles: dict[str, int], batch: int) -> None:
+    for runtime, style in styles.items():
+        axes.plot([], [], MARKS[style], color=COLOURS[style], label=runtime)
+    axes.plot([], [], "o", color=BEATEN, label="beaten by another")
+    if not all(row.at(batch) for row in rows):
+        axes.plot([], [], ls=(0, (4, 4)), color=QUIET, label="not timed")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False, labelcolor=INK)
+
+
+def draw_reliability(rows: Sequence[Row]) -> bytes:
+    """Reliability diagrams of all rows as PNG: bars as the probabilities are, dots as the temperature makes them.
+
+    The area of a dot grows with the images in its bin.
+    """
+    columns = min(4, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(2.6 * columns + 0.4, 2.9 * lines), layout="constrained")
+    figure.set_layout_engine("constrained", h_pad=0.12)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(rows) :]:
+        axes.set_visible(False)
+    for axes, row in zip(grid.flat, rows, strict=False):
+        _reliability_of(axes, row.reliability, row.scaled)
+        error = f"ECE {row.reliability.ece * 100:.1f}%" + (f" → {row.scaled.ece * 100:.1f}%" if row.scaled else "")
+        axes.set_title(f"{row.scheme}, {row.runtime}\n{error}", fontsize=8.5, color=INK, loc="left")
+    figure.supxlabel("confidence", fontsize=9, color=QUIET)
+    figure.supylabel("accuracy", fontsize=9, color=QUIET)
+    return _png(figure)
+
+
+def _reliability_of(axes: Axes, before: Reliability, after: Reliability | None) -> None:
+    for each in before.diagram:
+        width = each.high - each.low
+        axes.bar(each.low, each.accuracy, 0.92 * width, align="edge", color=COLOURS[0], alpha=0.55, lw=0)
+    axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls=(0, (3, 3)))
+    if after:
+        confidence, accuracy = ([getattr(each, name) for each in after.diagram] for name in ("confidence", "accuracy"))
+        total = sum(each.count for each in after.diagram)
+        sizes = [8 + 90 * each.count / total for each in after.diagram]
+        axes.plot(confidence, accuracy, lw=0.8, color=COLOURS[1], alpha=0.5)
+        axes.scatter(confidence, accuracy, sizes, color=COLOURS[1], zorder=3, clip_on=False)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    _plain_axes(axes)
+
+
+def _plain_axes(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(colors=QUIET, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()

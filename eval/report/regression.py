@@ -1,0 +1,188 @@
+"""What became worse since an earlier ``report.json``, for a continuous build: it fails, or a pull request says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.report.schema import Report
+from eval.report.table import MISSING, escape
+from illama.errors import UserError
+from illama.markdown_table import markdown
+
+_SAME = ("data", "classes")  # without which no figure of one report can be held against the other's
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How much worse than the baseline a file may be.
+
+    Attributes:
+        drop: points of top-1 that its drop may grow by; more than noise allows is always needed besides.
+        latency: share that its p50, over the reference row's of the same report, may grow by.
+        size: share that its files may grow by.
+        nll: nats that its negative log-likelihood may grow by.
+        ece: its calibration error, in 0..1.
+    """
+
+    drop: float = 0.1
+    latency: float = 0.1
+    size: float = 0.05
+    nll: float = 0.02
+    ece: float = 0.01
+
+
+def find_regressions(baseline: Mapping[str, Any], report: Report, tolerances: Tolerances | None = None) -> list[str]:
+    """What is worse than in ``baseline``, a line each; rows are the same by their names.
+
+    * The drop of top-1 grew by more than the tolerance, and so much that chance does not explain it: the 95% interval
+      of the growth, put together from those of the two drops, lies above zero (Zou and Donner, Statistics in Medicine
+      27, 2008). It takes the two for independent; they are of the same images, so that it is rather too wide.
+    * The reference's own top-1 lies below the baseline's 95% interval of it.
+    * p50 grew over the reference row's of the same report, so that the speed of the machine cancels; on the same device
+      it must have grown by itself as well, lest a faster reference make all others slower. Where calls vary more than
+      the tolerance, by their p90 over p50 in either report, so much is allowed.
+    * A batch size is not timed any longer; a file grew; a row is gone; attention is not fused any longer; negative
+      log-likelihood or calibration error grew.
+
+    Args:
+        baseline: of :func:`eval.report.schema.read_report`.
+
+    Raises:
+        UserError: if the two are not of the same data, images, classes and reference, or ``baseline`` lacks fields.
+    """
+    now = report.to_json()
+    limits = tolerances or Tolerances()
+    try:
+        check_comparable(baseline, now)
+        rows = {row["name"]: row for row in now["rows"]}
+        found: list[str] = []
+        for old in baseline["rows"]:
+            if new := rows.get(old["name"]):
+                found += _of_row(old, new, limits)
+                found += _of_latency(_ratios(baseline, old), _ratios(now, new), old, new, limits.latency)
+                found += [f"{old['name']}: it is not timed at batch {batch} any longer"
+                          for batch in _p50(old).keys() - _p50(new).keys()]  # fmt: skip
+            else:
+                found.append(f"{old['name']}: it is in the baseline and not in this report")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the baseline is damaged, at {error}: make it again") from error
+    return found
+
+
+def check_images(baseline: Mapping[str, Any], data: str, classes: Sequence[str], images: int) -> None:
+    """UserError, before the long work, for a baseline of other data, classes or number of images."""
+    try:
+        before = (baseline["data"], list(baseline["classes"]), {row["images"] for row in baseline["rows"]})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the baseline is damaged, at {error}: make it again") from error
+    if before != (data, list(classes), {images}):
+        was = f"{_listed(before[2])} images of {before[0]}, {len(before[1])} classes"
+        raise UserError(f"the baseline is of {was}, and this of {images} of {data}, {len(classes)} classes: "
+                        "give one alike")  # fmt: skip
+
+
+def check_comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """UserError unless two reports are of the same data, classes, number of images and reference row."""
+    for name in _SAME:
+        if old[name] != new[name]:
+            raise UserError(f"the baseline has other {name} than this report: give one of the same {name}")
+    kinds = {
+        "numbers of images": [{row["images"] for row in report["rows"]} for report in (old, new)],
+        "reference rows": [{row["name"] for row in report["rows"] if row["reference"]} for report in (old, new)],
+    }
+    for name, (before, after) in kinds.items():
+        if before != after:
+            raise UserError(
+                f"the baseline has other {name} ({_listed(before)} against {_listed(after)}): give one alike"
+            )
+
+
+def _listed(values: set[Any]) -> str:
+    return ", ".join(sorted(map(str, values))) or "none"
+
+
+def _of_row(old: Mapping[str, Any], new: Mapping[str, Any], limits: Tolerances) -> Iterator[str]:
+    """The regressions of one row, but for latency."""
+    name, before, after = old["name"], old["drop"], new["drop"]
+    growth = after["points"] - before["points"]
+    noise = math.hypot(after["points"] - after["low"], before["high"] - before["points"])
+    if growth > limits.drop and growth > noise:
+        yield (f"{name}: top-1 drops by {after['points']:+.2f} points against the reference, and by "
+               f"{before['points']:+.2f} before: {growth:.2f} more, of which chance explains {noise:.2f}")  # fmt: skip
+    if new["reference"] and new["top1"]["percent"] < old["top1"]["low"]:
+        yield (f"{name}: top-1 is {new['top1']['percent']:.2f}%, and was {old['top1']['percent']:.2f}% (95% interval "
+               f"from {old['top1']['low']:.2f}%)")  # fmt: skip
+    for kind in ("onnx", "engine"):
+        small, large = old[f"{kind}_bytes"], new[f"{kind}_bytes"]
+        if small and large and large > small * (1 + limits.size):
+            yield f"{name}: {new[kind]} has {large:,} bytes, and {small:,} before: {large / small - 1:.1%} more"
+    if old["fused"] and not new["fused"]:
+        yield f"{name}: its attention is not fused any longer"
+    for kind, title, limit in (
+        ("nll", "negative log-likelihood", limits.nll),
+        ("ece", "calibration error", limits.ece),
+    ):
+        low, high = old["reliability"][kind], new["reliability"][kind]
+        if high > low + limit:
+            yield f"{name}: its {title} is {high:.4f}, and was {low:.4f}"
+
+
+def _of_latency(
+    old: Mapping[int, float],
+    new: Mapping[int, float],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    limit: float,
+) -> Iterator[str]:
+    """The regressions of one row in latency, of batch size -> p50 over the reference row's."""
+    same = before["device"] == after["device"]
+    other = "" if same else f" (on {after['device']}; the baseline on {before['device']})"
+    for batch in old.keys() & new.keys():
+        if same and _p50(after)[batch] <= _p50(before)[batch]:
+            continue
+        if new[batch] > old[batch] * max(1 + limit, *(_spread(row, batch) for row in (before, after))):
+            yield (f"{after['name']}: p50 at batch {batch} is {new[batch]:.2f} times the reference's, and was "
+                   f"{old[batch]:.2f} times{other}")  # fmt: skip
+
+
+def _p50(row: Mapping[str, Any]) -> dict[int, float]:
+    return {each["batch"]: each["p50"] for each in row["latency"]}
+
+
+def _spread(row: Mapping[str, Any], batch: int) -> float:
+    return next(each["p90"] / each["p50"] for each in row["latency"] if each["batch"] == batch)
+
+
+def _ratios(report: Mapping[str, Any], row: Mapping[str, Any]) -> dict[int, float]:
+    """Batch size -> p50 of a row over the reference row's, where both were timed."""
+    references = [each for each in report["rows"] if each["reference"]]
+    base = _p50(references[0]) if references else {}
+    return {batch: p50 / base[batch] for batch, p50 in _p50(row).items() if base.get(batch)}
+
+
+def compare_markdown(baseline: Mapping[str, Any], report: Report, regressions: list[str]) -> str:
+    """What :func:`find_regressions` found and the figures of both, for a comment on a pull request."""
+    now, batch = report.to_json(), report.limits.batch
+    old = {row["name"]: row for row in baseline["rows"]}
+    lines = []
+    for row in now["rows"]:
+        pairs = zip(_figures(baseline, old.get(row["name"]), batch), _figures(now, row, batch), strict=True)
+        lines.append([escape(row["name"]), *(f"{_text(before)} → {_text(after)}" for before, after in pairs)])
+    headings = ("file", "top-1 %", "drop", f"p50, batch {batch}, of the reference's", "MB", "NLL")
+    listed = [f"- {escape(line)}" for line in regressions] or ["Nothing is worse than it may be."]
+    return "\n".join(["### Compared with the baseline", "", *listed, "", markdown(headings, lines)]) + "\n"
+
+
+def _figures(report: Mapping[str, Any], row: Mapping[str, Any] | None, batch: int) -> list[float | None]:
+    if row is None:
+        return [None] * 5
+    size = (row["engine_bytes"] or row["onnx_bytes"]) / 1e6
+    ratio = _ratios(report, row).get(batch)
+    return [row["top1"]["percent"], row["drop"]["points"], ratio, size, row["reliability"]["nll"]]
+
+
+def _text(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"

@@ -1,0 +1,99 @@
+"""A report on disk: a page, a summary for pull requests, plots, and the figures for scripts. It only draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.report.page import render_html
+from eval.report.pareto import choose, front
+from eval.report.plots import draw_reliability, draw_tradeoff
+from eval.report.schema import Report, Row
+from eval.report.table import escape, markdown_table, not_measured
+from illama.atomic_write import list_folder, write_file
+
+SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
+TRADEOFF, RELIABILITY = "tradeoff.png", "reliability.png"
+FILES = (SUMMARY, FIGURES, PAGE, MARKDOWN, TRADEOFF, RELIABILITY)
+
+
+def write_report(report: Report, folder: Path, thumbnails: Mapping[int, str] | None = None) -> None:
+    """Write each of ``FILES`` into an existing folder.
+
+    Args:
+        thumbnails: data URIs (PNG or JPEG) of the images that flip, by their index in the test split.
+
+    Raises:
+        ValueError: for a report without rows, and for a thumbnail that is no such URI.
+    """
+    picture = draw_tradeoff(report)
+    contents = {
+        PAGE: render_html(report, picture, thumbnails or {}).encode(),
+        MARKDOWN: markdown_summary(report).encode(),
+        FIGURES: _json(report.to_json()),
+        SUMMARY: _json(summary(report)),
+        TRADEOFF: picture,
+        RELIABILITY: draw_reliability(report.rows),
+    }
+    for name, content in contents.items():
+        with write_file(folder / name) as draft:
+            draft.write_bytes(content)
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """What ``summary.json`` holds: the table alone, in a form that stays for scripts to read."""
+    rows = [_summarise(row, report.limits.batch) for row in report.rows]
+    return {"rows": rows, "machine": report.machine, "versions": report.versions}
+
+
+def _summarise(row: Row, batch: int) -> dict[str, Any]:
+    latency = row.at(batch)
+    return {
+        "scheme": row.scheme,
+        "runtime": row.runtime,
+        "images": row.images,
+        "top1": row.top1.percent,
+        "drop": row.drop.points,
+        "drop_ci95": [row.drop.low, row.drop.high],
+        "onnx": row.onnx,
+        "onnx_bytes": row.onnx_bytes,
+        "engine": row.engine,
+        "engine_bytes": row.engine_bytes,
+        "latency_ms": {"p50": latency.p50, "p99": latency.p99, "batch": batch} if latency else None,
+        "device": row.device,
+    }
+
+
+def is_result(folder: Path) -> bool:
+    """Whether a folder holds what :func:`write_report` and the bundles of its rows put there, and nothing else."""
+    try:
+        rows = json.loads((folder / SUMMARY).read_text())["rows"]
+        ours = {*FILES, *(Path(row["onnx"]).parts[0] for row in rows)}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+    return {path.name for path in list_folder(folder)} <= ours
+
+
+def markdown_summary(report: Report) -> str:
+    """What was found, short enough for a comment on a pull request."""
+    batch, images = report.limits.batch, report.rows[0].images
+    on_front = front(report.rows, batch)
+    devices = ", ".join(dict.fromkeys(row.device for row in report.rows if row.at(batch) and row.device))
+    lines = [
+        f"**{escape(choose(report.rows, report.limits).sentence)}**",
+        "",
+        markdown_table(report.rows, batch, on_front),
+        "",
+        f"{escape(report.checkpoint)} on {escape(report.data)}: {images:,} test images"
+        + (f"; latency of one call at batch {batch}, on {escape(devices)}." if devices else ".")
+        + (" Bold: no other file is both at least as fast and at least as accurate." if on_front else ""),
+    ]
+    if reasons := not_measured(report):
+        lines += ["", "Not measured:", "", *(f"- {escape(reason)}" for reason in reasons)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,216 @@
+"""A LLaMA's weights as an iLLaMA's initial values, by weight selection.
+
+"Initializing Models with Larger Ones" (arXiv 2311.18823) starts a small network from evenly spaced elements of a
+larger one; arXiv 2404.06773 does so from LLaMA2-7B. Two things are done otherwise here than in its released script,
+which selects blindly from whole matrices, of the first layers. Layers are evenly spaced too; and heads stay heads:
+
+- The residual stream is the same selection of channels wherever it is read or written.
+- Whole heads are selected, and inside a head whole RoPE pairs, the same ones for q, k, v and the output projection.
+  Pair j of a head of size D turns at theta^(-2j/D). Every second pair of D = 128 therefore turns at theta^(-4j/128)
+  = theta^(-2j/64): exactly the frequencies of a head of size 64, so each pair keeps its own. (That is for theta
+  10000, LLaMA 1 and 2; of a LLaMA with another theta the weights are taken all the same.)
+- Hugging Face stores pair j of a head in rows j and j + D/2; here it is rows 2j and 2j + 1.
+
+Biases, patch embedding, tables, class token and head are no part of a LLaMA and stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from illama.errors import UserError
+from illama.models.config import ModelConfig
+from illama.models.illama import ILLaMA
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def initialise_from_llama(model: ILLaMA, folder: Path) -> None:
+    """Set the blocks and the final norm of ``model`` from a LLaMA in Hugging Face's layout, in place.
+
+    One tensor is open at a time, and only what is selected of it is converted to float32, so that memory does
+    not grow with the LLaMA.
+
+    Args:
+        model: with RMSNorm and SwiGLU, in no dimension larger than the LLaMA.
+        folder: ``config.json`` and ``model.safetensors``, or its shards with ``model.safetensors.index.json``.
+            Grouped-query attention is taken too: a query head brings the keys and values it shares.
+
+    Raises:
+        UserError: a file is missing or damaged, names or shapes are not a LLaMA's, the LLaMA is too small for the
+            model, or a selected value is NaN or infinite. ``model`` may then be half initialised.
+    """
+    if model.config.norm != "rms" or model.config.mlp != "swiglu":
+        raise UserError(f"a LLaMA has RMSNorm and SwiGLU, the model has norm {model.config.norm}, "
+                        f"mlp {model.config.mlp}: they cannot start from each other")  # fmt: skip
+    folder = Path(folder)
+    llama = LlamaConfig.read(folder)
+    _check_sizes(llama, model.config)
+    files = _files(folder)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, pieces in _mapping(llama, model.config):
+            parts = [_select(folder, files, piece) for piece in pieces]
+            parameters[name].copy_(torch.cat(parts))
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes in Hugging Face's ``config.json`` of a LLaMA."""
+
+    width: int
+    depth: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+
+    @classmethod
+    def read(cls, folder: Path) -> LlamaConfig:
+        """UserError if the file is missing, damaged or of another kind of network."""
+        values = _read_json(folder / "config.json")
+        if values.get("model_type") != "llama":
+            raise UserError(f"{folder} holds a model of type {values.get('model_type')!r}, not 'llama'")
+        try:
+            heads = int(values["num_attention_heads"])
+            return cls(
+                width=int(values["hidden_size"]),
+                depth=int(values["num_hidden_layers"]),
+                hidden=int(values["intermediate_size"]),
+                heads=heads,
+                key_value_heads=int(values.get("num_key_value_heads") or heads),  # older files have none
+                head_dim=int(values.get("head_dim") or values["hidden_size"] // heads),
+            )
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{folder / 'config.json'} lacks the sizes of a LLaMA: fetch it again") from error
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows and columns to select of one tensor; a vector has no columns. ``shape`` is the whole tensor's."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Tensor
+    columns: Tensor | None = None
+
+
+def evenly_spaced(count: int, of: int) -> Tensor:
+    """``count`` indices out of 0..of - 1, int64, as weight selection takes them.
+
+    A constant step from 0 where ``count`` divides ``of``; from the first to the last, rounded, where it does not.
+    """
+    if of % count == 0:
+        return torch.arange(count) * (of // count)
+    return torch.linspace(0, of - 1, count, dtype=torch.float64).round().long()
+
+
+def _check_sizes(llama: LlamaConfig, model: ModelConfig) -> None:
+    for size in ("width", "depth", "heads", "head_dim", "hidden"):
+        given, needed = getattr(llama, size), getattr(model, size)
+        if given < needed:
+            raise UserError(f"the LLaMA is smaller than the model: {size} {given}, {needed} needed")
+    if llama.heads % llama.key_value_heads or llama.head_dim % 2:
+        raise UserError(f"a LLaMA of {llama.heads} heads of size {llama.head_dim} cannot have "
+                        f"{llama.key_value_heads} heads of keys: its config.json is damaged")  # fmt: skip
+
+
+def _mapping(llama: LlamaConfig, model: ModelConfig) -> Iterator[tuple[str, list[_Piece]]]:
+    """Each parameter to be set, and the selections that make it when put one below the other."""
+    residual = evenly_spaced(model.width, llama.width)
+    hidden = evenly_spaced(model.hidden, llama.hidden)
+    query, key = _head_rows(llama, model)
+    vector, query_shape = (llama.width,), (llama.heads * llama.head_dim, llama.width)
+    key_shape, up_shape = (llama.key_value_heads * llama.head_dim, llama.width), (llama.hidden, llama.width)
+    for block, layer in enumerate(evenly_spaced(model.depth, llama.depth).tolist()):
+        ours, theirs = f"blocks.{block}", f"model.layers.{layer}"
+        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+        yield f"{ours}.norm1.weight", [_Piece(f"{theirs}.input_layernorm.weight", vector, residual)]
+        keys_and_values = [_Piece(f"{attention}.{name}_proj.weight", key_shape, key, residual) for name in "kv"]
+        queries = _Piece(f"{attention}.q_proj.weight", query_shape, query, residual)
+        yield f"{ours}.attn.qkv.weight", [queries, *keys_and_values]
+        yield f"{ours}.attn.proj.weight", [_Piece(f"{attention}.o_proj.weight", query_shape[::-1], residual, query)]
+        yield f"{ours}.norm2.weight", [_Piece(f"{theirs}.post_attention_layernorm.weight", vector, residual)]
+        yield f"{ours}.mlp.fc1.weight", [_Piece(f"{mlp}.gate_proj.weight", up_shape, hidden, residual)]
+        yield f"{ours}.mlp.fc3.weight", [_Piece(f"{mlp}.up_proj.weight", up_shape, hidden, residual)]
+        yield f"{ours}.mlp.fc2.weight", [_Piece(f"{mlp}.down_proj.weight", up_shape[::-1], residual, hidden)]
+    yield "norm.weight", [_Piece("model.norm.weight", vector, residual)]
+
+
+def _head_rows(llama: LlamaConfig, model: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Rows of q_proj, and of k_proj and v_proj, in the order of the model's rows: (model.width,) each."""
+    heads = evenly_spaced(model.heads, llama.heads)
+    pairs = evenly_spaced(model.head_dim // 2, llama.head_dim // 2)
+    within = torch.stack([pairs, pairs + llama.head_dim // 2], dim=1).flatten()  # half-split rows, interleaved
+    shared = heads // (llama.heads // llama.key_value_heads)
+    query, key = ((which[:, None] * llama.head_dim + within).flatten() for which in (heads, shared))
+    return query, key
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Name of each tensor -> name of the file that holds it."""
+    if (folder / _INDEX).exists():
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{folder / _INDEX} has no weight_map: fetch it again")
+        return weight_map
+    path = folder / _SINGLE
+    if not path.exists():
+        raise UserError(f"{folder} has neither {_SINGLE} nor {_INDEX}: give a LLaMA in Hugging Face's layout")
+    try:
+        with safe_open(path, "pt") as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path) from error
+
+
+def _select(folder: Path, files: dict[str, str], piece: _Piece) -> Tensor:
+    """The rows and columns of a piece as float32.
+
+    The file is opened for this tensor alone: it is mapped into memory, and the pages that were read of it count
+    as this process's for as long as it is open.
+    """
+    if piece.name not in files:
+        raise UserError(f"{folder} has no tensor {piece.name}: it is not a LLaMA in Hugging Face's layout")
+    path = folder / files[piece.name]
+    if not path.exists():
+        raise UserError(f"{path} is missing: fetch every file that {_INDEX} names")
+    try:
+        with safe_open(path, "pt") as file:
+            if piece.name not in file.keys():  # noqa: SIM118 - it is not a dict
+                raise UserError(f"{path} has no tensor {piece.name}, though {_INDEX} says so: fetch it again")
+            whole = file.get_tensor(piece.name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path) from error
+    if tuple(whole.shape) != piece.shape or not whole.is_floating_point():
+        raise UserError(f"{path}: {piece.name} has shape {tuple(whole.shape)} of {whole.dtype}, "
+                        f"config.json gives float {piece.shape}")  # fmt: skip
+    selected = whole[piece.rows]
+    selected = (selected if piece.columns is None else selected[:, piece.columns]).float()
+    if not torch.isfinite(selected).all():
+        raise UserError(f"{path} has NaN or infinite values in {piece.name}: fetch it again")
+    return selected
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path} is missing: give the folder of a LLaMA in Hugging Face's layout") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: fetch it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: fetch it again")
+    return values
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is truncated or not a .safetensors file: fetch it again")

@@ -1,0 +1,131 @@
+"""Weights of a timm ViT from a .safetensors or .pth file in timm's own format, checked before use."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from illama.bundle import MANIFEST
+from illama.checkpoints.load import PATCHES, POSITIONS, Checkpoint, check_state, read_config, read_state
+from illama.data.datasets import Preprocessing
+from illama.errors import UserError
+from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
+
+
+@dataclass(frozen=True)
+class TimmCheckpoint(Checkpoint):
+    """A checkpoint whose network is a timm ViT, bidirectional as timm has it."""
+
+    model: CausalVisionTransformer
+
+
+def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheckpoint:
+    """Load a timm ViT's weights from a .safetensors or .pth file in timm's own format.
+
+    The network is what ``timm.create_model(name)`` makes, with the classes, channels and image size that the shapes
+    say; nothing is downloaded. Other options of that function leave traces in names and shapes, which are checked,
+    except a few that only change what is computed (another ``global_pool`` without a norm of its own).
+
+    The preprocessing is timm's for the name and its tag, resized bicubically even for the two of timm's ViTs that
+    say bilinear, and warped to the image size where timm squashes. Class folders are in timm's natural order.
+
+    Args:
+        name: as timm knows it, with or without a tag.
+        path: the state dict, or a ``.pth`` that holds it under ``model`` or ``state_dict``. It needs a classifier.
+        image_size: side length in pixels to run at, a multiple of the patch size; positions are interpolated as
+            timm does on loading. None keeps the file's own size, or timm's for the name without a position table.
+
+    Raises:
+        UserError: missing, truncated, not finite, of another network, or a name that is not of a timm ViT that
+            :func:`illama.models.timm_vit.to_quantizable` takes.
+    """
+    path = Path(path)
+    _refuse_ours(path, name)
+    outline = _timm_outline(name)
+    state = read_state(path)
+    prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
+    patch_size = outline.patch_embed.patch_size[0]
+    side = _timm_side(state, prefix, outline.patch_embed.img_size[0] // patch_size, path)
+    size = image_size or side * patch_size
+    if size % patch_size:
+        raise UserError(f"image_size {size} is not a multiple of patch_size {patch_size}")
+    if POSITIONS in state and size != side * patch_size:
+        grid = [size // patch_size] * 2
+        state[POSITIONS] = resample_abs_pos_embed(state[POSITIONS], grid, [side, side], prefix)
+    channels = state[PATCHES].shape[1]
+    vit = _create_timm(name, num_classes=len(state["head.weight"]), in_chans=channels, img_size=size)
+    check_state(vit.state_dict(), state, path, f"timm's {name}")
+    vit.load_state_dict({key: value.float() for key, value in state.items()})
+    return TimmCheckpoint(to_quantizable(vit.eval()), _timm_preprocessing(vit, size, channels), (), path)
+
+
+def _refuse_ours(path: Path, name: str) -> None:
+    """Refuse an iLLaMA's weights, and any folder, where timm's are asked for."""
+    hint = f"timm:{name} needs a .safetensors or .pth file of timm's"
+    if path.is_dir():
+        kind = "a bundle, which names its network itself" if (path / MANIFEST).exists() else "a folder"
+        raise UserError(f"{path} is {kind}: {hint}, and a bundle is loaded without --model")
+    if path.suffix == ".safetensors" and path.exists() and read_config(path) is not None:
+        raise UserError(f"{path} holds an iLLaMA's weights: {hint}, and an iLLaMA is loaded without --model")
+
+
+def _timm_outline(name: str) -> VisionTransformer:
+    """The network of that name without weights, as timm makes it by itself; UserError if it is none of timm's ViTs."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists them"
+        raise UserError(f"timm {timm.__version__} knows no network {name!r}: {hint}")
+    try:
+        with torch.device("meta"):
+            outline = _create_timm(name)
+    except RuntimeError as error:  # an unknown tag
+        raise UserError(f"timm cannot make {name}: {error}") from error
+    to_quantizable(outline)  # refuses what it cannot take
+    return outline
+
+
+def _create_timm(name: str, **options: Any) -> VisionTransformer:
+    return cast(VisionTransformer, timm.create_model(name, pretrained=False, **options))
+
+
+def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Path) -> int:
+    """Patches along a side, from the rows of the position table; ``default`` without a table.
+
+    Raises:
+        UserError: no classifier or patches in the state, or a table that is not of a square grid.
+    """
+    if PATCHES not in state or state[PATCHES].ndim != 4:
+        raise UserError(f"{path} has no {PATCHES} of four dimensions: it is not a timm ViT's state dict")
+    if "head.weight" not in state:
+        raise UserError(f"{path} has no classifier (head.weight): train one, if only a linear probe, and save it too")
+    if POSITIONS not in state:
+        return default
+    shape = tuple(state[POSITIONS].shape)
+    side = math.isqrt(max(0, shape[1] - prefix)) if len(shape) == 3 else 0
+    if side < 1 or shape[:2] != (1, side * side + prefix):
+        raise UserError(
+            f"{path} has a position table of shape {shape}, and a square grid of patches with {prefix} other tokens "
+            f"has (1, side * side + {prefix}, width)"
+        )
+    return side
+
+
+def _timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) -> Preprocessing:
+    """timm's evaluation for the network's name and tag; grey images get the mean of the colours' numbers."""
+    timm_s = resolve_model_data_config(vit)
+    mean, std = (tuple(timm_s[key]) for key in ("mean", "std"))
+    if channels == 1:
+        mean, std = ((sum(values) / len(values),) for values in (mean, std))
+    resize = None if timm_s["crop_mode"] == "squash" else math.floor(image_size / timm_s["crop_pct"])
+    return Preprocessing(image_size, channels, mean, std, resize, class_order="natural")

@@ -1,0 +1,142 @@
+"""Augmented training images in an order of their own each epoch; every random choice a function of its place.
+
+The seed, the epoch and the image decide an augmentation, the seed, the step and the micro-batch decide mixup,
+dropout and stochastic depth. So nothing random has to be restored when a run resumes, and neither the number of
+loader workers nor the number of training processes changes what is computed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
+
+from illama.data.datasets import Preprocessing, Sample, Transform
+from illama.errors import UserError
+from illama.training.recipe import TrainingOptions
+
+
+class Augmented(Dataset[tuple[Tensor, int]]):
+    """Augmented images, addressed by (epoch, index); the pair alone decides the augmentation."""
+
+    def __init__(self, images: Dataset[Sample], transform: Transform, seed: int) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        seed_everything(self.seed, *key)
+        image, label = self.images[key[1]]
+        return self.transform(image), label
+
+
+class MicroBatches(Sampler[list[tuple[int, int]]]):
+    """The micro-batches of (epoch, index) keys that one process computes, step by step.
+
+    Args:
+        images: how many there are; an epoch leaves out what does not fill a step.
+        recipe: gives the seed, images per micro-batch, and micro-batches per step.
+        start, stop: steps.
+        rank, processes: of a step's micro-batches, every ``processes``-th from ``rank`` on.
+
+    Raises:
+        UserError: the images do not fill one step, or a step does not divide over the processes.
+    """
+
+    def __init__(
+        self, images: int, recipe: TrainingOptions, start: int, stop: int, rank: int = 0, processes: int = 1
+    ) -> None:
+        self.steps_per_epoch = images // recipe.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(f"{images} training images are fewer than one batch of {recipe.batch_size}")
+        if recipe.parts % processes:
+            raise UserError(
+                f"{recipe.parts} micro-batches do not divide over {processes} processes: change --batch-size or "
+                "--micro-batch"
+            )
+        self.images, self.recipe, self.start, self.stop = images, recipe, start, stop
+        self.parts = range(rank, recipe.parts, processes)
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * len(self.parts)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.recipe.images_per_part
+        for step in range(self.start, self.stop):
+            epoch, at = divmod(step, self.steps_per_epoch)
+            if at == 0 or step == self.start:
+                order = np.random.default_rng((self.recipe.seed, epoch)).permutation(self.images)
+            for part in self.parts:
+                first = at * self.recipe.batch_size + part * size
+                yield [(epoch, int(i)) for i in order[first : first + size]]
+
+
+def seed_everything(*key: int) -> None:
+    """Seed torch's, numpy's and Python's global generators from a tuple of numbers."""
+    state = np.random.SeedSequence(key).generate_state(3)
+    torch.random.default_generator.manual_seed(int(state[0]))  # torch.manual_seed is ten times slower
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(int(state[0]))
+    np.random.seed(state[1])
+    random.seed(int(state[2]))
+
+
+def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:
+    """timm's mixup, cutmix and label smoothing; with both alphas 0, label smoothing alone."""
+    off = recipe.mixup == recipe.cutmix == 0
+    return Mixup(
+        mixup_alpha=1.0 if off else recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=0.0 if off else recipe.mixup_probability,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=classes,
+    )
+
+
+def training_transform(recipe: TrainingOptions, preprocessing: Preprocessing) -> Transform:
+    """Random crop, flip, RandAugment and erasing around the evaluation's normalisation."""
+    size = preprocessing.image_size
+    if recipe.crop_padding:
+        augment: list[Any] = [v2.Resize([size, size]), v2.RandomCrop(size, padding=recipe.crop_padding)]
+    else:
+        augment = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)]
+    augment.append(v2.RandomHorizontalFlip())
+    if recipe.rand_augment:
+        augment += [_as_rgb_picture, _rand_augment(recipe.rand_augment, preprocessing)]
+    erasing = RandomErasing(recipe.erasing, mode="pixel", device="cpu")
+    return v2.Compose([preprocessing.transform(augment), erasing])
+
+
+def _rand_augment(setting: str, preprocessing: Preprocessing) -> Any:
+    grey = tuple(round(255 * value) for value in (preprocessing.mean * 3)[:3])
+    try:
+        translation = int(preprocessing.image_size * 0.45)  # timm's own share
+        options = {"translate_const": translation, "img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
+        augment = rand_augment_transform(setting, options)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--rand-augment {setting!r} is not a setting of timm's, such as rand-m9-mstd0.5-inc1"
+        ) from error
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            # At its strongest timm asks for images of 0 bits, which Pillow 13 refuses.
+            operation.level_fn = partial(_one_bit_at_least, operation.level_fn)
+    return augment
+
+
+def _one_bit_at_least(bits: Callable[..., tuple[int]], *level: Any) -> tuple[int]:
+    return (max(1, bits(*level)[0]),)
+
+
+def _as_rgb_picture(image: Any) -> Any:
+    """timm's RandAugment works on Pillow's RGB images."""
+    return (v2.functional.to_pil_image(image) if isinstance(image, Tensor) else image).convert("RGB")

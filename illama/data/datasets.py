@@ -1,0 +1,399 @@
+"""Images and labels: Fashion-MNIST (shipped in part), CIFAR, ImageNet-style folders, tar and parquet shards.
+
+A data set is named by one string:
+
+    fashion-mnist            the test split and 2,000 calibration images shipped with this project
+    fashion-mnist:FOLDER     the same, with the full training split from FOLDER's idx files
+    cifar10:FOLDER           torchvision's layout (cifar-10-batches-py/), likewise cifar100:FOLDER
+    FOLDER                   ImageNet's layout: train/CLASS/*.jpg and val/CLASS/*.jpg
+    webdataset:FOLDER        train-*.tar and val-*.tar (or train/*.tar and so on) of KEY.jpg and KEY.cls
+    parquet:FOLDER           Hugging Face's data/train-*.parquet and validation-*.parquet (or test-*)
+
+Calibration images come from the training split, evenly spaced, and never from the test split.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.utils.misc import natural_key
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode, v2
+
+from illama.data.images import Exif, ResizeAndCrop, decode_image
+from illama.data.webdataset import Sample, WebDataset
+from illama.errors import UserError, warn_once
+
+SHIPPED_FASHION_MNIST = Path(__file__).parents[1] / "datasets" / "fashion_mnist"
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST_CLASSES: tuple[str, ...] = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+VALIDATION_IMAGES = 2000
+
+ClassOrder = Literal["words", "natural"]
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes the network's input, and in which order the classes of an image folder are read.
+
+    Attributes:
+        image_size: side length in pixels of what the network takes.
+        in_channels: 1 (grey) or 3 (RGB).
+        mean, std: per channel, on pixels scaled to 0..1.
+        resize: the shorter side is brought to this length (bicubic) before a centre crop; None warps the
+            image to ``image_size`` without a crop, as the paper does at 384 pixels and above.
+        exif: whether the orientation that an image file declares is applied.
+        class_order: of class folders: as words (1, 10, 2), or by the numbers in them (1, 2, 10) as timm has it. It says
+            nothing of an image, and two that differ in it alone are equal.
+
+    Raises:
+        UserError: another number of channels, a resize smaller than the image, or another exif or class_order.
+    """
+
+    image_size: int
+    in_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+    exif: Exif = "apply"
+    class_order: ClassOrder = field(default="words", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.in_channels not in (1, 3):
+            raise UserError(f"in_channels must be 1 (grey) or 3 (RGB), not {self.in_channels}")
+        if self.resize is not None and self.resize < self.image_size:
+            raise UserError(f"a crop of {self.image_size} pixels cannot be taken from {self.resize}: raise resize")
+        for name, value, kinds in (("exif", self.exif, Exif), ("class_order", self.class_order, ClassOrder)):
+            if value not in get_args(kinds):
+                raise UserError(f"{name} must be {' or '.join(get_args(kinds))}, not {value!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Of its fields as a manifest's JSON has them; UserError if they are others.
+
+        A manifest without exif and class_order was written when there were none: its orientations are ignored, and
+        its class folders are in the order of words.
+        """
+        try:
+            fields = {"exif": "ignore", "class_order": "words", **values}
+            return cls(**{**fields, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the bundle's preprocessing is damaged ({error}): make the bundle again") from error
+
+    @classmethod
+    def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:
+        """The released code's evaluation: resize to 256 / 224 of the size, then crop; warp up to 32 and from 384."""
+        mean: tuple[float, ...] = (0.449,) if in_channels == 1 else (0.485, 0.456, 0.406)
+        std: tuple[float, ...] = (0.226,) if in_channels == 1 else (0.229, 0.224, 0.225)
+        return cls(
+            image_size,
+            in_channels,
+            mean,
+            std,
+            None if image_size >= 384 or image_size <= 32 else image_size * 256 // 224,
+        )
+
+    def framing(self) -> list[Callable[[Any], Any]]:
+        """The steps that bring an image to the network's size; the last, a resize, changes none that has it."""
+        bicubic = InterpolationMode.BICUBIC
+        crop = [ResizeAndCrop(self.resize, self.image_size)] if self.resize else []
+        return [*crop, v2.Resize([self.image_size, self.image_size], bicubic)]
+
+    def to_input(self) -> list[Callable[[Any], Any]]:
+        """The steps that take an image to the network's input once it has the right size."""
+        return [
+            v2.Grayscale(1) if self.in_channels == 1 else v2.RGB(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(self.mean), list(self.std)),
+        ]
+
+    def transform(self, augment: Sequence[Callable[[Any], Any]] = ()) -> Transform:
+        """PIL image or uint8 tensor (C, H, W) -> float tensor (in_channels, image_size, image_size).
+
+        ``augment`` steps replace the resize: they see the image first and must leave it square.
+        """
+        *crop, resize = self.framing()
+        return v2.Compose([*(augment or crop), resize, *self.to_input()])
+
+
+class ImageData(Protocol):
+    """A data set with its three splits; every item is an (image, label) pair, the image untransformed.
+
+    Attributes:
+        exif, class_order: how it is read, as in :class:`Preprocessing`.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    exif: Exif
+    class_order: ClassOrder
+
+    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
+        """The evaluation transform that suits these images."""
+
+    def test(self) -> Dataset[Sample]:
+        """Every image of the test split."""
+
+    def calibration(self, count: int) -> Dataset[Sample]:
+        """``count`` images, evenly spaced, of the training split; UserError if there are fewer."""
+
+    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+        """(training images, validation images), both of the training split and without overlap."""
+
+
+class TensorImages(Dataset[Sample]):
+    """Grey images held in memory: uint8 (N, H, W) and labels (N,)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = torch.from_numpy(images), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.images[index : index + 1], int(self.labels[index])
+
+
+class FashionMNIST:
+    """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 28x28 grey, ten classes of clothing, MIT licence."""
+
+    name = "fashion-mnist"
+    classes = FASHION_MNIST_CLASSES
+    exif: Exif = "apply"
+    class_order: ClassOrder = "words"
+
+    def __init__(self, folder: Path = DEBIAN_FASHION_MNIST) -> None:
+        self.folder = folder
+
+    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
+        mean, std = (0.2860,) * in_channels, (0.3530,) * in_channels
+        return Preprocessing(image_size, in_channels, mean, std, None, self.exif, self.class_order)
+
+    def test(self) -> Dataset[Sample]:
+        return TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "t10k"))
+
+    def calibration(self, count: int) -> Dataset[Sample]:
+        images = TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "calibration"))
+        return evenly_spaced(images, count, "calibration images")
+
+    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+        if not (self.folder / "train-images-idx3-ubyte.gz").exists():
+            raise UserError(
+                f"no Fashion-MNIST training images in {self.folder}: on Debian or Ubuntu run "
+                "'apt-get install dataset-fashion-mnist', or give the folder of train-images-idx3-ubyte.gz "
+                "with --data fashion-mnist:FOLDER"
+            )
+        return _hold_out(TensorImages(*_read_idx_pair(self.folder, "train")), VALIDATION_IMAGES)
+
+
+class ImageSplits:
+    """What CIFAR, image folders and shards have in common: ImageNet's preprocessing, and splits of RGB images."""
+
+    classes: tuple[str, ...]
+    exif: Exif = "apply"
+    class_order: ClassOrder = "words"
+    held_out = VALIDATION_IMAGES
+    _test: Dataset[Sample]
+
+    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
+        imagenet = Preprocessing.imagenet(image_size, in_channels)
+        return replace(imagenet, exif=self.exif, class_order=self.class_order)
+
+    def test(self) -> Dataset[Sample]:
+        return self._test
+
+    def calibration(self, count: int) -> Dataset[Sample]:
+        return evenly_spaced(self._train(shuffled=False), count, "calibration images")
+
+    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+        return _hold_out(self._train(shuffled=True), self.held_out)
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        """The training split, for reading in a random order if ``shuffled``."""
+        raise NotImplementedError
+
+
+class Cifar(ImageSplits):
+    """CIFAR-10 or CIFAR-100 from a folder in torchvision's layout (its files are checked by MD5 first)."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self._reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        test = self._read(train=False)
+        self._test, self.classes = test, tuple(test.classes)
+
+    def _read(self, train: bool) -> Any:
+        try:
+            return self._reader(self.folder, train=train, download=False)
+        except RuntimeError as error:
+            raise UserError(f"no intact {self.name} in {self.folder}: put its unpacked python version there") from error
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        return self._read(train=True)
+
+
+class ImageFolder(ImageSplits):
+    """A folder in ImageNet's layout: train/CLASS/image and val/CLASS/image."""
+
+    def __init__(self, folder: Path, exif: Exif = "apply", class_order: ClassOrder = "words") -> None:
+        self.name, self.folder = folder.name, folder
+        self.exif, self.class_order = exif, class_order
+        test = self._read("val")
+        self._test, self.classes = test, tuple(test.classes)
+
+    def _read(self, split: str) -> datasets.ImageFolder:
+        folder = self.folder / split
+        if not folder.is_dir():
+            raise UserError(f"{self.folder} has no {split}/ folder: expected train/CLASS/images and val/CLASS/images")
+        try:
+            images = _ClassFolders(folder, self.exif, self.class_order)
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: {str(error).splitlines()[0]} Put images in one folder per class") from error
+        if len(images.classes) < 2:
+            raise UserError(f"{folder} has one class only ({images.classes[0]}): a classifier needs two or more")
+        return images
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        images = self._read("train")
+        if tuple(images.classes) != self.classes:
+            raise UserError(f"train/ and val/ in {self.folder} hold different classes")
+        return images
+
+
+class _ClassFolders(datasets.ImageFolder):
+    """One split of an image folder, decoded by this project, its classes in the order asked for."""
+
+    def __init__(self, folder: Path, exif: Exif, class_order: ClassOrder) -> None:
+        self.class_order = class_order
+        super().__init__(folder, loader=partial(_load_image, exif=exif))
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        words, _ = super().find_classes(directory)
+        try:
+            natural = sorted(words, key=natural_key)
+        except ValueError:  # a name of digits that are no decimal number: timm cannot order it
+            natural = words
+        if natural != words:
+            warn_once(f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}; the "
+                      "other (words: 1 10 2, natural: 1 2 10) gives other labels: see docs/images.md")  # fmt: skip
+        names = natural if self.class_order == "natural" else words
+        return names, {name: label for label, name in enumerate(names)}
+
+
+class Shards(ImageSplits):
+    """A folder of tar or parquet shards: see :mod:`illama.data.webdataset` and :mod:`illama.data.parquet`."""
+
+    def __init__(self, kind: str, folder: Path, exif: Exif = "apply") -> None:
+        self.name, self.exif = folder.resolve().name, exif
+        if kind == "webdataset":
+            self._source: Any = WebDataset(folder, exif)
+        else:
+            from illama.data.parquet import ParquetFolder  # only here, since importing pyarrow takes a while
+
+            self._source = ParquetFolder(folder, exif)
+        self.classes, self._test = self._source.classes, self._source.test
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        return self._source.train(shuffled)
+
+
+def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words") -> ImageData:
+    """The data set that ``spec`` names, without decoding an image.
+
+    Args:
+        spec: fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER or a folder in
+            ImageNet's layout: see this module's docstring.
+        exif, class_order: as in :class:`Preprocessing`: those of the bundle, where one is there to be fitted.
+
+    Raises:
+        UserError: it is not there, or its files are incomplete, damaged or do not fit together.
+    """
+    name, _, folder = spec.partition(":")
+    data: ImageData
+    if name == "fashion-mnist":
+        data = FashionMNIST(Path(folder)) if folder else FashionMNIST()
+    elif name in ("cifar10", "cifar100"):
+        data = Cifar(name, Path(folder or "."))
+    elif name in ("webdataset", "parquet"):
+        data = Shards(name, Path(folder or "."), exif)
+    elif Path(spec).is_dir():
+        data = ImageFolder(Path(spec), exif, class_order)
+    else:
+        raise UserError(f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, "
+                        "parquet:FOLDER or an existing folder")  # fmt: skip
+    data.exif, data.class_order = exif, class_order
+    return data
+
+
+class Transformed(Dataset[tuple[Tensor, int]]):
+    """A split with its transform applied; a broken image raises UserError with its path."""
+
+    def __init__(self, images: Dataset[Sample], transform: Transform) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return self.transform(image), label
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array in a gzipped idx file of unsigned bytes (the MNIST format); UserError if it is not one."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        if raw[:3] != b"\0\0\x08":
+            raise UserError(f"{path} is not an idx file of unsigned bytes")
+        shape = np.frombuffer(raw, dtype=">u4", count=raw[3], offset=4)
+        return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (EOFError, ValueError, IndexError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is truncated or damaged: fetch it again") from error
+
+
+def _read_idx_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    images = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
+    labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
+    if len(images) != len(labels):
+        raise UserError(f"{folder} has {len(images)} {split} images but {len(labels)} labels: fetch them again")
+    return images, labels
+
+
+def _load_image(path: str, exif: Exif) -> Image.Image:
+    return decode_image(path, lambda: path, exif)
+
+
+def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "images") -> Dataset[Sample]:
+    """``count`` images, evenly spaced, or all for None; UserError, with the option of ``what``, if there are fewer."""
+    total = len(images)  # type: ignore[arg-type]
+    if count is None:
+        return images
+    if not 1 <= count <= total:
+        option = f"--{what.replace(' ', '-')}"
+        raise UserError(f"{count} {what} asked for, 1 to {total} can be had: change {option}")
+    return Subset(images, [i * total // count for i in range(count)])
+
+
+def _hold_out(images: Dataset[Sample], at_most: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
+    total = len(images)  # type: ignore[arg-type]
+    held = max(1, min(at_most, total // 10))
+    validation = [i * total // held for i in range(held)]
+    rest = np.setdiff1d(np.arange(total), validation)
+    return Subset(images, rest.tolist()), Subset(images, validation)

@@ -1,0 +1,174 @@
+"""The attention mask: the heart of iLLaMA, and the trap.
+
+The paper's equation 2 multiplies the mask AFTER the softmax and does not renormalise:
+
+    O = (softmax(q k^T / sqrt(d)) * S) v        S = alpha * ones + (1 - alpha) * tril
+
+so the denominator of every row still sums over future tokens. The causal mask of a language model
+(equation 1, ``is_causal=True``) is another function on every row but the last, and a checkpoint trained
+with one gives wrong answers, in silence, under the other. ``docs/attention-mask.md`` has a picture.
+
+The same function as ONE ordinary scaled-dot-product attention, so that fused kernels can run it: attend
+over 2N keys with a boolean pre-softmax mask,
+
+    K' = [K ; K]        V' = [V ; alpha V]        allowed = [ tril | not tril ]      (N x 2N)
+
+Each row meets every key exactly once, so the denominator is the full sum; the keys of the future are met
+in the second half, where their values are scaled by alpha. Exact for every alpha.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from illama.models.config import MaskKind, NetworkConfig
+
+Form = Literal["plain", "fused"]
+
+
+class Operand(nn.Identity):
+    """An input of an attention product: the place where a quantizer may stand."""
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """The mask of one forward pass, for M query rows over N keys.
+
+    Attributes:
+        kind: which of the three masks; ``bidirectional`` wherever nothing is masked.
+        causal: (M, N) boolean, true where the query may see the key.
+        alpha: the soft mask's weight on the future, a scalar tensor; None stands for 0 (hard mask).
+    """
+
+    kind: MaskKind
+    causal: Tensor
+    alpha: Tensor | None = None
+
+    def row(self, index: int, sees_all: bool) -> AttentionMask:
+        """The mask of a single query row; the last row of a causal mask sees every key."""
+        kind: MaskKind = "bidirectional" if sees_all else self.kind
+        return AttentionMask(kind, self.causal[index : index + 1], self.alpha)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """S of equation 2, shape (M, N)."""
+        causal = self.causal.to(dtype)
+        return causal if self.alpha is None else torch.where(self.causal, causal, self.alpha.to(dtype))
+
+
+class MaskedAttention(nn.Module):
+    """Both products of attention, for every mask, in a plain and a fused form. No parameters.
+
+    ``form`` picks one: ``plain`` (MatMul, softmax, mask, MatMul: for quantizers, which need the softmax
+    output, and for ONNX Runtime on CPUs) or ``fused`` (one scaled-dot-product attention: for GPUs and
+    TensorRT). ``None`` takes :func:`fastest_form`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.form: Form | None = None
+        self.q, self.k, self.v, self.p = Operand(), Operand(), Operand(), Operand()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float = 0.0) -> Tensor:
+        """q (B, H, M, d), k and v (B, H, N, d) -> (B, H, M, d).
+
+        ``dropout`` is the rate at which attention weights are dropped, whatever the module's mode.
+        """
+        form = self.form or fastest_form(q, mask)
+        return (self._fused if form == "fused" else self._plain)(q, k, v, mask, dropout)
+
+    def _plain(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -> Tensor:
+        q = self.q(q * q.shape[-1] ** -0.5)
+        scores = q @ self.k(k.transpose(-2, -1))
+        if mask.kind == "pre_softmax":
+            scores = scores + mask.weight(scores.dtype).log()
+        probabilities = scores.softmax(dim=-1)
+        if mask.kind == "post_softmax":
+            probabilities = probabilities * mask.weight(probabilities.dtype)
+        if dropout:
+            probabilities = F.dropout(probabilities, dropout)
+        return self.p(probabilities).to(v.dtype) @ self.v(v)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -> Tensor:
+        allowed: Tensor | None = None
+        # Scaled here and not by the operator: TensorRT's fused attention takes no scale, and a quantizer
+        # on q must see the same tensor in both forms.
+        q = q * q.shape[-1] ** -0.5
+        if mask.kind == "pre_softmax":
+            allowed = mask.causal if mask.alpha is None else mask.weight(q.dtype).log()
+        elif mask.kind == "post_softmax":
+            k = torch.cat([k, k], dim=-2)
+            future = torch.zeros_like(v) if mask.alpha is None else v * mask.alpha.to(v.dtype)
+            v = torch.cat([v, future], dim=-2)
+            allowed = torch.cat([mask.causal, ~mask.causal], dim=-1)
+        rows = q.shape[-2]
+        if rows == 1:
+            q = q.expand(-1, -1, 2, -1)  # TensorRT has fused kernels for two query rows and more
+        fused = F.scaled_dot_product_attention(
+            self.q(q), self.k(k), self.v(v), attn_mask=allowed, dropout_p=dropout, scale=1.0
+        )
+        return fused[..., :rows, :]
+
+
+class SoftMasked(nn.Module):
+    """A network with one soft mask for all of its attentions: the base class that holds alpha.
+
+    Attributes:
+        config: what the network is.
+        soft_mask: alpha of the soft mask, 0..1 (ValueError outside); training moves it, inference leaves it at 0.
+    """
+
+    config: NetworkConfig
+    alpha: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("alpha", torch.zeros(()), persistent=False)
+        self.soft_mask = 0.0
+
+    @property
+    def soft_mask(self) -> float:
+        return self._soft_mask
+
+    @soft_mask.setter
+    def soft_mask(self, alpha: float) -> None:
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"the soft mask's alpha must lie in 0..1, not {alpha}")
+        # attention_mask() reads the buffer and these two facts but never the float, so that a compiled model
+        # is not compiled anew for each value that a schedule gives.
+        self._soft_mask = alpha
+        self._masks_nothing = alpha == 1.0
+        self._masks_softly = 0.0 < alpha < 1.0
+        self.alpha.fill_(alpha)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay spares besides norms and biases (timm's convention)."""
+        return set()
+
+    def attention_mask(self, kind: MaskKind, causal: Tensor) -> AttentionMask:
+        """The mask of this forward pass; ``causal`` is (N, N), true where the query may see the key."""
+        return AttentionMask(
+            "bidirectional" if self._masks_nothing else kind,
+            causal,
+            self.alpha if self._masks_softly else None,
+        )
+
+    def set_attention_form(self, form: Form | None) -> None:
+        """Fix the form of every attention (see :class:`MaskedAttention`), or None for the fastest."""
+        for module in self.modules():
+            if isinstance(module, MaskedAttention):
+                module.form = form
+
+
+def fastest_form(q: Tensor, mask: AttentionMask) -> Form:
+    """The faster form for these queries: measured on a CPU (``docs/attention-mask.md``), expected of a GPU."""
+    if q.device.type != "cpu":
+        return "fused"
+    # A CPU's fused kernel skips no masked key, so twice the keys are twice the work; and in 16 bits its backward
+    # pass is slower than the plain form, for a single query up to twenty times.
+    slow_backward = q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
+    return "plain" if mask.kind != "bidirectional" or slow_backward else "fused"

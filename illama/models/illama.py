@@ -1,0 +1,237 @@
+"""The network of "Adapting LLaMA Decoder to Vision Transformer" (arXiv 2404.06773), section 3.
+
+Parameter names are those of the authors' released code, so its checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from illama.models.attention import AttentionMask, MaskedAttention, SoftMasked
+from illama.models.config import ModelConfig
+from illama.models.norms import make_norm
+
+
+class Linear(nn.Linear):
+    """A Linear that can compute a slice of its outputs, by the weights of that slice alone."""
+
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        """(..., in) -> (..., out), or the outputs named by the slice."""
+        if outputs is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight[outputs], self.bias[outputs])
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches: (B, C, H, W) -> (B, patches, width)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Rotary(nn.Module):
+    """:func:`rotate` as a module, so that an exporter can put another in its place."""
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        return rotate(x, rotation)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; the mask is :class:`illama.models.attention.MaskedAttention`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.width = config.heads, config.width
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.rotary = Rotary()
+        self.core = MaskedAttention()
+        self.proj = Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, mask: AttentionMask, rotation: Tensor | None, row: int | None = None) -> Tensor:
+        """(B, N, width) -> (B, N, width), or (B, 1, width) for the query ``row`` alone.
+
+        ``rotation`` is (2, N, head_dim / 2): cosines and sines, or None without RoPE.
+        """
+        if row is None:
+            q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
+            row_rotation = rotation
+        else:
+            q = self._split(self.qkv(x[:, row : row + 1], outputs=slice(0, self.width)))
+            k, v = (self._split(part) for part in self.qkv(x, outputs=slice(self.width, None)).chunk(2, dim=-1))
+            row_rotation = rotation[:, row : row + 1] if rotation is not None else None
+        if rotation is not None and row_rotation is not None:
+            q, k = self.rotary(q, row_rotation), self.rotary(k, rotation)
+        return self.proj(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1(x)) * fc3(x)), without biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.width, config.hidden, bias=False)
+        self.fc2 = Linear(config.hidden, config.width, bias=False)
+        self.fc3 = Linear(config.width, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class GELUMLP(nn.Module):
+    """ViT's fc2(gelu(fc1(x))), with biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.width, config.hidden)
+        self.fc2 = Linear(config.hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm block: x += attention(norm(x)); x += mlp(norm(x)).
+
+    Args:
+        drop_path: chance that a sample skips a branch in training (stochastic depth).
+        dropout: on the output of each branch.
+    """
+
+    def __init__(self, config: ModelConfig, drop_path: float, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config)
+        self.norm2 = make_norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELUMLP(config)
+        self.drop = nn.Sequential(nn.Dropout(dropout) if dropout else nn.Identity(),
+                                  DropPath(drop_path) if drop_path else nn.Identity())  # fmt: skip
+
+    def forward(self, x: Tensor, mask: AttentionMask, rotation: Tensor | None, row: int | None = None) -> Tensor:
+        """(B, N, width) -> (B, N, width), or (B, 1, width) for one query ``row``."""
+        residual = x if row is None else x[:, row : row + 1]
+        x = residual + self.drop(self.attn(self.norm1(x), mask, rotation, row))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class ILLaMA(SoftMasked):
+    """The whole network: images (B, C, H, W), float, to logits (B, num_classes).
+
+    Attributes:
+        config: the :class:`ModelConfig` it was built from.
+        soft_mask: alpha of the soft mask, 0..1 (ValueError outside); training moves it, inference leaves it at 0.
+        readout_only: compute the last block for the class token alone, since nothing else of it is read.
+            Exact, in training too; False computes every token, as the released code does.
+
+    Args:
+        drop_path: stochastic depth of the last block; rises linearly from 0 in the first.
+        dropout: after the position embedding and on every branch.
+    """
+
+    config: ModelConfig
+    head: nn.Module
+    rotation: Tensor | None
+    causal: Tensor
+
+    def __init__(self, config: ModelConfig, drop_path: float = 0.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.readout_only = True
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        has_table = config.position != "rope"
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width)) if has_table else None
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        rates = [drop_path * index / max(1, config.depth - 1) for index in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate, dropout) for rate in rates)
+        self.norm = make_norm(config)
+        self.head = Linear(config.width, config.num_classes)
+        rotation = rotary_table(config.tokens, config.head_dim) if config.position != "learnable" else None
+        self.register_buffer("rotation", rotation, persistent=False)
+        causal = torch.ones(config.tokens, config.tokens, dtype=torch.bool).tril()
+        causal[config.class_index] |= config.class_sees_all
+        self.register_buffer("causal", causal, persistent=False)
+        self.apply(_initialise)
+        for table in (self.cls_token, self.pos_embed):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay spares besides norms and biases (timm's convention)."""
+        return {"cls_token", "pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer each parameter belongs to, for layer-wise learning rate decay (timm's convention)."""
+        return {"stem": r"^(?:cls_token|pos_embed|patch_embed)",
+                "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}  # fmt: skip
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> what the first block takes: patches and class token with their positions, (B, N, width)."""
+        x = self.patch_embed(images)
+        class_token = self.cls_token.expand(x.shape[0], -1, -1)
+        x = torch.cat([x, class_token] if self.config.class_token == "last" else [class_token, x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        return self.drop(x)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The class token after the final norm, (B, width)."""
+        config, x = self.config, self.embed(images)
+        mask = self.attention_mask(config.mask, self.causal)
+        blocks: list[nn.Module] = list(self.blocks)
+        row, sees_all = config.class_index, config.class_token == "last" or config.class_sees_all
+        for block in blocks[:-1]:
+            x = block(x, mask, self.rotation)
+        if self.readout_only:
+            x = blocks[-1](x, mask.row(row, sees_all), self.rotation, row)[:, 0]
+        else:
+            x = blocks[-1](x, mask, self.rotation)[:, row]
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, num_classes)."""
+        return self.head(self.forward_features(images))
+
+
+def rotary_table(tokens: int, head_dim: int, theta: float = 10000.0) -> Tensor:
+    """RoPE's cosines and sines, (2, tokens, head_dim / 2) (Su et al., arXiv 2104.09864, equation 15)."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), LLaMA's own layout.
+
+    Hugging Face's LLaMA pairs x[i] with x[i + d / 2] instead: its weights need a permutation first.
+    """
+    if torch.compiler.is_compiling():  # compilers and exporters have no complex numbers, and need none to be fast
+        cos, sin = rotation.to(x.dtype)
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = rotation.to(wide.dtype)
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Truncated normal, std 0.02, and zero biases: the released code's for Linears (the paper's tables say 0.2).
+
+    The patch convolution gets the same; the released code leaves it as PyTorch made it.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,80 @@
+"""Normalisation over the width, in float32 whatever the input: the square of a float16 activation overflows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from illama.models.config import ModelConfig
+
+EPSILON = 1e-6
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, arXiv 1910.07467, equation 4), any leading shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, weight = _widen(x), _widen(self.weight)
+        # PyTorch makes its own of a dozen passes over memory when it trains on a CPU without compiling.
+        by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        norm = _TrainedRMSNorm.apply if by_hand else _rms_norm
+        return norm(wide, weight, self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm, for ViTs; with or without weight and bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if each is None else _widen(each) for each in (self.weight, self.bias))
+        return F.layer_norm(_widen(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The config's normalisation."""
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.width, eps=EPSILON)
+
+
+def widened(norm: nn.Module) -> nn.Module | None:
+    """The same normalisation in float32, around the same parameters; None for a module that is none of timm's."""
+    if type(norm) in (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormFp32):
+        wide: nn.Module = LayerNorm(norm.normalized_shape, eps=norm.eps)  # type: ignore[arg-type]
+        wide.bias = norm.bias
+    elif type(norm) in (timm.layers.RmsNorm, timm.layers.RmsNormFp32) and norm.weight is not None:
+        wide = RMSNorm(norm.normalized_shape, eps=norm.eps)  # type: ignore[arg-type]
+    else:
+        return None
+    wide.weight = norm.weight
+    return wide.train(norm.training)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _TrainedRMSNorm(torch.autograd.Function):
+    """RMSNorm with its backward pass in two passes over memory; first derivatives only."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # not in 16 bits
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = (torch.linalg.vecdot(x, x) / x.shape[-1] + eps).rsqrt().unsqueeze(-1)
+        unit = x * scale
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        unit, scale, weight = ctx.saved_tensors
+        along = grad * unit
+        share = (along @ weight / -unit.shape[-1]).unsqueeze(-1)
+        return (grad * weight).addcmul_(unit, share).mul_(scale), along.flatten(0, -2).sum(0), None

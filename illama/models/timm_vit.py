@@ -1,0 +1,249 @@
+"""A timm VisionTransformer around this project's attention: as it is, to be quantized, or made causal.
+
+As it is (:func:`to_quantizable`), it computes what it did, and gets quantizers' places, the exact forms of attention
+and float32 normalisations. Made causal (:func:`to_causal`), it goes from a bidirectional checkpoint to the paper's
+mask by way of alpha. At alpha = 1 nothing is masked, so the causal network computes what the original did, up to the
+order of sums: self-attention does not care where the class token stands once positions have been added. Fine-tuning
+then lowers alpha to 0, as training from scratch does (arXiv 2404.06773, section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from timm.layers import AttentionPoolLatent, PatchDropout, PatchEmbed
+from timm.models.vision_transformer import (
+    Attention,
+    Block,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from illama.errors import UserError
+from illama.models.attention import AttentionMask, MaskedAttention, SoftMasked
+from illama.models.config import MaskKind, TimmConfig
+from illama.models.norms import widened
+
+_BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
+
+
+def to_causal(vit: VisionTransformer, mask: MaskKind = "post_softmax") -> CausalVisionTransformer:
+    """A causal copy of ``vit`` with its weights; ``vit`` itself stays as it is and shares nothing with the copy.
+
+    The copy starts with the hard mask, as it is to be deployed. To fine-tune, lower its ``soft_mask`` from 1.
+
+    Args:
+        vit: any timm ``VisionTransformer`` or its distilled DeiT variant, with every pooling, with or without
+            class token and registers; blocks may be timm's ``Block``, ``ResPostBlock`` or ``ParallelThingsBlock``.
+        mask: ``post_softmax`` (the paper's equation 2) or ``pre_softmax``.
+
+    Raises:
+        UserError: when ``mask`` is neither, or when the network has a part that cannot be made causal exactly:
+            another class (EVA, BEiT, relative or rotary positions), other blocks or another attention, or
+            images that are not square.
+    """
+    if mask not in ("post_softmax", "pre_softmax"):
+        raise UserError(f"mask must be post_softmax or pre_softmax, not {mask!r}")
+    _check(vit, f"cannot make a {type(vit).__name__} causal")
+    return CausalVisionTransformer(copy.deepcopy(vit), mask)
+
+
+def to_quantizable(vit: VisionTransformer) -> CausalVisionTransformer:
+    """A copy of ``vit`` that computes what ``vit`` does, ready to be quantized and exported; no mask, no new order.
+
+    Takes and refuses what :func:`to_causal` does, and refuses hybrids too, whose patches come from a convolutional
+    network. Its attention, its normalisations and its way through the data are those of the causal networks.
+    """
+    refusal = f"cannot quantize a {type(vit).__name__}"
+    _check(vit, refusal)
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise UserError(f"{refusal}: it has a {type(vit.patch_embed).__name__}; give one with timm's plain PatchEmbed")
+    return CausalVisionTransformer(copy.deepcopy(vit), "bidirectional")
+
+
+class CausalVisionTransformer(SoftMasked):
+    """What the two functions make: images (B, C, H, W), float, to what the head of the original gives.
+
+    Under a causal mask the blocks see the patches in raster order, then the registers (or the distillation token),
+    then the class token. Outside of them, and without a mask, the order is timm's, so pooling, final norm and head
+    are the original's; an attention pooling (``map``, ``prr``) is a read-out and not masked.
+
+    Names in the state dict are timm's behind ``vit.``, and ``model.vit.state_dict()`` loads into the original
+    class. Use ``model.vit`` where timm wants its own: for ``reset_classifier``, ``set_input_size``,
+    ``set_grad_checkpointing``, or an optimizer's parameter groups. It is not to be called itself.
+
+    Attributes:
+        vit: timm's network, with each attention replaced by a :class:`CausalAttention`, its normalisations by
+            ours, and a latent attention pooling by a :class:`LatentPool`.
+        config: what it was made as; timm's methods on ``vit`` do not change it.
+        mask: ``post_softmax``, ``pre_softmax``, or ``bidirectional`` for the network as timm has it.
+        soft_mask: alpha, see :class:`illama.models.attention.SoftMasked`. Not saved: a network made anew is at 0.
+    """
+
+    config: TimmConfig
+
+    def __init__(self, vit: VisionTransformer, mask: MaskKind) -> None:
+        super().__init__()
+        self.vit = vit
+        self.mask = mask
+        self.config = _config(vit, mask)
+        self.training = vit.training
+        for parent, attention in _attentions(vit.blocks):
+            parent.attn = CausalAttention(attention)
+        if type(vit.attn_pool) is AttentionPoolLatent:
+            vit.set_submodule("attn_pool", LatentPool(vit.attn_pool))
+        for name, module in list(vit.named_modules()):
+            if (norm := widened(module)) is not None:
+                vit.set_submodule(name, norm)
+        if mask != "bidirectional" and isinstance(vit.patch_drop, PatchDropout):
+            vit.patch_drop.ordered = True  # timm's default shuffles the patches it keeps: no order to be causal in
+        self.to(next(vit.parameters()).device)  # alpha, that is; its precision is float32 whatever the weights'
+
+    def no_weight_decay(self) -> set[str]:
+        """The original's, under their names here."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens after the final norm, in timm's order (class token first): (B, N, width)."""
+        vit = self.vit
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        if self.mask == "bidirectional":
+            return vit.norm(self._run_blocks(x))
+        class_tokens = int(vit.cls_token is not None)
+        parts = [class_tokens, vit.num_prefix_tokens - class_tokens, x.shape[1] - vit.num_prefix_tokens]
+        x = self._run_blocks(_reverse_parts(x, parts))
+        return vit.norm(_reverse_parts(x, parts[::-1]))
+
+    def _run_blocks(self, x: Tensor) -> Tensor:
+        """All blocks over the tokens in the order of the mask: (B, N, width) -> (B, N, width)."""
+        # Made here and not kept: dropped patches and dynamic image sizes change the number of tokens.
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        mask = self.attention_mask(self.mask, causal)
+        for block in self.vit.blocks:
+            if self.vit.grad_checkpointing:
+                x = checkpoint(block, x, attn_mask=mask, use_reentrant=False)
+            else:
+                x = block(x, attn_mask=mask)
+        return x
+
+    def forward(self, images: Tensor) -> Any:
+        """(B, C, H, W) -> (B, num_classes); a pair of them from a DeiT in distilled training."""
+        return self.vit.forward_head(self.forward_features(images))
+
+
+class CausalAttention(nn.Module):
+    """timm's ``Attention`` with its own parts, under their own names, around a :class:`MaskedAttention`."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads: int = attention.num_heads
+        self.qkv: nn.Module = attention.qkv
+        self.q_norm: nn.Module = attention.q_norm
+        self.k_norm: nn.Module = attention.k_norm
+        self.attn_drop: nn.Dropout = attention.attn_drop
+        self.core = MaskedAttention()
+        self.norm: nn.Module = attention.norm
+        self.gate: nn.Module | None = getattr(attention, "gate", None)  # timm 1.0.20 has none
+        self.proj: nn.Module = attention.proj
+        self.proj_drop: nn.Module = attention.proj_drop
+        self.train(attention.training)
+
+    def forward(self, x: Tensor, attn_mask: AttentionMask, is_causal: bool = False) -> Tensor:
+        """(B, N, width) -> (B, N, width); ``attn_mask`` as timm's blocks name it, ``is_causal`` is not for us.
+
+        Raises:
+            UserError: without an :class:`AttentionMask`, as when the ``vit`` is called by itself.
+        """
+        if not isinstance(attn_mask, AttentionMask):
+            raise UserError("the blocks of a CausalVisionTransformer need its mask: call the model, not its .vit")
+        q, k, v = (_split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        y = self.core(self.q_norm(q), self.k_norm(k), v, attn_mask, dropout)
+        y = self.norm(y.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y))
+
+
+class LatentPool(nn.Module):
+    """timm's ``AttentionPoolLatent`` (SigLIP's read-out) with its own parts around a :class:`MaskedAttention`."""
+
+    def __init__(self, pool: AttentionPoolLatent) -> None:
+        super().__init__()
+        self.num_heads: int = pool.num_heads
+        self.pool: str = pool.pool
+        self.pos_embed: nn.Parameter | None = pool.pos_embed
+        self.latent: nn.Parameter = pool.latent
+        self.q: nn.Module = pool.q
+        self.kv: nn.Module = pool.kv
+        self.q_norm: nn.Module = pool.q_norm
+        self.k_norm: nn.Module = pool.k_norm
+        self.core = MaskedAttention()
+        self.proj: nn.Module = pool.proj
+        self.proj_drop: nn.Module = pool.proj_drop
+        self.norm: nn.Module = pool.norm
+        self.mlp: nn.Module | None = pool.mlp
+        self.train(pool.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, width) -> (B, out), or (B, latents, out) without a pooling of the latents."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        latent = self.latent.expand(x.shape[0], -1, -1)
+        q, k, v = (_split_heads(part, self.num_heads) for part in (self.q(latent), *self.kv(x).chunk(2, dim=-1)))
+        everything = torch.ones(latent.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+        y = self.core(self.q_norm(q), self.k_norm(k), v, AttentionMask("bidirectional", everything))
+        y = self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+        if self.mlp is not None:
+            y = y + self.mlp(self.norm(y))
+        if self.pool == "token":
+            return y[:, 0]
+        return y.mean(1) if self.pool == "avg" else y
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H * d) -> (B, H, N, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _config(vit: VisionTransformer, mask: MaskKind) -> TimmConfig:
+    """What timm's network says of itself."""
+    name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or type(vit).__name__
+    channels: int = getattr(vit, "in_chans", vit.patch_embed.proj.in_channels)  # timm 1.0.20 has no in_chans
+    return TimmConfig(name, vit.patch_embed.img_size[0], channels, vit.num_classes, mask)
+
+
+def _reverse_parts(x: Tensor, sizes: list[int]) -> Tensor:
+    """Cut (B, N, width) into consecutive parts of these sizes and put the last first; order within a part stays."""
+    return torch.cat(x.split(sizes, dim=1)[::-1], dim=1)
+
+
+def _attentions(blocks: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """Every module with a child named ``attn``, which is what timm calls it in all of its blocks, and that child."""
+    return [(parent, parent.attn) for parent in blocks.modules() if hasattr(parent, "attn")]
+
+
+def _check(vit: nn.Module, refusal: str) -> None:
+    """Refuse what would be computed wrongly."""
+    kind = type(vit)
+    if not isinstance(vit, VisionTransformer):
+        raise UserError(f"{refusal}: give a timm VisionTransformer, such as vit_tiny_patch16_224 or a deit_*")
+    for method in ("forward", "forward_features"):
+        if getattr(kind, method) is not getattr(VisionTransformer, method):
+            raise UserError(f"{refusal}: its class has a {method} of its own; give a plain VisionTransformer")
+    if vit.patch_embed.img_size is None or len(set(vit.patch_embed.img_size)) != 1:
+        raise UserError(f"{refusal}: its images are {vit.patch_embed.img_size}, and they must be square")
+    for block in vit.blocks:
+        if type(block) not in _BLOCKS:
+            known = ", ".join(each.__name__ for each in _BLOCKS)
+            raise UserError(f"{refusal}: it has a {type(block).__name__}; give one whose blocks are {known}")
+    for _, attention in _attentions(vit.blocks):
+        if type(attention) is not Attention:
+            raise UserError(f"{refusal}: it has a {type(attention).__name__}; give one with timm's plain Attention")
+        if attention.scale != attention.head_dim**-0.5:
+            raise UserError(f"{refusal}: an attention scales by {attention.scale}; it must be head_dim ** -0.5")

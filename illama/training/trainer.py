@@ -1,0 +1,291 @@
+"""A training run: the network, its optimiser and moving average, one step after another, resumable to the bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from illama.atomic_write import write_file
+from illama.data.augmentation import Augmented, MicroBatches, make_mixup, seed_everything, training_transform
+from illama.data.datasets import ImageData, Preprocessing, Sample
+from illama.errors import UserError
+from illama.inference import predict, torch_infer
+from illama.models.attention import SoftMasked
+from illama.training.distributed import Processes, gradients_synchronised
+from illama.training.log import Log
+from illama.training.recipe import TrainingOptions
+from illama.training.schedules import cosine_with_warmup, soft_mask_alpha
+
+CHECKPOINT = "checkpoint.pt"  # in a run's folder
+_WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_LOGGED_EVERY = 10  # steps; reading the loss makes a GPU wait
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Images (B, C, H, W) as the network got them, logits (B, classes) float32, targets likewise -> a scalar."""
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Images (B, C, H, W) and labels of a micro-batch -> the images that the network gets and the loss's targets."""
+Groups = Callable[[TrainingOptions, SoftMasked], list[dict[str, Any]]]
+"""The optimiser's parameter groups of a network."""
+
+
+def label_loss(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy with the mixed and smoothed labels."""
+    return F.cross_entropy(logits, targets)
+
+
+def parameter_groups(recipe: TrainingOptions, model: SoftMasked) -> list[dict[str, Any]]:
+    """timm's groups: no weight decay on norms, biases, position embedding and class token.
+
+    Each group's learning rate is the schedule's times its ``lr_scale``: ``layer_decay`` to the power of the number
+    of layers above it.
+    """
+    spared = model.no_weight_decay()
+    if recipe.layer_decay == 1:
+        return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared)
+    return param_groups_layer_decay(model, recipe.weight_decay, spared, layer_decay=recipe.layer_decay)
+
+
+@dataclass
+class Run:
+    """One training run in progress, of a classifier; what differs for other networks is in methods to override.
+
+    Attributes:
+        score_name: of what :meth:`score` gives.
+        model: an ILLaMA, or any network with a soft mask, such as one of illama.models.timm_vit; on its device, and
+            sharded over the processes if the recipe says so.
+        inputs: SHA-256 of the files that the starting weights came from, by path.
+        loss: what is minimised.
+        groups: how the optimiser treats which parameter.
+        images, validation: of the training split.
+        step: optimiser steps done.
+        loss_sum: of the epoch's steps so far; ``loss_share`` is this process's part of the last few, which
+            ``steps_unlogged`` counts.
+    """
+
+    score_name: ClassVar[str] = "top1"
+
+    recipe: TrainingOptions
+    data: ImageData
+    preprocessing: Preprocessing
+    model: SoftMasked
+    processes: Processes
+    images: Dataset[Sample] = field(init=False)
+    validation: Dataset[Sample] = field(init=False)
+    average: AveragedModel | None = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+    wrapped: nn.Module = field(init=False)
+    forward: Any = field(init=False)
+    inputs: dict[str, str] = field(default_factory=dict)
+    loss: Loss = label_loss
+    groups: Groups = parameter_groups
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_share: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    steps_unlogged: int = 0
+
+    def __post_init__(self) -> None:
+        recipe, device = self.recipe, self.processes.device
+        self.images, self.validation = self.data.training()
+        self.model = self.model.to(device)
+        self.loss_share = self.loss_share.to(device)
+        self.average = None
+        if recipe.ema_decay:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        if recipe.sharded:
+            for model in dict.fromkeys((self.model, self.kept)):
+                self.processes.shard(model, cast(nn.ModuleList, model.blocks))
+        self.optimizer = make_optimizer(recipe, self.model, self.groups)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast == "float16")
+        self.wrapped = self.processes.wrap(self.model)
+        self.forward = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+        self.restore()
+
+    def augmented(self) -> Augmented:
+        """The training images, augmented."""
+        return Augmented(self.images, training_transform(self.recipe, self.preprocessing), self.recipe.seed)
+
+    def mixer(self) -> Mix:
+        """How a micro-batch is mixed."""
+        return make_mixup(self.recipe, len(self.data.classes))
+
+    def score(self, split: Dataset[Sample]) -> float:
+        """How good the kept weights are under the hard mask, in percent; every process must ask."""
+        return evaluate(self, split)
+
+    @property
+    def kept(self) -> SoftMasked:
+        """The network whose weights are evaluated and kept: the moving average, where there is one."""
+        return cast(SoftMasked, self.average.module) if self.average else self.model
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.recipe.out / CHECKPOINT
+
+    @property
+    def identity(self) -> str:
+        """What must not change between a run and its continuation."""
+        free = {"recipe", "out", "workers", "checkpoint_steps", "fsdp"}
+        facts = {name: value for name, value in asdict(self.recipe).items() if name not in free}
+        facts |= {"classes": self.data.classes, "images": len(cast(Sized, self.images)), "inputs": self.inputs}
+        return json.dumps(facts, default=str)
+
+    def kept_weights(self) -> dict[str, Tensor]:
+        """The state dict of :attr:`kept`, whole and on the CPU in the main process; every process must ask."""
+        return cast(dict[str, Tensor], sharded.get_model_state_dict(self.kept, options=_WHOLE))
+
+    def save(self) -> None:
+        """Write the checkpoint, whole weights whatever the sharding; the last one stays until this is complete."""
+        model, optimizer = sharded.get_state_dict(self.model, self.optimizer, options=_WHOLE)
+        average = self.kept_weights() if self.average else {}
+        content = {
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "identity": self.identity,
+            "model": model,
+            "optimizer": optimizer,
+            "average": average,
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.processes.main:
+            buffer = io.BytesIO()  # torch.save to a path hides why a disk would not take it
+            torch.save(content, buffer)
+            with write_file(self.checkpoint) as draft:
+                draft.write_bytes(buffer.getbuffer())
+
+    def restore(self) -> None:
+        """Go on from the checkpoint in ``out``, if there is one; UserError if it is another run's."""
+        if not self.checkpoint.exists():
+            return
+        try:
+            content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.checkpoint} is damaged: delete it to start anew") from error
+        if json.loads(content.get("identity", "{}")) != json.loads(self.identity):
+            raise UserError(f"{self.recipe.out} holds a run with other options, images or starting weights: "
+                            "choose another --out or delete it")  # fmt: skip
+        self.step, self.loss_sum = content["step"], content["loss_sum"]
+        sharded.set_state_dict(self.model, self.optimizer, model_state_dict=content["model"],
+                               optim_state_dict=content["optimizer"], options=_WHOLE)  # fmt: skip
+        if self.average:
+            sharded.set_model_state_dict(self.kept, content["average"], options=_WHOLE)
+            self.average.n_averaged += self.step
+        self.scaler.load_state_dict(content["scaler"])
+
+
+def make_optimizer(
+    recipe: TrainingOptions, model: SoftMasked, groups: Groups = parameter_groups
+) -> torch.optim.Optimizer:
+    """timm's optimiser of that name over the groups; UserError if there is none."""
+    fused: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" and not recipe.sharded else {}
+    try:
+        return create_optimizer_v2(groups(recipe, model), opt=recipe.optimizer, lr=recipe.learning_rate,
+                                   weight_decay=0.0, **fused)  # fmt: skip
+    except (ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"--optimizer {recipe.optimizer!r} is none of timm's, or not for this machine: the paper's "
+                        "is adamw") from error  # fmt: skip
+
+
+def fit(run: Run) -> None:
+    """Train to the last step, with a checkpoint every ``checkpoint_steps`` and a log row every epoch."""
+    recipe, processes = run.recipe, run.processes
+    count = len(cast(Sized, run.images))
+    stop = count // recipe.batch_size * recipe.epochs
+    batches = MicroBatches(count, recipe, run.step, stop, processes.rank, processes.count)
+    per_epoch = batches.steps_per_epoch
+    cuda = processes.device.type == "cuda"
+    loader = iter(DataLoader(run.augmented(), batch_sampler=batches, num_workers=recipe.workers, pin_memory=cuda))
+    mix = run.mixer()
+    log = Log(recipe.out, run.step, run.score_name) if processes.main else None
+    started, first = time.perf_counter(), run.step
+    with tqdm(total=stop, initial=run.step, unit="step", smoothing=0.05, disable=None if log else True) as bar:
+        while run.step < stop:
+            training_step(run, mix, loader, batches.parts, per_epoch)
+            bar.update()
+            saving = run.step % recipe.checkpoint_steps == 0 or run.step == stop
+            ending = run.step % per_epoch == 0
+            if saving or ending or run.step % _LOGGED_EVERY == 0:
+                log_loss(run, log)
+            if ending:
+                speed = (run.step - first) * recipe.batch_size / (time.perf_counter() - started)
+                bar.set_postfix(end_epoch(run, log, per_epoch, speed))
+            if saving:
+                run.save()
+
+
+def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps_per_epoch: int) -> None:
+    """One optimiser step: every micro-batch forward and backward, then the weights and their moving average."""
+    recipe, device = run.recipe, run.processes.device
+    run.model.train()
+    run.model.soft_mask = soft_mask_alpha(recipe.soft_mask, run.step, int(recipe.soft_mask_epochs * steps_per_epoch))
+    rate = cosine_with_warmup(run.step, recipe.epochs * steps_per_epoch,
+                              int(recipe.warmup_epochs * steps_per_epoch), recipe.learning_rate)  # fmt: skip
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+    for part in parts:
+        images, labels = next(loader)
+        seed_everything(recipe.seed, run.step, part)
+        images, targets = mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+        with gradients_synchronised(run.wrapped, now=part == parts[-1]):
+            with torch.autocast(device.type, getattr(torch, recipe.autocast), enabled=recipe.autocast != "float32"):
+                logits = run.forward(images)
+            loss = run.loss(images, logits.float(), targets)
+            run.scaler.scale(loss / len(parts)).backward()
+        run.loss_share += loss.detach() / recipe.parts
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.average:
+        run.average.update_parameters(run.model)
+    run.step += 1
+    run.steps_unlogged += 1
+
+
+def log_loss(run: Run, log: Log | None) -> None:
+    """Add the losses since the last call to the epoch's and write their mean; UserError if not finite."""
+    (total,) = run.processes.sum(run.loss_share.item())
+    run.loss_share.zero_()
+    if not math.isfinite(total):
+        raise UserError(f"the loss is not finite at step {run.step}: lower --learning-rate")
+    run.loss_sum += total
+    if log:
+        log.write_loss(run.step, total / run.steps_unlogged)
+    run.steps_unlogged = 0
+
+
+def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> dict[str, str]:
+    """Evaluate the kept weights on the validation images and log the epoch; a summary for the bar."""
+    epoch, rate = run.step // per_epoch, run.optimizer.param_groups[-1]["lr"]
+    soft_mask = run.model.soft_mask
+    loss, run.loss_sum = run.loss_sum / per_epoch, 0.0
+    score = run.score(run.validation)
+    if log:
+        log.write_epoch(epoch, run.step, rate, soft_mask, loss, score, speed)
+    return {"epoch": str(epoch), "loss": f"{loss:.3f}", "val": f"{score:.2f}%"}
+
+
+def evaluate(run: Run, split: Dataset[Sample]) -> float:
+    """Top-1 in percent of the kept weights under the hard mask; the processes share the images, each counted once."""
+    model = run.kept.eval()
+    model.soft_mask = 0.0
+    own, counted = run.processes.share(len(cast(Sized, split)))
+    logits, labels = predict({"kept": torch_infer(model)}, Subset(split, own), run.preprocessing.transform(),
+                             workers=run.recipe.workers, progress=run.processes.main)  # fmt: skip
+    right, seen = run.processes.sum(float((logits["kept"].argmax(1) == labels)[:counted].sum()), counted)
+    return 100 * right / seen

@@ -1,0 +1,246 @@
+"""Export to ONNX with standard operators only: opset 23, native 8-bit weights, dynamic batch."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import opset23 as op
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as rules
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from illama.bundle import SOFTMAX_OUTPUT
+from illama.models.attention import Form, MaskedAttention, SoftMasked
+from quant.export.rotary import pair_halves, rotary_embedding
+from quant.quantizers.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize, quantizers
+from quant.schemes.formats import FORMATS
+
+OPSET = 23
+INPUT, OUTPUT = "images", "logits"
+# ONNX's type of a number format; it has none of 6 bits.
+_TYPES = {
+    "int8": onnx.TensorProto.INT8,
+    "uint8": onnx.TensorProto.UINT8,
+    "int6": onnx.TensorProto.INT8,
+    "uint6": onnx.TensorProto.UINT8,
+    "int4": onnx.TensorProto.INT4,
+    "uint4": onnx.TensorProto.UINT4,
+    "fp8": onnx.TensorProto.FLOAT8E4M3FN,
+}
+# Of onnxscript's 45 the ones that a transformer can meet. One of the others, which turns pairs of Slices into a
+# Split, takes time that grows with the square of the network: half of the whole export for 12 blocks.
+_RULES = (
+    rules.materialize_reshape_shape_rule, rules.squeeze_reshape_1d_rule, rules.reshape_reshape_rule,
+    rules.flatten_to_reshape_rule, rules.unsqueeze_unsqueeze_rule, rules.collapse_slice_rule,
+    rules.collapse_slice2_rule, rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.cast_cast_rule,
+    rules.no_op_cast_rule, rules.no_op_expand_rule, *rules.mul_by_1_rule.commute(), *rules.add_0_rule.commute(),
+)  # fmt: skip
+
+
+def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
+
+    Args:
+        form: ``plain`` for CPUs, ``fused`` (one Attention operator per block) for TensorRT.
+        dtype: float16 computes everything but the normalisations in half precision, as TensorRT's fused
+            attention demands; inputs and outputs stay float32.
+    """
+    model = copy.deepcopy(model).eval()
+    if form == "plain":
+        pair_halves(model)
+    notes = softmax_outputs(model) if form == "fused" else {}
+    network = _Casting(model, dtype, centred=form == "fused")
+    network.model.set_attention_form(form)
+    numbers = {quantizer.number.name for _, quantizer in quantizers(network)}
+    config = model.config
+    images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        traced = torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch")},))
+        lower(traced)
+        program = torch.onnx.export(
+            traced, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+            input_names=[INPUT], output_names=[OUTPUT], custom_translation_table=translations(form, numbers),
+        )  # fmt: skip
+    assert program is not None
+    graph = simplify(program.model)
+    if notes:
+        graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(notes)
+    ir.save(graph, path)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def softmax_outputs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Attention -> the signed format and scale of its softmax output, for TensorRT, where a scheme rounds it.
+
+    ONNX's Attention computes it inside and has no place for a Q/DQ, so whoever builds an engine sets this by hand.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedAttention) and isinstance(module.p, QuantizeDequantize):
+            number, scale = module.p.number, float(module.p.scale)
+            signed = FORMATS[number.name.removeprefix("u")]
+            found[name] = {"number": signed.name, "scale": scale * number.high / signed.high}
+    return found
+
+
+class _Casting(nn.Module):
+    """A network in another precision behind float32 inputs and outputs."""
+
+    def __init__(self, model: SoftMasked, dtype: torch.dtype, centred: bool) -> None:
+        super().__init__()
+        freeze(model, centred)
+        # Not model.to(dtype): that would turn the 8-bit floating-point weights into wide ones too.
+        self.model = model._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)  # type: ignore[no-untyped-call]
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.to(self.dtype)).to(torch.float32)
+
+
+def lower(program: ExportedProgram) -> None:
+    """Replace the operators that torch.onnx cannot translate by ones that it can, in place.
+
+    For their sake it would have the whole network traced a second time (``run_decompositions``), which takes longer
+    than all the rest. A network with others than those known here still gets that.
+    """
+    for node in list(program.graph.nodes):
+        _lower(node)
+    program.graph.eliminate_dead_code()
+    decompose = program.run_decompositions
+
+    def run_decompositions(table: dict[Any, Any]) -> ExportedProgram:
+        targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        done = not any(target in table or _mutates(target) for target in targets)
+        return program if done else decompose(table)
+
+    program.run_decompositions = run_decompositions  # type: ignore[method-assign, assignment]
+
+
+def _mutates(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _lower(node: fx.Node) -> None:
+    """Replace one node, if it is one of those and has nothing unusual; shapes are known but for the batch."""
+    aten = torch.ops.aten
+    if node.target in (aten.flatten.using_ints, aten.unflatten.int):
+        shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+        if shape.count(-1) <= 1:
+            node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], shape), {}
+    elif node.target == aten.chunk.default and not node.kwargs:
+        dim = node.args[2] if len(node.args) > 2 else 0
+        size = node.meta["val"][0].shape[dim]
+        if isinstance(size, int):
+            node.target, node.args = aten.split.Tensor, (node.args[0], size, dim)
+    elif node.target == aten.to.dtype and len(node.args) == 2 and not node.kwargs:
+        x, dtype = node.args
+        if x.meta["val"].dtype != dtype or any(user.op == "output" for user in node.users):  # type: ignore[union-attr]
+            node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
+        else:
+            node.replace_all_uses_with(x)  # type: ignore[arg-type]
+    elif node.target == aten._assert_tensor_metadata.default:
+        node.graph.erase_node(node)
+
+
+def simplify(model: ir.Model) -> ir.Model:
+    """Name every layer's nodes by the layer, fold every constant but Q/DQ, and drop the exporter's own notes."""
+    name_by_layer(model)
+    limit = 2**40
+    passes.InlinePass()(model)
+    for _ in range(2):  # what the rules leave behind can be folded again
+        fold_constants(model, onnx_shape_inference=True, input_size_limit=limit, output_size_limit=limit)
+        rewrite(model, _RULES)
+    ir.passes.Sequential(
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(size_limit=limit),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.DeduplicateInitializersPass(size_limit=limit),
+        passes.RemoveUnusedNodesPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+    return model
+
+
+def name_by_layer(model: ir.Model) -> None:
+    """Name nodes, and the values that layers give, by the network's modules, as far as they do not share them.
+
+    A node becomes ``blocks.0.attn.qkv/MatMul``; what the module gives becomes ``blocks.0.attn.qkv``, and what it
+    multiplies ``blocks.0.attn.qkv.input``. So engines, profiles and :mod:`quant.debug_layers` speak of layers.
+    """
+    results: dict[str, ir.Value] = {}
+    counts: Counter[str] = Counter()
+    for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))[2:-1]
+        scopes = [scope.removeprefix("model.") for scope in scopes]
+        name = f"{scopes[-1] if scopes else 'network'}/{node.op_type}"
+        counts[name] += 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+        results.update(dict.fromkeys(scopes, node.outputs[0]))
+    taken: set[int] = {id(value) for value in model.graph.outputs}
+    for scope, value in sorted(results.items(), key=lambda item: -item[0].count(".")):
+        if id(value) not in taken:
+            value.name = scope
+            taken.add(id(value))
+
+
+def translations(form: Form, numbers: Collection[str] = ()) -> dict[Any, Any]:
+    """What our two operators are in ONNX; activations only, since weights are dequantized and nothing else.
+
+    Args:
+        numbers: names of the number formats in the network.
+    """
+
+    def to_onnx_quantize_dequantize(x: Any, scale: Any, number: str, zero_point: int = 0) -> Any:
+        limits, kind = FORMATS[number], _TYPES[number]
+        if limits.bits == 6:  # saturated by hand, for its type does not
+            ends: list[Any] = [op.Constant(value_float=end - zero_point) for end in (limits.low, limits.high)]
+            x = op.Clip(x, *(op.Mul(scale, op.CastLike(end, scale)) for end in ends))
+        if form == "plain" and kind == onnx.TensorProto.INT8:
+            # The same numbers in the type that the products of x86 CPUs take on the left; left to itself,
+            # ONNX Runtime converts some of them and runs the others several times slower.
+            kind, zero_point = onnx.TensorProto.UINT8, 128
+        zero: Any = op.Constant(value=onnx.helper.make_tensor(f"zero_{number}", kind, [], [zero_point]))
+        quantized: Any = op.QuantizeLinear(x, scale, zero)
+        return op.DequantizeLinear(quantized, scale, zero)
+
+    def to_onnx_dequantize(weight: Any, scale: Any, number: str, axis: int, group_size: int = 0) -> Any:
+        if FORMATS[number].bits == 4:
+            weight = op.Cast(weight, to=_TYPES[number])
+        return op.DequantizeLinear(weight, scale, axis=axis, block_size=group_size)
+
+    def to_onnx_rotary(x: Any, cos: Any, sin: Any, positions: Any) -> Any:
+        return op.RotaryEmbedding(x, cos, sin, positions, interleaved=0)
+
+    def to_onnx_relu(x: Any) -> Any:
+        zero: Any = op.Constant(value_float=0.0)
+        return op.Max(x, op.CastLike(zero, x))
+
+    table = {
+        rotary_embedding._opoverload: to_onnx_rotary,
+        quantize_dequantize._opoverload: to_onnx_quantize_dequantize,
+        dequantize._opoverload: to_onnx_dequantize,
+    }
+    if form == "plain" and "fp8" in numbers:
+        # A Relu before a QuantizeLinear of zero point 0 is one that ONNX Runtime takes out, since bytes have no sign;
+        # FP8 has.
+        table[torch.ops.aten.relu.default] = to_onnx_relu
+    return table

@@ -1,0 +1,67 @@
+"""RoPE as ONNX's own operator, for CPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from illama.models.illama import Attention, Rotary
+from quant.quantizers.layers import QuantizedLinear
+
+
+@torch.library.custom_op("illama::rotary_embedding", mutates_args=())
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """The pairs (x[i], x[i + d / 2]) of (B, H, N, d), rotated by the angles whose cosines and sines are (N, d / 2).
+
+    ``positions`` (B, N), which ONNX's operator wants besides, are rows of these tables; here all 0..N-1.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+@rotary_embedding.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class HalvesRotary(Rotary):
+    """The rotation of heads whose dimensions are in another order: even ones first, then odd ones."""
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        cos, sin = rotation.to(x.dtype)
+        positions = torch.arange(x.shape[-2], device=x.device).expand(x.shape[0], -1)
+        return rotary_embedding(x, cos, sin, positions)
+
+
+def pair_halves(model: nn.Module) -> None:
+    """Rotate by one operator, and in the layout that runtimes have kernels for; in place, and not undone.
+
+        before   qkv, Split, Reshape, Transpose, [Split, 2 Squeeze, 4 Mul, Sub, Add, 2 Unsqueeze, Concat, 2 Reshape]
+        after    qkv', Split, Reshape, Transpose, RotaryEmbedding
+
+    The released weights rotate interleaved pairs. qkv' has the outputs of each head of q and k in the order 0, 2, 4,
+    ..., 1, 3, 5, ..., so that the pairs are an element of the first and one of the second half. Scores are sums over
+    a head's dimensions, so they stay what they were, and so does all behind them. A quantized layer keeps its
+    integers, in the new order.
+    """
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.rotary = HalvesRotary()
+            _reorder(module.qkv, _halves(module))
+
+
+def _halves(attention: Attention) -> Tensor:
+    """Indices into the outputs of ``qkv``: even, then odd, within each head of q and of k; v as it is."""
+    outputs = torch.arange(3 * attention.width)
+    heads = outputs[: 2 * attention.width].reshape(2 * attention.heads, -1)
+    return torch.cat([torch.cat([heads[:, ::2], heads[:, 1::2]], dim=1).flatten(), outputs[2 * attention.width :]])
+
+
+@torch.no_grad()
+def _reorder(linear: nn.Module, order: Tensor) -> None:
+    tensors = [linear.weight, linear.bias]
+    if isinstance(linear, QuantizedLinear) and linear.weight_quantizer is not None:
+        tensors.append(linear.weight_quantizer.scale)
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and len(tensor) == len(order):
+            tensor.copy_(tensor[order])

@@ -1,0 +1,81 @@
+"""A quantized network in a file: its float weights and its scales, with the scheme that says what they are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from illama.checkpoints.load import CONFIG_METADATA, read_state
+from illama.errors import UserError
+from illama.models.config import ModelConfig
+from illama.models.illama import ILLaMA
+from quant.quantizers.calibrate import quantize_layers
+from quant.quantizers.layers import QuantizeDequantize, quantizers
+from quant.quantizers.observers import RangeObserver
+from quant.schemes.formats import TensorSpec
+from quant.schemes.scheme import Scheme, resolve
+
+SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file; the values are JSON
+ZERO_POINTS_METADATA = "quant_zero_points"
+
+
+def write_quantized_weights(model: ILLaMA, scheme: Scheme, path: Path) -> None:
+    """Write a quantized network, as ``scheme`` made it of an iLLaMA."""
+    metadata = {
+        CONFIG_METADATA: json.dumps(model.config.to_dict()),
+        SCHEME_METADATA: json.dumps(asdict(scheme)),
+        ZERO_POINTS_METADATA: json.dumps(_zero_points(model)),
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, path, metadata)
+
+
+def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
+    """The network in a file of :func:`write_quantized_weights`, in evaluation mode, and its scheme.
+
+    Raises:
+        UserError: missing, damaged, or no such file.
+    """
+    state = read_state(path)
+    try:
+        with safe_open(path, "pt") as file:
+            notes = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+        config, scheme = ModelConfig.from_dict(notes[CONFIG_METADATA]), _scheme(notes[SCHEME_METADATA])
+        zero_points = notes[ZERO_POINTS_METADATA]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no quantized network, or a damaged one") from error
+    plan = resolve(scheme, model := ILLaMA(config))
+    # Ranges are in the file; these only give the quantizers their shapes.
+    observers = {name: RangeObserver(spec) for name, spec in plan.items()}
+    for observer in observers.values():
+        observer.collect(torch.tensor([0.0, 1.0]))
+    model = cast(ILLaMA, quantize_layers(model, plan, observers))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds other tensors than its scheme says: write it again") from error
+    for name, quantizer in quantizers(model):
+        if isinstance(quantizer, QuantizeDequantize):
+            quantizer.zero_point = zero_points.get(name, 0)
+    model.set_attention_form("plain")
+    return model.eval(), scheme
+
+
+def _zero_points(model: ILLaMA) -> dict[str, int]:
+    return {
+        name: quantizer.zero_point
+        for name, quantizer in quantizers(model)
+        if isinstance(quantizer, QuantizeDequantize) and quantizer.zero_point
+    }
+
+
+def _scheme(values: dict[str, object]) -> Scheme:
+    tensors: dict[str, dict[str, object] | None] = values.pop("tensors")  # type: ignore[assignment]
+    specs = {pattern: None if spec is None else TensorSpec(**spec) for pattern, spec in tensors.items()}  # type: ignore[arg-type]
+    return Scheme(tensors=specs, **values)  # type: ignore[arg-type]

@@ -1,0 +1,107 @@
+"""Bundles of quantized networks: the ONNX graphs of a network, and what was done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, sha256
+from illama.data.datasets import Preprocessing
+from illama.models.attention import SoftMasked
+from quant.export.onnx_export import export_onnx
+from quant.inputs import Inputs
+from quant.quantizers.calibrate import calibrate
+from quant.quantizers.torchao_backend import check, quantize_with_torchao, write_torchao
+from quant.schemes.scheme import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt
+
+SOURCE = "source"  # key in a manifest's metrics: what the bundle was made from
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What every bundle made from one checkpoint has in common; see :class:`illama.bundle.Manifest`.
+
+    Attributes:
+        source: what it was made from, as :func:`quant.inputs.open_inputs` takes it.
+    """
+
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    inputs: Mapping[str, str]
+    source: Mapping[str, Any]
+    seed: int = 0
+
+    @classmethod
+    def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
+        """That of a checkpoint and its data; ``files``: SHA-256 of whatever else was read, by path."""
+        weights = inputs.checkpoint.weights
+        hashes = {str(weights): sha256(weights), **(files or {})}
+        return cls(inputs.preprocessing, tuple(inputs.data.classes), hashes, inputs.source, seed)
+
+    def manifest(self, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Manifest:
+        """The manifest of a bundle of a network with that config."""
+        return Manifest(command_line(), dict(config), asdict(self.preprocessing), list(self.classes), self.seed,
+                        dict(self.inputs), {SOURCE: dict(self.source), **metrics})  # fmt: skip
+
+
+def check_scheme(model: SoftMasked, scheme: Scheme) -> None:
+    """UserError if ``scheme`` does not fit ``model``, or asks for what its backend cannot do."""
+    if scheme.backend == "torchao":
+        check(model, scheme)
+    else:
+        resolve(scheme, model)
+
+
+def quantize(model: SoftMasked, scheme: Scheme, batches: Sequence[Tensor]) -> SoftMasked:
+    """A quantized copy of ``model``, by whatever the scheme's backend is.
+
+    Args:
+        batches: calibration images (B, C, H, W); torchao takes none.
+    """
+    return quantize_with_torchao(model, scheme) if scheme.backend == "torchao" else calibrate(model, scheme, batches)
+
+
+def write_graphs(
+    folder: Path, model: SoftMasked, origin: Origin, files: tuple[str, ...], metrics: Mapping[str, Any]
+) -> Path:
+    """Export ``model`` as the ONNX files named into a new folder, with a manifest; the folder.
+
+    Args:
+        files: CPU_ONNX and FUSED_ONNX, either or both; the fused graph is in half precision.
+    """
+    folder.mkdir(exist_ok=True)
+    if CPU_ONNX in files:
+        export_onnx(model, folder / CPU_ONNX, "plain")
+    if FUSED_ONNX in files:
+        export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
+    origin.manifest(model.config.to_dict(), metrics).write(folder)
+    return folder
+
+
+def write_quantized(
+    folder: Path, model: SoftMasked, quantized: SoftMasked, scheme: Scheme, origin: Origin, metrics: Mapping[str, Any]
+) -> Path:
+    """:func:`write_graphs` of a quantized network, in the forms that have a runtime for its scheme.
+
+    The manifest's metrics say what the scheme did: ``layers`` (:func:`quant.schemes.scheme.describe`), ``no_tensorrt``
+    and ``not_timed``, the reasons why there is no fused graph and why a CPU's clock says nothing; empty where there are
+    none.
+
+    Args:
+        model: the network in floating point that ``quantized`` was made from.
+    """
+    plan = resolve(scheme, model)
+    no_tensorrt = unfit_for_tensorrt(plan) if scheme.backend == "onnx" else "it runs inside PyTorch"
+    files: tuple[str, ...] = (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
+    done = {"layers": describe(plan, model), "no_tensorrt": no_tensorrt, "not_timed": emulated_on_cpus(plan)}
+    if scheme.backend == "torchao":
+        files, done["not_timed"] = (), ""
+    write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **done, **metrics})
+    if scheme.backend == "torchao":
+        write_torchao(quantized, folder)
+    return folder

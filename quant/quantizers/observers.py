@@ -1,0 +1,150 @@
+"""What a tensor's values looked like over the calibration images, and the range that is chosen from it.
+
+A :class:`RangeObserver` is a calibrator of nvidia-modelopt's: its quantizers feed it. ModelOpt's own histogram keeps
+as many bins as the largest value needs and searches them one by one (minutes for a small network); this one has a
+fixed number of bins, doubles their width when a value does not fit, and judges all candidate ranges in one pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from illama.errors import UserError
+from quant.schemes.formats import NumberFormat, TensorSpec
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it warns of optional packages that nothing here needs
+    from modelopt.torch.quantization.calib.calibrator import _Calibrator
+
+BINS = 4096
+_SHARES = 100  # candidate ranges that mse and entropy compare: 1/100, 2/100 ... of the largest magnitude
+
+
+class RangeObserver(_Calibrator):
+    """Smallest and largest value of a tensor, and a histogram of its magnitudes if the spec needs one.
+
+    Attributes:
+        low, high: over everything seen; scalars.
+        counts: how many magnitudes fell into each of BINS equal bins of 0..``limit``; zeros are left out, since every
+            format represents them exactly, so that percentiles are those of the other values.
+    """
+
+    def __init__(self, spec: TensorSpec) -> None:
+        super().__init__(8, None, False)
+        self.spec = spec
+        self.reset()
+
+    def reset(self) -> None:
+        self.low, self.high = torch.tensor(float("inf")), torch.tensor(float("-inf"))
+        self.counts, self.limit = torch.zeros(BINS), 0.0
+
+    def collect(self, x: Tensor) -> None:
+        """Take in the values of one batch. UserError for NaN or infinity."""
+        low, high = x.detach().float().aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError("a calibration image gives NaN or infinite activations: check the images and the weights")
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        if self.spec.calibrator != "max" and self.spec.symmetric:
+            self._count(x.detach().float().abs(), float(torch.maximum(-low, high)))
+
+    def _count(self, magnitudes: Tensor, largest: float) -> None:
+        if not largest:
+            return
+        self.limit = self.limit or largest
+        while largest > self.limit:
+            self.counts = torch.cat([self.counts.unflatten(0, (-1, 2)).sum(1), torch.zeros(BINS // 2)])
+            self.limit *= 2
+        counts = torch.histc(magnitudes, BINS, 0.0, self.limit)
+        counts[0] -= (magnitudes == 0).sum()
+        self.counts += counts
+
+    def compute_amax(self) -> Tensor:
+        """The largest magnitude to be represented, by the spec's calibrator."""
+        if self.low > self.high:
+            raise UserError("a tensor to be quantized never got a value: the calibration images do not reach it")
+        if self.spec.amax is not None:
+            return torch.tensor(self.spec.amax)
+        largest = torch.maximum(-self.low, self.high)
+        if self.spec.calibrator == "max" or not self.spec.symmetric or not self.limit:
+            return largest
+        counts, limit = self.counts.double().numpy(), self.limit
+        if self.spec.calibrator == "percentile":
+            chosen = percentile_amax(counts, limit, self.spec.percentile)
+        elif self.spec.calibrator == "mse":
+            chosen = mse_amax(counts, limit, self.spec.number)
+        else:
+            chosen = entropy_amax(counts, limit, self.spec.number)
+        return torch.minimum(torch.tensor(chosen), largest)
+
+
+def percentile_amax(counts: np.ndarray, limit: float, percentile: float) -> float:
+    """The magnitude that ``percentile`` percent of the counted values do not exceed, to within a bin."""
+    cumulative = counts.cumsum()
+    return float((np.searchsorted(cumulative, percentile / 100 * cumulative[-1]) + 1) * limit / len(counts))
+
+
+def mse_amax(counts: np.ndarray, limit: float, number: NumberFormat) -> float:
+    """The range with the least squared error of rounding and clamping together."""
+    centres = torch.from_numpy((np.arange(len(counts)) + 0.5) * limit / len(counts)).float()
+    errors = []
+    for amax in _candidates(limit):
+        scale = torch.tensor(amax / number.high)
+        rounded = number.quantize(centres, scale).float() * scale
+        errors.append(float(((rounded - centres).double().square().numpy() * counts).sum()))
+    return _candidates(limit)[int(np.argmin(errors))]
+
+
+def entropy_amax(counts: np.ndarray, limit: float, number: NumberFormat) -> float:
+    """The range whose rounded distribution diverges least from the one seen (Kullback-Leibler), as TensorRT's did.
+
+    (Migacz, "8-bit inference with TensorRT", GTC 2017.) What lies beyond a candidate is clamped to it in both. A
+    candidate of fewer bins than the format has levels would be represented without loss, and is none.
+    """
+    levels = int(number.high) + 1
+    divergences = []
+    candidates = [amax for amax in _candidates(limit) if amax / limit * len(counts) >= levels]
+    for amax in candidates:
+        kept = round(amax / limit * len(counts))
+        seen = counts[:kept].copy()
+        level = (np.arange(kept) * levels // kept).astype(np.intp)
+        mass = np.bincount(level, weights=seen, minlength=levels)
+        occupied = np.bincount(level, weights=seen > 0, minlength=levels)
+        rounded = np.where(seen > 0, (mass / np.maximum(occupied, 1))[level], 0.0)
+        seen[-1] += counts[kept:].sum()
+        rounded[-1] = max(rounded[-1], 1e-3)  # the last bin has mass in one distribution: it must not be infinite
+        p, q = seen / seen.sum(), rounded / rounded.sum()
+        divergences.append(float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum()))
+    return candidates[int(np.argmin(divergences))]
+
+
+def _candidates(limit: float) -> list[float]:
+    return [limit * share / _SHARES for share in range(1, _SHARES + 1)]
+
+
+def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
+    """The range of every channel or group of a weight (out, ...), by the spec's calibrator.
+
+    Returns:
+        (out, 1, ...), (out, groups, 1) for a weight in groups, or (1, 1, ...) for one scale in all.
+    """
+    rows = weight.detach().flatten(1)
+    rows = rows.unflatten(1, (-1, spec.group_size)) if spec.granularity == "group" else rows
+    if spec.granularity == "tensor":
+        rows = rows.reshape(1, -1)
+    amax = rows.abs().amax(-1, keepdim=True)
+    if spec.calibrator == "mse":
+        amax = _weight_mse_amax(rows, amax, spec.number)
+    return amax if spec.granularity == "group" else amax.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _weight_mse_amax(rows: Tensor, largest: Tensor, number: NumberFormat) -> Tensor:
+    best, least = largest, torch.full_like(largest, float("inf"))
+    for share in torch.arange(0.4, 1.001, 0.02).tolist():
+        scale = number.scale(largest * share)
+        error = (number.quantize(rows, scale).float() * scale - rows).square().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, largest * share, best), torch.minimum(error, least)
+    return best

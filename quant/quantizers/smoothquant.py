@@ -1,0 +1,114 @@
+"""SmoothQuant: outliers of an activation's channels moved into the weights that make them (arXiv 2211.10438).
+
+A Linear's input channel j is divided by s_j and its weight's column j multiplied by it: nothing changes but how hard
+each is to round. The division costs nothing where it can be folded into whatever made the channel:
+
+    attn.qkv, mlp.fc1, mlp.fc3   into the weight (and bias) of the norm before them
+    mlp.fc2 of a SwiGLU          into fc3, whose output is a factor of the product
+    attn.proj                    into the rows of qkv that make v: attention mixes tokens and leaves channels alone
+
+A GELU stands between fc1 and fc2 of a ViT's MLP, and it is not linear, so that fc2 is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import ResPostBlock
+from torch import Tensor, nn
+
+from quant.schemes.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Linears that share an input, and how to divide the channels of that input where they are made."""
+
+    linears: tuple[str, ...]
+    divide: Callable[[Tensor], None]
+
+
+@torch.no_grad()
+def smooth(model: nn.Module, scheme: Scheme, batches: Iterable[Tensor]) -> None:
+    """Rescale ``model`` in place, exactly but for rounding, wherever the scheme smooths and quantizes an input.
+
+    Its strength is alpha of equation 4: 0 makes all channels of the weights equal, 1 all those of the input.
+    """
+    sites = [
+        site
+        for name, block in model.named_modules()
+        for site in _sites(name, block)
+        if _strength(scheme, site) is not None and scheme.spec(f"{site.linears[0]}.input")
+    ]
+    ranges = _channel_ranges(model, [site.linears[0] for site in sites], batches)
+    for site in sites:
+        layers: list[Any] = [model.get_submodule(name) for name in site.linears]
+        weights = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0)
+        inputs = ranges[site.linears[0]]
+        strength = _strength(scheme, site) or 0.0
+        s = inputs.clamp(min=1e-5) ** strength / weights.clamp(min=1e-5) ** (1 - strength)
+        s = torch.where(inputs > 0, s.clamp(min=1e-4), torch.ones_like(s))
+        for layer in layers:
+            layer.weight.mul_(s)
+        site.divide(s)
+
+
+def _strength(scheme: Scheme, site: _Site) -> float | None:
+    """Of the first of a site's Linears that the scheme smooths; they share an input, so one strength is all's."""
+    strengths = [scheme.strength(linear) for linear in site.linears]
+    return next((strength for strength in strengths if strength is not None), None)
+
+
+def _channel_ranges(model: nn.Module, linears: list[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The largest magnitude of every input channel of the Linears named."""
+    ranges: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            amax = inputs[0].abs().flatten(0, -2).amax(0)
+            ranges[name] = torch.maximum(ranges[name], amax) if name in ranges else amax
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in linears]
+    for images in batches:
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return ranges
+
+
+def _sites(name: str, block: Any) -> Iterator[_Site]:
+    """The places of one block, ours or timm's, where a division can be folded."""
+    if not all(hasattr(block, part) for part in ("norm1", "attn", "norm2", "mlp")):
+        return
+    attn, mlp = block.attn, block.mlp
+    gated = isinstance(getattr(mlp, "fc3", None), nn.Linear)
+    before = not isinstance(block, ResPostBlock)  # its norms come after attention and MLP
+    if before and _scales(block.norm1) and getattr(attn, "gate", None) is None:  # a gate reads the norm's output too
+        yield _Site((f"{name}.attn.qkv",), _divide_parameters(block.norm1))
+    if isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity) and getattr(attn, "gate", None) is None:
+        values = slice(2 * attn.proj.in_features, None)
+        yield _Site((f"{name}.attn.proj",), _divide_parameters(attn.qkv, values))
+    if before and _scales(block.norm2) and isinstance(getattr(mlp, "fc1", None), nn.Linear):
+        yield _Site(
+            tuple(f"{name}.mlp.{fc}" for fc in (("fc1", "fc3") if gated else ("fc1",))), _divide_parameters(block.norm2)
+        )
+    if gated:
+        yield _Site((f"{name}.mlp.fc2",), _divide_parameters(mlp.fc3))
+
+
+def _scales(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.weight is not None
+
+
+def _divide_parameters(module: Any, rows: slice = slice(None)) -> Callable[[Tensor], None]:
+    def divide(s: Tensor) -> None:
+        module.weight[rows].div_(s.reshape(-1, *[1] * (module.weight.ndim - 1)))
+        if getattr(module, "bias", None) is not None:
+            module.bias[rows].div_(s)
+
+    return divide

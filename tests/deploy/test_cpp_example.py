@@ -1,0 +1,140 @@
+"""examples/cpp: its preprocessing against the Python side's, its errors, and a real build where the headers are."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import ROOT, assert_one_line_error
+
+from illama.data.datasets import Preprocessing
+
+SOURCE = ROOT / "examples" / "cpp"
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="C++ example not compiled: there is no g++ here")
+
+HARNESS = r"""
+#include <cstdio>
+#include "image.hpp"
+int main(int, char** arguments) {
+    try {
+        const Labels labels = read_labels(arguments[1]);
+        for (const float value : normalise(read_image(arguments[2]), labels)) std::printf("%.9g\n", value);
+        for (const auto& [index, probability] : top({0.5f, 3.0f, -1.0f, 3.0f}, 3)) {
+            std::fprintf(stderr, "%s %.6f\n", labels.classes[index].c_str(), probability);
+        }
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return 2;
+    }
+}
+"""
+
+
+def _run(*command):
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    (folder / "harness.cpp").write_text(HARNESS)
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined,address", f"-I{SOURCE}"]
+    result = _run("g++", *flags, folder / "harness.cpp", "-o", folder / "harness")
+    assert result.returncode == 0, result.stderr
+    return folder / "harness"
+
+
+def _write_labels(folder, preprocessing):
+    numbers = [" ".join(map(str, values)) for values in (preprocessing.mean, preprocessing.std)]
+    lines = [*numbers, "shirt", "ankle boot", "a", "b"]
+    path = folder / "labels.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(("channels", "name"), [(3, "image.ppm"), (1, "image.pgm")])
+def test_preprocessing_equals_the_python_side(harness, tmp_path, channels, name):
+    preprocessing = Preprocessing.imagenet(32, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze())
+    image.save(tmp_path / name)
+    result = _run(harness, _write_labels(tmp_path, preprocessing), tmp_path / name)
+    ours = torch.tensor([float(line) for line in result.stdout.split()]).reshape(channels, 32, 32)
+    torch.testing.assert_close(ours, preprocessing.transform()(image), rtol=0, atol=1e-6)
+    expected = torch.softmax(torch.tensor([0.5, 3.0, -1.0, 3.0]), 0)
+    ranked = [line.rsplit(" ", 1) for line in result.stderr.splitlines()]
+    assert [label for label, _ in ranked] == ["ankle boot", "b", "shirt"]
+    np.testing.assert_allclose([float(p) for _, p in ranked], expected[[1, 3, 0]], atol=1e-6)
+
+
+def test_a_header_with_comments(harness, tmp_path):
+    (tmp_path / "image.pgm").write_bytes(b"P5 # made by hand\n# twice\n2 1\n255\n\x00\xff")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("0.5\n0.25\na\nb\nc\nd\n")
+    assert _run(harness, labels, tmp_path / "image.pgm").stdout.split() == ["-2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cannot read"),
+        (b"P6 2 2 255\n123", "cut short"),
+        (b"P6 30000 30000 255\n123", "cut short"),
+        (b"P6 2 2 65535\n" + bytes(24), "8-bit PPM"),
+        (b"P3 1 1 255\n1 2 3", "8-bit PPM"),
+        (b"P6 -2 2 255\n" + bytes(12), "8-bit PPM"),
+        (b"P6 99999999999999999999 2 255\n", "8-bit PPM"),
+        (b"\x89PNG\r\n\x1a\n", "8-bit PPM"),
+        (b"P5 2 2 255\n" + bytes(4), "channel"),
+    ],
+)
+def test_unusable_images_are_one_line(harness, tmp_path, content, words):
+    (tmp_path / "image.ppm").write_bytes(content)
+    result = _run(harness, _write_labels(tmp_path, Preprocessing.imagenet(32)), tmp_path / "image.ppm")
+    assert_one_line_error(result, words)
+    assert not result.stdout
+
+
+@pytest.mark.parametrize("content", ["shirt\nboot\n", "0.5 0.5 0.5\n0.25\nshirt\n"])
+def test_labels_without_their_numbers_are_one_line(harness, tmp_path, content):
+    (tmp_path / "labels.txt").write_text(content)
+    assert_one_line_error(_run(harness, tmp_path / "labels.txt", "image.ppm"), "means")
+
+
+def _tensorrt():
+    """The folder with TensorRT's include/ and lib/, or None where they are the system's own."""
+    if root := os.environ.get("TENSORRT_ROOT"):
+        return Path(root)
+    if any(Path("/usr/include").glob("*/NvInfer.h")) or Path("/usr/include/NvInfer.h").is_file():
+        return None
+    pytest.skip("C++ example not compiled: NvInfer.h is neither in /usr/include nor in $TENSORRT_ROOT/include")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if not shutil.which("cmake"):
+        pytest.skip("C++ example not compiled: there is no cmake here")
+    if not (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include" / "cuda_runtime_api.h").is_file():
+        pytest.skip("C++ example not compiled: no cuda_runtime_api.h in $CUDA_HOME/include or /usr/local/cuda/include")
+    folder = tmp_path_factory.mktemp("cpp")
+    root = _tensorrt()
+    is_rtx = root and any((root / "lib").glob("libtensorrt_rtx*"))
+    options = ["-DCMAKE_CXX_FLAGS=-Werror", f"-DTENSORRT_RTX={'ON' if is_rtx else 'OFF'}"]
+    for command in (["-S", SOURCE, "-B", folder / "build", *options], ["--build", folder / "build"]):
+        result = _run("cmake", *command)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "build" / "classify"
+
+
+def test_the_program_really_builds_and_says_what_is_missing(program, tmp_path):
+    labels = _write_labels(tmp_path, Preprocessing.imagenet(32))
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.ppm")
+    (tmp_path / "an.engine").write_bytes(b"no engine")
+    assert_one_line_error(_run(program), "usage: classify ENGINE LABELS IMAGE.ppm")
+    assert_one_line_error(_run(program, tmp_path / "none", labels, tmp_path / "image.ppm"), "cannot read")
+    result = _run(program, tmp_path / "an.engine", labels, tmp_path / "image.ppm")
+    assert_one_line_error(result, "" if torch.cuda.is_available() else "no usable NVIDIA GPU")

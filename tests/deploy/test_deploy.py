@@ -1,0 +1,472 @@
+"""Engines: really built, proven fused, refused when they cannot be, and trusted by their records alone."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
+
+from deploy.build import build_bundle, build_fitting
+from deploy.rewrites.openvino_graph import (
+    centre_inputs,
+    fitting_rewrites,
+    has_matrix_unit,
+    leave_inputs,
+    split_products,
+)
+from deploy.runtimes.open_engine import open_engine
+from deploy.trt.builder import EngineOptions, _read_timing_cache, build_engine, trtexec_line
+from deploy.trt.fusion import SoftmaxOutput, fused_kernels, softmax_outputs
+from deploy.trt.library import find_library
+from deploy.trt.record import FORMAT, EngineRecord, find_engines
+from illama import ILLaMA, ModelConfig
+from illama.atomic_write import read_pinned, write_pinned
+from illama.bundle import FUSED_ONNX, bundle_of, sha256
+from illama.errors import UserError
+from illama.graph.reader import load_graph, precisions
+from quant.export.onnx_export import export_onnx
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import SCHEMES
+
+library = find_library()
+needs_library = pytest.mark.skipif(library is None, reason="no TensorRT that can build is installed")
+needs_rtx = pytest.mark.skipif(library is None or library.name != "tensorrt_rtx", reason="of TensorRT for RTX")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return ILLaMA(SMALL).eval()
+
+
+@pytest.fixture
+def bundle(tmp_path, model):
+    folder = write_bundle(tmp_path / "bundle", SMALL, model.state_dict())
+    export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
+    return folder
+
+
+def export_quantized(config, scheme, path, form="fused", dtype=torch.float16):
+    torch.manual_seed(0)
+    model = ILLaMA(config).eval()
+    images = torch.randn(2, config.in_channels, config.image_size, config.image_size)
+    export_onnx(calibrate(model, replace(SCHEMES[scheme], learned=0), [images]), path, form, dtype)
+    return model
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@needs_library
+def test_an_engine_and_what_is_written_beside_it(bundle, model):
+    path = build_bundle(library, bundle, EngineOptions(batch=(1, 2, 4)))
+    record = EngineRecord.read(path)
+    assert (record.engine_sha256, record.onnx_sha256) == (sha256(path), sha256(bundle / FUSED_ONNX))
+    assert record.engine_bytes == path.stat().st_size
+    assert record.fused and record.attentions == model.config.depth
+    assert record.batch == (1, 2, 4)
+    assert record.inputs == {"images": ["float", [-1, 3, 32, 32]]} and record.outputs == {"logits": ["float", [-1, 3]]}
+    assert record.preprocessing["mean"] and record.classes == ["class0", "class1", "class2"]
+    assert record.precisions["blocks.0.attn.qkv/MatMul"] == "float16"
+    assert "--optShapes=images:2x3x32x32" in record.trtexec and f"{path.parent.name}/model.engine" in record.trtexec
+    assert names(path.parent) == ["model.engine", "record.json"] and names(bundle / "engines") == [path.parent.name]
+
+
+@needs_library
+def test_engines_of_other_options_are_side_by_side(bundle):
+    """Each is a folder that says what it is for; an earlier version's, which was a file, is one of them."""
+    portable = build_bundle(library, bundle)
+    small = build_bundle(library, bundle, EngineOptions(batch=(1, 1, 1)))
+    named = build_bundle(library, bundle, EngineOptions(refit=library.name == "tensorrt"), "mine")
+    old = bundle / "engines" / f"{library.name}.engine"
+    write_made_up_engine(old, library=library.name)
+    assert len({portable, small, named, old}) == 4 and named.parent.name == "mine"
+    assert set(find_engines(bundle)) == set(find_engines(bundle, library.name)) == {portable, small, named, old}
+    if library.name == "tensorrt_rtx":
+        assert portable.parent.name == "tensorrt_rtx-portable-1.8.64"
+        both, again = (build_fitting(library, bundle, EngineOptions(targets))[0]
+                       for targets in (("sm89,sm86",), ("sm86", "sm89", "sm89")))  # fmt: skip
+        assert both == again and both.parent.name == "tensorrt_rtx-sm86.sm89-1.8.64"
+    assert {bundle_of(path) for path in (portable, portable.parent, old, bundle / FUSED_ONNX, bundle)} == {bundle}
+    for path in find_engines(bundle):
+        assert EngineRecord.read(path)
+
+
+@needs_library
+def test_unchanged_inputs_are_not_built_again(bundle, capsys):
+    path = build_bundle(library, bundle)
+    written = path.stat().st_mtime_ns
+    assert "already" not in capsys.readouterr().out
+    assert build_bundle(library, bundle) == path and path.stat().st_mtime_ns == written
+    assert f"{path} is built already" in capsys.readouterr().out
+    old = bundle / "engines" / f"{library.name}.engine"  # as an earlier version wrote it
+    path.rename(old)
+    (path.parent / "record.json").rename(old.with_suffix(".json"))
+    path.parent.rmdir()
+    assert build_bundle(library, bundle) == old
+    assert build_bundle(library, bundle, name="mine") == bundle / "engines" / "mine" / "model.engine"
+
+
+@needs_library
+def test_an_engine_is_not_replaced_by_one_of_other_options(bundle, capsys):
+    path = build_bundle(library, bundle, name="mine")
+    written = path.stat().st_mtime_ns
+    with pytest.raises(UserError, match="choose another --name"):
+        build_bundle(library, bundle, EngineOptions(batch=(1, 1, 1)), "mine")
+    export_quantized(SMALL, "int8", bundle / FUSED_ONNX)
+    with pytest.raises(UserError, match="choose another --name"):
+        build_bundle(library, bundle, name="mine")
+    assert path.stat().st_mtime_ns == written
+    notes = bundle / "engines" / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="choose another --name"):
+        build_bundle(library, bundle, name="notes")
+    assert (notes / "mine.txt").read_text() == "precious"
+
+
+def damage_engine(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_record(path):
+    path.with_name("record.json").write_text("{")
+
+
+def lose_record(path):
+    path.with_name("record.json").unlink()
+
+
+def lose_engine(path):
+    path.unlink()
+
+
+def from_the_future(path):
+    record = path.with_name("record.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "format": FORMAT + 1}))
+
+
+DAMAGES = {damage_engine: "is not the engine that", damage_record: "is damaged", lose_record: "cannot read",
+           lose_engine: "cannot read", from_the_future: "is of format"}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_engine_that_its_record_does_not_speak_of_is_refused(damage, tmp_path):
+    path = tmp_path / "engines" / "mine" / "model.engine"
+    write_made_up_engine(path)
+    assert EngineRecord.read(path)
+    damage(path)
+    with pytest.raises(UserError, match=DAMAGES[damage]):
+        EngineRecord.read(path)
+
+
+@needs_library
+def test_an_engine_that_would_be_refused_is_built_again(bundle, capsys):
+    path = build_bundle(library, bundle)
+    for damage in DAMAGES:
+        damage(path)
+        capsys.readouterr()
+        assert build_bundle(library, bundle) == path and EngineRecord.read(path)
+        assert "is built again" in capsys.readouterr().out
+    assert names(bundle / "engines") == [path.parent.name]
+
+
+def test_the_engines_of_a_bundle(tmp_path):
+    """Also of a bundle in a folder of that name; but no draft of a killed process."""
+    bundle = write_bundle(tmp_path / "engines" / "bundle", SMALL)
+    assert find_engines(bundle) == [] and bundle_of(bundle) == bundle_of(bundle / "model.safetensors") == bundle
+    folder = bundle / "engines"
+    rtx, full, old, unknown = (folder / name for name in
+                               ("b/model.engine", "c/model.engine", "a.engine", "d/model.engine"))  # fmt: skip
+    for path in (rtx, old):
+        write_made_up_engine(path, library="tensorrt_rtx")
+    for path in (full, unknown, folder / ".b.draft-0123456789abcdef" / "model.engine"):
+        write_made_up_engine(path)
+    (folder / "labels.txt").write_text("class0")
+    (folder / "empty").mkdir()
+    damage_record(unknown)
+    assert find_engines(bundle) == [old, rtx, full, unknown]
+    assert find_engines(bundle, "tensorrt") == [full, unknown]
+    assert find_engines(bundle, "tensorrt_rtx") == [old, rtx, unknown]
+    assert {bundle_of(path) for path in (rtx, rtx.parent, old, folder)} == {bundle}
+
+
+@pytest.mark.gpu
+@needs_library
+def test_stripped_engines_are_smaller_and_get_their_weights_when_they_are_loaded(bundle, model):
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    whole = build_bundle(library, bundle)
+    expected = open_engine(whole).infer(images)
+    stripped = build_bundle(library, bundle, EngineOptions(weight_stripped=True), "stripped")
+    assert stripped.stat().st_size < whole.stat().st_size - (bundle / FUSED_ONNX).stat().st_size / 2
+    np.testing.assert_allclose(open_engine(stripped).infer(images), expected, atol=1e-2)
+
+
+@needs_library
+def test_a_workspace_and_detail(bundle):
+    record = EngineRecord.read(build_bundle(library, bundle, EngineOptions(workspace_gib=0.5, verbosity="detailed")))
+    assert record.options["workspace_gib"] == 0.5 and record.options["verbosity"] == "detailed"
+
+
+@needs_library
+@pytest.mark.parametrize("mask", ["post_softmax", "pre_softmax", "bidirectional"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_mask_fuses_in_half_precision(mask, dtype, tmp_path):
+    config = ModelConfig.from_dict({**SMALL.to_dict(), "mask": mask})
+    export_onnx(ILLaMA(config), tmp_path / "model.onnx", "fused", dtype)
+    built = build_engine(library, tmp_path / "model.onnx")
+    assert built.fused and built.attentions == config.depth
+
+
+@needs_library
+@pytest.mark.parametrize(("size", "name"), [("nano", "int8"), ("nano", "w4a16"), ("tiny", "fp8"),
+                                            ("tiny", "fp8-attention")])  # fmt: skip
+def test_quantized_networks_fuse(size, name, tmp_path):
+    config = ModelConfig.preset(size, depth=2)
+    export_quantized(config, name, tmp_path / "model.onnx")
+    targets = ("sm89", "sm120") if library.name == "tensorrt_rtx" else ()
+    built = build_engine(library, tmp_path / "model.onnx", EngineOptions(targets))
+    assert built.fused and built.attentions == 2 and len(built.data) > 100_000
+
+
+@needs_rtx
+@pytest.mark.parametrize("mask", ["post_softmax", "pre_softmax", "bidirectional"])
+def test_fp8_attention_fuses_in_fp8_and_int8_attention_is_refused_by_rtx(mask, tmp_path):
+    """RTX has no INT8 kernel of attention; the gate asks for the precision of the scheme, and says so."""
+    config = ModelConfig.preset("tiny", depth=2, num_classes=3, mask=mask)
+    export_quantized(config, "fp8-attention", tmp_path / "fp8.onnx")
+    output = softmax_outputs(onnx.load(tmp_path / "fp8.onnx"))["blocks.0.attn.core"]
+    assert output == SoftmaxOutput("fp8", pytest.approx(1 / 448))
+    assert build_engine(library, tmp_path / "fp8.onnx", EngineOptions(("sm89",))).fused
+    export_quantized(config, "int8-attention", tmp_path / "int8.onnx")
+    with pytest.raises(UserError, match=r"cannot build.*not supported by a dedicated kernel"):
+        build_engine(library, tmp_path / "int8.onnx", EngineOptions(("sm89",)))
+    loose = build_engine(library, tmp_path / "int8.onnx", EngineOptions(("sm89",), allow_unfused=True))
+    assert not loose.fused and loose.attentions == 2
+
+
+@needs_library
+def test_attention_that_no_kernel_fuses_fails_the_build(model, tmp_path):
+    export_onnx(model, tmp_path / "model.onnx", "fused")  # float32: there is no fused kernel
+    with pytest.raises(UserError, match="cannot build"):
+        build_engine(library, tmp_path / "model.onnx")
+    assert not build_engine(library, tmp_path / "model.onnx", EngineOptions(allow_unfused=True)).fused
+
+
+@needs_library
+def test_attention_in_pieces_fails_the_build(model, tmp_path):
+    export_onnx(model, tmp_path / "model.onnx", "plain", torch.float16)
+    with pytest.raises(UserError, match="not one Attention operator"):
+        build_engine(library, tmp_path / "model.onnx")
+
+
+@needs_rtx
+def test_targets_and_options_that_cannot_be(bundle):
+    with pytest.raises(UserError, match="unknown target 'sm12'"):
+        build_fitting(library, bundle, EngineOptions(("sm12",)))
+    with pytest.raises(UserError, match="no use for --timing-cache"):
+        build_bundle(library, bundle, EngineOptions(timing_cache=bundle / "cache"))
+    with pytest.raises(UserError, match="no --hardware-compatible"):
+        build_bundle(library, bundle, EngineOptions(hardware_compatible=True))
+    with pytest.raises(UserError, match="no --version-compatible"):
+        build_bundle(library, bundle, EngineOptions(version_compatible=True))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="on a GPU only"):
+            build_bundle(library, bundle, EngineOptions(weight_stripped=True))
+    with pytest.raises(UserError, match=r"tensorrt is not installed|builds on the GPU"):
+        find_library("tensorrt")
+    wrong = {"timing_cache": bundle}, {"timing_cache": bundle / "no" / "cache"}
+    for options in ({"batch": (4, 2, 8)}, {"batch": (0, 1, 1)}, {"workspace_gib": 0.0}, *wrong):
+        with pytest.raises(UserError, match=r"--batch|--workspace-gib|--timing-cache"):
+            EngineOptions(**options)
+    export_quantized(SMALL, "fp8", bundle / FUSED_ONNX)
+    assert build_fitting(library, bundle, EngineOptions(("sm86",))) == (None, ("sm86",))
+    assert not (bundle / "engines").exists()
+    path, unfit = build_fitting(library, bundle, EngineOptions(("sm86", "sm89")))
+    assert EngineRecord.read(path).targets == ("sm89",) and unfit == ("sm86",)
+
+
+@needs_library
+def test_a_timing_cache_that_was_tampered_with_is_refused(tmp_path):
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(b"other")
+    with pytest.raises(UserError, match="delete it"):
+        _read_timing_cache(None, cache)
+    for pin in ("", "0" * 64 + "  timing.cache\n"):
+        (tmp_path / "timing.cache.sha256").write_text(pin)
+        with pytest.raises(UserError, match="delete it"):
+            _read_timing_cache(None, cache)
+    write_pinned(cache, b"what was written")
+    assert read_pinned(cache) == b"what was written"
+
+
+@needs_library
+def test_the_line_for_trtexec(bundle):
+    options = EngineOptions(("sm86", "sm120"), (1, 8, 64), 0.5, refit=True, verbosity="detailed")
+    line = trtexec_line(library, bundle / FUSED_ONNX, bundle / "x.engine", options)
+    assert "--minShapes=images:1x3x32x32" in line and "--maxShapes=images:64x3x32x32" in line
+    assert "--memPoolSize=workspace:512" in line and "--refit" in line and "--profilingVerbosity=detailed" in line
+    if library.name == "tensorrt_rtx":
+        assert line.startswith("tensorrt_rtx ") and "--computeCapabilities=8.6,12.0" in line
+
+
+@needs_library
+def test_the_command(bundle, tmp_path, run_here):
+    result = run_command("deploy/build.py", bundle, "--batch", "1:2:4")
+    assert result.returncode == 0, result.stderr
+    assert "2 fused attentions" in result.stdout and "--saveEngine=" in result.stdout
+    assert names(bundle / "engines") == [f"{library.name}-portable-1.2.4"] or library.name == "tensorrt"
+    for name in (".hidden", "../up", "a/b", "-x", "a b", "", "x" * 101):
+        assert_one_line_error(run_here("deploy/build.py", bundle, f"--name={name}"), "--name")
+    assert_one_line_error(run_command("deploy/build.py", bundle, "--batch", "1:x"), "--batch is smallest:best:largest")
+    (bundle / FUSED_ONNX).write_bytes(b"not a graph")
+    assert_one_line_error(run_command("deploy/build.py", bundle), "ONNX")
+    assert_one_line_error(run_command("deploy/build.py", tmp_path / "nowhere"), "has no model.fused.onnx")
+
+
+def test_fused_kernels_are_known_by_their_tactic():
+    """The inspector's JSON as NVIDIA documents it; not an engine's own, for want of a GPU."""
+    layers = [{"Name": "blocks.0.attn.core/Attention_softmax", "TacticName": "sm80_softmax"},
+              {"Name": "__myl_x", "TacticName": "_gemm_mha_v2_0x1"}, "a layer without detail"]  # fmt: skip
+    assert fused_kernels(json.dumps({"Layers": layers})) == ["_gemm_mha_v2_0x1"]
+    assert fused_kernels("{}") == []
+
+
+def test_precisions_are_those_of_the_graph(tmp_path):
+    export_quantized(SMALL, "int8", tmp_path / "int8.onnx")
+    found = precisions(onnx.load(tmp_path / "int8.onnx"))
+    assert found["blocks.0.attn.qkv/MatMul"] == "int8" and found["blocks.0.attn.core/Attention"] == "float16"
+    assert found["patch_embed.proj/Conv"] == "float16, int8 weights"
+    export_quantized(SMALL, "fp8-attention", tmp_path / "fp8.onnx")
+    assert precisions(onnx.load(tmp_path / "fp8.onnx"))["blocks.0.attn.core/Attention"] == "fp8"
+
+
+def in_onnxruntime(model, images):
+    """What the graph itself says, without what ONNX Runtime would make of it."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"images": images})[0]
+
+
+def operators(model):
+    return Counter(node.op_type for node in model.graph.node)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(16, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-attention", "w4a8"])
+def test_centred_inputs_give_the_same_numbers(scheme, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_quantized(SMALL, scheme, path, "plain", torch.float32)
+    model, centred = load_graph(path), load_graph(path)
+    centre_inputs(centred)
+    onnx.checker.check_model(centred, full_check=True)
+    zeros = {tensor.name: tensor for tensor in centred.graph.initializer}
+    kinds = [zeros[node.input[2]].data_type for node in centred.graph.node
+             if node.op_type == "QuantizeLinear" and ".input" in node.name]  # fmt: skip
+    assert kinds and set(kinds) == {onnx.TensorProto.INT8}
+    difference = np.abs(in_onnxruntime(model, IMAGES) - in_onnxruntime(centred, IMAGES))
+    # The same integers; but a value on the edge between two may fall to the other, by the last bit of the shift.
+    assert difference.max() < 0.02 * np.abs(in_onnxruntime(model, IMAGES)).max()
+    assert np.median(difference) < 1e-6
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "w4a8"])
+def test_products_in_parts_give_the_same_numbers(scheme, tmp_path):
+    path = tmp_path / "model.onnx"
+    if scheme:
+        export_quantized(SMALL, scheme, path, "plain", torch.float32)
+    else:
+        torch.manual_seed(0)
+        export_onnx(ILLaMA(SMALL).eval(), path, "plain")
+    model, split = load_graph(path), load_graph(path)
+    split_products(split)
+    onnx.checker.check_model(split, full_check=True)
+    before, after = operators(model), operators(split)
+    assert before["Split"] == SMALL.depth and after["Split"] == 0
+    # q, k and v of each block but the last, whose q is of the class token alone and a product of its own already.
+    assert after["MatMul"] == before["MatMul"] + 2 * (SMALL.depth - 1) + 1
+    expected = in_onnxruntime(model, IMAGES)
+    difference = np.abs(expected - in_onnxruntime(split, IMAGES))
+    assert np.median(difference) < 1e-6 and difference.max() < (0.02 if scheme else 1e-5) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed", "expected"),
+    [("amx_tile amx_int8", None, True), ("amx_int8", "avx512_core_amx", True), ("amx_int8", "DEFAULT", True),
+     ("amx_int8", "AVX512_CORE_VNNI", False), ("avx512_vnni", None, False)],
+)  # fmt: skip
+def test_zero_points_are_shifted_away_where_there_is_a_matrix_unit(flags, allowed, expected, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if allowed:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
+    assert has_matrix_unit(tmp_path / "cpuinfo") == expected
+    assert (centre_inputs in fitting_rewrites(False, expected)) == expected
+    assert not has_matrix_unit(tmp_path / "no such file")
+
+
+def test_inputs_of_small_products_are_left_as_they_are(tmp_path):
+    path = tmp_path / "model.onnx"
+    network = export_quantized(SMALL, "int8", path, "plain", torch.float32)
+    left, all_left = load_graph(path), load_graph(path)
+    # proj, the last block's q, the head; qkv has three times as many, and fc2's input is rounded with its Mul.
+    leave_inputs(left, outputs=SMALL.width)
+    leave_inputs(all_left, outputs=10**9)
+    rounded = operators(load_graph(path))["QuantizeLinear"]
+    assert operators(left)["QuantizeLinear"] == rounded - SMALL.depth - 2 > operators(all_left)["QuantizeLinear"] > 0
+    with torch.no_grad():
+        exact = network(torch.from_numpy(IMAGES)).numpy()
+    errors = [np.linalg.norm(in_onnxruntime(each, IMAGES) - exact) for each in (all_left, left, load_graph(path))]
+    assert errors[0] < errors[2] and errors[1] < 1.1 * errors[2]
+    for rewrite in fitting_rewrites(bfloat16=True, matrix_unit=True):
+        rewrite(left)
+    onnx.checker.check_model(left, full_check=True)
+    read = {name for node in left.graph.node for name in node.input}
+    assert read >= {tensor.name for tensor in left.graph.initializer}  # nothing is kept that nothing reads
+
+
+STUBS = next(Path(sys.prefix).glob("lib/*/site-packages/tensorrt_bindings/tensorrt.pyi"), None)
+
+
+@pytest.mark.skipif(STUBS is None, reason="tensorrt-stubs is not installed")
+def test_calls_fit_tensorrts_signatures(tmp_path):
+    """mypy over the code that drives TensorRT, with the stubs in a form that Python can parse.
+
+    They are generated and have parameters called ``in``, and such without a default behind such with one.
+    """
+    shutil.copytree(STUBS.parent, tmp_path / "tensorrt_bindings")
+    shutil.copytree(STUBS.parent.parent / "tensorrt", tmp_path / "tensorrt")
+    stub = tmp_path / "tensorrt_bindings" / "tensorrt.pyi"
+    stub.write_text(re.sub(r"(def \w+\()([^()]*)(\))", _parsable, re.sub(r"\bin: ", "inputs: ", stub.read_text())))
+    stubs = [tmp_path / "tensorrt" / "__init__.pyi", tmp_path / "tensorrt_bindings" / "__init__.pyi", stub]
+    ours = [ROOT / "deploy" / name for name in ("tensorrt_library.py", "fusion.py", "builder.py", "tensorrt_engine.py")]
+    options = ["--follow-imports=skip", "--cache-dir", tmp_path / "cache"]
+    command = [sys.executable, "-m", "mypy", *map(str, [*options, *ours, *stubs])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    errors = [
+        line
+        for line in result.stdout.splitlines()
+        if line.startswith("deploy/") and "error:" in line and "Dims" not in line
+    ]
+    assert "checked 7 source files" in result.stdout and errors == []  # a tuple is a Dims where it is called
+
+
+def _parsable(match):
+    parts, has_default = [], False
+    for part in re.split(r",\s*(?![^\[]*\])", match[2]):
+        has_default |= "=" in part
+        parts.append(f"{part} = ..." if has_default and "=" not in part and not part.startswith("*") else part)
+    return match[1] + ", ".join(parts) + match[3]

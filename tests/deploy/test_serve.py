@@ -1,0 +1,766 @@
+"""Serving: a real Triton server, real test images over HTTP and gRPC, against the engine itself."""
+
+import importlib.util
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from onnx import numpy_helper
+from PIL import Image
+from support import (
+    ROOT,
+    SMALL,
+    assert_one_line_error,
+    run_command,
+    write_bundle,
+    write_linear_bundle,
+    write_made_up_engine,
+)
+
+pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed: pip install 'tritonclient[http,grpc]'")
+import serve_load
+import serve_sizing
+import tritonclient.grpc
+import tritonclient.http
+from google.protobuf import text_format
+from serve_client import Client, Question, as_png, free_ports, is_wrong, read_questions
+from serve_faults import judge
+from serve_load import LoadOptions, load
+from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
+
+import deploy.serving.health
+import deploy.serving.server
+from deploy.camera import CameraOptions
+from deploy.camera import main as camera_main
+from deploy.runtimes.image_input import ImageInput
+from deploy.runtimes.open_engine import open_engine
+from deploy.runtimes.recommended_runtime import recommend_runtime
+from deploy.serve import ServeOptions, main, name_models
+from deploy.serving.health import ServedRepository, UnhealthyError, live_backends
+from deploy.serving.known_answer import KnownAnswer
+from deploy.serving.model_config import ServingOptions
+from deploy.serving.repository import add_versions, write_repository
+from deploy.serving.server import ListenOptions, private_names, running_server
+from deploy.trt.record import EngineRecord
+from illama import ILLaMA
+from illama.bundle import CPU_ONNX, MANIFEST, Manifest
+from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.data.datasets import Preprocessing, open_data
+from illama.errors import UserError
+from illama.models.timm_vit import to_quantizable
+from quant.export.onnx_export import export_onnx
+from quant.export.write_bundle import Origin, quantize, write_graphs, write_quantized
+from quant.schemes.scheme import find_scheme
+
+HERE = shutil.which("tritonserver") or importlib.util.find_spec("pytriton")
+needs_server = pytest.mark.skipif(not HERE, reason="no tritonserver: pip install --no-deps nvidia-pytriton")
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """A bundle of the shipped checkpoint."""
+    folder = tmp_path_factory.mktemp("bundles") / "clothes"
+    folder.mkdir()
+    shutil.copy(SHIPPED / MANIFEST, folder)
+    export_onnx(load_checkpoint(SHIPPED).model, folder / CPU_ONNX, "plain")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_clothes(clothes):
+    """The same network but for its last bias, so that it answers otherwise."""
+    folder = shutil.copytree(clothes, clothes.with_name("other"))
+    graph = onnx.load(folder / CPU_ONNX)
+    biases = [tensor for tensor in graph.graph.initializer if list(tensor.dims) == [10]]
+    biases[0].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(biases[0])[::-1] * 9, biases[0].name))
+    onnx.save(graph, folder / CPU_ONNX)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(clothes):
+    return read_questions(open_data("fashion-mnist").test(), 64, clothes)
+
+
+def _command(listen, *arguments):
+    ports = ("--http-port", listen.http_port, "--grpc-port", listen.grpc_port, "--metrics-port", listen.metrics_port)
+    return [sys.executable, "deploy/serve.py", *map(str, arguments), "--run", *map(str, ports)]
+
+
+@contextmanager
+def started(log, *arguments):
+    """(where it listens, the command as a user types it, once its server is ready)."""
+    listen = free_ports()
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            _command(listen, *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+    try:
+        assert any(line.startswith("ready:") for line in process.stdout), log.read_text()
+        assert "no authentication" in process.stdout.readline()
+        yield listen, process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@contextmanager
+def served(log, *arguments):
+    """Where a server listens, until Ctrl-C; then it must have ended well."""
+    with started(log, *arguments) as (listen, process):
+        yield listen
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert (process.returncode, output.strip()) == (0, "stopped")
+        assert "Traceback" not in log.read_text()
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            urllib.request.urlopen(f"http://127.0.0.1:{listen.http_port}/v2/health/live")
+
+
+@pytest.fixture(scope="module")
+def server(clothes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    options = ("--name", "served", "--out", folder / "models", "--poll-seconds", 1)
+    with served(folder / "log", clothes, *options) as listen:
+        yield listen, folder / "models"
+
+
+def _padded(files):
+    longest = max(map(len, files))
+    return np.stack([np.frombuffer(file.ljust(longest, b"\0"), np.uint8) for file in files])
+
+
+def _infer(protocol, listen, tensor, model="served", version="", name="image", **output):
+    """An answer's logits or classes over "http" or "grpc"."""
+    triton, port = {"http": (tritonclient.http, listen.http_port), "grpc": (tritonclient.grpc, listen.grpc_port)}[
+        protocol
+    ]
+    with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        request = triton.InferInput(name, tensor.shape, "UINT8" if tensor.dtype == np.uint8 else "FP32")
+        request.set_data_from_numpy(tensor)
+        outputs = [triton.InferRequestedOutput("logits", **output)]
+        return client.infer(model, [request], model_version=version, outputs=outputs).as_numpy("logits")
+
+
+@needs_server
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_an_image_is_answered_as_the_engine_answers_it(protocol, server, questions):
+    for question in questions[:8]:
+        np.testing.assert_array_equal(_infer(protocol, server[0], _padded([question.file]))[0], question.logits)
+
+
+@needs_server
+def test_several_files_in_a_request_and_the_classes_by_name(server, questions):
+    files, expected = [q.file for q in questions[:32]], np.stack([q.logits for q in questions[:32]])
+    np.testing.assert_allclose(_infer("grpc", server[0], _padded(files)), expected, atol=0.02 * np.abs(expected).max())
+    best = _infer("http", server[0], _padded(files), class_count=1).ravel()
+    named = [CLASSES.index(answer.decode().split(":")[2]) for answer in best]
+    assert not any(is_wrong(np.eye(10)[index], logits) for index, logits in zip(named, expected, strict=True))
+
+
+@needs_server
+def test_a_jpeg_of_another_size_goes_through_the_bundle_s_own_preprocessing(server, clothes):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(file, "JPEG")
+    transform = Preprocessing(**json.loads((clothes / MANIFEST).read_text())["preprocessing"]).transform()
+    image = transform(Image.open(file).convert("RGB")).numpy()
+    expected = open_engine(clothes / CPU_ONNX).infer(image[None])
+    url = f"http://127.0.0.1:{server[0].http_port}/v2/models/served/infer"
+    post = urllib.request.Request(url, file.getvalue(), {"Inference-Header-Content-Length": "0"})
+    with urllib.request.urlopen(post) as answer:  # as curl --data-binary sends it
+        body, head = answer.read(), int(answer.headers["Inference-Header-Content-Length"])
+    np.testing.assert_array_equal(np.frombuffer(body[head:], np.float32), expected[0])
+    np.testing.assert_array_equal(_infer("http", server[0], image[None], "served-network", name="images"), expected)
+
+
+@needs_server
+def test_what_is_no_image_fails_alone(server, questions):
+    for junk in (b"no picture", questions[0].file[:100]):
+        with pytest.raises(tritonclient.grpc.InferenceServerException, match="cannot read the image number 1"):
+            _infer("grpc", server[0], _padded([questions[0].file, junk]))
+    np.testing.assert_array_equal(_infer("grpc", server[0], _padded([questions[0].file]))[0], questions[0].logits)
+
+
+SCHEMES = ("int8", "fp8", "w4a8-dynamic")  # in OpenVINO, ONNX Runtime, and PyTorch
+
+
+def _schemes_of_a_colour_network(folder):
+    """Bundles of one network that takes RGB, each quantized by another scheme."""
+    torch.manual_seed(0)
+    model, images = ILLaMA(SMALL).eval(), [torch.randn(8, 3, 32, 32)]
+    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), {}, {})
+    folder.mkdir()
+    return [write_quantized(folder / name, model, quantize(model, scheme, images), scheme, origin, {})
+            for name in SCHEMES for scheme in [find_scheme(name)]]  # fmt: skip
+
+
+def _timm_bundle(folder):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=3, depth=2)
+    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), {}, {})
+    return write_graphs(folder, to_quantizable(vit.eval()), origin, (CPU_ONNX,), {})
+
+
+def _pictures(height, width, count, seed=0):
+    """PNG files of noise and what is in them."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return [as_png(Image.fromarray(each)) for each in pixels]
+
+
+def _post(listen, model, file):
+    """(HTTP status, logits or message) of one file, sent as curl --data-binary sends it."""
+    url = f"http://127.0.0.1:{listen.http_port}/v2/models/{model}/infer"
+    headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, file, headers)) as answer:
+            body, head = answer.read(), int(answer.headers["Inference-Header-Content-Length"])
+            return answer.status, np.frombuffer(body[head:], np.float32)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def _assert_close(actual, expected):
+    """Within what a float type of 8 bits of mantissa may differ by in another batch."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def _assert_answered(listen, model, bundle):
+    """One file, and several in a request, as the bundle itself answers them."""
+    takes, choice = ImageInput.of(Manifest.read(bundle)), recommend_runtime(bundle)
+    files = _pictures(*(takes.frame or (40, 60))[:2], 3)
+    inputs = np.stack([takes.read(io.BytesIO(file), str) for file in files])
+    expected = open_engine(choice.file, choice.runtime).infer(inputs)
+    status, logits = _post(listen, model, files[0])
+    assert status == 200, logits
+    _assert_close(logits, expected[0])
+    _assert_close(_infer("grpc", listen, _padded(files), model), expected)
+
+
+def _assert_bad_requests_fail_alone(listen, bundle):
+    """Requests at once, of which the server batches what it can: each gets its own answer or its own error."""
+    takes = ImageInput.of(Manifest.read(bundle))
+    (good,) = _pictures(16, 16, 1)
+    expected = open_engine(bundle / CPU_ONNX).infer(takes.read(io.BytesIO(good), str)[None])[0]
+    white, large = as_png(Image.new("RGB", (16, 16), "white")), as_png(Image.new("RGB", (101, 100)))
+    kinds = {good: 200, b"no picture": 400, b"": 400, white: 500, large: 400, good + bytes(10**5): 400}
+    files = [file for file in kinds for _ in range(8)]
+    np.random.default_rng(0).shuffle(files)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda file: _post(listen, bundle.name, bytes(file)), files))
+    for file, (status, answer) in zip(files, answers, strict=True):
+        assert status == kinds[bytes(file)], answer
+        if status == 200:
+            _assert_close(answer, expected)
+    assert "finite" in _post(listen, bundle.name, white)[1]
+
+
+def _backend(version):
+    """(process, its argument) of the Python backend that runs a version of a model."""
+    return next(each for each in live_backends() if each[1].parent.resolve() == version.resolve())
+
+
+def _is_live(version):
+    return any(path.parent.resolve() == version.resolve() for _, path in live_backends())
+
+
+def _private_name(version):
+    """The name under which a server that runs a version of a model keeps its own files."""
+    return _backend(version)[1].parents[3].name
+
+
+def _probe(repository, listen):
+    return run_command("deploy/probe.py", repository, "--url", f"http://127.0.0.1:{listen.http_port}")
+
+
+@needs_server
+def test_every_kind_of_bundle_is_served_and_a_dead_backend_ends_the_server(tmp_path):
+    schemes = _schemes_of_a_colour_network(tmp_path / "schemes")
+    colours = {"timm": _timm_bundle(tmp_path / "timm"), "camera": tmp_path / "camera"}
+    camera_main(CameraOptions(schemes[0], "40x50", out=colours["camera"]))
+    # Finite logits for noise and for the known answer's waves, whose pixels are 0 in the mean, and none for white.
+    linear = write_linear_bundle(tmp_path / "linear", np.full((768, 3), 1e36) * [1, 0.5, 0.1], 16, ["a", "b", "c"])
+    out, log = tmp_path / "with space", tmp_path / "log"
+    options = ServingOptions(live_versions=3, max_megapixels=0.01, max_file_mb=0.1, queue_delay_us=20_000)
+    singles = {name: [bundle] for name, bundle in {**colours, "linear": linear}.items()}
+    write_repository(out, {"colour": schemes, **singles}, options)
+    with started(log, "--out", out) as (listen, process):
+        for model, bundle in {**colours, "colour": schemes[-1]}.items():
+            _assert_answered(listen, model, bundle)
+        images = torch.randn(2, 3, 32, 32).numpy()
+        for version, bundle in enumerate(schemes, 1):
+            choice = recommend_runtime(bundle)
+            expected = open_engine(choice.file, choice.runtime).infer(images)
+            _assert_close(_infer("grpc", listen, images, "colour-network", str(version), "images"), expected)
+        _assert_bad_requests_fail_alone(listen, linear)
+        assert "frames of 40x50" in _post(listen, "camera", _pictures(50, 40, 1)[0])[1]
+        assert _probe(out, listen).returncode == 0
+        other = shutil.copytree(out, tmp_path / "other")
+        known = KnownAnswer.read(out / "timm-network" / "1" / "known_answer.json")
+        replace(known, logits=known.logits[::-1]).write(other / "timm-network" / "1" / "known_answer.json")
+        with pytest.raises(UnhealthyError, match="timm gives other logits"):
+            ServedRepository(listen.url, other).check_answers()
+        served = ServedRepository(listen.url, out)
+        served.check()
+        out.rename(tmp_path / "away")  # as where it is written anew: the server has what it loaded
+        served.check()
+        (tmp_path / "away").rename(out)
+        name = _private_name(out / "timm-network" / "1")
+        os.kill(_backend(out / "colour-network" / "2")[0], signal.SIGKILL)
+        assert process.wait(60) == 2
+        assert "died" in log.read_text().splitlines()[-1]
+        assert not _left_of(name)
+    assert _probe(out, listen).returncode == 1
+
+
+def test_a_probe_fails_without_a_model_and_where_another_server_answers(tmp_path):
+    """In each case with one line, as for all mistakes of a user."""
+    (tmp_path / "rgb").mkdir()
+    (tmp_path / "rgb" / "config.pbtxt").touch()
+    with socketserver.TCPServer(("127.0.0.1", 0), _OtherServer) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_address[1]}"
+        for folder, address in ((tmp_path, url), (tmp_path, "nowhere"), (tmp_path / "rgb", url)):
+            result = run_command("deploy/probe.py", folder, "--url", address)
+            assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+        served = ServedRepository(url, tmp_path)
+        for _OtherServer.answer in (b"<html>", b"5", b"[1]", b'[{"state": "READY"}]', b'{"status": "ok"}'):
+            _OtherServer.answer = b"HTTP/1.0 200 OK\r\n\r\n" + _OtherServer.answer
+            with pytest.raises(UnhealthyError, match="not Triton"):
+                served.check_models()
+        other.shutdown()
+
+
+class _OtherServer(socketserver.StreamRequestHandler):
+    answer = b"SSH-2.0\n"
+
+    def handle(self):
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(self.answer)
+
+
+@needs_server
+def test_many_clients_at_once_lose_nothing_and_mistakes_are_counted(server, questions):
+    url = f"127.0.0.1:{server[0].grpc_port}"
+    answers = load(url, questions, 8, 1.0)
+    assert (answers.lost, answers.wrong) == (0, 0)
+    assert len(answers.seconds) > 20
+    client = Client(url)
+    client.ask(Question(b"no picture", questions[0].logits))
+    client.ask(Question(questions[0].file, np.roll(questions[0].logits, 1)))
+    assert (client.answers.lost, client.answers.wrong) == (1, 1)
+
+
+@needs_server
+def test_a_busy_server_is_healthy_and_one_that_hangs_is_not(server, questions, monkeypatch):
+    listen, repository = server
+    served = ServedRepository(listen.url, repository, timeout=0.5)
+    file = as_png(Image.new("L", (4000, 4000)))
+    with ThreadPoolExecutor() as pool:
+        large = pool.submit(_infer, "grpc", listen, _padded([file] * 32))
+        time.sleep(0.2)
+        start = time.monotonic()
+        served.check()
+        assert time.monotonic() - start > 0.5 and not large.done()
+        monkeypatch.setattr(deploy.serving.health, "BUSY_SECONDS", 0.5)  # nothing has ended for longer
+        with pytest.raises(UnhealthyError, match="does not answer"):
+            served.check()
+        assert not large.done()
+        large.result()
+    served.check()
+    process, _ = _backend(repository / "served-network" / "1")
+    os.kill(process, signal.SIGSTOP)
+    try:
+        with pytest.raises(UnhealthyError, match="does not answer"):
+            served.check()
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert len(_infer("grpc", listen, _padded([questions[0].file]))) == 1
+
+
+@needs_server
+def test_a_request_that_is_no_json_ends_nothing(server):
+    """Triton 2.51 holds a request's JSON on the stack."""
+    listen, _ = server
+    for body in (b"x" * 12_000_000, b"[" * 400_000):
+        request = urllib.request.Request(f"{listen.url}/v2/models/served/infer", body)
+        with pytest.raises(urllib.error.HTTPError, match="HTTP Error"):
+            urllib.request.urlopen(request)
+    region = {"key": "/illama", "offset": 0, "byte_size": 1}
+    request = urllib.request.Request(
+        f"{listen.url}/v2/systemsharedmemory/region/x/register", json.dumps(region).encode()
+    )
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+
+
+@needs_server
+def test_a_version_added_and_taken_away_while_the_server_runs(server, clothes, other_clothes, questions):
+    listen, repository = server
+    main(ServeOptions(bundles=(other_clothes,), name="served", out=repository, add=True, poll_seconds=1))
+    image = _padded([questions[0].file])
+    new = read_questions(open_data("fashion-mnist").test(), 1, other_clothes)[0].logits
+    assert not np.allclose(new, questions[0].logits)
+
+    def answered_with(expected):
+        end = time.monotonic() + 60
+        while not np.array_equal(_infer("grpc", listen, image)[0], expected) and time.monotonic() < end:
+            time.sleep(0.2)
+        return np.array_equal(_infer("grpc", listen, image)[0], expected)
+
+    assert answered_with(new)
+    tensor = np.zeros((1, 1, 28, 28), np.float32)
+    for version, bundle in (("1", clothes), ("2", other_clothes)):
+        answer = _infer("grpc", listen, tensor, "served-network", version, "images")
+        np.testing.assert_array_equal(answer, open_engine(bundle / CPU_ONNX).infer(tensor))
+    served = ServedRepository(listen.url, repository)
+    served.check()
+    shutil.rmtree(repository / "served-network" / "2")
+    served.check_answers()  # while it is still loaded
+    assert answered_with(questions[0].logits)
+    served.check()
+
+
+def _python_model(repository, name, code):
+    """A model of Triton's Python backend that holds the code alone."""
+    (repository / name / "1").mkdir(parents=True)
+    (repository / name / "1" / "model.py").write_text(code)
+    (repository / name / "config.pbtxt").write_text(
+        f'name: "{name}" backend: "python" max_batch_size: 1 instance_group [{{kind: KIND_CPU}}] '
+        'input [{name: "x" data_type: TYPE_FP32 dims: [1]}] output [{name: "y" data_type: TYPE_FP32 dims: [1]}]'
+    )
+    return repository
+
+
+@needs_server
+@pytest.mark.parametrize("polled", [0, 1])
+def test_a_model_that_cannot_be_loaded_ends_the_wait_with_its_reason(polled, tmp_path):
+    models = _python_model(tmp_path / "models", "broken", "raise OSError('there is no disk')\n")
+    with (
+        (tmp_path / "log").open("wb") as log,
+        pytest.raises(UserError, match=r"broken is not loaded.*there is no disk"),
+        running_server(models, replace(free_ports(), poll_seconds=polled), log),
+    ):
+        pass
+
+
+@needs_server
+def test_a_model_without_a_config_that_can_be_read(tmp_path):
+    (tmp_path / "models" / "broken").mkdir(parents=True)
+    (tmp_path / "models" / "broken" / "config.pbtxt").write_text("not a config")
+    with (
+        (tmp_path / "log").open("wb") as log,
+        pytest.raises(UserError, match="broken"),
+        running_server(tmp_path / "models", free_ports(), log),
+    ):
+        pass
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="--grpc-port"):
+        listen = replace(free_ports(), grpc_port=taken.getsockname()[1])
+        with running_server(Path(), listen):
+            pass
+    for wrong in ({"grpc_port": 8000}, {"http_port": 0}, {"http_port": 1 << 16}, {"address": "localhost"}):
+        with pytest.raises(UserError, match=r"--http-port|--address"), running_server(Path(), ListenOptions(**wrong)):
+            pass
+
+
+def _left_of(name):
+    return [*Path("/dev/shm").glob(f"{name}*"), *Path(tempfile.gettempdir()).glob(f"{name}*")]
+
+
+@needs_server
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
+    """Told to end it says one line; killed, it leaves nothing that the next start does not clear."""
+    models = _python_model(tmp_path / "models", "slow", "import time\ntime.sleep(600)\n")
+    (models / "repository.json").write_text('{"format": 2}')
+    log = tmp_path / "log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(_command(free_ports(), "--out", models), cwd=ROOT, stdout=errors, stderr=errors)
+    version = models / "slow" / "1"
+    while not _is_live(version):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    name = _private_name(version)
+    assert _left_of(name)
+    process.send_signal(end)
+    assert process.wait(60) == (0 if end == signal.SIGTERM else -end)
+    if end == signal.SIGTERM:
+        assert log.read_text().splitlines()[-1] == "stopped"
+    until = time.monotonic() + 60
+    while _is_live(version) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _is_live(version)
+    with private_names() as theirs, private_names():
+        assert not _left_of(name)
+        assert len(_left_of(theirs.name)) == 2  # of a server that runs: its folder and its lock
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_still_importing_says_that_it_stops(end, tmp_path):
+    command = [sys.executable, "-X", "importtime", "deploy/serve.py", "--out", tmp_path, "--run"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.endswith(" numpy\n") for line in process.stderr)
+        process.send_signal(end)
+        output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "stopped\n")
+
+
+def test_no_server_at_all(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(deploy.serving.server.importlib.util, "find_spec", lambda name: None)
+    with (
+        pytest.raises(UserError, match="pip install --no-deps nvidia-pytriton"),
+        running_server(tmp_path, ListenOptions()),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def small_onnx(tmp_path_factory):
+    """A small bundle with a model.onnx, and a made-up engine file with a JSON that describes it."""
+    folder = write_bundle(tmp_path_factory.mktemp("small") / "small", SMALL)
+    torch.manual_seed(0)
+    export_onnx(ILLaMA(SMALL), folder / CPU_ONNX, "plain")
+    write_made_up_engine(folder / "engines" / "tensorrt.engine")
+    return folder
+
+
+@pytest.fixture
+def small(small_onnx, tmp_path):
+    return Path(shutil.copytree(small_onnx, tmp_path / "small"))
+
+
+def _configs(repository):
+    return {path.parent.name: text_format.Parse(path.read_text(), TritonConfig())
+            for path in repository.glob("*/config.pbtxt")}  # fmt: skip
+
+
+def test_a_repository_for_gpus_is_valid_and_says_what_was_asked(small, tmp_path):
+    """Parsed as Triton parses it; there is no GPU here to run it on."""
+    main(ServeOptions(bundles=(small,), device="gpu", out=tmp_path / "models", max_batch=64, preferred_batches=(8, 64),
+                      queue_delay_us=500, instances=2, preprocess_instances=4, version=7))  # fmt: skip
+    configs = _configs(tmp_path / "models")
+    assert configs.keys() == {"small", "small-preprocess", "small-network"}
+    assert all(config.name == name and config.max_batch_size == 64 for name, config in configs.items())
+    network, kinds = configs["small-network"], TritonConfig().instance_group.add()
+    assert network.platform == "tensorrt_plan" and not network.backend
+    assert (network.input[0].name, list(network.input[0].dims)) == ("images", [3, 32, 32])
+    assert (network.output[0].name, list(network.output[0].dims)) == ("logits", [3])
+    assert (network.instance_group[0].kind, network.instance_group[0].count) == (kinds.KIND_GPU, 2)
+    assert list(network.dynamic_batching.preferred_batch_size) == [8, 64]
+    assert network.dynamic_batching.max_queue_delay_microseconds == 500
+    assert [sample.batch_size for sample in network.model_warmup] == [1, 64]
+    preprocess = configs["small-preprocess"].instance_group[0]
+    assert (preprocess.kind, preprocess.count) == (kinds.KIND_CPU, 4)
+    steps = configs["small"].ensemble_scheduling.step
+    assert [step.model_name for step in steps] == ["small-preprocess", "small-network"]
+    version = tmp_path / "models" / "small-network" / "7"
+    assert (version / "model.plan").read_bytes() == (small / "engines" / "tensorrt.engine").read_bytes()
+    assert (tmp_path / "models" / "small" / "labels.txt").read_text() == "class0\nclass1\nclass2\n"
+
+
+def test_an_engine_that_is_not_the_one_described_is_not_served(small, tmp_path):
+    gpu, engine = ServingOptions(device="gpu"), small / "engines" / "tensorrt.engine"
+
+    def refused(match, options=gpu):
+        with pytest.raises(UserError, match=match):
+            write_repository(tmp_path / "models", {"small": [small]}, options)
+
+    refused("batches of 1 to 64", ServingOptions(device="gpu", max_batch=65))
+    record = EngineRecord.read(engine)
+    unfit = {
+        "batches of 8 to 64": {"batch": (8, 8, 64)},
+        "without --weight-stripped": {"options": {**record.options, "weight_stripped": True}},
+        "takes {'images': ..uint8'": {"inputs": {"images": ["uint8", [-1, 480, 640, 3]]}},
+        "and gives {'logits': ..half'": {"outputs": {"logits": ["half", [-1, 3]]}},
+        r"and gives {'logits': ..float', .-1, 3, 32, 32": {"outputs": {"logits": ["float", [-1, 3, 32, 32]]}},
+    }
+    for message, values in unfit.items():
+        replace(record, **values).write(engine)
+        refused(message)
+    record.write(engine)
+    engine.write_bytes(b"another")
+    refused("is not the engine that")
+    engine.with_suffix(".json").write_text("{}")
+    refused("is damaged")
+    engine.unlink()
+    engine.with_suffix(".json").unlink()
+    refused("no engine of the full TensorRT")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+def test_bundles_that_cannot_be_served(small, tmp_path):
+    out = tmp_path / "models"
+
+    def refused(match, *bundles, **more):
+        with pytest.raises(UserError, match=match):
+            main(ServeOptions(bundles=bundles, out=out, **more))
+
+    refused("no bundles")
+    refused("no repository", small, add=True)
+    refused("--version is 1 or more", small, version=0)
+    manifest = json.loads((small / MANIFEST).read_text())
+    (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["one", "two"]}))
+    refused("gives 3 classes, its manifest names 2", small)
+    (small / MANIFEST).write_text(json.dumps({**manifest, "preprocessing": {"image_size": 32}}))
+    refused("preprocessing is damaged", small)
+    (small / MANIFEST).write_text(json.dumps(manifest))
+    graph = onnx.load(small / CPU_ONNX)
+    shape = numpy_helper.from_array(np.array([-1, 3, 1, 1]), "map_shape")
+    graph.graph.initializer.append(shape)
+    graph.graph.node[-1].output[0] = "flat"
+    graph.graph.node.append(onnx.helper.make_node("Reshape", ["flat", "map_shape"], ["logits"]))
+    graph.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", 1, ["batch", 3, 1, 1]))
+    onnx.save(graph, small / CPU_ONNX)
+    refused(r"answers an image with \(3, 1, 1\)", small)
+    (small / CPU_ONNX).write_bytes(b"not a graph")
+    refused("is not an ONNX file", small)
+    (small / CPU_ONNX).unlink()
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine").write_text("in the way")
+    refused("other files", small)
+    assert_one_line_error(run_command("deploy/serve.py", small, "--out", tmp_path / "new"), "has no model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "small"]
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_options_that_cannot_be():
+    with pytest.raises(UserError, match="preferred batch"):
+        ServingOptions(preferred_batches=(64,), max_batch=32)
+    with pytest.raises(UserError, match="1 or more"):
+        ServingOptions(preprocess_instances=0)
+    with pytest.raises(UserError, match="--device gpu"):
+        ServingOptions(runtime="tensorrt_rtx")
+    with pytest.raises(UserError, match="below"):
+        ServingOptions(live_versions=1 << 31)
+    for limit in ({"max_megapixels": 179}, {"max_megapixels": 1e-7}, {"max_file_mb": float("inf")}, {"max_file_mb": 0}):
+        with pytest.raises(UserError, match="--max-megapixels"):
+            ServingOptions(**limit)
+
+
+def test_versions_of_a_model_and_what_cannot_be_one(small, tmp_path):
+    out, options = tmp_path / "models", ServingOptions()
+    write_repository(out, {"m": [small, small]}, options)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="has version 2 of m"):
+        add_versions(out, {"m": [small]}, options, 2)
+    with pytest.raises(UserError, match=r"config\.pbtxt differs"):
+        add_versions(out, {"m": [small]}, ServingOptions(max_batch=4))
+    with pytest.raises(UserError, match="no model 'other'"):
+        add_versions(out, {"other": [small]}, options)
+    manifest = json.loads((small / MANIFEST).read_text())
+    (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["x", "y", "z"]}))
+    with pytest.raises(UserError, match=r"labels\.txt differs"):
+        add_versions(out, {"m": [small]}, options)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (small / MANIFEST).write_text(json.dumps(manifest))
+    record = (out / "repository.json").read_text()
+    (out / "repository.json").write_text(json.dumps({"command": "of an earlier version"}))
+    with pytest.raises(UserError, match="write it again"):
+        add_versions(out, {"m": [small]}, options)
+    with pytest.raises(UserError, match="write it again"):
+        main(ServeOptions(out=out, run=True))
+    (out / "repository.json").write_text(record)
+    assert add_versions(out, {"m": [small]}, options) == {"m": [3]}
+    assert (out / "m-network" / "3" / CPU_ONNX).read_bytes() == (small / CPU_ONNX).read_bytes()
+
+
+def test_names_of_models():
+    assert name_models((Path("a/int8"), Path("a/fp8")), None).keys() == {"int8", "fp8"}
+    assert name_models((Path("a/int8"), Path("b/int8")), "m") == {"m": (Path("a/int8"), Path("b/int8"))}
+    with pytest.raises(UserError, match="same folder name"):
+        name_models((Path("a/int8"), Path("b/int8")), None)
+    with pytest.raises(UserError, match="'m-network' cannot be"):
+        name_models((Path("m"), Path("m-network")), None)
+    with pytest.raises(UserError, match="cannot be"):
+        name_models((Path("m"),), "../m")
+    with pytest.raises(UserError, match="cannot be"):
+        name_models((Path("m"),), "m" * 200)
+
+
+def test_png_files_become_the_very_inputs_that_accuracy_is_measured_on():
+    test, transform = open_data("fashion-mnist").test(), open_data("fashion-mnist").preprocessing(28, 1).transform()
+    for index in range(0, len(test), 500):
+        image = Image.open(io.BytesIO(as_png(test[index][0]))).convert("RGB")
+        torch.testing.assert_close(transform(image), transform(test[index][0]), rtol=0, atol=0)
+
+
+def test_machines_for_a_load(tmp_path):
+    row = {"clients": 4, "p99_ms": 20.0, "server_cpu_ms": 3.0}
+    content = {"rows": [row, {**row, "p99_ms": 90.0, "server_cpu_ms": 1.0}], "memory_gib": 1.0,
+               "machine": {"cpu": "a processor", "cores": 4}}  # fmt: skip
+    (tmp_path / "m.json").write_text(json.dumps(content))
+
+    def machines(p99, measured=tmp_path / "m.json"):
+        serve_sizing.main(serve_sizing.SizingOptions(measured, images_per_second=1000, p99_ms=p99, out=tmp_path))
+        return json.loads((tmp_path / "serve-sizing.json").read_text())["machines"]
+
+    assert machines(50) == 3  # 1000 x 3 ms are 3 cores; 4 cores at 60% are 2.4; so two, and one to spare
+    assert machines(100) == 2
+    with pytest.raises(UserError, match="no row has a p99"):
+        machines(10)
+    with pytest.raises(UserError, match="no result of"):
+        machines(10, ROOT / "README.md")
+    (tmp_path / "coreless.json").write_text(json.dumps({**content, "machine": {"cpu": "a processor"}}))
+    with pytest.raises(UserError, match="no result of"):
+        machines(50, tmp_path / "coreless.json")
+    with pytest.raises(UserError, match="finite"):
+        serve_sizing.main(serve_sizing.SizingOptions(tmp_path / "m.json", images_per_second=math.inf))
+
+
+def test_every_request_is_counted_once_when_things_go_wrong():
+    """Requests 0 and 5 are the broken ones."""
+    right, wrong = np.array([0.0, 9.0]), np.array([9.0, 0.0])
+    refused, unavailable = (tritonclient.grpc.InferenceServerException("", status=f"StatusCode.{status}")
+                            for status in ("INVALID_ARGUMENT", "UNAVAILABLE"))  # fmt: skip
+    answers = [refused, right, wrong, unavailable, refused, right, right]
+    faults = judge([Question(b"", right)] * 7, answers, 1.0, 2.0)
+    assert (faults.good, faults.answered, faults.wrong, faults.lost) == (5, 2, 1, 1)
+    assert (faults.broken, faults.refused, faults.broken_lost, faults.mistaken) == (2, 1, 0, 2)
+
+
+def test_loads_that_cannot_be(clothes):
+    for values in ({"clients": ()}, {"clients": (0,)}, {"images": 0}, {"seconds": math.inf}):
+        with pytest.raises(UserError, match="more than 0"):
+            LoadOptions(bundle=clothes, **values)
+    with pytest.raises(UserError, match="--faults"):
+        LoadOptions(bundle=clothes, faults=-1)
+    with pytest.raises(UserError, match="leave --device gpu out"):
+        LoadOptions(bundle=clothes, device="gpu")
+
+
+def test_a_load_that_fails_leaves_the_server_s_log(clothes, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "tritonserver"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho no memory\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"status 3 .*out/clothes\.log"):
+        serve_load.main(LoadOptions(bundle=clothes, images=1, out=tmp_path / "out"))
+    assert (tmp_path / "out" / "clothes.log").read_text() == "no memory\n"

@@ -1,0 +1,159 @@
+"""Attention rank and loss landscape, against numpy and on cases with a known answer."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from support import assert_one_line_error
+
+from eval.attention_rank import attention_rank, map_rank
+from eval.loss_landscape import filter_normalised_direction, loss_landscape, sharpness
+from illama import ILLaMA, ModelConfig
+from illama.checkpoints.load import load_checkpoint
+from illama.data.datasets import evenly_spaced, open_data
+from illama.inference import load_images
+
+CONFIG = ModelConfig(image_size=32, patch_size=8, width=32, depth=3, heads=2, num_classes=5)
+
+
+def random_model(**changes):
+    """Weights wide enough that the attention maps are far from uniform."""
+    torch.manual_seed(0)
+    model = ILLaMA(ModelConfig.from_dict({**CONFIG.to_dict(), **changes}))
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.6)
+    return model
+
+
+@pytest.mark.parametrize("tokens", [5, 10, 17, 35, 197])
+def test_identity_has_full_rank_and_uniform_attention_rank_one(tokens):
+    assert map_rank(torch.eye(tokens)) == math.ceil(0.8 * tokens)
+    assert map_rank(torch.full((tokens, tokens), 1 / tokens)) == 1
+
+
+def _rank(matrix):
+    values = np.linalg.svd(matrix, compute_uv=False)
+    return np.argmax(np.cumsum(values / values.sum()) >= 0.8) + 1
+
+
+@pytest.mark.parametrize("kind", ["post_softmax", "pre_softmax", "bidirectional"])
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_attention_rank_is_numpy_s(kind, alpha):
+    """q and k of each block from hooks; softmax, mask and singular values in numpy."""
+    model = random_model(mask=kind, position="learnable").eval()
+    model.soft_mask = alpha
+    images = torch.randn(11, 3, 32, 32)
+    normed = []
+    for block in model.blocks:
+        block.norm1.register_forward_hook(lambda _, __, x: normed.append(x.detach().double().numpy()))
+    ranks = attention_rank(model, images)
+    expected, maps = np.zeros((len(images), 3, 2)), np.zeros((3, 2, 17, 17))
+    seen = alpha + (1 - alpha) * np.tril(np.ones((17, 17)))
+    starts = (0, 8)  # the model may take the images in batches
+    for call, x in enumerate(normed):
+        layer, start = call % 3, starts[call // 3]
+        qkv = model.blocks[layer].attn.qkv
+        flat = x @ qkv.weight.detach().double().numpy().T + qkv.bias.detach().double().numpy()
+        parts = flat.reshape(len(x), 17, 3, 2, 16)
+        q, k = parts[:, :, 0].swapaxes(1, 2), parts[:, :, 1].swapaxes(1, 2)
+        weights = np.exp(q @ k.swapaxes(-1, -2) / 4)
+        if kind == "pre_softmax":
+            weights = weights * seen
+        weights /= weights.sum(-1, keepdims=True)
+        if kind == "post_softmax":
+            weights = weights * seen
+        for image, head in np.ndindex(len(x), 2):
+            expected[start + image, layer, head] = _rank(weights[image, head])
+        maps[layer] += weights.sum(0) / len(images)
+    assert ranks.shape == (3, 2)
+    np.testing.assert_allclose(ranks, expected.mean(0))
+    of_mean = attention_rank(model, images, of_mean_map=True)
+    np.testing.assert_allclose(of_mean, [[_rank(one) for one in layer] for layer in maps])
+    assert 1 < ranks.min() < ranks.max() <= 17
+
+
+def test_attention_rank_leaves_the_model_as_it_was():
+    model = random_model().train()
+    model.set_attention_form("fused")
+    model.blocks[1].attn.core.form = None
+    attention_rank(model, torch.randn(1, 3, 32, 32))
+    assert model.training and model.readout_only
+    assert [block.attn.core.form for block in model.blocks] == ["fused", None, "fused"]
+    assert not any(block.attn.core.p._forward_hooks for block in model.blocks)
+    with pytest.raises(ValueError, match="threshold"):
+        attention_rank(model, torch.randn(1, 3, 32, 32), threshold=1.5)
+    assert model.training and not any(block.attn.core.p._forward_hooks for block in model.blocks)
+    with pytest.raises(ValueError, match="image"):
+        attention_rank(model, torch.randn(0, 3, 32, 32))
+
+
+def test_the_rank_of_a_checkpoint_by_its_command(run_here, small_bundle, image_folder, tmp_path):
+    command = (
+        "eval/attention_rank.py",
+        "--checkpoint",
+        small_bundle,
+        "--data",
+        image_folder,
+        "--out",
+        tmp_path / "out",
+    )
+    result = run_here(*command, "--images", 4)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "attention-rank.json").read_text())
+    loaded, data = load_checkpoint(small_bundle), open_data(str(image_folder))
+    images, _ = load_images(evenly_spaced(data.test(), 4), loaded.preprocessing.transform())
+    expected = attention_rank(loaded.model, torch.from_numpy(images), of_mean_map=True)
+    np.testing.assert_array_equal(found["ranks"], expected)
+    assert found["tokens"] == 17 and f"| all | {expected.mean():.1f} |" in result.stdout
+    assert_one_line_error(run_here(*command, "--threshold", "0"), "--threshold")
+    assert_one_line_error(run_here(*command, "--images", "0"), "--images")
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_landscape_of_a_linear_softmax_model_is_numpy_s(dimensions):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).double()
+    images, labels = torch.randn(300, 3, 2, 2, dtype=torch.float64), torch.randint(4, (300,))
+    losses = loss_landscape(model, images, labels, radius=0.7, points=5, seed=3, dimensions=dimensions)
+    generator = torch.Generator().manual_seed(3)
+    changes = [filter_normalised_direction(model, generator)["1.weight"].numpy() for _ in range(dimensions)]
+    weight, bias = model[1].weight.detach().numpy(), model[1].bias.detach().numpy()
+    steps = (-0.7, -0.35, 0.0, 0.35, 0.7)
+    expected = np.zeros((5,) * dimensions)
+    for index in np.ndindex(expected.shape):
+        moved = weight + sum(steps[i] * change for i, change in zip(index, changes, strict=True))
+        logits = images.flatten(1).numpy() @ moved.T + bias
+        likelihood = np.exp(logits)[range(300), labels] / np.exp(logits).sum(1)
+        expected[index] = -np.log(likelihood).mean()
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
+    middle = expected[(2,) * dimensions]
+    assert sharpness(losses) == pytest.approx((expected.max() - middle) / (1 + middle) * 100)
+
+
+def test_directions_have_the_norms_of_the_filters_and_spare_norms_and_biases():
+    model = random_model()
+    one, other = (filter_normalised_direction(model, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    weights = dict(model.named_parameters())
+    assert {name for name, weight in weights.items() if weight.ndim > 1} == set(one)
+    assert not any("norm" in name or "bias" in name for name in one)
+    for name, change in one.items():
+        torch.testing.assert_close(change.flatten(1).norm(dim=1), weights[name].flatten(1).norm(dim=1))
+        assert not torch.equal(change, other[name])
+
+
+def test_landscape_is_repeatable_and_leaves_the_weights_alone():
+    model = ILLaMA(CONFIG, drop_path=0.5).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, labels = torch.randn(4, 3, 32, 32), torch.randint(5, (4,))
+    one, same, other = (loss_landscape(model, images, labels, points=3, seed=seed) for seed in (0, 0, 1))
+    assert (one == same).all() and not np.allclose(one, other)
+    assert one[1, 1] == other[1, 1]  # the network itself
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and all(p.grad is None for p in model.parameters())
+    soft = torch.nn.functional.one_hot(labels, 5).double()
+    np.testing.assert_allclose(loss_landscape(model, images, soft, points=3), one)
+    for points, count in ((4, 4), (0, 4), (3, 3), (3, 0)):
+        with pytest.raises(ValueError):
+            loss_landscape(model, images[:count], labels, points=points)

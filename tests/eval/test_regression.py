@@ -1,0 +1,139 @@
+"""What counts as worse than a baseline, and what does not."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sample_report import make_reliability, make_report
+
+from eval.metrics.accuracy_drop import Drop
+from eval.report.regression import Tolerances, compare_markdown, find_regressions
+from illama.errors import UserError
+
+BASELINE = json.loads(json.dumps(make_report().to_json()))
+
+
+def _changed(index=1, **fields):
+    report = make_report()
+    report.rows[index] = replace(report.rows[index], **fields)
+    return report
+
+
+def _slower(row, factor):
+    return [replace(each, p50=each.p50 * factor, p90=each.p90 * factor) for each in row.latency]
+
+
+def test_a_report_is_no_worse_than_itself():
+    assert find_regressions(BASELINE, make_report()) == []
+    assert "Nothing is worse" in compare_markdown(BASELINE, make_report(), [])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.01, 100))
+def test_the_speed_of_the_machine_cancels(factor):
+    report = make_report()
+    report.rows = [replace(row, latency=_slower(row, factor)) for row in report.rows]
+    assert find_regressions(BASELINE, report) == []
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.5, 2))
+def test_latency_is_worse_beyond_a_tenth_and_what_calls_vary_by(factor):
+    row = make_report().rows[1]
+    found = find_regressions(BASELINE, _changed(latency=_slower(row, factor), device="another"))
+    assert len(found) == (2 if factor > 1.3 else 0)  # their p90 is 1.3 times their p50
+    steady = json.loads(json.dumps(BASELINE))
+    for each in steady["rows"][1]["latency"]:
+        each["p90"] = each["p50"]
+    calm = [replace(each, p90=each.p50) for each in _slower(row, factor)]
+    assert len(find_regressions(steady, _changed(latency=calm, device="another"))) == (2 if factor > 1.1 else 0)
+    assert all(f"{0.25 * factor:.2f} times" in line and "on another; the baseline on a <CPU>" in line for line in found)
+
+
+def test_a_batch_size_that_is_no_longer_timed_is_named():
+    found = find_regressions(BASELINE, _changed(latency=[]))
+    assert len(found) == len(make_report().rows[1].latency) and all("any longer" in line for line in found)
+    report = make_report()
+    without = json.loads(json.dumps(_changed(latency=[]).to_json()))
+    assert find_regressions(without, report) == []  # one that is new is none
+
+
+def test_a_faster_reference_makes_no_other_slower():
+    report = make_report()
+    report.rows[0] = replace(report.rows[0], latency=_slower(report.rows[0], 0.5))
+    assert find_regressions(BASELINE, report) == []
+
+
+def test_a_network_that_lost_everywhere_is_worse():
+    report = make_report()
+    fallen = replace(report.rows[0].top1, percent=report.rows[0].top1.low - 0.01)
+    report.rows[0] = replace(report.rows[0], top1=fallen)
+    (line,) = find_regressions(BASELINE, report)
+    assert line.startswith(report.rows[0].name) and "top-1" in line
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.floats(-2, 2), st.floats(0.001, 1))
+def test_a_drop_is_worse_beyond_the_tolerance_and_beyond_chance(points, half):
+    old = make_report().rows[1].drop
+    found = find_regressions(BASELINE, _changed(drop=Drop(points, points - half, points + half)))
+    growth = points - old.points
+    noise = (half**2 + (old.high - old.points) ** 2) ** 0.5
+    if abs(growth - noise) > 1e-6 and abs(growth - 0.1) > 1e-6:
+        assert bool(found) == (growth > 0.1 and growth > noise)
+    assert all(line.startswith("int8, ONNX Runtime, CPU: top-1 drops by") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("index", "fields", "words"),
+    [
+        (1, {"onnx_bytes": 2_100_001}, "int8/model.onnx has 2,100,001 bytes"),
+        (1, {"onnx_bytes": 2_099_999}, None),
+        (4, {"engine_bytes": 10_000_000}, "11.1% more"),
+        (4, {"fused": False}, "not fused any longer"),
+        (1, {"reliability": make_reliability(0.0901)}, "calibration error"),
+        (1, {"reliability": make_reliability(0.0899)}, None),
+        (1, {"reliability": replace(make_reliability(0.08), nll=0.3201)}, "negative log-likelihood"),
+        (1, {"reliability": make_reliability(0.0)}, None),
+        (1, {"name": "renamed"}, "not in this report"),
+    ],
+)
+def test_each_other_kind_in_one_plain_line(index, fields, words):
+    found = find_regressions(BASELINE, _changed(index, **fields))
+    assert len(found) == (words is not None) and all(words in line and "\n" not in line for line in found)
+
+
+def test_tolerances_are_the_user_s():
+    report = _changed(onnx_bytes=2_500_000)
+    assert find_regressions(BASELINE, report) and not find_regressions(BASELINE, report, Tolerances(size=0.3))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": "cifar10"}, "other data"),
+        ({"classes": ("a", "b")}, "other classes"),
+        ({"rows": [replace(row, images=10) for row in make_report().rows]}, "numbers of images"),
+        ({"rows": make_report().rows[1:]}, "reference rows"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change, words):
+    with pytest.raises(UserError, match=words):
+        find_regressions(BASELINE, replace(make_report(), **change))
+
+
+def test_a_damaged_baseline_is_refused():
+    for damaged in ({}, {**BASELINE, "rows": [{}]}, {**BASELINE, "rows": None}):
+        with pytest.raises(UserError, match="damaged"):
+            find_regressions(damaged, make_report())
+
+
+def test_the_comparison_in_markdown():
+    report = _changed(onnx_bytes=2_500_000)
+    report.rows.append(replace(report.rows[1], name="new"))
+    text = compare_markdown(BASELINE, report, find_regressions(BASELINE, report))
+    assert "- int8, ONNX Runtime, CPU: int8/model.onnx has 2,500,000 bytes" in text
+    assert "| int8, ONNX Runtime, CPU | 92.90 → 92.90 | 0.10 → 0.10 | 0.25 → 0.25 | 2.00 → 2.50 | 0.30 → 0.30 |" in text
+    assert "| new | - → 92.90 |" in text and "fp8\\|odd" in text

@@ -1,0 +1,191 @@
+"""The report on disk: figures for scripts, Markdown, plots and the page, with strings meant to break them."""
+
+import html.parser
+import io
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from sample_report import HOSTILE, make_report, make_row, make_thumbnails
+
+from eval.report.markdown_html import markdown_to_html
+from eval.report.page import SHOWN_CLASSES, class_changes, key_figures, render_html, shown_flips
+from eval.report.schema import Limits, read_report
+from eval.report.table import HEADINGS, markdown_table, not_measured
+from eval.report.write_report import FILES, is_result, markdown_summary, summary, write_report
+from illama.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    write_report(make_report(), folder, make_thumbnails())
+    return folder
+
+
+class _Page(html.parser.HTMLParser):
+    """What a browser would take for elements."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "action", "srcset")]
+
+
+def test_report_json_comes_back_as_it_was(folder):
+    content = read_report(folder / "report.json")
+    expected = make_report()
+    assert content == json.loads(json.dumps(expected.to_json()))
+    assert content["schema_version"] == 1
+    assert content["rows"][1]["flipped"][0] == {"image": 0, "label": 0, "before": 0, "after": 2}
+    assert content["rows"][1]["change"]["flips"]["lost"] == [0, 1, 2]
+    (folder / "old.json").write_text('{"schema_version": 0}')
+    with pytest.raises(UserError, match="schema 0"):
+        read_report(folder / "old.json")
+    (folder / "old.json").unlink()
+
+
+def test_summary_json_keeps_the_promised_form(folder):
+    content = json.loads((folder / "summary.json").read_text())
+    assert content == json.loads(json.dumps(summary(make_report())))
+    assert content.keys() == {"rows", "machine", "versions"}
+    assert content["rows"][1] == {
+        "scheme": "int8", "runtime": "ONNX Runtime, CPU", "images": 1200, "top1": 92.9,
+        "drop": pytest.approx(0.1), "drop_ci95": [pytest.approx(-0.15), pytest.approx(0.35)],
+        "onnx": "int8/model.onnx", "onnx_bytes": 2_000_000, "engine": None, "engine_bytes": None,
+        "latency_ms": {"p50": 1.0, "p99": 2.0, "batch": 1}, "device": "a <CPU>",
+    }  # fmt: skip
+    assert content["rows"][4]["latency_ms"] is None and content["rows"][4]["device"] is None
+
+
+def test_only_a_result_of_ours_may_be_replaced(tmp_path):
+    write_report(make_report(), tmp_path)
+    for row in make_report().rows:
+        (tmp_path / row.scheme).mkdir(exist_ok=True)
+    for left_by_a_killed_process in (".report.html.draft-0123456789abcdef", ".lock"):
+        (tmp_path / left_by_a_killed_process).touch()
+    assert is_result(tmp_path) and {path.name for path in tmp_path.iterdir()} >= set(FILES)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert not is_result(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    for damaged in ('{"results": []}', '{"rows": [{"onnx": ""}]}', "no JSON", "[]"):
+        (tmp_path / "summary.json").write_text(damaged)
+        assert not is_result(tmp_path)
+    assert not is_result(tmp_path / "nothing")
+
+
+def test_the_plots_are_pictures_of_a_slide_s_size(folder):
+    for name in ("tradeoff.png", "reliability.png"):
+        assert min(Image.open(folder / name).size) >= 600
+    colours = Image.open(io.BytesIO((folder / "tradeoff.png").read_bytes())).convert("RGB").getcolors(1 << 24)
+    assert (11, 87, 208) in {colour for _, colour in colours}  # the front's mark
+
+
+def test_the_table_is_aligned_and_marks_the_front():
+    rows = make_report().rows
+    lines = markdown_table(rows, 1, {rows[1].name}).splitlines()
+    assert len(lines) == 2 + len(rows) and len({len(line) for line in lines}) == 1
+    assert [text.strip() for text in lines[0].strip("|").split("|")] == list(HEADINGS)
+    assert "reference" in lines[2] and "**int8**" in lines[3] and "+0.10 (-0.15 to +0.35)" in lines[3]
+    assert "fp8\\|odd" in lines[4] and lines[6].split("|")[-3:-1] == [" -      ", " -      "]
+    assert "| 8.00 " in markdown_table(rows[1:2], 8) and "unfused" in markdown_table([replace(rows[4], fused=False)])
+
+
+def test_the_markdown_summary_says_all_in_few_lines(folder):
+    text = (folder / "report.md").read_text()
+    assert text == markdown_summary(make_report()) and len(text.splitlines()) < 25
+    assert text.startswith("**int8, ONNX Runtime, CPU is the fastest")
+    assert "1,200 test images" in text and "- No GPU." in text and "batch 1, on a \\<CPU>" in text
+    assert "<script>" not in text.replace("\\<script>", "")
+
+
+def test_notes_of_one_reason_stand_together():
+    report = make_report()
+    report.rows = [make_row("a, x", 90, None, note="why"), make_row("b, x", 90, None, note="why")]
+    assert not_measured(report) == ["No GPU.", "a, x; b, x: why"]
+
+
+def test_the_page_holds_no_markup_of_others_and_no_address(folder):
+    text = (folder / "report.html").read_text()
+    page = _Page(text)
+    assert page.tags.count("script") == 2 and page.tags.count("style") == 1
+    assert page.tags.count("img") == 1 + len(make_thumbnails())
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert HOSTILE not in text and "<img src=x" not in text
+    assert "default-src &#39;none&#39;" in text and "unsafe" not in text
+    assert len(text) < 500_000
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://far.example/a.png", "data:image/svg+xml;base64,AA", 'data:image/png;base64," x']
+)
+def test_a_thumbnail_is_a_picture_or_refused(uri, tmp_path):
+    with pytest.raises(ValueError, match="thumbnail of image 3"):
+        write_report(make_report(), tmp_path, {3: uri})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_section_with_nothing_to_show_is_left_out_except_what_was_not_measured():
+    report = make_report()
+    report.rows = [make_row("fp32, ONNX Runtime, CPU", 93.0, None, reference=True, change=None, scaled=None)]
+    report.layers, report.others, report.not_run = {}, [], []
+    text = render_html(report, b"", {})
+    present = {name for name in ("latency", "classes", "flips", "layers", "others", "missing", "made", "accuracy")
+               if f'<h2 id="{name}"' in text}  # fmt: skip
+    assert present == {"missing", "made", "accuracy"} and "Nothing was left out" in text
+
+
+def test_a_report_without_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="without rows"):
+        write_report(replace(make_report(), rows=[]), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_key_figures_are_of_the_row_that_was_chosen():
+    report = make_report()
+    figures = {each.title: each for each in key_figures(report, report.rows[1])}
+    assert figures["Latency, batch 1"].value == "1.00" and "4.00× the reference" in figures["Latency, batch 1"].remark  # noqa: RUF001
+    assert figures["File"].remark.startswith("3.0 times smaller") and "6 of 1,200" in figures["Same answer"].remark
+    assert (
+        "1.5 times the reference's" in {each.title: each for each in key_figures(report, report.rows[4])}["File"].remark
+    )
+    assert key_figures(report, None) == []
+
+
+def test_classes_come_worst_first_and_only_the_largest_changes_are_shown():
+    lines = class_changes(make_report())
+    largest = [max((change for change, _, _ in line.changes), key=abs) for line in lines]
+    assert largest == sorted(largest) and lines[0].name == "class 59" and len(lines) == 60
+    shown = [line.shown for line in lines]
+    assert sum(shown) == SHOWN_CLASSES and shown == sorted(shown[:30], reverse=True) + sorted(shown[30:])
+
+
+def test_flips_are_of_three_kinds_the_lost_first():
+    flipped = make_report().rows[1].flipped
+    row = make_row("a, b", 90, None, flipped=flipped[::-1])
+    assert [kind for kind, _ in shown_flips(row)] == ["right to wrong"] * 2 + ["wrong to right", "wrong to wrong"]
+    kinds = Counter(kind for kind, _ in shown_flips(replace(row, flipped=flipped * 20)))
+    assert kinds == {"right to wrong": 8, "wrong to right": 8, "wrong to wrong": 8}
+    few = [flip for flip in flipped if flip.before != flip.label] + flipped * 20
+    lost = [flip for flip in flipped if flip.before == flip.label] * 20
+    kinds = Counter(kind for kind, _ in shown_flips(replace(row, flipped=[*few[:2], *lost])))
+    assert kinds == {"right to wrong": 22, "wrong to right": 1, "wrong to wrong": 1}
+
+
+def test_markdown_of_others_becomes_tables_without_markup_links_or_pictures():
+    text = markdown_to_html(make_report().others[0].markdown + "\n\n[a](javascript:b)\n\n| a |\n|---|\n| `x` |")
+    page = _Page(text)
+    assert page.tags.count("table") == 2 and not page.addresses and not {"img", "a", "script"} & set(page.tags)
+    assert '<th scope="col" class="number">top-1 %</th>' in text and '<th scope="col">corruption</th>' in text
+    assert "style" not in text and "<h4>" in text and "<code>x</code>" in text
+
+
+def test_limits_on_another_batch_than_those_timed_are_drawn_at_one_that_was():
+    text = render_html(replace(make_report(), limits=Limits(64)), b"", {})
+    assert '<span class="batch">1</span>' in text

@@ -1,0 +1,254 @@
+"""python eval/tradeoff.py on networks whose answers are known, and every mistake in one line."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from support import assert_one_line_error, run_command, write_images, write_linear_bundle, write_made_up_engine
+
+from deploy.runtimes.temperature import read_temperature
+from eval.benchmark.machine import torch_on_all_cores
+from eval.benchmark.targets import expand, in_calls_of
+from illama.bundle import Manifest
+from illama.checkpoints.load import read_preprocessing
+from illama.data.datasets import Preprocessing, open_data
+from illama.inference import load_images, usable_cores
+
+CLASSES = ["class0", "class1", "class2"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two linear networks that know most training images, the second with more noise, and those images."""
+    folder = tmp_path_factory.mktemp("tradeoff")
+    images, labels = load_images(
+        open_data(str(write_images(folder / "images"))).calibration(24),
+        Preprocessing(16, 3, (0.5,) * 3, (0.25,) * 3).transform(),
+    )
+    weights = np.linalg.lstsq(images.reshape(24, -1), np.eye(3)[labels], rcond=None)[0]
+    for seed, (name, noise) in enumerate((("fp32", 0.06), ("int8", 0.05))):
+        weights = weights + np.random.default_rng(seed).normal(size=weights.shape) * noise
+        write_linear_bundle(folder / "runs" / name, weights, 16, CLASSES)
+    (folder / "runs" / "notes.txt").write_text("not a bundle")
+    return folder
+
+
+@pytest.fixture
+def tradeoff(runs, run_here, tmp_path):
+    def run(*arguments, paths=(runs / "runs",), data=runs / "images", out=tmp_path / "out"):
+        return run_here("eval/tradeoff.py", *paths, "--data", data, "--out", out, "--batches", 2, 1, "--seconds", 0.1,
+                        "--calibration-images", 24, *arguments)  # fmt: skip
+
+    return run
+
+
+def expected_classes(runs, name):
+    """What numpy makes of a bundle's weights in float64."""
+    import onnx
+
+    bundle = runs / "runs" / name
+    data = open_data(str(runs / "images"))
+    images, labels = load_images(data.test(), read_preprocessing(Manifest.read(bundle)).transform())
+    weights = onnx.numpy_helper.to_array(onnx.load(bundle / "model.onnx").graph.initializer[0]).astype(np.float64)
+    return (images.reshape(len(images), -1).astype(np.float64) @ weights).argmax(1), labels
+
+
+def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
+    result = tradeoff("--max-drop", 0, "--store")
+    assert result.returncode == 0, result.stderr
+    assert "No engine is within" not in result.stdout  # the reference loses nothing against itself
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert [row["reference"] for row in report["rows"]] == [True] + [False] * (len(rows) - 1)
+    assert report["rows"][0]["drop"] == {"points": 0, "low": 0, "high": 0}
+    assert any("--also" in reason for reason in report["not_run"])
+    (before, labels), (after, _) = (expected_classes(runs, name) for name in ("fp32", "int8"))
+    for scheme, classes in (("fp32", before), ("int8", after)):
+        row = rows[f"{scheme}, ONNX Runtime, CPU"]
+        assert row["top1"]["percent"] == pytest.approx((classes == labels).mean() * 100)
+        assert [latency["batch"] for latency in row["latency"]] == [2, 1] and row["device"]
+        assert row["latency"][0]["p50"] <= row["latency"][0]["p90"] <= row["latency"][0]["p99"]
+        # That of the last runtime of a graph is kept, and OpenVINO computes in bfloat16.
+        assert row["temperature"] == pytest.approx(read_temperature(runs / "runs" / scheme / "model.onnx"), rel=0.05)
+    row = rows["int8, ONNX Runtime, CPU"]
+    lost = np.flatnonzero((before == labels) & (after != labels)).tolist()
+    gained = np.flatnonzero((before != labels) & (after == labels)).tolist()
+    assert (row["change"]["flips"]["lost"], row["change"]["flips"]["gained"]) == (lost, gained)
+    assert row["drop"]["points"] == pytest.approx((len(lost) - len(gained)) / len(labels) * 100)
+    assert [flip["image"] for flip in row["flipped"]][: len(lost)] == lost
+    assert report["conditions"]["batch sizes"] == [2, 1] and report["conditions"]["threads"] >= 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert len(re.findall("<img[^>]*data:image/", page)) >= len(lost) + len(gained) > 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html", "report.json", "report.md", "summary.json", "tradeoff.png", "reliability.png"
+    }  # fmt: skip
+    assert "at batch 2" in result.stdout and result.stdout.count("\n| ") == 1 + len(rows)
+
+
+def test_images_that_flip_are_named_by_their_place_in_the_whole_split(tradeoff, runs, tmp_path):
+    assert tradeoff("--images", 9).returncode == 0
+    (before, _), (after, _) = (expected_classes(runs, name) for name in ("fp32", "int8"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = (row for row in report["rows"] if row["name"] == "int8, ONNX Runtime, CPU")
+    every_second = np.arange(0, 18, 2)
+    assert sorted(flip["image"] for flip in row["flipped"]) == every_second[(before != after)[::2]].tolist()
+    assert row["flipped"]
+
+
+def test_two_processes_find_what_one_does(tradeoff, runs, tmp_path):
+    assert tradeoff().returncode == 0
+    result = run_command(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--monitor-interval", 0.1,
+        "eval/tradeoff.py", runs / "runs", "--data", runs / "images", "--out", tmp_path / "two", "--batches", 2, 1,
+        "--seconds", 0.1, "--calibration-images", 24,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("out", "two"))
+    for row, other in zip(one["rows"], two["rows"], strict=True):
+        same = ("name", "images", "top1", "top5", "drop", "flipped", "temperature", "sha256")
+        assert {key: row[key] for key in same} == {key: other[key] for key in same}
+        assert [latency["batch"] for latency in other["latency"]] == [2, 1]
+    assert two["conditions"]["threads"] == usable_cores()  # timed alone, with all of them
+    assert not (tmp_path / "two" / "unfinished").exists()
+
+
+def test_a_regression_fails_the_build(tradeoff, tmp_path):
+    assert tradeoff().returncode == 0
+    path = tmp_path / "out" / "report.json"
+    baseline = json.loads(path.read_text())
+    baseline["rows"] = [{**row, "latency": []} for row in baseline["rows"]]  # whatever the clock said
+    (tmp_path / "same.json").write_text(json.dumps(baseline))
+    result = tradeoff("--fail-on-regression", tmp_path / "same.json")
+    assert result.returncode == 0 and "Nothing is worse" in result.stdout
+    path.write_text(json.dumps(baseline))
+    assert tradeoff("--fail-on-regression", path).returncode == 0  # read before a new report takes its place
+    baseline["rows"][-1]["onnx_bytes"] //= 2
+    baseline["rows"].append({**baseline["rows"][-1], "name": "gone"})
+    (tmp_path / "better.json").write_text(json.dumps(baseline))
+    result = tradeoff("--fail-on-regression", tmp_path / "better.json")
+    assert result.returncode == 1 and "gone" in result.stdout and path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--batches", "0"), "batch"),
+        (("--seconds", "0"), "--seconds"),
+        (("--threads", "99"), "99"),
+        (("--images", "1000"), "--images"),
+        (("--max-latency-ms", "0"), "latency"),
+        (("--max-drop", "nan"), "number"),
+        (("--seconds", "inf"), "--seconds"),
+        (("--seed", "-1"), "--seed"),
+        (("--workers", "-1"), "--workers"),
+        (("--also", "tests/data"), "no results"),
+        (("--fail-on-regression", "README.md"), "report.json"),
+    ],
+)
+def test_mistakes_are_one_line(tradeoff, tmp_path, arguments, words):
+    assert_one_line_error(tradeoff(*arguments), words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("images", "least", "most"), [(1, 1, 8), (20, 1, 8), (17, 4, 8), (3, 4, 4)])
+def test_an_engine_is_called_with_as_many_images_as_it_takes(images, least, most):
+    given, calls = np.random.default_rng(0).normal(size=(images, 3)), []
+
+    def infer(part):
+        calls.append(len(part))
+        return part * 2
+
+    np.testing.assert_array_equal(in_calls_of(infer, given, least, most), given * 2)
+    assert least <= min(calls) and max(calls) <= most
+
+
+def test_float_networks_come_first_and_what_has_no_graph_is_named(tradeoff, runs, tmp_path):
+    for name in ("fp32", "int8"):
+        shutil.copytree(runs / "runs" / name, tmp_path / "more" / name)
+    (tmp_path / "more" / "int8" / "scheme.yaml").write_text("name: int8")
+    trained = tmp_path / "more" / "trained"
+    shutil.copytree(runs / "runs" / "fp32", trained)
+    (trained / "model.onnx").unlink()
+    fp32, int8 = (tmp_path / "more" / name for name in ("fp32", "int8"))
+    shutil.copytree(fp32, tmp_path / "more" / ".fp32.draft-0123456789abcdef")  # of a killed process
+    assert expand([tmp_path / "more"]) == expand([int8, fp32]) == [fp32, int8]
+    assert expand([int8 / "model.onnx", trained]) == [trained, int8 / "model.onnx"]
+    assert_one_line_error(tradeoff(paths=(fp32, trained)), "trained has no graph to run")
+
+
+def test_timing_gives_torch_every_core_and_its_own_back():
+    before = torch.get_num_threads()
+    with torch_on_all_cores():
+        assert torch.get_num_threads() == usable_cores()
+    assert torch.get_num_threads() == before
+
+
+def test_paths_that_cannot_be_weighed(tradeoff, runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    other = write_linear_bundle(tmp_path / "other", np.zeros((768, 2)), 16, ["a", "b"])
+    fp32 = runs / "runs" / "fp32"
+    assert_one_line_error(tradeoff(paths=(tmp_path / "empty",)), "is no bundle and holds none")
+    assert_one_line_error(tradeoff(paths=(tmp_path / "absent",)), "absent")
+    assert_one_line_error(tradeoff(paths=()), "give at least one bundle")
+    assert_one_line_error(tradeoff(paths=(fp32, fp32)), "twice")
+    assert_one_line_error(tradeoff(paths=(fp32, fp32 / "model.onnx")), "twice")
+    assert_one_line_error(tradeoff(paths=(fp32, other)), "other classes")
+    assert_one_line_error(tradeoff(paths=(other,)), "other classes")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "config": {"decoder_channels": 32}}))
+    assert_one_line_error(tradeoff(paths=(other,)), "eval/segmentation.py")
+    (other / "manifest.json").write_text("{")
+    assert_one_line_error(tradeoff(paths=(other.parent,)), "damaged")
+
+
+@pytest.fixture
+def with_engines(runs, tmp_path):
+    """A bundle with engines of both libraries, and two that are refused; none of them can run anywhere."""
+    bundle = tmp_path / "fp32"
+    shutil.copytree(runs / "runs" / "fp32", bundle)
+    shutil.copyfile(bundle / "model.onnx", bundle / "model.fused.onnx")
+    for batch in ((1, 1, 1), (1, 8, 64)):
+        name = f"tensorrt-sm87-{'.'.join(map(str, batch))}"
+        write_made_up_engine(bundle / "engines" / name / "model.engine", batch=batch, targets=("sm87",))
+    write_made_up_engine(bundle / "engines" / "tensorrt_rtx.engine", library="tensorrt_rtx")
+    write_made_up_engine(bundle / "engines" / "other-graph" / "model.engine", onnx_sha256="0" * 64)
+    write_made_up_engine(bundle / "engines" / "half" / "model.engine")
+    (bundle / "engines" / "half" / "record.json").unlink()
+    return bundle
+
+
+def test_engines_have_rows_of_their_own_and_refused_ones_a_note(tradeoff, with_engines, tmp_path):
+    result = tradeoff(paths=(with_engines,))
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    small, large = "tensorrt-sm87-1.1.1", "tensorrt-sm87-1.8.64"
+    rows = {row["name"]: row["engine"] for row in report["rows"] if row["onnx"].endswith("fused.onnx")}
+    assert rows == {f"fp32, TensorRT, {small}": f"../fp32/engines/{small}/model.engine",
+                    f"fp32, TensorRT, {large}": f"../fp32/engines/{large}/model.engine",
+                    "fp32, TensorRT-RTX": "../fp32/engines/tensorrt_rtx.engine"}  # fmt: skip
+    notes = [reason for reason in report["not_run"] if "left out" in reason]
+    assert len(notes) == 2 and "half" in notes[0] and "other-graph" in notes[1]
+    assert len({(row["scheme"], row["runtime"]) for row in report["rows"]}) == len(report["rows"])  # as a table shows
+
+
+def test_engines_that_are_named_are_used_or_refused(tradeoff, with_engines, tmp_path):
+    folder = with_engines / "engines" / "tensorrt-sm87-1.1.1"
+    for number, path in enumerate((folder, folder / "model.engine")):
+        result = tradeoff(paths=(path,), out=tmp_path / str(number))
+        assert result.returncode == 0 and "left out" not in result.stdout, result.stderr
+        (row,) = json.loads((tmp_path / str(number) / "report.json").read_text())["rows"]
+        assert row["name"] == "fp32, TensorRT, tensorrt-sm87-1.1.1"
+    for name, words in (("half", "cannot read"), ("other-graph", "another model.fused.onnx")):
+        assert_one_line_error(tradeoff(paths=(with_engines / "engines" / name,)), words)
+
+
+def test_a_bundle_whose_engines_are_all_refused_is_measured_by_its_graphs(tradeoff, with_engines, tmp_path):
+    for record in (with_engines / "engines").rglob("*.json"):
+        record.write_text("{")
+    result = tradeoff(paths=(with_engines,))
+    assert result.returncode == 0 and result.stdout.count("left out") == 5, result.stderr
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert rows[-1]["name"] == "fp32, TensorRT" and rows[-1]["engine"] is None and len(rows) > 1

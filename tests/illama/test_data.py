@@ -1,0 +1,168 @@
+"""The shipped images, folders in ImageNet's layout, CIFAR's layout, and what is wrong with them."""
+
+import gzip
+import hashlib
+import json
+import pickle
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import write_images
+from timm.data import create_transform
+from torchvision import datasets
+
+from illama.data.datasets import DEBIAN_FASHION_MNIST, Preprocessing, Transformed, open_data, read_idx
+from illama.errors import UserError
+
+
+def _digests(images):
+    return {images[i][0].numpy().tobytes() for i in range(len(images))}
+
+
+def test_shipped_fashion_mnist():
+    data = open_data("fashion-mnist")
+    test, calibration = data.test(), data.calibration(2000)
+    assert len(test) == 10_000
+    assert np.bincount(test.labels).tolist() == [1000] * 10
+    assert not _digests(test) & _digests(calibration)
+    assert test[0][0].shape == (1, 28, 28)
+    some = [data.calibration(100)[i] for i in (0, 99)]
+    assert [label for _, label in some] == [calibration[i][1] for i in (0, 1980)]
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_training_images_leave_out_the_shipped_calibration_images():
+    data = open_data("fashion-mnist")
+    training, validation = data.training()
+    assert (len(training), len(validation)) == (58_000, 2_000)
+    assert _digests(validation) == _digests(data.calibration(2000))
+
+
+def test_missing_training_images_come_with_the_way_to_get_them(tmp_path):
+    with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
+        open_data(f"fashion-mnist:{tmp_path}").training()
+
+
+@pytest.mark.parametrize("size", [32, 112, 224, 384])
+def test_the_evaluation_transform_is_timm_s(size):
+    """The paper's code evaluates with timm's transforms."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if size in (32, 384) else {"crop_pct": size / (size * 256 // 224)}
+    expected = create_transform(size, is_training=False, interpolation="bicubic", **crop)(image)
+    torch.testing.assert_close(Preprocessing.imagenet(size).transform()(image), expected, atol=1e-5, rtol=0)
+
+
+def test_an_image_folder(image_folder):
+    data = open_data(str(image_folder))
+    assert data.classes == ("class0", "class1", "class2")
+    assert (len(data.test()), len(data.calibration(24))) == (18, 24)
+    assert {data.calibration(6)[i][1] for i in range(6)} == {0, 1, 2}
+    image, label = Transformed(data.test(), Preprocessing.imagenet(32).transform())[17]
+    assert image.shape == (3, 32, 32) and label == 2
+    grey = Transformed(data.test(), Preprocessing.imagenet(32, 1).transform())[0][0]
+    assert grey.shape == (1, 32, 32)
+
+
+def test_preprocessing_comes_back_from_json_or_is_refused():
+    preprocessing = Preprocessing.imagenet(224)
+    values = json.loads(json.dumps(asdict(preprocessing)))
+    assert Preprocessing.from_dict(values) == preprocessing
+    for damaged in ({**values, "crop": 1}, {**values, "mean": None}, {"image_size": 224}, []):
+        with pytest.raises(UserError, match="make the bundle again"):
+            Preprocessing.from_dict(damaged)
+
+
+def test_more_calibration_images_than_there_are(image_folder):
+    with pytest.raises(UserError, match=r"25 calibration images asked for, 1 to 24"):
+        open_data(str(image_folder)).calibration(25)
+    with pytest.raises(UserError, match="2001 calibration images"):
+        open_data("fashion-mnist").calibration(2001)
+
+
+def test_folders_that_cannot_be_used(tmp_path, image_folder):
+    with pytest.raises(UserError, match="no data at"):
+        open_data(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no val/ folder"):
+        open_data(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "val").mkdir()
+    with pytest.raises(UserError, match="one folder per class"):
+        open_data(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="one class only"):
+        open_data(str(write_images(tmp_path / "one", classes=1)))
+    (image_folder / "train" / "class0").rename(image_folder / "train" / "class9")
+    with pytest.raises(UserError, match="different classes"):
+        open_data(str(image_folder)).calibration(2)
+
+
+def test_a_broken_image_is_named(image_folder):
+    broken = image_folder / "val" / "class1" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"class1/2\.png"):
+        list(open_data(str(image_folder)).test())
+
+
+@pytest.mark.parametrize("content", [b"", b"not gzip", gzip.compress(b"\0\0\x0d\x01\0\0\0\1", mtime=0),
+                                     gzip.compress(b"\0\0\x08\x01\0\0\0\xff12", mtime=0)])  # fmt: skip
+def test_a_damaged_idx_file_is_refused(tmp_path, content):
+    (tmp_path / "file.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"file\.gz"):
+        read_idx(tmp_path / "file.gz")
+
+
+def test_a_huge_image_is_named_in_one_line(image_folder, monkeypatch, recwarn):
+    """Pillow only warns of images above its limit, and refuses them from twice the limit on."""
+    with Image.open(image_folder / "val" / "class0" / "0.png") as image:
+        pixels = image.width * image.height
+    for limit in (pixels * 2 // 3, pixels // 3):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UserError, match=r"class0/0\.png has more than .* million pixels.*: shrink it"):
+            open_data(str(image_folder)).test()[0]
+    assert not recwarn.list
+
+
+CIFAR = {
+    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch",
+                "labels", "label_names"),
+    "cifar100": (datasets.CIFAR100, "cifar-100-python", ["train"], "test", "fine_labels", "fine_label_names"),
+}  # fmt: skip
+
+
+def _write_cifar(name, root):
+    """A CIFAR of 10 images a batch in the published layout; its pixels, and the MD5 sums torchvision checks."""
+    _, folder, train, test, labels, names = CIFAR[name]
+    generator, classes = np.random.default_rng(0), int(name.removeprefix("cifar"))
+    contents = {
+        batch: {"data": generator.integers(0, 256, (10, 3072), dtype=np.uint8), labels: list(range(10))}
+        for batch in [*train, test]
+    }
+    meta = CIFAR[name][0].meta["filename"]
+    contents[meta] = {names: [f"kind{i}" for i in range(classes)]}
+    (root / folder).mkdir(parents=True)
+    for batch, content in contents.items():
+        (root / folder / batch).write_bytes(pickle.dumps(content))
+    return contents, {batch: hashlib.md5((root / folder / batch).read_bytes()).hexdigest() for batch in contents}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_in_its_published_layout(name, tmp_path, monkeypatch):
+    reader, _, train, test, _, _ = CIFAR[name]
+    contents, sums = _write_cifar(name, tmp_path)
+    with pytest.raises(UserError, match=f"no intact {name}"):  # its MD5 sums are not CIFAR's
+        open_data(f"{name}:{tmp_path}")
+    monkeypatch.setattr(reader, "train_list", [[batch, sums[batch]] for batch in train])
+    monkeypatch.setattr(reader, "test_list", [[test, sums[test]]])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": sums[reader.meta["filename"]]})
+    data = open_data(f"{name}:{tmp_path}")
+    assert data.classes == tuple(f"kind{i}" for i in range(int(name.removeprefix("cifar"))))
+    count = 10 * len(train)
+    assert (len(data.test()), len(data.calibration(count))) == (10, count)
+    image, label = data.calibration(count)[count - 1]
+    expected = contents[train[-1]]["data"][9].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert label == 9 and np.array_equal(np.asarray(image), expected)
+    image, _ = Transformed(data.test(), data.preprocessing(32, 3).transform())[0]
+    assert image.shape == (3, 32, 32)

@@ -1,0 +1,322 @@
+"""Image files of every depth and orientation against independent writers and readers, and what must not be decoded."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from PIL import EpsImagePlugin, Image
+from torchvision.transforms import InterpolationMode, v2
+
+from illama.data import images
+from illama.data.images import ResizeAndCrop, bicubic, decode_image
+from illama.errors import UserError
+
+CASES = Path(__file__).parents[1] / "data"
+GREY = np.random.default_rng(0).integers(0, 256, (6, 9), dtype=np.uint8)
+
+
+def decode(content, exif="apply", mode="L", **more):
+    return np.asarray(decode_image(io.BytesIO(content), lambda: "this one", exif, mode, **more))
+
+
+def png(width, height, depth, kind, rows, *chunks):
+    """A PNG by its specification: rows of bytes as they are, further chunks before the pixels."""
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+
+
+def grey_png(values, *chunks):
+    """Of 16 bits."""
+    height, width = values.shape
+    return png(width, height, 16, 0, [row.astype(">u2").tobytes() for row in values], *chunks)
+
+
+def tiff(values, **options):
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, **{"photometric": "minisblack", **options})
+    return file.getvalue()
+
+
+def scaled(values, top):
+    return np.rint(np.clip(np.asarray(values, np.float64) / top, 0, 1) * 255)
+
+
+def test_every_value_of_16_bits():
+    values = np.arange(65536).reshape(256, 256)
+    expected = scaled(values, 65535)
+    assert np.array_equal(decode(grey_png(values)), expected)
+    written = cv2.imencode(".png", values.astype(np.uint16))[1].tobytes()
+    assert np.array_equal(decode(written), expected)
+    for order in "<>":
+        assert np.array_equal(decode(tiff(values.astype(np.uint16), byteorder=order)), expected)
+    assert np.array_equal(decode(b"P5\n256 256\n65535\n" + values.astype(">u2").tobytes()), expected)
+    assert np.array_equal(decode(grey_png(GREY * np.uint16(257))), GREY)
+
+
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i2", "u4", "i4", "f4"])
+@pytest.mark.parametrize("order", "<>")
+def test_a_tiff_is_scaled_by_the_depth_that_it_declares(kind, order):
+    dtype = np.dtype(kind)
+    if dtype.kind == "f":
+        values, top = np.array([[0, 0.25, 0.5, 0.999, 1, -3, 2.5, np.inf, -np.inf]], dtype), 1
+    else:
+        top = np.iinfo(dtype).max
+        values = np.array([[0, 1, top // 2, top // 3, top - 1, top, np.iinfo(dtype).min, top // 7, 100]], dtype)
+    content = tiff(values, byteorder=order)
+    if (kind, order) == ("u4", ">"):  # Pillow does not read it
+        with pytest.raises(UserError, match="cannot read the image this one"):
+            decode(content)
+        return
+    assert np.array_equal(decode(content), scaled(values, top))
+    assert np.array_equal(decode(content, mode="RGB")[..., 1], scaled(values, top))
+    compressed = tiff(values, byteorder=order, compression="zlib")
+    try:
+        assert np.array_equal(decode(compressed), scaled(values, top))
+    except UserError:  # Pillow would swap the bytes once too often
+        assert order == ">" and kind in ("i2", "i4", "f4")
+
+
+@pytest.mark.parametrize("values", [GREY, GREY * np.uint16(257), GREY / np.float32(255)], ids=["8", "16", "float"])
+def test_where_white_is_zero(values):
+    assert np.array_equal(decode(tiff(values, photometric="miniswhite")), 255 - GREY)
+
+
+def test_12_bits_of_a_tiff():
+    """Two pixels in three bytes, by hand: no library that is installed writes them."""
+    values = np.arange(4096).reshape(64, 64)
+    pairs = values.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
+    tags = {256: 64, 257: 64, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 64, 279: packed.size}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    content = struct.pack("<2sHI", b"II", 42, 8 + packed.size) + packed.astype(np.uint8).tobytes() + directory
+    assert np.array_equal(decode(content), scaled(values, 4095))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_of_a_png(bits):
+    values = np.arange(8) % 2**bits
+    row = np.packbits(np.unpackbits(values.astype(np.uint8)[:, None], axis=1)[:, 8 - bits :].ravel()).tobytes()
+    assert np.array_equal(decode(png(8, 1, bits, 0, [row]))[0], scaled(values, 2**bits - 1))
+
+
+@pytest.mark.parametrize("highest", [1, 100, 255, 1023, 65535])
+def test_a_pgm_is_scaled_by_its_highest_value(highest):
+    values = np.linspace(0, highest, 50).round().astype(int)[None]
+    binary = values.astype(">u2" if highest > 255 else "u1").tobytes()
+    text = " ".join(map(str, values[0])).encode()
+    for content in (b"P5\n50 1\n%d\n%b" % (highest, binary), b"P2\n50 1\n%d\n%b\n" % (highest, text)):
+        assert np.abs(decode(content) - scaled(values, highest)).max() <= (0 if highest in (1, 255, 65535) else 1)
+
+
+def test_of_colours_of_16_bits_the_upper_8_are_taken():
+    colours = np.random.default_rng(1).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    content = cv2.imencode(".png", colours[..., ::-1])[1].tobytes()
+    assert np.array_equal(decode(content, mode="RGB"), colours >> 8)
+
+
+def test_a_pixel_that_is_no_number_makes_a_broken_image():
+    with pytest.raises(UserError, match="cannot read the image this one"):
+        decode(tiff(np.array([[0.5, np.nan]], np.float32)))
+
+
+STORED = np.kron(np.array([[10, 200, 90], [160, 40, 240]], np.uint8), np.ones((16, 16), np.uint8))
+UPRIGHT = {1: STORED, 2: np.fliplr(STORED), 3: np.rot90(STORED, 2), 4: np.flipud(STORED), 5: STORED.T,
+           6: np.rot90(STORED, -1), 7: np.rot90(STORED, 2).T, 8: np.rot90(STORED)}  # fmt: skip
+
+
+def exif_of(orientation, order="<"):
+    """EXIF with one entry, as its specification has it."""
+    mark = {"<": b"II", ">": b"MM"}[order]
+    return struct.pack(f"{order}2sHIHHHIHHI", mark, 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+def declaring(kind, orientation):
+    """A file of STORED that declares an orientation."""
+    file, header = io.BytesIO(), b"Exif\0\0" + exif_of(orientation, ">" if orientation % 2 else "<")
+    if kind == "TIFF":
+        return tiff(STORED, extratags=[(0x0112, "H", 1, orientation, True)])
+    if kind == "PNG":
+        return grey_png(STORED * np.uint16(257), (b"eXIf", exif_of(orientation)))
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True, "exact": True}}[kind]
+    Image.fromarray(STORED).convert("RGB").save(file, kind, exif=header, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_is_turned_as_its_file_declares(kind, orientation):
+    content, tolerance = declaring(kind, orientation), 2 if kind == "JPEG" else 0
+    found = decode(content).astype(int)
+    assert found.shape == UPRIGHT[orientation].shape and np.abs(found - UPRIGHT[orientation]).max() <= tolerance
+    if kind == "JPEG":  # what an independent reader makes of it
+        seen = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert np.abs(found - seen).max() <= tolerance
+    if kind != "TIFF":  # which Pillow turns by itself
+        assert np.abs(decode(content, "ignore").astype(int) - STORED).max() <= tolerance
+    if kind == "PNG":
+        assert np.array_equal(decode(content, mode=None), STORED * np.uint16(257))
+
+
+@pytest.mark.parametrize("damaged", [b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0II*\0\xff\xff\xff\xff", exif_of(9),
+                                     b"\xff" * 40, exif_of(6)[:12], exif_of(0)])  # fmt: skip
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_damaged_metadata_leaves_the_picture_as_it_is(kind, damaged, recwarn):
+    file = io.BytesIO()
+    Image.fromarray(STORED).convert("RGB").save(
+        file, kind, exif=damaged, **({"lossless": True} if kind == "WEBP" else {})
+    )
+    assert np.abs(decode(file.getvalue()).astype(int) - STORED).max() <= 2
+    assert not recwarn.list
+
+
+def test_a_phone_s_pair_of_pictures_gives_the_first():
+    file = io.BytesIO()
+    first, second = (Image.fromarray(array).convert("RGB") for array in (STORED, 255 - STORED))
+    first.save(file, "MPO", save_all=True, append_images=[second], quality=95)
+    assert Image.open(io.BytesIO(file.getvalue())).format == "MPO"
+    assert np.abs(decode(file.getvalue()).astype(int) - STORED).max() <= 2
+
+
+def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    for kind in ("EPS", "ICO", "TGA", "PCX", "SGI"):
+        path = tmp_path / f"{kind}.jpg"
+        Image.fromarray(STORED).convert("RGB").save(path, kind)
+        with pytest.raises(UserError, match=rf"cannot read the image .*{kind}\.jpg"):
+            decode_image(str(path), lambda path=path: str(path))
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UserError, match="cannot read the image"):
+        decode_image(str(tmp_path / "pipe.jpg"), lambda: "pipe.jpg")
+    for kind in images.FORMATS:
+        Image.fromarray(STORED).convert("RGB").save(path, kind)
+        assert decode_image(str(path), lambda: "").size == STORED.shape[::-1]
+
+
+def test_values_of_a_map_are_never_scaled():
+    packed = png(4, 1, 4, 0, [b"\x12\x34"])
+    with pytest.raises(UserError, match="cannot read"):
+        decode(packed, mode=None)
+    file = io.BytesIO()
+    indices = Image.fromarray(GREY % 4).convert("L")
+    indices.putpalette([0, 0, 0, 9, 9, 9, 200, 0, 0, 0, 50, 0])
+    indices.save(file, "PNG")
+    assert np.array_equal(decode(file.getvalue(), mode=None), GREY % 4)
+
+
+def test_size_is_checked_before_anything_is_decoded():
+    header = png(30_000, 20_000, 8, 0, [])  # no pixel is there
+    for content, limit, words in (
+        (header, None, "more than 89.5 million pixels"),
+        (grey_png(np.zeros((20, 60))), 1199, "more than"),
+        (png(1_000_001, 1, 1, 0, []), None, "1000000 along a side"),
+    ):
+        with pytest.raises(UserError, match=words):
+            decode(content, max_pixels=limit)
+    assert decode(grey_png(np.zeros((20, 60))), max_pixels=1200).shape == (20, 60)
+
+
+@st.composite
+def pictures(draw):
+    """(picture, short, size): long pictures, noise of any values or of black and white, whose resize overshoots."""
+    narrow = draw(st.integers(1, 30))
+    long = int(narrow * draw(st.floats(4, 300)))
+    assume(long < 4000)
+    # Pillow 12 shrinks a tall picture in another order, with other roundings.
+    tall = [(long, narrow)] if int(Image.__version__.split(".")[0]) >= 13 else []
+    shape = draw(st.sampled_from([(narrow, long), *tall]))
+    pixels = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    pixels = pixels // 128 * np.uint8(255) if draw(st.booleans()) else pixels
+    size = draw(st.integers(1, 50))
+    return Image.fromarray(pixels), size + draw(st.integers(0, 30)), size
+
+
+@settings(max_examples=80, deadline=None)
+@given(pictures())
+def test_the_crop_alone_is_the_crop_of_the_resized_picture(case):
+    picture, short, size = case
+    whole = v2.Compose([v2.Resize(short, InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+    expected = np.asarray(whole(picture)).astype(int)
+    assert np.array_equal(np.asarray(ResizeAndCrop(short, size)(picture)), expected)
+    with mock.patch.object(images, "MAX_RESIZED", 0):
+        assert np.abs(np.asarray(ResizeAndCrop(short, size)(picture)) - expected).max() <= 1
+        tensor = v2.functional.pil_to_tensor(picture)
+        assert np.array_equal(ResizeAndCrop(short, size)(tensor), ResizeAndCrop(short, size)(picture))
+
+
+@pytest.mark.parametrize("shape", [(10, 12_000), (12_000, 10)])
+def test_beyond_the_limit_the_crop_is_still_that_of_today(shape):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    whole = v2.Compose([v2.Resize(256, InterpolationMode.BICUBIC), v2.CenterCrop(224)])(picture)
+    with mock.patch.object(v2.functional, "resize", side_effect=AssertionError("the whole picture was resized")):
+        found = ResizeAndCrop(256, 224)(picture)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(whole)).max() <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.data())
+@example(28, 28, None)
+def test_the_weights_are_pytorch_s(old, new, data):
+    first = data.draw(st.integers(0, new - 1)) if data else 0
+    count = data.draw(st.integers(1, new - first)) if data else new
+    expected = F.interpolate(torch.eye(old, dtype=torch.float64)[None, None], size=(new, old), mode="bicubic",
+                             antialias=True)[0, 0, first : first + count].numpy()  # fmt: skip
+    low, weights = bicubic(old, new, first, count)
+    found = np.zeros((count, old))
+    found[:, low : low + weights.shape[1]] = weights
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+MEMORY = """
+import resource, sys
+from PIL import Image
+from illama.data.datasets import Preprocessing
+from illama.errors import UserError
+from illama.data.images import decode_image
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+def read(size, name):
+    return transforms[size](decode_image(name, lambda: name))
+
+transforms = {size: Preprocessing.imagenet(size).transform() for size in (224, 384)}
+for transform in transforms.values():
+    transform(Image.new("RGB", (300, 300)))
+for name, megabytes in (("20000x1.png", 40), ("1x20000.png", 40), ("100000x100.png", 150)):
+    for size in transforms:
+        before = peak()
+        assert read(size, name).shape == (3, size, size)
+        assert peak() - before < megabytes, (name, size, peak() - before)
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000,) * 2)
+try:
+    read(224, "9000x9000.png")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_memory_is_that_of_the_pixels_whatever_the_shape(tmp_path):
+    for width, height in ((20_000, 1), (1, 20_000), (100_000, 100), (9000, 9000)):
+        Image.new("L", (width, height)).save(tmp_path / f"{width}x{height}.png")
+    result = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "9000x9000.png is too large for this machine's memory" in result.stdout

@@ -1,0 +1,218 @@
+"""One photograph, upright and turned by its EXIF, of 8 and of 16 bits: the same answer by every path that decodes."""
+
+import io
+import json
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from support import SMALL, assert_one_line_error, write_bundle
+
+from eval.benchmark.open_bundles import check_alike
+from eval.out_of_distribution import open_outside
+from eval.shape_bias import Stimuli
+from illama.bundle import CPU_ONNX, MANIFEST, Manifest
+from illama.checkpoints.load import SHIPPED, load_checkpoint, read_preprocessing
+from illama.data.ade20k import SegmentationFolder
+from illama.data.datasets import Preprocessing, open_data
+from illama.errors import UserError
+from illama.inference import predict, torch_infer
+from illama.train import start_run
+from illama.training.distributed import Processes
+from illama.training.recipe import Recipe, read_recipe
+from quant.export.onnx_export import export_onnx
+from quant.inputs import InputOptions, open_inputs
+from quant.qat import QatOptions
+
+CASES = Path(__file__).parents[1] / "data"
+NAMES = ("upright.jpg", "orientation-6.jpg", "grey8.png", "grey16.png")
+
+
+def in_a_folder(folder):
+    for label, name in enumerate(NAMES):
+        (folder / "val" / str(label)).mkdir(parents=True)
+        shutil.copy(CASES / name, folder / "val" / str(label))
+    return str(folder)
+
+
+def in_a_tar(folder):
+    folder.mkdir()
+    with tarfile.open(folder / "val-0.tar", "w") as tar:
+        for label, name in enumerate(NAMES):
+            key, suffix = name.split(".")
+            for member, content in ((f"{key}.{suffix}", (CASES / name).read_bytes()), (f"{key}.cls", b"%d" % label)):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return f"webdataset:{folder}"
+
+
+def in_parquet(folder):
+    folder.mkdir()
+    rows = [{"bytes": (CASES / name).read_bytes(), "path": name} for name in NAMES]
+    pq.write_table(pa.table({"image": rows, "label": range(len(NAMES))}), folder / "validation-0.parquet")
+    return f"parquet:{folder}"
+
+
+@pytest.mark.parametrize("pack", [in_a_folder, in_a_tar, in_parquet])
+def test_data_sets_give_the_same_logits(pack, tmp_path):
+    shipped, spec = load_checkpoint(SHIPPED), pack(tmp_path / "set")
+    transform = shipped.preprocessing.transform()
+    for exif, same in (("apply", (0, 1, 2, 3)), ("ignore", (0, 2, 3))):
+        split = open_data(spec, exif).test()
+        logits, labels = predict({"nano": torch_infer(shipped.model)}, split, transform)
+        classes = [shipped.classes[index] for index in logits["nano"].argmax(1)]
+        assert labels.tolist() == [0, 1, 2, 3]
+        assert [classes[index] for index in same] == ["Pullover"] * len(same)
+        if exif == "ignore":
+            assert classes[1] == "Bag"
+        else:
+            assert np.abs(logits["nano"] - logits["nano"][0]).max() < 0.02
+        assert np.array_equal(logits["nano"][2], logits["nano"][3])  # 16 bits are 8 bits times 257
+
+
+def test_other_readers_turn_pictures_too(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for name in NAMES[:2]:
+        shutil.copy(CASES / name, tmp_path)
+    for index, name in enumerate(NAMES[:2]):
+        shutil.copy(CASES / name, tmp_path / "cat" / f"cat{index}-dog1.png")
+
+    def difference(split):
+        upright, turned = (np.asarray(split[index][0]).astype(int) for index in (0, 1))
+        return np.abs(upright - turned).mean()
+
+    for kind in (Stimuli, lambda folder, *exif: open_outside(str(folder / "cat"), *exif)):
+        assert difference(kind(tmp_path)) < 2 and difference(kind(tmp_path, "ignore")) > 20
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles") / "nano"
+    folder.mkdir()
+    shutil.copy(SHIPPED / MANIFEST, folder)
+    export_onnx(load_checkpoint(SHIPPED).model, folder / CPU_ONNX, "plain")
+    return folder
+
+
+def without_fields(bundle, folder):
+    """The bundle as one of before the fields."""
+    shutil.copytree(bundle, folder)
+    values = json.loads((folder / MANIFEST).read_text())
+    del values["preprocessing"]["exif"], values["preprocessing"]["class_order"]
+    (folder / MANIFEST).write_text(json.dumps(values))
+    return folder
+
+
+def test_predictions_of_files_and_of_frames(nano, run_here, tmp_path):
+    def answers(bundle):
+        result = run_here("deploy/predict.py", *(CASES / name for name in NAMES), "--engine", bundle, "--runtime",
+                          "onnxruntime")  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        first = [line.split(": ")[1].split("%")[0].split(" ") for line in result.stdout.splitlines()[1:]]
+        return [name for name, _ in first], [float(percent) for _, percent in first]
+
+    classes, percents = answers(nano)
+    assert classes == ["Pullover"] * 4 and percents == pytest.approx([percents[0]] * 4, abs=0.2)
+    assert run_here("deploy/camera.py", nano, "--frame", "112x112", "--out", tmp_path / "camera").returncode == 0
+    assert answers(tmp_path / "camera") == (classes, pytest.approx(percents, abs=0.2))
+    old = without_fields(nano, tmp_path / "old")
+    assert answers(old)[0] == ["Pullover", "Bag", "Pullover", "Pullover"]
+
+
+def test_a_frame_of_an_absurd_shape_is_refused(nano, run_here, tmp_path):
+    for frame in ("1x20000", "20000x1", "9000x9000", "0x5"):
+        result = run_here("deploy/camera.py", nano, "--frame", frame, "--out", tmp_path / "camera")
+        assert_one_line_error(result, frame, "16384")
+    assert_one_line_error(run_here("deploy/camera.py", nano, "--channels", 2), "channels")
+    assert not (tmp_path / "camera").exists()
+    assert run_here("deploy/camera.py", nano, "--frame", "1x16384", "--out", tmp_path / "camera").returncode == 0
+
+
+def test_what_a_manifest_says_of_reading(nano, tmp_path):
+    new, old = read_preprocessing(Manifest.read(nano)), without_fields(nano, tmp_path / "old")
+    assert (new.exif, new.class_order) == ("apply", "words")
+    before = read_preprocessing(Manifest.read(old))
+    assert (before.exif, before.class_order) == ("ignore", "words") and before == replace(new, exif="ignore")
+    with pytest.raises(UserError, match="takes other images"):
+        check_alike([nano, old])
+    ignoring = shutil.copytree(nano, tmp_path / "ignoring")
+    manifest = Manifest.read(ignoring)
+    other = {**manifest.preprocessing, "exif": "ignore", "class_order": "natural"}
+    replace(manifest, preprocessing=other).write(ignoring)
+    assert check_alike([old, ignoring]).classes == manifest.classes
+    for damage in ({"exif": "yes"}, {"class_order": None}, {"resize": 20}):
+        with pytest.raises(UserError, match=next(iter(damage))):
+            Preprocessing.from_dict({**manifest.preprocessing, **damage})
+
+
+def test_commands_read_as_the_bundle_says_unless_told(tmp_path, image_folder, run_here):
+    bundle = write_bundle(tmp_path / "bundle", SMALL)
+    old, options = without_fields(bundle, tmp_path / "old"), {"data": str(image_folder), "calibration_images": 4}
+    for checkpoint, given, expected in (
+        (bundle, None, "apply"), (old, None, "ignore"), (old, "apply", "apply"), (bundle, "ignore", "ignore"),
+        (bundle / "model.safetensors", None, "apply"), (bundle / "model.safetensors", "ignore", "ignore"),
+    ):  # fmt: skip
+        inputs = open_inputs(InputOptions(checkpoint, exif=given, **options))
+        assert inputs.preprocessing.exif == inputs.data.exif == expected
+    for checkpoint, more, expected in ((bundle, (), "apply"), (old, (), "ignore"), (old, ("--exif", "apply"), "apply"),
+                                       (bundle, ("--exif", "ignore"), "ignore")):  # fmt: skip
+        result = run_here("illama/convert.py", checkpoint, "--out", tmp_path / "out", *more)
+        assert result.returncode == 0, result.stderr
+        assert Manifest.read(tmp_path / "out").preprocessing["exif"] == expected
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("exif: ignore\nclass_order: natural\n")
+    read = read_recipe(QatOptions, tmp_path, str(recipe))
+    assert (read.exif, read.class_order) == ("ignore", "natural")
+    recipe.write_text("exif: [ignore]\n")
+    with pytest.raises(UserError, match="exif must be apply or ignore"):
+        read_recipe(QatOptions, tmp_path, str(recipe))
+
+
+def test_training_reads_as_it_is_told_and_its_bundle_says_so(tmp_path, image_folder):
+    small = {"model": "nano", "image_size": 16, "patch_size": 8, "width": 64, "depth": 1, "heads": 1}
+    recipe = Recipe(data=str(image_folder), out=tmp_path / "run", batch_size=2, micro_batch=2, workers=0, **small)
+    alone = Processes(0, 1, torch.device("cpu"))
+    for given, expected in (
+        ({}, ("apply", "words")),
+        ({"exif": "ignore", "class_order": "natural"}, ("ignore", "natural")),
+    ):
+        run = start_run(replace(recipe, **given), alone)
+        assert (
+            (run.preprocessing.exif, run.preprocessing.class_order) == (run.data.exif, run.data.class_order) == expected
+        )
+
+
+def test_the_resolution_changes_nothing_else_of_the_preprocessing(tmp_path):
+    config = replace(SMALL, image_size=224, patch_size=32)
+    bundle = without_fields(write_bundle(tmp_path / "bundle", config), tmp_path / "old")
+    resized = load_checkpoint(bundle, image_size=288).preprocessing
+    assert resized == replace(Preprocessing.imagenet(288), exif="ignore")
+
+
+def test_a_segmentation_s_image_is_turned_and_a_strip_refused(tmp_path):
+    for part in ("images/validation", "annotations/validation"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "objectInfo2.txt").write_text("Idx\tName\n1\tone\n2\ttwo\n")
+    for name, width in (("turned", 40), ("strip", 24 * 32 + 1)):
+        exif = Image.Exif()
+        exif[274] = 6
+        Image.new("RGB", (24, width) if name == "turned" else (width, 24)).save(
+            tmp_path / f"images/validation/{name}.jpg", **({"exif": exif} if name == "turned" else {})
+        )
+        Image.new("L", (width, 24), 1).save(tmp_path / f"annotations/validation/{name}.png")
+    strip, turned = 0, 1
+    image, labels = SegmentationFolder(tmp_path).test()[turned]
+    assert image.shape[-2:] == labels.shape == (24, 40)
+    with pytest.raises(UserError, match=r"turned\.png has .* and its image has not"):
+        SegmentationFolder(tmp_path, "ignore").test()[turned]
+    with pytest.raises(UserError, match=r"strip\.jpg is more than 32 times as long as wide"):
+        SegmentationFolder(tmp_path).test()[strip]
+    assert SegmentationFolder(tmp_path, "ignore").preprocessing(512, 3).exif == "ignore"

@@ -1,0 +1,183 @@
+"""python quant/ptq.py as a user runs it: the whole way on real files, and every mistake in one line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import ROOT, assert_one_line_error, run_command, write_images
+
+from deploy.trt.library import find_library
+from illama.checkpoints.load import load_checkpoint
+from illama.data.datasets import open_data
+from illama.inference import load_images, top1
+
+
+def _ptq(run, bundle, images, out, *more):
+    return run("quant/ptq.py", "--checkpoint", bundle, "--data", images, "--out", out,
+               "--calibration-images", 8, "--batches", 1, 3, "--seconds", 1, *more)  # fmt: skip
+
+
+def test_the_whole_way(small_bundle, image_folder, tmp_path):
+    out = tmp_path / "out"
+    result = _ptq(run_command, small_bundle, image_folder, out)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    in_openvino = {row["scheme"]: row for row in summary["rows"] if row["runtime"].startswith("OpenVINO")}
+    assert set(in_openvino) == {"fp32", "int8"} and all(row["latency_ms"] for row in in_openvino.values())
+    others = [row for row in summary["rows"] if row not in in_openvino.values()]
+    rows = {(row["scheme"], row["onnx"].split("/")[1]): row for row in others}
+    on_cpu = {(scheme, "model.onnx") for scheme in ("fp32", "int8", "fp8")}
+    assert set(rows) == on_cpu | {(scheme, "model.fused.onnx") for scheme in ("fp16", "int8", "fp8")}
+    for row in rows.values():
+        assert row["images"] == 18
+        assert (out / row["onnx"]).stat().st_size == row["onnx_bytes"]
+        assert row["drop_ci95"][0] <= row["drop"] <= row["drop_ci95"][1]
+        if find_library() and "fused" in row["onnx"]:
+            assert (out / row["engine"]).stat().st_size == row["engine_bytes"]
+    assert rows["int8", "model.onnx"]["latency_ms"]["p50"] > 0
+    assert rows["fp8", "model.onnx"]["latency_ms"] is None
+    assert rows["fp32", "model.onnx"]["drop"] == 0
+    assert (out / "report.html").exists()
+    # Those on the Pareto front are bold, which the clock decides.
+    assert len(re.findall(r"\n\| (?:\*\*)?int8\b", result.stdout)) == 3
+
+    checkpoint, data = load_checkpoint(small_bundle), open_data(str(image_folder))
+    images, labels = load_images(data.test(), checkpoint.preprocessing.transform())
+    session = onnxruntime.InferenceSession(out / "int8" / "model.onnx")
+    assert top1(session.run(None, {"images": images})[0], labels) == pytest.approx(rows["int8", "model.onnx"]["top1"])
+
+    again = _ptq(run_command, small_bundle, image_folder, out, "--schemes", "int8")
+    assert again.returncode == 0, again.stderr
+    assert not (out / "fp8").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images", "out"]
+
+
+def _nan(bundle):
+    path = bundle / "model.safetensors"
+    state = load_file(path)
+    state["head.bias"][0] = float("nan")
+    save_file(state, path)
+
+
+def _truncated(bundle):
+    path = bundle / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _another_config(bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["config"]["depth"] = 3
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(_nan, "NaN"), (_truncated, "truncated"), (_another_config, "does not fit the config")],
+)
+def test_a_checkpoint_that_cannot_be_used(damage, words, small_bundle, image_folder, tmp_path, run_here):
+    damage(small_bundle)
+    result = _ptq(run_here, small_bundle, image_folder, tmp_path / "out")
+    assert_one_line_error(result, words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
+
+
+def test_a_checkpoint_with_code_in_it(image_folder, tmp_path, run_here):
+    torch.save({"model": Code(tmp_path / "executed")}, tmp_path / "evil.pth")
+    assert_one_line_error(_ptq(run_here, tmp_path / "evil.pth", image_folder, tmp_path / "out"), "more than tensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth", "images"]
+
+
+def test_options_that_do_not_fit(small_bundle, image_folder, tmp_path, run_here):
+    out = tmp_path / "out"
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, "--schemes", "int3"), "unknown scheme 'int3'")
+    assert_one_line_error(
+        _ptq(run_here, small_bundle, image_folder, out, "--calibration-images", 25), "25 calibration images"
+    )
+    assert_one_line_error(_ptq(run_here, small_bundle, tmp_path / "nowhere", out), "no data at")
+    unknown = run_here("quant/ptq.py", "--sheme", "int8")
+    assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
+    if library := find_library():
+        bad = "sm86" if library.name == "tensorrt" else "sm12"
+        assert_one_line_error(
+            _ptq(run_here, small_bundle, image_folder, out, "--targets", bad), bad if bad == "sm12" else "GPU"
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
+
+
+def test_folders_that_do_not_fit(small_bundle, image_folder, tmp_path, run_here):
+    out = tmp_path / "out"
+    one = write_images(tmp_path / "one", classes=1)
+    assert_one_line_error(_ptq(run_here, small_bundle, one, out), "one class only")
+    (tmp_path / "empty").mkdir()
+    assert_one_line_error(_ptq(run_here, small_bundle, tmp_path / "empty", out), "no val/ folder")
+    (image_folder / "train" / "class1").rename(image_folder / "train" / "class9")
+    (image_folder / "val" / "class1").rename(image_folder / "val" / "class9")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out), "'class1'", "'class2'")
+    (image_folder / "train" / "class9").rename(image_folder / "train" / "class1")
+    (image_folder / "val" / "class9").rename(image_folder / "val" / "class1")
+    two = write_images(tmp_path / "two", classes=2)
+    assert_one_line_error(_ptq(run_here, small_bundle, two, out), "3 classes", "has 2")
+    (image_folder / "val" / "class1" / "0.png").write_bytes(b"no picture")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out), "class1/0.png")
+    assert not out.exists()
+
+
+def test_an_output_folder_that_cannot_be_written(small_bundle, image_folder, tmp_path, run_here):
+    (tmp_path / "file").write_text("in the way")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, tmp_path / "file" / "out"), "cannot write")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, tmp_path / "file"), "other files")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, "/proc/out"), "cannot write")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_ctrl_c_leaves_nothing_behind(small_bundle, image_folder, tmp_path):
+    command = [sys.executable, "quant/ptq.py", "--checkpoint", small_bundle, "--data", image_folder, "--out",
+               tmp_path / "out", "--calibration-images", "8"]  # fmt: skip
+    # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    assert any("export" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "interrupted" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
+
+
+def test_a_full_disk_is_one_line(small_bundle, image_folder, tmp_path):
+    """A file-size limit stands in for a full disk: the kernel refuses the write in the same way."""
+    script = (
+        "import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    result = run_command("-c", script, "quant/ptq.py", "--checkpoint", small_bundle, "--data", image_folder, "--out",
+                         tmp_path / "out", "--calibration-images", 8)  # fmt: skip
+    assert_one_line_error(result, "File too large")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_library() is None or find_library().name != "tensorrt_rtx", reason="needs tensorrt-rtx")
+def test_targets_without_fp8_get_their_int8_engine(small_bundle, image_folder, tmp_path, run_here):
+    result = _ptq(
+        run_here, small_bundle, image_folder, tmp_path / "out", "--targets", "sm86", "--schemes", "int8", "fp8"
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "int8" / "engines" / "tensorrt_rtx-sm86-1.8.64" / "model.engine").exists()
+    assert not (tmp_path / "out" / "fp8" / "engines").exists()
+    assert "No fp8 engine for sm86" in result.stdout

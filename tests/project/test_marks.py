@@ -1,0 +1,47 @@
+"""What the README promises of the shipped checkpoint, on the whole test split."""
+
+import pytest
+import torch
+
+from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from eval.metrics.accuracy_drop import paired_drop
+from illama.bundle import Manifest
+from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.data.datasets import open_data
+from illama.inference import load_images, predict, torch_infer
+from quant.export.onnx_export import export_onnx
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import SCHEMES
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_checkpoint(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def reference(shipped):
+    """Which test images the float model gets right, in PyTorch."""
+    test = open_data("fashion-mnist").test()
+    logits, labels = predict({"model": torch_infer(shipped.model)}, test, shipped.preprocessing.transform())
+    return logits["model"].argmax(1) == labels
+
+
+def test_the_shipped_checkpoint_is_as_good_as_its_manifest_says(reference):
+    written = Manifest.read(SHIPPED).metrics["test_top1"]
+    assert reference.mean() * 100 == pytest.approx(written, abs=0.05)
+    assert written > 92.5
+
+
+@pytest.mark.parametrize(("name", "most_lost"), [("int8", 0.1), ("fp8", 0.05), ("w4a8", 0.2)])
+def test_what_quantization_loses_and_that_the_file_is_the_network(name, most_lost, shipped, reference, tmp_path):
+    """Points of top-1 lost by the file; and PyTorch's quantized network and the file have the same classes."""
+    data, transform = open_data("fashion-mnist"), shipped.preprocessing.transform()
+    images, _ = load_images(data.calibration(512), transform)
+    quantized = calibrate(shipped.model, SCHEMES[name], torch.from_numpy(images).split(64))
+    export_onnx(quantized, tmp_path / "m.onnx", "plain")
+    both = {"onnx": OnnxRuntimeEngine(tmp_path / "m.onnx").infer, "torch": torch_infer(quantized)}
+    logits, labels = predict(both, data.test(), transform)
+    classes = {key: values.argmax(1) for key, values in logits.items()}
+    assert paired_drop(reference, classes["onnx"] == labels).points <= most_lost
+    assert (classes["onnx"] == classes["torch"]).mean() >= 0.999

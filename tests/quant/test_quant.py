@@ -1,0 +1,454 @@
+"""Quantization against independent references: ONNX's own arithmetic, ModelOpt's, ONNX Runtime's."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from modelopt.torch.quantization.calib import HistogramCalibrator
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import TensorQuantizer
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from illama import ILLaMA, ModelConfig
+from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.data.datasets import open_data
+from illama.errors import UserError
+from illama.graph.session import cpu_session
+from illama.inference import load_images, torch_infer
+from illama.models.attention import Operand
+from illama.models.norms import RMSNorm
+from quant.export.onnx_export import export_onnx
+from quant.export.verify import largest_step_difference
+from quant.quantizers.calibrate import calibrate
+from quant.quantizers.layers import (
+    QuantizedConv2d,
+    QuantizeDequantize,
+    QuantizedLinear,
+    WeightQuantizer,
+    centre,
+    fake_quantize,
+    freeze,
+    quantize_dequantize,
+    quantizers,
+)
+from quant.quantizers.observers import BINS, RangeObserver, entropy_amax, mse_amax, percentile_amax, weight_amax
+from quant.quantizers.reconstruction import blocks
+from quant.quantizers.smoothquant import smooth
+from quant.schemes.formats import FORMATS, TensorSpec
+from quant.schemes.scheme import SCHEMES, Scheme, find_scheme, resolve, unfit_for_tensorrt
+
+ONNX_TYPES = {
+    "int8": onnx.TensorProto.INT8,
+    "uint8": onnx.TensorProto.UINT8,
+    "int4": onnx.TensorProto.INT4,
+    "uint4": onnx.TensorProto.UINT4,
+    "fp8": onnx.TensorProto.FLOAT8E4M3FN,
+}
+ONNX_SCHEMES = sorted(name for name, scheme in SCHEMES.items() if scheme.backend == "onnx")
+TENSORRT_SCHEMES = [
+    "mixed",
+    "int8-attention",
+    "fp8",
+    "fp8-attention",
+    "int8",
+    "int8-smooth",
+    "int8-weight-only",
+    "w4a16",
+]
+
+
+def _onnx_quantize_dequantize(x, scale, number, zero_point=0):
+    zero = onnx.helper.make_tensor("zero", ONNX_TYPES[number], [], [zero_point])
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    floats = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("x", "scale", "y")]
+    graph = onnx.helper.make_graph(nodes, "qdq", floats[:2], floats[2:], [zero])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
+    return ReferenceEvaluator(model).run(None, {"x": x, "scale": scale})[0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
+    amax=st.floats(2**-9, 2**10, width=32),  # below it the reference overflows its int32; see the next test
+    number=st.sampled_from(sorted(ONNX_TYPES)),
+    zero_point=st.sampled_from([0, 0, 5]),
+)
+def test_the_arithmetic_is_onnx_s(values, amax, number, zero_point):
+    assume(number != "fp8" or zero_point == 0)
+    x = torch.tensor(values, dtype=torch.float32)
+    scale = FORMATS[number].scale(torch.tensor(amax, dtype=torch.float32))
+    expected = _onnx_quantize_dequantize(x.numpy(), scale.numpy(), number, zero_point)
+    np.testing.assert_array_equal(quantize_dequantize(x, scale, number, zero_point).numpy(), expected)
+    # What training computes is the same, but for the last bit of a sum.
+    trained = fake_quantize(x, scale, FORMATS[number], zero_point).numpy()
+    np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-5 * scale.item())
+
+
+@pytest.mark.parametrize("number", sorted(FORMATS))
+def test_whatever_is_too_large_saturates(number):
+    """ONNX's QuantizeLinear says so; 1e30 steps do not fit into any integer on the way."""
+    limits, amax = FORMATS[number], torch.tensor(2.0**-10)
+    x = torch.tensor([-1e30, -8225.0, 8225.0, 1e30])
+    top, bottom = amax.item(), amax.item() * limits.low / limits.high
+    ours = quantize_dequantize(x, limits.scale(amax), number)
+    assert ours.tolist() == pytest.approx([bottom, bottom, top, top], rel=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 6),
+    seed=st.integers(0, 100),
+    spec=st.sampled_from(
+        [
+            TensorSpec("int8", "channel"),
+            TensorSpec("fp8", "channel"),
+            TensorSpec("int4", "group", 4),
+            TensorSpec("int6"),
+        ]
+    ),
+)
+def test_weights_are_off_by_half_a_step_at_most(rows, seed, spec):
+    torch.manual_seed(seed)
+    linear = torch.nn.Linear(8, rows)
+    linear.weight.data[0] = 0.0  # a dead channel must stay zero, not become NaN
+    float_weight = linear.weight.detach().clone()
+    layer = QuantizedLinear(linear, WeightQuantizer(spec, weight_amax(linear.weight, spec)), None)
+    rounded = layer(torch.eye(8)).t() - linear.bias[:, None]
+    layer.freeze()
+    stored = layer(torch.eye(8)).t() - linear.bias[:, None]
+    torch.testing.assert_close(rounded, stored, rtol=1e-6, atol=1e-6)
+    amax = float_weight.unflatten(1, (-1, spec.group_size if spec.granularity == "group" else 8)).abs().amax(2, True)
+    amax = (amax if spec.granularity != "tensor" else amax.amax().expand_as(amax)).expand(rows, -1, 8).reshape(rows, -1)
+    amax = amax[:, :8] if spec.granularity != "group" else amax.unflatten(1, (2, 8))[:, :, :4].reshape(rows, 8)
+    relative = 2**-4 if spec.format == "fp8" else 0.5 / FORMATS[spec.format].high
+    assert ((stored - float_weight).abs() <= relative * amax + 1e-6).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20), min_size=1, max_size=5))
+def test_an_observer_counts_every_value_once(batches):
+    observer = RangeObserver(TensorSpec("int8", calibrator="percentile", percentile=100))
+    for batch in batches:
+        observer.collect(torch.tensor(batch))
+    values = np.abs(np.concatenate([np.float32(batch) for batch in batches]))
+    assert observer.counts.sum() == (values != 0).sum()
+    if values.any():
+        assert observer.compute_amax() == pytest.approx(values.max(), rel=3 / BINS)
+
+
+def _histogram(values):
+    return np.histogram(np.abs(values), bins=BINS, range=(0, np.abs(values).max()))[0].astype(float), np.abs(
+        values
+    ).max()
+
+
+def test_calibrators_against_numpy_and_modelopt():
+    """Percentile against numpy's and ModelOpt's, mse against a search over the values themselves."""
+    values = np.random.default_rng(0).standard_t(3, 50_000).astype(np.float32)
+    counts, limit = _histogram(values)
+    chosen = percentile_amax(counts, limit, 99.9)
+    assert chosen == pytest.approx(np.percentile(np.abs(values), 99.9), rel=0.02)
+    number, errors = FORMATS["int8"], {}
+    for share in range(1, 101):
+        scale = torch.tensor(limit * share / 100 / number.high)
+        rounded = number.quantize(torch.from_numpy(values), scale).float() * scale
+        errors[share] = float((rounded - torch.from_numpy(values)).square().sum())
+    best = min(errors, key=errors.get)
+    assert mse_amax(counts, limit, number) == pytest.approx(limit * best / 100, rel=0.05)
+    theirs = HistogramCalibrator(8, None, False)
+    theirs.collect(torch.from_numpy(values))
+    ours = RangeObserver(TensorSpec("int8", calibrator="percentile", percentile=99.9))
+    ours.collect(torch.from_numpy(values))
+    assert ours.compute_amax() == pytest.approx(float(theirs.compute_amax("percentile", percentile=99.9)), rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_checkpoint(SHIPPED).model
+
+
+@pytest.fixture(scope="module")
+def short(shipped):
+    """The first and the last block of the shipped network: trained weights, and both forms of attention's rows."""
+    model = ILLaMA(replace(shipped.config, depth=2)).eval()
+    state = {name.replace("blocks.5.", "blocks.1."): value for name, value in shipped.state_dict().items()
+             if not name.startswith(tuple(f"blocks.{i}." for i in (1, 2, 3, 4)))}  # fmt: skip
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture(scope="module")
+def batches():
+    data = open_data("fashion-mnist")
+    images, _ = load_images(data.calibration(128), data.preprocessing(28, 1).transform())
+    return torch.from_numpy(images).split(64)
+
+
+@pytest.fixture(scope="module", params=ONNX_SCHEMES)
+def scheme(request):
+    scheme = SCHEMES[request.param]
+    return replace(scheme, learned=min(scheme.learned, 4))
+
+
+@pytest.fixture(scope="module")
+def quantized(short, batches, scheme):
+    return calibrate(short, scheme, batches)
+
+
+@pytest.fixture(scope="module")
+def file(quantized, tmp_path_factory, scheme):
+    """The CPU's graph of the quantized network."""
+    path = tmp_path_factory.mktemp(scheme.name) / "plain.onnx"
+    export_onnx(quantized, path, "plain")
+    return path
+
+
+def _run(path, images):
+    return cpu_session(path, 2).run(None, {"images": images})[0]
+
+
+def _relative(logits, expected):
+    return np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+
+
+def test_what_is_quantized(shipped, batches):
+    quantized = calibrate(shipped, SCHEMES["int8-attention"], batches)
+    kinds = {name: type(module) for name, module in quantized.named_modules()}
+    assert not [name for name, kind in kinds.items() if issubclass(kind, torch.nn.Linear | torch.nn.Conv2d | Operand)]
+    assert sum(kind is QuantizedConv2d for kind in kinds.values()) == 1
+    depth = quantized.config.depth
+    assert sum(kind is QuantizedLinear for kind in kinds.values()) == 5 * depth + 1
+    assert sum(kind is QuantizeDequantize for name, kind in kinds.items() if ".core." in name) == 4 * depth
+    assert type(quantized.patch_embed.proj.input) is type(None)  # pixels are not rounded
+    assert sum(kind is RMSNorm for kind in kinds.values()) == 2 * depth + 1
+
+
+def test_the_plan_and_the_network_agree(short, quantized, scheme):
+    plan = resolve(scheme, short)
+    assert {name: module.spec for name, module in quantizers(quantized)} == plan
+
+
+@pytest.mark.parametrize("name", ["int8-attention", "fp8-attention"])
+def test_quantizers_agree_with_modelopt_s(short, batches, name):
+    """Fed with the same inputs, each of our quantizers gives what ModelOpt's does with that range, but for ties."""
+    quantized = calibrate(short, SCHEMES[name], batches)
+    quantized.readout_only = False  # the last block's weights as a whole
+    seen = {}
+    for tensor, module in quantizers(quantized):
+        module.register_forward_hook(lambda m, i, o, tensor=tensor: seen.__setitem__(tensor, (m, i[0], o)))
+    with torch.no_grad():
+        quantized(batches[0])
+    assert len(seen) == len(resolve(SCHEMES[name], short))
+    for tensor, (module, x, ours) in seen.items():
+        if not module.spec.symmetric:  # it has no zero point either: the shifted values, as in the graph for TensorRT
+            shift = module.centre()
+            x, ours = x + shift, ours + shift
+        config = {"num_bits": (4, 3) if module.spec.format == "fp8" else 8, "unsigned": not module.number.signed,
+                  "axis": 0 if tensor.endswith(".weight") else None}  # fmt: skip
+        theirs = TensorQuantizer(QuantizerAttributeConfig(**config), amax=module.scale * module.number.high)
+        differs = (ours - theirs(x)).abs() > 1e-6 * ours.abs().max()
+        assert differs.float().mean() < 2e-3, tensor
+
+
+def has_rounded_inputs(quantized):
+    return any(isinstance(module, QuantizeDequantize) for _, module in quantizers(quantized))
+
+
+def test_exported_graph_equals_the_quantized_model(quantized, file, real_images):
+    """But for values that fall on different sides of a tie, which a sum in another order is enough for."""
+    images, _ = real_images
+    expected = torch_infer(quantized)(images)
+    logits = _run(file, images)
+    assert (logits.argmax(1) == expected.argmax(1)).mean() > 0.98
+    assert _relative(logits, expected) < (0.02 if has_rounded_inputs(quantized) else 1e-5)
+    assert _run(file, images[:1]).shape == (1, 10)
+
+
+def test_every_tensor_of_the_file_is_within_one_step(quantized, file, real_images):
+    """Of the network that it was exported from, given the same numbers before it (quant/export/verify.py)."""
+    images, _ = real_images
+    quantized = copy.deepcopy(quantized)
+    quantized.set_attention_form("plain")
+    assert largest_step_difference(quantized, file, images[:32]) <= 1
+
+
+def test_graphs_are_standard_and_hold_few_bits(file, scheme, short, quantized):
+    model = onnx.load(file)
+    assert [(opset.domain, opset.version >= 23) for opset in model.opset_import] == [("", True)]
+    stored = {}
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) > 1:
+            stored[tensor.data_type] = stored.get(tensor.data_type, 0) + int(np.prod(tensor.dims))
+    expected = {}
+    for name, spec in resolve(scheme, short).items():
+        if name.endswith(".weight"):
+            kind = ONNX_TYPES[spec.format.replace("6", "8")]
+            expected[kind] = expected.get(kind, 0) + short.get_parameter(name).numel()
+    assert {kind: count for kind, count in stored.items() if kind in expected} == expected
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    assert not [t for t in model.graph.initializer if t.data_type in floats and np.prod(t.dims) > 60 * 128]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+def test_weights_of_4_bits_are_packed(short, batches, tmp_path):
+    sizes = {}
+    for name in ("w4a16", "int8-weight-only"):
+        export_onnx(calibrate(short, replace(SCHEMES[name], learned=0), batches), tmp_path / name, "plain")
+        sizes[name] = (tmp_path / name).stat().st_size
+    weights = [p for name, p in short.named_parameters() if name.startswith("blocks") and p.ndim == 2]
+    saved = sum(
+        p.numel() / 2 + 4 * len(p) - 4 * p.numel() / 64 for p in weights
+    )  # and scales per group for per channel
+    assert sizes["int8-weight-only"] - sizes["w4a16"] == pytest.approx(saved, rel=0.01)
+
+
+def test_values_are_named_by_layer(file):
+    """Every layer's output and every quantizer's, so that a person and quant.debug_layers find them."""
+    values = {output for node in onnx.load(file).graph.node for output in node.output}
+    assert {"patch_embed.proj", "blocks.0", "blocks.0.attn.qkv", "blocks.1.mlp.fc2", "norm", "logits"} <= values
+
+
+@pytest.mark.parametrize("name", ONNX_SCHEMES)
+def test_what_tensorrt_takes(name, short):
+    assert (not unfit_for_tensorrt(resolve(SCHEMES[name], short))) == (name in TENSORRT_SCHEMES)
+
+
+@pytest.mark.parametrize("name", TENSORRT_SCHEMES)
+def test_the_fused_graph_agrees(name, short, batches, tmp_path, real_images):
+    images, _ = real_images
+    quantized = calibrate(short, replace(SCHEMES[name], learned=0), batches)
+    export_onnx(quantized, tmp_path / "fused.onnx", "fused", torch.float16)
+    fused, expected = _run(tmp_path / "fused.onnx", images), torch_infer(quantized)(images)
+    assert (fused.argmax(1) == expected.argmax(1)).mean() > 0.97
+    assert _relative(fused, expected) < 0.05
+    kinds = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+    assert kinds.count("Attention") == 2 and "Softmax" not in kinds
+
+
+def test_smoothing_changes_nothing_but_rounding(shipped, batches):
+    """SmoothQuant rescales channels exactly: in float64 the smoothed network is the network."""
+    exact, smoothed = copy.deepcopy(shipped).double(), copy.deepcopy(shipped).double()
+    images = [batch.double() for batch in batches]
+    smooth(smoothed, replace(SCHEMES["int8"], smooth={"*": 0.7}), images)
+    with torch.no_grad():
+        torch.testing.assert_close(smoothed(images[0]), exact(images[0]), rtol=1e-9, atol=1e-9)
+    assert not torch.equal(smoothed.blocks[0].mlp.fc2.weight, exact.blocks[0].mlp.fc2.weight)
+    assert not torch.equal(smoothed.blocks[0].attn.proj.weight, exact.blocks[0].attn.proj.weight)
+
+
+def test_learned_rounding_is_nearer_than_the_nearest(short, batches):
+    """Each block's output comes nearer to the float network's on images that it has not learned from."""
+    learn, test = batches[:1], batches[1]
+    plain = calibrate(short, replace(SCHEMES["w4a8"], learned=0), learn)
+    learned = calibrate(short, replace(SCHEMES["w4a8"], learned=60), learn)
+    seen = {}
+    for key, model in (("float", short), ("plain", plain), ("learned", learned)):
+        first = dict(blocks(model))["blocks.0"]
+        hook = first.register_forward_hook(lambda m, i, o, key=key: seen.__setitem__(key, o))
+        with torch.no_grad():
+            model(test)
+        hook.remove()
+    error = {key: float((seen[key] - seen["float"]).square().mean()) for key in ("plain", "learned")}
+    assert error["learned"] < 0.8 * error["plain"]
+    weight = learned.blocks[0].mlp.fc1
+    freeze(learned)
+    assert weight.frozen.abs().max() <= 8  # what was learned is still on the grid of 4 bits
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 99), low=st.floats(-8, 0, width=32), number=st.sampled_from(["uint8", "uint6", "uint4"]))
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_centred_layer_gives_the_same(bias, seed, low, number):
+    """Its integers too, less the constant: without zero points, as TensorRT demands."""
+    torch.manual_seed(seed)
+    x = torch.cat([torch.rand(40, 6, dtype=torch.float64) * (8 - low) + low, torch.full((1, 6), 8.0)])
+    spec = TensorSpec(number, symmetric=False)
+    linear = torch.nn.Linear(6, 3, bias=bias).double()
+    weight = WeightQuantizer(TensorSpec("int8", "channel"), weight_amax(linear.weight, TensorSpec("int8", "channel")))
+    layer = QuantizedLinear(linear, weight, QuantizeDequantize(spec, x.min(), x.max())).double()
+    expected, codes = layer(x), (layer.input(x) / layer.input.scale).round() + layer.input.zero_point
+    centre(layer)
+    assert layer.input.number.signed and layer.input.zero_point == 0
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+    moved = (layer.input(x + layer.shift) / layer.input.scale).round()
+    assert torch.equal(moved + 2 ** (FORMATS[number].bits - 1), codes)
+
+
+def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_images):
+    images, _ = real_images
+    spec = TensorSpec("uint6", symmetric=False)
+    scheme = Scheme("mine", {"*.mlp.*.weight": TensorSpec("int8", "channel"), "*.mlp.*.input": spec})
+    quantized = calibrate(short, scheme, batches)
+    for form in ("plain", "fused"):
+        export_onnx(quantized, tmp_path / f"{form}.onnx", form)
+        assert _relative(_run(tmp_path / f"{form}.onnx", images), torch_infer(quantized)(images)) < 0.02
+    zeros = {numpy_helper.to_array(t).item() for t in onnx.load(tmp_path / "fused.onnx").graph.initializer
+             if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and not t.dims}  # fmt: skip
+    assert zeros == {0}
+
+
+def test_a_format_without_a_sign_for_values_with_one_is_refused(short, batches):
+    with pytest.raises(UserError, match=r"blocks.0.mlp.fc2.input has negative values, which uint8 cuts off"):
+        calibrate(short, Scheme("mine", {"*.fc2.input": TensorSpec("uint8")}), batches)
+
+
+def test_entropy_judges_no_range_that_holds_every_bin():
+    """A range of fewer bins than levels would diverge by nothing and win, however much it clips."""
+    values = np.append(np.random.default_rng(0).standard_normal(200_000), 100.0)
+    for number in ("int8", "uint8"):
+        chosen = entropy_amax(*_histogram(values), FORMATS[number])
+        assert (np.abs(values) > chosen).mean() < 0.02
+    with pytest.raises(UserError, match="entropy calibration is of integers"):
+        TensorSpec("fp8", calibrator="entropy")
+
+
+def test_a_float_layer_stays_float(short, batches):
+    scheme = replace(SCHEMES["int8"], tensors={**SCHEMES["int8"].tensors, "blocks.0.mlp.fc2.*": None})
+    quantized = calibrate(short, scheme, batches)
+    assert torch.equal(quantized.blocks[0].mlp.fc2.weight, short.blocks[0].mlp.fc2.weight)
+    assert type(quantized.blocks[0].mlp.fc2) is type(short.blocks[0].mlp.fc2)
+    assert isinstance(quantized.blocks[1].mlp.fc2, QuantizedLinear)
+
+
+def test_float_graphs_equal_pytorch_and_each_other(shipped, tmp_path, real_images):
+    images, _ = real_images
+    expected = torch_infer(shipped)(images)
+    for form in ("plain", "fused"):
+        export_onnx(shipped, tmp_path / f"{form}.onnx", form)
+        assert np.abs(_run(tmp_path / f"{form}.onnx", images) - expected).max() < 1e-4
+        assert _run(tmp_path / f"{form}.onnx", images[:1]).shape == (1, 10)
+    export_onnx(shipped, tmp_path / "half.onnx", "fused", torch.float16)
+    half = _run(tmp_path / "half.onnx", images)
+    assert _relative(half, expected) < 1e-2
+    assert (half.argmax(1) == expected.argmax(1)).mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", ["pre_softmax", "bidirectional"])
+def test_other_masks_export(kind, tmp_path):
+    torch.manual_seed(0)
+    model = ILLaMA(
+        ModelConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, num_classes=5, mask=kind)
+    ).eval()
+    images = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
+    for form in ("plain", "fused"):
+        export_onnx(model, tmp_path / "model.onnx", form)
+        np.testing.assert_allclose(_run(tmp_path / "model.onnx", images), torch_infer(model)(images), atol=1e-5)
+
+
+def test_images_that_are_not_finite_are_refused(shipped):
+    with pytest.raises(UserError, match="NaN or infinite activations"):
+        calibrate(shipped, SCHEMES["int8"], [torch.full((1, 1, 28, 28), float("nan"))])
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(UserError, match="unknown scheme 'int3': choose from int8, int8-attention"):
+        find_scheme("int3")
