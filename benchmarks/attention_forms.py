@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.errors import run_command
+from illama.cli import run_command
 from illama.markdown_table import markdown
 from illama.models.attention import Form
 
@@ -72,10 +72,16 @@ def time_forms(model: ILLaMA, images: Tensor, call: Callable[[ILLaMA, Tensor], N
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each size and batch: how many times as fast the fused form is, forward / training step."""
-    cells = {(f"{row['size']}, batch {row['batch']}", row["alpha"], row["call"]): row["plain"] / row["fused"]
-             for row in rows}  # fmt: skip
-    lines = [(place, *(f"{cells[place, alpha, 'forward']:.2f} / {cells[place, alpha, 'training_step']:.2f}"
-                       for alpha in ALPHAS)) for place in dict.fromkeys(place for place, _, _ in cells)]  # fmt: skip
+    cells = {
+        (f"{row['size']}, batch {row['batch']}", row["alpha"], row["call"]): row["plain"] / row["fused"] for row in rows
+    }
+    lines = [
+        (
+            place,
+            *(f"{cells[place, alpha, 'forward']:.2f} / {cells[place, alpha, 'training_step']:.2f}" for alpha in ALPHAS),
+        )
+        for place in dict.fromkeys(place for place, _, _ in cells)
+    ]
     return markdown(("forward / training step", *(f"alpha {alpha:g}" for alpha in ALPHAS)), lines)
 
 

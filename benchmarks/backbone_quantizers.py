@@ -33,8 +33,11 @@ Infer = Callable[[Tensor], Outputs]
 Quantizer = Callable[[nn.Module, Tensor], Infer]
 
 SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention", "w4a8")
-MODELOPT = {"modelopt-int8": "INT8_DEFAULT_CFG", "modelopt-int8-smoothquant": "INT8_SMOOTHQUANT_CFG",
-            "modelopt-fp8": "FP8_DEFAULT_CFG"}  # fmt: skip
+MODELOPT = {
+    "modelopt-int8": "INT8_DEFAULT_CFG",
+    "modelopt-int8-smoothquant": "INT8_SMOOTHQUANT_CFG",
+    "modelopt-fp8": "FP8_DEFAULT_CFG",
+}
 NNCF = {"nncf-int8": None, "nncf-int8-transformer": "TRANSFORMER"}
 REFERENCE = "fp32"
 _BATCH = 16

@@ -29,7 +29,7 @@ from eval.benchmark.latency import measure_latency
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.checkpoints.load import SHIPPED, load_checkpoint
-from illama.errors import run_command
+from illama.cli import run_command
 from illama.graph.reader import load_graph
 from illama.inference import Infer, torch_infer, usable_cores
 from quant.export.onnx_export import export_onnx

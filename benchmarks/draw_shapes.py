@@ -15,7 +15,7 @@ import tyro
 from PIL import Image
 
 from illama.atomic_write import write_folder
-from illama.errors import run_command
+from illama.cli import run_command
 
 CLASSES = ("background", "rectangle", "disc", "ring")
 _COLOURS = {2: (220, 60, 60), 3: (60, 60, 220), 4: (60, 220, 60)}

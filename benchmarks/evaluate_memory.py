@@ -19,8 +19,9 @@ from eval.benchmark.evaluate_split import evaluate
 from eval.benchmark.machine import peak_memory_gib
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
+from illama.cli import run_command
 from illama.data.datasets import Sample, open_data
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import predict, torch_infer
 from illama.markdown_table import markdown
 
@@ -58,8 +59,15 @@ def main(options: MemoryOptions) -> None:
         split: ConcatDataset[Sample] = ConcatDataset([data.test()] * repeats)
         start = time.perf_counter()
         function(models, split, transform)
-        rows.append((name, str(len(split)), str(options.classes), f"{peak_memory_gib() * 1024:.0f}",
-                     f"{time.perf_counter() - start:.1f}"))  # fmt: skip
+        rows.append(
+            (
+                name,
+                str(len(split)),
+                str(options.classes),
+                f"{peak_memory_gib() * 1024:.0f}",
+                f"{time.perf_counter() - start:.1f}",
+            )
+        )
     content = {"rows": [dict(zip(HEADINGS, row, strict=True)) for row in rows]}
     write_results(options.out, "evaluate-memory", content, markdown(HEADINGS, rows))
 

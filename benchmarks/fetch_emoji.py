@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from illama.atomic_write import write_folder
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 
 SIZE = 64
 HELD_OUT_TENTHS = 2
@@ -47,13 +48,18 @@ class Source:
 
 
 SOURCES = {
-    "google": Source("emoji-datasource-google", "16.0.0", "img/google/64", "png",
-                     "Apache-2.0 (Noto Emoji, Google)"),
-    "twitter": Source("emoji-datasource-twitter", "16.0.0", "img/twitter/64", "png",
-                      "CC-BY-4.0 (Twemoji, Twitter, Inc and other contributors)"),
-    "fluent": Source("@lobehub/fluent-emoji-3d", "1.1.0", "assets", "webp",
-                     "MIT (Fluent Emoji, Microsoft; packed by LobeHub)"),
-}  # fmt: skip
+    "google": Source("emoji-datasource-google", "16.0.0", "img/google/64", "png", "Apache-2.0 (Noto Emoji, Google)"),
+    "twitter": Source(
+        "emoji-datasource-twitter",
+        "16.0.0",
+        "img/twitter/64",
+        "png",
+        "CC-BY-4.0 (Twemoji, Twitter, Inc and other contributors)",
+    ),
+    "fluent": Source(
+        "@lobehub/fluent-emoji-3d", "1.1.0", "assets", "webp", "MIT (Fluent Emoji, Microsoft; packed by LobeHub)"
+    ),
+}
 TABLE = "emoji.json"  # in Google's package: code points and category of every emoji
 
 # People are drawn alike whoever they are: a woman pilot, a man pilot and a pilot are one concept, "pilot".

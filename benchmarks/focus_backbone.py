@@ -66,8 +66,11 @@ def read_graph(wheel: Path) -> onnx.ModelProto:
 def convert(model: onnx.ModelProto) -> dict[str, Tensor]:
     """timm's state dict of the backbone, without a head, with the positions of 224 x 224 pixels."""
     arrays = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in model.graph.initializer}
-    matrices = {node.output[0]: arrays[node.input[1]].t().contiguous() for node in model.graph.node
-                if node.op_type == "MatMul" and node.input[1] in arrays}  # fmt: skip
+    matrices = {
+        node.output[0]: arrays[node.input[1]].t().contiguous()
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in arrays
+    }
     embeddings = "backbone.embeddings"
     blank = np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     state = {

@@ -30,8 +30,9 @@ from eval.benchmark.machine import peak_memory_gib
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.checkpoints.load import load_checkpoint, write_weights
+from illama.cli import run_command
 from illama.data.datasets import open_data
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import load_images
 from quant.export import onnx_export
 from quant.quantizers import calibrate
@@ -40,8 +41,19 @@ from quant.schemes.scheme import find_scheme
 MARK = {"seconds": 60.0, "peak_memory_gib": 4.0}
 MARKED = "int8"
 # In the order of their happening; each without those inside it.
-PHASES = ("imports", "load checkpoint", "read images", "smooth", "calibrate", "learn rounding", "torch.export",
-          "translate", "optimize", "check", "rest of export")  # fmt: skip
+PHASES = (
+    "imports",
+    "load checkpoint",
+    "read images",
+    "smooth",
+    "calibrate",
+    "learn rounding",
+    "torch.export",
+    "translate",
+    "optimize",
+    "check",
+    "rest of export",
+)
 
 
 @dataclass(frozen=True)
@@ -109,9 +121,14 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
         data, config = open_data(folder), model.config
         transform = data.preprocessing(config.image_size, config.in_channels).transform()
         pixels, _ = load_images(data.calibration(images), transform)
-    inside = [(calibrate, "smooth", "smooth"), (calibrate, "reconstruct", "learn rounding"),
-              (torch.export, "export", "torch.export"), (torch.onnx, "export", "translate"),
-              (onnx_export, "simplify", "optimize"), (onnx.checker, "check_model", "check")]  # fmt: skip
+    inside = [
+        (calibrate, "smooth", "smooth"),
+        (calibrate, "reconstruct", "learn rounding"),
+        (torch.export, "export", "torch.export"),
+        (torch.onnx, "export", "translate"),
+        (onnx_export, "simplify", "optimize"),
+        (onnx.checker, "check_model", "check"),
+    ]
     with ExitStack() as patches:
         for module, function, name in inside:
             patches.enter_context(mock.patch.object(module, function, clock.timed(name, getattr(module, function))))
@@ -149,8 +166,14 @@ def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, 
         UserError: it failed; its last words are in the message.
     """
     start = time.monotonic()
-    arguments = {"scheme": scheme, "checkpoint": str(options.checkpoint or folder / "model.safetensors"),
-                 "folder": str(folder), "images": options.images, "fused": options.fused, "started": start}  # fmt: skip
+    arguments = {
+        "scheme": scheme,
+        "checkpoint": str(options.checkpoint or folder / "model.safetensors"),
+        "folder": str(folder),
+        "images": options.images,
+        "fused": options.fused,
+        "started": start,
+    }
     program = "import json, sys, ptq_cost; print(json.dumps(ptq_cost.measure(**json.loads(sys.argv[1]))))"
     command = [sys.executable, "-c", program, json.dumps(arguments)]
     paths = os.pathsep.join(map(str, sys.path))
@@ -185,8 +208,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         phases = [f"{row['phases'][name]:.1f}" if name in row["phases"] else "-" for name in columns]
         ends = [str(row[k]) for k in ("seconds", "seconds_without_learning", "cpu_seconds", "peak_memory_gib")]
         lines.append(f"| {row['scheme']} | " + " | ".join([*phases, *ends]) + " |")
-    lines += [f"\nThe mark, {MARK['seconds']:.0f} s and {MARK['peak_memory_gib']:.0f} GiB, is {mark_verdict(row)}."
-              for row in rows if row["scheme"] == MARKED]  # fmt: skip
+    lines += [
+        f"\nThe mark, {MARK['seconds']:.0f} s and {MARK['peak_memory_gib']:.0f} GiB, is {mark_verdict(row)}."
+        for row in rows
+        if row["scheme"] == MARKED
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -201,8 +227,14 @@ def main(options: CostOptions) -> None:
         folder, load = Path(temporary), os.getloadavg()[0]
         prepare(options, folder)
         rows = [measure_apart(options, name, folder) for name in tqdm(options.schemes, unit="scheme", disable=None)]
-    facts = {"network": str(options.checkpoint or options.model), "images": options.images, "fused": options.fused,
-             "threads": options.threads, "load_before": round(load, 2), "mark": MARK}  # fmt: skip
+    facts = {
+        "network": str(options.checkpoint or options.model),
+        "images": options.images,
+        "fused": options.fused,
+        "threads": options.threads,
+        "load_before": round(load, 2),
+        "mark": MARK,
+    }
     name = f"{options.checkpoint.stem if options.checkpoint else options.model}{'-fused' if options.fused else ''}"
     write_results(options.out, name, {**facts, "rows": rows}, table(rows))
 

@@ -13,11 +13,22 @@ from typing import Any
 import tyro
 
 from illama.bundle import Manifest
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from quant.export.write_bundle import SOURCE
 
-HEADER = ("scheme", "epochs", "FP32 %", "PTQ %", "PTQ's drop", "QAT %", "QAT's drop", "won back", "its file %",
-          "model.fused.onnx %")  # fmt: skip
+HEADER = (
+    "scheme",
+    "epochs",
+    "FP32 %",
+    "PTQ %",
+    "PTQ's drop",
+    "QAT %",
+    "QAT's drop",
+    "won back",
+    "its file %",
+    "model.fused.onnx %",
+)
 
 
 @dataclass(frozen=True)

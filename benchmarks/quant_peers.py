@@ -36,7 +36,8 @@ from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import package_versions, sha256
 from illama.checkpoints.load import SHIPPED, load_checkpoint
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, load_images, top1, usable_cores
 from quant.mixed_precision.layer_effects import decibels
@@ -117,8 +118,15 @@ def chosen(options: PeerOptions) -> list[str]:
 
 def work_options(options: PeerOptions, name: str) -> WorkOptions:
     """What a peer's process is told."""
-    return WorkOptions(name, options.checkpoint, options.data, (options.out / options.name / name).resolve(),
-                       options.calibration_images, threads_of(options), options.test_images)  # fmt: skip
+    return WorkOptions(
+        name,
+        options.checkpoint,
+        options.data,
+        (options.out / options.name / name).resolve(),
+        options.calibration_images,
+        threads_of(options),
+        options.test_images,
+    )
 
 
 def threads_of(options: PeerOptions) -> int:
@@ -159,10 +167,14 @@ def collect(options: PeerOptions) -> dict[str, dict[str, Any]]:
     for place, name in enumerate(names, 1):
         job = work_options(options, name)
         key = {
-            "weights": weights, "data": options.data, "calibration_images": job.calibration_images,
-            "test_images": job.test_images, "threads": job.threads, "settings": PEERS[name].settings(),
+            "weights": weights,
+            "data": options.data,
+            "calibration_images": job.calibration_images,
+            "test_images": job.test_images,
+            "threads": job.threads,
+            "settings": PEERS[name].settings(),
             "versions": package_versions() | peer_versions(),
-        }  # fmt: skip
+        }
         print(f"[{place}/{len(names)}] {name} ...", end=" ", flush=True)
         result = None if options.again else kept(job.out, key)
         start = time.perf_counter()
@@ -198,8 +210,13 @@ def rows_of(options: PeerOptions, results: dict[str, dict[str, Any]]) -> list[Ro
     rows = []
     for name, result in results.items():
         for runtime in PEERS[name].runtimes:
-            known = Row(name, PEERS[name].title, runtime, PEERS[name].about,
-                        result.get("error") or result["failed"].get(runtime))  # fmt: skip
+            known = Row(
+                name,
+                PEERS[name].title,
+                runtime,
+                PEERS[name].about,
+                result.get("error") or result["failed"].get(runtime),
+            )
             rows.append(known if known.error else weighed(known, result, folder / name, reference, labels))
     return rows
 
@@ -209,10 +226,20 @@ def weighed(row: Row, result: dict[str, Any], folder: Path, reference: np.ndarra
     logits = np.load(folder / logits_file(row.runtime))
     classes, expected = logits.argmax(1), reference.argmax(1)
     sqnr = decibels(float(np.square(reference).sum()), float(np.square(logits - reference).sum()))
-    return Row(row.peer, row.title, row.runtime, row.about, None, top1(logits, labels),
-               paired_drop(expected == labels, classes == labels), float((classes == expected).mean() * 100),
-               round(sqnr, 2) if math.isfinite(sqnr) else None,
-               result["mb"], result["seconds"], result["peak_gib"])  # fmt: skip
+    return Row(
+        row.peer,
+        row.title,
+        row.runtime,
+        row.about,
+        None,
+        top1(logits, labels),
+        paired_drop(expected == labels, classes == labels),
+        float((classes == expected).mean() * 100),
+        round(sqnr, 2) if math.isfinite(sqnr) else None,
+        result["mb"],
+        result["seconds"],
+        result["peak_gib"],
+    )
 
 
 def timed(options: PeerOptions, results: dict[str, dict[str, Any]], rows: list[Row]) -> list[Row]:
@@ -234,8 +261,10 @@ def timed(options: PeerOptions, results: dict[str, dict[str, Any]], rows: list[R
                 notes[key_of(row)] = f"not timed: {reason(error)}"
     print(f"time {len(engines)} of them with {BATCHES} images a call, {options.rounds} rounds ...", flush=True)
     measured = measure_latency(engines, images, BATCHES, options.rounds).latency
-    times = {batch: {name: each.p50 for name, found in measured.items() for each in found if each.batch == batch}
-             for batch in BATCHES}  # fmt: skip
+    times = {
+        batch: {name: each.p50 for name, found in measured.items() for each in found if each.batch == batch}
+        for batch in BATCHES
+    }
     reference = key_of(next(row for row in rows if (row.peer, row.runtime) == (REFERENCE, ORT)))
     return [with_latency(row, times, reference, notes.get(key_of(row))) for row in rows]
 
@@ -256,28 +285,32 @@ def with_latency(row: Row, times: dict[int, dict[str, float]], reference: str, n
 def markdown(rows: list[Row], title: str) -> str:
     """The rows as a table."""
     calls = " | ".join(f"p50 ms, {batch} image{'s' * (batch > 1)} (ratio)" for batch in BATCHES)
-    lines = [title, "",
-             "| quantizer | runs in | top-1 % | drop (95% interval) | agrees % | SQNR dB | MB | quantize s | GiB | "
-             f"{calls} |",
-             "|---" * (9 + len(BATCHES)) + "|"]  # fmt: skip
+    lines = [
+        title,
+        "",
+        "| quantizer | runs in | top-1 % | drop (95% interval) | agrees % | SQNR dB | MB | quantize s | GiB | "
+        f"{calls} |",
+        "|---" * (9 + len(BATCHES)) + "|",
+    ]
     for row in rows:
         if row.top1 is None or row.drop is None:
-            lines.append(f"| {row.title} | {row.runtime} | failed: {(row.error or '').replace('|', '/')} |"
-                         + " - |" * (6 + len(BATCHES)))  # fmt: skip
+            lines.append(
+                f"| {row.title} | {row.runtime} | failed: {(row.error or '').replace('|', '/')} |"
+                + " - |" * (6 + len(BATCHES))
+            )
             continue
-        speed = [f"{row.p50[batch]:.2f} ({row.ratio[batch]:.2f})" if row.p50 and row.ratio else row.error or "-"
-                 for batch in BATCHES]  # fmt: skip
+        speed = [
+            f"{row.p50[batch]:.2f} ({row.ratio[batch]:.2f})" if row.p50 and row.ratio else row.error or "-"
+            for batch in BATCHES
+        ]
         sqnr = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
         drop = f"{row.drop.points:+.2f} ({row.drop.low:+.2f} to {row.drop.high:+.2f})"
-        lines.append(f"| {row.title} | {row.runtime} | {row.top1:.2f} | {drop} | {row.agreement:.2f} | {sqnr} | "
-                     f"{row.mb:.2f} | {row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} |")  # fmt: skip
+        lines.append(
+            f"| {row.title} | {row.runtime} | {row.top1:.2f} | {drop} | {row.agreement:.2f} | {sqnr} | "
+            f"{row.mb:.2f} | {row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} |"
+        )
     settings = dict.fromkeys((row.title, row.about) for row in rows)
-    lines += [
-        "",
-        "Settings, and where they are recommended:",
-        "",
-        *(f"- {name}: {text}" for name, text in settings),
-    ]
+    lines += ["", "Settings, and where they are recommended:", "", *(f"- {name}: {text}" for name, text in settings)]
     return "\n".join(lines) + "\n"
 
 
@@ -304,8 +337,13 @@ def main(options: PeerOptions) -> None:
         rows = timed(options, results, rows)
     labels = np.load(options.out / options.name / REFERENCE / LABELS)
     title, majority = describe(options, len(labels)), 100 * float(np.bincount(labels).max()) / len(labels)
-    content = {"peers": [asdict(row) for row in rows], "peer_versions": peer_versions(),
-               "threads": threads_of(options), "test_images": len(labels), "majority_percent": majority}  # fmt: skip
+    content = {
+        "peers": [asdict(row) for row in rows],
+        "peer_versions": peer_versions(),
+        "threads": threads_of(options),
+        "test_images": len(labels),
+        "majority_percent": majority,
+    }
     write_results(options.results, options.name, content, markdown(rows, title))
 
 

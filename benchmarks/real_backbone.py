@@ -38,8 +38,9 @@ from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import sha256
 from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.cli import run_command
 from illama.data.datasets import Preprocessing, Transformed, open_data
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import load_images
 
 PREPROCESSING = Preprocessing(IMAGE_SIZE, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=IMAGE_SIZE)
@@ -244,7 +245,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def weigh(options: BackboneOptions, names: list[str]) -> dict[str, dict[str, Any]]:
+def run_benchmark(options: BackboneOptions, names: list[str]) -> dict[str, dict[str, Any]]:
     """Accuracy, its drop with a 95% interval, and the features' cosines with FP32's, by contender."""
     labels = features(options, "val")["labels"]
     kept = {name: options.out / "predictions" / f"{name}.safetensors" for name in names}
@@ -298,8 +299,11 @@ def outliers(network: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
 def compare_outliers(options: BackboneOptions) -> dict[str, dict[str, dict[str, float]]]:
     """The backbone's and the shipped iLLaMA-Tiny's, over 64 of their calibration drawings."""
     calibration = open_data(str(options.data)).calibration(64)
-    found = {TIMM_NAME: outliers(make_backbone(backbone(options)),
-                                 torch.from_numpy(load_images(calibration, PREPROCESSING.transform())[0]))}  # fmt: skip
+    found = {
+        TIMM_NAME: outliers(
+            make_backbone(backbone(options)), torch.from_numpy(load_images(calibration, PREPROCESSING.transform())[0])
+        )
+    }
     tiny = load_checkpoint(TINY)
     assert tiny.preprocessing is not None
     images = torch.from_numpy(load_images(calibration, tiny.preprocessing.transform())[0])
@@ -308,8 +312,10 @@ def compare_outliers(options: BackboneOptions) -> dict[str, dict[str, dict[str, 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Both measures of every contender, in Markdown."""
-    lines = ["| quantizer | top-1 % | drop (95% interval) | same class as fp32, % | cosine, mean | cosine, worst |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| quantizer | top-1 % | drop (95% interval) | same class as fp32, % | cosine, mean | cosine, worst |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         low, high = row["ci95"]
         drop = "reference" if name == REFERENCE else f"{row['drop']:+.2f} ({low:+.2f} to {high:+.2f})"
@@ -324,18 +330,24 @@ def outlier_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
     """Largest over median channel, median and largest over the blocks, in Markdown."""
     lines = ["| network | input of | largest / median channel, median block | worst block |", "|---|---|---|---|"]
     for network, layers in found.items():
-        lines += [f"| {network} | {name} | {each['median']:.1f} | {each['largest']:.1f} |"
-                  for name, each in layers.items()]  # fmt: skip
+        lines += [
+            f"| {network} | {name} | {each['median']:.1f} | {each['largest']:.1f} |" for name, each in layers.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
 def main(options: BackboneOptions) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     names, missing = run_contenders(options)
-    rows, found = weigh(options, names), compare_outliers(options)
+    rows, found = run_benchmark(options, names), compare_outliers(options)
     origin = {"from": f"{PACKAGE} {VERSION}", **read_facts(options.out / "backbone.safetensors")}
-    content = {"quantizers": rows, "not_run": missing, "outliers": found, "probe": read_facts(options.out / PROBED),
-               "backbone": origin}  # fmt: skip
+    content = {
+        "quantizers": rows,
+        "not_run": missing,
+        "outliers": found,
+        "probe": read_facts(options.out / PROBED),
+        "backbone": origin,
+    }
     write_results(options.results, "real-backbone", content, f"{table(rows)}\n{outlier_table(found)}")
     for name, reason in missing.items():
         print(f"{name} was not run: {reason}")

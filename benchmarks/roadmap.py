@@ -22,8 +22,9 @@ from eval.loss_landscape import loss_landscape, sharpness
 from eval.report.store import write_results
 from illama import ILLaMA
 from illama.checkpoints.load import load_checkpoint
+from illama.cli import run_command
 from illama.data.datasets import open_data
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import load_images
 from illama.training.log import read_log
 
@@ -60,13 +61,11 @@ STEPS = (
     Step("(class token first, its row open)", "+ RMSNorm", {"variant": "causal-modified", **_HEAVY}, 72.5),
     Step("+ class token last", "+ RMSNorm", {"variant": "causal", **_HEAVY}, 71.9),
     Step("+ RoPE for learnable positions", "+ class token last", {"variant": "causal-rope", **_HEAVY}, 72.6),
-    Step("+ learnable positions as well", "+ RoPE for learnable positions", {"variant": "illama", **_HEAVY},
-         73.2),
+    Step("+ learnable positions as well", "+ RoPE for learnable positions", {"variant": "illama", **_HEAVY}, 73.2),
     Step(_LIGHTER, "+ learnable positions as well", {"variant": "illama", **_LIGHT}, 74.3),
-    Step("+ soft mask, linear = iLLaMA", _LIGHTER, {"variant": "illama", **_LIGHT, "soft_mask": "linear"},
-         74.9),
+    Step("+ soft mask, linear = iLLaMA", _LIGHTER, {"variant": "illama", **_LIGHT, "soft_mask": "linear"}, 74.9),
     Step("(soft mask, constant)", _LIGHTER, {"variant": "illama", **_LIGHT, "soft_mask": "constant"}, 75.0),
-)  # fmt: skip
+)
 VIT, LIGHTER, ILLAMA = STEPS[0], STEPS[9], STEPS[10]
 
 
@@ -158,14 +157,18 @@ def losses_of(folder: Path) -> tuple[list[int], list[float]]:
 
 def markdown(rows: list[Row]) -> str:
     """The rows as a table."""
-    lines = ["| step | top-1 %, mean (seeds) | change (95% interval) | against | train loss | paper's Tiny, ImageNet |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| step | top-1 %, mean (seeds) | change (95% interval) | against | train loss | paper's Tiny, ImageNet |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         seeds = ", ".join(f"{value:.1f}" for value in row.top1)
         change = f"{row.change:+.2f} ({row.interval[0]:+.2f} to {row.interval[1]:+.2f})" if row.interval else "-"
         paper = "-" if row.paper_tiny_top1 is None else row.paper_tiny_top1
-        lines.append(f"| {row.name} | {np.mean(row.top1):.2f} ({seeds}) | {change} | {row.against or '-'} | "
-                     f"{np.mean(row.loss):.3f} | {paper} |")  # fmt: skip
+        lines.append(
+            f"| {row.name} | {np.mean(row.top1):.2f} ({seeds}) | {change} | {row.against or '-'} | "
+            f"{np.mean(row.loss):.3f} | {paper} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -232,8 +235,13 @@ def measure_landscapes(options: RoadmapOptions, path: Path) -> dict[str, list[fl
 def main(options: RoadmapOptions) -> None:
     if options.seeds < 2:
         raise UserError("--seeds must be at least 2: the intervals come from the spread over the seeds")
-    train_all({folder_of(options, step, seed): options_of(options, step, seed)
-               for seed in range(options.seeds) for step in STEPS})  # fmt: skip
+    train_all(
+        {
+            folder_of(options, step, seed): options_of(options, step, seed)
+            for seed in range(options.seeds)
+            for step in STEPS
+        }
+    )
     options.results.mkdir(parents=True, exist_ok=True)
     rows = summarise(options)
     draw_losses(options, options.results / "loss.png")

@@ -62,10 +62,30 @@ class Faults:
 
     def table(self) -> str:
         """In Markdown."""
-        row = [self.good, self.answered, self.lost, self.wrong, self.broken, self.refused, self.broken_lost,
-               self.mistaken, f"{self.noticed_seconds:.1f}", f"{self.recovered_seconds:.1f}"]  # fmt: skip
-        heading = ["good requests", "answered rightly", "lost", "wrong", "broken requests", "refused", "broken lost",
-                   "mistaken", "noticed after s", "answers again after s"]  # fmt: skip
+        row = [
+            self.good,
+            self.answered,
+            self.lost,
+            self.wrong,
+            self.broken,
+            self.refused,
+            self.broken_lost,
+            self.mistaken,
+            f"{self.noticed_seconds:.1f}",
+            f"{self.recovered_seconds:.1f}",
+        ]
+        heading = [
+            "good requests",
+            "answered rightly",
+            "lost",
+            "wrong",
+            "broken requests",
+            "refused",
+            "broken lost",
+            "mistaken",
+            "noticed after s",
+            "answers again after s",
+        ]
         return markdown(heading, [list(map(str, row))])
 
 
@@ -146,8 +166,9 @@ def send_all(url: str, files: Sequence[bytes]) -> list[Any]:
         for index, file in enumerate(files):
             request = triton.InferInput(ENCODED, [1, len(file)], "UINT8")
             request.set_data_from_numpy(np.frombuffer(file, np.uint8)[None])
-            client.async_infer(MODEL, [request], lambda result, error, index=index: keep(index, result, error),
-                               client_timeout=TIMEOUT)  # fmt: skip
+            client.async_infer(
+                MODEL, [request], lambda result, error, index=index: keep(index, result, error), client_timeout=TIMEOUT
+            )
         for _ in files:
             left.acquire()
     return answers
@@ -193,8 +214,19 @@ def judge(asked: Sequence[Question], answers: Sequence[Any], noticed: float, rec
         else:
             kind = "refused" if "INVALID_ARGUMENT" in str(answer.status()) else "lost"
         counts[index % BROKEN_EVERY == 0, kind] += 1
-    good, broken = (sum(count for (is_broken, _), count in counts.items() if is_broken == each)
-                    for each in (False, True))  # fmt: skip
+    good, broken = (
+        sum(count for (is_broken, _), count in counts.items() if is_broken == each) for each in (False, True)
+    )
     mistaken = counts[False, "refused"] + counts[True, "answered"] + counts[True, "wrong"]
-    return Faults(good, broken, counts[False, "answered"], counts[False, "wrong"], counts[False, "lost"],
-                  counts[True, "refused"], counts[True, "lost"], mistaken, noticed, recovered)  # fmt: skip
+    return Faults(
+        good,
+        broken,
+        counts[False, "answered"],
+        counts[False, "wrong"],
+        counts[False, "lost"],
+        counts[True, "refused"],
+        counts[True, "lost"],
+        mistaken,
+        noticed,
+        recovered,
+    )

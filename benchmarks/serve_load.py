@@ -35,8 +35,9 @@ from deploy.serving.repository import write_repository
 from deploy.serving.server import ListenOptions, running_server
 from eval.report.store import write_results
 from illama.atomic_write import make_out
+from illama.cli import run_command
 from illama.data.datasets import open_data
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,10 @@ def load(url: str, questions: Sequence[Question], clients: int, seconds: float) 
     together = threading.Barrier(clients)
     starts = [index * len(questions) // clients for index in range(clients)]
     with ThreadPoolExecutor(clients) as pool:
-        runs = [pool.submit(Client(url).run, [*questions[start:], *questions[:start]], seconds, together)
-                for start in starts]  # fmt: skip
+        runs = [
+            pool.submit(Client(url).run, [*questions[start:], *questions[:start]], seconds, together)
+            for start in starts
+        ]
         every = [run.result() for run in runs]
     return Answers(
         [value for answers in every for value in answers.seconds],
@@ -113,10 +116,17 @@ def row(clients: int, seconds: float, answers: Answers, cpu: float, images: floa
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    columns = {"clients": ("clients", "d"), "images_per_second": ("images/s", ".0f"), "p50_ms": ("p50 ms", ".1f"),
-               "p99_ms": ("p99 ms", ".1f"), "server_cpu_ms": ("server's CPU ms an image", ".2f"),
-               "mean_batch": ("mean batch", ".1f"), "lost": ("lost", "d"), "wrong": ("wrong", "d"),
-               "largest_difference": ("largest difference of a logit", ".1g")}  # fmt: skip
+    columns = {
+        "clients": ("clients", "d"),
+        "images_per_second": ("images/s", ".0f"),
+        "p50_ms": ("p50 ms", ".1f"),
+        "p99_ms": ("p99 ms", ".1f"),
+        "server_cpu_ms": ("server's CPU ms an image", ".2f"),
+        "mean_batch": ("mean batch", ".1f"),
+        "lost": ("lost", "d"),
+        "wrong": ("wrong", "d"),
+        "largest_difference": ("largest difference of a logit", ".1g"),
+    }
     lines = [[title for title, _ in columns.values()], ["---"] * len(columns)]
     lines += [[format(line[name], form) for name, (_, form) in columns.items()] for line in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

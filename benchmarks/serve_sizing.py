@@ -15,7 +15,8 @@ from typing import Annotated
 import tyro
 
 from eval.report.store import write_results
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.markdown_table import markdown
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from eval.report.store import write_results
 from illama.checkpoints.load import SHIPPED
-from illama.errors import run_command
+from illama.cli import run_command
 from illama.inference import load_images
 from illama.models.attention import SoftMasked
 from quant.inputs import InputOptions, open_inputs
@@ -124,8 +124,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = ["| quantized | how | logits SQNR, dB | KL divergence | images lost, gained |", "|---|---|---|---|---|"]
     for row in rows:
-        lines.append(f"| {row['tensor']} | {row['treatment']} | {row['sqnr_db']:.1f} | {row['kl']:.1e} | "
-                     f"{row['lost']}, {row['gained']} |")  # fmt: skip
+        lines.append(
+            f"| {row['tensor']} | {row['treatment']} | {row['sqnr_db']:.1f} | {row['kl']:.1e} | "
+            f"{row['lost']}, {row['gained']} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -156,8 +158,11 @@ def draw(model: SoftMasked, batches: list[Tensor], path: Path) -> None:
     p = before["p"].flatten().numpy()
     p_axes.hist(p[p > 0], bins=120, log=True, color="C0")
     share = 100 * float(np.mean(p == 0))
-    p_axes.set(title=f"softmax output after the mask, block 0\n{share:.0f}% are exactly 0 (not drawn)", xlabel="value",
-               ylabel="values")  # fmt: skip
+    p_axes.set(
+        title=f"softmax output after the mask, block 0\n{share:.0f}% are exactly 0 (not drawn)",
+        xlabel="value",
+        ylabel="values",
+    )
     for label, seen in (("as trained", before), ("fc3 smoothed", after)):
         values = (seen["product"] / seen["product"].abs().max()).flatten().numpy()
         product_axes.hist(values, bins=121, range=(-1, 1), log=True, histtype="step", label=label)
@@ -165,8 +170,12 @@ def draw(model: SoftMasked, batches: list[Tensor], path: Path) -> None:
             np.sort((seen["product"].abs().amax((0, 1)) / seen["product"].abs().max()).numpy())[::-1], label=label
         )
     product_axes.set(title=f"SwiGLU product, block {product}", xlabel="share of the largest magnitude")
-    channel_axes.set(title=f"SwiGLU product, block {product}", xlabel="channel, by range", yscale="log",
-                     ylabel="range, share of the largest")  # fmt: skip
+    channel_axes.set(
+        title=f"SwiGLU product, block {product}",
+        xlabel="channel, by range",
+        yscale="log",
+        ylabel="range, share of the largest",
+    )
     for axes in (product_axes, channel_axes):
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)

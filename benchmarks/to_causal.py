@@ -16,9 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from eval.metrics.accuracy_drop import paired_drop
 from eval.report.store import write_results
+from illama.cli import run_command
 from illama.data.augmentation import seed_everything
 from illama.data.datasets import open_data
-from illama.errors import run_command
 from illama.inference import predict, torch_infer
 from illama.models.timm_vit import CausalVisionTransformer, to_causal
 from illama.training.distributed import Processes
@@ -72,13 +72,20 @@ def main(options: ToCausalOptions) -> None:
         "drop_path": 0.0,
         "ema_decay": 0.0,
     }
-    recipe = replace(load_recipe("nano-fashion-mnist"), **plain, batch_size=128, micro_batch=128, workers=0,
-                     compile=True)  # fmt: skip
-    first = replace(recipe, epochs=options.pretrain_epochs, warmup_epochs=0.25, soft_mask="constant",
-                    soft_mask_epochs=options.pretrain_epochs,
-                    out=options.out / f"bidirectional-{options.pretrain_epochs}")  # fmt: skip
-    then = replace(recipe, epochs=options.epochs, warmup_epochs=0, learning_rate=5e-4,
-                   soft_mask_epochs=options.epochs * 2 / 3)  # fmt: skip
+    recipe = replace(
+        load_recipe("nano-fashion-mnist"), **plain, batch_size=128, micro_batch=128, workers=0, compile=True
+    )
+    first = replace(
+        recipe,
+        epochs=options.pretrain_epochs,
+        warmup_epochs=0.25,
+        soft_mask="constant",
+        soft_mask_epochs=options.pretrain_epochs,
+        out=options.out / f"bidirectional-{options.pretrain_epochs}",
+    )
+    then = replace(
+        recipe, epochs=options.epochs, warmup_epochs=0, learning_rate=5e-4, soft_mask_epochs=options.epochs * 2 / 3
+    )
     seed_everything(0)
     vit = VisionTransformer(img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=2)
     start = train(to_causal(vit), first)
@@ -93,9 +100,14 @@ def main(options: ToCausalOptions) -> None:
         model.load_state_dict(start.state_dict())
         out = options.out / f"{schedule}-after-{options.pretrain_epochs}"
         results[name] = right(train(model, replace(then, soft_mask=schedule, out=out)), 0.0)
-        way[name] = [{"epoch": int(row["epoch"]), "alpha": float(row["soft_mask"]),
-                      "validation_top1_hard_mask": float(row["validation_top1"])}
-                     for row in read_log(out / "log.csv")]  # fmt: skip
+        way[name] = [
+            {
+                "epoch": int(row["epoch"]),
+                "alpha": float(row["soft_mask"]),
+                "validation_top1_hard_mask": float(row["validation_top1"]),
+            }
+            for row in read_log(out / "log.csv")
+        ]
     write(options, results, way)
 
 

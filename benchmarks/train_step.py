@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.markdown_table import markdown
 from illama.models.illama import PatchEmbed, SwiGLU
 
@@ -239,13 +240,15 @@ def summarise(times: dict[tuple[str, float], np.ndarray], precision: Precision) 
         own = {name: values for (name, at), values in times.items() if at == alpha}
         ratios = {label: own[top] / own[bottom] for label, top, bottom in _RATIOS if {top, bottom} <= set(own)}
         against_hard = {name: values / times[name, 0.0] for name, values in own.items() if (name, 0.0) in times}
-        rows.append({
-            "precision": precision,
-            "alpha": alpha,
-            "milliseconds": {name: quartiles(values) for name, values in own.items()},
-            "speedup": {label: quartiles(values) for label, values in ratios.items()},
-            "time_over_hard_mask": {name: quartiles(values) for name, values in against_hard.items()},
-        })  # fmt: skip
+        rows.append(
+            {
+                "precision": precision,
+                "alpha": alpha,
+                "milliseconds": {name: quartiles(values) for name, values in own.items()},
+                "speedup": {label: quartiles(values) for label, values in ratios.items()},
+                "time_over_hard_mask": {name: quartiles(values) for name, values in against_hard.items()},
+            }
+        )
     return rows
 
 
@@ -261,10 +264,15 @@ def print_row(row: dict[str, Any]) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """A line for each ratio and precision, a column for each soft mask: median and quartiles over the rounds."""
     alphas = list(dict.fromkeys(row["alpha"] for row in rows))
-    cells = {(label, row["precision"], row["alpha"]): f"{value['median']:.2f} ({value['q1']:.2f} to {value['q3']:.2f})"
-             for row in rows for label, value in row["speedup"].items()}  # fmt: skip
-    lines = [(*place, *(cells[*place, alpha] for alpha in alphas))
-             for place in dict.fromkeys((label, precision) for label, precision, _ in cells)]  # fmt: skip
+    cells = {
+        (label, row["precision"], row["alpha"]): f"{value['median']:.2f} ({value['q1']:.2f} to {value['q3']:.2f})"
+        for row in rows
+        for label, value in row["speedup"].items()
+    }
+    lines = [
+        (*place, *(cells[*place, alpha] for alpha in alphas))
+        for place in dict.fromkeys((label, precision) for label, precision, _ in cells)
+    ]
     return markdown(("times faster", "precision", *(f"alpha {alpha:g}" for alpha in alphas)), lines)
 
 
@@ -293,8 +301,12 @@ def main(options: BenchmarkOptions) -> None:
         for row in summarise(time_steps(steps, options, device), precision):
             print_row(row)
             results.append(row)
-    facts = {"threads": torch.get_num_threads(), "gradient_deviation": deviation, "results": results,
-             "options": {name: value for name, value in asdict(options).items() if name != "out"}}  # fmt: skip
+    facts = {
+        "threads": torch.get_num_threads(),
+        "gradient_deviation": deviation,
+        "results": results,
+        "options": {name: value for name, value in asdict(options).items() if name != "out"},
+    }
     print()
     write_results(options.out, "train-step", facts, table(results))
 

@@ -16,7 +16,8 @@ from many_runs import compare, final_top1, train_all
 
 from eval.report.store import write_results
 from illama.checkpoints.load import SHIPPED
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 
 ARMS: dict[str, dict[str, Any]] = {
     "fine-tuned, no soft mask": {"init": SHIPPED, "new_head": True, "soft_mask": "none"},
@@ -47,10 +48,16 @@ def main(options: TransferOptions) -> None:
         raise UserError("--seeds must be at least 2: the intervals come from the spread over the seeds")
     if not (options.emoji / "train").is_dir():
         raise UserError(f"no emoji in {options.emoji}: run 'python benchmarks/fetch_emoji.py {options.emoji}' first")
-    folders = {arm: [options.out / f"{index}-seed{seed}" for seed in range(options.seeds)]
-               for index, arm in enumerate(ARMS)}  # fmt: skip
-    train_all({folder: {"recipe": "nano-emoji", "data": options.emoji, "compile": True, "seed": seed, **ARMS[arm]}
-               for arm in ARMS for seed, folder in enumerate(folders[arm])})  # fmt: skip
+    folders = {
+        arm: [options.out / f"{index}-seed{seed}" for seed in range(options.seeds)] for index, arm in enumerate(ARMS)
+    }
+    train_all(
+        {
+            folder: {"recipe": "nano-emoji", "data": options.emoji, "compile": True, "seed": seed, **ARMS[arm]}
+            for arm in ARMS
+            for seed, folder in enumerate(folders[arm])
+        }
+    )
     top1 = {arm: np.array([final_top1(folder) for folder in folders[arm]]) for arm in ARMS}
     reference = top1["fine-tuned, no soft mask"]
     lines = ["| run | top-1 %, mean (seeds) | change (95% interval) |", "|---|---|---|"]

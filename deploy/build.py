@@ -21,7 +21,8 @@ from deploy.trt.library import Library, LibraryName, find_library
 from deploy.trt.record import ENGINE, RECORD, EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
 from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.graph.reader import has_fp8, load_graph, precisions
 
 FP8_OLDEST = 89
@@ -83,14 +84,23 @@ def write_engine(
     manifest, source = Manifest.read(bundle), bundle / FUSED_ONNX
     path = _engine_path(library, bundle, options, name)
     record = EngineRecord(
-        onnx_sha256=sha256(source), engine_sha256=hashlib.sha256(built.data).hexdigest(),
-        engine_bytes=len(built.data), library=library.name, library_version=library.version,
-        targets=options.targets, batch=options.batch, options=options.to_json(),
-        precisions=precisions(load_graph(source)), attentions=built.attentions,
-        fused=built.fused, inputs=built.inputs, outputs=built.outputs,
-        preprocessing=manifest.preprocessing, classes=manifest.classes,
+        onnx_sha256=sha256(source),
+        engine_sha256=hashlib.sha256(built.data).hexdigest(),
+        engine_bytes=len(built.data),
+        library=library.name,
+        library_version=library.version,
+        targets=options.targets,
+        batch=options.batch,
+        options=options.to_json(),
+        precisions=precisions(load_graph(source)),
+        attentions=built.attentions,
+        fused=built.fused,
+        inputs=built.inputs,
+        outputs=built.outputs,
+        preprocessing=manifest.preprocessing,
+        classes=manifest.classes,
         trtexec=trtexec_line(library, source, path, options),
-    )  # fmt: skip
+    )
     with write_folder(path.parent, partial(_may_replace, record.origin)) as draft:
         (draft / ENGINE).write_bytes(built.data)
         record.write(draft / ENGINE)
@@ -108,8 +118,9 @@ def _built_already(library: Library, bundle: Path, options: EngineOptions, name:
                 print(f"{each} is built already")
                 return each
     if path.parent.exists() and not _may_replace(origin, path.parent):
-        raise UserError(f"{path.parent} is there, of another graph, library version or options: choose another --name, "
-                        "or delete it")  # fmt: skip
+        raise UserError(
+            f"{path.parent} is there, of another graph, library version or options: choose another --name, or delete it"
+        )
     if path.parent.exists():
         print(f"{path.parent} holds no engine that can be used, and is built again")
     return None
@@ -158,8 +169,7 @@ def main(options: BuildOptions) -> None:
         if path:
             record = EngineRecord.read(path)
             proof = "fused attentions" if record.fused else "attentions, which may be in pieces"
-            print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.attentions} {proof}\n"
-                  f"  {record.trtexec}")  # fmt: skip
+            print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.attentions} {proof}\n  {record.trtexec}")
 
 
 if __name__ == "__main__":

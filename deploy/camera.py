@@ -16,8 +16,9 @@ from deploy.rewrites.preprocessing import add_preprocessing
 from deploy.runtimes.temperature import copy_temperature
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FRAME, FUSED_ONNX, Manifest, command_line, sha256
+from illama.cli import run_command
 from illama.data.datasets import Preprocessing
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.graph.reader import load_graph
 
 MAX_SIDE, MAX_PIXELS = 16_384, 64_000_000  # of a frame: the graph holds a matrix of image_size times each side
@@ -46,8 +47,9 @@ class CameraOptions:
         except ValueError as error:
             raise UserError(f"--frame is HEIGHTxWIDTH, such as 480x640, not {self.frame!r}") from error
         if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE and height * width <= MAX_PIXELS):
-            raise UserError(f"a frame has sides of 1 to {MAX_SIDE} pixels and at most {MAX_PIXELS} of them, "
-                            f"not {self.frame}")  # fmt: skip
+            raise UserError(
+                f"a frame has sides of 1 to {MAX_SIDE} pixels and at most {MAX_PIXELS} of them, not {self.frame}"
+            )
         if self.channels not in (1, 3):
             raise UserError(f"a frame has 1 or 3 channels, not {self.channels}")
         return height, width, self.channels

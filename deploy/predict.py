@@ -16,7 +16,8 @@ from deploy.runtimes.image_input import ImageInput
 from deploy.runtimes.open_engine import Engine, RuntimeName, open_file
 from deploy.runtimes.temperature import read_temperature
 from illama.bundle import Manifest, bundle_of
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SETTLED = 0.2  # seconds for which a watched file must not have grown, or a camera is still writing it
@@ -100,8 +101,14 @@ def main(options: PredictOptions) -> None:
     until = time.monotonic() + options.seconds if options.seconds is not None else None
     paths = new_images(options.watch, until) if options.watch else options.images
     try:
-        classify(engine, ImageInput.of(manifest), manifest.classes, temperature or 1.0, paths,
-                 skip_broken=options.watch is not None)  # fmt: skip
+        classify(
+            engine,
+            ImageInput.of(manifest),
+            manifest.classes,
+            temperature or 1.0,
+            paths,
+            skip_broken=options.watch is not None,
+        )
     finally:
         engine.close()
 

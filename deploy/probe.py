@@ -18,12 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path, help="the model repository that python deploy/serve.py wrote")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server's HTTP protocol")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=3.0,
-        help="seconds for an answer, plus 10 times the network's",
-    )
+    parser.add_argument("--timeout", type=float, default=3.0, help="seconds for an answer, plus 10 times the network's")
     options = parser.parse_args()
     try:
         ServedRepository(options.url, options.repository, options.timeout).check()

@@ -22,7 +22,8 @@ from deploy.runtimes.recommended_runtime import RuntimeChoice
 from deploy.serving.model_config import ServingOptions
 from deploy.serving.repository import add_versions, check_repository, versions, write_repository
 from deploy.serving.server import ListenOptions, running_server
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,10 @@ def name_models(bundles: tuple[Path, ...], name: str | None) -> dict[str, tuple[
     taken = [f"{model}{part}" for model in models for part in ("", "-preprocess", "-network")]
     for model in taken:
         if not re.fullmatch(r"\w[\w.-]{,199}", model, re.ASCII) or taken.count(model) > 1:
-            raise UserError(f"{model[:200]!r} cannot be a model's name: rename the bundle, or give a --name of up to "
-                            "180 letters, digits, '_', '-' and '.'")  # fmt: skip
+            raise UserError(
+                f"{model[:200]!r} cannot be a model's name: rename the bundle, or give a --name of up to "
+                "180 letters, digits, '_', '-' and '.'"
+            )
     return models
 
 
@@ -97,9 +100,12 @@ def serve(options: ServeOptions) -> None:
     check_repository(options.out)
     try:
         with running_server(options.out, options) as server:
-            print(f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "
-                  f"{options.metrics_port}; Ctrl-C stops it\n"
-                  "Triton has no authentication: whoever reaches these ports can use it", flush=True)  # fmt: skip
+            print(
+                f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "
+                f"{options.metrics_port}; Ctrl-C stops it\n"
+                "Triton has no authentication: whoever reaches these ports can use it",
+                flush=True,
+            )
             server.watch()
     except KeyboardInterrupt:
         print("stopped")

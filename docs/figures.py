@@ -32,7 +32,8 @@ from typing import Any
 import yaml
 
 from illama.atomic_write import write_file
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.markdown_table import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -203,8 +204,11 @@ def main(options: FigureOptions) -> None:
     for name in options.run:
         if name not in commands:
             raise UserError(f"no commands named {name!r} in docs/figures.yaml: choose from {', '.join(commands)}")
-    chosen = [name for name, each in commands.items()
-              if options.all or name in options.run or each["minutes"] <= options.minutes]  # fmt: skip
+    chosen = [
+        name
+        for name, each in commands.items()
+        if options.all or name in options.run or each["minutes"] <= options.minutes
+    ]
     failed = run_all(chosen, commands, ROOT / DONE, options.run)
     differing = update(ROOT, write=not options.check)
     print("\n".join(differing) or "every figure is what its results file holds")

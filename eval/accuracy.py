@@ -28,8 +28,9 @@ from eval.metrics.calibration import Reliability, fit_temperatures, reliability
 from eval.report.schema import Measured, plain
 from eval.report.store import write_results
 from illama.atomic_write import lock_folder, remove_folder
+from illama.cli import run_command
 from illama.data.datasets import evenly_spaced
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import chance_note
 from illama.markdown_table import markdown
 from illama.training.distributed import Processes, processes
@@ -77,8 +78,10 @@ class AccuracyOptions:
 def stored_temperatures(bundles: OpenBundles) -> tuple[dict[str, float], dict[str, str]]:
     """As :func:`eval.metrics.calibration.fit_temperatures`, those that are stored with the files."""
     stored = {name: read_temperature(path) for name, path in bundles.paths.items()}
-    return ({name: value for name, value in stored.items() if value is not None},
-            {name: "none is stored with it" for name, value in stored.items() if value is None})  # fmt: skip
+    return (
+        {name: value for name, value in stored.items() if value is not None},
+        {name: "none is stored with it" for name, value in stored.items() if value is None},
+    )
 
 
 def measure(results: Mapping[str, Evaluated], temperatures: Mapping[str, float]) -> dict[str, Measured]:
@@ -112,20 +115,36 @@ def tables(measured: Mapping[str, Measured], failed: Mapping[str, str], bundles:
 
 def _changes(changes: Mapping[str, Change]) -> str:
     heads = ("model", "same class %", "right to wrong", "wrong to right", "wrong to wrong", "McNemar's p", "confidence")
-    return markdown(heads, [
-        (name, f"{change.agreement:.2f}", str(change.test.lost), str(change.test.gained), str(len(change.flips.moved)),
-         f"{change.test.p:.3f}", f"{change.confidence_shift:+.4f}") for name, change in changes.items()
-    ])  # fmt: skip
+    return markdown(
+        heads,
+        [
+            (
+                name,
+                f"{change.agreement:.2f}",
+                str(change.test.lost),
+                str(change.test.gained),
+                str(len(change.flips.moved)),
+                f"{change.test.p:.3f}",
+                f"{change.confidence_shift:+.4f}",
+            )
+            for name, change in changes.items()
+        ],
+    )
 
 
 def _details(changes: Mapping[str, Change], classes: tuple[str, ...]) -> str:
     lines = []
     for name, change in changes.items():
-        significant = [f"{classes[each.label]} {each.reference:.1f} to {each.other:.1f}%"
-                       for each in change.classes if each.significant]  # fmt: skip
+        significant = [
+            f"{classes[each.label]} {each.reference:.1f} to {each.other:.1f}%"
+            for each in change.classes
+            if each.significant
+        ]
         first = " ".join(map(str, change.flips.lost[:_SHOWN]))
-        lines.append(f"- {name}: classes that changed significantly: {', '.join(significant) or 'none'}; "
-                     f"first images lost: {first or 'none'}")  # fmt: skip
+        lines.append(
+            f"- {name}: classes that changed significantly: {', '.join(significant) or 'none'}; "
+            f"first images lost: {first or 'none'}"
+        )
     return "\n".join(lines)
 
 
@@ -150,12 +169,23 @@ def run(options: AccuracyOptions, group: Processes) -> None:
     data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
     split = evenly_spaced(data.test(), options.images)
     transform, images = bundles.preprocessing.transform(), options.calibration_images
-    temperatures, failed = (fit_temperatures(bundles.models, data, transform, images, group) if images
-                            else stored_temperatures(bundles))  # fmt: skip
+    temperatures, failed = (
+        fit_temperatures(bundles.models, data, transform, images, group) if images else stored_temperatures(bundles)
+    )
     facts = {"data": options.data, **bundles.facts, "runtimes": bundles.runtimes}
     work = options.out / UNFINISHED
-    results = evaluate(bundles.models, split, transform, temperatures, work, options.workers, options.batch,
-                       facts=facts, processes=group, patience=options.patience)  # fmt: skip
+    results = evaluate(
+        bundles.models,
+        split,
+        transform,
+        temperatures,
+        work,
+        options.workers,
+        options.batch,
+        facts=facts,
+        processes=group,
+        patience=options.patience,
+    )
     group.barrier()  # all have read the chunks
     if group.main:
         write(options, bundles, measure(results, temperatures), failed)
@@ -173,16 +203,25 @@ def write(
     reference = next(iter(measured))
     images = measured[reference].images
     print(f"{images} images of {options.data}; held against {reference}\n")
-    models = {name: {"runtime": bundles.runtimes[name], "sha256": bundles.files[name], **plain(asdict(each))}
-              for name, each in measured.items()}  # fmt: skip
-    content = {"data": options.data, "images": images, "reference": reference,
-               "calibration_images": options.calibration_images, "models": models}  # fmt: skip
+    models = {
+        name: {"runtime": bundles.runtimes[name], "sha256": bundles.files[name], **plain(asdict(each))}
+        for name, each in measured.items()
+    }
+    content = {
+        "data": options.data,
+        "images": images,
+        "reference": reference,
+        "calibration_images": options.calibration_images,
+        "models": models,
+    }
     write_results(options.out, RESULTS, content, tables(measured, failed, bundles))
 
 
 def main(options: AccuracyOptions) -> None:
-    with (processes(apart=True, timeout=timedelta(seconds=options.patience)) as group,
-          lock_folder(options.out, group.main)):  # fmt: skip
+    with (
+        processes(apart=True, timeout=timedelta(seconds=options.patience)) as group,
+        lock_folder(options.out, group.main),
+    ):
         run(options, group)
 
 

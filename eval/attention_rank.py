@@ -22,8 +22,9 @@ from torch import Tensor
 from eval.report.store import write_results
 from illama import ILLaMA
 from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.cli import run_command
 from illama.data.datasets import evenly_spaced, open_data
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import load_images
 from illama.markdown_table import markdown
 from illama.models.attention import MaskedAttention

@@ -24,7 +24,8 @@ from typing import Literal
 
 from eval.report.store import write_results
 from illama import ModelConfig
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.markdown_table import markdown
 from illama.models.config import MaskKind
 
@@ -104,8 +105,11 @@ def products_macs(config: ModelConfig, form: Form = "needed") -> int:
     pairs = config.tokens**2
     if form == "needed":
         triangle = visible_pairs(config)
-        scores, values = {"bidirectional": (pairs, pairs), "post_softmax": (pairs, triangle),
-                          "pre_softmax": (triangle, triangle)}[config.mask]  # fmt: skip
+        scores, values = {
+            "bidirectional": (pairs, pairs),
+            "post_softmax": (pairs, triangle),
+            "pre_softmax": (triangle, triangle),
+        }[config.mask]
         return (scores + values) * config.width
     doubled = form == "fused" and config.mask == "post_softmax"  # the fused form meets [K ; K] and [V ; 0]
     return (4 if doubled else 2) * pairs * config.width
@@ -164,7 +168,7 @@ def main(options: FlopsOptions) -> None:
     counts = {
         size: {title: count_macs(preset_named(size, mask), form) for title, (mask, form) in COLUMNS.items()}
         for size in options.sizes
-    }  # fmt: skip
+    }
     facts = {size: {title: asdict(macs) for title, macs in each.items()} for size, each in counts.items()}
     print("Giga-MACs of one image: the whole network, and in brackets its attention (qkv, products, proj)\n")
     saved = {size: readout_saving(size) for size in counts}

@@ -23,10 +23,11 @@ from torch.utils.data import Dataset
 from eval.benchmark.open_bundles import open_bundles, open_fitting_data, predict_checked
 from eval.metrics.predictions import probabilities
 from eval.report.store import write_results
+from illama.cli import run_command
 from illama.data.datasets import evenly_spaced, open_data
 from illama.data.images import Exif, decode_image
 from illama.data.webdataset import IMAGE_SUFFIXES, Sample
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.markdown_table import markdown
 
 RESULTS = "out-of-distribution"
@@ -142,9 +143,12 @@ def main(options: OutsideOptions) -> None:
     inside, outside = (predict_checked(bundles, images, transform)[0] for images in chosen)
     results = {model: measure(inside[model], outside[model]) for model in bundles.models}
     images: tuple[int, int] = (len(chosen[0]), len(chosen[1]))  # type: ignore[arg-type]
-    facts = {"data": options.data, "outside": options.outside, "images": images,
-             "models": {model: {name: asdict(each) for name, each in scores.items()}
-                        for model, scores in results.items()}}  # fmt: skip
+    facts = {
+        "data": options.data,
+        "outside": options.outside,
+        "images": images,
+        "models": {model: {name: asdict(each) for name, each in scores.items()} for model, scores in results.items()},
+    }
     print(f"{images[0]} images of {options.data}, {images[1]} of {options.outside}\n")
     write_results(options.out, RESULTS, facts, table(results))
 

@@ -25,8 +25,9 @@ from eval.metrics.accuracy_drop import NO_DROP, Drop, unseen_points, widened
 from eval.metrics.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
 from eval.report.store import write_results
 from illama.atomic_write import lock_folder, make_out, sweep, write_file
+from illama.cli import run_command
 from illama.data.datasets import evenly_spaced
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import chance_note
 from illama.markdown_table import markdown as table
 
@@ -96,8 +97,10 @@ def summarise(cells: Mapping[Cell, Right], seed: int = 0) -> dict[str, Robustnes
     corruptions = list(dict.fromkeys(name for name, _ in cells if name != CLEAN[0]))
 
     def per_image(model: str) -> dict[str, np.ndarray]:
-        return {name: np.mean([right[model] for cell, right in cells.items() if cell[0] == name], axis=0)
-                for name in corruptions}  # fmt: skip
+        return {
+            name: np.mean([right[model] for cell, right in cells.items() if cell[0] == name], axis=0)
+            for name in corruptions
+        }
 
     means = {model: per_image(model) for model in models}
     corrupted = {model: np.mean(list(means[model].values()), axis=0) for model in models}
@@ -127,11 +130,23 @@ def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> D
     points = float(differences.mean() * 100)
     low = high = points
     if np.ptp(differences) > 0:  # else every resample is alike
-        interval = scipy.stats.bootstrap((differences,), np.mean, n_resamples=10_000, batch=100, method="percentile",
-                                         random_state=np.random.default_rng(seed)).confidence_interval  # fmt: skip
+        interval = scipy.stats.bootstrap(
+            (differences,),
+            np.mean,
+            n_resamples=10_000,
+            batch=100,
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        ).confidence_interval
         low, high = interval.low * 100, interval.high * 100
-    return widened(points, low, high, bool((differences > 0).any()), bool((differences < 0).any()),
-                   largest * unseen_points(len(differences)))  # fmt: skip
+    return widened(
+        points,
+        low,
+        high,
+        bool((differences > 0).any()),
+        bool((differences < 0).any()),
+        largest * unseen_points(len(differences)),
+    )
 
 
 def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:
@@ -162,13 +177,24 @@ def markdown(results: Mapping[str, Robustness]) -> str:
 
     reference = next(iter(results))
     models = [
-        (name, f"{each.clean:.2f}", f"{each.corrupted:.2f}", f"{each.kept:.1f}",
-         *(("reference", "") if name == reference else (str(each.drop), str(each.beyond_clean))))
+        (
+            name,
+            f"{each.clean:.2f}",
+            f"{each.corrupted:.2f}",
+            f"{each.kept:.1f}",
+            *(("reference", "") if name == reference else (str(each.drop), str(each.beyond_clean))),
+        )
         for name, each in results.items()
-    ]  # fmt: skip
+    ]
     corruptions = results[reference].by_corruption
-    heads = ("model", "clean top-1 %", "corrupted top-1 %", "kept %", "points lost (95% interval)",
-             "beyond those on clean images")  # fmt: skip
+    heads = (
+        "model",
+        "clean top-1 %",
+        "corrupted top-1 %",
+        "kept %",
+        "points lost (95% interval)",
+        "beyond those on clean images",
+    )
     by_corruption = [(name, *(f"{each.by_corruption[name]:.2f}" for each in results.values())) for name in corruptions]
     return f"{table(heads, models)}\n\n{table(('corruption', *results), by_corruption)}\n"
 
@@ -178,12 +204,19 @@ def as_json(
 ) -> dict[str, Any]:
     """The contents of robustness.json."""
     return {
-        "data": options.data, "images": options.images, "seed": options.seed,
+        "data": options.data,
+        "images": options.images,
+        "seed": options.seed,
         "models": {name: asdict(each) for name, each in results.items()},
-        "cells": [{"corruption": name, "severity": severity, "top1": {
-            model: float(values.mean() * 100) for model, values in right.items()}}
-            for (name, severity), right in cells.items()],
-    }  # fmt: skip
+        "cells": [
+            {
+                "corruption": name,
+                "severity": severity,
+                "top1": {model: float(values.mean() * 100) for model, values in right.items()},
+            }
+            for (name, severity), right in cells.items()
+        ],
+    }
 
 
 def main(options: RobustnessOptions) -> None:
@@ -198,8 +231,10 @@ def main(options: RobustnessOptions) -> None:
         results = summarise(cells, options.seed)
         reference = next(iter(results))
         note = chance_note(reference, results[reference].clean, len(bundles.classes))
-        print(f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
-              f"{' '.join(map(str, options.severities))}\n")  # fmt: skip
+        print(
+            f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
+            f"{' '.join(map(str, options.severities))}\n"
+        )
         write_results(options.out, RESULTS, as_json(options, cells, results), f"{markdown(results)}\n{note}")
     print(f"written to {options.out}")
 

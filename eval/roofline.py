@@ -30,7 +30,8 @@ from eval.cost_model.devices import Device, LacksPrecisionError, find_device
 from eval.cost_model.onnx_costs import ProductCost, product_costs
 from eval.report.store import write_results
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.graph.session import cpu_session
 from illama.hardware import describe_machine
 from illama.inference import usable_cores
@@ -99,11 +100,16 @@ def predict_floor(costs: Sequence[ProductCost], device: Device) -> list[LayerFlo
         compute = sum(product.operations / device.peak(product.precision) for product in products)
         size = sum(product.weight_bytes + product.activation_bytes for product in products)
         memory = size / (device.bandwidth * 1e9)
-        floors.append(LayerFloor(
-            layer, "+".join(dict.fromkeys(product.precision for product in products)),
-            sum(product.operations for product in products), size, max(compute, memory) * 1e3,
-            "compute" if compute > memory else "memory",
-        ))  # fmt: skip
+        floors.append(
+            LayerFloor(
+                layer,
+                "+".join(dict.fromkeys(product.precision for product in products)),
+                sum(product.operations for product in products),
+                size,
+                max(compute, memory) * 1e3,
+                "compute" if compute > memory else "memory",
+            )
+        )
     return floors
 
 
@@ -113,8 +119,10 @@ def measure_cpu(rounds: int = 10) -> Device:
     There is no FP8: a CPU can only emulate it.
     """
     operations = 2 * _PROBE**3
-    peaks = {precision: operations / _best(_product(integer), rounds) / 1e12
-             for precision, integer in (("fp32", False), ("int8", True))}  # fmt: skip
+    peaks = {
+        precision: operations / _best(_product(integer), rounds) / 1e12
+        for precision, integer in (("fp32", False), ("int8", True))
+    }
     return Device(CPU, _copy_rate(rounds) / 1e9, peaks, f"measured here: {describe_machine()['cpu']}")  # type: ignore[arg-type]
 
 
@@ -126,15 +134,19 @@ def _product(integer: bool) -> tuple[onnxruntime.InferenceSession, np.ndarray]:
     if integer:
         constants |= {"scale": np.float32(0.01), "x_zero": np.uint8(128), "w_zero": np.int8(0)}
         operands = ["x_float", "w_float"]
-        nodes = [helper.make_node("DequantizeLinear", [name, "scale", f"{name}_zero"], [f"{name}_float"])
-                 for name in ("x", "w")]  # fmt: skip
+        nodes = [
+            helper.make_node("DequantizeLinear", [name, "scale", f"{name}_zero"], [f"{name}_float"])
+            for name in ("x", "w")
+        ]
     nodes.append(helper.make_node("MatMul", operands, ["y"]))
     shape, kind = [_PROBE, _PROBE], TensorProto.UINT8 if integer else TensorProto.FLOAT
     graph = helper.make_graph(
-        nodes, "probe", [helper.make_tensor_value_info("x", kind, shape)],
+        nodes,
+        "probe",
+        [helper.make_tensor_value_info("x", kind, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )  # fmt: skip
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return cpu_session(model.SerializeToString()), (values + 100).astype(np.uint8 if integer else np.float32)
 
@@ -202,9 +214,13 @@ class Prediction:
         return sum(floor.milliseconds for floor in self.floors)
 
     def to_json(self) -> dict[str, Any]:
-        return {"bundle": self.bundle, "device": self.device, "milliseconds": self.milliseconds,
-                "floors": {floor.layer: floor.milliseconds for floor in self.floors},
-                "measured": vars(self.measured) if self.measured else None}  # fmt: skip
+        return {
+            "bundle": self.bundle,
+            "device": self.device,
+            "milliseconds": self.milliseconds,
+            "floors": {floor.layer: floor.milliseconds for floor in self.floors},
+            "measured": vars(self.measured) if self.measured else None,
+        }
 
 
 def predict(bundle: Path, device: Device, batch: int) -> Prediction:
@@ -220,8 +236,14 @@ def layer_table(prediction: Prediction) -> str:
     measured = prediction.measured
     rows = []
     for floor in prediction.floors:
-        row = (floor.layer, floor.precision, f"{floor.operations / 1e6:.2f}", f"{floor.bytes / 1e3:.1f}", floor.bound,
-               f"{floor.milliseconds:.4f}")  # fmt: skip
+        row = (
+            floor.layer,
+            floor.precision,
+            f"{floor.operations / 1e6:.2f}",
+            f"{floor.bytes / 1e3:.1f}",
+            floor.bound,
+            f"{floor.milliseconds:.4f}",
+        )
         rows.append((*row, *_against(floor.milliseconds, measured.layers.get(floor.layer))) if measured else row)
     more = ("measured ms", "error") if measured else ()
     return markdown(("layer", "in", "MFLOP", "kB", "bound", "predicted ms", *more), rows)
@@ -236,12 +258,27 @@ def device_table(predictions: Sequence[Prediction], bundles: Sequence[str], devi
 
 def measured_table(predictions: Sequence[Prediction]) -> str:
     """A line for each bundle that was measured here: its products, and a whole call."""
-    headings = ("bundle", "products, predicted ms", "products, measured ms", "error", "a whole call, measured ms",
-                "error")  # fmt: skip
-    return markdown(headings, [
-        (each.bundle, f"{each.milliseconds:.2f}", *_against(each.milliseconds, sum(each.measured.layers.values()), 2),
-         *_against(each.milliseconds, each.measured.call, 2)) for each in predictions if each.measured
-    ])  # fmt: skip
+    headings = (
+        "bundle",
+        "products, predicted ms",
+        "products, measured ms",
+        "error",
+        "a whole call, measured ms",
+        "error",
+    )
+    return markdown(
+        headings,
+        [
+            (
+                each.bundle,
+                f"{each.milliseconds:.2f}",
+                *_against(each.milliseconds, sum(each.measured.layers.values()), 2),
+                *_against(each.milliseconds, each.measured.call, 2),
+            )
+            for each in predictions
+            if each.measured
+        ],
+    )
 
 
 def _against(predicted: float, measured: float | None, digits: int = 4) -> tuple[str, str]:
@@ -278,8 +315,11 @@ def main(options: RooflineOptions) -> None:
     if refused and not predictions:
         raise refused
     names = [bundle.name for bundle in options.bundles]
-    facts = {"batch": options.batch, "devices": [asdict(each) for each in devices],
-             "predictions": [each.to_json() for each in predictions]}  # fmt: skip
+    facts = {
+        "batch": options.batch,
+        "devices": [asdict(each) for each in devices],
+        "predictions": [each.to_json() for each in predictions],
+    }
     write_results(options.out, RESULTS, facts, report(predictions, names, devices, options.batch))
 
 

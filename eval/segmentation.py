@@ -20,9 +20,10 @@ from eval.report.store import write_results
 from illama.atomic_write import make_out
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.checkpoints.load import read_preprocessing
+from illama.cli import run_command
 from illama.data.ade20k import SegmentationFolder
 from illama.data.datasets import Preprocessing
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.markdown_table import markdown
 from illama.segmentation_scores import Scores, Views, class_ious, score_images
 
@@ -94,7 +95,7 @@ def miou_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resamples
     return Drop(points, float(low), float(high))
 
 
-def weigh(
+def run_benchmark(
     bundles: Sequence[Path], data: SegmentationFolder, preprocessing: Preprocessing, views: Views, seed: int
 ) -> list[Row]:
     """A row for every ONNX file of the bundles, those for CPUs first."""
@@ -127,13 +128,17 @@ def main(options: SegmentationEvalOptions) -> None:
             raise UserError(f"{bundle} does not have the classes of {options.data} or the first bundle's preprocessing")
     if options.out:
         make_out(options.out.parent)
-    rows = weigh(options.bundles, data, kinds[0], views, options.seed)
+    rows = run_benchmark(options.bundles, data, kinds[0], views, options.seed)
     table = markdown_table(rows)
     if options.out is None:
         print(table)
     else:
-        facts = {"images": len(data.test()), "views": asdict(views), "classes": data.classes,  # type: ignore[arg-type]
-                 "rows": [asdict(row) for row in rows]}  # fmt: skip
+        facts = {
+            "images": len(data.test()),  # type: ignore[arg-type]
+            "views": asdict(views),
+            "classes": data.classes,
+            "rows": [asdict(row) for row in rows],
+        }
         write_results(options.out.parent, options.out.name, facts, table)
 
 

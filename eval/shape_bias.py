@@ -25,9 +25,10 @@ from torch.utils.data import Dataset
 from eval.benchmark.open_bundles import open_bundles, predict_checked
 from eval.metrics.predictions import probabilities
 from eval.report.store import write_results
+from illama.cli import run_command
 from illama.data.images import Exif, decode_image
 from illama.data.webdataset import Sample
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.markdown_table import markdown
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")
@@ -118,8 +119,10 @@ class Stimuli(Dataset[Sample]):
         found = [(path, _NAME.fullmatch(path.name)) for path in self.paths]
         for path, match in found:
             if not match or match[1] != path.parent.name or not {match[1], match[2]} <= set(SHAPE_CLASSES):
-                raise UserError(f"{path} is no cue-conflict picture: expected SHAPE/SHAPEn-TEXTUREm.png of the classes "
-                                f"{', '.join(SHAPE_CLASSES)}")  # fmt: skip
+                raise UserError(
+                    f"{path} is no cue-conflict picture: expected SHAPE/SHAPEn-TEXTUREm.png of the classes "
+                    f"{', '.join(SHAPE_CLASSES)}"
+                )
         self.shapes, self.textures = (tuple(match[part] for _, match in found if match) for part in (1, 2))
 
     def __len__(self) -> int:
@@ -148,8 +151,10 @@ def shape_bias(decisions: np.ndarray, shapes: Sequence[str], textures: Sequence[
     shape, texture = np.array(shapes), np.array(textures)
     conflict = shape != texture
     for_shape, for_texture = conflict & (decisions == shape), conflict & (decisions == texture)
-    by_class = {name: _share(int(for_shape[shape == name].sum()), int(for_texture[shape == name].sum()))
-                for name in SHAPE_CLASSES}  # fmt: skip
+    by_class = {
+        name: _share(int(for_shape[shape == name].sum()), int(for_texture[shape == name].sum()))
+        for name in SHAPE_CLASSES
+    }
     return ShapeBias(int(conflict.sum()), int(for_shape.sum()), int(for_texture.sum()), by_class)
 
 
@@ -164,9 +169,16 @@ def _percent(share: float | None) -> str:
 def tables(results: Mapping[str, ShapeBias]) -> str:
     """The bias of every model, and of every model by shape."""
     models = [
-        (model, _percent(each.bias), str(each.shape), str(each.texture), str(each.images - each.shape - each.texture),
-         str(each.images)) for model, each in results.items()
-    ]  # fmt: skip
+        (
+            model,
+            _percent(each.bias),
+            str(each.shape),
+            str(each.texture),
+            str(each.images - each.shape - each.texture),
+            str(each.images),
+        )
+        for model, each in results.items()
+    ]
     shapes = [(name, *(_percent(each.by_class[name]) for each in results.values())) for name in SHAPE_CLASSES]
     headings = ("model", "shape bias %", "shape", "texture", "neither", "pictures in conflict")
     return f"{markdown(headings, models)}\n\n{markdown(('shape', *results), shapes)}"
@@ -181,8 +193,10 @@ def main(options: ShapeBiasOptions) -> None:
     if all(re.fullmatch(r"n\d{8}", name) for name in names) and list(names) != sorted(names):
         raise UserError(f"the classes of {options.bundles[0]} are not in the order of their WordNet IDs")
     logits, order = predict_checked(bundles, stimuli, bundles.preprocessing.transform())
-    results = {model: shape_bias(decide(values), np.array(stimuli.shapes)[order], np.array(stimuli.textures)[order])
-               for model, values in logits.items()}  # fmt: skip
+    results = {
+        model: shape_bias(decide(values), np.array(stimuli.shapes)[order], np.array(stimuli.textures)[order])
+        for model, values in logits.items()
+    }
     facts = {"models": {model: {"bias": each.bias, **asdict(each)} for model, each in results.items()}}
     write_results(options.out, RESULTS, facts, tables(results))
 

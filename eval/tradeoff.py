@@ -20,11 +20,11 @@ from typing import Annotated, Any, cast
 import tyro
 from torch.utils.data import Dataset, Subset
 
-from eval.benchmark.benchmark import Images, WeighOptions, report_on, weigh
+from eval.benchmark.benchmark import BenchmarkOptions, Images, report_on, run_benchmark
 from eval.benchmark.machine import pin_threads, share_of_cores
 from eval.benchmark.open_bundles import check_alike, open_fitting_data
-from eval.benchmark.targets import expand, find_candidates
-from eval.report.pareto import choose, front
+from eval.benchmark.targets import expand, find_targets
+from eval.report.pareto import choose, pareto_front
 from eval.report.regression import check_images, compare_markdown, find_regressions
 from eval.report.schema import Report, read_report
 from eval.report.store import read_results
@@ -33,15 +33,16 @@ from eval.report.thumbnails import draw_thumbnails
 from eval.report.write_report import write_report
 from illama.atomic_write import lock_folder, remove_folder
 from illama.checkpoints.load import read_preprocessing
+from illama.cli import run_command
 from illama.data.datasets import Sample, evenly_spaced
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.training.distributed import Processes, processes
 
 UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
-class TradeoffOptions(WeighOptions):
+class TradeoffOptions(BenchmarkOptions):
     """Weigh accuracy against latency for any number of bundles and engines.
 
     Attributes:
@@ -67,7 +68,7 @@ class TradeoffOptions(WeighOptions):
             raise UserError("--workers and --calibration-images must be 0 or more")
 
 
-def check_inputs(options: WeighOptions) -> Mapping[str, Any] | None:
+def check_inputs(options: BenchmarkOptions) -> Mapping[str, Any] | None:
     """The baseline, if one was given, read before the long work and before a new report takes its place.
 
     Raises:
@@ -84,13 +85,13 @@ def check_baseline(baseline: Mapping[str, Any] | None, images: Images) -> None:
         check_images(baseline, images.name, images.data.classes, len(images.split))  # type: ignore[arg-type]
 
 
-def write_and_tell(report: Report, split: Dataset[Sample], folder: Path, options: WeighOptions) -> None:
+def write_and_tell(report: Report, split: Dataset[Sample], folder: Path, options: BenchmarkOptions) -> None:
     """Write a report, and print its table and its answer."""
     shown = [flip.image for row in report.rows for flip in row.flipped]
     write_report(report, folder, draw_thumbnails(split, shown))
-    batch = report.limits.batch
-    print(f"\n{markdown_table(report.rows, batch, front(report.rows, batch))}\n")
-    print(choose(report.rows, report.limits).sentence)
+    batch = report.constraints.batch
+    print(f"\n{markdown_table(report.rows, batch, pareto_front(report.rows, batch))}\n")
+    print(choose(report.rows, report.constraints).sentence)
     for reason in report.not_run:
         print(reason)
     print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {options.out / 'report.html'}")
@@ -117,14 +118,23 @@ def run(options: TradeoffOptions, group: Processes, baseline: Mapping[str, Any] 
     images = Images(options.data, data, split, preprocessing, options.calibration_images, indices)
     check_baseline(baseline, images)
     pin_threads(options.threads)
-    candidates = find_candidates(paths, threads=share_of_cores())
-    weighed = weigh(candidates, images, options, options.out, options.out / UNFINISHED, options.workers, group,
-                    store=options.store, alone=lambda: find_candidates(paths))  # fmt: skip
+    targets = find_targets(paths, threads=share_of_cores())
+    result = run_benchmark(
+        targets,
+        images,
+        options,
+        options.out,
+        options.out / UNFINISHED,
+        options.workers,
+        group,
+        store=options.store,
+        alone=lambda: find_targets(paths),
+    )
     if not group.main:
         return None
     seconds = {"evaluate and time": time.perf_counter() - start}
     source = ", ".join(map(os.path.relpath, manifest.inputs)) or str(paths[0])
-    report = report_on(weighed, images, options, source, seconds)
+    report = report_on(result, images, options, source, seconds)
     write_and_tell(report, data.test(), options.out, options)
     remove_folder(options.out / UNFINISHED)
     return report

@@ -36,8 +36,20 @@ ENGINES = "engines"
 TEMPERATURE = "temperature.json"
 FRAME = "frame"  # in a manifest's metrics: (height, width, channels) that graphs with preprocessing take
 SOFTMAX_OUTPUT = "softmax_output"  # in a fused graph's metadata: how attention's softmax output is rounded
-_PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "nvidia-modelopt", "torchao", "onnx",
-             "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "numpy")  # fmt: skip
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "segmentation-models-pytorch",
+    "nvidia-modelopt",
+    "torchao",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
+    "tensorrt",
+    "numpy",
+)
 
 
 @dataclass

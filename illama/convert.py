@@ -18,9 +18,10 @@ from torch import Tensor
 from illama.atomic_write import write_folder
 from illama.bundle import WEIGHTS, Manifest, command_line, sha256
 from illama.checkpoints.load import Checkpoint, load_checkpoint, write_weights
+from illama.cli import run_command
 from illama.data.datasets import Preprocessing
 from illama.data.images import Exif
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,10 @@ def load_images(
     images = Transformed(split, transform)
     chosen = images if limit is None else Subset(images, range(limit))
     batches = list(DataLoader(chosen, batch_size=500))
-    return (np.concatenate([images.numpy() for images, _ in batches]),
-            np.concatenate([labels.numpy() for _, labels in batches]))  # fmt: skip
+    return (
+        np.concatenate([images.numpy() for images, _ in batches]),
+        np.concatenate([labels.numpy() for _, labels in batches]),
+    )
 
 
 def predict(
@@ -109,5 +111,7 @@ def chance_note(name: str, percent: float, classes: int) -> str:
     chance = 100 / classes
     if percent >= chance + (100 - chance) / 10:
         return ""
-    return (f"{name} has a top-1 of {percent:.2f}% where chance gives {chance:.2f}%: is the class order, the "
-            "preprocessing or the checkpoint another than the one for this data?")  # fmt: skip
+    return (
+        f"{name} has a top-1 of {percent:.2f}% where chance gives {chance:.2f}%: is the class order, the "
+        "preprocessing or the checkpoint another than the one for this data?"
+    )

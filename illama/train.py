@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Sized
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,14 +18,15 @@ from illama.atomic_write import lock_folder, write_folder
 from illama.bundle import WEIGHTS, Manifest, command_line, is_bundle, sha256
 from illama.checkpoints.llama_init import initialise_from_llama
 from illama.checkpoints.load import initialise_from, write_weights
+from illama.cli import run_command
 from illama.data.augmentation import seed_everything
 from illama.data.datasets import ImageData, open_data
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 from illama.training.distributed import Processes, processes
 from illama.training.log import plot_curve, read_log
-from illama.training.recipe import Recipe, recipe_of_command_line
+from illama.training.recipe import DEFAULT_RECIPE, RECIPES, Recipe, recipe_of_command_line
 from illama.training.trainer import Run, fit
 
 Network = TypeVar("Network", bound=ILLaMA)
@@ -90,14 +92,24 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
 def write_bundle(run: Run) -> Path:
     """The finished run as a bundle: the kept weights, manifest with the score on the test images, log and curve."""
     recipe, test = run.recipe, run.data.test()
-    metrics = {f"test_{run.score_name}": run.score(test), "test_images": len(cast(Sized, test)),
-               "epochs": recipe.epochs}  # fmt: skip
+    metrics = {
+        f"test_{run.score_name}": run.score(test),
+        "test_images": len(cast(Sized, test)),
+        "epochs": recipe.epochs,
+    }
     weights, config = run.kept_weights(), cast(ILLaMA, run.model).config
     folder = recipe.out / "bundle"
     if not run.processes.main:
         return folder
-    manifest = Manifest(command_line(), config.to_dict(), asdict(run.preprocessing), list(run.data.classes),
-                        recipe.seed, run.inputs, metrics)  # fmt: skip
+    manifest = Manifest(
+        command_line(),
+        config.to_dict(),
+        asdict(run.preprocessing),
+        list(run.data.classes),
+        recipe.seed,
+        run.inputs,
+        metrics,
+    )
     with write_folder(folder) as draft:
         write_weights(weights, config, draft / WEIGHTS)
         (draft / "log.csv").write_text((recipe.out / "log.csv").read_text())
@@ -118,4 +130,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Recipe, main, recipe_of_command_line)
+    run_command(Recipe, main, partial(recipe_of_command_line, Recipe, RECIPES, DEFAULT_RECIPE))

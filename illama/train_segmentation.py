@@ -19,11 +19,12 @@ from torch.utils.data import Dataset, Subset
 
 from illama.atomic_write import lock_folder
 from illama.bundle import Manifest
+from illama.cli import run_command
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
 from illama.data.augmentation import seed_everything
 from illama.data.datasets import ClassOrder
 from illama.data.webdataset import Sample
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import torch_infer
 from illama.models.upernet import SegmentationConfig, UperNet
 from illama.segmentation_scores import Scores, score_images

@@ -18,14 +18,15 @@ import tyro
 
 from illama.bundle import CPU_ONNX, SCHEME, WEIGHTS, Manifest, sha256
 from illama.checkpoints.load import SHIPPED, read_preprocessing
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.models.attention import SoftMasked
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import (
     Difference,
     accumulated_sqnr,
     compare_with_trace,
-    first_departure,
+    first_mismatch,
     observable_layers,
     trace_onnx,
 )
@@ -71,8 +72,12 @@ def open_source(options: DebugOptions) -> Inputs:
     """
     manifest = Manifest.read(options.bundle) if options.bundle else None
     source = dict(manifest.metrics.get(SOURCE, {})) if manifest else {}
-    given = {"checkpoint": options.checkpoint, "data": options.data, "model": options.model,
-             "calibration_images": options.calibration_images}  # fmt: skip
+    given = {
+        "checkpoint": options.checkpoint,
+        "data": options.data,
+        "model": options.model,
+        "calibration_images": options.calibration_images,
+    }
     source |= {name: value for name, value in given.items() if value is not None}
     image_size, checkpoint = source.pop("image_size", None), Path(source.pop("checkpoint", SHIPPED))
     if manifest:
@@ -107,7 +112,7 @@ def print_table(differences: dict[str, Difference], sqnr: dict[str, tuple[float,
     print(f"{'tensor':30} {'by quantization':>16} {'by export':>15} {'locally':>22}")
     for name, difference in differences.items():
         columns = [f"{value:.1f}" if np.isfinite(value) else "-" for value in sqnr.get(name, (np.inf, np.inf))]
-        mark = "  <- departs" if difference.departs else ""
+        mark = "  <- departs" if difference.mismatch else ""
         print(f"{name:30} {columns[0]:>16} {columns[1]:>15} {difference!s:>22}{mark}")
 
 
@@ -126,12 +131,14 @@ def main(options: DebugOptions) -> None:
         trace = trace_onnx(path, images, observable_layers(quantized))
     differences = compare_with_trace(quantized, trace, images)
     print_table(differences, accumulated_sqnr(reference, quantized, trace, images))
-    fault = first_departure(differences)
+    fault = first_mismatch(differences)
     if fault:
         print(f"\nThe first to depart is {fault}: given the same numbers before it, the file and PyTorch differ there.")
     else:
-        print("\nNo layer departs: given the same numbers before it, each gives the same, but for float rounding and "
-              "the ties it decides. What gathers is those, amplified.")  # fmt: skip
+        print(
+            "\nNo layer departs: given the same numbers before it, each gives the same, but for float rounding and "
+            "the ties it decides. What gathers is those, amplified."
+        )
 
 
 if __name__ == "__main__":

@@ -116,8 +116,13 @@ def open_inputs(options: InputOptions, image_size: int | None = None) -> Inputs:
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
     fitting = stored or images.preprocessing(config.image_size, config.in_channels)
     preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order)
-    source = {"checkpoint": str(checkpoint), "data": data, "calibration_images": options.calibration_images,
-              "model": options.model, "image_size": image_size}  # fmt: skip
+    source = {
+        "checkpoint": str(checkpoint),
+        "data": data,
+        "calibration_images": options.calibration_images,
+        "model": options.model,
+        "image_size": image_size,
+    }
     return Inputs(loaded, images, preprocessing, options.calibration_images, source)
 
 

@@ -19,15 +19,16 @@ from pathlib import Path
 from deploy.build import build_fitting
 from deploy.trt.builder import EngineOptions
 from deploy.trt.library import Library, LibraryName, find_library
-from eval.benchmark.benchmark import Images, WeighOptions, report_on, weigh
+from eval.benchmark.benchmark import BenchmarkOptions, Images, report_on, run_benchmark
 from eval.benchmark.machine import pin_threads
-from eval.benchmark.targets import find_candidates
+from eval.benchmark.targets import find_targets
 from eval.report.schema import Report
 from eval.report.write_report import is_result
 from eval.tradeoff import UNFINISHED, check_baseline, check_inputs, exit_on_regression, write_and_tell
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.models.attention import SoftMasked
 from quant.export.write_bundle import Origin, check_scheme, quantize, write_graphs, write_quantized
 from quant.inputs import InputOptions, Inputs, check_names, open_inputs
@@ -38,7 +39,7 @@ DEFAULT_SCHEMES = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
-class PtqOptions(InputOptions, WeighOptions):
+class PtqOptions(InputOptions, BenchmarkOptions):
     """Quantize a trained vision transformer after training, build engines, and weigh accuracy against latency.
 
     Attributes:
@@ -107,8 +108,10 @@ def write_bundles(job: Job) -> list[Path]:
     with job.phase("read calibration images"):
         batches = job.inputs.calibration
     with job.phase("export fp32 and fp16"):
-        bundles = [write_graphs(job.folder / "fp32", model, job.origin, (CPU_ONNX,), {}),
-                   write_graphs(job.folder / "fp16", model, job.origin, (FUSED_ONNX,), {})]  # fmt: skip
+        bundles = [
+            write_graphs(job.folder / "fp32", model, job.origin, (CPU_ONNX,), {}),
+            write_graphs(job.folder / "fp16", model, job.origin, (FUSED_ONNX,), {}),
+        ]
     for scheme in job.schemes:
         with job.phase(f"quantize and export {scheme.name}"):
             quantized = quantize(model, scheme, batches)
@@ -149,14 +152,14 @@ def images_of(job: Job) -> Images:
     return Images(options.data, data, data.test(), job.origin.preprocessing, options.calibration_images)
 
 
-def weigh_bundles(job: Job, bundles: list[Path]) -> Report:
+def benchmark_bundles(job: Job, bundles: list[Path]) -> Report:
     """Accuracy and latency of everything that was written."""
     options, images, work = job.options, images_of(job), job.folder / UNFINISHED
     with job.phase("evaluate and time"):
         pin_threads(options.threads)
-        weighed = weigh(find_candidates(bundles, job.networks), images, options, job.folder, work, store=True)
+        result = run_benchmark(find_targets(bundles, job.networks), images, options, job.folder, work, store=True)
     shutil.rmtree(work)
-    return report_on(weighed, images, options, os.path.relpath(options.checkpoint), job.seconds, job.not_run)
+    return report_on(result, images, options, os.path.relpath(options.checkpoint), job.seconds, job.not_run)
 
 
 def main(options: PtqOptions) -> None:
@@ -166,7 +169,7 @@ def main(options: PtqOptions) -> None:
         check_baseline(baseline, images_of(job))
         bundles = write_bundles(job)
         build_engines(job, bundles)
-        report = weigh_bundles(job, bundles)
+        report = benchmark_bundles(job, bundles)
         write_and_tell(report, job.inputs.data.test(), folder, options)
     exit_on_regression(baseline, report)
 

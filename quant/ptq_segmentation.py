@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from illama.atomic_write import make_out, write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
+from illama.cli import run_command
 from illama.data.ade20k import SegmentationFolder
 from illama.data.datasets import Preprocessing
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.models.upernet import fold_batch_norms, load_segmentation
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
 from quant.inputs import check_names, scheme_named
@@ -66,8 +67,11 @@ def main(options: PtqSegmentationOptions) -> None:
     check_names(schemes)
     for scheme in schemes:
         resolve(scheme, model)
-    source = {"checkpoint": str(options.bundle), "data": str(options.data),
-              "calibration_images": options.calibration_images}  # fmt: skip
+    source = {
+        "checkpoint": str(options.bundle),
+        "data": str(options.data),
+        "calibration_images": options.calibration_images,
+    }
     origin = Origin(preprocessing, data.classes, {str(checkpoint.weights): sha256(checkpoint.weights)}, source)
     make_out(options.out)
     batches = calibration_batches(data, options.calibration_images, preprocessing)

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Sized
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +23,14 @@ from eval.metrics.accuracy_drop import paired_drop
 from illama.atomic_write import lock_folder, write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256
 from illama.checkpoints.load import SHIPPED
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import chance_note, predict, top1, torch_infer
 from illama.models.illama import ILLaMA
 from illama.training.distributed import Processes, processes
 from illama.training.log import plot_curve, read_log
-from illama.training.recipe import TrainingOptions, read_recipe, recipe_named
+from illama.training.recipe import TrainingOptions, recipe_of_command_line
 from illama.training.trainer import CHECKPOINT, Run, fit
 from quant.export.weights import write_quantized_weights
 from quant.export.write_bundle import Origin, check_scheme, write_quantized
@@ -120,8 +121,9 @@ def open_job(options: QatOptions) -> Job:
     if not options.data:
         raise UserError("no images to train on: give --data (see --help)")
     scheme = read_scheme(options.scheme_file) if options.scheme_file else find_scheme(options.scheme)
-    source = InputOptions(options.checkpoint, None, options.data, options.calibration_images, options.exif,
-                          options.class_order)  # fmt: skip
+    source = InputOptions(
+        options.checkpoint, None, options.data, options.calibration_images, options.exif, options.class_order
+    )
     inputs = open_inputs(source, options.image_size)
     check_scheme(inputs.model, scheme)
     files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
@@ -138,8 +140,16 @@ def start_run(job: Job, group: Processes) -> Run:
     quantized = job.quantize(replace(job.scheme, learned=0)) if interrupted else copy.deepcopy(job.untrained)
     learn_scales(quantized)
     loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
-    return Run(options, job.inputs.data, job.origin.preprocessing, quantized, group, dict(job.origin.inputs), loss,
-               scale_groups(options.scale_rate))  # fmt: skip
+    return Run(
+        options,
+        job.inputs.data,
+        job.origin.preprocessing,
+        quantized,
+        group,
+        dict(job.origin.inputs),
+        loss,
+        scale_groups(options.scale_rate),
+    )
 
 
 def measure(job: Job, trained: ILLaMA, folder: Path) -> dict[str, Any]:
@@ -149,11 +159,7 @@ def measure(job: Job, trained: ILLaMA, folder: Path) -> dict[str, Any]:
     :func:`quant.export.write_bundle.write_quantized`.
     """
     test = job.inputs.data.test()
-    models = {
-        "fp32": torch_infer(job.trained),
-        "ptq": torch_infer(job.untrained),
-        "qat": torch_infer(trained),
-    }
+    models = {"fp32": torch_infer(job.trained), "ptq": torch_infer(job.untrained), "qat": torch_infer(trained)}
     files = {"onnx": folder / CPU_ONNX, "fused_onnx": folder / FUSED_ONNX}
     models |= {name: OnnxRuntimeEngine(path).infer for name, path in files.items() if path.exists()}
     if (folder / TORCHAO).exists():
@@ -198,12 +204,14 @@ def main(options: QatOptions) -> None:
             return
         metrics = Manifest.read(bundle := write_bundle(job, run)).metrics
     file = "torchao_top1" if "torchao_top1" in metrics else "onnx_top1"
-    print(f"top-1 of {metrics['test_images']} test images: FP32 {metrics['fp32_top1']:.2f}%, quantized after training "
-          f"{metrics['ptq_top1']:.2f}%, trained {metrics['qat_top1']:.2f}%, its file {metrics[file]:.2f}%; "
-          f"bundle in {bundle}")  # fmt: skip
+    print(
+        f"top-1 of {metrics['test_images']} test images: FP32 {metrics['fp32_top1']:.2f}%, quantized after training "
+        f"{metrics['ptq_top1']:.2f}%, trained {metrics['qat_top1']:.2f}%, its file {metrics[file]:.2f}%; "
+        f"bundle in {bundle}"
+    )
     if note := chance_note("FP32", metrics["fp32_top1"], len(job.inputs.data.classes)):
         print(note)
 
 
 if __name__ == "__main__":
-    run_command(QatOptions, main, lambda: read_recipe(QatOptions, RECIPES, recipe_named(DEFAULT_RECIPE)))
+    run_command(QatOptions, main, partial(recipe_of_command_line, QatOptions, RECIPES, DEFAULT_RECIPE))

@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, SCHEME, command_line, package_versions
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.inference import chance_note
 from quant.export.write_bundle import Origin
 from quant.inputs import InputOptions, Inputs, open_inputs
-from quant.mixed_precision.choices import Candidates, Study, offered_schemes, scheme_of
+from quant.mixed_precision.choices import Choices, Study, offered_schemes, scheme_of
 from quant.mixed_precision.layer_effects import Effect, selection_images, split_selection, uncalibrated_images
 from quant.mixed_precision.planner import Budget, Plan, Planner
 from quant.schemes.scheme import write_scheme
@@ -100,28 +101,36 @@ def images_of(options: SearchOptions, inputs: Inputs, budget: Budget) -> tuple[B
     pool = selection_images(inputs.data, options.calibration_images, options.images + checked)
     nothing_lost = Effect(math.inf, 0.0, 0, 0, checked)
     if budget.kind == "drop" and nothing_lost.drop_at_most > budget.limit:
-        raise UserError(f"even if they lose nothing, {checked} images leave {nothing_lost.drop_at_most:.2f} points in "
-                        f"doubt: for {budget} raise --check-images or --max-drop, or lower --images")  # fmt: skip
-    weighed, others = split_selection(pool, options.images)
-    return inputs.batches(weighed), inputs.batches(others)
+        raise UserError(
+            f"even if they lose nothing, {checked} images leave {nothing_lost.drop_at_most:.2f} points in "
+            f"doubt: for {budget} raise --check-images or --max-drop, or lower --images"
+        )
+    measured, others = split_selection(pool, options.images)
+    return inputs.batches(measured), inputs.batches(others)
 
 
-def result_of(options: SearchOptions, candidates: Candidates, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
+def result_of(options: SearchOptions, offered: Choices, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
     """The contents of search.json."""
-    choices = {layer: [{**asdict(choice), "specs": {name: str(spec) for name, spec in choice.specs.items()}}
-                       for choice in found] for layer, found in candidates.layers.items()}  # fmt: skip
-    whole = {name: {**asdict(effect), "drop": effect.drop, "sum_of_layers_kl": kl}
-             for name, (effect, kl) in candidates.whole.items()}  # fmt: skip
+    choices = {
+        layer: [
+            {**asdict(choice), "specs": {name: str(spec) for name, spec in choice.specs.items()}} for choice in found
+        ]
+        for layer, found in offered.layers.items()
+    }
+    whole = {
+        name: {**asdict(effect), "drop": effect.drop, "sum_of_layers_kl": kl}
+        for name, (effect, kl) in offered.whole.items()
+    }
     return {
         "command": command_line(),
         "budget": asdict(options.budget()),
         "met": best is not None,
-        "assignment": {layer: candidates.layers[layer][i].scheme for layer, i in (best or plans[-1]).chosen.items()},
+        "assignment": {layer: offered.layers[layer][i].scheme for layer, i in (best or plans[-1]).chosen.items()},
         "rounds": [plan.record() for plan in plans],
         "whole_networks": whole,
-        "fixed": {"bytes": candidates.fixed_bytes, "ms": candidates.fixed_ms},
-        "milliseconds_not_explained_by_layers": dict(candidates.fit_ms),
-        "milliseconds_of_nodes_of_no_layer": dict(candidates.rest_ms),
+        "fixed": {"bytes": offered.fixed_bytes, "ms": offered.fixed_ms},
+        "milliseconds_not_explained_by_layers": dict(offered.fit_ms),
+        "milliseconds_of_nodes_of_no_layer": dict(offered.rest_ms),
         "choices": choices,
         "versions": package_versions(),
     }
@@ -152,21 +161,23 @@ def main(options: SearchOptions) -> None:
         inputs = open_inputs(options)
         images, others = images_of(options, inputs, budget)
         with tempfile.TemporaryDirectory() as scratch:
-            candidates = Study(inputs, schemes, images, options.threads).run(Path(scratch), profiles)
-        planner = Planner(inputs, candidates, others, budget, not profiles, options.learned, options.threads)
+            choices = Study(inputs, schemes, images, options.threads).run(Path(scratch), profiles)
+        planner = Planner(inputs, choices, others, budget, not profiles, options.learned, options.threads)
         plans, best = planner.search(options.rounds, folder / CPU_ONNX)
-        result = result_of(options, candidates, plans, best)
+        result = result_of(options, choices, plans, best)
         (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
         chosen = (best or plans[-1]).chosen
-        write_scheme(scheme_of(candidates, chosen, options.learned, f"found by {command_line()}"), folder / SCHEME)
+        write_scheme(scheme_of(choices, chosen, options.learned, f"found by {command_line()}"), folder / SCHEME)
         Origin.of(inputs).manifest(inputs.model.config.to_dict(), {}).write(folder)
     print_result(result)
-    effect, _ = next(iter(candidates.whole.values()))
+    effect, _ = next(iter(choices.whole.values()))
     if note := chance_note("the float network", effect.right / effect.images * 100, len(inputs.data.classes)):
         print(f"\n{note}")
     if best is None:
-        raise UserError(f"no assignment of {len(plans)} tried kept to {budget}; the last of them is in {options.out}: "
-                        "raise the budget, or give other --formats")  # fmt: skip
+        raise UserError(
+            f"no assignment of {len(plans)} tried kept to {budget}; the last of them is in {options.out}: "
+            "raise the budget, or give other --formats"
+        )
     print(f"\nmeasured within {budget}; {options.out / SCHEME} holds the scheme, {CPU_ONNX} the network")
 
 

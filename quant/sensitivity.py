@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from illama.atomic_write import write_folder
 from illama.bundle import command_line, package_versions
-from illama.errors import UserError, run_command
+from illama.cli import run_command
+from illama.errors import UserError
 from illama.inference import chance_note
 from illama.markdown_table import markdown
 from quant.inputs import InputOptions, Inputs, open_inputs, scheme_named
@@ -78,11 +79,13 @@ def study(options: SensitivityOptions, inputs: Inputs) -> dict[str, Any]:
         "checkpoint": os.path.relpath(options.checkpoint),
         "classes": len(inputs.data.classes),
         "all": _record(effects.pop(_ALL)),
-        "layers": [{"layer": layer, "block": block_number(layer), "kind": kind_of(layer), **_record(effect)}
-                   for layer, effect in effects.items()],
+        "layers": [
+            {"layer": layer, "block": block_number(layer), "kind": kind_of(layer), **_record(effect)}
+            for layer, effect in effects.items()
+        ],
         "tensor_sqnr_db": {name: _finite(value) for name, value in tensors.items()},
         "versions": package_versions(),
-    }  # fmt: skip
+    }
 
 
 def chosen_images(options: SensitivityOptions, inputs: Inputs) -> Any:
@@ -108,10 +111,15 @@ def _finite(decibels: float) -> float | None:
 def table(result: dict[str, Any]) -> str:
     """The layers, most divergent first, and the tensors that are hardest to round."""
     rows = [
-        (row["layer"], "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}", f"{row['kl']:.2e}",
-         f"{row['drop']:+.2f}", f"-{row['lost']} +{row['gained']}")
+        (
+            row["layer"],
+            "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+            f"{row['kl']:.2e}",
+            f"{row['drop']:+.2f}",
+            f"-{row['lost']} +{row['gained']}",
+        )
         for row in [*sorted(result["layers"], key=lambda row: -row["kl"]), {"layer": _ALL, **result["all"]}]
-    ]  # fmt: skip
+    ]
     headings = ("quantized alone", f"logits SQNR dB, {result['scheme']}", "KL nats", "top-1 lost", "of them")
     hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
     tensors = ", ".join(f"{name} {value:.1f} dB" for value, name in hardest)

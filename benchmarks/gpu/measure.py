@@ -32,8 +32,9 @@ from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import write_file
 from illama.bundle import FUSED_ONNX, Manifest, command_line, package_versions
+from illama.cli import run_command
 from illama.data.datasets import Preprocessing
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.models.attention import AttentionMask, MaskedAttention
 from quant.export.onnx_export import export_onnx
@@ -106,8 +107,11 @@ class Report:
     def table(self) -> str:
         """Everything as Markdown."""
         parts = [f"# {self.device}\n"]
-        for title, rows in (("Latency", self.latency), ("Numerics, against float64", self.numerics),
-                            ("Engines", self.engines)):  # fmt: skip
+        for title, rows in (
+            ("Latency", self.latency),
+            ("Numerics, against float64", self.numerics),
+            ("Engines", self.engines),
+        ):
             if rows:
                 heads = list(rows[0])
                 parts += [f"\n## {title}\n", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
@@ -212,8 +216,13 @@ def time_attention(report: Report, options: GpuOptions, clock: Clock) -> None:
                 error = relative_error(attend(q[:1], k[:1], v[:1]), expected)
                 if "another" not in name:
                     report.numerics.append({"what": f"{name}, {n} tokens, float16", "relative error": f"{error:.1e}"})
-                add_latency(report, f"attention of {n} tokens, 12 heads", name, batch,
-                            clock.milliseconds(partial(attend, q, k, v)))  # fmt: skip
+                add_latency(
+                    report,
+                    f"attention of {n} tokens, 12 heads",
+                    name,
+                    batch,
+                    clock.milliseconds(partial(attend, q, k, v)),
+                )
 
 
 class noting:  # noqa: N801  (reads as a statement)
@@ -235,8 +244,16 @@ class noting:  # noqa: N801  (reads as a statement)
 
 def add_latency(report: Report, where: str, contestant: str, batch: int, values: list[float]) -> None:
     p50, p99 = np.percentile(values, (50, 99))
-    report.latency.append({"network": where, "contestant": contestant, "batch": batch, "p50 ms": f"{p50:.3f}",
-                           "p99 ms": f"{p99:.3f}", "images/s": f"{1e3 * batch / p50:.0f}"})  # fmt: skip
+    report.latency.append(
+        {
+            "network": where,
+            "contestant": contestant,
+            "batch": batch,
+            "p50 ms": f"{p50:.3f}",
+            "p99 ms": f"{p99:.3f}",
+            "images/s": f"{1e3 * batch / p50:.0f}",
+        }
+    )
 
 
 def torch_contestants(model: ILLaMA, device: str) -> Iterator[tuple[str, Callable[[], nn.Module], torch.dtype]]:
@@ -340,8 +357,13 @@ def measure_engine(
             fed = images[:1].repeat(batch, 1, 1, 1).numpy()
             engine.infer(fed)
             add_latency(report, name, contestant, batch, clock.milliseconds(partial(engine.run_on_device, batch)))
-            add_latency(report, name, f"{contestant}, from and to the CPU's memory", batch,
-                        clock.milliseconds(partial(engine.infer, fed)))  # fmt: skip
+            add_latency(
+                report,
+                name,
+                f"{contestant}, from and to the CPU's memory",
+                batch,
+                clock.milliseconds(partial(engine.infer, fed)),
+            )
 
 
 def main(options: GpuOptions) -> None:
@@ -349,8 +371,12 @@ def main(options: GpuOptions) -> None:
         raise UserError("there is no NVIDIA GPU here: this measures one (--device cpu tries the script)")
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, to try the script"
     report, clock = Report(device), Clock(options)
-    report.facts = {"command": command_line(), "machine": describe_machine(), "versions": package_versions(),
-                    "tests": options.tests.read_text().splitlines()[-8:] if options.tests else "not run"}  # fmt: skip
+    report.facts = {
+        "command": command_line(),
+        "machine": describe_machine(),
+        "versions": package_versions(),
+        "tests": options.tests.read_text().splitlines()[-8:] if options.tests else "not run",
+    }
     name = options.name or re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     with tempfile.TemporaryDirectory() as folder:
         steps = plan(report, clock, Exports(Path(folder), options))
@@ -374,8 +400,12 @@ def plan(report: Report, clock: Clock, exports: Exports) -> list[Callable[[], No
         steps += [partial(engine, library, net, scheme, "post_softmax") for library in libraries for scheme in SCHEMES]
         steps.append(partial(time_torch, report, options, clock, net))
     steps.append(partial(time_attention, report, options, clock))
-    steps += [partial(engine, library, options.networks[0], scheme, mask)
-              for library in libraries for mask in MASKS[1:] for scheme in SCHEMES[:3]]  # fmt: skip
+    steps += [
+        partial(engine, library, options.networks[0], scheme, mask)
+        for library in libraries
+        for mask in MASKS[1:]
+        for scheme in SCHEMES[:3]
+    ]
     return steps
 
 

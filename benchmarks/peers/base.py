@@ -66,8 +66,11 @@ class Peer:
 
     def settings(self) -> dict[str, Any]:
         """What its result depends on besides its inputs and packages, as JSON has it."""
-        return {"about": self.about, "runtimes": list(self.runtimes),
-                "make": {name: str(value) for name, value in getattr(self.make, "keywords", {}).items()}}  # fmt: skip
+        return {
+            "about": self.about,
+            "runtimes": list(self.runtimes),
+            "make": {name: str(value) for name, value in getattr(self.make, "keywords", {}).items()},
+        }
 
     def check_installed(self) -> None:
         """UserError with what to install, if a package misses."""

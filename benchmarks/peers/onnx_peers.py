@@ -76,8 +76,15 @@ def ort_static(task: Task, **settings: Any) -> Path:
     def quantize(source: Path, target: Path) -> None:
         prepared = source.with_name("prepared.onnx")
         quant_pre_process(source, prepared)
-        quantize_static(prepared, target, _Reader(task), quant_format=QuantFormat.QDQ, per_channel=True,
-                        weight_type=QuantType.QInt8, **settings)  # fmt: skip
+        quantize_static(
+            prepared,
+            target,
+            _Reader(task),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            **settings,
+        )
 
     return _with_float_graph(task, quantize)
 
@@ -126,9 +133,14 @@ def nncf_accuracy(task: Task) -> Path:
         checks = nncf.Dataset(samples, lambda sample: sample[0])
         model = openvino.Core().read_model(source)
         model = nncf.quantize_with_accuracy_control(
-            model, calibration, checks, validate, max_drop=0.01, drop_type=nncf.DropType.ABSOLUTE,
+            model,
+            calibration,
+            checks,
+            validate,
+            max_drop=0.01,
+            drop_type=nncf.DropType.ABSOLUTE,
             subset_size=len(task.images),
-        )  # fmt: skip
+        )
         openvino.save_model(model, target, compress_to_fp16=False)
 
     return _with_float_graph(task, quantize, "model.xml")
@@ -140,8 +152,15 @@ def modelopt_onnx(task: Task, **settings: Any) -> Path:
     def quantize(source: Path, target: Path) -> None:
         from modelopt.onnx.quantization import quantize as modelopt_quantize
 
-        modelopt_quantize(str(source), quantize_mode="int8", calibration_data=task.images, calibration_eps=["cpu"],
-                          output_path=str(target), log_level="ERROR", **settings)  # fmt: skip
+        modelopt_quantize(
+            str(source),
+            quantize_mode="int8",
+            calibration_data=task.images,
+            calibration_eps=["cpu"],
+            output_path=str(target),
+            log_level="ERROR",
+            **settings,
+        )
 
     return _with_float_graph(task, quantize)
 
@@ -160,25 +179,67 @@ ONNX_PEERS: dict[str, Peer] = {
     "ort-u8s8": _ort_peer("U8S8", "all operators; U8S8 is quantize_static's default", **_U8),
     "ort-s8s8-products": _ort_peer("S8S8, products only", "operators that multiply", **_S8, **_PRODUCTS_ONLY),
     "ort-u8s8-products": _ort_peer("U8S8, products only", "operators that multiply", **_U8, **_PRODUCTS_ONLY),
-    "ort-u8s8-percentile": _ort_peer("U8S8, products only, percentile", "operators that multiply, percentile 99.999",
-                                     calibrate_method=CalibrationMethod.Percentile, **_U8, **_PRODUCTS_ONLY),
-    "ort-u8s8-entropy": _ort_peer("U8S8, products only, entropy", "operators that multiply, entropy",
-                                  calibrate_method=CalibrationMethod.Entropy, **_U8, **_PRODUCTS_ONLY),
-    "ort-dynamic": Peer("ONNX Runtime, dynamic", ort_dynamic, (ORT,),
-                        f"quantize_dynamic per channel, which the page prefers for transformers ({_ORT_PAGE})"),
-    "nncf-default": Peer("NNCF, default", nncf_plain, (OPENVINO, OPENVINO_F32),
-                         f"nncf.quantize over all calibration images ({_NNCF_PAGE}, Basic)", _NNCF),
-    "nncf-transformer": Peer("NNCF, model_type=TRANSFORMER", partial(nncf_plain, transformer=True),
-                             (OPENVINO, OPENVINO_F32), f"with SmoothQuant ({_NNCF_PAGE}, Basic)", _NNCF),
-    "nncf-accuracy": Peer("NNCF, accuracy control", nncf_accuracy, (OPENVINO, OPENVINO_F32),
-                          f"max_drop=0.01, on training images ({_NNCF_PAGE}, Quantizing with Accuracy Control)", _NNCF,
-                          validates=True),
-    "modelopt-onnx": Peer("ModelOpt ONNX, default", modelopt_onnx, (ORT, OPENVINO),
-                          f"int8, entropy, the rest float16, meant for TensorRT ({_MODELOPT_PAGE})", _MODELOPT),
-    "modelopt-onnx-fp32": Peer("ModelOpt ONNX, rest float32", partial(modelopt_onnx, high_precision_dtype="fp32"),
-                               (ORT, OPENVINO), f"int8, entropy, high_precision_dtype=fp32 ({_MODELOPT_PAGE})",
-                               _MODELOPT),
-    "modelopt-onnx-max": Peer("ModelOpt ONNX, rest float32, max",
-                              partial(modelopt_onnx, high_precision_dtype="fp32", calibration_method="max"),
-                              (ORT, OPENVINO), f"the same with calibration_method=max ({_MODELOPT_PAGE})", _MODELOPT),
-}  # fmt: skip
+    "ort-u8s8-percentile": _ort_peer(
+        "U8S8, products only, percentile",
+        "operators that multiply, percentile 99.999",
+        calibrate_method=CalibrationMethod.Percentile,
+        **_U8,
+        **_PRODUCTS_ONLY,
+    ),
+    "ort-u8s8-entropy": _ort_peer(
+        "U8S8, products only, entropy",
+        "operators that multiply, entropy",
+        calibrate_method=CalibrationMethod.Entropy,
+        **_U8,
+        **_PRODUCTS_ONLY,
+    ),
+    "ort-dynamic": Peer(
+        "ONNX Runtime, dynamic",
+        ort_dynamic,
+        (ORT,),
+        f"quantize_dynamic per channel, which the page prefers for transformers ({_ORT_PAGE})",
+    ),
+    "nncf-default": Peer(
+        "NNCF, default",
+        nncf_plain,
+        (OPENVINO, OPENVINO_F32),
+        f"nncf.quantize over all calibration images ({_NNCF_PAGE}, Basic)",
+        _NNCF,
+    ),
+    "nncf-transformer": Peer(
+        "NNCF, model_type=TRANSFORMER",
+        partial(nncf_plain, transformer=True),
+        (OPENVINO, OPENVINO_F32),
+        f"with SmoothQuant ({_NNCF_PAGE}, Basic)",
+        _NNCF,
+    ),
+    "nncf-accuracy": Peer(
+        "NNCF, accuracy control",
+        nncf_accuracy,
+        (OPENVINO, OPENVINO_F32),
+        f"max_drop=0.01, on training images ({_NNCF_PAGE}, Quantizing with Accuracy Control)",
+        _NNCF,
+        validates=True,
+    ),
+    "modelopt-onnx": Peer(
+        "ModelOpt ONNX, default",
+        modelopt_onnx,
+        (ORT, OPENVINO),
+        f"int8, entropy, the rest float16, meant for TensorRT ({_MODELOPT_PAGE})",
+        _MODELOPT,
+    ),
+    "modelopt-onnx-fp32": Peer(
+        "ModelOpt ONNX, rest float32",
+        partial(modelopt_onnx, high_precision_dtype="fp32"),
+        (ORT, OPENVINO),
+        f"int8, entropy, high_precision_dtype=fp32 ({_MODELOPT_PAGE})",
+        _MODELOPT,
+    ),
+    "modelopt-onnx-max": Peer(
+        "ModelOpt ONNX, rest float32, max",
+        partial(modelopt_onnx, high_precision_dtype="fp32", calibration_method="max"),
+        (ORT, OPENVINO),
+        f"the same with calibration_method=max ({_MODELOPT_PAGE})",
+        _MODELOPT,
+    ),
+}

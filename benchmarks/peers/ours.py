@@ -37,8 +37,4 @@ def _peer(scheme: str) -> Peer:
     return Peer(f"this project, {scheme}", make, runtimes, "docs/quantization.md", _NEEDS, timed=not is_fp8)
 
 
-PEERS: dict[str, Peer] = {
-    **ONNX_PEERS,
-    **TORCH_PEERS,
-    **{f"ours-{scheme}": _peer(scheme) for scheme in SCHEMES},
-}
+PEERS: dict[str, Peer] = {**ONNX_PEERS, **TORCH_PEERS, **{f"ours-{scheme}": _peer(scheme) for scheme in SCHEMES}}

@@ -19,9 +19,14 @@ from quant.export.onnx_export import INPUT
 
 _MODELOPT_PAGE = "nvidia.github.io/Model-Optimizer/guides/_pytorch_quantization.html"
 _MODELOPT = (("modelopt", "nvidia-modelopt"),)
-_MODELOPT_EXPORT = (*_MODELOPT, ("onnx_graphsurgeon", "onnx-graphsurgeon"), ("lief", "lief"),
-                    ("onnxconverter_common", "onnxconverter-common"), ("onnxslim", "onnxslim"),
-                    ("polygraphy", "polygraphy"))  # fmt: skip
+_MODELOPT_EXPORT = (
+    *_MODELOPT,
+    ("onnx_graphsurgeon", "onnx-graphsurgeon"),
+    ("lief", "lief"),
+    ("onnxconverter_common", "onnxconverter-common"),
+    ("onnxslim", "onnxslim"),
+    ("polygraphy", "polygraphy"),
+)
 _TORCHAO_PAGE = "docs.pytorch.org/ao, PyTorch 2 Export Quantization with X86 Backend through Inductor"
 _INC_PAGE = "intel.github.io/neural-compressor, PyTorch Static Quantization, PT2E backend"
 _SHAPES = ({0: torch.export.Dim("batch")},)
@@ -137,20 +142,52 @@ def _save_program(quantized: nn.Module, images: Tensor, task: Task) -> Path:
 _TORCHAO = (("torchao", "torchao"),)
 TORCH_PEERS: dict[str, Peer] = {
     "fp32-torch": Peer("float32", torch_file, (EAGER, COMPILED), "the checkpoint's own network, compiled: frozen"),
-    "modelopt-torch-int8": Peer("ModelOpt torch, INT8 default", modelopt_int8, (ORT,),
-                                f"INT8_DEFAULT_CFG, exported by ModelOpt, weights kept in float32 ({_MODELOPT_PAGE})",
-                                _MODELOPT_EXPORT),
-    "modelopt-torch-smoothquant": Peer("ModelOpt torch, INT8 SmoothQuant",
-                                       partial(modelopt_int8, config="INT8_SMOOTHQUANT_CFG"), (ORT,),
-                                       f"INT8_SMOOTHQUANT_CFG, exported likewise ({_MODELOPT_PAGE})", _MODELOPT_EXPORT),
-    "modelopt-torch-fp8": Peer("ModelOpt torch, FP8 default", modelopt_fp8, (SIMULATED,),
-                               f"FP8_DEFAULT_CFG ({_MODELOPT_PAGE})", _MODELOPT, timed=False),
-    "torchao": Peer("torchao PT2E", torchao_pt2e, (INDUCTOR,),
-                    f"X86InductorQuantizer's default, strict export ({_TORCHAO_PAGE})", _TORCHAO),
-    "torchao-attention": Peer("torchao PT2E, attention too", partial(torchao_pt2e, attention=True), (INDUCTOR,),
-                              f"the same and torch.matmul ({_TORCHAO_PAGE})", _TORCHAO),
-    "neural-compressor": Peer("Intel Neural Compressor", neural_compressor, (INDUCTOR,),
-                              f"default static configuration ({_INC_PAGE})",
-                              (("neural_compressor", "neural-compressor[pt]"), ("prettytable", "prettytable"),
-                               ("cpuinfo", "py-cpuinfo"), ("psutil", "psutil"))),
-}  # fmt: skip
+    "modelopt-torch-int8": Peer(
+        "ModelOpt torch, INT8 default",
+        modelopt_int8,
+        (ORT,),
+        f"INT8_DEFAULT_CFG, exported by ModelOpt, weights kept in float32 ({_MODELOPT_PAGE})",
+        _MODELOPT_EXPORT,
+    ),
+    "modelopt-torch-smoothquant": Peer(
+        "ModelOpt torch, INT8 SmoothQuant",
+        partial(modelopt_int8, config="INT8_SMOOTHQUANT_CFG"),
+        (ORT,),
+        f"INT8_SMOOTHQUANT_CFG, exported likewise ({_MODELOPT_PAGE})",
+        _MODELOPT_EXPORT,
+    ),
+    "modelopt-torch-fp8": Peer(
+        "ModelOpt torch, FP8 default",
+        modelopt_fp8,
+        (SIMULATED,),
+        f"FP8_DEFAULT_CFG ({_MODELOPT_PAGE})",
+        _MODELOPT,
+        timed=False,
+    ),
+    "torchao": Peer(
+        "torchao PT2E",
+        torchao_pt2e,
+        (INDUCTOR,),
+        f"X86InductorQuantizer's default, strict export ({_TORCHAO_PAGE})",
+        _TORCHAO,
+    ),
+    "torchao-attention": Peer(
+        "torchao PT2E, attention too",
+        partial(torchao_pt2e, attention=True),
+        (INDUCTOR,),
+        f"the same and torch.matmul ({_TORCHAO_PAGE})",
+        _TORCHAO,
+    ),
+    "neural-compressor": Peer(
+        "Intel Neural Compressor",
+        neural_compressor,
+        (INDUCTOR,),
+        f"default static configuration ({_INC_PAGE})",
+        (
+            ("neural_compressor", "neural-compressor[pt]"),
+            ("prettytable", "prettytable"),
+            ("cpuinfo", "py-cpuinfo"),
+            ("psutil", "psutil"),
+        ),
+    ),
+}

@@ -16,8 +16,9 @@ from torch.utils.data import Subset
 from eval.benchmark.machine import peak_memory_gib
 from illama.atomic_write import write_file
 from illama.bundle import package_versions
+from illama.cli import run_command
 from illama.data.datasets import ImageData, Preprocessing
-from illama.errors import UserError, run_command
+from illama.errors import UserError
 from illama.inference import Infer, load_images, predict
 from illama.models.illama import ILLaMA
 from peers.base import Peer, Task, be_quiet, reason

@@ -30,11 +30,7 @@ def fitting_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ModelP
         bfloat16: whether it computes in bfloat16 what the graph has in float32.
         matrix_unit: see :func:`has_matrix_unit`.
     """
-    return [
-        *([leave_inputs] if bfloat16 else []),
-        split_products,
-        *([centre_inputs] if matrix_unit else []),
-    ]
+    return [*([leave_inputs] if bfloat16 else []), split_products, *([fold_zero_points] if matrix_unit else [])]
 
 
 def has_matrix_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -150,7 +146,7 @@ def _columns(index: Index, product: _Product, part: slice, output: str) -> list[
     return nodes
 
 
-def centre_inputs(model: ModelProto) -> None:
+def fold_zero_points(model: ModelProto) -> None:
     """Make every asymmetric input of a product symmetric, for runtimes whose integer products have no zero point.
 
         before   x -> QuantizeLinear(uint8, zero point z) -> DequantizeLinear -> MatMul(w) [-> Add(bias)]
@@ -201,8 +197,14 @@ def _take_back(index: Index, product: NodeProto, offset: np.ndarray, replaced: d
     """Subtract from a product with a constant weight what the offset of its input adds to it."""
     columns = _dequantized(index, index.makers[product.input[1]]).sum(0, dtype=np.float64)
     moved = (-float(offset) * columns).astype(np.float32)
-    bias = next((node for node in index.readers(product.output[0])
-                 if node.op_type == "Add" and node.input[1] in index.constants), None)  # fmt: skip
+    bias = next(
+        (
+            node
+            for node in index.readers(product.output[0])
+            if node.op_type == "Add" and node.input[1] in index.constants
+        ),
+        None,
+    )
     if bias is not None:
         # A name of its own: equal biases are one constant.
         bias.input[1] = index.add_constant(f"{product.output[0]}.bias", index.array(bias.input[1]) + moved)

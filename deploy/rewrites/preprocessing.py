@@ -34,8 +34,9 @@ def add_preprocessing(model: ModelProto, preprocessing: Preprocessing, frame: tu
     height, width, channels = frame
     rows, columns = _resize_and_crop(height, width, preprocessing)
     constants = {"columns": columns.T, "rows": rows, "low": np.float32(0), "high": np.float32(255)}
-    mean, std = (np.array(values, dtype=np.float32).reshape(-1, 1, 1) for values in
-                 (preprocessing.mean, preprocessing.std))  # fmt: skip
+    mean, std = (
+        np.array(values, dtype=np.float32).reshape(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+    )
     constants |= {"scale": 1 / (255 * std), "shift": -mean / std}
     round_and_clip: list[Step] = [("Round", [], {}), ("Clip", ["low", "high"], {})]
     passes: list[Step] = [("Columns", ["columns"], {}), ("Rows", ["rows"], {})]
@@ -64,8 +65,10 @@ def add_preprocessing(model: ModelProto, preprocessing: Preprocessing, frame: tu
         node.input[:] = ["preprocessed" if name == image.name else name for name in node.input]
     batch = image.type.tensor_type.shape.dim[0].dim_param
     image.CopyFrom(helper.make_tensor_value_info(image.name, TensorProto.UINT8, [batch, height, width, channels]))
-    graph.initializer.extend(numpy_helper.from_array(np.asarray(values, dtype=np.float32), f"preprocess.{name}")
-                             for name, values in constants.items())  # fmt: skip
+    graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(values, dtype=np.float32), f"preprocess.{name}")
+        for name, values in constants.items()
+    )
     rest = [copy.deepcopy(node) for node in graph.node]
     del graph.node[:]
     graph.node.extend([*nodes, *rest])

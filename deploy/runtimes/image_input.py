@@ -62,6 +62,7 @@ class ImageInput:
             return np.ascontiguousarray(self.preprocessing.transform()(image).numpy())
         height, width, channels = self.frame
         if (image.height, image.width) != (height, width):
-            raise UserError(f"the image {name()} is {image.height}x{image.width}, and the network takes frames of "
-                            f"{height}x{width}")  # fmt: skip
+            raise UserError(
+                f"the image {name()} is {image.height}x{image.width}, and the network takes frames of {height}x{width}"
+            )
         return np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(self.frame)

@@ -33,11 +33,21 @@ from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 
 RuntimeName = Literal[
-    "openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-nv-tensorrt-rtx",
-    "tensorrt", "tensorrt_rtx", "torch", "torch-compile",
-]  # fmt: skip
-_PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider",
-              "onnxruntime-nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider"}  # fmt: skip
+    "openvino",
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-nv-tensorrt-rtx",
+    "tensorrt",
+    "tensorrt_rtx",
+    "torch",
+    "torch-compile",
+]
+_PROVIDERS = {
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+    "onnxruntime-nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
 
 
 class Engine(Protocol):
@@ -227,8 +237,10 @@ def _open(path: Path, runtime: RuntimeName | None, threads: int) -> Engine:
     if path.suffix == ".onnx":
         return _open_onnx(path, runtime or cpu_runtime(path), threads)
     if runtime not in (None, "torch", "torch-compile"):
-        raise UserError(f"{path} holds weights for PyTorch: it does not run in {runtime}; make graphs of it with "
-                        "python quant/ptq.py")  # fmt: skip
+        raise UserError(
+            f"{path} holds weights for PyTorch: it does not run in {runtime}; make graphs of it with "
+            "python quant/ptq.py"
+        )
     return TorchEngine(_network(path), compiled=runtime == "torch-compile")
 
 

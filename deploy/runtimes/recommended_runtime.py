@@ -75,8 +75,11 @@ def _fastest(report: Path, file: str) -> RuntimeName | None:
         machine = content["machine"]
         if (machine["cpu"], machine["cores"]) != (cpu_name(), usable_cores()):
             return None
-        timed = [(row["latency"][0]["p50"], row["runtime_id"]) for row in content["rows"]
-                 if row["onnx"] == file and row["latency"] and row["engine"] is None]  # fmt: skip
+        timed = [
+            (row["latency"][0]["p50"], row["runtime_id"])
+            for row in content["rows"]
+            if row["onnx"] == file and row["latency"] and row["engine"] is None
+        ]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
     runtime = min(timed, default=(0.0, None))[1]

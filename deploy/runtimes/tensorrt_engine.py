@@ -75,8 +75,9 @@ class TensorRTEngine:
         """
         given = torch.from_numpy(np.ascontiguousarray(images))
         if tuple(given.shape[1:]) != self._shape or given.dtype != self._dtype:
-            raise UserError(f"the engine takes {self._shape} of {self._dtype} a time, not {tuple(given.shape[1:])} of "
-                            f"{given.dtype}")  # fmt: skip
+            raise UserError(
+                f"the engine takes {self._shape} of {self._dtype} a time, not {tuple(given.shape[1:])} of {given.dtype}"
+            )
         call = self._call(len(given))
         call.pinned_in.copy_(given)
         with torch.cuda.stream(self._stream):
@@ -118,9 +119,11 @@ class TensorRTEngine:
         pinned_out = torch.zeros((batch, *self._out)).pin_memory()
         context = self._engine.create_execution_context(*arguments)
         call = _Call(context, pinned_in, pinned_in.cuda(), pinned_out.cuda(), pinned_out)
-        ready = (context.set_input_shape(self._input, tuple(pinned_in.shape)),
-                 context.set_tensor_address(self._input, call.device_in.data_ptr()),
-                 context.set_tensor_address(self._output, call.device_out.data_ptr()))  # fmt: skip
+        ready = (
+            context.set_input_shape(self._input, tuple(pinned_in.shape)),
+            context.set_tensor_address(self._input, call.device_in.data_ptr()),
+            context.set_tensor_address(self._output, call.device_out.data_ptr()),
+        )
         if not all(ready):
             raise RuntimeError("TensorRT does not take the shapes that the engine's record names")
         torch.cuda.synchronize()

@@ -222,8 +222,12 @@ def _wanted_backends(config: Any) -> int:
 
 
 def _count_ended(stats: Any, models: Sequence[str]) -> int:
-    return sum(each["inference_stats"][kind]["count"] for each in stats["model_stats"] if each["name"] in models
-               for kind in ("success", "fail"))  # fmt: skip
+    return sum(
+        each["inference_stats"][kind]["count"]
+        for each in stats["model_stats"]
+        if each["name"] in models
+        for kind in ("success", "fail")
+    )
 
 
 def cpu_seconds(pid: int) -> float:

@@ -34,8 +34,12 @@ class KnownAnswer:
     seconds: float
 
     @classmethod
-    def ask(cls, infer: Callable[[np.ndarray], np.ndarray], prepare: Callable[[io.BytesIO], np.ndarray],
-            size: tuple[int, int]) -> KnownAnswer:  # fmt: skip
+    def ask(
+        cls,
+        infer: Callable[[np.ndarray], np.ndarray],
+        prepare: Callable[[io.BytesIO], np.ndarray],
+        size: tuple[int, int],
+    ) -> KnownAnswer:
         """What a network answers to a picture of a fixed pattern.
 
         Args:

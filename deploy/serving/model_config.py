@@ -132,11 +132,16 @@ def _ensemble_config(name: str, classes: int, options: ServingOptions) -> dict[s
     pb = _messages()
     newest = -1
     steps = [
-        pb.ModelEnsembling.Step(model_name=f"{name}-preprocess", model_version=newest,
-                                input_map={ENCODED: ENCODED}, output_map={INPUT: INPUT}),
-        pb.ModelEnsembling.Step(model_name=f"{name}-network", model_version=newest,
-                                input_map={INPUT: INPUT}, output_map={OUTPUT: OUTPUT}),
-    ]  # fmt: skip
+        pb.ModelEnsembling.Step(
+            model_name=f"{name}-preprocess",
+            model_version=newest,
+            input_map={ENCODED: ENCODED},
+            output_map={INPUT: INPUT},
+        ),
+        pb.ModelEnsembling.Step(
+            model_name=f"{name}-network", model_version=newest, input_map={INPUT: INPUT}, output_map={OUTPUT: OUTPUT}
+        ),
+    ]
     return {
         "platform": "ensemble",
         "max_batch_size": options.max_batch,

@@ -26,14 +26,7 @@ from deploy.serving.known_answer import KnownAnswer
 from deploy.serving.model_config import ServingOptions, config_texts
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import (
-    CPU_ONNX,
-    FUSED_ONNX,
-    MANIFEST,
-    Manifest,
-    command_line,
-    package_versions,
-)
+from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, Manifest, command_line, package_versions
 from illama.errors import UserError
 from quant.export.onnx_export import INPUT, OUTPUT
 
@@ -175,8 +168,10 @@ def checked_engine(bundle: Path, max_batch: int) -> Path:
             return path
         except UserError as error:
             refused = refused or error
-    raise refused or UserError(f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine "
-                               "with that GPU and Triton's TensorRT run python deploy/build.py")  # fmt: skip
+    raise refused or UserError(
+        f"{bundle} has no engine of the full TensorRT, and Triton runs no other: on a machine "
+        "with that GPU and Triton's TensorRT run python deploy/build.py"
+    )
 
 
 def _check_engine(path: Path, manifest: Manifest, max_batch: int) -> None:
@@ -185,14 +180,18 @@ def _check_engine(path: Path, manifest: Manifest, max_batch: int) -> None:
     wanted = {INPUT: ["uint8" if takes.frame else "float", [-1, *takes.shape]]}
     named = {OUTPUT: ["float", [-1, len(manifest.classes)]]}
     if (record.inputs, record.outputs) != (wanted, named):
-        raise UserError(f"{path} takes {record.inputs} and gives {record.outputs}, and not {wanted} and {named}: "
-                        "Triton serves classifiers that take what their manifest says")  # fmt: skip
+        raise UserError(
+            f"{path} takes {record.inputs} and gives {record.outputs}, and not {wanted} and {named}: "
+            "Triton serves classifiers that take what their manifest says"
+        )
     if record.options.get("weight_stripped"):
         raise UserError(f"{path} has no weights, and Triton does not refit it: build it without --weight-stripped")
     smallest, _, largest = record.batch
     if smallest > 1 or max_batch > largest:
-        raise UserError(f"{path} was built for batches of {smallest} to {largest}, and 1 to {max_batch} are asked for: "
-                        "lower --max-batch, or build with another --batch")  # fmt: skip
+        raise UserError(
+            f"{path} was built for batches of {smallest} to {largest}, and 1 to {max_batch} are asked for: "
+            "lower --max-batch, or build with another --batch"
+        )
 
 
 def _write_model(out: Path, name: str, bundle: Path, options: ServingOptions) -> None:
@@ -222,5 +221,7 @@ def _check_like(out: Path, name: str, bundle: Path, options: ServingOptions) -> 
         if not (out / path).is_file():
             raise UserError(f"{out} has no model {name!r}: give its --name, or write a new repository without --add")
         if (out / path).read_text() != text:
-            raise UserError(f"{bundle} cannot be a version of {name!r}, whose {path} differs: versions have options, "
-                            "preprocessing and classes in common; choose another --name")  # fmt: skip
+            raise UserError(
+                f"{bundle} cannot be a version of {name!r}, whose {path} differs: versions have options, "
+                "preprocessing and classes in common; choose another --name"
+            )

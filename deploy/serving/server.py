@@ -154,8 +154,9 @@ def _check_ports(options: ListenOptions) -> None:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 trial.bind((options.address, port))
         except OSError as error:
-            raise UserError(f"cannot listen on {options.address}:{port} ({error}): give another --{kind}-port or "
-                            "--address") from error  # fmt: skip
+            raise UserError(
+                f"cannot listen on {options.address}:{port} ({error}): give another --{kind}-port or --address"
+            ) from error
 
 
 @contextmanager
@@ -265,8 +266,9 @@ def _wait_until_ready(server: RunningServer) -> None:
         elif time.monotonic() - seen > _BACKEND_SECONDS:
             raise UserError("no process of Triton's Python backend lives, and it waits for one: its log says why")
         time.sleep(0.1)
-    raise UserError(f"tritonserver stopped with status {server.process.returncode} before it was ready: its log says "
-                    "why")  # fmt: skip
+    raise UserError(
+        f"tritonserver stopped with status {server.process.returncode} before it was ready: its log says why"
+    )
 
 
 def _stop(process: subprocess.Popen[bytes], patience: float) -> None:

@@ -115,9 +115,11 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
     """
     options = options or EngineOptions()
     library.check_options(
-        timing_cache=options.timing_cache is not None, hardware_compatible=options.hardware_compatible,
-        version_compatible=options.version_compatible, refittable=options.refit or options.weight_stripped,
-    )  # fmt: skip
+        timing_cache=options.timing_cache is not None,
+        hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible,
+        refittable=options.refit or options.weight_stripped,
+    )
     model = load_graph(source)
     messages, logger = _collect_errors(library.trt)
     builder: tensorrt.Builder = library.trt.Builder(logger)
@@ -127,8 +129,9 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
     if not parser.parse_from_file(str(source)):
         raise UserError(f"{library.name} cannot parse {source}: {_last(messages)}")
     if options.weight_stripped and softmax_outputs(model):
-        raise UserError(f"{source} rounds the softmax output by a scale that no refit brings back: leave "
-                        "--weight-stripped out")  # fmt: skip
+        raise UserError(
+            f"{source} rounds the softmax output by a scale that no refit brings back: leave --weight-stripped out"
+        )
     attentions, kept = _prepare_attention(library, network, model, source, options)
     config = _configure(library, builder, network, options)
     data = builder.build_serialized_network(network, config)
@@ -168,8 +171,11 @@ def _configure(
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, _VERBOSITIES[options.verbosity])
     if options.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
-    for wanted, flag in ((options.refit, "REFIT"), (options.weight_stripped, "STRIP_PLAN"),
-                         (options.version_compatible, "VERSION_COMPATIBLE")):  # fmt: skip
+    for wanted, flag in (
+        (options.refit, "REFIT"),
+        (options.weight_stripped, "STRIP_PLAN"),
+        (options.version_compatible, "VERSION_COMPATIBLE"),
+    ):
         if wanted:
             config.set_flag(getattr(trt.BuilderFlag, flag))
     if options.hardware_compatible:
@@ -199,8 +205,10 @@ def check_kernels(library: Library, built: BuiltEngine, options: EngineOptions) 
     inspector = library.deserialize(built.data, options.version_compatible).create_engine_inspector()
     kernels = fused_kernels(inspector.get_engine_information(library.trt.LayerInformationFormat.JSON))
     if len(kernels) < built.attentions:
-        raise UserError(f"the engine has {len(kernels)} fused attention kernels for {built.attentions} attentions; "
-                        "--allow-unfused accepts that")  # fmt: skip
+        raise UserError(
+            f"the engine has {len(kernels)} fused attention kernels for {built.attentions} attentions; "
+            "--allow-unfused accepts that"
+        )
 
 
 def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOptions) -> str:
@@ -210,18 +218,22 @@ def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOp
     """
     shape = "x".join(str(size) for size in _image_shape(load_graph(source)))
     parts = [library.trtexec, f"--onnx={os.path.relpath(source)}", f"--saveEngine={os.path.relpath(engine)}"]
-    parts += [f"--{name}Shapes=images:{size}x{shape}"
-              for name, size in zip(("min", "opt", "max"), options.batch, strict=True)]  # fmt: skip
+    parts += [
+        f"--{name}Shapes=images:{size}x{shape}" for name, size in zip(("min", "opt", "max"), options.batch, strict=True)
+    ]
     if library.name == "tensorrt":
         parts.append("--stronglyTyped")
     elif options.targets:
         parts.append(f"--computeCapabilities={','.join(f'{t[2:-1]}.{t[-1]}' for t in options.targets)}")
     if options.workspace_gib is not None:
         parts.append(f"--memPoolSize=workspace:{options.workspace_gib * 1024:g}")
-    for wanted, flag in ((options.timing_cache, f"--timingCacheFile={options.timing_cache}"),
-                         (options.refit, "--refit"), (options.weight_stripped, "--stripWeights"),
-                         (options.version_compatible, "--versionCompatible"),
-                         (options.hardware_compatible, "--hardwareCompatibilityLevel=ampere+")):  # fmt: skip
+    for wanted, flag in (
+        (options.timing_cache, f"--timingCacheFile={options.timing_cache}"),
+        (options.refit, "--refit"),
+        (options.weight_stripped, "--stripWeights"),
+        (options.version_compatible, "--versionCompatible"),
+        (options.hardware_compatible, "--hardwareCompatibilityLevel=ampere+"),
+    ):
         if wanted:
             parts.append(flag)
     return shlex.join([*parts, f"--profilingVerbosity={_VERBOSITIES[options.verbosity].lower()}"])

@@ -44,8 +44,10 @@ def find_attentions(library: Library, network: tensorrt.INetworkDefinition, sour
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     inputs: list[Any] = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
     if any(layer.type == trt.LayerType.SOFTMAX for layer in layers) or not inputs:
-        raise UserError(f"{source} has attention that is not one Attention operator, so it cannot be fused; "
-                        "--allow-unfused builds it all the same")  # fmt: skip
+        raise UserError(
+            f"{source} has attention that is not one Attention operator, so it cannot be fused; "
+            "--allow-unfused builds it all the same"
+        )
     for layer in inputs:
         layer.__class__ = trt.IAttentionInputLayer  # the bindings hand out the base class; this is their cast
     return {layer.attention.name.partition("/")[0]: layer.attention for layer in inputs}

@@ -71,8 +71,10 @@ class Library:
         if self.name == "tensorrt":
             here = "sm{}{}".format(*torch.cuda.get_device_capability())
             if any(target != here for target in targets):
-                raise UserError(f"tensorrt builds for the GPU it runs on, {here}: leave --targets out, or build "
-                                "with --library tensorrt_rtx")  # fmt: skip
+                raise UserError(
+                    f"tensorrt builds for the GPU it runs on, {here}: leave --targets out, or build "
+                    "with --library tensorrt_rtx"
+                )
             return (here,)
         for target in targets:
             if target not in RTX_TARGETS:

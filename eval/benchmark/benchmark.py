@@ -1,4 +1,4 @@
-"""Accuracy and latency of candidates, under the same conditions, as the rows of a report."""
+"""Accuracy and latency of targets, under the same conditions, as the rows of a report."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from eval.benchmark.evaluate_split import evaluate
 from eval.benchmark.latency import UNREADABLE, measure_latency
 from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.benchmark.sensors import find_gpu, open_meter
-from eval.benchmark.targets import Candidate
+from eval.benchmark.targets import BenchmarkTarget
 from eval.metrics.accuracy_drop import NO_DROP, paired_drop
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.predictions import Predictions
-from eval.report.pareto import check_limits
-from eval.report.schema import FlippedImage, Limits, Measured, Report, Row
+from eval.report.pareto import check_constraints
+from eval.report.schema import Constraints, FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
 from illama.bundle import Manifest, command_line, package_versions, sha256
 from illama.data.datasets import ImageData, Preprocessing, Sample
@@ -32,12 +32,14 @@ from illama.inference import Infer, chance_note, load_images, usable_cores
 from illama.training.distributed import ALONE, Processes
 
 SHOWN = 24  # flipped images of each kind that a report may show
-_ELSEWHERE = ("Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "
-              "measure those, and --also shows their results in this report.")  # fmt: skip
+_ELSEWHERE = (
+    "Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "
+    "measure those, and --also shows their results in this report."
+)
 
 
 @dataclass(frozen=True)
-class WeighOptions:
+class BenchmarkOptions:
     """How engines are timed, and what is asked of them.
 
     Attributes:
@@ -69,21 +71,21 @@ class WeighOptions:
             raise UserError("--batches takes one batch size or more, each above 0 and given once")
         if not 0 < self.seconds < math.inf or self.seed < 0:
             raise UserError("--seconds must be a number above 0, and --seed 0 or more")
-        check_limits(self.limits)
+        check_constraints(self.constraints)
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.batches[0], self.max_latency_ms, self.max_drop, self.max_megabytes)
+    def constraints(self) -> Constraints:
+        return Constraints(self.batches[0], self.max_latency_ms, self.max_drop, self.max_megabytes)
 
 
 @dataclass(frozen=True)
 class Images:
-    """What candidates are evaluated on.
+    """What targets are evaluated on.
 
     Attributes:
         name: of the data, as the user gave it.
         split: of ``data``.
-        preprocessing: the candidates' own.
+        preprocessing: the targets' own.
         calibration: how many images of the training split temperatures are fitted on; 0 for none.
         indices: of the images of ``split`` in the whole test split; None where they are all.
     """
@@ -101,8 +103,8 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """Rows in the order of the candidates, the first of them the reference.
+class BenchmarkResult:
+    """Rows in the order of the targets, the first of them the reference.
 
     Attributes:
         conditions: under which the latencies were taken.
@@ -116,67 +118,79 @@ class Weighed:
     layers: dict[str, list[list[str]]]
 
 
-def weigh(
-    candidates: Sequence[Candidate],
+def run_benchmark(
+    targets: Sequence[BenchmarkTarget],
     images: Images,
-    options: WeighOptions,
+    options: BenchmarkOptions,
     out: Path,
     work: Path | None = None,
     workers: int = 0,
     group: Processes = ALONE,
     *,
     store: bool = False,
-    alone: Callable[[], Sequence[Candidate]] | None = None,
-) -> Weighed:
-    """Evaluate every candidate, and time those that run here as they would be deployed.
+    alone: Callable[[], Sequence[BenchmarkTarget]] | None = None,
+) -> BenchmarkResult:
+    """Evaluate every target, and time those that run here as they would be deployed.
 
     Args:
         out: where the report will lie; paths in the rows are relative to it.
         work, workers, group: see :func:`eval.benchmark.evaluate_split.evaluate`; of several processes, the main one
             alone times and has rows.
         store: keep each temperature with its file.
-        alone: opens the candidates again for timing, with all cores, where processes shared these.
+        alone: opens the targets again for timing, with all cores, where processes shared these.
 
     Raises:
         UserError: logits that are not finite, or do not fit the images.
     """
-    models, first = _models(candidates)
+    models, first = _models(targets)
     transform = images.preprocessing.transform()
     temperatures, failed = fit_temperatures(models, images.data, transform, images.calibration, group)
-    facts = {"data": images.name, "preprocessing": asdict(images.preprocessing), "classes": images.data.classes,
-             "files": {each.name: sha256(each.path) for each in candidates},
-             "runtimes": {each.name: each.engine.runtime for each in candidates}}  # fmt: skip
-    evaluated = evaluate(models, images.split, transform, temperatures, work, workers, facts=facts,
-                         processes=group)  # fmt: skip
+    facts = {
+        "data": images.name,
+        "preprocessing": asdict(images.preprocessing),
+        "classes": images.data.classes,
+        "files": {each.name: sha256(each.path) for each in targets},
+        "runtimes": {each.name: each.engine.runtime for each in targets},
+    }
+    evaluated = evaluate(models, images.split, transform, temperatures, work, workers, facts=facts, processes=group)
     group.barrier()  # all have read what the others computed
     if not group.main:
-        return Weighed([], {}, [], {})
+        return BenchmarkResult([], {}, [], {})
     notes = [f"No temperature of {model}: {reason}." for model, reason in failed.items()]
     if store:
-        fitted = [(each.path, temperatures[first[each.name]], each.engine.runtime)
-                  for each in candidates if first[each.name] in temperatures]  # fmt: skip
+        fitted = [
+            (each.path, temperatures[first[each.name]], each.engine.runtime)
+            for each in targets
+            if first[each.name] in temperatures
+        ]
         notes += store_temperatures(fitted, images.calibration, images.name)
-    measured, reference = measure(evaluated, temperatures), evaluated[candidates[0].name].plain
+    measured, reference = measure(evaluated, temperatures), evaluated[targets[0].name].plain
     rows = [
         _row(each, measured[first[each.name]], (reference, evaluated[first[each.name]].plain), images, options, out)
-        for each in candidates
+        for each in targets
     ]
     rows[0].reference, rows[0].drop = True, NO_DROP
     if note := chance_note(rows[0].name, rows[0].top1.percent, len(images.data.classes)):
         notes.append(note)
     if alone and group.count > 1:
-        _close(candidates)
+        _close(targets)
         pin_threads(options.threads or usable_cores())
-        candidates = alone()
+        targets = alone()
     with torch_on_all_cores():
-        conditions = _time(candidates, rows, images, options)
-    _close(candidates)
-    return Weighed(rows, conditions, notes + _notes_on(candidates) + _unread(conditions), _layers_of(candidates))
+        conditions = _time(targets, rows, images, options)
+    _close(targets)
+    return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + _unread(conditions), _layers_of(targets))
 
 
-def report_on(weighed: Weighed, images: Images, options: WeighOptions, checkpoint: str, seconds: dict[str, float],
-              not_run: Sequence[str] = ()) -> Report:  # fmt: skip
-    """What was weighed, with what it was done on and by.
+def report_on(
+    result: BenchmarkResult,
+    images: Images,
+    options: BenchmarkOptions,
+    checkpoint: str,
+    seconds: dict[str, float],
+    not_run: Sequence[str] = (),
+) -> Report:
+    """The report of a benchmark, with what it was run on.
 
     Args:
         checkpoint: what was quantized.
@@ -184,58 +198,58 @@ def report_on(weighed: Weighed, images: Images, options: WeighOptions, checkpoin
         not_run: what else was not measured, and why.
     """
     return Report(
-        rows=weighed.rows,
+        rows=result.rows,
         command=command_line(),
         data=images.name,
         checkpoint=checkpoint,
         classes=tuple(images.data.classes),
         machine=describe_machine(),
         versions=package_versions(),
-        limits=options.limits,
-        conditions=weighed.conditions,
+        constraints=options.constraints,
+        conditions=result.conditions,
         calibration_images=images.calibration,
         seconds={**seconds, "all": sum(seconds.values())},
-        not_run=[*not_run, *weighed.notes, *([] if options.also else [_ELSEWHERE])],
+        not_run=[*not_run, *result.notes, *([] if options.also else [_ELSEWHERE])],
         peak_memory_gib=round(peak_memory_gib(), 2),
-        layers=weighed.layers,
+        layers=result.layers,
         others=[other for folder in options.also for other in read_results(folder)],
     )
 
 
-def _models(candidates: Sequence[Candidate]) -> tuple[dict[str, Infer], dict[str, str]]:
-    """(what infers, by the name of the first candidate that it computes; candidate -> that name)."""
+def _models(targets: Sequence[BenchmarkTarget]) -> tuple[dict[str, Infer], dict[str, str]]:
+    """(what infers, by the name of the first target that it computes; target -> that name)."""
     names: dict[int, str] = {}
-    first = {each.name: names.setdefault(id(each.engine), each.name) for each in candidates}
-    return {each.name: each.infer for each in candidates if first[each.name] == each.name}, first
+    first = {each.name: names.setdefault(id(each.engine), each.name) for each in targets}
+    return {each.name: each.infer for each in targets if first[each.name] == each.name}, first
 
 
 def _row(
-    candidate: Candidate,
+    target: BenchmarkTarget,
     measured: Measured,
     predictions: tuple[Predictions, Predictions],
     images: Images,
-    options: WeighOptions,
+    options: BenchmarkOptions,
     out: Path,
 ) -> Row:
     """Its row, from the predictions of the reference and its own."""
-    built, record = candidate.built or (None, None)
-    files = [candidate.path, *([built] if built else [])]
+    built, record = target.built or (None, None)
+    files = [target.path, *([built] if built else [])]
     return Row(
         **vars(measured),
-        name=candidate.name,
-        scheme=candidate.scheme,
-        runtime=candidate.runtime,
-        runtime_id=candidate.runtime_id,
-        evaluated_with=candidate.engine.runtime,
+        name=target.name,
+        scheme=target.scheme,
+        runtime=target.runtime,
+        runtime_id=target.runtime_id,
+        evaluated_with=target.engine.runtime,
         drop=paired_drop(predictions[0].right, predictions[1].right, options.seed),
         flipped=_flipped(measured, *predictions, images),
-        onnx=os.path.relpath(candidate.path, out),
-        onnx_bytes=candidate.path.stat().st_size,
+        onnx=os.path.relpath(target.path, out),
+        onnx_bytes=target.path.stat().st_size,
         engine=os.path.relpath(built, out) if built else None,
         engine_bytes=record.engine_bytes if record else None,
         fused=record.fused if record else True,
         sha256={os.path.relpath(file, out): sha256(file) for file in files},
-        note=candidate.note,
+        note=target.note,
     )
 
 
@@ -251,10 +265,10 @@ def _flipped(measured: Measured, reference: Predictions, own: Predictions, image
 
 
 def _time(
-    candidates: Sequence[Candidate], rows: Sequence[Row], images: Images, options: WeighOptions
+    targets: Sequence[BenchmarkTarget], rows: Sequence[Row], images: Images, options: BenchmarkOptions
 ) -> dict[str, Any]:
     """Fill in the latencies of what runs here as it would be deployed; the conditions under which they were taken."""
-    timed = {each.name: each for each in candidates if not each.note}
+    timed = {each.name: each for each in targets if not each.note}
     gpu, machine = find_gpu(), describe_machine()
     meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
     engines = {name: each.engine.infer for name, each in timed.items()}
@@ -272,8 +286,8 @@ def _time(
     return found.conditions
 
 
-def _close(candidates: Sequence[Candidate]) -> None:
-    for each in candidates:
+def _close(targets: Sequence[BenchmarkTarget]) -> None:
+    for each in targets:
         each.engine.close()
 
 
@@ -285,25 +299,27 @@ def _unread(conditions: Mapping[str, Any]) -> list[str]:
     return [f"Not read while engines were timed, for want of a sensor that can be: {missing}."] if missing else []
 
 
-def _notes_on(candidates: Sequence[Candidate]) -> list[str]:
-    """What no figure was measured for, and why, over all candidates."""
+def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
+    """What no figure was measured for, and why, over all targets."""
     notes = []
-    for bundle, scheme in {each.path.parent: each.scheme for each in candidates}.items():
+    for bundle, scheme in {each.path.parent: each.scheme for each in targets}.items():
         if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
             notes.append(f"No graph for TensorRT of {scheme}: {reason}.")
-    notes += dict.fromkeys(line for each in candidates for line in each.left_out)
-    engines = [each.built[1] for each in candidates if each.built]
-    idle = [each.built[1] for each in candidates if each.built and each.note]
+    notes += dict.fromkeys(line for each in targets for line in each.left_out)
+    engines = [each.built[1] for each in targets if each.built]
+    idle = [each.built[1] for each in targets if each.built and each.note]
     if idle:
         proven = " with every attention proven fused" if all(record.fused for record in idle) else ""
-        notes.append(f"{len(idle)} of {len(engines)} engines, built{proven}, were not run or timed: that needs an "
-                     "NVIDIA GPU that they were built for.")  # fmt: skip
+        notes.append(
+            f"{len(idle)} of {len(engines)} engines, built{proven}, were not run or timed: that needs an "
+            "NVIDIA GPU that they were built for."
+        )
     if any(record.library == "tensorrt_rtx" for record in engines):
         notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
     return notes
 
 
-def _layers_of(candidates: Sequence[Candidate]) -> dict[str, list[list[str]]]:
+def _layers_of(targets: Sequence[BenchmarkTarget]) -> dict[str, list[list[str]]]:
     """Scheme -> what it did, in rows of layer, weight, input; of the bundles that quantization wrote."""
-    found = {each.scheme: Manifest.read(each.path.parent).metrics.get("layers") for each in candidates}
+    found = {each.scheme: Manifest.read(each.path.parent).metrics.get("layers") for each in targets}
     return {scheme: layers for scheme, layers in found.items() if layers}

@@ -76,8 +76,14 @@ def evaluate(
     """
     images = len(split)  # type: ignore[arg-type]
     chunks = [range(start, min(start + chunk, images)) for start in range(0, images, chunk)]
-    pinned = {**facts, "models": list(models), "temperatures": dict(temperatures), "images": images, "batch": batch,
-              "chunk": chunk}  # fmt: skip
+    pinned = {
+        **facts,
+        "models": list(models),
+        "temperatures": dict(temperatures),
+        "images": images,
+        "batch": batch,
+        "chunk": chunk,
+    }
     if work is None and processes.count > 1:
         raise ValueError("several processes need a folder to work in")
     with nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
@@ -156,8 +162,10 @@ def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Eva
 
     try:
         with np.load(path) as stored:
-            return {name: Evaluated(*(form(stored, f"{place}/{each}") for each in _FORMS))  # type: ignore[arg-type]
-                    for place, name in enumerate(models)}  # fmt: skip
+            return {
+                name: Evaluated(*(form(stored, f"{place}/{each}") for each in _FORMS))  # type: ignore[arg-type]
+                for place, name in enumerate(models)
+            }
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and start again") from error
 
@@ -172,7 +180,9 @@ def _wait_for(paths: Sequence[Path], patience: float) -> None:
         if len(missing) < last:
             last, since = len(missing), time.monotonic()
         elif time.monotonic() - since > patience:
-            raise UserError(f"no other process finished a chunk in {patience:g} s, {len(missing)} of {len(paths)} are "
-                            f"missing in {missing[0].parent}: see what became of it, and that all share this folder, "
-                            "then start all of them again; finished chunks are kept")  # fmt: skip
+            raise UserError(
+                f"no other process finished a chunk in {patience:g} s, {len(missing)} of {len(paths)} are "
+                f"missing in {missing[0].parent}: see what became of it, and that all share this folder, "
+                "then start all of them again; finished chunks are kept"
+            )
         time.sleep(0.2)

@@ -22,8 +22,17 @@ Item = TypeVar("Item")
 LEAST_TURNS = 3
 UNREADABLE = "not readable here"
 # What the runtimes raise for a batch that they do not take or have no memory for; ONNX Runtime's share no base class.
-_REFUSALS = (UserError, RuntimeError, MemoryError, ValueError, ort.InvalidArgument, ort.Fail, ort.RuntimeException,
-             ort.EPFail, ort.NotImplemented)  # fmt: skip
+_REFUSALS = (
+    UserError,
+    RuntimeError,
+    MemoryError,
+    ValueError,
+    ort.InvalidArgument,
+    ort.Fail,
+    ort.RuntimeException,
+    ort.EPFail,
+    ort.NotImplemented,
+)
 
 
 @dataclass(frozen=True)
@@ -129,13 +138,18 @@ def measure_latency(
         for name, values in times.items():
             timings.latency[name].append(_summarise(values, batch, joules.get(name)))
     watch.look()
-    timings.conditions.update({
-        "batch sizes": list(batches), "rounds": rounds, "calls a turn": calls, "calls before them": settle,
-        "seconds for a batch size": "no limit" if seconds is None else seconds,
-        "involuntary context switches a second": round((_switches() - switches) / (time.monotonic() - start), 1),
-        **watch.summary(),
-        "energy": "; ".join(sorted({meter.covers for meter in (meters or {}).values()})) or UNREADABLE,
-    })  # fmt: skip
+    timings.conditions.update(
+        {
+            "batch sizes": list(batches),
+            "rounds": rounds,
+            "calls a turn": calls,
+            "calls before them": settle,
+            "seconds for a batch size": "no limit" if seconds is None else seconds,
+            "involuntary context switches a second": round((_switches() - switches) / (time.monotonic() - start), 1),
+            **watch.summary(),
+            "energy": "; ".join(sorted({meter.covers for meter in (meters or {}).values()})) or UNREADABLE,
+        }
+    )
     return timings
 
 

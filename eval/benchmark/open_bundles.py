@@ -105,8 +105,10 @@ def open_fitting_data(spec: str, classes: Sequence[str], preprocessing: Preproce
     """The data set that ``spec`` names, read as the bundles say; UserError unless its classes are theirs."""
     data = open_data(spec, preprocessing.exif, preprocessing.class_order)
     if tuple(data.classes) != tuple(classes):
-        raise UserError(f"{spec} has other classes than the bundles ({len(data.classes)} and {len(classes)}): "
-                        "give the data that they were trained on")  # fmt: skip
+        raise UserError(
+            f"{spec} has other classes than the bundles ({len(data.classes)} and {len(classes)}): "
+            "give the data that they were trained on"
+        )
     return data
 
 

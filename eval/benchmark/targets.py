@@ -10,14 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from deploy.runtimes.open_engine import (
-    Engine,
-    OnnxRuntimeEngine,
-    OpenVinoEngine,
-    TorchEngine,
-    cpu_runtime,
-    open_engine,
-)
+from deploy.runtimes.open_engine import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
 from deploy.trt.library import TITLES
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from eval.benchmark.open_bundles import check_alike
@@ -28,14 +21,14 @@ from illama.inference import Infer
 
 
 @dataclass(frozen=True)
-class Candidate:
+class BenchmarkTarget:
     """A file and what runs it.
 
     Attributes:
         name: unlike any other's.
         scheme: of its bundle.
         path: the graph, or PyTorch's weights.
-        engine: what computes its logits here; one that several candidates share is one object.
+        engine: what computes its logits here; one that several targets share is one object.
         runtime: what the file is for, in words.
         runtime_id: the same, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
         built: the TensorRT engine built from the graph, if this is one, and its record, read once: that hashes it.
@@ -73,9 +66,9 @@ def in_calls_of(infer: Infer, images: np.ndarray, least: int, most: int) -> np.n
     return np.concatenate(parts)
 
 
-def find_candidates(
+def find_targets(
     given: Sequence[Path], networks: Mapping[str, nn.Module] | None = None, threads: int = 0
-) -> list[Candidate]:
+) -> list[BenchmarkTarget]:
     """Every file of the bundles in every runtime that it is for here: CPU files first, then PyTorch's, then TensorRT's.
 
     Args:
@@ -88,15 +81,20 @@ def find_candidates(
     """
     check_alike(given)
     by_path = [
-        [[*_on_cpu(path, scheme, threads)], [*_in_torch(path, scheme, networks or {})],
-         [*_in_tensorrt(path, scheme, threads)]]
+        [
+            [*_on_cpu(path, scheme, threads)],
+            [*_in_torch(path, scheme, networks or {})],
+            [*_in_tensorrt(path, scheme, threads)],
+        ]
         for path, scheme in zip(given, _schemes(given), strict=True)
-    ]  # fmt: skip
+    ]
     for path, kinds in zip(given, by_path, strict=True):
         if not any(kinds):
-            raise UserError(f"{path} has no graph to run, nor one that an engine was built from: make some with python "
-                            "quant/ptq.py, or leave it out")  # fmt: skip
-    found = [each for kind in zip(*by_path, strict=True) for candidates in kind for each in candidates]
+            raise UserError(
+                f"{path} has no graph to run, nor one that an engine was built from: make some with python "
+                "quant/ptq.py, or leave it out"
+            )
+    found = [each for kind in zip(*by_path, strict=True) for targets in kind for each in targets]
     names = [each.name for each in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{twice[0]} was given twice, by its bundle and by itself: give each once")
@@ -139,32 +137,35 @@ def _schemes(given: Sequence[Path]) -> list[str]:
     return [os.path.relpath(folder) if ambiguous else names[folder] for folder in folders]
 
 
-def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
+def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
     graph = path / CPU_ONNX if path.is_dir() else path
     if graph.suffix != ".onnx" or graph.name == FUSED_ONNX or not graph.exists():
         return
     reason = Manifest.read(graph.parent).metrics.get("not_timed")
     note = f"Not timed: {reason}" if reason else None
     runtime = "ONNX Runtime, CPU"
-    yield Candidate(f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph, threads), runtime, "onnxruntime",
-                    note=note)  # fmt: skip
+    yield BenchmarkTarget(
+        f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph, threads), runtime, "onnxruntime", note=note
+    )
     if cpu_runtime(graph) == "openvino":
         engine = OpenVinoEngine(graph, threads)
         runtime = f"OpenVINO, CPU ({engine.floats})"
-        yield Candidate(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "openvino", note=note)
+        yield BenchmarkTarget(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "openvino", note=note)
 
 
-def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[Candidate]:
+def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[BenchmarkTarget]:
     weights = path / TORCHAO if path.is_dir() else path
     if weights.name != TORCHAO or not weights.exists():
         return
     network = networks.get(weights.parent.name)
     engine = TorchEngine(network, "cpu") if network is not None else open_engine(weights)
     runtime = f"PyTorch, {'GPU' if 'cuda' in engine.runtime else 'CPU'}"
-    yield Candidate(f"{scheme}, {runtime}", scheme, weights, engine, runtime, "torch", on_gpu="cuda" in engine.runtime)
+    yield BenchmarkTarget(
+        f"{scheme}, {runtime}", scheme, weights, engine, runtime, "torch", on_gpu="cuda" in engine.runtime
+    )
 
 
-def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
+def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
     """The engines built from a fused graph that run here; for the others the graph itself, in ONNX Runtime."""
     graph = bundle_of(path) / FUSED_ONNX
     whole = path.is_dir() or path.name == FUSED_ONNX
@@ -183,13 +184,24 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[Candidate]:
             engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph, threads)
             note = f"Accuracy is of the graph that the engine was built from: {str(error).replace(str(built), 'it')}"
         name = f"{scheme}, {title}"
-        yield Candidate(name, scheme, graph, engine, title, record.library, (built, record), note is None,
-                        note, left_out if whole else ())  # fmt: skip
+        yield BenchmarkTarget(
+            name,
+            scheme,
+            graph,
+            engine,
+            title,
+            record.library,
+            (built, record),
+            note is None,
+            note,
+            left_out if whole else (),
+        )
     if not engines:
         note = "No engine was built from it, or none that can be used"
         engine = OnnxRuntimeEngine(graph, threads)
-        yield Candidate(f"{scheme}, TensorRT", scheme, graph, engine, "TensorRT", "tensorrt", note=note,
-                        left_out=left_out)  # fmt: skip
+        yield BenchmarkTarget(
+            f"{scheme}, TensorRT", scheme, graph, engine, "TensorRT", "tensorrt", note=note, left_out=left_out
+        )
 
 
 def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:

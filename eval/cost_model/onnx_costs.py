@@ -34,8 +34,18 @@ _INTEGERS = (TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8, TensorProto.
 _FLOAT8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
 _VIEWS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 _COUNTED = ("MatMul", "Gemm", "Conv", "Attention")
-_UNCOUNTED = ("MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv", "ConvTranspose", "Einsum", "RNN", "LSTM",
-              "GRU", "DeformConv")  # fmt: skip
+_UNCOUNTED = (
+    "MatMulInteger",
+    "QLinearMatMul",
+    "ConvInteger",
+    "QLinearConv",
+    "ConvTranspose",
+    "Einsum",
+    "RNN",
+    "LSTM",
+    "GRU",
+    "DeformConv",
+)
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,13 @@ def _read(model: onnx.ModelProto) -> _Graph:
             graph.shapes[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
     for name, constant in graph.constants.items():
         graph.shapes[name], graph.types[name] = tuple(constant.dims), constant.data_type
-    unknown = [name for node in model.graph.node if node.op_type in _COUNTED for name in (*node.input, *node.output)
-               if name and name not in graph.shapes]  # fmt: skip
+    unknown = [
+        name
+        for node in model.graph.node
+        if node.op_type in _COUNTED
+        for name in (*node.input, *node.output)
+        if name and name not in graph.shapes
+    ]
     if unknown:
         raise UserError(f"the shape of {unknown[0]} cannot be inferred: export the network at one image size")
     return graph

@@ -52,5 +52,8 @@ def unseen_points(count: int) -> float:
 
 def widened(points: float, low: float, high: float, lost: bool, gained: bool, unseen: float) -> Drop:
     """A bootstrap's interval, as far as ``unseen`` points on the side of what no image shows."""
-    return Drop(float(points), float(low if gained else min(low, points - unseen)),
-                float(high if lost else max(high, points + unseen)))  # fmt: skip
+    return Drop(
+        float(points),
+        float(low if gained else min(low, points - unseen)),
+        float(high if lost else max(high, points + unseen)),
+    )

@@ -78,8 +78,10 @@ def equal_width_bins(confidence: np.ndarray, right: np.ndarray, bins: int = BINS
     """The bins that have images, of confidences (images,) in 0..1 and what was right (images,)."""
     edges = np.linspace(0, 1, bins + 1)
     places = np.digitize(confidence, edges[1:-1], right=True)
-    return tuple(_bin(edges[place], edges[place + 1], confidence[places == place], right[places == place])
-                 for place in np.unique(places))  # fmt: skip
+    return tuple(
+        _bin(edges[place], edges[place + 1], confidence[places == place], right[places == place])
+        for place in np.unique(places)
+    )
 
 
 def equal_mass_bins(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
@@ -122,8 +124,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     low, high = np.log(_TEMPERATURES)
     found = scipy.optimize.minimize_scalar(
         lambda log: negative_log_likelihood(logits / np.exp(log), labels),
-        bounds=(low, high), method="bounded", options={"xatol": 1e-7},
-    )  # fmt: skip
+        bounds=(low, high),
+        method="bounded",
+        options={"xatol": 1e-7},
+    )
     if not low + 1e-3 < found.x < high - 1e-3:
         raise ValueError("no temperature fits best: give more calibration images, some right and some wrong")
     return float(np.exp(found.x))

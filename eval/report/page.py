@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from eval.report.markdown_html import markdown_to_html
-from eval.report.pareto import choose, front
+from eval.report.pareto import choose, pareto_front
 from eval.report.schema import FlippedImage, Report, Row
 from eval.report.table import HEADINGS, MISSING, TIMED, Cell, cells, not_measured, timed_cells
 
@@ -50,7 +50,7 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
     style = _inline(["report.css"])
     script = _inline(SCRIPTS)
     plot = plot_data(report)
-    choice = choose(report.rows, report.limits)
+    choice = choose(report.rows, report.constraints)
     return environment.get_template("report.html").render(
         report=report,
         style=style,
@@ -61,7 +61,7 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
         choice=choice,
         figures=key_figures(report, choice.row),
         reference=_reference(report.rows),
-        rejected={name: limits for name, limits in choice.reasons.items() if limits},
+        rejected={name: constraints for name, constraints in choice.reasons.items() if constraints},
         headings=HEADINGS + tuple(name for name in TIMED if name not in HEADINGS),
         table=[table_row(report, row, plot["batch"]) for row in report.rows],
         plot=plot,
@@ -106,7 +106,7 @@ class KeyFigure:
 
 def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
     """Of the row that was chosen: accuracy, latency, size, and how many images it names alike; none without one."""
-    reference, batch = _reference(report.rows), report.limits.batch
+    reference, batch = _reference(report.rows), report.constraints.batch
     if row is None:
         return []
     loss = "the reference" if row.reference else f"drop {row.drop} points"
@@ -129,13 +129,13 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
 
 def table_row(report: Report, row: Row, batch: int) -> dict[str, Cell]:
     """A row of the table, under every heading of the page."""
-    return {**cells(row, batch), **timed_cells(row, batch, _reference(report.rows), front(report.rows, batch))}
+    return {**cells(row, batch), **timed_cells(row, batch, _reference(report.rows), pareto_front(report.rows, batch))}
 
 
 def plot_data(report: Report) -> dict[str, Any]:
     """What the script draws and puts into the table, for every batch size that was timed."""
     batches = sorted({each.batch for row in report.rows for each in row.latency})
-    fronts = {batch: front(report.rows, batch) for batch in batches}
+    fronts = {batch: pareto_front(report.rows, batch) for batch in batches}
     reference = _reference(report.rows)
     rows = [
         {
@@ -150,20 +150,28 @@ def plot_data(report: Report) -> dict[str, Any]:
             "megabytes": row.megabytes,
             "p50": {each.batch: each.p50 for each in row.latency},
             "front": [batch for batch in batches if row.name in fronts[batch]],
-            "cells": {batch: {name: [cell.text, cell.value] for name, cell in timed.items()}
-                      for batch in batches for timed in [timed_cells(row, batch, reference, fronts[batch])]},
+            "cells": {
+                batch: {name: [cell.text, cell.value] for name, cell in timed.items()}
+                for batch in batches
+                for timed in [timed_cells(row, batch, reference, fronts[batch])]
+            },
         }
         for row in report.rows
-    ]  # fmt: skip
-    limits, chosen = report.limits, choose(report.rows, report.limits).row
-    floor = reference.top1.percent - limits.drop if reference and limits.drop is not None else None
+    ]
+    constraints, chosen = report.constraints, choose(report.rows, report.constraints).row
+    floor = reference.top1.percent - constraints.drop if reference and constraints.drop is not None else None
     return {
         "rows": rows,
         "batches": batches,
-        "batch": limits.batch if limits.batch in batches else next(iter(batches), limits.batch),
+        "batch": constraints.batch if constraints.batch in batches else next(iter(batches), constraints.batch),
         "chosen": chosen.name if chosen else None,
         "images": report.rows[0].images,
-        "limits": {"batch": limits.batch, "latency": limits.latency_ms, "top1": floor, "drop": limits.drop},
+        "constraints": {
+            "batch": constraints.batch,
+            "latency": constraints.latency_ms,
+            "top1": floor,
+            "drop": constraints.drop,
+        },
     }
 
 

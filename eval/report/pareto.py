@@ -1,4 +1,4 @@
-"""Which engine to deploy: those that nothing beats, those that keep to limits, and one of them, in two sentences."""
+"""Which engine to deploy: the Pareto front, the constraints, and the choice in two sentences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from eval.report.schema import Limits, Row
+from eval.report.schema import Constraints, Row
 from illama.errors import UserError
 
 _ALIKE = 1.05  # times of a call that are as good as equal: what they differ by from run to run
@@ -17,9 +17,9 @@ class Choice:
     """The engine that was chosen.
 
     Attributes:
-        row: None where no engine keeps to the limits, or nothing was measured to choose by.
+        row: None where no engine keeps to the constraints, or nothing was measured to choose by.
         sentence: which, by what rule, and what it gives and costs against the reference; for a headline.
-        reasons: row's name -> the limits that it breaks, in words; empty for one that keeps to all.
+        reasons: row's name -> the constraints that it breaks, in words; empty for one that keeps to all.
     """
 
     row: Row | None
@@ -27,7 +27,7 @@ class Choice:
     reasons: dict[str, list[str]] = field(default_factory=dict)
 
 
-def front(rows: Sequence[Row], batch: int = 1) -> set[str]:
+def pareto_front(rows: Sequence[Row], batch: int = 1) -> set[str]:
     """Names of the rows timed at ``batch`` that no other row of the same device beats.
 
     One beats another that is at least as fast (p50) and at least as accurate (top-1), and is better in one of them.
@@ -42,86 +42,96 @@ def front(rows: Sequence[Row], batch: int = 1) -> set[str]:
     return {each[0].name for each in timed if not any(beats(other, each) for other in timed)}
 
 
-def fits(row: Row, limits: Limits) -> list[str]:
-    """The limits that a row breaks, in words; one on latency is broken by a row that was not timed at its batch."""
-    return [reason for _, reason in _broken(row, limits)]
+def fits(row: Row, constraints: Constraints) -> list[str]:
+    """The constraints that a row breaks, in words; a row that was not timed at the batch breaks one on latency."""
+    return [reason for _, reason in _broken(row, constraints)]
 
 
-def _broken(row: Row, limits: Limits) -> list[tuple[float, str]]:
+def _broken(row: Row, constraints: Constraints) -> list[tuple[float, str]]:
     """(by what share of the limit, in words) for each limit that is broken."""
     broken = []
-    if limits.latency_ms is not None:
-        if (latency := row.at(limits.batch)) is None:
-            broken.append((math.inf, f"was not timed at batch {limits.batch}"))
-        elif latency.p50 > limits.latency_ms:
-            excess = latency.p50 / limits.latency_ms - 1
-            words = f"takes {latency.p50:.4g} ms at batch {limits.batch}, more than {limits.latency_ms:g}"
+    if constraints.latency_ms is not None:
+        if (latency := row.at(constraints.batch)) is None:
+            broken.append((math.inf, f"was not timed at batch {constraints.batch}"))
+        elif latency.p50 > constraints.latency_ms:
+            excess = latency.p50 / constraints.latency_ms - 1
+            words = f"takes {latency.p50:.4g} ms at batch {constraints.batch}, more than {constraints.latency_ms:g}"
             broken.append((excess, words))
-    if limits.drop is not None and row.drop.high > limits.drop:
-        excess = (row.drop.high - limits.drop) / max(abs(limits.drop), 0.1)  # of a limit of 0, by tenths of a point
-        broken.append((excess, f"may lose {row.drop.high:.2f} points of top-1, more than {limits.drop:g}"))
-    if limits.megabytes is not None and row.megabytes > limits.megabytes:
-        excess = row.megabytes / limits.megabytes - 1
-        broken.append((excess, f"takes {row.megabytes:.4g} MB, more than {limits.megabytes:g}"))
+    if constraints.drop is not None and row.drop.high > constraints.drop:
+        excess = (row.drop.high - constraints.drop) / max(
+            abs(constraints.drop), 0.1
+        )  # of a limit of 0, by tenths of a point
+        broken.append((excess, f"may lose {row.drop.high:.2f} points of top-1, more than {constraints.drop:g}"))
+    if constraints.megabytes is not None and row.megabytes > constraints.megabytes:
+        excess = row.megabytes / constraints.megabytes - 1
+        broken.append((excess, f"takes {row.megabytes:.4g} MB, more than {constraints.megabytes:g}"))
     return broken
 
 
-def choose(rows: Sequence[Row], limits: Limits | None = None) -> Choice:
+def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choice:
     """The engine to deploy.
 
-    With a limit on the drop, or with none at all, it is the fastest of those that keep to the limits; of several
-    within 5% of it, the smallest. With limits on latency and size alone, it is the most accurate of them (ties: the
-    faster, then the smaller). Where none of those that keep to the limits was timed, the smallest stands in for the
-    fastest.
+    With a limit on the drop, or with none at all, it is the fastest of those that keep to the constraints; of several
+    within 5% of it, the smallest. With constraints on latency and size alone, it is the most accurate of them (ties:
+    the faster, then the smaller). Where none of those that keep to the constraints was timed, the smallest stands in
+    for the fastest.
 
     Raises:
         UserError: for a limit that nothing could keep to.
     """
-    limits = limits or Limits()
-    check_limits(limits)
-    reasons = {row.name: fits(row, limits) for row in rows}
+    constraints = constraints or Constraints()
+    check_constraints(constraints)
+    reasons = {row.name: fits(row, constraints) for row in rows}
     kept = [row for row in rows if not reasons[row.name]]
-    within = _in_words(limits)
+    within = _in_words(constraints)
     if not kept:
-        return Choice(None, _nearest(rows, limits, within), reasons)
-    timed = [row for row in kept if row.at(limits.batch)]
+        return Choice(None, _nearest(rows, constraints, within), reasons)
+    timed = [row for row in kept if row.at(constraints.batch)]
     if not timed and not within:
-        return Choice(None, f"Nothing was timed at batch {limits.batch}, and no limit was given to choose by.", reasons)
+        return Choice(
+            None, f"Nothing was timed at batch {constraints.batch}, and no limit was given to choose by.", reasons
+        )
     pool, rule = kept, "the smallest"
-    if within and limits.drop is None:
+    if within and constraints.drop is None:
         rule = "the most accurate"
-        row = min(kept, key=lambda row: (-row.top1.percent, _p50(row, limits.batch), row.megabytes))
+        row = min(kept, key=lambda row: (-row.top1.percent, _p50(row, constraints.batch), row.megabytes))
     elif timed:
-        pool, fastest = timed, min(_p50(row, limits.batch) for row in timed)
-        alike = [row for row in timed if _p50(row, limits.batch) <= fastest * _ALIKE]
-        row = min(alike, key=lambda row: (row.megabytes, _p50(row, limits.batch), -row.top1.percent))
-        fast = _p50(row, limits.batch) == fastest
+        pool, fastest = timed, min(_p50(row, constraints.batch) for row in timed)
+        alike = [row for row in timed if _p50(row, constraints.batch) <= fastest * _ALIKE]
+        row = min(alike, key=lambda row: (row.megabytes, _p50(row, constraints.batch), -row.top1.percent))
+        fast = _p50(row, constraints.batch) == fastest
         rule = "the fastest" if fast else "as fast as any (within 5%), and then the smallest,"
     else:
         row = min(kept, key=lambda row: (row.megabytes, -row.top1.percent))
-    what = f"engine{'s' * (len(pool) > 1)}" + (f" timed at batch {limits.batch}" if pool is timed else "")
+    what = f"engine{'s' * (len(pool) > 1)}" + (f" timed at batch {constraints.batch}" if pool is timed else "")
     place = f"{rule} of the {len(pool)} {what}" if len(pool) > 1 else f"the only {what}"
-    gap = "" if row.at(limits.batch) else f"; it was not timed at batch {limits.batch}"
-    if not any(each.at(limits.batch) for each in rows):
-        gap = f"; nothing was timed at batch {limits.batch}"
+    gap = "" if row.at(constraints.batch) else f"; it was not timed at batch {constraints.batch}"
+    if not any(each.at(constraints.batch) for each in rows):
+        gap = f"; nothing was timed at batch {constraints.batch}"
     name = f"{row.name}, the reference itself," if row.reference else row.name
-    return Choice(row, f"{name} is {place}{within}{gap}. {_figures(row, rows, limits.batch)}", reasons)
+    return Choice(row, f"{name} is {place}{within}{gap}. {_figures(row, rows, constraints.batch)}", reasons)
 
 
-def check_limits(limits: Limits) -> None:
+def check_constraints(constraints: Constraints) -> None:
     """UserError for a limit that nothing could keep to."""
-    for name, value in {"latency": limits.latency_ms, "size": limits.megabytes, "the batch size": limits.batch}.items():
+    for name, value in {
+        "latency": constraints.latency_ms,
+        "size": constraints.megabytes,
+        "the batch size": constraints.batch,
+    }.items():
         if value is not None and not value > 0:
             raise UserError(f"the limit on {name} must be more than zero, not {value}")
-    if limits.drop is not None and math.isnan(limits.drop):
+    if constraints.drop is not None and math.isnan(constraints.drop):
         raise UserError("the limit on the points of top-1 lost must be a number")
 
 
-def _in_words(limits: Limits) -> str:
-    """Such as " within 3 ms at batch 1 and 2 MB"; empty without limits."""
-    parts = [f"{limits.latency_ms:g} ms at batch {limits.batch}"] if limits.latency_ms is not None else []
-    parts += [f"a loss of {limits.drop:g} points of top-1"] if limits.drop is not None else []
-    parts += [f"{limits.megabytes:g} MB"] if limits.megabytes is not None else []
+def _in_words(constraints: Constraints) -> str:
+    """Such as " within 3 ms at batch 1 and 2 MB"; empty without constraints."""
+    parts = (
+        [f"{constraints.latency_ms:g} ms at batch {constraints.batch}"] if constraints.latency_ms is not None else []
+    )
+    parts += [f"a loss of {constraints.drop:g} points of top-1"] if constraints.drop is not None else []
+    parts += [f"{constraints.megabytes:g} MB"] if constraints.megabytes is not None else []
     return f" within {_listed(parts)}" if parts else ""
 
 
@@ -134,11 +144,11 @@ def _p50(row: Row, batch: int) -> float:
     return latency.p50 if latency else math.inf
 
 
-def _nearest(rows: Sequence[Row], limits: Limits, within: str) -> str:
-    """What to say where no row keeps to the limits: which breaks the fewest, by the least."""
+def _nearest(rows: Sequence[Row], constraints: Constraints, within: str) -> str:
+    """What to say where no row keeps to the constraints: which breaks the fewest, by the least."""
     if not rows:
         return "Nothing was measured."
-    broken = {row.name: _broken(row, limits) for row in rows}
+    broken = {row.name: _broken(row, constraints) for row in rows}
     name = min(broken, key=lambda name: (len(broken[name]), max(excess for excess, _ in broken[name])))
     return f"No engine is{within}. {name} comes nearest: it {_listed([reason for _, reason in broken[name]])}."
 
@@ -153,10 +163,14 @@ def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
     parts = []
     if latency and (other := reference.at(batch)):
         where = "" if row.device == reference.device else f", on {row.device} against {reference.device}"
-        parts.append(f"it is {_speed(other.p50 / latency.p50)} {reference.name} at batch {batch} "
-                     f"({latency.p50:.2f} against {other.p50:.2f} ms{where})")  # fmt: skip
-    parts.append(f"its file is {_size(row.megabytes / reference.megabytes)} "
-                 f"({row.megabytes:.2f} against {reference.megabytes:.2f} MB)")  # fmt: skip
+        parts.append(
+            f"it is {_speed(other.p50 / latency.p50)} {reference.name} at batch {batch} "
+            f"({latency.p50:.2f} against {other.p50:.2f} ms{where})"
+        )
+    parts.append(
+        f"its file is {_size(row.megabytes / reference.megabytes)} "
+        f"({row.megabytes:.2f} against {reference.megabytes:.2f} MB)"
+    )
     parts.append(f"it {_loss(row)} ({row.images:,} images)")
     sentence = _listed(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from eval.metrics.calibration import Reliability
-from eval.report.pareto import choose, front
+from eval.report.pareto import choose, pareto_front
 from eval.report.schema import Report, Row
 
 INK, QUIET, FAINT, WARN, BEATEN = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
@@ -30,8 +30,8 @@ def draw_tradeoff(report: Report) -> bytes:
         raise ValueError("there is nothing to draw in a report without rows")
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    batch = report.limits.batch
-    best, chosen = front(report.rows, batch), choose(report.rows, report.limits).row
+    batch = report.constraints.batch
+    best, chosen = pareto_front(report.rows, batch), choose(report.rows, report.constraints).row
     styles = {each: i % len(COLOURS) for i, each in enumerate(dict.fromkeys(row.runtime for row in report.rows))}
     for row in report.rows:
         style = styles[row.runtime]
@@ -56,12 +56,28 @@ def draw_tradeoff(report: Report) -> bytes:
 
 def _mark(axes: Axes, row: Row, p50: float, colour: str, mark: str) -> None:
     low, high = row.drop.points - row.drop.low, row.drop.high - row.drop.points
-    axes.errorbar(p50, row.top1.percent, [[max(high, 0)], [max(low, 0)]], fmt=mark, ms=8, capsize=3, lw=1.2,
-                  color=colour, zorder=3)  # fmt: skip
+    axes.errorbar(
+        p50,
+        row.top1.percent,
+        [[max(high, 0)], [max(low, 0)]],
+        fmt=mark,
+        ms=8,
+        capsize=3,
+        lw=1.2,
+        color=colour,
+        zorder=3,
+    )
     below = colour == BEATEN  # out of the way of what beats it
-    axes.annotate(row.scheme, (p50, row.top1.percent), (8, -13 if below else 6), textcoords="offset points",
-                  color=QUIET if below else INK, fontsize=9, zorder=4,
-                  path_effects=[withStroke(linewidth=2.5, foreground="white")])  # fmt: skip
+    axes.annotate(
+        row.scheme,
+        (p50, row.top1.percent),
+        (8, -13 if below else 6),
+        textcoords="offset points",
+        color=QUIET if below else INK,
+        fontsize=9,
+        zorder=4,
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+    )
 
 
 def _join_front(axes: Axes, rows: Sequence[Row], batch: int) -> None:
@@ -81,18 +97,27 @@ def _name_untimed(axes: Axes, rows: Sequence[Row]) -> None:
             groups.append([row])
     for group in groups:
         text, place = ", ".join(row.scheme for row in group), sum(row.top1.percent for row in group) / len(group)
-        axes.annotate(text, (1, place), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      va="center", color=QUIET, fontsize=8.5, annotation_clip=False)  # fmt: skip
+        axes.annotate(
+            text,
+            (1, place),
+            (5, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=QUIET,
+            fontsize=8.5,
+            annotation_clip=False,
+        )
 
 
 def _shade_limits(axes: Axes, report: Report) -> None:
     """A shade over what the limits rule out, within the axes as they are."""
     reference = next((row for row in report.rows if row.reference), None)
     (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    if report.limits.latency_ms is not None and report.limits.latency_ms < right:
-        axes.axvspan(report.limits.latency_ms, right, color=WARN, alpha=0.08, lw=0)
-    if report.limits.drop is not None and reference and reference.top1.percent - report.limits.drop > bottom:
-        axes.axhspan(bottom, reference.top1.percent - report.limits.drop, color=WARN, alpha=0.08, lw=0)
+    if report.constraints.latency_ms is not None and report.constraints.latency_ms < right:
+        axes.axvspan(report.constraints.latency_ms, right, color=WARN, alpha=0.08, lw=0)
+    if report.constraints.drop is not None and reference and reference.top1.percent - report.constraints.drop > bottom:
+        axes.axhspan(bottom, reference.top1.percent - report.constraints.drop, color=WARN, alpha=0.08, lw=0)
     axes.set_ylim(bottom, top)
 
 

@@ -63,8 +63,10 @@ def find_regressions(baseline: Mapping[str, Any], report: Report, tolerances: To
             if new := rows.get(old["name"]):
                 found += _of_row(old, new, limits)
                 found += _of_latency(_ratios(baseline, old), _ratios(now, new), old, new, limits.latency)
-                found += [f"{old['name']}: it is not timed at batch {batch} any longer"
-                          for batch in _p50(old).keys() - _p50(new).keys()]  # fmt: skip
+                found += [
+                    f"{old['name']}: it is not timed at batch {batch} any longer"
+                    for batch in _p50(old).keys() - _p50(new).keys()
+                ]
             else:
                 found.append(f"{old['name']}: it is in the baseline and not in this report")
     except (KeyError, TypeError, AttributeError) as error:
@@ -80,8 +82,9 @@ def check_images(baseline: Mapping[str, Any], data: str, classes: Sequence[str],
         raise UserError(f"the baseline is damaged, at {error}: make it again") from error
     if before != (data, list(classes), {images}):
         was = f"{_listed(before[2])} images of {before[0]}, {len(before[1])} classes"
-        raise UserError(f"the baseline is of {was}, and this of {images} of {data}, {len(classes)} classes: "
-                        "give one alike")  # fmt: skip
+        raise UserError(
+            f"the baseline is of {was}, and this of {images} of {data}, {len(classes)} classes: give one alike"
+        )
 
 
 def check_comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -110,11 +113,15 @@ def _of_row(old: Mapping[str, Any], new: Mapping[str, Any], limits: Tolerances) 
     growth = after["points"] - before["points"]
     noise = math.hypot(after["points"] - after["low"], before["high"] - before["points"])
     if growth > limits.drop and growth > noise:
-        yield (f"{name}: top-1 drops by {after['points']:+.2f} points against the reference, and by "
-               f"{before['points']:+.2f} before: {growth:.2f} more, of which chance explains {noise:.2f}")  # fmt: skip
+        yield (
+            f"{name}: top-1 drops by {after['points']:+.2f} points against the reference, and by "
+            f"{before['points']:+.2f} before: {growth:.2f} more, of which chance explains {noise:.2f}"
+        )
     if new["reference"] and new["top1"]["percent"] < old["top1"]["low"]:
-        yield (f"{name}: top-1 is {new['top1']['percent']:.2f}%, and was {old['top1']['percent']:.2f}% (95% interval "
-               f"from {old['top1']['low']:.2f}%)")  # fmt: skip
+        yield (
+            f"{name}: top-1 is {new['top1']['percent']:.2f}%, and was {old['top1']['percent']:.2f}% (95% interval "
+            f"from {old['top1']['low']:.2f}%)"
+        )
     for kind in ("onnx", "engine"):
         small, large = old[f"{kind}_bytes"], new[f"{kind}_bytes"]
         if small and large and large > small * (1 + limits.size):
@@ -144,8 +151,10 @@ def _of_latency(
         if same and _p50(after)[batch] <= _p50(before)[batch]:
             continue
         if new[batch] > old[batch] * max(1 + limit, *(_spread(row, batch) for row in (before, after))):
-            yield (f"{after['name']}: p50 at batch {batch} is {new[batch]:.2f} times the reference's, and was "
-                   f"{old[batch]:.2f} times{other}")  # fmt: skip
+            yield (
+                f"{after['name']}: p50 at batch {batch} is {new[batch]:.2f} times the reference's, and was "
+                f"{old[batch]:.2f} times{other}"
+            )
 
 
 def _p50(row: Mapping[str, Any]) -> dict[int, float]:
@@ -165,7 +174,7 @@ def _ratios(report: Mapping[str, Any], row: Mapping[str, Any]) -> dict[int, floa
 
 def compare_markdown(baseline: Mapping[str, Any], report: Report, regressions: list[str]) -> str:
     """What :func:`find_regressions` found and the figures of both, for a comment on a pull request."""
-    now, batch = report.to_json(), report.limits.batch
+    now, batch = report.to_json(), report.constraints.batch
     old = {row["name"]: row for row in baseline["rows"]}
     lines = []
     for row in now["rows"]:

@@ -109,7 +109,7 @@ class Row(Measured):
 
 
 @dataclass(frozen=True)
-class Limits:
+class Constraints:
     """What the engine that is looked for must keep to; None for no limit.
 
     Attributes:
@@ -160,7 +160,7 @@ class Report:
     classes: tuple[str, ...]
     machine: dict[str, Any]
     versions: dict[str, str]
-    limits: Limits = Limits()
+    constraints: Constraints = Constraints()
     conditions: dict[str, Any] = field(default_factory=dict)
     calibration_images: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

@@ -66,8 +66,9 @@ def markdown_table(rows: Sequence[Row], batch: int = 1, front: Collection[str] =
         texts = [escape(cell.text) for cell in cells(row, batch).values()]
         lines.append([f"**{texts[0]}**" if row.name in front else texts[0], *texts[1:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    aligned = ["| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) + " |"
-               for line in lines]  # fmt: skip
+    aligned = [
+        "| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
     aligned.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(aligned)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.page import render_html
-from eval.report.pareto import choose, front
+from eval.report.pareto import choose, pareto_front
 from eval.report.plots import draw_reliability, draw_tradeoff
 from eval.report.schema import Report, Row
 from eval.report.table import escape, markdown_table, not_measured
@@ -48,7 +48,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 def summary(report: Report) -> dict[str, Any]:
     """What ``summary.json`` holds: the table alone, in a form that stays for scripts to read."""
-    rows = [_summarise(row, report.limits.batch) for row in report.rows]
+    rows = [_summarise(row, report.constraints.batch) for row in report.rows]
     return {"rows": rows, "machine": report.machine, "versions": report.versions}
 
 
@@ -82,11 +82,11 @@ def is_result(folder: Path) -> bool:
 
 def markdown_summary(report: Report) -> str:
     """What was found, short enough for a comment on a pull request."""
-    batch, images = report.limits.batch, report.rows[0].images
-    on_front = front(report.rows, batch)
+    batch, images = report.constraints.batch, report.rows[0].images
+    on_front = pareto_front(report.rows, batch)
     devices = ", ".join(dict.fromkeys(row.device for row in report.rows if row.at(batch) and row.device))
     lines = [
-        f"**{escape(choose(report.rows, report.limits).sentence)}**",
+        f"**{escape(choose(report.rows, report.constraints).sentence)}**",
         "",
         markdown_table(report.rows, batch, on_front),
         "",

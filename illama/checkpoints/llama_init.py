@@ -49,8 +49,10 @@ def initialise_from_llama(model: ILLaMA, folder: Path) -> None:
             model, or a selected value is NaN or infinite. ``model`` may then be half initialised.
     """
     if model.config.norm != "rms" or model.config.mlp != "swiglu":
-        raise UserError(f"a LLaMA has RMSNorm and SwiGLU, the model has norm {model.config.norm}, "
-                        f"mlp {model.config.mlp}: they cannot start from each other")  # fmt: skip
+        raise UserError(
+            f"a LLaMA has RMSNorm and SwiGLU, the model has norm {model.config.norm}, "
+            f"mlp {model.config.mlp}: they cannot start from each other"
+        )
     folder = Path(folder)
     llama = LlamaConfig.read(folder)
     _check_sizes(llama, model.config)
@@ -119,8 +121,10 @@ def _check_sizes(llama: LlamaConfig, model: ModelConfig) -> None:
         if given < needed:
             raise UserError(f"the LLaMA is smaller than the model: {size} {given}, {needed} needed")
     if llama.heads % llama.key_value_heads or llama.head_dim % 2:
-        raise UserError(f"a LLaMA of {llama.heads} heads of size {llama.head_dim} cannot have "
-                        f"{llama.key_value_heads} heads of keys: its config.json is damaged")  # fmt: skip
+        raise UserError(
+            f"a LLaMA of {llama.heads} heads of size {llama.head_dim} cannot have "
+            f"{llama.key_value_heads} heads of keys: its config.json is damaged"
+        )
 
 
 def _mapping(llama: LlamaConfig, model: ModelConfig) -> Iterator[tuple[str, list[_Piece]]]:
@@ -191,8 +195,10 @@ def _select(folder: Path, files: dict[str, str], piece: _Piece) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise _damaged(path) from error
     if tuple(whole.shape) != piece.shape or not whole.is_floating_point():
-        raise UserError(f"{path}: {piece.name} has shape {tuple(whole.shape)} of {whole.dtype}, "
-                        f"config.json gives float {piece.shape}")  # fmt: skip
+        raise UserError(
+            f"{path}: {piece.name} has shape {tuple(whole.shape)} of {whole.dtype}, "
+            f"config.json gives float {piece.shape}"
+        )
     selected = whole[piece.rows]
     selected = (selected if piece.columns is None else selected[:, piece.columns]).float()
     if not torch.isfinite(selected).all():

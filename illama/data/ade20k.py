@@ -120,8 +120,10 @@ class AugmentedMaps(Augmented):
 def _read_classes(folder: Path) -> tuple[str, ...]:
     lists = sorted(folder.glob("objectInfo*.txt"))
     if len(lists) != 1:
-        raise UserError(f"{folder} must have one objectInfo*.txt: a heading, then a class a line, the name in the last "
-                        "column, with tabs between them")  # fmt: skip
+        raise UserError(
+            f"{folder} must have one objectInfo*.txt: a heading, then a class a line, the name in the last "
+            "column, with tabs between them"
+        )
     try:
         lines = lists[0].read_text(encoding="utf-8").splitlines()[1:]
     except (OSError, UnicodeDecodeError) as error:

@@ -38,8 +38,17 @@ from illama.errors import UserError, warn_once
 SHIPPED_FASHION_MNIST = Path(__file__).parents[1] / "datasets" / "fashion_mnist"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES: tuple[str, ...] = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 VALIDATION_IMAGES = 2000
 
 ClassOrder = Literal["words", "natural"]
@@ -289,8 +298,10 @@ class _ClassFolders(datasets.ImageFolder):
         except ValueError:  # a name of digits that are no decimal number: timm cannot order it
             natural = words
         if natural != words:
-            warn_once(f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}; the "
-                      "other (words: 1 10 2, natural: 1 2 10) gives other labels: see docs/images.md")  # fmt: skip
+            warn_once(
+                f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}; the "
+                "other (words: 1 10 2, natural: 1 2 10) gives other labels: see docs/images.md"
+            )
         names = natural if self.class_order == "natural" else words
         return names, {name: label for label, name in enumerate(names)}
 
@@ -334,8 +345,10 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
     elif Path(spec).is_dir():
         data = ImageFolder(Path(spec), exif, class_order)
     else:
-        raise UserError(f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, "
-                        "parquet:FOLDER or an existing folder")  # fmt: skip
+        raise UserError(
+            f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, "
+            "parquet:FOLDER or an existing folder"
+        )
     data.exif, data.class_order = exif, class_order
     return data
 

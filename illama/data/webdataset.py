@@ -84,12 +84,16 @@ def check_labels(labels: np.ndarray, classes: int, folder: Path, all_present: bo
     """UserError if a label is not in 0..classes-1 or, with ``all_present``, a class has no image."""
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
-        raise UserError(f"{folder} has an image of label {wrong[0]}, outside 0..{classes - 1}: "
-                        f"the split has no labels, or {CLASS_FILES[0]} must name more classes")  # fmt: skip
+        raise UserError(
+            f"{folder} has an image of label {wrong[0]}, outside 0..{classes - 1}: "
+            f"the split has no labels, or {CLASS_FILES[0]} must name more classes"
+        )
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if all_present and len(missing):
-        raise UserError(f"{folder} has no training image of class {missing[0]} ({len(missing)} of {classes} classes "
-                        "have none): is a shard missing?")  # fmt: skip
+        raise UserError(
+            f"{folder} has no training image of class {missing[0]} ({len(missing)} of {classes} classes "
+            "have none): is a shard missing?"
+        )
 
 
 def read_class_names(folder: Path) -> list[str] | None:

@@ -12,8 +12,13 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from illama.errors import UserError
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-_TYPE_NAMES = {TensorProto.INT8: "int8", TensorProto.UINT8: "int8", TensorProto.INT4: "int4", TensorProto.UINT4: "int4",
-               TensorProto.FLOAT8E4M3FN: "fp8"}  # fmt: skip
+_TYPE_NAMES = {
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "int8",
+    TensorProto.INT4: "int4",
+    TensorProto.UINT4: "int4",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+}
 
 
 def load_graph(path: Path) -> ModelProto:

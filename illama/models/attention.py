@@ -31,7 +31,7 @@ from illama.models.config import MaskKind, NetworkConfig
 Form = Literal["plain", "fused"]
 
 
-class Operand(nn.Identity):
+class QuantizerPoint(nn.Identity):
     """An input of an attention product: the place where a quantizer may stand."""
 
 
@@ -71,7 +71,7 @@ class MaskedAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.form: Form | None = None
-        self.q, self.k, self.v, self.p = Operand(), Operand(), Operand(), Operand()
+        self.q, self.k, self.v, self.p = QuantizerPoint(), QuantizerPoint(), QuantizerPoint(), QuantizerPoint()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float = 0.0) -> Tensor:
         """q (B, H, M, d), k and v (B, H, N, d) -> (B, H, M, d).
@@ -152,9 +152,7 @@ class SoftMasked(nn.Module):
     def attention_mask(self, kind: MaskKind, causal: Tensor) -> AttentionMask:
         """The mask of this forward pass; ``causal`` is (N, N), true where the query may see the key."""
         return AttentionMask(
-            "bidirectional" if self._masks_nothing else kind,
-            causal,
-            self.alpha if self._masks_softly else None,
+            "bidirectional" if self._masks_nothing else kind, causal, self.alpha if self._masks_softly else None
         )
 
     def set_attention_form(self, form: Form | None) -> None:

@@ -15,19 +15,31 @@ Mlp = Literal["swiglu", "gelu"]
 
 # width, depth, heads of arXiv 2404.06773, Table 13; "nano" is ours, for 28- to 32-pixel images on a CPU.
 _PRESETS: dict[str, dict[str, int]] = {
-    "nano": {"image_size": 28, "patch_size": 4, "in_channels": 1, "width": 128, "depth": 6, "heads": 2,
-             "num_classes": 10},
+    "nano": {
+        "image_size": 28,
+        "patch_size": 4,
+        "in_channels": 1,
+        "width": 128,
+        "depth": 6,
+        "heads": 2,
+        "num_classes": 10,
+    },
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},
     "large": {"width": 1024, "depth": 24, "heads": 16},
-}  # fmt: skip
+}
 
 # The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17; each changes one thing of the last.
 # The mask of the collapse is the usual causal one, before the softmax: the paper's after the softmax lets the
 # denominators through, so that a class token at the front is not quite blind (docs/reproduction.md).
-_VIT: dict[str, Any] = {"norm": "layer", "mlp": "gelu", "mask": "bidirectional", "class_token": "first",
-                        "position": "learnable"}  # fmt: skip
+_VIT: dict[str, Any] = {
+    "norm": "layer",
+    "mlp": "gelu",
+    "mask": "bidirectional",
+    "class_token": "first",
+    "position": "learnable",
+}
 _VIT_RMSNORM = {**_VIT, "mlp": "swiglu", "norm": "rms"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit": _VIT,

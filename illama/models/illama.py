@@ -115,8 +115,9 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = make_norm(config)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GELUMLP(config)
-        self.drop = nn.Sequential(nn.Dropout(dropout) if dropout else nn.Identity(),
-                                  DropPath(drop_path) if drop_path else nn.Identity())  # fmt: skip
+        self.drop = nn.Sequential(
+            nn.Dropout(dropout) if dropout else nn.Identity(), DropPath(drop_path) if drop_path else nn.Identity()
+        )
 
     def forward(self, x: Tensor, mask: AttentionMask, rotation: Tensor | None, row: int | None = None) -> Tensor:
         """(B, N, width) -> (B, N, width), or (B, 1, width) for one query ``row``."""
@@ -173,8 +174,10 @@ class ILLaMA(SoftMasked):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which layer each parameter belongs to, for layer-wise learning rate decay (timm's convention)."""
-        return {"stem": r"^(?:cls_token|pos_embed|patch_embed)",
-                "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}  # fmt: skip
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> what the first block takes: patches and class token with their positions, (B, N, width)."""

@@ -14,13 +14,7 @@ from typing import Any
 
 import torch
 from timm.layers import AttentionPoolLatent, PatchDropout, PatchEmbed
-from timm.models.vision_transformer import (
-    Attention,
-    Block,
-    ParallelThingsBlock,
-    ResPostBlock,
-    VisionTransformer,
-)
+from timm.models.vision_transformer import Attention, Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -76,12 +76,14 @@ class UperNet(ILLaMA):
     def __init__(self, config: SegmentationConfig, drop_path: float = 0.0, dropout: float = 0.0) -> None:
         super().__init__(config, drop_path, dropout)
         width, channels = config.width, config.decoder_channels
-        self.neck = nn.ModuleList([
-            nn.Sequential(Doubled(width), make_norm(config), nn.GELU(), Doubled(width)),
-            Doubled(width),
-            nn.Identity(),
-            nn.Identity(),
-        ])  # fmt: skip
+        self.neck = nn.ModuleList(
+            [
+                nn.Sequential(Doubled(width), make_norm(config), nn.GELU(), Doubled(width)),
+                Doubled(width),
+                nn.Identity(),
+                nn.Identity(),
+            ]
+        )
         self.decoder = _make_decoder(config)
         self.head = nn.Conv2d(channels, config.num_classes, 1)
 

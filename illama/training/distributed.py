@@ -51,8 +51,10 @@ class Processes:
         try:
             dist.barrier()
         except RuntimeError as error:
-            raise UserError("another process ended, or did not answer in time: see its own message, then start all of "
-                            "them again; what is done is kept") from error  # fmt: skip
+            raise UserError(
+                "another process ended, or did not answer in time: see its own message, then start all of "
+                "them again; what is done is kept"
+            ) from error
 
     def share(self, total: int) -> tuple[list[int], int]:
         """This process's indices of ``total`` things, and how many of them count.
@@ -99,8 +101,10 @@ def processes(apart: bool = False, timeout: timedelta | None = None) -> Iterator
     """
     launched = dist.is_torchelastic_launched()
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and _shared_store():
-        raise UserError("restarted workers would not find each other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
-                        "before torchrun --max-restarts")  # fmt: skip
+        raise UserError(
+            "restarted workers would not find each other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "before torchrun --max-restarts"
+        )
     local = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     if cuda:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from illama.cli import given_options
 from illama.data.datasets import ClassOrder
 from illama.data.images import Exif
 from illama.errors import UserError
@@ -21,8 +21,17 @@ DEFAULT_RECIPE = "nano-fashion-mnist"
 Autocast = Literal["float32", "bfloat16", "float16"]
 _FRACTIONS = ("erasing", "mixup_probability", "label_smoothing", "ema_decay", "drop_path", "dropout", "layer_decay")
 _AT_LEAST_ONE = ("epochs", "micro_batch", "checkpoint_steps")
-_NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_epochs", "soft_mask_epochs", "crop_padding", "mixup",
-                 "cutmix", "workers", "seed")  # fmt: skip
+_NOT_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "warmup_epochs",
+    "soft_mask_epochs",
+    "crop_padding",
+    "mixup",
+    "cutmix",
+    "workers",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,18 @@ class TrainingOptions:
         weight_decay: on matrices and kernels only: none on norms, biases, position embedding, class token.
         warmup_epochs: of linear warm-up.
         layer_decay: factor on the learning rate from each block to the one before it.
-        soft_mask: schedule of alpha, by iteration; it reaches 0 at soft_mask_epochs.
+        soft_mask: schedule of the soft mask's alpha, by iteration.
+        soft_mask_epochs: epochs until alpha is 0.
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
         dropout: on the embedded tokens and every branch.
         crop_padding: random crops of the image padded by this many pixels (for small pictures); 0 takes random
             resized crops (for photographs).
         rand_augment: timm's RandAugment string, such as rand-m9-mstd0.5-inc1; empty for none.
         erasing: chance of random erasing, with random pixels.
-        mixup, cutmix: their alphas, 0 for none; mixup_probability is the share of batches that get either.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        mixup_probability: share of the batches that get mixup or cutmix.
+        label_smoothing: share of the target that is spread evenly over all classes.
         ema_decay: of the exponential moving average of the weights, which is what is kept; 0 keeps the last.
         autocast: number format of the forward pass; float16 scales the loss.
         compile: torch.compile the network (needs a C++ compiler on a CPU).
@@ -131,7 +144,12 @@ class Recipe(TrainingOptions):
         recipe: a name in illama/recipes (see there), or a YAML file of your own.
         model: nano, tiny, small, base or large.
         variant: the step between ViT and iLLaMA (illama/models/config.py lists them).
-        image_size, patch_size, in_channels, width, depth, heads: the preset's if not given.
+        image_size: side of the square input in pixels; the preset's if not given.
+        patch_size: side of a patch in pixels; the preset's if not given.
+        in_channels: colour channels of the input; the preset's if not given.
+        width: embedding width; the preset's if not given.
+        depth: number of blocks; the preset's if not given.
+        heads: attention heads of each block; the preset's if not given.
         mask: post_softmax (the paper's equation 2), pre_softmax or bidirectional; the variant's if not given.
         init: start from the weights of a bundle, a .safetensors or a released .pth; its positions are
             resized to image_size.
@@ -202,16 +220,17 @@ def read_recipe(kind: type[Options], folder: Path, name: str) -> Options:
     return kind(**{"recipe": name, **{key: _checked(path, key, value, hints) for key, value in values.items()}})
 
 
-def recipe_of_command_line() -> Recipe:
-    """The recipe that ``--recipe`` names, as the defaults that the other options override."""
-    return load_recipe(recipe_named(DEFAULT_RECIPE))
+def recipe_of_command_line(kind: type[Options], folder: Path, default: str) -> Options:
+    """The recipe that ``--recipe`` names, with the other options of the command line in the place of its own.
 
+    Args:
+        default: the recipe where the command line names none.
 
-def recipe_named(default: str) -> str:
-    """What the command line's ``--recipe`` says."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="?", default=default)
-    return parser.parse_known_args()[0].recipe or default
+    Raises:
+        UserError: as :func:`read_recipe`.
+    """
+    given = given_options(kind, read_recipe(kind, folder, default))
+    return replace(read_recipe(kind, folder, given.pop("recipe", default)), **given)
 
 
 def _checked(path: Path, name: str, value: Any, hints: dict[str, Any]) -> Any:

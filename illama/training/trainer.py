@@ -178,11 +178,18 @@ class Run:
         except (RuntimeError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.checkpoint} is damaged: delete it to start anew") from error
         if json.loads(content.get("identity", "{}")) != json.loads(self.identity):
-            raise UserError(f"{self.recipe.out} holds a run with other options, images or starting weights: "
-                            "choose another --out or delete it")  # fmt: skip
+            raise UserError(
+                f"{self.recipe.out} holds a run with other options, images or starting weights: "
+                "choose another --out or delete it"
+            )
         self.step, self.loss_sum = content["step"], content["loss_sum"]
-        sharded.set_state_dict(self.model, self.optimizer, model_state_dict=content["model"],
-                               optim_state_dict=content["optimizer"], options=_WHOLE)  # fmt: skip
+        sharded.set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=content["model"],
+            optim_state_dict=content["optimizer"],
+            options=_WHOLE,
+        )
         if self.average:
             sharded.set_model_state_dict(self.kept, content["average"], options=_WHOLE)
             self.average.n_averaged += self.step
@@ -195,11 +202,13 @@ def make_optimizer(
     """timm's optimiser of that name over the groups; UserError if there is none."""
     fused: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" and not recipe.sharded else {}
     try:
-        return create_optimizer_v2(groups(recipe, model), opt=recipe.optimizer, lr=recipe.learning_rate,
-                                   weight_decay=0.0, **fused)  # fmt: skip
+        return create_optimizer_v2(
+            groups(recipe, model), opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0, **fused
+        )
     except (ValueError, AssertionError, ImportError) as error:
-        raise UserError(f"--optimizer {recipe.optimizer!r} is none of timm's, or not for this machine: the paper's "
-                        "is adamw") from error  # fmt: skip
+        raise UserError(
+            f"--optimizer {recipe.optimizer!r} is none of timm's, or not for this machine: the paper's is adamw"
+        ) from error
 
 
 def fit(run: Run) -> None:
@@ -234,8 +243,9 @@ def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps
     recipe, device = run.recipe, run.processes.device
     run.model.train()
     run.model.soft_mask = soft_mask_alpha(recipe.soft_mask, run.step, int(recipe.soft_mask_epochs * steps_per_epoch))
-    rate = cosine_with_warmup(run.step, recipe.epochs * steps_per_epoch,
-                              int(recipe.warmup_epochs * steps_per_epoch), recipe.learning_rate)  # fmt: skip
+    rate = cosine_with_warmup(
+        run.step, recipe.epochs * steps_per_epoch, int(recipe.warmup_epochs * steps_per_epoch), recipe.learning_rate
+    )
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     for part in parts:
@@ -285,7 +295,12 @@ def evaluate(run: Run, split: Dataset[Sample]) -> float:
     model = run.kept.eval()
     model.soft_mask = 0.0
     own, counted = run.processes.share(len(cast(Sized, split)))
-    logits, labels = predict({"kept": torch_infer(model)}, Subset(split, own), run.preprocessing.transform(),
-                             workers=run.recipe.workers, progress=run.processes.main)  # fmt: skip
+    logits, labels = predict(
+        {"kept": torch_infer(model)},
+        Subset(split, own),
+        run.preprocessing.transform(),
+        workers=run.recipe.workers,
+        progress=run.processes.main,
+    )
     right, seen = run.processes.sum(float((logits["kept"].argmax(1) == labels)[:counted].sum()), counted)
     return 100 * right / seen

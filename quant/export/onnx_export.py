@@ -44,11 +44,21 @@ _TYPES = {
 # Of onnxscript's 45 the ones that a transformer can meet. One of the others, which turns pairs of Slices into a
 # Split, takes time that grows with the square of the network: half of the whole export for 12 blocks.
 _RULES = (
-    rules.materialize_reshape_shape_rule, rules.squeeze_reshape_1d_rule, rules.reshape_reshape_rule,
-    rules.flatten_to_reshape_rule, rules.unsqueeze_unsqueeze_rule, rules.collapse_slice_rule,
-    rules.collapse_slice2_rule, rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.cast_cast_rule,
-    rules.no_op_cast_rule, rules.no_op_expand_rule, *rules.mul_by_1_rule.commute(), *rules.add_0_rule.commute(),
-)  # fmt: skip
+    rules.materialize_reshape_shape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.reshape_reshape_rule,
+    rules.flatten_to_reshape_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    *rules.mul_by_1_rule.commute(),
+    *rules.add_0_rule.commute(),
+)
 
 
 def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
@@ -63,9 +73,9 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
     if form == "plain":
         pair_halves(model)
     notes = softmax_outputs(model) if form == "fused" else {}
-    network = _Casting(model, dtype, centred=form == "fused")
+    network = _Casting(model, dtype, fold_zero_points=form == "fused")
     network.model.set_attention_form(form)
-    numbers = {quantizer.number.name for _, quantizer in quantizers(network)}
+    dtypes = {quantizer.dtype.name for _, quantizer in quantizers(network)}
     config = model.config
     images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
     with warnings.catch_warnings(), torch.no_grad():
@@ -74,9 +84,15 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
         traced = torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch")},))
         lower(traced)
         program = torch.onnx.export(
-            traced, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            input_names=[INPUT], output_names=[OUTPUT], custom_translation_table=translations(form, numbers),
-        )  # fmt: skip
+            traced,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            custom_translation_table=translations(form, dtypes),
+        )
     assert program is not None
     graph = simplify(program.model)
     if notes:
@@ -93,18 +109,18 @@ def softmax_outputs(model: nn.Module) -> dict[str, dict[str, Any]]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedAttention) and isinstance(module.p, QuantizeDequantize):
-            number, scale = module.p.number, float(module.p.scale)
-            signed = FORMATS[number.name.removeprefix("u")]
-            found[name] = {"number": signed.name, "scale": scale * number.high / signed.high}
+            dtype, scale = module.p.dtype, float(module.p.scale)
+            signed = FORMATS[dtype.name.removeprefix("u")]
+            found[name] = {"number": signed.name, "scale": scale * dtype.high / signed.high}
     return found
 
 
 class _Casting(nn.Module):
     """A network in another precision behind float32 inputs and outputs."""
 
-    def __init__(self, model: SoftMasked, dtype: torch.dtype, centred: bool) -> None:
+    def __init__(self, model: SoftMasked, dtype: torch.dtype, fold_zero_points: bool) -> None:
         super().__init__()
-        freeze(model, centred)
+        freeze(model, fold_zero_points)
         # Not model.to(dtype): that would turn the 8-bit floating-point weights into wide ones too.
         self.model = model._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)  # type: ignore[no-untyped-call]
         self.dtype = dtype
@@ -202,15 +218,15 @@ def name_by_layer(model: ir.Model) -> None:
             taken.add(id(value))
 
 
-def translations(form: Form, numbers: Collection[str] = ()) -> dict[Any, Any]:
+def translations(form: Form, dtypes: Collection[str] = ()) -> dict[Any, Any]:
     """What our two operators are in ONNX; activations only, since weights are dequantized and nothing else.
 
     Args:
-        numbers: names of the number formats in the network.
+        dtypes: names of the quantized dtypes in the network.
     """
 
-    def to_onnx_quantize_dequantize(x: Any, scale: Any, number: str, zero_point: int = 0) -> Any:
-        limits, kind = FORMATS[number], _TYPES[number]
+    def to_onnx_quantize_dequantize(x: Any, scale: Any, dtype: str, zero_point: int = 0) -> Any:
+        limits, kind = FORMATS[dtype], _TYPES[dtype]
         if limits.bits == 6:  # saturated by hand, for its type does not
             ends: list[Any] = [op.Constant(value_float=end - zero_point) for end in (limits.low, limits.high)]
             x = op.Clip(x, *(op.Mul(scale, op.CastLike(end, scale)) for end in ends))
@@ -218,13 +234,13 @@ def translations(form: Form, numbers: Collection[str] = ()) -> dict[Any, Any]:
             # The same numbers in the type that the products of x86 CPUs take on the left; left to itself,
             # ONNX Runtime converts some of them and runs the others several times slower.
             kind, zero_point = onnx.TensorProto.UINT8, 128
-        zero: Any = op.Constant(value=onnx.helper.make_tensor(f"zero_{number}", kind, [], [zero_point]))
+        zero: Any = op.Constant(value=onnx.helper.make_tensor(f"zero_{dtype}", kind, [], [zero_point]))
         quantized: Any = op.QuantizeLinear(x, scale, zero)
         return op.DequantizeLinear(quantized, scale, zero)
 
-    def to_onnx_dequantize(weight: Any, scale: Any, number: str, axis: int, group_size: int = 0) -> Any:
-        if FORMATS[number].bits == 4:
-            weight = op.Cast(weight, to=_TYPES[number])
+    def to_onnx_dequantize(weight: Any, scale: Any, dtype: str, axis: int, group_size: int = 0) -> Any:
+        if FORMATS[dtype].bits == 4:
+            weight = op.Cast(weight, to=_TYPES[dtype])
         return op.DequantizeLinear(weight, scale, axis=axis, block_size=group_size)
 
     def to_onnx_rotary(x: Any, cos: Any, sin: Any, positions: Any) -> Any:
@@ -239,7 +255,7 @@ def translations(form: Form, numbers: Collection[str] = ()) -> dict[Any, Any]:
         quantize_dequantize._opoverload: to_onnx_quantize_dequantize,
         dequantize._opoverload: to_onnx_dequantize,
     }
-    if form == "plain" and "fp8" in numbers:
+    if form == "plain" and "fp8" in dtypes:
         # A Relu before a QuantizeLinear of zero point 0 is one that ONNX Runtime takes out, since bytes have no sign;
         # FP8 has.
         table[torch.ops.aten.relu.default] = to_onnx_relu

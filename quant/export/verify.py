@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from illama.errors import UserError
 from illama.graph.session import cpu_session
-from illama.models.attention import MaskedAttention, Operand, SoftMasked
+from illama.models.attention import MaskedAttention, QuantizerPoint, SoftMasked
 from illama.models.illama import Rotary
 from quant.export.rotary import pair_halves
 from quant.mixed_precision.layer_effects import decibels
@@ -55,7 +55,7 @@ class Difference:
     relative: float = 0.0
 
     @property
-    def departs(self) -> bool:
+    def mismatch(self) -> bool:
         """Whether it is more than ties and float rounding make; NaN departs too."""
         return not (self.steps <= 1 and self.moved <= TIES and self.relative <= FLOAT)
 
@@ -134,7 +134,7 @@ def observable_layers(model: nn.Module) -> dict[str, nn.Module]:
     A rotation is called twice, for q and for k. ONNX Runtime rounds the second product on its way out where it can, so
     the product itself is never there.
     """
-    hidden = (QuantizeDequantize, Operand, MaskedAttention, Rotary)
+    hidden = (QuantizeDequantize, QuantizerPoint, MaskedAttention, Rotary)
     return {name: module for name, module in model.named_modules() if name and not isinstance(module, hidden)}
 
 
@@ -182,9 +182,9 @@ def largest_step_difference(model: SoftMasked, path: Path, images: np.ndarray) -
     return max(max(float(each.steps), 2.0 * (each.moved > TIES), each.relative / FLOAT) for each in differences)
 
 
-def first_departure(differences: Mapping[str, Difference]) -> str | None:
+def first_mismatch(differences: Mapping[str, Difference]) -> str | None:
     """The first tensor that is more than rounding off: what computes it, from the tensor before it on, is at fault."""
-    return next((name for name, difference in differences.items() if difference.departs), None)
+    return next((name for name, difference in differences.items() if difference.mismatch), None)
 
 
 def _replacing_codes(found: dict[str, Difference], name: str, arrays: list[Tensor]) -> Callable[..., Tensor | None]:
@@ -220,7 +220,7 @@ def _take(arrays: list[Tensor], shape: torch.Size) -> Tensor | None:
 
 def _ordinal(quantizer: QuantizeDequantize, codes: Tensor) -> Tensor:
     """Codes as consecutive integers, so that one step is 1 in FP8 too."""
-    if quantizer.number.rounds:
+    if quantizer.dtype.rounds:
         return codes.round()
     bits = codes.to(torch.float8_e4m3fn).view(torch.int8).int()
     return torch.where(bits < 0, -(bits & 127), bits)

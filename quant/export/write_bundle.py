@@ -45,8 +45,15 @@ class Origin:
 
     def manifest(self, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Manifest:
         """The manifest of a bundle of a network with that config."""
-        return Manifest(command_line(), dict(config), asdict(self.preprocessing), list(self.classes), self.seed,
-                        dict(self.inputs), {SOURCE: dict(self.source), **metrics})  # fmt: skip
+        return Manifest(
+            command_line(),
+            dict(config),
+            asdict(self.preprocessing),
+            list(self.classes),
+            self.seed,
+            dict(self.inputs),
+            {SOURCE: dict(self.source), **metrics},
+        )
 
 
 def check_scheme(model: SoftMasked, scheme: Scheme) -> None:

@@ -46,7 +46,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Choices:
     """All choices, and what whole networks of one scheme do.
 
     Attributes:
@@ -93,7 +93,7 @@ class Study:
         self.effects: dict[tuple[str, str], Effect] = {}
         self.whole: dict[str, Effect] = {}
 
-    def run(self, folder: Path, profiles: Mapping[str, Path]) -> Candidates:
+    def run(self, folder: Path, profiles: Mapping[str, Path]) -> Choices:
         """Every choice with its figures.
 
         Args:
@@ -120,9 +120,14 @@ class Study:
         sums = {
             name: sum(self._kl(layer, self._same_offer(layer, name)) for layer in self.layers) for name in self.whole
         }
-        return Candidates(layers, {name: (effect, sums[name]) for name, effect in self.whole.items()},
-                          costs.fixed_bytes, costs.fixed_ms, costs.fit_ms,
-                          {name: each.rest for name, each in times.items()})  # fmt: skip
+        return Choices(
+            layers,
+            {name: (effect, sums[name]) for name, effect in self.whole.items()},
+            costs.fixed_bytes,
+            costs.fixed_ms,
+            costs.fit_ms,
+            {name: each.rest for name, each in times.items()},
+        )
 
     def _weigh(self, name: str, quantized: SoftMasked) -> None:
         own = {layer: tuple(self._specs(layer, name)) for layer, offers in self.offers.items() if name in offers}
@@ -164,8 +169,10 @@ class Study:
         return next(each for each in self.schemes if self._structure(each) == self._structure(name))
 
     def _structure(self, name: str) -> dict[str, tuple[Any, ...]]:
-        return {tensor: (spec.format, spec.granularity, spec.group_size, spec.symmetric)
-                for tensor, spec in self.plans[name].items()}  # fmt: skip
+        return {
+            tensor: (spec.format, spec.granularity, spec.group_size, spec.symmetric)
+            for tensor, spec in self.plans[name].items()
+        }
 
 
 def one_image(inputs: Inputs) -> np.ndarray:
@@ -200,8 +207,9 @@ class _Costs:
         self.fit_ms = {name: each.call - sums[name] - self.fixed_ms for name, each in times.items()}
         weights = {name: sum(self._weight_bytes(layer, name) for layer in layers) for name in times}
         self.fixed_bytes = sizes[FLOAT] - weights[FLOAT]
-        self._node_bytes = {name: (sizes[name] - self.fixed_bytes - weights[name]) // max(1, len(plans[name]))
-                            for name in times}  # fmt: skip
+        self._node_bytes = {
+            name: (sizes[name] - self.fixed_bytes - weights[name]) // max(1, len(plans[name])) for name in times
+        }
 
     def of(self, layer: str, name: str) -> tuple[int, float]:
         """(bytes, ms) of a layer under a scheme."""
@@ -218,12 +226,12 @@ class _Costs:
         return weight_bytes(self.model.get_submodule(layer), self.plans[name].get(f"{layer}.weight"))
 
 
-def scheme_of(candidates: Candidates, chosen: Mapping[str, int], learned: int, summary: str) -> Scheme:
+def scheme_of(choices: Choices, chosen: Mapping[str, int], learned: int, summary: str) -> Scheme:
     """The assignment as a scheme, every quantized tensor by its full name."""
     tensors: dict[str, TensorSpec | None] = {}
     smooth: dict[str, float] = {}
     for layer, index in chosen.items():
-        choice = candidates.layers[layer][index]
+        choice = choices.layers[layer][index]
         tensors.update(choice.specs)
         smooth.update({layer: choice.smooth} if choice.smooth is not None else {})
     return Scheme("searched", tensors, smooth, learned, summary=summary)

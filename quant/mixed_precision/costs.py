@@ -27,7 +27,7 @@ def weight_bytes(layer: nn.Module, spec: TensorSpec | None) -> int:
     weight: Any = layer.weight
     if spec is None:
         return 4 * weight.numel()
-    stored = (weight.numel() + 1) // 2 if spec.number.bits == 4 else weight.numel()
+    stored = (weight.numel() + 1) // 2 if spec.dtype.bits == 4 else weight.numel()
     groups = weight.numel() // spec.group_size if spec.granularity == "group" else len(weight)
     return stored + 4 * groups
 

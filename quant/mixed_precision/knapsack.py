@@ -38,8 +38,9 @@ def total(table: Table, chosen: Mapping[str, int]) -> float:
 
 def _solve(minimise: Table, limited: Table, limit: float) -> dict[str, int]:
     sizes = [len(values) for values in minimise.values()]
-    objective, weights = (np.concatenate([np.asarray(values, float) for values in table.values()])
-                          for table in (minimise, limited))  # fmt: skip
+    objective, weights = (
+        np.concatenate([np.asarray(values, float) for values in table.values()]) for table in (minimise, limited)
+    )
     # One row a layer whose choices add up to one, and one for the limit; scaled to 1, as tolerances are absolute.
     rows = np.repeat(np.arange(len(sizes)), sizes)
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))

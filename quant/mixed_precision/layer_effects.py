@@ -101,8 +101,14 @@ class Tally:
         """The effect over all batches; UserError if one of the networks gave NaN or infinity."""
         if not math.isfinite(self._kl):
             raise UserError("a quantized network gives NaN or infinite logits: its ranges do not fit its values")
-        return Effect(decibels(self._signal, self._noise), max(0.0, self._kl / self._images), self._lost, self._gained,
-                      self._images, self._right)  # fmt: skip
+        return Effect(
+            decibels(self._signal, self._noise),
+            max(0.0, self._kl / self._images),
+            self._lost,
+            self._gained,
+            self._images,
+            self._right,
+        )
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -11,9 +11,16 @@ from matplotlib.figure import Figure
 from quant.mixed_precision.layer_effects import block_number, kind_of, layer_of
 
 _COLOURS = {
-    "patches": "#7f7f7f", "qkv": "#1f77b4", "qk": "#17becf", "pv": "#9467bd", "proj": "#8c564b", "fc1": "#ff7f0e",
-    "fc3": "#f2c14e", "fc2": "#d62728", "head": "#333333",
-}  # fmt: skip
+    "patches": "#7f7f7f",
+    "qkv": "#1f77b4",
+    "qk": "#17becf",
+    "pv": "#9467bd",
+    "proj": "#8c564b",
+    "fc1": "#ff7f0e",
+    "fc3": "#f2c14e",
+    "fc2": "#d62728",
+    "head": "#333333",
+}
 _OTHER = "#bbbbbb"
 _TITLES = {"qk": "q k product", "pv": "p v product"}
 _MARKS = {"weight": "o", "input": "v", "q": "v", "k": "^", "p": "v", "v": "^"}
@@ -42,8 +49,14 @@ def draw_sensitivity(result: dict[str, Any], path: Path) -> None:
     for name, value in result["tensor_sqnr_db"].items():
         part = name.rpartition(".")[2]
         if value is not None:
-            dots.plot(layers.index(layer_of(name)), value, _MARKS.get(part, "s"), color=_colour(layer_of(name)),
-                      markersize=4, fillstyle="none" if part == "weight" else "full")  # fmt: skip
+            dots.plot(
+                layers.index(layer_of(name)),
+                value,
+                _MARKS.get(part, "s"),
+                color=_colour(layer_of(name)),
+                markersize=4,
+                fillstyle="none" if part == "weight" else "full",
+            )
     dots.set_ylabel("SQNR of each tensor (dB)")
     _mark_blocks(bars, layers)
     _mark_blocks(dots, layers)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from illama.errors import UserError
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
-from quant.mixed_precision.choices import Candidates, one_image, scheme_of
+from quant.mixed_precision.choices import Choices, one_image, scheme_of
 from quant.mixed_precision.costs import time_graphs
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, compare_logits
@@ -56,14 +56,14 @@ class Plan:
 
 
 class Planner:
-    """Searches assignments of one set of candidates under one budget.
+    """Searches assignments of one set of choices under one budget.
 
     The predicted drop is the sum of the layers' KLs times one slope. KLs of small, independent disturbances add up;
     the slope, points per nat, is fitted to whole networks that were measured: each format throughout, and every
     assignment that was checked.
 
     Args:
-        images: what drops are measured over: others than those that the candidates were weighed by, since a search
+        images: what drops are measured over: others than those that the choices were weighed by, since a search
             among many takes what chance favours.
         timed: whether a call's time is measured here; otherwise the profiles that were given say it.
         learned: steps a block of learned rounding in what is made.
@@ -73,20 +73,20 @@ class Planner:
     def __init__(
         self,
         inputs: Inputs,
-        candidates: Candidates,
+        choices: Choices,
         images: DataLoader[Any],
         budget: Budget,
         timed: bool = True,
         learned: int = 0,
         threads: int = 0,
     ) -> None:
-        self.inputs, self.candidates, self.images, self.budget = inputs, candidates, images, budget
+        self.inputs, self.choices, self.images, self.budget = inputs, choices, images, budget
         self.timed, self.learned, self.threads = timed, learned, threads
-        layers = candidates.layers
+        layers = choices.layers
         self.kl = {layer: [choice.kl for choice in choices] for layer, choices in layers.items()}
         self.ms = {layer: [choice.ms for choice in choices] for layer, choices in layers.items()}
         self.bytes = {layer: [float(choice.bytes) for choice in choices] for layer, choices in layers.items()}
-        self.known = [(kl, effect) for effect, kl in candidates.whole.values()]
+        self.known = [(kl, effect) for effect, kl in choices.whole.values()]
         self._drop_slack, self._cost_limit = 1.0, budget.limit
 
     def slope(self) -> float:
@@ -125,26 +125,31 @@ class Planner:
             costs = self.ms if self.budget.minimise == "ms" else self.bytes
             chosen = assign(costs, self.kl, self._drop_slack * self.budget.limit / self.slope())
         elif self.budget.kind == "ms":
-            chosen = assign(self.kl, self.ms, self._cost_limit - self.candidates.fixed_ms)
+            chosen = assign(self.kl, self.ms, self._cost_limit - self.choices.fixed_ms)
         else:
-            chosen = assign(self.kl, self.bytes, self._cost_limit * 1e6 - self.candidates.fixed_bytes)
+            chosen = assign(self.kl, self.bytes, self._cost_limit * 1e6 - self.choices.fixed_bytes)
         if chosen is None:
             return None
-        kl, ms = total(self.kl, chosen), self.candidates.fixed_ms + total(self.ms, chosen)
-        megabytes = (self.candidates.fixed_bytes + total(self.bytes, chosen)) / 1e6
+        kl, ms = total(self.kl, chosen), self.choices.fixed_ms + total(self.ms, chosen)
+        megabytes = (self.choices.fixed_bytes + total(self.bytes, chosen)) / 1e6
         return Plan(chosen, kl, {"drop": kl * self.slope(), "kl": kl, "ms": ms, "megabytes": megabytes})
 
     def check(self, plan: Plan, path: Path) -> None:
         """Quantize for real, export to ``path``, and measure."""
-        scheme = scheme_of(self.candidates, plan.chosen, self.learned, "")
+        scheme = scheme_of(self.choices, plan.chosen, self.learned, "")
         quantized = calibrate(self.inputs.model, scheme, self.inputs.calibration)
         plan.effect = compare_logits(self.inputs.plain_model(), quantized, self.images)
         export_onnx(quantized, path, "plain")
         milliseconds: float | None = None
         if self.timed:
             milliseconds = time_graphs({"plan": path}, one_image(self.inputs), {}, self.threads)["plan"].call
-        plan.measured = {"drop": plan.effect.drop, "drop_at_most": plan.effect.drop_at_most, "kl": plan.effect.kl,
-                         "ms": milliseconds, "megabytes": path.stat().st_size / 1e6}  # fmt: skip
+        plan.measured = {
+            "drop": plan.effect.drop,
+            "drop_at_most": plan.effect.drop_at_most,
+            "kl": plan.effect.kl,
+            "ms": milliseconds,
+            "megabytes": path.stat().st_size / 1e6,
+        }
         self.known.append((plan.kl, plan.effect))
 
     def holds(self, plan: Plan) -> bool:
@@ -164,8 +169,8 @@ class Planner:
 
     def _least(self) -> str:
         if self.budget.kind == "ms":
-            return f"the fastest is predicted to take {self.candidates.fixed_ms + _least(self.ms):.3f} ms"
-        return f"the smallest is predicted to take {(self.candidates.fixed_bytes + _least(self.bytes)) / 1e6:.3f} MB"
+            return f"the fastest is predicted to take {self.choices.fixed_ms + _least(self.ms):.3f} ms"
+        return f"the smallest is predicted to take {(self.choices.fixed_bytes + _least(self.bytes)) / 1e6:.3f} MB"
 
 
 def _least(table: Mapping[str, list[float]]) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from illama.errors import UserError
-from illama.models.attention import Operand, SoftMasked
+from illama.models.attention import QuantizerPoint, SoftMasked
 from illama.models.illama import Linear
 from quant.quantizers.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
 from quant.quantizers.observers import RangeObserver, weight_amax
@@ -34,12 +34,12 @@ class _ObservedLinear(QuantLinearConvBase):
     """ModelOpt's quantized form of our sliceable Linear."""
 
 
-class _ObservedOperand(QuantInputBase):
+class _ObservedPoint(QuantInputBase):
     """ModelOpt's quantized form of an operand of an attention product."""
 
 
 mtq.register(original_cls=Linear, quantized_cls=_ObservedLinear)
-mtq.register(original_cls=Operand, quantized_cls=_ObservedOperand)
+mtq.register(original_cls=QuantizerPoint, quantized_cls=_ObservedPoint)
 
 
 def calibrate(model: SoftMasked, scheme: Scheme, batches: Iterable[Tensor]) -> SoftMasked:
@@ -94,7 +94,7 @@ def quantize_layers(
     """A copy of ``model`` with the layers and operands of ``plan`` replaced by quantized ones."""
     quantized = copy.deepcopy(model)
     for name, module in list(quantized.named_modules()):
-        if name in plan and isinstance(module, Operand):
+        if name in plan and isinstance(module, QuantizerPoint):
             quantized.set_submodule(name, _activation(name, plan[name], observers[name]))
         elif f"{name}.weight" in plan or f"{name}.input" in plan:
             weight = _weight(plan[f"{name}.weight"], module) if f"{name}.weight" in plan else None
@@ -106,9 +106,10 @@ def quantize_layers(
 
 
 def _activation(name: str, spec: TensorSpec, observer: RangeObserver) -> QuantizeDequantize:
-    if spec.symmetric and not spec.number.signed and observer.low < 0:
-        raise UserError(f"{name} has negative values, which {spec.format} cuts off: choose a signed format, or "
-                        "symmetric: false")  # fmt: skip
+    if spec.symmetric and not spec.dtype.signed and observer.low < 0:
+        raise UserError(
+            f"{name} has negative values, which {spec.format} cuts off: choose a signed format, or symmetric: false"
+        )
     return QuantizeDequantize(spec, observer.low, observer.compute_amax() if spec.symmetric else observer.high)
 
 

@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.schemes.formats import FORMATS, NumberFormat, TensorSpec
+from quant.schemes.formats import FORMATS, QuantDtype, TensorSpec
 
 
 @torch.library.custom_op("illama::quantize_dequantize", mutates_args=())
-def quantize_dequantize(x: Tensor, scale: Tensor, number: str, zero_point: int = 0) -> Tensor:
+def quantize_dequantize(x: Tensor, scale: Tensor, dtype: str, zero_point: int = 0) -> Tensor:
     """x rounded to a number format with one scale: what QuantizeLinear and DequantizeLinear do together."""
-    integers = FORMATS[number].quantize(x, scale, zero_point).to(scale.dtype)
+    integers = FORMATS[dtype].quantize(x, scale, zero_point).to(scale.dtype)
     return (integers - zero_point if zero_point else integers) * scale
 
 
 @torch.library.custom_op("illama::dequantize", mutates_args=())
-def dequantize(weight: Tensor, scale: Tensor, number: str, axis: int, group_size: int = 0) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor, dtype: str, axis: int, group_size: int = 0) -> Tensor:
     """A weight of few bits times its scales.
 
     ``scale`` has one value per index of ``axis`` or, for groups, the weight's shape but for groups along ``axis``.
@@ -42,16 +42,16 @@ def dequantize(weight: Tensor, scale: Tensor, number: str, axis: int, group_size
 
 
 @quantize_dequantize.register_fake
-def _(x: Tensor, scale: Tensor, number: str, zero_point: int = 0) -> Tensor:
+def _(x: Tensor, scale: Tensor, dtype: str, zero_point: int = 0) -> Tensor:
     return torch.empty_like(x)
 
 
 @dequantize.register_fake
-def _(weight: Tensor, scale: Tensor, number: str, axis: int, group_size: int = 0) -> Tensor:
+def _(weight: Tensor, scale: Tensor, dtype: str, axis: int, group_size: int = 0) -> Tensor:
     return torch.empty_like(weight, dtype=scale.dtype)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, number: NumberFormat, zero_point: int = 0) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, dtype: QuantDtype, zero_point: int = 0) -> Tensor:
     """:func:`quantize_dequantize` that can be differentiated, with a scale of any shape that broadcasts.
 
     The gradient passes straight through the rounding, which gives x the straight-through estimator and the scale
@@ -59,19 +59,19 @@ def fake_quantize(x: Tensor, scale: Tensor, number: NumberFormat, zero_point: in
     for 8 bits and a fraction.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    clamped = (wide / scale).clamp(number.low - zero_point, number.high - zero_point)
+    clamped = (wide / scale).clamp(dtype.low - zero_point, dtype.high - zero_point)
     inert = clamped.detach()
-    rounded = inert.round() if number.rounds else inert.to(number.dtype).to(inert.dtype)
+    rounded = inert.round() if dtype.rounds else inert.to(dtype.storage).to(inert.dtype)
     return ((clamped + (rounded - inert)) * scale).to(x.dtype)
 
 
-def lsq_gradient(scale: Tensor, shared_by: int, number: NumberFormat) -> Tensor:
+def lsq_gradient(scale: Tensor, shared_by: int, dtype: QuantDtype) -> Tensor:
     """``scale`` itself, its gradient multiplied by LSQ's 1 / sqrt(n * Q_p) (arXiv 1902.08153, section 2.2).
 
     Args:
         shared_by: n, how many values one scale serves: weights, or features of one image.
     """
-    return scale.detach() + (scale - scale.detach()) * (shared_by * number.high) ** -0.5
+    return scale.detach() + (scale - scale.detach()) * (shared_by * dtype.high) ** -0.5
 
 
 class _Scaled(nn.Module):
@@ -86,7 +86,7 @@ class _Scaled(nn.Module):
 
     def __init__(self, spec: TensorSpec, scale: Tensor) -> None:
         super().__init__()
-        self.spec, self.number = spec, spec.number
+        self.spec, self.dtype = spec, spec.dtype
         self.enabled, self.differentiable = True, False
         self.register_buffer("scale", scale)
 
@@ -120,13 +120,13 @@ class QuantizeDequantize(_Scaled):
     """
 
     def __init__(self, spec: TensorSpec, low: Tensor, high: Tensor) -> None:
-        number = spec.number
+        dtype = spec.dtype
         if spec.symmetric:
-            scale, self_zero = number.scale(high.float().reshape(())), 0
+            scale, self_zero = dtype.scale(high.float().reshape(())), 0
         else:
             low, high = low.float().clamp(max=0).reshape(()), high.float().clamp(min=0).reshape(())
-            scale = torch.where(high > low, (high - low) / number.high, torch.ones_like(high))
-            self_zero = int((-low / scale).round().clamp(number.low, number.high))
+            scale = torch.where(high > low, (high - low) / dtype.high, torch.ones_like(high))
+            self_zero = int((-low / scale).round().clamp(dtype.low, dtype.high))
         super().__init__(spec, scale)
         self.zero_point = self_zero
 
@@ -136,15 +136,15 @@ class QuantizeDequantize(_Scaled):
         if self.differentiable:
             scale = self.positive_scale()
             if isinstance(self.scale, nn.Parameter):
-                scale = lsq_gradient(scale, x[0].numel(), self.number)
-            return fake_quantize(x, scale, self.number, self.zero_point)
-        return quantize_dequantize(x, self.scale, self.number.name, self.zero_point)
+                scale = lsq_gradient(scale, x[0].numel(), self.dtype)
+            return fake_quantize(x, scale, self.dtype, self.zero_point)
+        return quantize_dequantize(x, self.scale, self.dtype.name, self.zero_point)
 
-    def centre(self) -> Tensor:
+    def fold_zero_point(self) -> Tensor:
         """Make the format signed and the zero point 0; what is to be added to x for the same steps, a scalar."""
-        half = int(self.number.high + 1) // 2
+        half = int(self.dtype.high + 1) // 2
         shift = (self.zero_point - half) * self.scale
-        self.number, self.zero_point = FORMATS[self.number.name.removeprefix("u")], 0
+        self.dtype, self.zero_point = FORMATS[self.dtype.name.removeprefix("u")], 0
         return shift
 
 
@@ -159,7 +159,7 @@ class WeightQuantizer(_Scaled):
     """
 
     def __init__(self, spec: TensorSpec, amax: Tensor) -> None:
-        super().__init__(spec, spec.number.scale(amax.float()))
+        super().__init__(spec, spec.dtype.scale(amax.float()))
         self.offset: Tensor | None = None
 
     def forward(self, weight: Tensor, outputs: slice | None = None) -> Tensor:
@@ -169,15 +169,15 @@ class WeightQuantizer(_Scaled):
         rows, scale = split_groups(weight, self.spec), self.positive_scale()
         scale = scale if outputs is None or len(scale) == 1 else scale[outputs]
         if isinstance(self.scale, nn.Parameter):
-            scale = lsq_gradient(scale, rows.numel() // scale.numel(), self.number)
+            scale = lsq_gradient(scale, rows.numel() // scale.numel(), self.dtype)
         if self.offset is not None:
             offset = self.offset if outputs is None else self.offset[outputs]
             rows = rows + split_groups(offset, self.spec) * scale.detach()
-        return fake_quantize(rows, scale, self.number).reshape(weight.shape)
+        return fake_quantize(rows, scale, self.dtype).reshape(weight.shape)
 
     def integers(self, weight: Tensor) -> Tensor:
         """The weight as it will be stored, in its own shape."""
-        return self.number.quantize(split_groups(weight, self.spec), self.scale).reshape(weight.shape)
+        return self.dtype.quantize(split_groups(weight, self.spec), self.scale).reshape(weight.shape)
 
 
 def split_groups(weight: Tensor, spec: TensorSpec) -> Tensor:
@@ -257,7 +257,7 @@ class QuantizedConv2d(nn.Module):
         x = _rounded_input(self, x)
         if self.frozen is not None and self.weight_quantizer is not None:
             scale = self.weight_quantizer.scale.expand(len(self.frozen), 1, 1, 1).flatten()
-            weight = dequantize(self.frozen, scale, self.weight_quantizer.number.name, 0)
+            weight = dequantize(self.frozen, scale, self.weight_quantizer.dtype.name, 0)
         else:
             weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
         return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
@@ -279,7 +279,7 @@ def _rounded_input(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def centre(layer: QuantizedLayer) -> None:
+def fold_zero_point(layer: QuantizedLayer) -> None:
     """Shift an asymmetric input to where its zero point is 0, which TensorRT demands; the layer gives what it gave.
 
     With w the rounded weight and x the rounded input, w (x + shift) = w x + shift * sum(w): the rounded values are the
@@ -288,7 +288,7 @@ def centre(layer: QuantizedLayer) -> None:
     if layer.input is None or layer.input.spec.symmetric:
         return
     weight = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
-    layer.shift = layer.input.centre()
+    layer.shift = layer.input.fold_zero_point()
     moved = layer.shift * weight.flatten(1).sum(1)
     layer.bias = nn.Parameter(-moved if layer.bias is None else layer.bias - moved)
 
@@ -300,14 +300,14 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, _Scaled]]:
             yield name.replace(".weight_quantizer", ".weight"), module
 
 
-def freeze(model: nn.Module, centred: bool = False) -> None:
+def freeze(model: nn.Module, fold_zero_points: bool = False) -> None:
     """Replace every quantized layer's float weight by its integers; for export and not undone.
 
     Args:
-        centred: first make every asymmetric input symmetric (:func:`centre`).
+        fold_zero_points: first make every asymmetric input symmetric (:func:`fold_zero_point`).
     """
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
-            if centred:
-                centre(module)
+            if fold_zero_points:
+                fold_zero_point(module)
             module.freeze()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from illama.errors import UserError
-from quant.schemes.formats import NumberFormat, TensorSpec
+from quant.schemes.formats import QuantDtype, TensorSpec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it warns of optional packages that nothing here needs
@@ -75,9 +75,9 @@ class RangeObserver(_Calibrator):
         if self.spec.calibrator == "percentile":
             chosen = percentile_amax(counts, limit, self.spec.percentile)
         elif self.spec.calibrator == "mse":
-            chosen = mse_amax(counts, limit, self.spec.number)
+            chosen = mse_amax(counts, limit, self.spec.dtype)
         else:
-            chosen = entropy_amax(counts, limit, self.spec.number)
+            chosen = entropy_amax(counts, limit, self.spec.dtype)
         return torch.minimum(torch.tensor(chosen), largest)
 
 
@@ -87,24 +87,24 @@ def percentile_amax(counts: np.ndarray, limit: float, percentile: float) -> floa
     return float((np.searchsorted(cumulative, percentile / 100 * cumulative[-1]) + 1) * limit / len(counts))
 
 
-def mse_amax(counts: np.ndarray, limit: float, number: NumberFormat) -> float:
+def mse_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
     """The range with the least squared error of rounding and clamping together."""
     centres = torch.from_numpy((np.arange(len(counts)) + 0.5) * limit / len(counts)).float()
     errors = []
     for amax in _candidates(limit):
-        scale = torch.tensor(amax / number.high)
-        rounded = number.quantize(centres, scale).float() * scale
+        scale = torch.tensor(amax / dtype.high)
+        rounded = dtype.quantize(centres, scale).float() * scale
         errors.append(float(((rounded - centres).double().square().numpy() * counts).sum()))
     return _candidates(limit)[int(np.argmin(errors))]
 
 
-def entropy_amax(counts: np.ndarray, limit: float, number: NumberFormat) -> float:
+def entropy_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
     """The range whose rounded distribution diverges least from the one seen (Kullback-Leibler), as TensorRT's did.
 
     (Migacz, "8-bit inference with TensorRT", GTC 2017.) What lies beyond a candidate is clamped to it in both. A
     candidate of fewer bins than the format has levels would be represented without loss, and is none.
     """
-    levels = int(number.high) + 1
+    levels = int(dtype.high) + 1
     divergences = []
     candidates = [amax for amax in _candidates(limit) if amax / limit * len(counts) >= levels]
     for amax in candidates:
@@ -137,14 +137,14 @@ def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
         rows = rows.reshape(1, -1)
     amax = rows.abs().amax(-1, keepdim=True)
     if spec.calibrator == "mse":
-        amax = _weight_mse_amax(rows, amax, spec.number)
+        amax = _weight_mse_amax(rows, amax, spec.dtype)
     return amax if spec.granularity == "group" else amax.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _weight_mse_amax(rows: Tensor, largest: Tensor, number: NumberFormat) -> Tensor:
+def _weight_mse_amax(rows: Tensor, largest: Tensor, dtype: QuantDtype) -> Tensor:
     best, least = largest, torch.full_like(largest, float("inf"))
     for share in torch.arange(0.4, 1.001, 0.02).tolist():
-        scale = number.scale(largest * share)
-        error = (number.quantize(rows, scale).float() * scale - rows).square().sum(-1, keepdim=True)
+        scale = dtype.scale(largest * share)
+        error = (dtype.quantize(rows, scale).float() * scale - rows).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, largest * share, best), torch.minimum(error, least)
     return best

@@ -127,7 +127,7 @@ def _learn(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor, steps
 def _weights(block: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
     """Weight quantizers of integer formats with their weights; a float format's steps are not all alike."""
     layers = [module for module in block.modules() if isinstance(module, QuantizedLinear)]
-    return [(q, layer.weight) for layer in layers if (q := layer.weight_quantizer) is not None and q.number.rounds]
+    return [(q, layer.weight) for layer in layers if (q := layer.weight_quantizer) is not None and q.dtype.rounds]
 
 
 @torch.no_grad()

@@ -15,18 +15,18 @@ Calibrator = Literal["max", "percentile", "entropy", "mse"]
 
 
 @dataclass(frozen=True)
-class NumberFormat:
+class QuantDtype:
     """A number format of 8 bits or fewer.
 
     Attributes:
         name: ``fp8`` is ONNX's float8e4m3fn; 6 bits have no type of their own and are kept in 8.
-        dtype: the torch type that stores it; torch has none of 4 bits that computes.
+        storage: the torch type that stores it; torch has none of 4 bits that computes.
         low, high: smallest and largest value before scaling; values beyond are clamped to them.
     """
 
     name: FormatName
     bits: int
-    dtype: torch.dtype
+    storage: torch.dtype
     low: float
     high: float
 
@@ -37,7 +37,7 @@ class NumberFormat:
     @property
     def rounds(self) -> bool:
         """Whether the values are integers."""
-        return self.dtype != torch.float8_e4m3fn
+        return self.storage != torch.float8_e4m3fn
 
     def scale(self, amax: torch.Tensor) -> torch.Tensor:
         """The scale that maps ``amax``, the largest magnitude, to the largest value; 1 for an all-zero tensor."""
@@ -48,17 +48,17 @@ class NumberFormat:
         scaled = x / scale
         if self.rounds:
             scaled = scaled.round() + zero_point
-        return scaled.clamp(self.low, self.high).to(self.dtype)
+        return scaled.clamp(self.low, self.high).to(self.storage)
 
 
-FORMATS: dict[str, NumberFormat] = {
-    "int8": NumberFormat("int8", 8, torch.int8, -128.0, 127.0),
-    "uint8": NumberFormat("uint8", 8, torch.uint8, 0.0, 255.0),
-    "int6": NumberFormat("int6", 6, torch.int8, -32.0, 31.0),
-    "uint6": NumberFormat("uint6", 6, torch.uint8, 0.0, 63.0),
-    "int4": NumberFormat("int4", 4, torch.int8, -8.0, 7.0),
-    "uint4": NumberFormat("uint4", 4, torch.uint8, 0.0, 15.0),
-    "fp8": NumberFormat("fp8", 8, torch.float8_e4m3fn, -448.0, 448.0),
+FORMATS: dict[str, QuantDtype] = {
+    "int8": QuantDtype("int8", 8, torch.int8, -128.0, 127.0),
+    "uint8": QuantDtype("uint8", 8, torch.uint8, 0.0, 255.0),
+    "int6": QuantDtype("int6", 6, torch.int8, -32.0, 31.0),
+    "uint6": QuantDtype("uint6", 6, torch.uint8, 0.0, 63.0),
+    "int4": QuantDtype("int4", 4, torch.int8, -8.0, 7.0),
+    "uint4": QuantDtype("uint4", 4, torch.uint8, 0.0, 15.0),
+    "fp8": QuantDtype("fp8", 8, torch.float8_e4m3fn, -448.0, 448.0),
 }
 
 
@@ -92,13 +92,13 @@ class TensorSpec:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
-        if not self.symmetric and (self.number.signed or self.granularity not in ("tensor", "token")):
+        if not self.symmetric and (self.dtype.signed or self.granularity not in ("tensor", "token")):
             raise UserError("an asymmetric tensor needs an unsigned format (uint8) and one scale per tensor")
         if not self.symmetric and (self.calibrator != "max" or self.amax is not None):
             raise UserError(
                 "an asymmetric tensor's range is from the smallest to the largest value: no calibrator, no amax"
             )
-        if self.calibrator == "entropy" and not self.number.rounds:
+        if self.calibrator == "entropy" and not self.dtype.rounds:
             raise UserError(f"entropy calibration is of integers: choose another calibrator for {self.format}")
         if (
             not isinstance(self.group_size, int)
@@ -109,7 +109,7 @@ class TensorSpec:
             raise UserError("group_size must be a whole number from 1, percentile within 50 and 100, and amax positive")
 
     @property
-    def number(self) -> NumberFormat:
+    def dtype(self) -> QuantDtype:
         return FORMATS[self.format]
 
     def __str__(self) -> str:

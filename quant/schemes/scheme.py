@@ -25,7 +25,7 @@ import yaml
 from torch import nn
 
 from illama.errors import UserError
-from illama.models.attention import Operand
+from illama.models.attention import QuantizerPoint
 from quant.schemes.formats import FORMATS, TensorSpec
 
 FLOAT = "float"  # in a scheme file: leave these tensors alone
@@ -85,7 +85,7 @@ def tensor_names(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             names += [f"{name}.weight", f"{name}.input"]
-        elif isinstance(module, Operand):
+        elif isinstance(module, QuantizerPoint):
             names.append(name)
     return names
 
@@ -123,7 +123,7 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
         layer = model.get_submodule(name.removesuffix(".weight"))
         if spec.granularity == "token":
             trouble = "a weight has no tokens"
-        elif not spec.number.signed or spec.calibrator not in ("max", "mse") or spec.amax is not None:
+        elif not spec.dtype.signed or spec.calibrator not in ("max", "mse") or spec.amax is not None:
             trouble = "a weight takes a signed format, and its range by max or mse"
         elif spec.granularity == "group" and isinstance(layer, nn.Conv2d):
             trouble = "a convolution's weight has one scale per channel"
@@ -138,7 +138,7 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
 def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> str:
     """Why TensorRT has no kernels for a resolved scheme, in a sentence; empty if it has."""
     for name, spec in plan.items():
-        bits = spec.number.bits
+        bits = spec.dtype.bits
         if not name.endswith(".weight"):
             if bits < 8 or not (spec.symmetric or name.endswith(".input")):
                 return "TensorRT quantizes activations to 8 bits, symmetric; only a layer's input can be shifted there"
@@ -156,7 +156,7 @@ def emulated_on_cpus(plan: Mapping[str, TensorSpec]) -> str:
         return "no CPU multiplies FP8, and ONNX Runtime only emulates it"
     if any(FORMATS[name].bits == 6 for name in formats):
         return "6 bits are simulated"
-    if any(spec.number.bits == 4 and not name.endswith(".weight") for name, spec in plan.items()):
+    if any(spec.dtype.bits == 4 and not name.endswith(".weight") for name, spec in plan.items()):
         return "no CPU multiplies 4-bit activations, and ONNX Runtime only emulates it"
     return ""
 
@@ -166,7 +166,7 @@ def describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> list[tuple[str
     rows: dict[tuple[str, str, str], list[int]] = {}
     for layer in dict.fromkeys(name.removesuffix(".weight").removesuffix(".input") for name in tensor_names(model)):
         weight, activation = (str(plan.get(key, FLOAT)) for key in (f"{layer}.weight", f"{layer}.input"))
-        if layer in plan or isinstance(model.get_submodule(layer), Operand):
+        if layer in plan or isinstance(model.get_submodule(layer), QuantizerPoint):
             weight, activation = "", str(plan.get(layer, FLOAT))
         block = re.search(r"\bblocks\.(\d+)\.", layer)
         general = re.sub(r"\bblocks\.\d+\.", "blocks.*.", layer)
@@ -190,7 +190,7 @@ def _ranges(numbers: list[int]) -> str:
 
 _INT8 = TensorSpec("int8")
 # Asymmetric: of a GELU's output one half of a symmetric range would be empty, and no other input is worse for it. The
-# graph for TensorRT, which knows no zero point, gets the same integers by a shift (quant.quantizers.layers.centre).
+# graph for TensorRT, which knows no zero point, gets the same integers by a shift (quant.quantizers.layers).
 _INPUT8 = TensorSpec("uint8", symmetric=False)
 _WEIGHT8 = TensorSpec("int8", "channel")
 _WEIGHT4 = TensorSpec("int4", "group", calibrator="mse")

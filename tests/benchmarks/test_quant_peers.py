@@ -29,8 +29,15 @@ def options(small_bundle, image_folder, tmp_path, monkeypatch):
         monkeypatch.setitem(PEERS, name, replace(PEERS[name], runtimes=(ORT,)))
     monkeypatch.setitem(PEERS, "absent", Peer("Absent", fail, (ORT,), "none", (("no_such_module", "no-such-package"),)))
     monkeypatch.setitem(PEERS, "failing", Peer("Failing", fail, (ORT,), "none"))
-    return PeerOptions(checkpoint=small_bundle, data=str(image_folder), calibration_images=8, rounds=1, threads=1,
-                       out=tmp_path / "out", results=tmp_path / "results")  # fmt: skip
+    return PeerOptions(
+        checkpoint=small_bundle,
+        data=str(image_folder),
+        calibration_images=8,
+        rounds=1,
+        threads=1,
+        out=tmp_path / "out",
+        results=tmp_path / "results",
+    )
 
 
 def test_a_table_of_what_works_and_what_does_not(options, capsys):

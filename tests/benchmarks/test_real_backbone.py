@@ -47,8 +47,11 @@ def test_the_weight_decay_is_chosen_on_held_images():
 
 
 def test_variants_of_a_concept_choose_together():
-    paths = [f"train/people/{style}-1f469-{tone}200d-1f692.png" for style in ("google", "twitter")
-             for tone in ("", "1f3fb-", "1f3ff-")]  # fmt: skip
+    paths = [
+        f"train/people/{style}-1f469-{tone}200d-1f692.png"
+        for style in ("google", "twitter")
+        for tone in ("", "1f3fb-", "1f3ff-")
+    ]
     assert len({is_validation(path) for path in paths}) == 1
 
 

@@ -45,8 +45,20 @@ def test_the_comparison_notices_another_mask(monkeypatch):
 
 
 def test_the_command_writes_what_it_prints(tmp_path):
-    result = run_command("benchmarks/train_step.py", "--size", "nano", "--batch", "2", "--rounds", "2", "--no-compile",
-                         "--threads", "1", "--out", tmp_path)  # fmt: skip
+    result = run_command(
+        "benchmarks/train_step.py",
+        "--size",
+        "nano",
+        "--batch",
+        "2",
+        "--rounds",
+        "2",
+        "--no-compile",
+        "--threads",
+        "1",
+        "--out",
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "train-step.json").read_text())
     assert content["threads"] == 1 and content["gradient_deviation"] < 1e-4
@@ -64,8 +76,10 @@ def test_a_cpu_trains_in_16_bits_with_the_plain_form():
     seen = torch.ones(3, 3, dtype=torch.bool)
     causal, open_mask = (AttentionMask(kind, seen.tril()) for kind in ("post_softmax", "bidirectional"))
     for dtype, trains, form in (
-        (torch.float32, True, "fused"), (torch.bfloat16, True, "plain"), (torch.bfloat16, False, "fused"),
-    ):  # fmt: skip
+        (torch.float32, True, "fused"),
+        (torch.bfloat16, True, "plain"),
+        (torch.bfloat16, False, "fused"),
+    ):
         queries = torch.zeros(1, 1, 3, 2, dtype=dtype, requires_grad=trains)
         assert fastest_form(queries, open_mask) == form
         assert fastest_form(queries, causal) == "plain"

@@ -18,8 +18,8 @@ from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundl
 
 from deploy.build import build_bundle, build_fitting
 from deploy.rewrites.openvino_graph import (
-    centre_inputs,
     fitting_rewrites,
+    fold_zero_points,
     has_matrix_unit,
     leave_inputs,
     split_products,
@@ -95,8 +95,10 @@ def test_engines_of_other_options_are_side_by_side(bundle):
     assert set(find_engines(bundle)) == set(find_engines(bundle, library.name)) == {portable, small, named, old}
     if library.name == "tensorrt_rtx":
         assert portable.parent.name == "tensorrt_rtx-portable-1.8.64"
-        both, again = (build_fitting(library, bundle, EngineOptions(targets))[0]
-                       for targets in (("sm89,sm86",), ("sm86", "sm89", "sm89")))  # fmt: skip
+        both, again = (
+            build_fitting(library, bundle, EngineOptions(targets))[0]
+            for targets in (("sm89,sm86",), ("sm86", "sm89", "sm89"))
+        )
         assert both == again and both.parent.name == "tensorrt_rtx-sm86.sm89-1.8.64"
     assert {bundle_of(path) for path in (portable, portable.parent, old, bundle / FUSED_ONNX, bundle)} == {bundle}
     for path in find_engines(bundle):
@@ -157,8 +159,13 @@ def from_the_future(path):
     record.write_text(json.dumps({**json.loads(record.read_text()), "format": FORMAT + 1}))
 
 
-DAMAGES = {damage_engine: "is not the engine that", damage_record: "is damaged", lose_record: "cannot read",
-           lose_engine: "cannot read", from_the_future: "is of format"}  # fmt: skip
+DAMAGES = {
+    damage_engine: "is not the engine that",
+    damage_record: "is damaged",
+    lose_record: "cannot read",
+    lose_engine: "cannot read",
+    from_the_future: "is of format",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -187,8 +194,9 @@ def test_the_engines_of_a_bundle(tmp_path):
     bundle = write_bundle(tmp_path / "engines" / "bundle", SMALL)
     assert find_engines(bundle) == [] and bundle_of(bundle) == bundle_of(bundle / "model.safetensors") == bundle
     folder = bundle / "engines"
-    rtx, full, old, unknown = (folder / name for name in
-                               ("b/model.engine", "c/model.engine", "a.engine", "d/model.engine"))  # fmt: skip
+    rtx, full, old, unknown = (
+        folder / name for name in ("b/model.engine", "c/model.engine", "a.engine", "d/model.engine")
+    )
     for path in (rtx, old):
         write_made_up_engine(path, library="tensorrt_rtx")
     for path in (full, unknown, folder / ".b.draft-0123456789abcdef" / "model.engine"):
@@ -230,8 +238,9 @@ def test_every_mask_fuses_in_half_precision(mask, dtype, tmp_path):
 
 
 @needs_library
-@pytest.mark.parametrize(("size", "name"), [("nano", "int8"), ("nano", "w4a16"), ("tiny", "fp8"),
-                                            ("tiny", "fp8-attention")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "name"), [("nano", "int8"), ("nano", "w4a16"), ("tiny", "fp8"), ("tiny", "fp8-attention")]
+)
 def test_quantized_networks_fuse(size, name, tmp_path):
     config = ModelConfig.preset(size, depth=2)
     export_quantized(config, name, tmp_path / "model.onnx")
@@ -337,8 +346,11 @@ def test_the_command(bundle, tmp_path, run_here):
 
 def test_fused_kernels_are_known_by_their_tactic():
     """The inspector's JSON as NVIDIA documents it; not an engine's own, for want of a GPU."""
-    layers = [{"Name": "blocks.0.attn.core/Attention_softmax", "TacticName": "sm80_softmax"},
-              {"Name": "__myl_x", "TacticName": "_gemm_mha_v2_0x1"}, "a layer without detail"]  # fmt: skip
+    layers = [
+        {"Name": "blocks.0.attn.core/Attention_softmax", "TacticName": "sm80_softmax"},
+        {"Name": "__myl_x", "TacticName": "_gemm_mha_v2_0x1"},
+        "a layer without detail",
+    ]
     assert fused_kernels(json.dumps({"Layers": layers})) == ["_gemm_mha_v2_0x1"]
     assert fused_kernels("{}") == []
 
@@ -371,11 +383,14 @@ def test_centred_inputs_give_the_same_numbers(scheme, tmp_path):
     path = tmp_path / "model.onnx"
     export_quantized(SMALL, scheme, path, "plain", torch.float32)
     model, centred = load_graph(path), load_graph(path)
-    centre_inputs(centred)
+    fold_zero_points(centred)
     onnx.checker.check_model(centred, full_check=True)
     zeros = {tensor.name: tensor for tensor in centred.graph.initializer}
-    kinds = [zeros[node.input[2]].data_type for node in centred.graph.node
-             if node.op_type == "QuantizeLinear" and ".input" in node.name]  # fmt: skip
+    kinds = [
+        zeros[node.input[2]].data_type
+        for node in centred.graph.node
+        if node.op_type == "QuantizeLinear" and ".input" in node.name
+    ]
     assert kinds and set(kinds) == {onnx.TensorProto.INT8}
     difference = np.abs(in_onnxruntime(model, IMAGES) - in_onnxruntime(centred, IMAGES))
     # The same integers; but a value on the edge between two may fall to the other, by the last bit of the shift.
@@ -405,16 +420,21 @@ def test_products_in_parts_give_the_same_numbers(scheme, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "allowed", "expected"),
-    [("amx_tile amx_int8", None, True), ("amx_int8", "avx512_core_amx", True), ("amx_int8", "DEFAULT", True),
-     ("amx_int8", "AVX512_CORE_VNNI", False), ("avx512_vnni", None, False)],
-)  # fmt: skip
+    [
+        ("amx_tile amx_int8", None, True),
+        ("amx_int8", "avx512_core_amx", True),
+        ("amx_int8", "DEFAULT", True),
+        ("amx_int8", "AVX512_CORE_VNNI", False),
+        ("avx512_vnni", None, False),
+    ],
+)
 def test_zero_points_are_shifted_away_where_there_is_a_matrix_unit(flags, allowed, expected, monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}\n")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if allowed:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
     assert has_matrix_unit(tmp_path / "cpuinfo") == expected
-    assert (centre_inputs in fitting_rewrites(False, expected)) == expected
+    assert (fold_zero_points in fitting_rewrites(False, expected)) == expected
     assert not has_matrix_unit(tmp_path / "no such file")
 
 

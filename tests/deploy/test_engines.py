@@ -247,9 +247,12 @@ def _identity(channels, size):
     from onnx import TensorProto, helper
 
     shape = ["batch", channels, size, size]
-    graph = helper.make_graph([helper.make_node("Identity", ["images"], ["logits"])], "g",
-                              [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
-                              [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)])  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["images"], ["logits"])],
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
 
 

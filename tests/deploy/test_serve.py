@@ -115,9 +115,13 @@ def started(log, *arguments):
     listen = free_ports()
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            _command(listen, *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors,
+            _command(listen, *arguments),
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
     try:
         assert any(line.startswith("ready:") for line in process.stdout), log.read_text()
         assert "no authentication" in process.stdout.readline()
@@ -213,8 +217,11 @@ def _schemes_of_a_colour_network(folder):
     model, images = ILLaMA(SMALL).eval(), [torch.randn(8, 3, 32, 32)]
     origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), {}, {})
     folder.mkdir()
-    return [write_quantized(folder / name, model, quantize(model, scheme, images), scheme, origin, {})
-            for name in SCHEMES for scheme in [find_scheme(name)]]  # fmt: skip
+    return [
+        write_quantized(folder / name, model, quantize(model, scheme, images), scheme, origin, {})
+        for name in SCHEMES
+        for scheme in [find_scheme(name)]
+    ]
 
 
 def _timm_bundle(folder):
@@ -556,14 +563,27 @@ def small(small_onnx, tmp_path):
 
 
 def _configs(repository):
-    return {path.parent.name: text_format.Parse(path.read_text(), TritonConfig())
-            for path in repository.glob("*/config.pbtxt")}  # fmt: skip
+    return {
+        path.parent.name: text_format.Parse(path.read_text(), TritonConfig())
+        for path in repository.glob("*/config.pbtxt")
+    }
 
 
 def test_a_repository_for_gpus_is_valid_and_says_what_was_asked(small, tmp_path):
     """Parsed as Triton parses it; there is no GPU here to run it on."""
-    main(ServeOptions(bundles=(small,), device="gpu", out=tmp_path / "models", max_batch=64, preferred_batches=(8, 64),
-                      queue_delay_us=500, instances=2, preprocess_instances=4, version=7))  # fmt: skip
+    main(
+        ServeOptions(
+            bundles=(small,),
+            device="gpu",
+            out=tmp_path / "models",
+            max_batch=64,
+            preferred_batches=(8, 64),
+            queue_delay_us=500,
+            instances=2,
+            preprocess_instances=4,
+            version=7,
+        )
+    )
     configs = _configs(tmp_path / "models")
     assert configs.keys() == {"small", "small-preprocess", "small-network"}
     assert all(config.name == name and config.max_batch_size == 64 for name, config in configs.items())
@@ -713,8 +733,11 @@ def test_png_files_become_the_very_inputs_that_accuracy_is_measured_on():
 
 def test_machines_for_a_load(tmp_path):
     row = {"clients": 4, "p99_ms": 20.0, "server_cpu_ms": 3.0}
-    content = {"rows": [row, {**row, "p99_ms": 90.0, "server_cpu_ms": 1.0}], "memory_gib": 1.0,
-               "machine": {"cpu": "a processor", "cores": 4}}  # fmt: skip
+    content = {
+        "rows": [row, {**row, "p99_ms": 90.0, "server_cpu_ms": 1.0}],
+        "memory_gib": 1.0,
+        "machine": {"cpu": "a processor", "cores": 4},
+    }
     (tmp_path / "m.json").write_text(json.dumps(content))
 
     def machines(p99, measured=tmp_path / "m.json"):
@@ -737,8 +760,10 @@ def test_machines_for_a_load(tmp_path):
 def test_every_request_is_counted_once_when_things_go_wrong():
     """Requests 0 and 5 are the broken ones."""
     right, wrong = np.array([0.0, 9.0]), np.array([9.0, 0.0])
-    refused, unavailable = (tritonclient.grpc.InferenceServerException("", status=f"StatusCode.{status}")
-                            for status in ("INVALID_ARGUMENT", "UNAVAILABLE"))  # fmt: skip
+    refused, unavailable = (
+        tritonclient.grpc.InferenceServerException("", status=f"StatusCode.{status}")
+        for status in ("INVALID_ARGUMENT", "UNAVAILABLE")
+    )
     answers = [refused, right, wrong, unavailable, refused, right, right]
     faults = judge([Question(b"", right)] * 7, answers, 1.0, 2.0)
     assert (faults.good, faults.answered, faults.wrong, faults.lost) == (5, 2, 1, 1)

@@ -35,8 +35,17 @@ def accuracy(bundles, image_folder, tmp_path, run_here):
     """The command on the two bundles, or on others."""
 
     def run(*more, paths=bundles):
-        return run_here("eval/accuracy.py", *paths, "--data", image_folder, "--out", tmp_path / "out", "--runtime",
-                        "onnxruntime", *more)  # fmt: skip
+        return run_here(
+            "eval/accuracy.py",
+            *paths,
+            "--data",
+            image_folder,
+            "--out",
+            tmp_path / "out",
+            "--runtime",
+            "onnxruntime",
+            *more,
+        )
 
     return run
 

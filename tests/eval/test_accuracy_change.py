@@ -64,7 +64,10 @@ def test_what_changes_is_what_was_changed():
     assert change.agreement == 40 and (change.test.lost, change.test.gained, change.test.p) == (1, 1, 1)
     assert change.confidence_shift == pytest.approx(0)
     assert [(c.label, c.images, c.reference, c.other) for c in change.classes] == [
-        (0, 2, 50, 50), (1, 2, 50, 50), (2, 1, 100, 100)]  # fmt: skip
+        (0, 2, 50, 50),
+        (1, 2, 50, 50),
+        (2, 1, 100, 100),
+    ]
     top, rest = np.exp(2.5), 3
     softer = compare_predictions(Predictions.of(reference, labels), Predictions.of(reference / 2, labels))
     assert softer.confidence_shift == pytest.approx(top / (top + rest) - top**2 / (top**2 + rest), abs=1e-6)
@@ -87,8 +90,12 @@ def test_predictions_that_do_not_fit_are_refused():
     logits, labels = _logits(6, 3)
     broken = logits.copy()
     broken[2, 1] = np.nan
-    for bad, words in (((logits[:5], labels), "one set"), ((logits[:0], labels[:0]), "one set"),
-                       ((broken, labels), "1 of 6"), ((logits, labels + 3), "labels from")):  # fmt: skip
+    for bad, words in (
+        ((logits[:5], labels), "one set"),
+        ((logits[:0], labels[:0]), "one set"),
+        ((broken, labels), "1 of 6"),
+        ((logits, labels + 3), "labels from"),
+    ):
         with pytest.raises(ValueError, match=words):
             Predictions.of(*bad)
     whole = Predictions.of(logits, labels)

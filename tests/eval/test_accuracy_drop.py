@@ -17,9 +17,14 @@ def test_the_interval_is_a_paired_bootstrap_s():
     reference, other = _right(0), _right(0) & _right(1, accuracy=0.97)
     drop = paired_drop(reference, other, resamples=40_000)
     expected = scipy.stats.bootstrap(
-        (reference.astype(float), other.astype(float)), lambda a, b: (a.mean() - b.mean()) * 100, paired=True,
-        vectorized=False, n_resamples=4000, method="percentile", random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+        (reference.astype(float), other.astype(float)),
+        lambda a, b: (a.mean() - b.mean()) * 100,
+        paired=True,
+        vectorized=False,
+        n_resamples=4000,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
     assert drop.points == pytest.approx((reference.mean() - other.mean()) * 100)
     assert (drop.low, drop.high) == pytest.approx((expected.low, expected.high), abs=0.2)
 

@@ -10,13 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from eval.metrics.calibration import (
-    calibration_error,
-    equal_mass_bins,
-    equal_width_bins,
-    fit_temperature,
-    reliability,
-)
+from eval.metrics.calibration import calibration_error, equal_mass_bins, equal_width_bins, fit_temperature, reliability
 from eval.metrics.predictions import Predictions
 
 
@@ -75,8 +69,9 @@ def test_either_binning_keeps_every_image_and_bounds_the_plain_gap(images, bins)
 def test_the_temperature_is_that_of_torch_s_lbfgs_and_near_the_true_one(temperature):
     logits, labels = _overconfident(8000, temperature=temperature)
     inverse = torch.ones((), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([inverse], max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-12,
-                                  tolerance_change=1e-16)  # fmt: skip
+    optimiser = torch.optim.LBFGS(
+        [inverse], max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-16
+    )
 
     def closure():
         optimiser.zero_grad()

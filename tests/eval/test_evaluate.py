@@ -30,9 +30,11 @@ CLASSES = ["class0", "class1", "class2"]
 
 
 def _same_bits(one, other):
-    return all(np.array_equal(getattr(one, each.name), getattr(other, each.name))
-               and getattr(one, each.name).dtype == getattr(other, each.name).dtype
-               for each in fields(Predictions))  # fmt: skip
+    return all(
+        np.array_equal(getattr(one, each.name), getattr(other, each.name))
+        and getattr(one, each.name).dtype == getattr(other, each.name).dtype
+        for each in fields(Predictions)
+    )
 
 
 @settings(deadline=None)
@@ -43,8 +45,9 @@ def test_any_split_concatenates_to_the_whole(data, images, classes, temperature)
     logits[::2] += generator.normal(size=logits[::2].shape).astype(np.float32)
     labels = generator.integers(0, classes, images)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, images - 1)), max_size=5)) - {images})
-    parts = [Predictions.of(*part, temperature) for part in zip(np.split(logits, cuts), np.split(labels, cuts),
-                                                                strict=True)]  # fmt: skip
+    parts = [
+        Predictions.of(*part, temperature) for part in zip(np.split(logits, cuts), np.split(labels, cuts), strict=True)
+    ]
     whole = Predictions.of(logits, labels, temperature)
     assert _same_bits(Predictions.concatenate(parts), whole) and len(whole) == images
     order = np.argsort(-logits, axis=1, kind="stable")
@@ -83,8 +86,10 @@ class Task:
 
     def __init__(self, folder):
         generator = np.random.default_rng(0)
-        self.bundles = [write_linear_bundle(folder / name, generator.normal(size=(768, 3)) / 20, 16, CLASSES)
-                        for name in ("one", "two")]  # fmt: skip
+        self.bundles = [
+            write_linear_bundle(folder / name, generator.normal(size=(768, 3)) / 20, 16, CLASSES)
+            for name in ("one", "two")
+        ]
         self.images = write_images(folder / "images")
         self.models = {each.name: OnnxRuntimeEngine(each / "model.onnx").infer for each in self.bundles}
         self.transform = read_preprocessing(Manifest.read(self.bundles[0])).transform()
@@ -190,11 +195,31 @@ def test_waiting_ends_when_no_chunk_comes(tmp_path):
 
 def test_two_processes_give_what_one_does(task, tmp_path, run_here):
     store_temperature(task.bundles[1] / "model.onnx", 0.5, 512, "noise", "onnxruntime")
-    arguments = ["eval/accuracy.py", *task.bundles, "--data", task.images, "--runtime", "onnxruntime", "--images", 17,
-                 "--calibration-images", 0]  # fmt: skip
+    arguments = [
+        "eval/accuracy.py",
+        *task.bundles,
+        "--data",
+        task.images,
+        "--runtime",
+        "onnxruntime",
+        "--images",
+        17,
+        "--calibration-images",
+        0,
+    ]
     one = run_here(*arguments, "--out", tmp_path / "a")
-    two = run_command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--monitor-interval", 0.1,
-                      *arguments, "--out", tmp_path / "b")  # fmt: skip
+    two = run_command(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "--monitor-interval",
+        0.1,
+        *arguments,
+        "--out",
+        tmp_path / "b",
+    )
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert one.stdout == two.stdout
     contents = [json.loads((tmp_path / out / "accuracy.json").read_text()) for out in "ab"]

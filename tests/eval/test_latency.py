@@ -70,12 +70,21 @@ def test_a_refused_batch_leaves_the_others(tmp_path):
             raise UserError("the engine takes 2 images at once")
         return images
 
-    engines = {"static": OnnxRuntimeEngine(tmp_path / "m.onnx").infer, "two": only_two, "any": lambda images: images,
-               "torch": lambda images: torch.zeros(1, 2) @ torch.zeros(2, 1) if len(images) == 1 else
-               torch.zeros(1, 2) @ torch.zeros(3, 1)}  # fmt: skip
+    engines = {
+        "static": OnnxRuntimeEngine(tmp_path / "m.onnx").infer,
+        "two": only_two,
+        "any": lambda images: images,
+        "torch": lambda images: (
+            torch.zeros(1, 2) @ torch.zeros(2, 1) if len(images) == 1 else torch.zeros(1, 2) @ torch.zeros(3, 1)
+        ),
+    }
     timings = measure_latency(engines, IMAGES, (1, 2), rounds=2, calls=1, settle=1, progress=False)
     assert {name: [each.batch for each in found] for name, found in timings.latency.items()} == {
-        "static": [1], "two": [2], "any": [1, 2], "torch": [1]}  # fmt: skip
+        "static": [1],
+        "two": [2],
+        "any": [1, 2],
+        "torch": [1],
+    }
     assert "Got: 2 Expected: 1" in timings.refused["static"][2]
     assert timings.refused["two"] == {1: "the engine takes 2 images at once"}
     assert "cannot be multiplied" in timings.refused["torch"][2] and timings.refused["any"] == {}
@@ -104,9 +113,20 @@ def test_turns_stay_within_their_share(turns, calls, settle, affordable):
         assert plan == _Turns(turns, calls, settle)
 
 
-@pytest.mark.parametrize("options", [
-    {"batches": ()}, {"batches": (0,)}, {"batches": (2, 2)}, {"rounds": 0}, {"calls": 0}, {"settle": 0},
-    {"seconds": 0.0}, {"seconds": float("nan")}, {"images": IMAGES[:0]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batches": ()},
+        {"batches": (0,)},
+        {"batches": (2, 2)},
+        {"rounds": 0},
+        {"calls": 0},
+        {"settle": 0},
+        {"seconds": 0.0},
+        {"seconds": float("nan")},
+        {"images": IMAGES[:0]},
+    ],
+)
 def test_numbers_that_mean_nothing_are_refused(options):
     with pytest.raises(UserError):
         measure_latency({"a": lambda images: images}, **{"images": IMAGES, "progress": False} | options)
@@ -144,14 +164,27 @@ def test_the_board_of_an_orin_nano_is_its_input_rail(tmp_path):
     hwmon = "bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/"
     rails = {1: ("VDD_IN", 5000, 2000), 2: ("VDD_CPU_GPU_CV", 5000, 800), 3: ("VDD_SOC", 5000, 400)}
     for channel, (label, millivolts, milliamperes) in rails.items():
-        plant(tmp_path, {f"{hwmon}in{channel}_label": label, f"{hwmon}in{channel}_input": millivolts,
-                           f"{hwmon}curr{channel}_input": milliamperes})  # fmt: skip
-    plant(tmp_path, {f"{hwmon}in7_label": "Sum of shunt voltages", f"{hwmon}in7_input": 99,
-                       "class/devfreq/17000000.gpu/cur_freq": 624_750_000,
-                       "class/devfreq/15340000.vic/cur_freq": 999_000_000,
-                       "class/thermal/thermal_zone0/type": "cpu-thermal", "class/thermal/thermal_zone0/temp": 51_500,
-                       "class/thermal/thermal_zone1/type": "gpu-thermal",
-                       "class/thermal/thermal_zone1/temp": 49_000})  # fmt: skip
+        plant(
+            tmp_path,
+            {
+                f"{hwmon}in{channel}_label": label,
+                f"{hwmon}in{channel}_input": millivolts,
+                f"{hwmon}curr{channel}_input": milliamperes,
+            },
+        )
+    plant(
+        tmp_path,
+        {
+            f"{hwmon}in7_label": "Sum of shunt voltages",
+            f"{hwmon}in7_input": 99,
+            "class/devfreq/17000000.gpu/cur_freq": 624_750_000,
+            "class/devfreq/15340000.vic/cur_freq": 999_000_000,
+            "class/thermal/thermal_zone0/type": "cpu-thermal",
+            "class/thermal/thermal_zone0/temp": 51_500,
+            "class/thermal/thermal_zone1/type": "gpu-thermal",
+            "class/thermal/thermal_zone1/temp": 49_000,
+        },
+    )
     meter = open_meter(True, tmp_path)
     assert meter.covers == "board (VDD_IN, sampled)"
     start = time.perf_counter()
@@ -167,8 +200,14 @@ def test_the_board_of_an_orin_nano_is_its_input_rail(tmp_path):
 def test_a_board_without_an_input_rail_adds_up_its_rails_and_thor_has_one(tmp_path):
     first, second = "bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon3/", "bus/i2c/drivers/ina238/2-0044/hwmon/hwmon4/"
     for channel, label in enumerate(("VDD_GPU", "VDD_CPU_SOC_MSS", "NC"), 1):
-        plant(tmp_path, {f"{first}in{channel}_label": label, f"{first}in{channel}_input": 1000 * channel,
-                           f"{first}curr{channel}_input": 1000})  # fmt: skip
+        plant(
+            tmp_path,
+            {
+                f"{first}in{channel}_label": label,
+                f"{first}in{channel}_input": 1000 * channel,
+                f"{first}curr{channel}_input": 1000,
+            },
+        )
     meter = open_meter(False, tmp_path)
     assert meter.covers == "board (VDD_CPU_SOC_MSS + VDD_GPU, sampled)" and meter._watts() == pytest.approx(3.0)
     plant(tmp_path, {f"{second}label": "VIN", f"{second}in1_input": 20_000, f"{second}curr1_input": 1500})
@@ -181,8 +220,15 @@ def test_a_desktop_s_clock_temperature_and_governor(tmp_path):
     for core in cores:
         folder = f"devices/system/cpu/cpu{core}/cpufreq/"
         plant(tmp_path, {folder + "scaling_cur_freq": 3_000_000, folder + "scaling_governor": "powersave"})
-    plant(tmp_path, {"class/hwmon/hwmon2/name": "k10temp", "class/hwmon/hwmon2/temp1_input": 61_250,
-                       "class/hwmon/hwmon1/name": "nvme", "class/hwmon/hwmon1/temp1_input": 80_000})  # fmt: skip
+    plant(
+        tmp_path,
+        {
+            "class/hwmon/hwmon2/name": "k10temp",
+            "class/hwmon/hwmon2/temp1_input": 61_250,
+            "class/hwmon/hwmon1/name": "nvme",
+            "class/hwmon/hwmon1/temp1_input": 80_000,
+        },
+    )
     assert read_cpu(tmp_path) == {"CPU temperature, C": 61.25, "CPU clock, MHz": 3000.0}
     assert read_governor(tmp_path) == "powersave"
     watch = Watch(tmp_path)
@@ -198,9 +244,16 @@ def test_what_cannot_be_read_is_left_out(tmp_path):
     assert (
         read_governor(tmp_path) is None and open_meter(False, tmp_path) is None and open_meter(True, tmp_path) is None
     )
-    plant(tmp_path, {"class/thermal/thermal_zone0/type": "x86_pkg_temp", "class/thermal/thermal_zone0/temp": "busy",
-                       "class/powercap/intel-rapl:0/name": "package-0", "class/powercap/intel-rapl:0/energy_uj": "?",
-                       "bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in1_label": "VDD_IN"})  # fmt: skip
+    plant(
+        tmp_path,
+        {
+            "class/thermal/thermal_zone0/type": "x86_pkg_temp",
+            "class/thermal/thermal_zone0/temp": "busy",
+            "class/powercap/intel-rapl:0/name": "package-0",
+            "class/powercap/intel-rapl:0/energy_uj": "?",
+            "bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon1/in1_label": "VDD_IN",
+        },
+    )
     (tmp_path / "class/devfreq/17000000.gpu/cur_freq").mkdir(parents=True)  # a folder where a file should be
     assert read_cpu(tmp_path) == read_gpu(tmp_path) == {}
     assert open_meter(False, tmp_path) is None

@@ -12,7 +12,7 @@ from sample_report import HOSTILE, make_report, make_row, make_thumbnails
 
 from eval.report.markdown_html import markdown_to_html
 from eval.report.page import SHOWN_CLASSES, class_changes, key_figures, render_html, shown_flips
-from eval.report.schema import Limits, read_report
+from eval.report.schema import Constraints, read_report
 from eval.report.table import HEADINGS, markdown_table, not_measured
 from eval.report.write_report import FILES, is_result, markdown_summary, summary, write_report
 from illama.errors import UserError
@@ -56,11 +56,19 @@ def test_summary_json_keeps_the_promised_form(folder):
     assert content == json.loads(json.dumps(summary(make_report())))
     assert content.keys() == {"rows", "machine", "versions"}
     assert content["rows"][1] == {
-        "scheme": "int8", "runtime": "ONNX Runtime, CPU", "images": 1200, "top1": 92.9,
-        "drop": pytest.approx(0.1), "drop_ci95": [pytest.approx(-0.15), pytest.approx(0.35)],
-        "onnx": "int8/model.onnx", "onnx_bytes": 2_000_000, "engine": None, "engine_bytes": None,
-        "latency_ms": {"p50": 1.0, "p99": 2.0, "batch": 1}, "device": "a <CPU>",
-    }  # fmt: skip
+        "scheme": "int8",
+        "runtime": "ONNX Runtime, CPU",
+        "images": 1200,
+        "top1": 92.9,
+        "drop": pytest.approx(0.1),
+        "drop_ci95": [pytest.approx(-0.15), pytest.approx(0.35)],
+        "onnx": "int8/model.onnx",
+        "onnx_bytes": 2_000_000,
+        "engine": None,
+        "engine_bytes": None,
+        "latency_ms": {"p50": 1.0, "p99": 2.0, "batch": 1},
+        "device": "a <CPU>",
+    }
     assert content["rows"][4]["latency_ms"] is None and content["rows"][4]["device"] is None
 
 
@@ -136,8 +144,11 @@ def test_a_section_with_nothing_to_show_is_left_out_except_what_was_not_measured
     report.rows = [make_row("fp32, ONNX Runtime, CPU", 93.0, None, reference=True, change=None, scaled=None)]
     report.layers, report.others, report.not_run = {}, [], []
     text = render_html(report, b"", {})
-    present = {name for name in ("latency", "classes", "flips", "layers", "others", "missing", "made", "accuracy")
-               if f'<h2 id="{name}"' in text}  # fmt: skip
+    present = {
+        name
+        for name in ("latency", "classes", "flips", "layers", "others", "missing", "made", "accuracy")
+        if f'<h2 id="{name}"' in text
+    }
     assert present == {"missing", "made", "accuracy"} and "Nothing was left out" in text
 
 
@@ -187,5 +198,5 @@ def test_markdown_of_others_becomes_tables_without_markup_links_or_pictures():
 
 
 def test_limits_on_another_batch_than_those_timed_are_drawn_at_one_that_was():
-    text = render_html(replace(make_report(), limits=Limits(64)), b"", {})
+    text = render_html(replace(make_report(), constraints=Constraints(64)), b"", {})
     assert '<span class="batch">1</span>' in text

@@ -73,9 +73,10 @@ def _values(page, name):
 def _points(page):
     """Name -> place of its mark."""
     return page.eval_on_selector_all(
-        ".point", "all => Object.fromEntries(all.map(e => [e.dataset.name.split(',')[0], "
+        ".point",
+        "all => Object.fromEntries(all.map(e => [e.dataset.name.split(',')[0], "
         "[Number(e.querySelector('.halo').getAttribute('cx')), Number(e.querySelector('.halo').getAttribute('cy'))]]))",
-    )  # fmt: skip
+    )
 
 
 def test_strings_of_others_do_nothing(page):

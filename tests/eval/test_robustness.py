@@ -51,8 +51,9 @@ def test_images_depend_on_seed_and_index_alone(name, grey):
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert first[0].shape == (28, 28) and split[3][1] == 3
     clean = images.images[0].numpy().astype(float)
-    mild, strong = (np.abs(np.array(CorruptedImages(images, preprocessing, name, s)[0][0]) - clean).mean()
-                    for s in (1, 5))  # fmt: skip
+    mild, strong = (
+        np.abs(np.array(CorruptedImages(images, preprocessing, name, s)[0][0]) - clean).mean() for s in (1, 5)
+    )
     assert mild > 0 and (strong > mild or name == "frost")  # a frost picture may happen to be as bright as the image
     if name in ("gaussian_noise", "snow", "fog", "glass_blur", "impulse_noise"):
         other = np.array(CorruptedImages(images, preprocessing, name, 3, seed=1)[0][0])
@@ -68,8 +69,10 @@ def test_strengths_at_28_pixels():
     edge[:, 112:] = 255
     large = Image.fromarray(edge).convert("RGB")
     small = large.resize((28, 28), Image.Resampling.BOX)
-    blurred = [np.array(corrupt(image, "defocus_blur", 5, 0).resize((28, 28)))[14, :, 0].astype(float)
-               for image in (large, small)]  # fmt: skip
+    blurred = [
+        np.array(corrupt(image, "defocus_blur", 5, 0).resize((28, 28)))[14, :, 0].astype(float)
+        for image in (large, small)
+    ]
     np.testing.assert_allclose(*blurred, atol=25)
     assert 20 < blurred[1][13] < 235  # a pixel at the edge is no longer black
 
@@ -142,8 +145,20 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     out = tmp_path / "out"
 
     def run(*more, bundles=(one, other)):
-        return run_here("eval/robustness.py", *bundles, "--data", image_folder, "--images", 9, "--out", out,
-                        "--corruptions", "snow", "contrast", *more)  # fmt: skip
+        return run_here(
+            "eval/robustness.py",
+            *bundles,
+            "--data",
+            image_folder,
+            "--images",
+            9,
+            "--out",
+            out,
+            "--corruptions",
+            "snow",
+            "contrast",
+            *more,
+        )
 
     result = run("--severities", "1", "5")
     assert result.returncode == 0, result.stderr
@@ -153,7 +168,12 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
     assert "| one |" in table and "reference" in table and "| snow |" in table
     assert ("class order" in table) == (content["models"]["one"]["clean"] < 40)  # a tenth from a third to all
     assert [(cell["corruption"], cell["severity"]) for cell in content["cells"]] == [
-        CLEAN, ("snow", 1), ("snow", 5), ("contrast", 1), ("contrast", 5)]  # fmt: skip
+        CLEAN,
+        ("snow", 1),
+        ("snow", 5),
+        ("contrast", 1),
+        ("contrast", 5),
+    ]
 
     (out / "cells" / "snow-5.npz").unlink()  # as if it had been interrupted there
     kept = (out / "cells" / "contrast-1.npz").stat().st_mtime_ns

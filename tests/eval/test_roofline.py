@@ -41,16 +41,23 @@ def exported(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("file", "form", "precision"), [
-    ("model.onnx", "plain", "fp32"), ("model.fused.onnx", "fused", "fp16")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "form", "precision"), [("model.onnx", "plain", "fp32"), ("model.fused.onnx", "fused", "fp16")]
+)
 def test_operations_of_an_exported_graph_are_those_of_its_config(exported, file, form, precision):
     costs = product_costs(exported / file, batch=3)
     assert sum(cost.operations for cost in costs) == 3 * count_macs(SMALL, form, readout_only=True).flops
     assert {cost.precision for cost in costs} == {precision}
     layers = {cost.layer for cost in costs}
     assert {"patch_embed.proj", "blocks.0.attn.qkv", "blocks.1.mlp.fc2", "head"} <= layers
-    weights = sum(p.numel() for name, p in ILLaMA(SMALL).named_parameters() if p.ndim > 1 and "embed" not in name
-                  and "token" not in name) + SMALL.width * SMALL.in_channels * 64  # fmt: skip
+    weights = (
+        sum(
+            p.numel()
+            for name, p in ILLaMA(SMALL).named_parameters()
+            if p.ndim > 1 and "embed" not in name and "token" not in name
+        )
+        + SMALL.width * SMALL.in_channels * 64
+    )
     biases = SMALL.width + SMALL.num_classes  # of the convolution and the head; others are added by nodes of their own
     width = {"fp32": 4, "fp16": 2}[precision]
     products = [cost for cost in costs if ".core" not in cost.layer]
@@ -69,13 +76,18 @@ def _graph(path, weight, activation, weight_type, activation_type):
     nodes.append(helper.make_node("Transpose", ["wd" if weight else "w"], ["wt"], perm=[1, 0], name="fc/Transpose"))
     if activation:
         constants.append(helper.make_tensor("z", activation_type, [], [0]))
-        nodes += [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"], name="fc.input/QuantizeLinear"),
-                  helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"])]  # fmt: skip
+        nodes += [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"], name="fc.input/QuantizeLinear"),
+            helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        ]
     nodes.append(helper.make_node("MatMul", ["xd" if activation else "x", "wt"], ["y"], name="fc/MatMul"))
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8, 64])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8, 32])], constants,
-    )  # fmt: skip
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8, 32])],
+        constants,
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
 
@@ -107,8 +119,11 @@ def test_a_product_by_what_its_operands_are_stored_as(
 
 def test_a_floor_is_the_longer_of_computing_and_moving():
     device = Device("toy", 1, {"fp32": 0.001, "int8": 0.004}, "")  # 1 and 4 operations a nanosecond, 1 byte
-    costs = [ProductCost("a", "MatMul", "fp32", 5000, 1000, 0), ProductCost("b", "MatMul", "int8", 4000, 900, 1100),
-             ProductCost("a", "MatMul", "int8", 8000, 500, 500)]  # fmt: skip
+    costs = [
+        ProductCost("a", "MatMul", "fp32", 5000, 1000, 0),
+        ProductCost("b", "MatMul", "int8", 4000, 900, 1100),
+        ProductCost("a", "MatMul", "int8", 8000, 500, 500),
+    ]
     floors = {floor.layer: floor for floor in predict_floor(costs, device)}
     assert (floors["a"].milliseconds, floors["a"].bound) == (pytest.approx(7e-3), "compute")
     assert (floors["b"].milliseconds, floors["b"].bound) == (pytest.approx(2e-3), "memory")
@@ -144,8 +159,11 @@ def test_tables_show_what_lacks_a_precision_and_by_how_much_a_prediction_misses(
     times = GraphTimes(4.0)
     times.add("fc", 2.0)
     here = Prediction("int8", "cpu", [floor], times)
-    there = [Prediction("fp16", "thor", [floor, floor]), Prediction("fp8", "thor", [floor]),
-             Prediction("fp16", "agx-orin", [floor])]  # fmt: skip
+    there = [
+        Prediction("fp16", "thor", [floor, floor]),
+        Prediction("fp8", "thor", [floor]),
+        Prediction("fp16", "agx-orin", [floor]),
+    ]
     assert device_table(there, ["fp16", "fp8"], ["thor", "agx-orin"]).splitlines()[2:] == [
         "| thor | 1.000 | 0.500 |",
         "| agx-orin | 0.500 | - |",

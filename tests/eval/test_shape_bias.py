@@ -12,14 +12,21 @@ from eval.shape_bias import FINE_CLASSES, SHAPE_CLASSES, Stimuli, decide, shape_
 
 # The authors' WordNet IDs of these classes, those that are in ImageNet-1k.
 WORDNET = {
-    "airplane": "n02690373", "bear": "n02132136 n02133161 n02134084 n02134418", "bicycle": "n02835271 n03792782",
+    "airplane": "n02690373",
+    "bear": "n02132136 n02133161 n02134084 n02134418",
+    "bicycle": "n02835271 n03792782",
     "boat": "n02951358 n03344393 n03662601 n04273569 n04612504",
     "bottle": "n02823428 n03937543 n03983396 n04557648 n04560804 n04579145 n04591713",
-    "car": "n02814533 n03100240 n04285008", "cat": "n02123045 n02123159 n02123394 n02123597 n02124075 n02125311",
-    "chair": "n02791124 n03376595 n04099969 n04429376", "clock": "n02708093 n03196217 n04548280",
-    "elephant": "n02504013 n02504458", "keyboard": "n03085013 n04505470", "knife": "n03041632", "oven": "n04111531",
+    "car": "n02814533 n03100240 n04285008",
+    "cat": "n02123045 n02123159 n02123394 n02123597 n02124075 n02125311",
+    "chair": "n02791124 n03376595 n04099969 n04429376",
+    "clock": "n02708093 n03196217 n04548280",
+    "elephant": "n02504013 n02504458",
+    "keyboard": "n03085013 n04505470",
+    "knife": "n03041632",
+    "oven": "n04111531",
     "truck": "n03345487 n03417042 n03770679 n03796401 n03930630 n03977966 n04461696 n04467665",
-}  # fmt: skip
+}
 
 
 def test_the_mapping_is_the_published_one():
@@ -116,8 +123,9 @@ def test_mistakes_are_one_line(bundle, stimuli, small_bundle, tmp_path, run_here
     assert len(Stimuli(stimuli)) == 256
     few = write_linear_bundle(tmp_path / "few", np.zeros((3 * 64, 3)), 8, ["a", "b", "c"])
     assert_one_line_error(run_here("eval/shape_bias.py", few, "--stimuli", stimuli), "1,000 classes", "has 3")
-    mixed = write_linear_bundle(tmp_path / "mixed", np.zeros((3 * 64, 1000)), 8,
-                                [f"n{index:08}" for index in range(1000, 0, -1)])  # fmt: skip
+    mixed = write_linear_bundle(
+        tmp_path / "mixed", np.zeros((3 * 64, 1000)), 8, [f"n{index:08}" for index in range(1000, 0, -1)]
+    )
     assert_one_line_error(run_here("eval/shape_bias.py", mixed, "--stimuli", stimuli), "not in the order")
     infinite = write_linear_bundle(
         tmp_path / "infinite", np.full((3 * 64, 1000), np.inf), 8, [str(i) for i in range(1000)]

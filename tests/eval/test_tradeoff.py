@@ -39,8 +39,22 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def tradeoff(runs, run_here, tmp_path):
     def run(*arguments, paths=(runs / "runs",), data=runs / "images", out=tmp_path / "out"):
-        return run_here("eval/tradeoff.py", *paths, "--data", data, "--out", out, "--batches", 2, 1, "--seconds", 0.1,
-                        "--calibration-images", 24, *arguments)  # fmt: skip
+        return run_here(
+            "eval/tradeoff.py",
+            *paths,
+            "--data",
+            data,
+            "--out",
+            out,
+            "--batches",
+            2,
+            1,
+            "--seconds",
+            0.1,
+            "--calibration-images",
+            24,
+            *arguments,
+        )
 
     return run
 
@@ -83,8 +97,13 @@ def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert len(re.findall("<img[^>]*data:image/", page)) >= len(lost) + len(gained) > 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "report.html", "report.json", "report.md", "summary.json", "tradeoff.png", "reliability.png"
-    }  # fmt: skip
+        "report.html",
+        "report.json",
+        "report.md",
+        "summary.json",
+        "tradeoff.png",
+        "reliability.png",
+    }
     assert "at batch 2" in result.stdout and result.stdout.count("\n| ") == 1 + len(rows)
 
 
@@ -101,10 +120,27 @@ def test_images_that_flip_are_named_by_their_place_in_the_whole_split(tradeoff, 
 def test_two_processes_find_what_one_does(tradeoff, runs, tmp_path):
     assert tradeoff().returncode == 0
     result = run_command(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--monitor-interval", 0.1,
-        "eval/tradeoff.py", runs / "runs", "--data", runs / "images", "--out", tmp_path / "two", "--batches", 2, 1,
-        "--seconds", 0.1, "--calibration-images", 24,
-    )  # fmt: skip
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "--monitor-interval",
+        0.1,
+        "eval/tradeoff.py",
+        runs / "runs",
+        "--data",
+        runs / "images",
+        "--out",
+        tmp_path / "two",
+        "--batches",
+        2,
+        1,
+        "--seconds",
+        0.1,
+        "--calibration-images",
+        24,
+    )
     assert result.returncode == 0, result.stderr
     one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("out", "two"))
     for row, other in zip(one["rows"], two["rows"], strict=True):
@@ -226,9 +262,11 @@ def test_engines_have_rows_of_their_own_and_refused_ones_a_note(tradeoff, with_e
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     small, large = "tensorrt-sm87-1.1.1", "tensorrt-sm87-1.8.64"
     rows = {row["name"]: row["engine"] for row in report["rows"] if row["onnx"].endswith("fused.onnx")}
-    assert rows == {f"fp32, TensorRT, {small}": f"../fp32/engines/{small}/model.engine",
-                    f"fp32, TensorRT, {large}": f"../fp32/engines/{large}/model.engine",
-                    "fp32, TensorRT-RTX": "../fp32/engines/tensorrt_rtx.engine"}  # fmt: skip
+    assert rows == {
+        f"fp32, TensorRT, {small}": f"../fp32/engines/{small}/model.engine",
+        f"fp32, TensorRT, {large}": f"../fp32/engines/{large}/model.engine",
+        "fp32, TensorRT-RTX": "../fp32/engines/tensorrt_rtx.engine",
+    }
     notes = [reason for reason in report["not_run"] if "left out" in reason]
     assert len(notes) == 2 and "half" in notes[0] and "other-graph" in notes[1]
     assert len({(row["scheme"], row["runtime"]) for row in report["rows"]}) == len(report["rows"])  # as a table shows

@@ -20,8 +20,15 @@ KillAt = int | str | None
 """The number of a file operation, from 1, or that of the swap, or the one after it; None for no kill."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Audit event -> the places among its arguments of a path, and of a descriptor of the folder that this is relative to.
-_CHANGES = {"os.rename": ((0, 2), (1, 3)), "os.link": ((0, 2), (1, 3)), "os.symlink": ((1, 2),), "os.remove": ((0, 1),),
-            "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),), "os.truncate": ((0, None),)}  # fmt: skip
+_CHANGES = {
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((0, 2), (1, 3)),
+    "os.symlink": ((1, 2),),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
+    "os.truncate": ((0, None),),
+}
 
 
 def changed_paths(event: str, arguments: Sequence[Any]) -> list[str]:
@@ -69,8 +76,14 @@ class Run:
         kill_by: the signal; SIGSTOP stops the command there until :meth:`resume`.
     """
 
-    def __init__(self, arguments: Sequence[object], place: Path, swap: Path, kill_at: KillAt = None,
-                 kill_by: signal.Signals = signal.SIGKILL) -> None:  # fmt: skip
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        place: Path,
+        swap: Path,
+        kill_at: KillAt = None,
+        kill_by: signal.Signals = signal.SIGKILL,
+    ) -> None:
         self.arguments, self.place, self.swap = [str(each) for each in arguments], place, swap
         self.kill_at, self.kill_by, self.count = kill_at, kill_by, 0
         self._output, self._operations = os.memfd_create("output"), os.memfd_create("operations")

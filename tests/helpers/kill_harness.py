@@ -103,9 +103,34 @@ class Train(Command):
     weights: str | None = None
 
     def arguments(self, place: Path) -> list[object]:
-        return ["--data", self.inputs / "images", "--out", place / "out", "--epochs", 2, "--batch-size", 4,
-                "--micro-batch", 4, "--depth", 1, "--width", 32, "--heads", 1, "--image-size", 32, "--patch-size", 16,
-                "--in-channels", 3, "--checkpoint-steps", 2, "--workers", 0]  # fmt: skip
+        return [
+            "--data",
+            self.inputs / "images",
+            "--out",
+            place / "out",
+            "--epochs",
+            2,
+            "--batch-size",
+            4,
+            "--micro-batch",
+            4,
+            "--depth",
+            1,
+            "--width",
+            32,
+            "--heads",
+            1,
+            "--image-size",
+            32,
+            "--patch-size",
+            16,
+            "--in-channels",
+            3,
+            "--checkpoint-steps",
+            2,
+            "--workers",
+            0,
+        ]
 
     def check_whole(self, result: Path) -> None:
         Manifest.read(result)
@@ -128,8 +153,22 @@ class Ptq(Command):
     schemes: tuple[str, ...] = ("int8",)
 
     def arguments(self, place: Path) -> list[object]:
-        return ["--checkpoint", self.inputs / "bundle", "--data", self.inputs / "images", "--out", place / "out",
-                "--calibration-images", 4, "--batches", 1, "--seconds", 0.01, "--schemes", *self.schemes]  # fmt: skip
+        return [
+            "--checkpoint",
+            self.inputs / "bundle",
+            "--data",
+            self.inputs / "images",
+            "--out",
+            place / "out",
+            "--calibration-images",
+            4,
+            "--batches",
+            1,
+            "--seconds",
+            0.01,
+            "--schemes",
+            *self.schemes,
+        ]
 
     def check_whole(self, result: Path) -> None:
         for row in read_report(result / "report.json")["rows"]:
@@ -141,8 +180,20 @@ class Ptq(Command):
 
     def check_finished(self, place: Path) -> None:
         check_names(place, {"out"})
-        check_names(place / "out", {"fp32", "fp16", *self.schemes, "report.html", "report.json", "report.md",
-                                    "summary.json", "tradeoff.png", "reliability.png"})  # fmt: skip
+        check_names(
+            place / "out",
+            {
+                "fp32",
+                "fp16",
+                *self.schemes,
+                "report.html",
+                "report.json",
+                "report.md",
+                "summary.json",
+                "tradeoff.png",
+                "reliability.png",
+            },
+        )
 
 
 class Build(Command):
@@ -258,12 +309,24 @@ class Counts:
 
     def cells(self) -> tuple[str, ...]:
         """Under ``HEADINGS``."""
-        return (self.command, "yes" if self.earlier else "no", str(self.operations),
-                *(str(self.left[each]) for each in ("none", "old", "new")), str(len(self.failures)))  # fmt: skip
+        return (
+            self.command,
+            "yes" if self.earlier else "no",
+            str(self.operations),
+            *(str(self.left[each]) for each in ("none", "old", "new")),
+            str(len(self.failures)),
+        )
 
 
-HEADINGS = ("command", "over an earlier result", "kills", "left no result", "left the earlier one", "left the new one",
-            "failures")  # fmt: skip
+HEADINGS = (
+    "command",
+    "over an earlier result",
+    "kills",
+    "left no result",
+    "left the earlier one",
+    "left the new one",
+    "failures",
+)
 
 
 def run_all(command: Command, folder: Path, earlier: bool) -> dict[str, Any]:
@@ -325,8 +388,12 @@ def main() -> int:
             print(json.dumps({command.script: run_a_few(command, folder) for command in commands}))
             return 0
         counts = run_all_at_once(commands, folder)
-    write_results(options.out, "kills", {"commands": [asdict(each) for each in counts]},
-                  markdown(HEADINGS, [each.cells() for each in counts]))  # fmt: skip
+    write_results(
+        options.out,
+        "kills",
+        {"commands": [asdict(each) for each in counts]},
+        markdown(HEADINGS, [each.cells() for each in counts]),
+    )
     return int(any(each.failures for each in counts))
 
 

@@ -41,8 +41,10 @@ SMALL = ModelConfig(image_size=32, patch_size=8, in_channels=3, width=64, depth=
 
 def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, classes: list[str]) -> Path:
     """A bundle as quantization writes it, of a network simple enough to be known: logits = RGB pixels x weights."""
-    nodes = [onnx.helper.make_node("Flatten", ["images"], ["flat"]),
-             onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"], name="head/MatMul")]  # fmt: skip
+    nodes = [
+        onnx.helper.make_node("Flatten", ["images"], ["flat"]),
+        onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"], name="head/MatMul"),
+    ]
     shapes = {"images": ["batch", 3, image_size, image_size], "logits": ["batch", len(classes)]}
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     constant = onnx.numpy_helper.from_array(weights.astype(np.float32), "w")
@@ -59,11 +61,24 @@ def write_made_up_engine(path: Path, **facts: object) -> EngineRecord:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(f"what a library would have written to {path.name}".encode())
     graph = bundle_of(path) / FUSED_ONNX
-    values = {"onnx_sha256": sha256(graph) if graph.exists() else "", "engine_sha256": sha256(path), "engine_bytes": 1,
-              "library": "tensorrt", "library_version": "11.4", "targets": ("sm89",), "batch": (1, 8, 64),
-              "options": {}, "precisions": {}, "attentions": 2, "fused": True, "preprocessing": {}, "classes": [],
-              "inputs": {"images": ["float", [-1, 3, 32, 32]]}, "outputs": {"logits": ["float", [-1, 3]]},
-              "trtexec": ""}  # fmt: skip
+    values = {
+        "onnx_sha256": sha256(graph) if graph.exists() else "",
+        "engine_sha256": sha256(path),
+        "engine_bytes": 1,
+        "library": "tensorrt",
+        "library_version": "11.4",
+        "targets": ("sm89",),
+        "batch": (1, 8, 64),
+        "options": {},
+        "precisions": {},
+        "attentions": 2,
+        "fused": True,
+        "preprocessing": {},
+        "classes": [],
+        "inputs": {"images": ["float", [-1, 3, 32, 32]]},
+        "outputs": {"logits": ["float", [-1, 3]]},
+        "trtexec": "",
+    }
     record = EngineRecord(**(values | facts))
     record.write(path)
     return record

@@ -8,10 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import Attention, AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import (
-    ParallelScalingBlock,
-    VisionTransformer,
-)
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from timm_networks import NAMED, OPTIONS, SMALL, build, images_for, randomise
 
 from illama.errors import UserError
@@ -139,9 +136,18 @@ def test_norms_without_weights_stay_what_they_were():
         torch.testing.assert_close(to_quantizable(vit)(images := images_for("")), vit(images), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"pool_type": "avg"}, {"pool_type": ""}, {"pos_embed": "abs", "feat_size": 16},
-                                     {"qk_norm": True}, {"q_proj": False}, {"out_features": 0},
-                                     {"norm_layer": torch.nn.LayerNorm}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_type": "avg"},
+        {"pool_type": ""},
+        {"pos_embed": "abs", "feat_size": 16},
+        {"qk_norm": True},
+        {"q_proj": False},
+        {"out_features": 0},
+        {"norm_layer": torch.nn.LayerNorm},
+    ],
+)
 def test_a_latent_pool_is_timm_s(options):
     pool = randomise(AttentionPoolLatent(32, num_heads=2, latent_len=3, **options))
     own, tokens = LatentPool(copy.deepcopy(pool)), torch.randn(2, 16, 32)

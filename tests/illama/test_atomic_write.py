@@ -364,10 +364,15 @@ def test_a_folder_is_removed_in_one_step(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    [("illama/train.py", "--data", "fashion-mnist"), ("illama/train_segmentation.py", "--data", "nowhere"),
-     ("quant/qat.py",), ("eval/tradeoff.py", "nowhere"), ("eval/accuracy.py", "nowhere"),
-     ("eval/robustness.py", "nowhere", "--data", "nowhere")],
-)  # fmt: skip
+    [
+        ("illama/train.py", "--data", "fashion-mnist"),
+        ("illama/train_segmentation.py", "--data", "nowhere"),
+        ("quant/qat.py",),
+        ("eval/tradeoff.py", "nowhere"),
+        ("eval/accuracy.py", "nowhere"),
+        ("eval/robustness.py", "nowhere", "--data", "nowhere"),
+    ],
+)
 def test_two_processes_do_not_go_on_in_one_folder(command, tmp_path, run_here):
     with lock_folder(tmp_path / "out"):
         assert_one_line_error(run_here(*command, "--out", tmp_path / "out"), "in use")

@@ -213,9 +213,14 @@ def test_a_manifest_that_denies_the_metadata_is_refused(small_bundle):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "damaged config"), ("[1]", "damaged config"), ('{"wings": 2}', "unknown model settings: wings"),
-     ('{"depth": "2"}', "depth must be a whole number"), ("3", "damaged config")],
-)  # fmt: skip
+    [
+        ("{", "damaged config"),
+        ("[1]", "damaged config"),
+        ('{"wings": 2}', "unknown model settings: wings"),
+        ('{"depth": "2"}', "depth must be a whole number"),
+        ("3", "damaged config"),
+    ],
+)
 def test_damaged_metadata_is_refused(tmp_path, text, words):
     save_file(ILLaMA(SMALL).state_dict(), tmp_path / "x.safetensors", {"illama_config": text})
     with pytest.raises(UserError, match=words):
@@ -378,11 +383,18 @@ def test_a_grey_image_gives_the_same_in_one_channel_and_in_three(tmp_path, given
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"mask": "pre_softmax"}, "mask post_softmax, not pre_softmax"), ({"depth": 3}, "depth 2, not 3"),
-     ({"width": 128}, "width 64, not 128"), ({"heads": 4}, "heads 2, not 4"), ({"patch_size": 16}, "patch_size 8"),
-     ({"position": "rope"}, "position both, not rope"), ({"in_channels": 2}, "3 colour channels"),
-     ({"norm": "layer"}, "norm rms, not layer"), ({"class_token": "first"}, "class_token last, not first")],
-)  # fmt: skip
+    [
+        ({"mask": "pre_softmax"}, "mask post_softmax, not pre_softmax"),
+        ({"depth": 3}, "depth 2, not 3"),
+        ({"width": 128}, "width 64, not 128"),
+        ({"heads": 4}, "heads 2, not 4"),
+        ({"patch_size": 16}, "patch_size 8"),
+        ({"position": "rope"}, "position both, not rope"),
+        ({"in_channels": 2}, "3 colour channels"),
+        ({"norm": "layer"}, "norm rms, not layer"),
+        ({"class_token": "first"}, "class_token last, not first"),
+    ],
+)
 def test_fine_tuning_another_network_is_refused(small_bundle, change, words):
     with pytest.raises(UserError, match=words):
         initialise_from(ILLaMA(replace(SMALL, **change)), small_bundle, new_head=True)
@@ -432,9 +444,13 @@ def _break(state, kind):
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("nan", "NaN or infinite values in norm.weight"), ("shape", "head.weight has shape"),
-     ("missing", "norm.weight is missing"), ("unknown", "extra is unknown")],
-)  # fmt: skip
+    [
+        ("nan", "NaN or infinite values in norm.weight"),
+        ("shape", "head.weight has shape"),
+        ("missing", "norm.weight is missing"),
+        ("unknown", "extra is unknown"),
+    ],
+)
 def test_wrong_weights_are_refused(small_bundle, kind, words):
     path = small_bundle / "model.safetensors"
     save_file(_break(load_file(path), kind), path)

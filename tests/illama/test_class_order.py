@@ -98,16 +98,38 @@ def test_the_bundle_says_how_folders_are_ordered(bundles, numbered, run_here, tm
     """Nothing names the order on the command line of an evaluation, and the permuted bundle is asked about."""
     for bundle, right in zip(bundles, (100.0, 2 / 12 * 100), strict=True):
         out = tmp_path / f"accuracy-{bundle.name}"
-        result = run_here("eval/accuracy.py", bundle, "--data", numbered, "--out", out, "--calibration-images", 0,
-                          "--runtime", "onnxruntime")  # fmt: skip
+        result = run_here(
+            "eval/accuracy.py",
+            bundle,
+            "--data",
+            numbered,
+            "--out",
+            out,
+            "--calibration-images",
+            0,
+            "--runtime",
+            "onnxruntime",
+        )
         assert result.returncode == 0, result.stderr
         content = json.loads((out / "accuracy.json").read_text())
         assert content["models"][bundle.name]["top1"]["percent"] == pytest.approx(right)
         asked = ["class order" in text for text in (result.stdout, (out / "accuracy.md").read_text())]
         assert asked == [right < 50] * 2
         out = tmp_path / f"tradeoff-{bundle.name}"
-        result = run_here("eval/tradeoff.py", bundle, "--data", numbered, "--out", out, "--calibration-images", 0,
-                          "--batches", 1, "--seconds", 0.05)  # fmt: skip
+        result = run_here(
+            "eval/tradeoff.py",
+            bundle,
+            "--data",
+            numbered,
+            "--out",
+            out,
+            "--calibration-images",
+            0,
+            "--batches",
+            1,
+            "--seconds",
+            0.05,
+        )
         assert result.returncode == 0, result.stderr
         report = json.loads((out / "report.json").read_text())
         assert any("class order" in note for note in report["not_run"]) == (right < 50)

@@ -33,8 +33,12 @@ def test_the_command_writes_a_bundle(released, tmp_path):
     assert "192 wide, 1 blocks, 3 heads, 224 pixels, 1000 classes" in result.stdout
     manifest = Manifest.read(out)
     assert manifest.inputs == {str(released): sha256(released)}
-    assert manifest.preprocessing == {**asdict(Preprocessing.imagenet(224)), "mean": [0.485, 0.456, 0.406],
-                                      "std": [0.229, 0.224, 0.225], "resize": 256}  # fmt: skip
+    assert manifest.preprocessing == {
+        **asdict(Preprocessing.imagenet(224)),
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "resize": 256,
+    }
     assert "illama/convert.py" in manifest.made_by and "torch" in manifest.versions
     assert manifest.classes[:2] == ["n01440764", "n01443537"] and len(set(manifest.classes)) == 1000
     original, bundle = load_checkpoint(released), load_checkpoint(out)

@@ -106,8 +106,15 @@ def test_a_broken_image_is_named(image_folder):
         list(open_data(str(image_folder)).test())
 
 
-@pytest.mark.parametrize("content", [b"", b"not gzip", gzip.compress(b"\0\0\x0d\x01\0\0\0\1", mtime=0),
-                                     gzip.compress(b"\0\0\x08\x01\0\0\0\xff12", mtime=0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not gzip",
+        gzip.compress(b"\0\0\x0d\x01\0\0\0\1", mtime=0),
+        gzip.compress(b"\0\0\x08\x01\0\0\0\xff12", mtime=0),
+    ],
+)
 def test_a_damaged_idx_file_is_refused(tmp_path, content):
     (tmp_path / "file.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"file\.gz"):
@@ -126,10 +133,16 @@ def test_a_huge_image_is_named_in_one_line(image_folder, monkeypatch, recwarn):
 
 
 CIFAR = {
-    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch",
-                "labels", "label_names"),
+    "cifar10": (
+        datasets.CIFAR10,
+        "cifar-10-batches-py",
+        [f"data_batch_{i}" for i in range(1, 6)],
+        "test_batch",
+        "labels",
+        "label_names",
+    ),
     "cifar100": (datasets.CIFAR100, "cifar-100-python", ["train"], "test", "fine_labels", "fine_label_names"),
-}  # fmt: skip
+}
 
 
 def _write_cifar(name, root):

@@ -252,14 +252,17 @@ def _rewrite(path, change):
     pq.write_table(pa.Table.from_pylist(change(pq.read_table(path).to_pylist())), path)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda row: {"picture": row["image"], "label": 0}, "no column image or img .*but picture, label"),
-    (lambda row: {"image": row["image"]}, "no column label or fine_label or labels"),
-    (lambda row: {"image": row["image"]["bytes"], "label": 0}, "column image is binary"),
-    (lambda row: {**row, "label": "red"}, "column label is string"),
-    (lambda row: {**row, "label": -1}, r"label -1, outside 0\.\."),
-    (lambda row: {**row, "label": None if row["label"] == 1 else 1}, "a row has no label"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda row: {"picture": row["image"], "label": 0}, "no column image or img .*but picture, label"),
+        (lambda row: {"image": row["image"]}, "no column label or fine_label or labels"),
+        (lambda row: {"image": row["image"]["bytes"], "label": 0}, "column image is binary"),
+        (lambda row: {**row, "label": "red"}, "column label is string"),
+        (lambda row: {**row, "label": -1}, r"label -1, outside 0\.\."),
+        (lambda row: {**row, "label": None if row["label"] == 1 else 1}, "a row has no label"),
+    ],
+)
 def test_parquet_of_other_content(tmp_path, change, message):
     folder = _write_parquet(tmp_path / "set")
     for path in (folder / "data").glob("validation*"):
@@ -271,19 +274,24 @@ def test_parquet_of_other_content(tmp_path, change, message):
 def test_parquet_with_paths_in_place_of_images(tmp_path):
     folder = _write_parquet(tmp_path / "set")
     path = _shard("parquet", folder, "validation", 1)
-    _rewrite(path, lambda rows: [{**row, "image": {"bytes": None if i == 3 else b"", "path": "a"}}
-                                 for i, row in enumerate(rows)])  # fmt: skip
+    _rewrite(
+        path,
+        lambda rows: [{**row, "image": {"bytes": None if i == 3 else b"", "path": "a"}} for i, row in enumerate(rows)],
+    )
     with pytest.raises(UserError, match=rf"row 3 of .*{path.name} is a path alone"):
         _open("parquet", folder).test()[VAL + 3]
 
 
-@pytest.mark.parametrize("members, message", [
-    ({"a.png": b"", "b.cls": b"0"}, r"has no (label \(\.cls\)|image)"),
-    ({"a.png": b"", "a.cls": b"cat"}, r"a\.cls holds b'cat', not a label"),
-    ({"a.png": b"", "a.cls": b"-1"}, "not a label"),
-    ({"a.txt": b""}, r"no images in .*expected KEY\.jpg and KEY\.cls"),
-    ({"a.png": b"", "a.cls": b"0"}, "one class only"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ({"a.png": b"", "b.cls": b"0"}, r"has no (label \(\.cls\)|image)"),
+        ({"a.png": b"", "a.cls": b"cat"}, r"a\.cls holds b'cat', not a label"),
+        ({"a.png": b"", "a.cls": b"-1"}, "not a label"),
+        ({"a.txt": b""}, r"no images in .*expected KEY\.jpg and KEY\.cls"),
+        ({"a.png": b"", "a.cls": b"0"}, "one class only"),
+    ],
+)
 def test_tars_of_other_content(tmp_path, members, message):
     with tarfile.open(tmp_path / "val-0.tar", "w") as tar:
         for name, content in members.items():

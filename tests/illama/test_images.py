@@ -138,8 +138,16 @@ def test_a_pixel_that_is_no_number_makes_a_broken_image():
 
 
 STORED = np.kron(np.array([[10, 200, 90], [160, 40, 240]], np.uint8), np.ones((16, 16), np.uint8))
-UPRIGHT = {1: STORED, 2: np.fliplr(STORED), 3: np.rot90(STORED, 2), 4: np.flipud(STORED), 5: STORED.T,
-           6: np.rot90(STORED, -1), 7: np.rot90(STORED, 2).T, 8: np.rot90(STORED)}  # fmt: skip
+UPRIGHT = {
+    1: STORED,
+    2: np.fliplr(STORED),
+    3: np.rot90(STORED, 2),
+    4: np.flipud(STORED),
+    5: STORED.T,
+    6: np.rot90(STORED, -1),
+    7: np.rot90(STORED, 2).T,
+    8: np.rot90(STORED),
+}
 
 
 def exif_of(orientation, order="<"):
@@ -175,8 +183,18 @@ def test_a_picture_is_turned_as_its_file_declares(kind, orientation):
         assert np.array_equal(decode(content, mode=None), STORED * np.uint16(257))
 
 
-@pytest.mark.parametrize("damaged", [b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0II*\0\xff\xff\xff\xff", exif_of(9),
-                                     b"\xff" * 40, exif_of(6)[:12], exif_of(0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0MM",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        exif_of(9),
+        b"\xff" * 40,
+        exif_of(6)[:12],
+        exif_of(0),
+    ],
+)
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
 def test_damaged_metadata_leaves_the_picture_as_it_is(kind, damaged, recwarn):
     file = io.BytesIO()
@@ -276,8 +294,9 @@ def test_beyond_the_limit_the_crop_is_still_that_of_today(shape):
 def test_the_weights_are_pytorch_s(old, new, data):
     first = data.draw(st.integers(0, new - 1)) if data else 0
     count = data.draw(st.integers(1, new - first)) if data else new
-    expected = F.interpolate(torch.eye(old, dtype=torch.float64)[None, None], size=(new, old), mode="bicubic",
-                             antialias=True)[0, 0, first : first + count].numpy()  # fmt: skip
+    expected = F.interpolate(
+        torch.eye(old, dtype=torch.float64)[None, None], size=(new, old), mode="bicubic", antialias=True
+    )[0, 0, first : first + count].numpy()
     low, weights = bicubic(old, new, first, count)
     found = np.zeros((count, old))
     found[:, low : low + weights.shape[1]] = weights

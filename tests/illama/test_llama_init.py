@@ -16,8 +16,14 @@ from illama.checkpoints.llama_init import evenly_spaced, initialise_from_llama
 from illama.errors import UserError
 
 SMALL = ModelConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2, num_classes=3)  # hidden 256, head_dim 16
-LLAMA = {"model_type": "llama", "hidden_size": 192, "num_hidden_layers": 5, "intermediate_size": 600,
-         "num_attention_heads": 6, "num_key_value_heads": 6}  # fmt: skip
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 192,
+    "num_hidden_layers": 5,
+    "intermediate_size": 600,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+}
 
 
 def _shapes(config):
@@ -148,8 +154,14 @@ def _hugging_face_layer(x, tensors, config, theta=10000.0):
 def test_at_equal_size_a_block_computes_what_the_llama_layer_does(tmp_path, key_value_heads):
     """Nothing is left out then, so heads, RoPE layout, order of q, k and v and the MLP are tested by function."""
     config = ModelConfig(image_size=32, patch_size=8, width=64, depth=1, heads=4, mask="bidirectional")
-    llama = {**LLAMA, "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 256,
-             "num_attention_heads": 4, "num_key_value_heads": key_value_heads}  # fmt: skip
+    llama = {
+        **LLAMA,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": key_value_heads,
+    }
     tensors = _tensors(llama, torch.float32)
     model = _model(config)
     initialise_from_llama(model, _write(tmp_path / "llama", llama, tensors))
@@ -170,8 +182,15 @@ def test_at_equal_size_a_block_computes_what_the_llama_layer_does(tmp_path, key_
 
 def test_pairs_of_a_selected_head_keep_their_frequencies(tmp_path):
     """Heads of 32 to heads of 16: scores of the small head are those of the large one over the selected pairs alone."""
-    llama = {**LLAMA, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 256, "head_dim": 32,
-             "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+    llama = {
+        **LLAMA,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "intermediate_size": 256,
+        "head_dim": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     tensors = _tensors(llama, torch.float32)
     kept = tensors | {}
     dropped = [row for head in (0, 32) for pair in range(1, 16, 2) for row in (head + pair, head + pair + 16)]
@@ -228,8 +247,14 @@ def test_memory_is_that_of_one_tensor_at_llama2_7b_s_own_sizes(tmp_path):
     Base's widths and 4 blocks: the growth is the same for 12, as nothing of one tensor is kept for the next.
     Leaving the files open comes to 1.2 GiB here, converting a whole tensor to 290 MiB.
     """
-    config = {**LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008,
-              "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
+    config = {
+        **LLAMA,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    }
     shapes = _shapes(config)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     weight_map = {name: names[i >= len(shapes) // 2] for i, name in enumerate(shapes)}

@@ -114,8 +114,17 @@ def test_both_forms_are_the_paper_s_equations(tokens, head_dim, alpha, kind, for
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_reading_out_the_class_token_alone_is_exact(kind, class_token, position, alpha):
     torch.manual_seed(0)
-    config = ModelConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2, num_classes=5, mask=kind,
-                         class_token=class_token, position=position)  # fmt: skip
+    config = ModelConfig(
+        image_size=16,
+        patch_size=4,
+        width=32,
+        depth=2,
+        heads=2,
+        num_classes=5,
+        mask=kind,
+        class_token=class_token,
+        position=position,
+    )
     model = ILLaMA(config).double().eval()
     model.soft_mask = alpha
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)

@@ -113,8 +113,9 @@ def without_fields(bundle, folder):
 
 def test_predictions_of_files_and_of_frames(nano, run_here, tmp_path):
     def answers(bundle):
-        result = run_here("deploy/predict.py", *(CASES / name for name in NAMES), "--engine", bundle, "--runtime",
-                          "onnxruntime")  # fmt: skip
+        result = run_here(
+            "deploy/predict.py", *(CASES / name for name in NAMES), "--engine", bundle, "--runtime", "onnxruntime"
+        )
         assert result.returncode == 0, result.stderr
         first = [line.split(": ")[1].split("%")[0].split(" ") for line in result.stdout.splitlines()[1:]]
         return [name for name, _ in first], [float(percent) for _, percent in first]
@@ -157,13 +158,21 @@ def test_commands_read_as_the_bundle_says_unless_told(tmp_path, image_folder, ru
     bundle = write_bundle(tmp_path / "bundle", SMALL)
     old, options = without_fields(bundle, tmp_path / "old"), {"data": str(image_folder), "calibration_images": 4}
     for checkpoint, given, expected in (
-        (bundle, None, "apply"), (old, None, "ignore"), (old, "apply", "apply"), (bundle, "ignore", "ignore"),
-        (bundle / "model.safetensors", None, "apply"), (bundle / "model.safetensors", "ignore", "ignore"),
-    ):  # fmt: skip
+        (bundle, None, "apply"),
+        (old, None, "ignore"),
+        (old, "apply", "apply"),
+        (bundle, "ignore", "ignore"),
+        (bundle / "model.safetensors", None, "apply"),
+        (bundle / "model.safetensors", "ignore", "ignore"),
+    ):
         inputs = open_inputs(InputOptions(checkpoint, exif=given, **options))
         assert inputs.preprocessing.exif == inputs.data.exif == expected
-    for checkpoint, more, expected in ((bundle, (), "apply"), (old, (), "ignore"), (old, ("--exif", "apply"), "apply"),
-                                       (bundle, ("--exif", "ignore"), "ignore")):  # fmt: skip
+    for checkpoint, more, expected in (
+        (bundle, (), "apply"),
+        (old, (), "ignore"),
+        (old, ("--exif", "apply"), "apply"),
+        (bundle, ("--exif", "ignore"), "ignore"),
+    ):
         result = run_here("illama/convert.py", checkpoint, "--out", tmp_path / "out", *more)
         assert result.returncode == 0, result.stderr
         assert Manifest.read(tmp_path / "out").preprocessing["exif"] == expected

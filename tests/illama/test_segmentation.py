@@ -44,7 +44,7 @@ SHAPE = {"image_size": 64, "patch_size": 16, "width": 64, "depth": 4, "heads": 2
 TINY = SegmentationConfig(**SHAPE, num_classes=4)
 TRAINING = SegmentationOptions(
     **SHAPE, epochs=7, batch_size=8, micro_batch=8, learning_rate=3e-3, warmup_epochs=1, workers=0, autocast="float32"
-)  # fmt: skip
+)
 PLAIN = Preprocessing(8, 3, (0.0,) * 3, (1 / 255,) * 3, 8)  # a pixel's value is the network's input
 
 
@@ -357,15 +357,21 @@ class _Convolutions(SoftMasked):
 def test_files_with_quantized_convolutions_give_what_pytorch_gives(name, tmp_path):
     torch.manual_seed(0)
     model, images = _Convolutions().eval(), torch.randn(4, 3, 16, 16)
-    scheme = replace(SCHEMES[name], tensors={"*.weight": SCHEMES[name].spec("x.weight"),
-                                             "*.input": SCHEMES[name].spec("x.input")}, smooth={})  # fmt: skip
+    scheme = replace(
+        SCHEMES[name],
+        tensors={"*.weight": SCHEMES[name].spec("x.weight"), "*.input": SCHEMES[name].spec("x.input")},
+        smooth={},
+    )
     assert len(resolve(scheme, model)) == 6
     quantized = calibrate(model, scheme, [images])
     expected, exact = quantized(images).detach(), model(images).detach()
     noise = (expected - exact).norm() / exact.norm()
     assert 0 < noise < (0.02 if name == "int8" else 0.06)
-    files = (("plain", torch.float32, CPU_ONNX, 0.1), ("fused", torch.float32, FUSED_ONNX, 0.1),
-             ("fused", torch.float16, FUSED_ONNX, 0.8))  # fmt: skip
+    files = (
+        ("plain", torch.float32, CPU_ONNX, 0.1),
+        ("fused", torch.float32, FUSED_ONNX, 0.1),
+        ("fused", torch.float16, FUSED_ONNX, 0.8),
+    )
     for form, dtype, file, share in files:  # half precision moves many values to the other side of a tie
         export_onnx(quantized, tmp_path / file, form, dtype)
         found = torch.from_numpy(OnnxRuntimeEngine(tmp_path / file).infer(images.numpy()))

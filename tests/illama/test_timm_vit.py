@@ -79,9 +79,13 @@ def test_every_attention_is_one_operator_and_every_norm_another(exported):
 def test_in_half_precision_the_norms_are_computed_in_single(exported):
     model = onnx.shape_inference.infer_shapes(onnx.load(exported[1] / "fused.onnx"), data_prop=True)
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
-    inputs = {kind: {types[node.input[0]] for node in model.graph.node if node.op_type in kinds}
-              for kind, kinds in (("norm", ("LayerNormalization", "RMSNormalization")),
-                                  ("product", ("Attention", "MatMul", "Gelu")))}  # fmt: skip
+    inputs = {
+        kind: {types[node.input[0]] for node in model.graph.node if node.op_type in kinds}
+        for kind, kinds in (
+            ("norm", ("LayerNormalization", "RMSNormalization")),
+            ("product", ("Attention", "MatMul", "Gelu")),
+        )
+    }
     assert inputs == {"norm": {onnx.TensorProto.FLOAT}, "product": {onnx.TensorProto.FLOAT16}}
 
 
@@ -104,8 +108,9 @@ def test_no_token_moves_where_nothing_is_masked(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(REGISTERED))
-@pytest.mark.parametrize(("suffix", "key"), [(".safetensors", None), (".pth", None), (".pth", "model"),
-                                             (".pth", "state_dict")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("suffix", "key"), [(".safetensors", None), (".pth", None), (".pth", "model"), (".pth", "state_dict")]
+)
 def test_a_file_gives_timm_s_network(name, suffix, key, tmp_path):
     vit, path = saved(tmp_path, name, suffix, key)
     checkpoint = load_timm(name, path, image_size=32 if name == "small_vit_no_table" else None)
@@ -126,8 +131,16 @@ def test_classes_channels_and_size_are_read_from_the_file(tmp_path):
     assert checkpoint.preprocessing.in_channels == 1 and len(checkpoint.preprocessing.mean) == 1
 
 
-@pytest.mark.parametrize("name", ["small_vit_plain", "small_vit_registers", "small_vit_registers_in_table",
-                                  "small_vit_average", "small_vit_no_table"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "small_vit_plain",
+        "small_vit_registers",
+        "small_vit_registers_in_table",
+        "small_vit_average",
+        "small_vit_no_table",
+    ],
+)
 def test_another_size_is_what_timm_makes_of_it(name, tmp_path):
     vit, path = saved(tmp_path, name)
     vit.set_input_size((48, 48))
@@ -237,8 +250,11 @@ def test_a_truncated_file_is_refused(suffix, kept, tmp_path):
 
 
 def test_a_bundle_or_a_folder_is_refused_where_a_file_is_asked_for(tmp_path, small_bundle):
-    for path, words in ((SHIPPED, "is a bundle.*is loaded without --model"), (tmp_path, "is a folder"),
-                        (tmp_path / "nothing.pth", "no checkpoint at")):  # fmt: skip
+    for path, words in (
+        (SHIPPED, "is a bundle.*is loaded without --model"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "nothing.pth", "no checkpoint at"),
+    ):
         with pytest.raises(UserError, match=words):
             load_timm("vit_tiny_patch16_224", path)
 

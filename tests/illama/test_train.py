@@ -129,12 +129,19 @@ def test_every_recipe_s_network_can_be_made(name):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("epochs: many", "epochs must be int, not 'many'"), ("epoch: 3", "no such option: epoch"),
-     ("compile: 1", "compile must be bool"), ("soft_mask: soft", "soft_mask must be"), ("- 3", "must map"),
-     ("epochs: [", "not YAML"), ("batch_size: 200", "multiple of --micro-batch"), ("dropout: 2", "in 0..1"),
-     ("recipe: in1k-tiny", "no such option"),
-     ("learning_rate: .nan", "not negative")],
-)  # fmt: skip
+    [
+        ("epochs: many", "epochs must be int, not 'many'"),
+        ("epoch: 3", "no such option: epoch"),
+        ("compile: 1", "compile must be bool"),
+        ("soft_mask: soft", "soft_mask must be"),
+        ("- 3", "must map"),
+        ("epochs: [", "not YAML"),
+        ("batch_size: 200", "multiple of --micro-batch"),
+        ("dropout: 2", "in 0..1"),
+        ("recipe: in1k-tiny", "no such option"),
+        ("learning_rate: .nan", "not negative"),
+    ],
+)
 def test_recipes_that_cannot_be(text, words, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
@@ -184,9 +191,32 @@ def training_folder(tmp_path):
 
 
 def _arguments(data, out, *more):
-    return ["illama/train.py", "--data", f"fashion-mnist:{data}", "--out", out, "--epochs", 3, "--batch-size", 64,
-            "--micro-batch", 16, "--depth", 2, "--width", 32, "--checkpoint-steps", 2, "--ema-decay", 0.5,
-            "--soft-mask-epochs", 1, "--workers", 0, *more]  # fmt: skip
+    return [
+        "illama/train.py",
+        "--data",
+        f"fashion-mnist:{data}",
+        "--out",
+        out,
+        "--epochs",
+        3,
+        "--batch-size",
+        64,
+        "--micro-batch",
+        16,
+        "--depth",
+        2,
+        "--width",
+        32,
+        "--checkpoint-steps",
+        2,
+        "--ema-decay",
+        0.5,
+        "--soft-mask-epochs",
+        1,
+        "--workers",
+        0,
+        *more,
+    ]
 
 
 def test_a_row_that_a_full_disk_cut_short_is_dropped(tmp_path):
@@ -202,8 +232,18 @@ def test_a_row_that_a_full_disk_cut_short_is_dropped(tmp_path):
 
 def _torchrun(processes, *arguments):
     """As on a machine with that many GPUs, here on its cores."""
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--max-restarts", 1,
-            "--monitor-interval", 0.1, *arguments]  # fmt: skip
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        processes,
+        "--max-restarts",
+        1,
+        "--monitor-interval",
+        0.1,
+        *arguments,
+    ]
 
 
 @pytest.fixture
@@ -213,9 +253,14 @@ def own_store(monkeypatch):
 
 
 def _start(arguments):
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def _wait_for(process, path):
@@ -343,9 +388,27 @@ def test_a_run_is_not_mixed_with_another(finished, training_folder, tmp_path):
 
 def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_path):
     """One step at a rate of nearly nothing: the weights are the checkpoint's, the head is new."""
-    result = run_command(*_arguments(training_folder, tmp_path / "out", "--init", SHIPPED, "--new-head", "--epochs", 1,
-                                     "--depth", 6, "--width", 128, "--learning-rate", 1e-7, "--ema-decay", 0, "--mask",
-                                     "post_softmax"))  # fmt: skip
+    result = run_command(
+        *_arguments(
+            training_folder,
+            tmp_path / "out",
+            "--init",
+            SHIPPED,
+            "--new-head",
+            "--epochs",
+            1,
+            "--depth",
+            6,
+            "--width",
+            128,
+            "--learning-rate",
+            1e-7,
+            "--ema-decay",
+            0,
+            "--mask",
+            "post_softmax",
+        )
+    )
     assert result.returncode == 0, result.stderr
     before, after = load_file(SHIPPED / "model.safetensors"), _weights(tmp_path / "out")
     for name in before:
@@ -358,14 +421,25 @@ def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_pat
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [(("--micro-batch", 63), "even"), (("--epochs", 0), "at least 1"), (("--ema-decay", 2), "0..1"),
-     (("--batch-size", 512), "fewer than one batch"), (("--optimizer", "best"), "adamw"),
-     (("--rand-augment", "much"), "rand-m9"), (("--recipe", "in2k"), "in1k-tiny"), (("--variant", "bert"), "vit"),
-     (("--fsdp", "--autocast", "float16"), "bfloat16"), (("--fsdp",), "torchrun"),
-     (("--learning-rate", 1e9), "not finite"), (("--in-channels", 2), "in_channels"), (("--width", 0), "width"),
-     (("--new-head",), "--init"),
-     (("--optimizer", "fusedadam"), "adamw"), (("--init", "/etc/passwd"), "not a checkpoint")],
-)  # fmt: skip
+    [
+        (("--micro-batch", 63), "even"),
+        (("--epochs", 0), "at least 1"),
+        (("--ema-decay", 2), "0..1"),
+        (("--batch-size", 512), "fewer than one batch"),
+        (("--optimizer", "best"), "adamw"),
+        (("--rand-augment", "much"), "rand-m9"),
+        (("--recipe", "in2k"), "in1k-tiny"),
+        (("--variant", "bert"), "vit"),
+        (("--fsdp", "--autocast", "float16"), "bfloat16"),
+        (("--fsdp",), "torchrun"),
+        (("--learning-rate", 1e9), "not finite"),
+        (("--in-channels", 2), "in_channels"),
+        (("--width", 0), "width"),
+        (("--new-head",), "--init"),
+        (("--optimizer", "fusedadam"), "adamw"),
+        (("--init", "/etc/passwd"), "not a checkpoint"),
+    ],
+)
 def test_options_that_cannot_be(option, words, training_folder, tmp_path):
     assert_one_line_error(run_command(*_arguments(training_folder, tmp_path / "out", *option)), words)
 
@@ -373,16 +447,42 @@ def test_options_that_cannot_be(option, words, training_folder, tmp_path):
 def test_a_broken_training_image_is_one_line(image_folder, tmp_path):
     """The error crosses from a data loader's worker process."""
     (image_folder / "train" / "class1" / "3.png").write_bytes(b"no picture")
-    result = run_command("illama/train.py", "--data", image_folder, "--out", tmp_path / "out", "--batch-size", 4,
-                         "--in-channels", 3, "--epochs", 2, "--workers", 2)  # fmt: skip
+    result = run_command(
+        "illama/train.py",
+        "--data",
+        image_folder,
+        "--out",
+        tmp_path / "out",
+        "--batch-size",
+        4,
+        "--in-channels",
+        3,
+        "--epochs",
+        2,
+        "--workers",
+        2,
+    )
     assert_one_line_error(result, "class1/3.png")
 
 
 def test_training_learns(training_folder, tmp_path):
     """Twenty epochs over 297 images: the loss falls well below what guessing gives, log 10."""
     plain = ("--mixup-probability", 0, "--label-smoothing", 0, "--erasing", 0, "--soft-mask", "none")
-    result = run_command(*_arguments(training_folder, tmp_path / "out", "--epochs", 20, "--warmup-epochs", 1,
-                                     "--width", 64, "--learning-rate", 5e-3, *plain))  # fmt: skip
+    result = run_command(
+        *_arguments(
+            training_folder,
+            tmp_path / "out",
+            "--epochs",
+            20,
+            "--warmup-epochs",
+            1,
+            "--width",
+            64,
+            "--learning-rate",
+            5e-3,
+            *plain,
+        )
+    )
     assert result.returncode == 0, result.stderr
     losses = _losses(tmp_path / "out", "log.csv")
     assert losses[-1] < 1.5 < losses[0]

@@ -20,8 +20,23 @@ from illama.inference import load_images, top1
 
 
 def _ptq(run, bundle, images, out, *more):
-    return run("quant/ptq.py", "--checkpoint", bundle, "--data", images, "--out", out,
-               "--calibration-images", 8, "--batches", 1, 3, "--seconds", 1, *more)  # fmt: skip
+    return run(
+        "quant/ptq.py",
+        "--checkpoint",
+        bundle,
+        "--data",
+        images,
+        "--out",
+        out,
+        "--calibration-images",
+        8,
+        "--batches",
+        1,
+        3,
+        "--seconds",
+        1,
+        *more,
+    )
 
 
 def test_the_whole_way(small_bundle, image_folder, tmp_path):
@@ -86,8 +101,7 @@ class Code:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
-    [(_nan, "NaN"), (_truncated, "truncated"), (_another_config, "does not fit the config")],
+    ("damage", "words"), [(_nan, "NaN"), (_truncated, "truncated"), (_another_config, "does not fit the config")]
 )
 def test_a_checkpoint_that_cannot_be_used(damage, words, small_bundle, image_folder, tmp_path, run_here):
     damage(small_bundle)
@@ -146,11 +160,27 @@ def test_an_output_folder_that_cannot_be_written(small_bundle, image_folder, tmp
 
 
 def test_ctrl_c_leaves_nothing_behind(small_bundle, image_folder, tmp_path):
-    command = [sys.executable, "quant/ptq.py", "--checkpoint", small_bundle, "--data", image_folder, "--out",
-               tmp_path / "out", "--calibration-images", "8"]  # fmt: skip
+    command = [
+        sys.executable,
+        "quant/ptq.py",
+        "--checkpoint",
+        small_bundle,
+        "--data",
+        image_folder,
+        "--out",
+        tmp_path / "out",
+        "--calibration-images",
+        "8",
+    ]
     # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert any("export" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -166,8 +196,19 @@ def test_a_full_disk_is_one_line(small_bundle, image_folder, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv = sys.argv[1:];"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    result = run_command("-c", script, "quant/ptq.py", "--checkpoint", small_bundle, "--data", image_folder, "--out",
-                         tmp_path / "out", "--calibration-images", 8)  # fmt: skip
+    result = run_command(
+        "-c",
+        script,
+        "quant/ptq.py",
+        "--checkpoint",
+        small_bundle,
+        "--data",
+        image_folder,
+        "--out",
+        tmp_path / "out",
+        "--calibration-images",
+        8,
+    )
     assert_one_line_error(result, "File too large")
     assert not (tmp_path / "out").exists()
 

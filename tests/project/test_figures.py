@@ -96,8 +96,10 @@ def test_a_mark_that_cannot_be_filled_in_is_one_line_and_nothing_is_written(root
 
 
 def test_commands_are_run_in_the_root_and_those_that_fail_are_named(run_here, tmp_path, capfd):
-    commands = {"good": {"minutes": 1, "run": "test -f Makefile\npython -c 'print(6 * 7)'"},
-                "bad": {"minutes": 2, "run": "false\ntrue"}}  # fmt: skip
+    commands = {
+        "good": {"minutes": 1, "run": "test -f Makefile\npython -c 'print(6 * 7)'"},
+        "bad": {"minutes": 2, "run": "false\ntrue"},
+    }
     assert FIGURES["run_all"](["good", "bad"], commands, tmp_path / "done.txt") == ["bad"]
     output = capfd.readouterr().out
     assert "\n42\n" in output and "[1/2] good: about 1 minutes of 3" in output
@@ -105,8 +107,10 @@ def test_commands_are_run_in_the_root_and_those_that_fail_are_named(run_here, tm
 
 
 def test_an_unfinished_run_goes_on_with_what_had_not_succeeded(tmp_path, capfd):
-    commands = {name: {"minutes": 1, "run": f"echo ran {name}; test {name} != bad -o -e {tmp_path / 'mended'}"}
-                for name in ("good", "bad", "last")}  # fmt: skip
+    commands = {
+        name: {"minutes": 1, "run": f"echo ran {name}; test {name} != bad -o -e {tmp_path / 'mended'}"}
+        for name in ("good", "bad", "last")
+    }
     done = tmp_path / "figures" / "done.txt"
     assert FIGURES["run_all"](list(commands), commands, done) == ["bad"]
     assert done.read_text().split() == ["good", "last"]

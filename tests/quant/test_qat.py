@@ -38,33 +38,33 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 @given(seed=st.integers(0, 1000), step=st.floats(0.05, 3.0))
 def test_gradients_are_equation_3_of_lsq(name, seed, step):
     """Written out as the paper does, in float64; a float format rounds to its own neighbours."""
-    number = FORMATS[name]
+    dtype = FORMATS[name]
     generator = torch.Generator().manual_seed(seed)
-    values, upstream = (torch.randn(3, 40, generator=generator, dtype=torch.float64) * number.high for _ in range(2))
+    values, upstream = (torch.randn(3, 40, generator=generator, dtype=torch.float64) * dtype.high for _ in range(2))
     values.requires_grad_()
     scale = torch.tensor([[step], [2 * step], [step / 2]], dtype=torch.float64, requires_grad=True)
-    (fake_quantize(values, lsq_gradient(scale, 40, number), number) * upstream).sum().backward()
+    (fake_quantize(values, lsq_gradient(scale, 40, dtype), dtype) * upstream).sum().backward()
 
     ratio = (values / scale).detach().numpy()
-    nearest = np.rint(ratio) if number.rounds else torch.tensor(ratio).to(number.dtype).double().numpy()
-    inside = (ratio > number.low) & (ratio < number.high)
-    by_scale = np.where(inside, nearest - ratio, np.where(ratio <= number.low, number.low, number.high))
-    wanted = (by_scale * upstream.numpy()).sum(1, keepdims=True) / np.sqrt(40 * number.high)
-    np.testing.assert_allclose(scale.grad.numpy(), wanted, rtol=1e-9, atol=1e-9 * number.high)
+    nearest = np.rint(ratio) if dtype.rounds else torch.tensor(ratio).to(dtype.storage).double().numpy()
+    inside = (ratio > dtype.low) & (ratio < dtype.high)
+    by_scale = np.where(inside, nearest - ratio, np.where(ratio <= dtype.low, dtype.low, dtype.high))
+    wanted = (by_scale * upstream.numpy()).sum(1, keepdims=True) / np.sqrt(40 * dtype.high)
+    np.testing.assert_allclose(scale.grad.numpy(), wanted, rtol=1e-9, atol=1e-9 * dtype.high)
     np.testing.assert_allclose(values.grad.numpy(), inside * upstream.numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 @pytest.mark.parametrize("zero_point", [0, 3])
 def test_training_rounds_as_the_exported_file_does(name, zero_point):
-    number = FORMATS[name]
-    if zero_point and number.signed:
+    dtype = FORMATS[name]
+    if zero_point and dtype.signed:
         pytest.skip("signed formats are symmetric")
-    x = torch.cat([torch.randn(5000) * number.high, torch.arange(-40, 40) * 0.5])  # the halves are ties
+    x = torch.cat([torch.randn(5000) * dtype.high, torch.arange(-40, 40) * 0.5])  # the halves are ties
     for scale in (torch.tensor(1.0), torch.tensor(0.37)):
-        trained = fake_quantize(x, scale, number, zero_point)
+        trained = fake_quantize(x, scale, dtype, zero_point)
         assert torch.equal(trained, quantize_dequantize(x, scale, name, zero_point))
-        half = fake_quantize(x.bfloat16(), scale, number, zero_point)
+        half = fake_quantize(x.bfloat16(), scale, dtype, zero_point)
         assert half.dtype == torch.bfloat16
         assert torch.equal(half, quantize_dequantize(x.bfloat16().float(), scale, name, zero_point).bfloat16())
 
@@ -183,10 +183,24 @@ def material(tmp_path_factory, network):
 
 def _options(material, out, **more):
     options = read_recipe(QatOptions, RECIPES, DEFAULT_RECIPE)
-    settings = {"data": str(material / "images"), "checkpoint": material / "bundle", "out": out, "epochs": 4,
-                "scheme_file": material / "mine.yaml", "calibration_images": 8, "batch_size": 8, "micro_batch": 4,
-                "crop_padding": 4, "rand_augment": "rand-m9-mstd0.5-inc1", "drop_path": 0.2, "soft_mask": "linear",
-                "soft_mask_epochs": 2, "ema_decay": 0.5, "checkpoint_steps": 2, "workers": 0}  # fmt: skip
+    settings = {
+        "data": str(material / "images"),
+        "checkpoint": material / "bundle",
+        "out": out,
+        "epochs": 4,
+        "scheme_file": material / "mine.yaml",
+        "calibration_images": 8,
+        "batch_size": 8,
+        "micro_batch": 4,
+        "crop_padding": 4,
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+        "drop_path": 0.2,
+        "soft_mask": "linear",
+        "soft_mask_epochs": 2,
+        "ema_decay": 0.5,
+        "checkpoint_steps": 2,
+        "workers": 0,
+    }
     return replace(options, **{**settings, **more})
 
 
@@ -242,9 +256,18 @@ def test_training_learns_what_the_network_said_before(material, tmp_path):
     """4-bit weights on 24 noise images: the network comes nearer to the float one than calibration brought it."""
     activations = "'*.input': int8, '*.core.[qkv]': int8, '*.core.p': uint8, '*patch*.input': float"
     (tmp_path / "w4.yaml").write_text(f"base: w4a4\nlearned: 0\ntensors: {{{activations}}}\n")
-    options = _options(material, tmp_path / "out", epochs=40, drop_path=0.0, mixup_probability=0.0, rand_augment="",
-                       learning_rate=1e-4, soft_mask="none", checkpoint_steps=1000,
-                       scheme_file=tmp_path / "w4.yaml")  # fmt: skip
+    options = _options(
+        material,
+        tmp_path / "out",
+        epochs=40,
+        drop_path=0.0,
+        mixup_probability=0.0,
+        rand_augment="",
+        learning_rate=1e-4,
+        soft_mask="none",
+        checkpoint_steps=1000,
+        scheme_file=tmp_path / "w4.yaml",
+    )
     run = _run(options)
     images = torch.cat(open_job(options).inputs.calibration)
 
@@ -308,11 +331,17 @@ def test_the_manifest_says_what_was_lost_and_won(finished, material):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"distillation": 2.0}, "0..1"), ({"temperature": 0.0}, "positive"), ({"calibration_images": 0}, "at least 1"),
-     ({"scale_rate": -1.0}, "not negative"), ({"scheme": "int3", "scheme_file": None}, "w4a4"),
-     ({"data": ""}, "--data"),
-     ({"data": "fashion-mnist"}, "classes"), ({"calibration_images": 25}, "images")],
-)  # fmt: skip
+    [
+        ({"distillation": 2.0}, "0..1"),
+        ({"temperature": 0.0}, "positive"),
+        ({"calibration_images": 0}, "at least 1"),
+        ({"scale_rate": -1.0}, "not negative"),
+        ({"scheme": "int3", "scheme_file": None}, "w4a4"),
+        ({"data": ""}, "--data"),
+        ({"data": "fashion-mnist"}, "classes"),
+        ({"calibration_images": 25}, "images"),
+    ],
+)
 def test_options_that_cannot_be(change, words, material, tmp_path):
     with pytest.raises(UserError, match=words):
         _run(_options(material, tmp_path / "out", **change))
@@ -353,9 +382,30 @@ def test_damaged_weights_are_refused(finished, tmp_path):
 
 
 def _arguments(material, out, *more):
-    return ["quant/qat.py", "--checkpoint", material / "bundle", "--data", material / "images", "--out", out,
-            "--scheme", "int8", "--epochs", 1, "--batch-size", 8, "--micro-batch", 4, "--autocast", "float32",
-            "--calibration-images", 8, "--workers", 0, *more]  # fmt: skip
+    return [
+        "quant/qat.py",
+        "--checkpoint",
+        material / "bundle",
+        "--data",
+        material / "images",
+        "--out",
+        out,
+        "--scheme",
+        "int8",
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+        "--micro-batch",
+        4,
+        "--autocast",
+        "float32",
+        "--calibration-images",
+        8,
+        "--workers",
+        0,
+        *more,
+    ]
 
 
 def test_two_processes_train_as_one_by_the_command(material, tmp_path):
@@ -368,8 +418,19 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
     assert result.stdout.count("bundle in") == 1
     manifest = Manifest.read(tmp_path / "two" / "int8-qat")
     assert ("class order" in result.stdout) == (manifest.metrics["fp32_top1"] < 40)  # a tenth from a third to all
-    options = _options(material, tmp_path / "one", scheme_file=None, scheme="int8", epochs=1, autocast="float32",
-                       drop_path=0.0, rand_augment="", soft_mask="none", crop_padding=2, **rates)  # fmt: skip
+    options = _options(
+        material,
+        tmp_path / "one",
+        scheme_file=None,
+        scheme="int8",
+        epochs=1,
+        autocast="float32",
+        drop_path=0.0,
+        rand_augment="",
+        soft_mask="none",
+        crop_padding=2,
+        **rates,
+    )
     fit(alone := _run(options, job := open_job(options)))
     settle_scales(alone.kept)
     assert (tmp_path / "two" / "int8-qat" / FUSED_ONNX).exists()

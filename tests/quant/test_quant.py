@@ -21,7 +21,7 @@ from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.graph.session import cpu_session
 from illama.inference import load_images, torch_infer
-from illama.models.attention import Operand
+from illama.models.attention import QuantizerPoint
 from illama.models.norms import RMSNorm
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import largest_step_difference
@@ -31,8 +31,8 @@ from quant.quantizers.layers import (
     QuantizeDequantize,
     QuantizedLinear,
     WeightQuantizer,
-    centre,
     fake_quantize,
+    fold_zero_point,
     freeze,
     quantize_dequantize,
     quantizers,
@@ -63,8 +63,8 @@ TENSORRT_SCHEMES = [
 ]
 
 
-def _onnx_quantize_dequantize(x, scale, number, zero_point=0):
-    zero = onnx.helper.make_tensor("zero", ONNX_TYPES[number], [], [zero_point])
+def _onnx_quantize_dequantize(x, scale, dtype, zero_point=0):
+    zero = onnx.helper.make_tensor("zero", ONNX_TYPES[dtype], [], [zero_point])
     nodes = [
         onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
         onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
@@ -79,27 +79,27 @@ def _onnx_quantize_dequantize(x, scale, number, zero_point=0):
 @given(
     values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
     amax=st.floats(2**-9, 2**10, width=32),  # below it the reference overflows its int32; see the next test
-    number=st.sampled_from(sorted(ONNX_TYPES)),
+    dtype=st.sampled_from(sorted(ONNX_TYPES)),
     zero_point=st.sampled_from([0, 0, 5]),
 )
-def test_the_arithmetic_is_onnx_s(values, amax, number, zero_point):
-    assume(number != "fp8" or zero_point == 0)
+def test_the_arithmetic_is_onnx_s(values, amax, dtype, zero_point):
+    assume(dtype != "fp8" or zero_point == 0)
     x = torch.tensor(values, dtype=torch.float32)
-    scale = FORMATS[number].scale(torch.tensor(amax, dtype=torch.float32))
-    expected = _onnx_quantize_dequantize(x.numpy(), scale.numpy(), number, zero_point)
-    np.testing.assert_array_equal(quantize_dequantize(x, scale, number, zero_point).numpy(), expected)
+    scale = FORMATS[dtype].scale(torch.tensor(amax, dtype=torch.float32))
+    expected = _onnx_quantize_dequantize(x.numpy(), scale.numpy(), dtype, zero_point)
+    np.testing.assert_array_equal(quantize_dequantize(x, scale, dtype, zero_point).numpy(), expected)
     # What training computes is the same, but for the last bit of a sum.
-    trained = fake_quantize(x, scale, FORMATS[number], zero_point).numpy()
+    trained = fake_quantize(x, scale, FORMATS[dtype], zero_point).numpy()
     np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-5 * scale.item())
 
 
-@pytest.mark.parametrize("number", sorted(FORMATS))
-def test_whatever_is_too_large_saturates(number):
+@pytest.mark.parametrize("dtype", sorted(FORMATS))
+def test_whatever_is_too_large_saturates(dtype):
     """ONNX's QuantizeLinear says so; 1e30 steps do not fit into any integer on the way."""
-    limits, amax = FORMATS[number], torch.tensor(2.0**-10)
+    limits, amax = FORMATS[dtype], torch.tensor(2.0**-10)
     x = torch.tensor([-1e30, -8225.0, 8225.0, 1e30])
     top, bottom = amax.item(), amax.item() * limits.low / limits.high
-    ours = quantize_dequantize(x, limits.scale(amax), number)
+    ours = quantize_dequantize(x, limits.scale(amax), dtype)
     assert ours.tolist() == pytest.approx([bottom, bottom, top, top], rel=1e-6)
 
 
@@ -157,13 +157,13 @@ def test_calibrators_against_numpy_and_modelopt():
     counts, limit = _histogram(values)
     chosen = percentile_amax(counts, limit, 99.9)
     assert chosen == pytest.approx(np.percentile(np.abs(values), 99.9), rel=0.02)
-    number, errors = FORMATS["int8"], {}
+    dtype, errors = FORMATS["int8"], {}
     for share in range(1, 101):
-        scale = torch.tensor(limit * share / 100 / number.high)
-        rounded = number.quantize(torch.from_numpy(values), scale).float() * scale
+        scale = torch.tensor(limit * share / 100 / dtype.high)
+        rounded = dtype.quantize(torch.from_numpy(values), scale).float() * scale
         errors[share] = float((rounded - torch.from_numpy(values)).square().sum())
     best = min(errors, key=errors.get)
-    assert mse_amax(counts, limit, number) == pytest.approx(limit * best / 100, rel=0.05)
+    assert mse_amax(counts, limit, dtype) == pytest.approx(limit * best / 100, rel=0.05)
     theirs = HistogramCalibrator(8, None, False)
     theirs.collect(torch.from_numpy(values))
     ours = RangeObserver(TensorSpec("int8", calibrator="percentile", percentile=99.9))
@@ -180,8 +180,11 @@ def shipped():
 def short(shipped):
     """The first and the last block of the shipped network: trained weights, and both forms of attention's rows."""
     model = ILLaMA(replace(shipped.config, depth=2)).eval()
-    state = {name.replace("blocks.5.", "blocks.1."): value for name, value in shipped.state_dict().items()
-             if not name.startswith(tuple(f"blocks.{i}." for i in (1, 2, 3, 4)))}  # fmt: skip
+    state = {
+        name.replace("blocks.5.", "blocks.1."): value
+        for name, value in shipped.state_dict().items()
+        if not name.startswith(tuple(f"blocks.{i}." for i in (1, 2, 3, 4)))
+    }
     model.load_state_dict(state)
     return model
 
@@ -223,7 +226,9 @@ def _relative(logits, expected):
 def test_what_is_quantized(shipped, batches):
     quantized = calibrate(shipped, SCHEMES["int8-attention"], batches)
     kinds = {name: type(module) for name, module in quantized.named_modules()}
-    assert not [name for name, kind in kinds.items() if issubclass(kind, torch.nn.Linear | torch.nn.Conv2d | Operand)]
+    assert not [
+        name for name, kind in kinds.items() if issubclass(kind, torch.nn.Linear | torch.nn.Conv2d | QuantizerPoint)
+    ]
     assert sum(kind is QuantizedConv2d for kind in kinds.values()) == 1
     depth = quantized.config.depth
     assert sum(kind is QuantizedLinear for kind in kinds.values()) == 5 * depth + 1
@@ -250,11 +255,14 @@ def test_quantizers_agree_with_modelopt_s(short, batches, name):
     assert len(seen) == len(resolve(SCHEMES[name], short))
     for tensor, (module, x, ours) in seen.items():
         if not module.spec.symmetric:  # it has no zero point either: the shifted values, as in the graph for TensorRT
-            shift = module.centre()
+            shift = module.fold_zero_point()
             x, ours = x + shift, ours + shift
-        config = {"num_bits": (4, 3) if module.spec.format == "fp8" else 8, "unsigned": not module.number.signed,
-                  "axis": 0 if tensor.endswith(".weight") else None}  # fmt: skip
-        theirs = TensorQuantizer(QuantizerAttributeConfig(**config), amax=module.scale * module.number.high)
+        config = {
+            "num_bits": (4, 3) if module.spec.format == "fp8" else 8,
+            "unsigned": not module.dtype.signed,
+            "axis": 0 if tensor.endswith(".weight") else None,
+        }
+        theirs = TensorQuantizer(QuantizerAttributeConfig(**config), amax=module.scale * module.dtype.high)
         differs = (ours - theirs(x)).abs() > 1e-6 * ours.abs().max()
         assert differs.float().mean() < 2e-3, tensor
 
@@ -365,22 +373,22 @@ def test_learned_rounding_is_nearer_than_the_nearest(short, batches):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 99), low=st.floats(-8, 0, width=32), number=st.sampled_from(["uint8", "uint6", "uint4"]))
+@given(seed=st.integers(0, 99), low=st.floats(-8, 0, width=32), dtype=st.sampled_from(["uint8", "uint6", "uint4"]))
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_centred_layer_gives_the_same(bias, seed, low, number):
+def test_a_centred_layer_gives_the_same(bias, seed, low, dtype):
     """Its integers too, less the constant: without zero points, as TensorRT demands."""
     torch.manual_seed(seed)
     x = torch.cat([torch.rand(40, 6, dtype=torch.float64) * (8 - low) + low, torch.full((1, 6), 8.0)])
-    spec = TensorSpec(number, symmetric=False)
+    spec = TensorSpec(dtype, symmetric=False)
     linear = torch.nn.Linear(6, 3, bias=bias).double()
     weight = WeightQuantizer(TensorSpec("int8", "channel"), weight_amax(linear.weight, TensorSpec("int8", "channel")))
     layer = QuantizedLinear(linear, weight, QuantizeDequantize(spec, x.min(), x.max())).double()
     expected, codes = layer(x), (layer.input(x) / layer.input.scale).round() + layer.input.zero_point
-    centre(layer)
-    assert layer.input.number.signed and layer.input.zero_point == 0
+    fold_zero_point(layer)
+    assert layer.input.dtype.signed and layer.input.zero_point == 0
     torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
     moved = (layer.input(x + layer.shift) / layer.input.scale).round()
-    assert torch.equal(moved + 2 ** (FORMATS[number].bits - 1), codes)
+    assert torch.equal(moved + 2 ** (FORMATS[dtype].bits - 1), codes)
 
 
 def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_images):
@@ -391,8 +399,11 @@ def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_image
     for form in ("plain", "fused"):
         export_onnx(quantized, tmp_path / f"{form}.onnx", form)
         assert _relative(_run(tmp_path / f"{form}.onnx", images), torch_infer(quantized)(images)) < 0.02
-    zeros = {numpy_helper.to_array(t).item() for t in onnx.load(tmp_path / "fused.onnx").graph.initializer
-             if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and not t.dims}  # fmt: skip
+    zeros = {
+        numpy_helper.to_array(t).item()
+        for t in onnx.load(tmp_path / "fused.onnx").graph.initializer
+        if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and not t.dims
+    }
     assert zeros == {0}
 
 
@@ -404,8 +415,8 @@ def test_a_format_without_a_sign_for_values_with_one_is_refused(short, batches):
 def test_entropy_judges_no_range_that_holds_every_bin():
     """A range of fewer bins than levels would diverge by nothing and win, however much it clips."""
     values = np.append(np.random.default_rng(0).standard_normal(200_000), 100.0)
-    for number in ("int8", "uint8"):
-        chosen = entropy_amax(*_histogram(values), FORMATS[number])
+    for dtype in ("int8", "uint8"):
+        chosen = entropy_amax(*_histogram(values), FORMATS[dtype])
         assert (np.abs(values) > chosen).mean() < 0.02
     with pytest.raises(UserError, match="entropy calibration is of integers"):
         TensorSpec("fp8", calibrator="entropy")

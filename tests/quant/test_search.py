@@ -14,7 +14,7 @@ from illama.bundle import sha256
 from illama.errors import UserError
 from quant.export.onnx_export import export_onnx
 from quant.inputs import InputOptions, open_inputs
-from quant.mixed_precision.choices import Candidates, Choice, offered_schemes
+from quant.mixed_precision.choices import Choice, Choices, offered_schemes
 from quant.mixed_precision.costs import layer_of_node, read_layer_times, weight_bytes
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, layers_of
@@ -94,10 +94,15 @@ def test_an_engine_s_own_times(tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(rows))
     times = read_layer_times(path, LAYERS)
-    assert times.layers == pytest.approx({
-        "blocks.0.attn.qkv": 0.02, "blocks.0.mlp.fc1": 0.2, "blocks.0.mlp.fc3": 0.2,
-        "blocks.1.attn.core.qk": 0.05, "blocks.1.attn.core.pv": 0.05,
-    })  # fmt: skip
+    assert times.layers == pytest.approx(
+        {
+            "blocks.0.attn.qkv": 0.02,
+            "blocks.0.mlp.fc1": 0.2,
+            "blocks.0.mlp.fc3": 0.2,
+            "blocks.1.attn.core.qk": 0.05,
+            "blocks.1.attn.core.pv": 0.05,
+        }
+    )
     assert times.rest == pytest.approx(0.005) and times.call == pytest.approx(0.525)
     path.write_text(json.dumps([{"name": "conv1", "averageMs": 1.0}]))
     with pytest.raises(UserError, match="mentions no layer"):
@@ -127,7 +132,7 @@ def _planner(budget, factor):
         for i in range(8)
     }
     whole = {"int8": (Effect(30.0, 0.036, 36_000, 0, 10**6), 0.036)}  # 3.6 points lost for 0.036 nats: 100 a nat
-    planner = Pretended(None, Candidates(layers, whole, 1000, 1.0, {}, {}), None, budget)
+    planner = Pretended(None, Choices(layers, whole, 1000, 1.0, {}, {}), None, budget)
     planner.factor = factor
     return planner
 
@@ -193,8 +198,20 @@ def data(tmp_path_factory):
 
 
 def _search(data, out, *more):
-    return run_command("quant/search.py", "--checkpoint", data[0], "--data", data[1], "--calibration-images", 8,
-                       "--images", 12, "--out", out, *more)  # fmt: skip
+    return run_command(
+        "quant/search.py",
+        "--checkpoint",
+        data[0],
+        "--data",
+        data[1],
+        "--calibration-images",
+        8,
+        "--images",
+        12,
+        "--out",
+        out,
+        *more,
+    )
 
 
 def test_the_command_and_its_replay(data, tmp_path):
@@ -217,8 +234,18 @@ def test_the_command_and_its_replay(data, tmp_path):
     } - {"patch_embed.proj.input"}  # no shipped scheme rounds pixels
     export_onnx(calibrate(inputs.model, scheme, inputs.calibration), tmp_path / "again.onnx", "plain")
     assert sha256(tmp_path / "again.onnx") == sha256(out / "model.onnx")
-    debug = run_command("quant/debug_layers.py", out, "--checkpoint", data[0], "--data", data[1],
-                        "--calibration-images", 8, "--images", 4)  # fmt: skip
+    debug = run_command(
+        "quant/debug_layers.py",
+        out,
+        "--checkpoint",
+        data[0],
+        "--data",
+        data[1],
+        "--calibration-images",
+        8,
+        "--images",
+        4,
+    )
     assert debug.returncode == 0 and "No layer departs" in debug.stdout, debug.stderr
 
 

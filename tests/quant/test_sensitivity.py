@@ -21,7 +21,7 @@ from illama.errors import UserError
 from illama.models.timm_vit import to_causal, to_quantizable
 from quant import debug_layers
 from quant.export.onnx_export import export_onnx
-from quant.export.verify import first_departure, largest_step_difference, local_differences
+from quant.export.verify import first_mismatch, largest_step_difference, local_differences
 from quant.inputs import scheme_named
 from quant.mixed_precision.layer_effects import Tally, layers_of, measure, selection_images, tensor_sqnr
 from quant.quantizers.calibrate import calibrate
@@ -147,7 +147,7 @@ def test_a_sound_file_departs_nowhere(small, exported):
     quantized, path = exported
     images = small[1][:8].numpy()
     differences = local_differences(quantized, path, images)
-    assert first_departure(differences) is None
+    assert first_mismatch(differences) is None
     assert largest_step_difference(quantized, path, images) <= 1
     quantized_tensors = {name for name, _ in quantizers(quantized) if not name.endswith(".weight")}
     shared = {"blocks.0.mlp.fc3.input", "blocks.1.mlp.fc3.input"}  # the file rounds the MLP's input once
@@ -201,9 +201,9 @@ def test_a_planted_fault_is_named(plant, culprit, small, exported, tmp_path):
     onnx.save(model, tmp_path / "model.onnx")
     images = small[1][:8].numpy()
     differences = local_differences(quantized, tmp_path / "model.onnx", images)
-    assert first_departure(differences) == culprit
+    assert first_mismatch(differences) == culprit
     assert largest_step_difference(quantized, tmp_path / "model.onnx", images) > 1
-    departing = [name for name, each in differences.items() if each.departs]
+    departing = [name for name, each in differences.items() if each.mismatch]
     assert len(departing) <= 3 and ("logits" in departing) == (culprit == "logits")  # and it does not spread
 
 

@@ -33,7 +33,7 @@ function extent(values, axis, share) {
 function wholeView(axes) {
   const timed = report.rows.filter((row) => row.p50[state.batch] !== undefined);
   const latencies = timed.map((row) => row.p50[state.batch]);
-  const { latency, top1, batch } = report.limits;
+  const { latency, top1, batch } = report.constraints;
   if (latency !== null && batch === state.batch) latencies.push(latency);
   const accuracies = report.rows.flatMap((row) => (timed.includes(row) ? [row.low, row.high] : [row.top1]));
   if (top1 !== null) accuracies.push(top1);
@@ -79,7 +79,7 @@ function drawAxes(root, scale, size) {
 }
 
 function drawLimits(root, scale, size) {
-  const { latency, top1, drop, batch } = report.limits;
+  const { latency, top1, drop, batch } = report.constraints;
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
   if (latency !== null && batch === state.batch) {
     const x = clamp(scale.x(latency), size.left, size.right);

@@ -1,0 +1,124 @@
+"""The wrapper that every command runs in. Imports nothing slow, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
+
+import docstring_parser
+import tyro
+
+from illama.errors import UserError
+
+Options = TypeVar("Options")
+_CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EBUSY,
+    errno.EXDEV,
+)
+# What libraries log on every normal run, by logger: no GPU where none is asked for, and torchao's use of a deprecated
+# function of PyTorch's.
+_NOISE = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "torch.utils._pytree": "Calling register_constant() on Enum subclasses is deprecated",
+}
+
+
+def run_command(
+    options: type[Options], main: Callable[[Options], None], parse: Callable[[], Options] | None = None
+) -> None:
+    """Parse the command line into ``options``, run ``main``, and report the user's mistakes in one line.
+
+    Exits with 2 for a mistake (bad option, bad file, full disk) and 130 for Ctrl-C or SIGTERM; anything else is a
+    defect of this project and keeps its traceback.
+
+    Args:
+        parse: makes the options from the command line; ``tyro.cli(options)`` if not given.
+    """
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+        with without_noise():
+            main(parse() if parse else tyro.cli(options))
+    except UserError as error:
+        # One from a data loader's worker comes back wrapped in the worker's traceback; its last line is the error.
+        _exit(str(error).strip().splitlines()[-1].removeprefix("illama.errors.UserError: "), 2)
+    except KeyboardInterrupt:
+        _exit("interrupted; nothing half-written was left behind", 130)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        _exit(f"cannot use {error.filename or 'the output folder'}: {os.strerror(error.errno)}", 2)
+
+
+def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
+    """The options that the command line names, by field; those that it leaves out are not in the result.
+
+    For commands whose defaults come from a file that one of the options names.
+
+    Args:
+        options: a dataclass; it is not instantiated.
+        defaults: an instance of it, whose values ``--help`` shows as the defaults.
+    """
+    hints, helps = get_type_hints(options, include_extras=True), option_helps(options)
+    fields = {
+        field.name: Annotated[
+            hints[field.name],
+            tyro.conf.arg(
+                help=helps.get(field.name), help_behavior_hint=f"(default: {_text(getattr(defaults, field.name))})"
+            ),
+        ]
+        for field in dataclasses.fields(options)
+    }
+    named = TypedDict(options.__name__, fields, total=False)  # type: ignore[operator, misc]
+    named.__doc__ = options.__doc__
+    return dict(tyro.cli(named))
+
+
+def option_helps(options: type[Any]) -> dict[str, str]:
+    """Field of a dataclass of options -> its help, from the ``Attributes`` of its docstring or a base class's."""
+    found = {}
+    for each in reversed(options.__mro__):
+        for entry in docstring_parser.parse(each.__doc__ or "").params:
+            found[entry.arg_name] = " ".join((entry.description or "").split())
+    return found
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Drop the log lines of ``_NOISE`` inside the block; the loggers are left as they were."""
+
+    def drop(text: str, record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    filters = {name: partial(drop, text) for name, text in _NOISE.items()}
+    for name, each in filters.items():
+        logging.getLogger(name).addFilter(each)
+    try:
+        yield
+    finally:
+        for name, each in filters.items():
+            logging.getLogger(name).removeFilter(each)
+
+
+def _exit(message: str, status: int) -> None:
+    print(f"error: {message}" if status == 2 else message, file=sys.stderr)
+    sys.exit(status)
