@@ -28,7 +28,8 @@ from deploy.runtimes.open_engine import OnnxRuntimeEngine, OpenVinoEngine, openv
 from eval.benchmark.latency import measure_latency
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import SHIPPED
+from illama.checkpoints.load import load_checkpoint
 from illama.cli import run_command
 from illama.graph.reader import load_graph
 from illama.inference import Infer, torch_infer, usable_cores

@@ -34,8 +34,8 @@ from eval.benchmark.latency import measure_latency
 from eval.metrics.accuracy_drop import Drop, paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file
-from illama.bundle import package_versions, sha256
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import SHIPPED, package_versions, sha256
+from illama.checkpoints.load import load_checkpoint
 from illama.cli import run_command
 from illama.errors import UserError
 from illama.hardware import describe_machine

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from eval.metrics.accuracy_drop import paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file
-from illama.bundle import sha256
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import SHIPPED, sha256
+from illama.checkpoints.load import load_checkpoint
 from illama.cli import run_command
 from illama.data.datasets import Preprocessing, Transformed, open_data
 from illama.errors import UserError

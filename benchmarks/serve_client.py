@@ -18,13 +18,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from deploy.runtimes.image_input import ImageInput
-from deploy.runtimes.open_engine import RuntimeName, open_engine
+from deploy.runtimes.names import RuntimeName
+from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.recommended_runtime import recommend_runtime
 from deploy.serving.model_config import ENCODED
-from deploy.serving.server import ListenOptions
-from illama.bundle import Manifest
+from deploy.serving.options import ListenOptions
+from illama.bundle import OUTPUT, Manifest
 from illama.data.datasets import Sample
-from quant.export.onnx_export import OUTPUT
 
 MODEL = "served"
 SETTLE = 20  # requests of each client whose time is not counted

@@ -25,10 +25,10 @@ from serve_client import MODEL, TIMEOUT, Question, free_ports, is_wrong
 
 from deploy.serving.health import ServedRepository, UnhealthyError, live_backends
 from deploy.serving.model_config import ENCODED
-from deploy.serving.server import ListenOptions
+from deploy.serving.options import ListenOptions
+from illama.bundle import OUTPUT
 from illama.errors import UserError
 from illama.markdown_table import markdown
-from quant.export.onnx_export import OUTPUT
 
 BROKEN_EVERY = 5
 READY_SECONDS = 120

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eval.report.store import write_results
-from illama.checkpoints.load import SHIPPED
+from illama.bundle import SHIPPED
 from illama.cli import run_command
 from illama.inference import load_images
 from illama.models.attention import SoftMasked

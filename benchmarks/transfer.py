@@ -15,7 +15,7 @@ import numpy as np
 from many_runs import compare, final_top1, train_all
 
 from eval.report.store import write_results
-from illama.checkpoints.load import SHIPPED
+from illama.bundle import SHIPPED
 from illama.cli import run_command
 from illama.errors import UserError
 

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from deploy.runtimes.open_engine import RuntimeName
+from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.temperature import read_temperature, store_temperatures
 from eval.benchmark.evaluate_split import PATIENCE, Evaluated, evaluate
 from eval.benchmark.machine import share_of_cores

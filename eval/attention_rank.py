@@ -21,7 +21,8 @@ from torch import Tensor
 
 from eval.report.store import write_results
 from illama import ILLaMA
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import SHIPPED
+from illama.checkpoints.load import load_checkpoint
 from illama.cli import run_command
 from illama.data.datasets import evenly_spaced, open_data
 from illama.errors import UserError

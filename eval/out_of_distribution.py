@@ -25,10 +25,11 @@ from eval.metrics.predictions import probabilities
 from eval.report.store import write_results
 from illama.cli import run_command
 from illama.data.datasets import evenly_spaced, open_data
-from illama.data.images import Exif, decode_image
+from illama.data.images import decode_image
 from illama.data.webdataset import IMAGE_SUFFIXES, Sample
 from illama.errors import UserError
 from illama.markdown_table import markdown
+from illama.options import Exif
 
 RESULTS = "out-of-distribution"
 

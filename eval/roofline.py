@@ -32,11 +32,11 @@ from eval.report.store import write_results
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.graph.layer_times import GraphTimes, time_graphs
 from illama.graph.session import cpu_session
 from illama.hardware import describe_machine
 from illama.inference import usable_cores
 from illama.markdown_table import markdown
-from quant.mixed_precision.costs import GraphTimes, time_graphs
 
 RESULTS = "roofline"
 CPU = "cpu"  # this machine

@@ -26,10 +26,11 @@ from eval.benchmark.open_bundles import open_bundles, predict_checked
 from eval.metrics.predictions import probabilities
 from eval.report.store import write_results
 from illama.cli import run_command
-from illama.data.images import Exif, decode_image
+from illama.data.images import decode_image
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.markdown_table import markdown
+from illama.options import Exif
 
 _NAME = re.compile(r"([a-z]+)\d+-([a-z]+)\d+\.png")
 RESULTS = "shape-bias"

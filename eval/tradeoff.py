@@ -20,7 +20,7 @@ from typing import Annotated, Any, cast
 import tyro
 from torch.utils.data import Dataset, Subset
 
-from eval.benchmark.benchmark import BenchmarkOptions, Images, report_on, run_benchmark
+from eval.benchmark.benchmark import Images, report_on, run_benchmark
 from eval.benchmark.machine import pin_threads, share_of_cores
 from eval.benchmark.open_bundles import check_alike, open_fitting_data
 from eval.benchmark.targets import expand, find_targets
@@ -36,6 +36,7 @@ from illama.checkpoints.load import read_preprocessing
 from illama.cli import run_command
 from illama.data.datasets import Sample, evenly_spaced
 from illama.errors import UserError
+from illama.options import BenchmarkOptions
 from illama.training.distributed import Processes, processes
 
 UNFINISHED = "unfinished"

@@ -20,8 +20,8 @@ from illama.bundle import WEIGHTS, Manifest, command_line, sha256
 from illama.checkpoints.load import Checkpoint, load_checkpoint, write_weights
 from illama.cli import run_command
 from illama.data.datasets import Preprocessing
-from illama.data.images import Exif
 from illama.errors import UserError
+from illama.options import Exif
 
 
 @dataclass(frozen=True)

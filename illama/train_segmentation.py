@@ -22,11 +22,11 @@ from illama.bundle import Manifest
 from illama.cli import run_command
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
 from illama.data.augmentation import seed_everything
-from illama.data.datasets import ClassOrder
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.inference import torch_infer
 from illama.models.upernet import SegmentationConfig, UperNet
+from illama.options import ClassOrder
 from illama.segmentation_scores import Scores, score_images
 from illama.train import initialise, inputs_of, model_options, write_bundle
 from illama.training.distributed import Processes, processes

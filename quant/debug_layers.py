@@ -16,8 +16,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from illama.bundle import CPU_ONNX, SCHEME, WEIGHTS, Manifest, sha256
-from illama.checkpoints.load import SHIPPED, read_preprocessing
+from illama.bundle import CPU_ONNX, SCHEME, SHIPPED, WEIGHTS, Manifest, sha256
+from illama.checkpoints.load import read_preprocessing
 from illama.cli import run_command
 from illama.errors import UserError
 from illama.models.attention import SoftMasked

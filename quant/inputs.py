@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from illama.checkpoints.load import SHIPPED, Checkpoint, load_checkpoint
+from illama.bundle import SHIPPED
+from illama.checkpoints.load import Checkpoint, load_checkpoint
 from illama.checkpoints.timm_checkpoint import load_timm
-from illama.data.datasets import ClassOrder, ImageData, Preprocessing, Sample, Transformed, open_data
-from illama.data.images import Exif
+from illama.data.datasets import ImageData, Preprocessing, Sample, Transformed, open_data
 from illama.errors import UserError
 from illama.inference import load_images
 from illama.models.attention import SoftMasked
+from illama.options import ClassOrder, Exif
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Scheme, find_scheme, read_scheme
 

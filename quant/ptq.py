@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.build import build_fitting
-from deploy.trt.builder import EngineOptions
-from deploy.trt.library import Library, LibraryName, find_library
-from eval.benchmark.benchmark import BenchmarkOptions, Images, report_on, run_benchmark
+from deploy.trt.library import Library, find_library
+from deploy.trt.options import EngineOptions, LibraryName
+from eval.benchmark.benchmark import Images, report_on, run_benchmark
 from eval.benchmark.machine import pin_threads
 from eval.benchmark.targets import find_targets
 from eval.report.schema import Report
@@ -30,6 +30,7 @@ from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest
 from illama.cli import run_command
 from illama.errors import UserError
 from illama.models.attention import SoftMasked
+from illama.options import BenchmarkOptions
 from quant.export.write_bundle import Origin, check_scheme, quantize, write_graphs, write_quantized
 from quant.inputs import InputOptions, Inputs, check_names, open_inputs
 from quant.quantizers.torchao_backend import load_torchao

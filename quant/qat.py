@@ -21,8 +21,7 @@ from typing import Any, cast
 from deploy.runtimes.open_engine import OnnxRuntimeEngine
 from eval.metrics.accuracy_drop import paired_drop
 from illama.atomic_write import lock_folder, write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256
-from illama.checkpoints.load import SHIPPED
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, SHIPPED, TORCHAO, WEIGHTS, Manifest, sha256
 from illama.cli import run_command
 from illama.errors import UserError
 from illama.hardware import describe_machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from illama.errors import UserError
-from illama.models.illama import ILLaMA
+from illama.models.illama import ILLaMA, Linear
 
 REQUIREMENTS = "benchmarks/peers-requirements.txt"
 BATCH = 64  # calibration images a call; the same for all peers that take batches
@@ -82,6 +83,15 @@ def check_installed(needs: Iterable[tuple[str, str]]) -> None:
     missing = [package for module, package in needs if find_spec(module) is None]
     if missing:
         raise UserError(f"not installed: {', '.join(missing)} (pip install -r {REQUIREMENTS})")
+
+
+@cache
+def register_linear() -> None:
+    """Tell ModelOpt that our Linear is one: it goes by the exact class, and would leave all of them in float."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.nn import QuantLinearConvBase
+
+    mtq.register(original_cls=Linear, quantized_cls=type("QuantizedLinear", (QuantLinearConvBase,), {}))
 
 
 def be_quiet() -> None:

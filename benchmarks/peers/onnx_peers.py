@@ -19,10 +19,11 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from illama.bundle import INPUT
 from illama.inference import top1
 from peers.base import Peer, Task
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
-from quant.export.onnx_export import INPUT, export_onnx
+from quant.export.onnx_export import export_onnx
 
 PRODUCTS = ["MatMul", "Gemm", "Conv"]
 _ORT_PAGE = "onnxruntime.ai/docs/performance/model-optimizations/quantization.html"

@@ -14,7 +14,7 @@ from torch import nn
 
 from illama.checkpoints.load import load_checkpoint
 from illama.inference import Infer, torch_infer
-from peers.base import check_installed
+from peers.base import check_installed, register_linear
 
 ORT, OPENVINO, OPENVINO_F32 = "ONNX Runtime", "OpenVINO", "OpenVINO, float32 kept"
 EAGER, COMPILED, INDUCTOR, SIMULATED = "PyTorch", "torch.compile", "Inductor", "PyTorch, simulated"
@@ -90,8 +90,6 @@ def _compiled(network: nn.Module) -> Infer:
 def load_simulated(path: Path, checkpoint: Path, threads: int) -> Infer:
     """ModelOpt's saved state on the checkpoint's network: 8-bit values, computed in float32."""
     import modelopt.torch.opt as mto
-
-    from peers.torch_peers import register_linear
 
     torch.set_num_threads(threads)
     register_linear()

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 
-from illama.models.illama import Linear
-from peers.base import Peer, Task
+from illama.bundle import INPUT
+from peers.base import Peer, Task, register_linear
 from peers.runtimes import COMPILED, EAGER, INDUCTOR, ORT, SIMULATED
-from quant.export.onnx_export import INPUT
 
 _MODELOPT_PAGE = "nvidia.github.io/Model-Optimizer/guides/_pytorch_quantization.html"
 _MODELOPT = (("modelopt", "nvidia-modelopt"),)
@@ -30,7 +29,6 @@ _MODELOPT_EXPORT = (
 _TORCHAO_PAGE = "docs.pytorch.org/ao, PyTorch 2 Export Quantization with X86 Backend through Inductor"
 _INC_PAGE = "intel.github.io/neural-compressor, PyTorch Static Quantization, PT2E backend"
 _SHAPES = ({0: torch.export.Dim("batch")},)
-_LINEAR_KNOWN: list[type] = []
 
 
 def torch_file(task: Task) -> Path:
@@ -38,16 +36,6 @@ def torch_file(task: Task) -> Path:
     path = task.folder / "model.pt"
     torch.save(task.model.state_dict(), path)
     return path
-
-
-def register_linear() -> None:
-    """Tell ModelOpt that our Linear is one: it goes by the exact class, and would leave all of them in float."""
-    if not _LINEAR_KNOWN:
-        import modelopt.torch.quantization as mtq
-        from modelopt.torch.quantization.nn import QuantLinearConvBase
-
-        _LINEAR_KNOWN.append(type("QuantizedLinear", (QuantLinearConvBase,), {}))
-        mtq.register(original_cls=Linear, quantized_cls=_LINEAR_KNOWN[0])
 
 
 def _modelopt(task: Task, config: str) -> nn.Module:

@@ -13,36 +13,24 @@ from __future__ import annotations
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 import numpy as np
 import onnxruntime
 import torch
 
 from deploy.rewrites.openvino_graph import fitting_rewrites, has_matrix_unit
+from deploy.runtimes.names import TITLES, RuntimeName
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
-from deploy.trt.library import TITLES, fits_this_gpu
+from deploy.trt.library import fits_this_gpu
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
-from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, bundle_of, is_bundle
-from illama.checkpoints.load import load_checkpoint
+from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, bundle_of, is_bundle
+from illama.checkpoints.load import load_network
 from illama.errors import UserError
 from illama.graph.reader import has_fp8, load_graph
 from illama.graph.session import cpu_session
 from illama.inference import torch_infer, usable_cores
-from illama.models.config import ModelConfig
-from illama.models.illama import ILLaMA
 
-RuntimeName = Literal[
-    "openvino",
-    "onnxruntime",
-    "onnxruntime-cuda",
-    "onnxruntime-tensorrt",
-    "onnxruntime-nv-tensorrt-rtx",
-    "tensorrt",
-    "tensorrt_rtx",
-    "torch",
-    "torch-compile",
-]
 _PROVIDERS = {
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
@@ -190,14 +178,6 @@ class TorchEngine(Engine):
         return self._infer(images)
 
 
-def _network(path: Path) -> torch.nn.Module:
-    if path.name != TORCHAO:
-        return load_checkpoint(path.parent if path.name == WEIGHTS else path).model
-    from quant.quantizers.torchao_backend import load_torchao  # slow to import, and of no use to the others
-
-    return load_torchao(path.parent, ILLaMA(ModelConfig.from_dict(Manifest.read(path.parent).config)))
-
-
 def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:
     """The engine, file or bundle at ``path``, ready to infer.
 
@@ -241,7 +221,7 @@ def _open(path: Path, runtime: RuntimeName | None, threads: int) -> Engine:
             f"{path} holds weights for PyTorch: it does not run in {runtime}; make graphs of it with "
             "python quant/ptq.py"
         )
-    return TorchEngine(_network(path), compiled=runtime == "torch-compile")
+    return TorchEngine(load_network(path), compiled=runtime == "torch-compile")
 
 
 def cpu_runtime(path: Path) -> RuntimeName:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from deploy.runtimes.open_engine import RuntimeName, cpu_runtime, files_of
+from deploy.runtimes.names import RuntimeName
+from deploy.runtimes.open_engine import cpu_runtime, files_of
 from illama.bundle import CPU_ONNX, TORCHAO
 from illama.errors import UserError
 from illama.hardware import cpu_name

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploy.trt.library import TITLES, Library, find_library
+from deploy.runtimes.names import TITLES
+from deploy.trt.library import Library, find_library
 from deploy.trt.record import ENGINE, RUNTIME_CACHE, EngineRecord
 from illama.atomic_write import read_pinned, write_pinned
 from illama.bundle import FUSED_ONNX, bundle_of, sha256

@@ -19,16 +19,17 @@ from pathlib import Path
 import numpy as np
 
 from deploy.runtimes.image_input import ImageInput
-from deploy.runtimes.open_engine import RuntimeName, open_engine
+from deploy.runtimes.names import RuntimeName
+from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.recommended_runtime import recommend_runtime
 from deploy.serving.health import KNOWN_ANSWER
 from deploy.serving.known_answer import KnownAnswer
-from deploy.serving.model_config import ServingOptions, config_texts
+from deploy.serving.model_config import config_texts
+from deploy.serving.options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, Manifest, command_line, package_versions
+from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, Manifest, command_line, package_versions
 from illama.errors import UserError
-from quant.export.onnx_export import INPUT, OUTPUT
 
 RECORD = "repository.json"  # in the repository's folder, where Triton looks at folders only
 FORMAT = 2

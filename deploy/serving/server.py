@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from deploy.serving.health import STUB, LoadingError, ServedRepository, UnhealthyError, live_backends
+from deploy.serving.options import ListenOptions
 from illama.atomic_write import file_lock
 from illama.errors import UserError
 
@@ -36,30 +37,6 @@ _PREFIX = "illama_serve_"
 _STACK_BYTES = 256 << 20  # of a thread: Triton 2.51 puts a request's JSON there, and 8 MB of it end the server
 _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 _LIBC = ctypes.CDLL(None)  # now: a forked child of a threaded process can no longer load it
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListenOptions:
-    """Where the server listens.
-
-    Attributes:
-        address: 127.0.0.1 for this machine alone, 0.0.0.0 for every other too. Triton has no authentication.
-        http_port: of the HTTP protocol.
-        grpc_port: of the gRPC protocol.
-        metrics_port: of Prometheus metrics.
-        poll_seconds: how often the server looks for new versions; 0 for never.
-    """
-
-    address: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    poll_seconds: int = 0
-
-    @property
-    def url(self) -> str:
-        """Of the HTTP protocol, from this machine."""
-        return f"http://{'127.0.0.1' if self.address == '0.0.0.0' else self.address}:{self.http_port}"
 
 
 @dataclass(frozen=True)

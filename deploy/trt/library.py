@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deploy.runtimes.names import TITLES
+from deploy.trt.options import LibraryName
 from illama.errors import UserError
 
 if TYPE_CHECKING:
     import tensorrt
 
-LibraryName = Literal["tensorrt", "tensorrt_rtx"]
 
 # Compute capabilities that TensorRT for RTX builds for ahead of time; tensorrt builds for the GPU it runs on.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 FUSED_ATTENTION_SINCE = (10, 14)  # TensorRT's version that has the Attention operator
-TITLES: dict[str, str] = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)

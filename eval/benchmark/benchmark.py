@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,14 +20,13 @@ from eval.benchmark.targets import BenchmarkTarget
 from eval.metrics.accuracy_drop import NO_DROP, paired_drop
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.predictions import Predictions
-from eval.report.pareto import check_constraints
-from eval.report.schema import Constraints, FlippedImage, Measured, Report, Row
+from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
 from illama.bundle import Manifest, command_line, package_versions, sha256
 from illama.data.datasets import ImageData, Preprocessing, Sample
-from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, chance_note, load_images, usable_cores
+from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 
 SHOWN = 24  # flipped images of each kind that a report may show
@@ -36,46 +34,6 @@ _ELSEWHERE = (
     "Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "
     "measure those, and --also shows their results in this report."
 )
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """How engines are timed, and what is asked of them.
-
-    Attributes:
-        batches: images a call; limits are on the first.
-        seconds: about how long the rounds at one batch size may take.
-        threads: of the CPU; one for each core if not given.
-        max_latency_ms: of the median of one call.
-        max_drop: points of top-1 that may be lost, at the upper end of their 95% interval.
-        max_megabytes: of the file that is deployed, 10^6 bytes.
-        also: folders with results of other commands, such as runs/robustness, to show in the same report.
-        fail_on_regression: an earlier report.json; exit with 1 if something became worse than in it.
-        seed: of intervals and of the order in which engines are timed.
-        out: where the report goes.
-    """
-
-    batches: tuple[int, ...] = (1, 8, 64)
-    seconds: float = 10.0
-    threads: int | None = None
-    max_latency_ms: float | None = None
-    max_drop: float | None = None
-    max_megabytes: float | None = None
-    also: tuple[Path, ...] = ()
-    fail_on_regression: Path | None = None
-    seed: int = 0
-    out: Path = Path("runs/tradeoff")
-
-    def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
-            raise UserError("--batches takes one batch size or more, each above 0 and given once")
-        if not 0 < self.seconds < math.inf or self.seed < 0:
-            raise UserError("--seconds must be a number above 0, and --seed 0 or more")
-        check_constraints(self.constraints)
-
-    @property
-    def constraints(self) -> Constraints:
-        return Constraints(self.batches[0], self.max_latency_ms, self.max_drop, self.max_megabytes)
 
 
 @dataclass(frozen=True)

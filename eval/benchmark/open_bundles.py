@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from deploy.runtimes.open_engine import RuntimeName, open_file
+from deploy.runtimes.names import RuntimeName
+from deploy.runtimes.open_engine import open_file
 from eval.metrics.predictions import refuse_overflow
 from illama.bundle import FRAME, Manifest, bundle_of, sha256
 from illama.checkpoints.load import read_preprocessing

@@ -19,7 +19,7 @@ from onnx import TensorProto
 
 from eval.cost_model.devices import Precision
 from illama.errors import UserError
-from quant.mixed_precision.costs import layer_of_node
+from illama.graph.layer_times import layer_of_node
 
 # Bits of the types that graphs here hold; onnx keeps no such table for those narrower than a byte.
 _BITS: dict[int, int] = {

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from eval.report.schema import Constraints, Row
-from illama.errors import UserError
+from eval.report.schema import Row
+from illama.options import Constraints, check_constraints
 
 _ALIKE = 1.05  # times of a call that are as good as equal: what they differ by from run to run
 
@@ -110,19 +110,6 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
         gap = f"; nothing was timed at batch {constraints.batch}"
     name = f"{row.name}, the reference itself," if row.reference else row.name
     return Choice(row, f"{name} is {place}{within}{gap}. {_figures(row, rows, constraints.batch)}", reasons)
-
-
-def check_constraints(constraints: Constraints) -> None:
-    """UserError for a limit that nothing could keep to."""
-    for name, value in {
-        "latency": constraints.latency_ms,
-        "size": constraints.megabytes,
-        "the batch size": constraints.batch,
-    }.items():
-        if value is not None and not value > 0:
-            raise UserError(f"the limit on {name} must be more than zero, not {value}")
-    if constraints.drop is not None and math.isnan(constraints.drop):
-        raise UserError("the limit on the points of top-1 lost must be a number")
 
 
 def _in_words(constraints: Constraints) -> str:

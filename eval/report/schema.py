@@ -19,6 +19,7 @@ from eval.metrics.accuracy_change import Change, Share
 from eval.metrics.accuracy_drop import Drop
 from eval.metrics.calibration import Reliability
 from illama.errors import UserError
+from illama.options import Constraints
 
 SCHEMA_VERSION = 1
 
@@ -109,22 +110,6 @@ class Row(Measured):
 
 
 @dataclass(frozen=True)
-class Constraints:
-    """What the engine that is looked for must keep to; None for no limit.
-
-    Attributes:
-        latency_ms: p50 of one call at ``batch`` images.
-        drop: points of top-1 lost against the reference, at the upper end of their 95% interval.
-        megabytes: of the file that is deployed, 10^6 bytes.
-    """
-
-    batch: int = 1
-    latency_ms: float | None = None
-    drop: float | None = None
-    megabytes: float | None = None
-
-
-@dataclass(frozen=True)
 class OtherResult:
     """Tables of another command that belong into the same report.
 
@@ -160,7 +145,7 @@ class Report:
     classes: tuple[str, ...]
     machine: dict[str, Any]
     versions: dict[str, str]
-    constraints: Constraints = Constraints()
+    constraints: Constraints = field(default_factory=Constraints)
     conditions: dict[str, Any] = field(default_factory=dict)
     calibration_images: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

@@ -6,10 +6,11 @@ Networks are iLLaMAs here; timm's ViTs are :mod:`illama.checkpoints.timm_checkpo
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,17 +20,19 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from illama.bundle import MANIFEST, WEIGHTS, Manifest
+from illama.bundle import MANIFEST, TORCHAO, WEIGHTS, Manifest
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
 from illama.models.attention import SoftMasked
 from illama.models.config import ClassToken, ModelConfig
 from illama.models.illama import ILLaMA
 
-SHIPPED = Path(__file__).parents[1] / "weights" / "nano-fashion-mnist"
 CONFIG_METADATA = "illama_config"  # key in the metadata of a .safetensors file; the value is JSON
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 _NOT_IN_SHAPES = ("mask", "class_token", "position", "class_sees_all")
+# Files that another package reads: name -> "module:function" of one that takes the bundle's folder. By name, so that
+# this package imports none that stands on it.
+_READERS = {TORCHAO: "quant.quantizers.torchao_backend:load_torchao"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,19 @@ def load_checkpoint(path: Path, config: ModelConfig | None = None, image_size: i
     model = ILLaMA(stored.config)
     model.load_state_dict(stored.state)
     return ILLaMACheckpoint(model.eval(), stored.preprocessing, stored.classes, stored.weights)
+
+
+def load_network(path: Path) -> SoftMasked:
+    """The network of a bundle or a file of one, whatever package wrote that file; in evaluation mode.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if path.name in _READERS:
+        module, _, function = _READERS[path.name].partition(":")
+        reader: Callable[[Path], SoftMasked] = getattr(importlib.import_module(module), function)
+        return reader(path.parent)
+    return load_checkpoint(path.parent if path.name == WEIGHTS else path).model
 
 
 def initialise_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:

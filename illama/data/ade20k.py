@@ -22,9 +22,10 @@ from torchvision.transforms import v2
 
 from illama.data.augmentation import Augmented, seed_everything
 from illama.data.datasets import ImageSplits, Preprocessing
-from illama.data.images import Exif, decode_image
+from illama.data.images import decode_image
 from illama.data.webdataset import Sample
 from illama.errors import UserError
+from illama.options import Exif
 
 LONGEST = 32  # times the shorter side of an image
 IGNORED = 255  # the class index of pixels that belong to no class

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -31,9 +31,10 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
 
-from illama.data.images import Exif, ResizeAndCrop, decode_image
+from illama.data.images import ResizeAndCrop, decode_image
 from illama.data.webdataset import Sample, WebDataset
 from illama.errors import UserError, warn_once
+from illama.options import ClassOrder, Exif
 
 SHIPPED_FASHION_MNIST = Path(__file__).parents[1] / "datasets" / "fashion_mnist"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -51,7 +52,6 @@ FASHION_MNIST_CLASSES: tuple[str, ...] = (
 )
 VALIDATION_IMAGES = 2000
 
-ClassOrder = Literal["words", "natural"]
 Transform = Callable[[Any], Tensor]
 
 

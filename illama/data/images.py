@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from illama.errors import UserError
+from illama.options import Exif
 
-Exif = Literal["apply", "ignore"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # a phone's MPO is opened as a JPEG
 MAX_SIDE = 1_000_000  # pixels; Pillow's table of a resize takes 32 bytes for each
 MAX_RESIZED = 64_000_000  # pixels of a resized image that may be made for a crop of it

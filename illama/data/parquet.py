@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from illama.atomic_write import file_lock, sweep, write_folder
-from illama.data.images import Exif, decode_image
+from illama.data.images import decode_image
 from illama.data.webdataset import (
     PLACE,
     PackedImages,
@@ -40,6 +40,7 @@ from illama.data.webdataset import (
     train_shards,
 )
 from illama.errors import UserError
+from illama.options import Exif
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")

@@ -21,8 +21,9 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from illama.data.images import Exif, decode_image
+from illama.data.images import decode_image
 from illama.errors import UserError
+from illama.options import Exif
 
 Sample = tuple[Any, int]
 SPLIT_IN_PATH = re.compile(r"(?:^|[-_/])(train|val|validation|test)(?=[-_/.])")

@@ -11,9 +11,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from illama.cli import given_options
-from illama.data.datasets import ClassOrder
-from illama.data.images import Exif
 from illama.errors import UserError
+from illama.options import ClassOrder, Exif
 from illama.training.schedules import SoftMaskSchedule
 
 RECIPES = Path(__file__).parents[1] / "recipes"

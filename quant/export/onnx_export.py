@@ -23,14 +23,13 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from illama.bundle import SOFTMAX_OUTPUT
+from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
 from illama.models.attention import Form, MaskedAttention, SoftMasked
 from quant.export.rotary import pair_halves, rotary_embedding
 from quant.quantizers.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize, quantizers
 from quant.schemes.formats import FORMATS
 
 OPSET = 23
-INPUT, OUTPUT = "images", "logits"
 # ONNX's type of a number format; it has none of 6 bits.
 _TYPES = {
     "int8": onnx.TensorProto.INT8,

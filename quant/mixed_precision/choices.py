@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from illama.errors import UserError
+from illama.graph.layer_times import GraphTimes, read_layer_times, time_graphs
 from illama.models.attention import SoftMasked
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs, scheme_named
-from quant.mixed_precision.costs import GraphTimes, read_layer_times, time_graphs, weight_bytes
+from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.layer_effects import Effect, layers_of, measure
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec

@@ -21,11 +21,10 @@ from torch.utils.data import Dataset, Subset
 
 from illama.data.datasets import ImageData, Sample
 from illama.errors import UserError
+from illama.graph.layer_times import PRODUCTS
 from illama.models.attention import SoftMasked
 from quant.quantizers.layers import WeightQuantizer, quantizers
 from quant.quantizers.reconstruction import blocks
-
-PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}  # operand of attention -> the product that it is of
 
 
 def layer_of(tensor: str) -> str:

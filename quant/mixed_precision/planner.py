@@ -11,10 +11,10 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from illama.errors import UserError
+from illama.graph.layer_times import time_graphs
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.mixed_precision.choices import Choices, one_image, scheme_of
-from quant.mixed_precision.costs import time_graphs
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, compare_logits
 from quant.quantizers.calibrate import calibrate

@@ -23,8 +23,8 @@ from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import read_pinned
-from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, Manifest
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SHIPPED, TORCHAO, Manifest
+from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import Preprocessing, open_data
 from illama.errors import UserError
 from illama.inference import load_images

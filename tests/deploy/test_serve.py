@@ -59,13 +59,13 @@ from deploy.runtimes.recommended_runtime import recommend_runtime
 from deploy.serve import ServeOptions, main, name_models
 from deploy.serving.health import ServedRepository, UnhealthyError, live_backends
 from deploy.serving.known_answer import KnownAnswer
-from deploy.serving.model_config import ServingOptions
+from deploy.serving.options import ListenOptions, ServingOptions
 from deploy.serving.repository import add_versions, write_repository
-from deploy.serving.server import ListenOptions, private_names, running_server
+from deploy.serving.server import private_names, running_server
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA
-from illama.bundle import CPU_ONNX, MANIFEST, Manifest
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED, Manifest
+from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import Preprocessing, open_data
 from illama.errors import UserError
 from illama.models.timm_vit import to_quantizable

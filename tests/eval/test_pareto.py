@@ -11,8 +11,9 @@ from eval.metrics.accuracy_change import Share
 from eval.metrics.accuracy_drop import Drop
 from eval.metrics.calibration import Reliability
 from eval.report.pareto import choose, fits, pareto_front
-from eval.report.schema import Constraints, Row
+from eval.report.schema import Row
 from illama.errors import UserError
+from illama.options import Constraints
 
 
 def make_row(name, p50, top1, megabytes=5.0, drop=None, device="a CPU", reference=False, batch=1):

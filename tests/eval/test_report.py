@@ -12,10 +12,11 @@ from sample_report import HOSTILE, make_report, make_row, make_thumbnails
 
 from eval.report.markdown_html import markdown_to_html
 from eval.report.page import SHOWN_CLASSES, class_changes, key_figures, render_html, shown_flips
-from eval.report.schema import Constraints, read_report
+from eval.report.schema import read_report
 from eval.report.table import HEADINGS, markdown_table, not_measured
 from eval.report.write_report import FILES, is_result, markdown_summary, summary, write_report
 from illama.errors import UserError
+from illama.options import Constraints
 
 
 @pytest.fixture(scope="module")

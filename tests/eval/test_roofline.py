@@ -27,8 +27,8 @@ from eval.roofline import (
 from illama import ILLaMA
 from illama.bundle import FRAME, Manifest
 from illama.errors import UserError
+from illama.graph.layer_times import GraphTimes
 from quant.export.onnx_export import export_onnx
-from quant.mixed_precision.costs import GraphTimes
 
 
 @pytest.fixture(scope="module")

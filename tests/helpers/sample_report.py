@@ -12,7 +12,8 @@ from eval.benchmark.latency import Latency
 from eval.metrics.accuracy_change import Change, ClassChange, Flips, McNemar, Share
 from eval.metrics.accuracy_drop import Drop
 from eval.metrics.calibration import Bin, Reliability
-from eval.report.schema import Constraints, FlippedImage, OtherResult, Report, Row
+from eval.report.schema import FlippedImage, OtherResult, Report, Row
+from illama.options import Constraints
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 CLASSES = (HOSTILE, *(f"class {i}" for i in range(1, 60)))

@@ -20,8 +20,8 @@ from timm.layers import resample_abs_pos_embed
 
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import write_folder
-from illama.bundle import Manifest
-from illama.checkpoints.load import SHIPPED, initialise_from, load_checkpoint, resize_positions, write_weights
+from illama.bundle import SHIPPED, Manifest
+from illama.checkpoints.load import initialise_from, load_checkpoint, resize_positions, write_weights
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
 

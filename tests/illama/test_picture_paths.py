@@ -18,8 +18,8 @@ from support import SMALL, assert_one_line_error, write_bundle
 from eval.benchmark.open_bundles import check_alike
 from eval.out_of_distribution import open_outside
 from eval.shape_bias import Stimuli
-from illama.bundle import CPU_ONNX, MANIFEST, Manifest
-from illama.checkpoints.load import SHIPPED, load_checkpoint, read_preprocessing
+from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED, Manifest
+from illama.checkpoints.load import load_checkpoint, read_preprocessing
 from illama.data.ade20k import SegmentationFolder
 from illama.data.datasets import Preprocessing, open_data
 from illama.errors import UserError

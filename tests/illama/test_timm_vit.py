@@ -16,7 +16,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 from timm_networks import REGISTERED, build, images_for, randomise, saved
 
-from illama.checkpoints.load import SHIPPED, load_checkpoint, write_weights
+from illama.bundle import SHIPPED
+from illama.checkpoints.load import load_checkpoint, write_weights
 from illama.checkpoints.timm_checkpoint import _timm_preprocessing, load_timm
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError

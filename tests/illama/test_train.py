@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from support import ROOT, assert_one_line_error, run_command
 
 from illama import ILLaMA, ModelConfig
-from illama.bundle import Manifest
-from illama.checkpoints.load import SHIPPED
+from illama.bundle import SHIPPED, Manifest
 from illama.data.augmentation import Augmented, MicroBatches, training_transform
 from illama.data.datasets import SHIPPED_FASHION_MNIST, open_data, read_idx
 from illama.errors import UserError

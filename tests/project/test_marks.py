@@ -5,8 +5,8 @@ import torch
 
 from deploy.runtimes.open_engine import OnnxRuntimeEngine
 from eval.metrics.accuracy_drop import paired_drop
-from illama.bundle import Manifest
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import SHIPPED, Manifest
+from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import open_data
 from illama.inference import load_images, predict, torch_infer
 from quant.export.onnx_export import export_onnx

@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from illama import ILLaMA, ModelConfig
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import SHIPPED
+from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.graph.session import cpu_session

@@ -12,10 +12,11 @@ from support import SMALL, assert_one_line_error, run_command
 from illama import ILLaMA
 from illama.bundle import sha256
 from illama.errors import UserError
+from illama.graph.layer_times import layer_of_node, read_layer_times
 from quant.export.onnx_export import export_onnx
 from quant.inputs import InputOptions, open_inputs
 from quant.mixed_precision.choices import Choice, Choices, offered_schemes
-from quant.mixed_precision.costs import layer_of_node, read_layer_times, weight_bytes
+from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, layers_of
 from quant.mixed_precision.planner import Budget, Plan, Planner

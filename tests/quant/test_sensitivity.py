@@ -15,7 +15,8 @@ from PIL import Image
 from support import SMALL, assert_one_line_error, run_command
 
 from illama import ILLaMA
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import SHIPPED
+from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.models.timm_vit import to_causal, to_quantizable

@@ -13,8 +13,8 @@ from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
 from illama import ILLaMA
-from illama.bundle import TORCHAO
-from illama.checkpoints.load import SHIPPED, load_checkpoint
+from illama.bundle import SHIPPED, TORCHAO
+from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError
 from illama.inference import torch_infer
 from illama.models.illama import Linear

@@ -1,0 +1,87 @@
+"""Options of serving. Imports nothing slow, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deploy.runtimes.names import TITLES, RuntimeName
+from illama.errors import UserError
+
+MAX_FILE_MB = 2000  # a gRPC message has less than 2^31 bytes
+MAX_MEGAPIXELS = 178  # Pillow itself refuses more than twice its MAX_IMAGE_PIXELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    """How Triton runs each model.
+
+    Attributes:
+        device: cpu, or gpu for engines that the full TensorRT built on such a GPU.
+        runtime: what runs the network on a CPU: onnxruntime, openvino, ...; if not given, the fastest of the report
+            beside the bundle, where that was measured on a CPU like this one, else the usual choice (docs/cpu.md).
+        max_batch: most images that are computed together, and most files in a request.
+        preferred_batches: batch sizes that are sent at once, without waiting for queue_delay_us; none by default.
+        queue_delay_us: microseconds that an image waits for others to be computed with it.
+        instances: copies of the network, on each GPU or on the CPU, where they share out the cores.
+        preprocess_instances: processes that decode images.
+        live_versions: newest versions that are loaded; older ones stay in the folder.
+        max_file_mb: maximum size of an image file, in 10^6 bytes.
+        max_megapixels: maximum size of an image, in 10^6 pixels; a larger one is not decoded.
+    """
+
+    device: Literal["cpu", "gpu"] = "cpu"
+    runtime: RuntimeName | None = None
+    max_batch: int = 32
+    preferred_batches: tuple[int, ...] = ()
+    queue_delay_us: int = 1000
+    instances: int = 1
+    preprocess_instances: int = 1
+    live_versions: int = 2
+    max_file_mb: float = 20
+    max_megapixels: float = 50
+
+    def __post_init__(self) -> None:
+        counts = (
+            self.max_batch,
+            self.instances,
+            self.preprocess_instances,
+            self.live_versions,
+            *self.preferred_batches,
+        )
+        if min(counts) < 1 or self.queue_delay_us < 0 or max(*counts, self.queue_delay_us) >= 1 << 31:
+            raise UserError(
+                "batches, instances and versions are 1 or more, a delay is 0 or more, and all are below 2^31"
+            )
+        if self.runtime is not None and self.device == "gpu":
+            raise UserError("Triton's own TensorRT runs what is served on a GPU: leave --runtime out")
+        if self.device == "cpu" and self.runtime in TITLES:
+            raise UserError(f"--runtime {self.runtime} is for a GPU: give --device gpu in its place")
+        if not (1e-6 <= self.max_file_mb <= MAX_FILE_MB and 1e-6 <= self.max_megapixels <= MAX_MEGAPIXELS):
+            raise UserError(f"--max-file-mb is 1e-6 to {MAX_FILE_MB}, and --max-megapixels 1e-6 to {MAX_MEGAPIXELS}")
+        if max(self.preferred_batches, default=1) > self.max_batch:
+            raise UserError(f"a preferred batch is larger than --max-batch {self.max_batch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenOptions:
+    """Where the server listens.
+
+    Attributes:
+        address: 127.0.0.1 for this machine alone, 0.0.0.0 for every other too. Triton has no authentication.
+        http_port: of the HTTP protocol.
+        grpc_port: of the gRPC protocol.
+        metrics_port: of Prometheus metrics.
+        poll_seconds: how often the server looks for new versions; 0 for never.
+    """
+
+    address: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    poll_seconds: int = 0
+
+    @property
+    def url(self) -> str:
+        """Of the HTTP protocol, from this machine."""
+        return f"http://{'127.0.0.1' if self.address == '0.0.0.0' else self.address}:{self.http_port}"

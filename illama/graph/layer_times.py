@@ -1,0 +1,135 @@
+"""Milliseconds of each layer of an exported file: by ONNX Runtime's profiler, or from a TensorRT profile."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from illama.errors import UserError
+from illama.graph.session import cpu_session
+
+PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}  # operand of attention -> the product that it is of
+
+
+@dataclass
+class GraphTimes:
+    """What one exported file takes at inference.
+
+    Attributes:
+        call: ms of a whole call, the median; without the profiler where that can be had.
+        layers: layer -> ms of its own nodes.
+        rest: ms of all other nodes: norms, softmax, reshapes, and copies that ONNX Runtime made under new names.
+    """
+
+    call: float
+    layers: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    rest: float = 0.0
+
+    def add(self, layer: str | None, milliseconds: float) -> None:
+        if layer is None:
+            self.rest += milliseconds
+        else:
+            self.layers[layer] += milliseconds
+
+
+def layer_of_node(node: str, layers: Mapping[str, Any]) -> str | None:
+    """The layer that a node of an exported file belongs to, by its name; None if it is no layer's.
+
+    ONNX Runtime keeps names when it fuses nodes, and appends to them; those that it adds are named after values.
+    """
+    module, _, operator = node.partition("/")
+    if module.endswith(".core"):  # the first MatMul of an attention is q k, the second p v
+        product = {"MatMul": "qk", "MatMul_2": "pv"}.get(operator.split("/")[0], "")
+        module = f"{module}.{product}"
+    parent, _, part = module.rpartition(".")
+    if part in PRODUCTS and f"{parent}.{PRODUCTS[part]}" in layers:
+        return f"{parent}.{PRODUCTS[part]}"
+    module = module.removesuffix(".input")
+    return module if module in layers else None
+
+
+def time_graphs(
+    paths: Mapping[str, Path],
+    images: np.ndarray,
+    layers: Mapping[str, Any],
+    threads: int = 0,
+    rounds: int = 10,
+    calls: int = 10,
+) -> dict[str, GraphTimes]:
+    """Time files in ONNX Runtime on the CPU, all in turn in every round, so that drift hits all alike.
+
+    Whole calls are timed in sessions without a profiler, nodes by a profiler: the median of every node's calls.
+
+    Args:
+        images: (B, C, H, W) float32 of one call.
+        layers: the names that nodes are attributed to.
+        threads: of ONNX Runtime; 0 for one a core.
+    """
+    plain, times = {name: cpu_session(path, threads) for name, path in paths.items()}, {name: [] for name in paths}  # type: ignore[var-annotated]
+    with tempfile.TemporaryDirectory() as folder:
+        profiled = {name: cpu_session(path, threads, Path(folder) / name) for name, path in paths.items()}
+        for _ in tqdm(range(rounds), desc="time layers", unit="round", leave=False):
+            for name, session in plain.items():
+                feed = {session.get_inputs()[0].name: images}
+                for call in range(3 + calls):  # the first three wake the threads up
+                    start = time.perf_counter()
+                    session.run(None, feed)
+                    times[name] += [time.perf_counter() - start] if call >= 3 else []
+                for _ in range(calls):
+                    profiled[name].run(None, feed)
+        events = {name: json.loads(Path(session.end_profiling()).read_text()) for name, session in profiled.items()}
+    return {name: _attribute(events[name], float(np.median(times[name]) * 1e3), layers) for name in paths}
+
+
+def _attribute(events: list[dict[str, Any]], call: float, layers: Mapping[str, Any]) -> GraphTimes:
+    durations: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            durations[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
+    times = GraphTimes(call)
+    for node, values in durations.items():
+        times.add(layer_of_node(node, layers), float(np.median(values)))
+    return times
+
+
+def read_layer_times(path: Path, layers: Mapping[str, Any]) -> GraphTimes:
+    """A TensorRT engine's own layer times: what ``trtexec --exportProfile=FILE`` or the profiler's JSON holds.
+
+    An engine's layer goes to every layer of ours that its name mentions, in equal parts, and so does the time of a
+    fused attention to both of its products; one that mentions none is the rest.
+
+    Raises:
+        UserError: if it is not such a file, or mentions no layer of this network.
+    """
+    try:
+        rows = [row for row in json.loads(path.read_text()) if "name" in row]
+        named = [
+            (str(row["name"]), float(row.get("medianMs", row.get("averageMs", row.get("timeMs"))))) for row in rows
+        ]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a TensorRT layer profile: write one with trtexec --exportProfile") from error
+    times = GraphTimes(sum(milliseconds for _, milliseconds in named))
+    for name, milliseconds in named:
+        mentioned: list[str | None] = [layer for layer in layers if _mentions(name, layer)]
+        for layer in mentioned or [None]:
+            times.add(layer, milliseconds / max(1, len(mentioned)))
+    if not times.layers:
+        raise UserError(f"{path} mentions no layer of this network: build the engine from a file of this project's")
+    return times
+
+
+def _mentions(name: str, layer: str) -> bool:
+    parent, _, part = layer.rpartition(".")
+    wanted = re.escape(parent if part in ("qk", "pv") else layer)
+    # Not within a longer name; but TensorRT writes a range of fused nodes as "first...last".
+    return bool(re.search(rf"(?:^|[^\w.]|\.\.\.){wanted}(?!\w)", name))
