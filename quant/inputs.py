@@ -13,41 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from illama.bundle import SHIPPED
 from illama.checkpoints.load import Checkpoint, load_checkpoint
 from illama.checkpoints.timm_checkpoint import load_timm
 from illama.data.datasets import ImageData, Preprocessing, Sample, Transformed, open_data
 from illama.errors import UserError
 from illama.inference import load_images
 from illama.models.attention import SoftMasked
-from illama.options import ClassOrder, Exif
+from quant.options import InputOptions
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Scheme, find_scheme, read_scheme
 
 _BATCH = 64  # as `python quant/ptq.py` calibrates
-
-
-@dataclass(frozen=True)
-class InputOptions:
-    """Where a network and its images come from.
-
-    Attributes:
-        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
-        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
-        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
-        calibration_images: how many training images the ranges are taken from.
-        exif: apply the orientation that image files declare, or ignore it; what the checkpoint's bundle says if not
-            given, and apply without a bundle.
-        class_order: of class folders, words (1 10 2) or natural (1 2 10); what the checkpoint's bundle says if not
-            given, and without a bundle natural for a timm ViT and words for an iLLaMA.
-    """
-
-    checkpoint: Path = SHIPPED
-    model: str | None = None
-    data: str = "fashion-mnist"
-    calibration_images: int = 512
-    exif: Exif | None = None
-    class_order: ClassOrder | None = None
 
 
 @dataclass(frozen=True)

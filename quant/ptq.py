@@ -32,7 +32,8 @@ from illama.errors import UserError
 from illama.models.attention import SoftMasked
 from illama.options import BenchmarkOptions
 from quant.export.write_bundle import Origin, check_scheme, quantize, write_graphs, write_quantized
-from quant.inputs import InputOptions, Inputs, check_names, open_inputs
+from quant.inputs import Inputs, check_names, open_inputs
+from quant.options import InputOptions
 from quant.quantizers.torchao_backend import load_torchao
 from quant.schemes.scheme import Scheme, find_scheme, read_scheme, write_scheme
 

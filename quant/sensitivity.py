@@ -25,7 +25,7 @@ from illama.cli import run_command
 from illama.errors import UserError
 from illama.inference import chance_note
 from illama.markdown_table import markdown
-from quant.inputs import InputOptions, Inputs, open_inputs, scheme_named
+from quant.inputs import Inputs, open_inputs, scheme_named
 from quant.mixed_precision.layer_effects import (
     Effect,
     block_number,
@@ -35,6 +35,7 @@ from quant.mixed_precision.layer_effects import (
     selection_images,
     tensor_sqnr,
 )
+from quant.options import InputOptions
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import quantizers
 
