@@ -22,7 +22,7 @@ from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.recommended_runtime import recommend_runtime
 from deploy.serving.model_config import ENCODED
-from deploy.serving.options import ListenOptions
+from deploy.serving.serving_options import ListenOptions
 from illama.bundle import OUTPUT, Manifest
 from illama.data.datasets import Sample
 

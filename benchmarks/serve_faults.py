@@ -25,7 +25,7 @@ from serve_client import MODEL, TIMEOUT, Question, free_ports, is_wrong
 
 from deploy.serving.health import ServedRepository, UnhealthyError, live_backends
 from deploy.serving.model_config import ENCODED
-from deploy.serving.options import ListenOptions
+from deploy.serving.serving_options import ListenOptions
 from illama.bundle import OUTPUT
 from illama.errors import UserError
 from illama.markdown_table import markdown

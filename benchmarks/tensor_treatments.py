@@ -26,9 +26,9 @@ from illama.bundle import SHIPPED
 from illama.cli import run_command
 from illama.inference import load_images
 from illama.models.attention import SoftMasked
+from quant.input_options import InputOptions
 from quant.inputs import open_inputs
 from quant.mixed_precision.layer_effects import Tally
-from quant.options import InputOptions
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import TensorSpec

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import tyro
 
 from deploy.trt.builder import BuiltEngine, build_engine, check_kernels, trtexec_line
+from deploy.trt.engine_options import EngineOptions, LibraryName
 from deploy.trt.library import Library, find_library
-from deploy.trt.options import EngineOptions, LibraryName
 from deploy.trt.record import ENGINE, RECORD, EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
 from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256

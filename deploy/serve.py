@@ -19,9 +19,9 @@ if __name__ == "__main__":  # what follows takes seconds to import, in which the
 import tyro
 
 from deploy.runtimes.recommended_runtime import RuntimeChoice
-from deploy.serving.options import ListenOptions, ServingOptions
 from deploy.serving.repository import add_versions, check_repository, versions, write_repository
 from deploy.serving.server import running_server
+from deploy.serving.serving_options import ListenOptions, ServingOptions
 from illama.cli import run_command
 from illama.errors import UserError
 

@@ -32,9 +32,9 @@ from quant.export.verify import (
 )
 from quant.export.weights import read_quantized_weights
 from quant.export.write_bundle import SOURCE
+from quant.input_options import InputOptions
 from quant.inputs import Inputs, open_inputs, scheme_named
 from quant.mixed_precision.layer_effects import selection_images
-from quant.options import InputOptions
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import Scheme
 

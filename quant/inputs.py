@@ -19,7 +19,7 @@ from illama.data.datasets import ImageData, Preprocessing, Sample, Transformed, 
 from illama.errors import UserError
 from illama.inference import load_images
 from illama.models.attention import SoftMasked
-from quant.options import InputOptions
+from quant.input_options import InputOptions
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Scheme, find_scheme, read_scheme
 

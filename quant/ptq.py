@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.build import build_fitting
+from deploy.trt.engine_options import EngineOptions, LibraryName
 from deploy.trt.library import Library, find_library
-from deploy.trt.options import EngineOptions, LibraryName
 from eval.benchmark.benchmark import Images, report_on, run_benchmark
 from eval.benchmark.machine import pin_threads
 from eval.benchmark.targets import find_targets
@@ -32,8 +32,8 @@ from illama.errors import UserError
 from illama.models.attention import SoftMasked
 from illama.options import BenchmarkOptions
 from quant.export.write_bundle import Origin, check_scheme, quantize, write_graphs, write_quantized
+from quant.input_options import InputOptions
 from quant.inputs import Inputs, check_names, open_inputs
-from quant.options import InputOptions
 from quant.quantizers.torchao_backend import load_torchao
 from quant.schemes.scheme import Scheme, find_scheme, read_scheme, write_scheme
 

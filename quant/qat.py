@@ -33,8 +33,8 @@ from illama.training.recipe import TrainingOptions, recipe_of_command_line
 from illama.training.trainer import CHECKPOINT, Run, fit
 from quant.export.weights import write_quantized_weights
 from quant.export.write_bundle import Origin, check_scheme, write_quantized
+from quant.input_options import InputOptions
 from quant.inputs import Inputs, open_inputs
-from quant.options import InputOptions
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.distillation import Distillation, learn_scales, scale_groups, settle_scales
 from quant.quantizers.torchao_backend import convert_qat, load_torchao, prepare_qat

@@ -25,6 +25,7 @@ from illama.cli import run_command
 from illama.errors import UserError
 from illama.inference import chance_note
 from illama.markdown_table import markdown
+from quant.input_options import InputOptions
 from quant.inputs import Inputs, open_inputs, scheme_named
 from quant.mixed_precision.layer_effects import (
     Effect,
@@ -35,7 +36,6 @@ from quant.mixed_precision.layer_effects import (
     selection_images,
     tensor_sqnr,
 )
-from quant.options import InputOptions
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import quantizers
 

@@ -26,9 +26,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from deploy.build import write_engine
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.trt.builder import build_engine
+from deploy.trt.engine_options import EngineOptions, LibraryName
 from deploy.trt.fusion import fused_kernels
 from deploy.trt.library import Library, find_library
-from deploy.trt.options import EngineOptions, LibraryName
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import write_file

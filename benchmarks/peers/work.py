@@ -24,8 +24,8 @@ from illama.models.illama import ILLaMA
 from peers.base import Peer, Task, be_quiet, reason
 from peers.ours import PEERS
 from peers.runtimes import LOADERS
+from quant.input_options import InputOptions
 from quant.inputs import open_inputs
-from quant.options import InputOptions
 
 RESULT, LABELS = "result.json", "labels.npy"
 VALIDATION_IMAGES = 1000  # for the peer that checks accuracy while it quantizes; of the training split

@@ -10,7 +10,7 @@ from google.protobuf import text_format
 
 from deploy.runtimes.image_input import ImageInput
 from deploy.serving.health import CONFIG
-from deploy.serving.options import ServingOptions
+from deploy.serving.serving_options import ServingOptions
 from illama.bundle import INPUT, OUTPUT, Manifest
 from illama.errors import UserError
 

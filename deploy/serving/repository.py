@@ -25,7 +25,7 @@ from deploy.runtimes.recommended_runtime import recommend_runtime
 from deploy.serving.health import KNOWN_ANSWER
 from deploy.serving.known_answer import KnownAnswer
 from deploy.serving.model_config import config_texts
-from deploy.serving.options import ServingOptions
+from deploy.serving.serving_options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, Manifest, command_line, package_versions

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from deploy.serving.health import STUB, LoadingError, ServedRepository, UnhealthyError, live_backends
-from deploy.serving.options import ListenOptions
+from deploy.serving.serving_options import ListenOptions
 from illama.atomic_write import file_lock
 from illama.errors import UserError
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import ModelProto
 
+from deploy.trt.engine_options import EngineOptions
 from deploy.trt.fusion import allow_decomposition, demand_fusion, find_attentions, fused_kernels, softmax_outputs
 from deploy.trt.library import Library, fits_this_gpu
-from deploy.trt.options import EngineOptions
 from illama.atomic_write import read_pinned, write_pinned
 from illama.errors import UserError
 from illama.graph.reader import load_graph

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deploy.runtimes.names import TITLES
-from deploy.trt.options import LibraryName
+from deploy.trt.engine_options import LibraryName
 from illama.errors import UserError
 
 if TYPE_CHECKING:

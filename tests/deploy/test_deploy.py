@@ -26,9 +26,9 @@ from deploy.rewrites.openvino_graph import (
 )
 from deploy.runtimes.open_engine import open_engine
 from deploy.trt.builder import _read_timing_cache, build_engine, trtexec_line
+from deploy.trt.engine_options import EngineOptions
 from deploy.trt.fusion import SoftmaxOutput, fused_kernels, softmax_outputs
 from deploy.trt.library import find_library
-from deploy.trt.options import EngineOptions
 from deploy.trt.record import FORMAT, EngineRecord, find_engines
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import read_pinned, write_pinned

@@ -59,9 +59,9 @@ from deploy.runtimes.recommended_runtime import recommend_runtime
 from deploy.serve import ServeOptions, main, name_models
 from deploy.serving.health import ServedRepository, UnhealthyError, live_backends
 from deploy.serving.known_answer import KnownAnswer
-from deploy.serving.options import ListenOptions, ServingOptions
 from deploy.serving.repository import add_versions, write_repository
 from deploy.serving.server import private_names, running_server
+from deploy.serving.serving_options import ListenOptions, ServingOptions
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA
 from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED, Manifest

@@ -28,8 +28,8 @@ from illama.train import start_run
 from illama.training.distributed import Processes
 from illama.training.recipe import Recipe, read_recipe
 from quant.export.onnx_export import export_onnx
+from quant.input_options import InputOptions
 from quant.inputs import open_inputs
-from quant.options import InputOptions
 from quant.qat import QatOptions
 
 CASES = Path(__file__).parents[1] / "data"

@@ -14,13 +14,13 @@ from illama.bundle import sha256
 from illama.errors import UserError
 from illama.graph.layer_times import layer_of_node, read_layer_times
 from quant.export.onnx_export import export_onnx
+from quant.input_options import InputOptions
 from quant.inputs import open_inputs
 from quant.mixed_precision.choices import Choice, Choices, offered_schemes
 from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, layers_of
 from quant.mixed_precision.planner import Budget, Plan, Planner
-from quant.options import InputOptions
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import find_scheme, read_scheme, resolve, tensor_names
