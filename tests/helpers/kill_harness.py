@@ -13,6 +13,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # threads do not survive a fork
 
 import argparse
+import ast
+import importlib
 import json
 import shutil
 import signal
@@ -27,11 +29,8 @@ from typing import Any
 import torch
 from forked_command import AFTER, BEFORE, TEMPORARY, Fork, KillAt, Run
 from safetensors.numpy import load_file
-from support import SMALL, write_bundle, write_images
+from support import ROOT, SMALL, write_bundle, write_images
 
-import deploy.build  # noqa: F401
-import illama.train  # noqa: F401
-import quant.ptq  # noqa: F401
 from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord, find_engines
 from eval.report.schema import read_report
@@ -224,6 +223,13 @@ class Build(Command):
         EngineRecord.read(engine)
 
 
+def import_parts_of(script: str) -> None:
+    """Imports every module that a command names, also in its functions, so that its forks start at once."""
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            importlib.import_module(node.module)
+
+
 def write_inputs(folder: Path) -> None:
     """What the commands read: images, a trained bundle, and one with a graph for TensorRT."""
     write_images(folder / "images", train=4, val=2)
@@ -383,6 +389,8 @@ def main() -> int:
         commands = [Train(folder / "inputs"), Ptq(folder / "inputs")]
         if find_library() is not None:
             commands.insert(1, Build(folder / "inputs"))
+        for command in commands:
+            import_parts_of(command.script)
         if options.few:
             Ptq.schemes = ()
             print(json.dumps({command.script: run_a_few(command, folder) for command in commands}))

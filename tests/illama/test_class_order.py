@@ -15,7 +15,7 @@ from illama.bundle import Manifest
 from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.inference import chance_note
-from illama.train import check_class_order
+from illama.training.start import check_class_order
 from quant.ptq import PtqOptions, open_job
 
 COUNT = 12

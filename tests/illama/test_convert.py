@@ -10,8 +10,9 @@ from support import assert_one_line_error, run_command
 from timm.data import ImageNetInfo
 
 from illama.bundle import Manifest, sha256
+from illama.checkpoints.conversion import to_half
 from illama.checkpoints.load import load_checkpoint, resize_positions
-from illama.convert import ConvertOptions, main, to_half
+from illama.convert import ConvertOptions, main
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
 

@@ -24,9 +24,9 @@ from illama.data.ade20k import SegmentationFolder
 from illama.data.datasets import Preprocessing, open_data
 from illama.errors import UserError
 from illama.inference import predict, torch_infer
-from illama.train import start_run
 from illama.training.distributed import Processes
 from illama.training.recipe import Recipe, read_recipe
+from illama.training.start import start_run
 from quant.export.onnx_export import export_onnx
 from quant.input_options import InputOptions
 from quant.inputs import open_inputs

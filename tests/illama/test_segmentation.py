@@ -29,9 +29,10 @@ from illama.errors import UserError
 from illama.models.attention import SoftMasked
 from illama.models.upernet import Doubled, Pooled, SegmentationConfig, UperNet, fold_batch_norms, load_segmentation
 from illama.segmentation_scores import Scores, Views, count, predict_map, starts
-from illama.train_segmentation import SegmentationOptions, map_loss, start_run
+from illama.train_segmentation import SegmentationOptions
 from illama.train_segmentation import main as train
 from illama.training.distributed import Processes
+from illama.training.segmentation_run import map_loss, start_segmentation
 from illama.training.trainer import fit, parameter_groups
 from quant.export.onnx_export import export_onnx
 from quant.ptq_segmentation import PtqSegmentationOptions
@@ -286,9 +287,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
     options = replace(TRAINING, data=str(shapes), out=tmp_path / "whole", epochs=1, checkpoint_steps=2, batch_size=16)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole = start_run(options, alone)
+    whole = start_segmentation(options, 32, alone)
     fit(whole)
-    killed = start_run(replace(options, out=tmp_path / "killed"), alone)
+    killed = start_segmentation(replace(options, out=tmp_path / "killed"), 32, alone)
     proper, losses = killed.loss, []
 
     def loss(*arguments):
@@ -300,7 +301,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
     killed.loss = loss
     with pytest.raises(KeyboardInterrupt):
         fit(killed)
-    resumed = start_run(replace(options, out=tmp_path / "killed"), alone)
+    resumed = start_segmentation(replace(options, out=tmp_path / "killed"), 32, alone)
     assert resumed.step == 2
     fit(resumed)
     for name, value in whole.kept_weights().items():

@@ -23,11 +23,11 @@ from illama.bundle import SHIPPED, Manifest
 from illama.data.augmentation import Augmented, MicroBatches, training_transform
 from illama.data.datasets import SHIPPED_FASHION_MNIST, open_data, read_idx
 from illama.errors import UserError
-from illama.train import make_model
 from illama.training.distributed import Processes
 from illama.training.log import Log, read_log
 from illama.training.recipe import Recipe, load_recipe, recipe_names
 from illama.training.schedules import cosine_with_warmup, soft_mask_alpha
+from illama.training.start import make_model
 from illama.training.trainer import make_optimizer
 
 

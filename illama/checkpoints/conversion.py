@@ -1,0 +1,82 @@
+"""From a loaded checkpoint to the content of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from illama.bundle import WEIGHTS, Manifest, command_line, sha256
+from illama.checkpoints.load import ILLaMACheckpoint, write_weights
+from illama.data.datasets import Preprocessing
+from illama.errors import UserError
+from illama.options import Exif
+
+
+def write_converted(
+    checkpoint: ILLaMACheckpoint, classes: Sequence[str], folder: Path, exif: Exif | None = None, half: bool = False
+) -> None:
+    """Writes manifest and weights of a checkpoint into the folder of a bundle.
+
+    Args:
+        classes: class names in the order of the logits.
+        exif: how orientations are read; if not given, as the checkpoint says, and ``apply`` if it does not.
+        half: whether weights are stored in float16; raises UserError for a value outside its range.
+    """
+    config = checkpoint.model.config
+    preprocessing = checkpoint.preprocessing or Preprocessing.imagenet(config.image_size, config.in_channels)
+    preprocessing = replace(preprocessing, exif=exif or preprocessing.exif)
+    manifest = Manifest(
+        made_by=command_line(),
+        config=config.to_dict(),
+        preprocessing=asdict(preprocessing),
+        classes=list(classes),
+        inputs={str(checkpoint.weights): sha256(checkpoint.weights)},
+    )
+    state = checkpoint.model.state_dict()
+    write_weights(to_half(state) if half else state, config, folder / WEIGHTS)
+    manifest.write(folder)
+
+
+def class_names(file: Path | None, checkpoint: ILLaMACheckpoint) -> list[str]:
+    """Returns the class names in the order of the logits.
+
+    They are the lines of ``file``. If it is not given: the checkpoint's own names, ImageNet's WordNet IDs for 1000
+    classes (n01440764, the folder names that data sets in ImageNet's layout are compared with), or numbers.
+
+    Raises:
+        UserError: the file cannot be read, or does not have a name for each class.
+    """
+    count = checkpoint.model.config.num_classes
+    if file is not None:
+        return _read_names(file, count)
+    if checkpoint.classes:
+        return list(checkpoint.classes)
+    if count == 1000:
+        return list(ImageNetInfo().label_names())
+    return [str(index) for index in range(count)]
+
+
+def _read_names(file: Path, count: int) -> list[str]:
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError as error:
+        raise UserError(f"no class names at {file}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not a text file of class names") from error
+    if len(names) != count:
+        raise UserError(f"{file} names {len(names)} classes, the checkpoint has {count}")
+    return names
+
+
+def to_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a state dict in float16; raises UserError for a value outside its range of +-65504."""
+    half = {name: value.to(torch.float16) for name, value in state.items()}
+    for name, value in half.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{name} has values beyond float16: convert without --half")
+    return half

@@ -1,0 +1,87 @@
+"""A training run of a UperNet on images with a class for every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, cast
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
+from illama.data.augmentation import seed_everything
+from illama.data.webdataset import Sample
+from illama.errors import UserError
+from illama.inference import torch_infer
+from illama.models.upernet import SegmentationConfig, UperNet
+from illama.segmentation_scores import Scores, score_images
+from illama.training.distributed import Processes
+from illama.training.recipe import Recipe
+from illama.training.start import hash_inputs, initialise, model_options
+from illama.training.trainer import Mix, Run
+
+
+class SegmentationRun(Run):
+    """A :class:`Run` of a UperNet, evaluated on whole images with a sliding window."""
+
+    score_name: ClassVar[str] = "miou"
+
+    def augmented(self) -> AugmentedMaps:
+        return AugmentedMaps(self.images, self.preprocessing, self.recipe.seed)
+
+    def mixer(self) -> Mix:
+        return _without_mixup
+
+    def score(self, split: Dataset[Sample]) -> float:
+        """Returns the mIoU in percent; the processes share the images, and each image counts once."""
+        model = self.kept.eval()
+        model.soft_mask = 0.0
+        own, counted = self.processes.share(len(cast(Sized, split)))
+        counts = score_images(
+            {"kept": torch_infer(model)},
+            Subset(split, own),
+            len(self.data.classes),
+            self.preprocessing,
+            workers=self.recipe.workers,
+            progress=self.processes.main,
+        )
+        own_sum = counts["kept"][:counted].sum(0)
+        whole = self.processes.sum(*own_sum.ravel().tolist())
+        return Scores.of(np.reshape(whole, own_sum.shape)).miou
+
+
+def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) -> SegmentationRun:
+    """Opens the data, makes the network, and resumes from the checkpoint in ``recipe.out``, if there is one.
+
+    Raises:
+        UserError: ``recipe.data`` is not given, or the data, the initial weights or the checkpoint cannot be used.
+    """
+    if not recipe.data:
+        raise UserError("no images to train on: give --data (see --help)")
+    data = SegmentationFolder(Path(recipe.data), recipe.exif or "apply")
+    shape = {**model_options(recipe), "decoder_channels": decoder_channels}
+    config = SegmentationConfig.preset(recipe.model, recipe.variant, **shape, num_classes=len(data.classes))
+    seed_everything(recipe.seed)
+    model = initialise(UperNet(config, recipe.drop_path, recipe.dropout), recipe)
+    preprocessing = data.preprocessing(config.image_size, config.in_channels)
+    loss = partial(map_loss, smoothing=recipe.label_smoothing)
+    return SegmentationRun(recipe, data, preprocessing, model, group, hash_inputs(recipe), loss)
+
+
+def map_loss(images: Tensor, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross entropy with label smoothing, averaged over the pixels that belong to a class; 0 without such pixels.
+
+    Args:
+        logits: (B, classes, H, W).
+        targets: class indices (B, H, W).
+    """
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def _without_mixup(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return images, labels.long()

@@ -1,0 +1,82 @@
+"""The start of a training run: its data, its network with the initial weights, and its last checkpoint, if any."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from illama.bundle import WEIGHTS, Manifest, is_bundle, sha256
+from illama.checkpoints.llama_init import initialise_from_llama
+from illama.checkpoints.load import initialise_from
+from illama.data.augmentation import seed_everything
+from illama.data.datasets import ImageData, open_data
+from illama.errors import UserError
+from illama.models.config import ModelConfig
+from illama.models.illama import ILLaMA
+from illama.training.distributed import Processes
+from illama.training.recipe import Recipe
+from illama.training.trainer import Run
+
+Network = TypeVar("Network", bound=ILLaMA)
+_MODEL_OPTIONS = ("image_size", "patch_size", "in_channels", "width", "depth", "heads", "mask")
+
+
+def start_run(recipe: Recipe, group: Processes) -> Run:
+    """Opens the data, makes the network, and resumes from the checkpoint in ``recipe.out``, if there is one.
+
+    Raises:
+        UserError: ``recipe.data`` is not given, or the data, the initial weights or the checkpoint cannot be used.
+    """
+    if not recipe.data:
+        raise UserError("no images to train on: give --data (see --help)")
+    data: ImageData = open_data(recipe.data, recipe.exif or "apply", recipe.class_order or "words")
+    model = make_model(recipe, len(data.classes))
+    if recipe.init and not recipe.new_head:
+        check_class_order(recipe.init, data.classes)
+    preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
+    return Run(recipe, data, preprocessing, model, group, inputs=hash_inputs(recipe))
+
+
+def make_model(recipe: Recipe, classes: int) -> ILLaMA:
+    """Returns the recipe's network with its initial weights.
+
+    Raises:
+        UserError: the weights cannot be used, or the recipe is for fine-tuning and names no weights.
+    """
+    if recipe.new_head and not recipe.init:
+        raise UserError("this recipe fine-tunes: give weights with --init, or start from scratch with --no-new-head")
+    config = ModelConfig.preset(recipe.model, recipe.variant, **model_options(recipe), num_classes=classes)
+    seed_everything(recipe.seed)
+    return initialise(ILLaMA(config, recipe.drop_path, recipe.dropout), recipe)
+
+
+def model_options(recipe: Recipe) -> dict[str, Any]:
+    """Returns the fields of :class:`ModelConfig` that the recipe overrides in its preset."""
+    return {name: value for name in _MODEL_OPTIONS if (value := getattr(recipe, name)) is not None}
+
+
+def initialise(model: Network, recipe: Recipe) -> Network:
+    """Loads the initial weights that the recipe names into ``model``; raises UserError if they cannot be used."""
+    if recipe.init:
+        initialise_from(model, recipe.init, new_head=recipe.new_head)
+    if recipe.init_llama:
+        initialise_from_llama(model, recipe.init_llama)
+    return model
+
+
+def check_class_order(init: Path, classes: Sequence[str]) -> None:
+    """Raises UserError if the bundle ``init``, whose head is kept, has the data's classes in another order."""
+    known = Manifest.read(init).classes if init.is_dir() and is_bundle(init) else []
+    if sorted(known) == sorted(classes) and list(known) != list(classes):
+        raise UserError(f"{init} has the classes in another order: give another --class-order, or --new-head")
+
+
+def hash_inputs(recipe: Recipe) -> dict[str, str]:
+    """Returns the SHA-256 of the files of the initial weights, by path; of a LLaMA, of its config and index."""
+    files = []
+    if recipe.init:
+        files = [recipe.init / WEIGHTS if recipe.init.is_dir() else recipe.init]
+    if recipe.init_llama:
+        files = sorted(recipe.init_llama.glob("*.json"))
+    return {str(file): sha256(file) for file in files}
