@@ -17,10 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from eval.metrics.accuracy_drop import paired_drop
 from eval.report.store import write_results
 from illama.cli import run_command
-from illama.data.augmentation import seed_everything
 from illama.data.datasets import open_data
 from illama.inference import predict, torch_infer
 from illama.models.timm_vit import CausalVisionTransformer, to_causal
+from illama.randomness import isolated_randomness
 from illama.training.distributed import Processes
 from illama.training.log import read_log
 from illama.training.recipe import Recipe, load_recipe
@@ -86,8 +86,10 @@ def main(options: ToCausalOptions) -> None:
     then = replace(
         recipe, epochs=options.epochs, warmup_epochs=0, learning_rate=5e-4, soft_mask_epochs=options.epochs * 2 / 3
     )
-    seed_everything(0)
-    vit = VisionTransformer(img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=2)
+    with isolated_randomness(0):
+        vit = VisionTransformer(
+            img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=2
+        )
     start = train(to_causal(vit), first)
     results = {"bidirectional ViT": right(start, 1.0), "the same weights, hard mask": right(start, 0.0)}
     way = {}

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from illama.bundle import is_bundle
@@ -80,15 +81,6 @@ def read_pinned(path: Path) -> bytes | None:
     return data if _pin_line(path, data).split()[0] in pin.split() else None
 
 
-def _close_in_child() -> None:
-    """Otherwise a data loader's worker would hold its parent's locks for some seconds after the parent was killed."""
-    while _held:
-        os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_close_in_child)
-
-
 @contextmanager
 def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold ``flock`` on a file made for it and removed at the end; False on a file system without locks.
@@ -97,6 +89,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
         BlockingIOError: another process holds it, and ``wait`` is False.
         OSError: the file cannot be opened for writing.
     """
+    _register_fork_handler()
     descriptor, supported = _acquire(path, wait)
     _held.add(descriptor)
     try:
@@ -106,6 +99,17 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
             path.unlink(missing_ok=True)  # while the lock is held: later the file could be another process's
             _held.remove(descriptor)
             os.close(descriptor)
+
+
+@cache
+def _register_fork_handler() -> None:
+    """Has forked children close locked files: a data loader's worker would hold a killed parent's locks for seconds."""
+    os.register_at_fork(after_in_child=_close_held)
+
+
+def _close_held() -> None:
+    while _held:
+        os.close(_held.pop())
 
 
 def _acquire(path: Path, wait: bool) -> tuple[int, bool]:

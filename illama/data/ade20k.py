@@ -20,12 +20,13 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from illama.data.augmentation import Augmented, seed_everything
+from illama.data.augmentation import Augmented
 from illama.data.datasets import ImageSplits, Preprocessing
 from illama.data.images import decode_image
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.options import Exif
+from illama.randomness import isolated_randomness
 
 LONGEST = 32  # times the shorter side of an image
 IGNORED = 255  # the class index of pixels that belong to no class
@@ -113,8 +114,8 @@ class AugmentedMaps(Augmented):
         super().__init__(images, preprocessing.transform(augment), seed)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
-        seed_everything(self.seed, *key)
-        image, labels = self.transform(self.images[key[1]])
+        with isolated_randomness(self.seed, *key):
+            image, labels = self.transform(self.images[key[1]])
         return image.as_subclass(Tensor), labels.as_subclass(Tensor)
 
 

@@ -7,13 +7,11 @@ loader workers nor the number of training processes changes what is computed.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
@@ -24,6 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from illama.data.datasets import Preprocessing, Sample, Transform
 from illama.errors import UserError
+from illama.randomness import isolated_randomness
 from illama.training.recipe import TrainingOptions
 
 
@@ -34,9 +33,9 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         self.images, self.transform, self.seed = images, transform, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        seed_everything(self.seed, *key)
-        image, label = self.images[key[1]]
-        return self.transform(image), label
+        with isolated_randomness(self.seed, *key):
+            image, label = self.images[key[1]]
+            return self.transform(image), label
 
 
 class MicroBatches(Sampler[list[tuple[int, int]]]):
@@ -78,16 +77,6 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
             for part in self.parts:
                 first = at * self.recipe.batch_size + part * size
                 yield [(epoch, int(i)) for i in order[first : first + size]]
-
-
-def seed_everything(*key: int) -> None:
-    """Seed torch's, numpy's and Python's global generators from a tuple of numbers."""
-    state = np.random.SeedSequence(key).generate_state(3)
-    torch.random.default_generator.manual_seed(int(state[0]))  # torch.manual_seed is ten times slower
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(int(state[0]))
-    np.random.seed(state[1])
-    random.seed(int(state[2]))
 
 
 def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:

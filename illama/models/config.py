@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
 
 from illama.errors import UserError
 
@@ -136,14 +136,14 @@ class ModelConfig:
     class_sees_all: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < 1):
-                raise UserError(f"{field.name} must be a whole number of at least 1, not {value!r}")
-        kinds = {"class_token": ClassToken, "mask": MaskKind, "position": Position, "norm": Norm, "mlp": Mlp}
-        for name, kind in kinds.items():
-            if getattr(self, name) not in get_args(kind):
-                raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is int and (type(value) is not int or value < 1):
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if kind is bool and type(value) is not bool:
+                raise UserError(f"{name} must be true or false, not {value!r}")
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads or self.head_dim % 2:

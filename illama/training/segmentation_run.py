@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
-from illama.data.augmentation import seed_everything
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.inference import torch_infer
 from illama.models.upernet import SegmentationConfig, UperNet
+from illama.randomness import isolated_randomness
 from illama.segmentation_scores import Scores, score_images
 from illama.training.distributed import Processes
 from illama.training.recipe import Recipe
@@ -65,8 +65,8 @@ def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) 
     data = SegmentationFolder(Path(recipe.data), recipe.exif or "apply")
     shape = {**model_options(recipe), "decoder_channels": decoder_channels}
     config = SegmentationConfig.preset(recipe.model, recipe.variant, **shape, num_classes=len(data.classes))
-    seed_everything(recipe.seed)
-    model = initialise(UperNet(config, recipe.drop_path, recipe.dropout), recipe)
+    with isolated_randomness(recipe.seed):
+        model = initialise(UperNet(config, recipe.drop_path, recipe.dropout), recipe)
     preprocessing = data.preprocessing(config.image_size, config.in_channels)
     loss = partial(map_loss, smoothing=recipe.label_smoothing)
     return SegmentationRun(recipe, data, preprocessing, model, group, hash_inputs(recipe), loss)

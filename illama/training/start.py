@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from illama.bundle import WEIGHTS, Manifest, is_bundle, sha256
 from illama.checkpoints.llama_init import initialise_from_llama
 from illama.checkpoints.load import initialise_from
-from illama.data.augmentation import seed_everything
 from illama.data.datasets import ImageData, open_data
 from illama.errors import UserError
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
+from illama.randomness import isolated_randomness
 from illama.training.distributed import Processes
 from illama.training.recipe import Recipe
 from illama.training.trainer import Run
@@ -47,8 +47,8 @@ def make_model(recipe: Recipe, classes: int) -> ILLaMA:
     if recipe.new_head and not recipe.init:
         raise UserError("this recipe fine-tunes: give weights with --init, or start from scratch with --no-new-head")
     config = ModelConfig.preset(recipe.model, recipe.variant, **model_options(recipe), num_classes=classes)
-    seed_everything(recipe.seed)
-    return initialise(ILLaMA(config, recipe.drop_path, recipe.dropout), recipe)
+    with isolated_randomness(recipe.seed):
+        return initialise(ILLaMA(config, recipe.drop_path, recipe.dropout), recipe)
 
 
 def model_options(recipe: Recipe) -> dict[str, Any]:

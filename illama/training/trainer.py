@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from illama.atomic_write import write_file
-from illama.data.augmentation import Augmented, MicroBatches, make_mixup, seed_everything, training_transform
+from illama.data.augmentation import Augmented, MicroBatches, make_mixup, training_transform
 from illama.data.datasets import ImageData, Preprocessing, Sample
 from illama.errors import UserError
 from illama.inference import predict, torch_infer
 from illama.models.attention import SoftMasked
+from illama.randomness import isolated_randomness
 from illama.training.distributed import Processes, gradients_synchronised
 from illama.training.log import Log
 from illama.training.recipe import TrainingOptions
@@ -250,9 +251,11 @@ def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps
         group["lr"] = rate * group.get("lr_scale", 1.0)
     for part in parts:
         images, labels = next(loader)
-        seed_everything(recipe.seed, run.step, part)
-        images, targets = mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-        with gradients_synchronised(run.wrapped, now=part == parts[-1]):
+        with (
+            isolated_randomness(recipe.seed, run.step, part),
+            gradients_synchronised(run.wrapped, now=part == parts[-1]),
+        ):
+            images, targets = mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             with torch.autocast(device.type, getattr(torch, recipe.autocast), enabled=recipe.autocast != "float32"):
                 logits = run.forward(images)
             loss = run.loss(images, logits.float(), targets)

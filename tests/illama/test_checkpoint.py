@@ -157,7 +157,7 @@ def test_a_vit_of_timm_is_sent_to_to_causal(tmp_path, name, suffix):
     state = timm.create_model(name, depth=1, num_classes=2).state_dict()
     path = tmp_path / f"vit{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    with pytest.raises(UserError, match=r"ViT as timm names it.*illama\.adapt\.to_causal"):
+    with pytest.raises(UserError, match=r"to_causal"):
         load_checkpoint(path)
 
 

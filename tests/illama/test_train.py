@@ -171,8 +171,11 @@ def test_an_augmentation_is_decided_by_its_key(rand_augment, padding):
     one, other = (Augmented(images, transform, seed) for seed in (3, 4))
     image, label = one[5, 7]
     assert image.shape == (1, 28, 28) and image.dtype == torch.float32 and label == images[7][1]
-    torch.rand(3), random.random(), np.random.rand()
+    torch.rand(3), random.random(), np.random.randn()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     assert torch.equal(one[5, 7][0], image)
+    after = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    assert torch.equal(states[0], after[0]) and str(states[1:]) == str(after[1:])
     for key, source in (((6, 7), one), ((5, 7), other)):
         assert not torch.equal(source[key][0], image)
 
