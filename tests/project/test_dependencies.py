@@ -1,40 +1,106 @@
-"""The packages form floors, and imports run downward only."""
+"""The dependency rule: layers import downward only, nothing imports a command, and there are no import cycles."""
 
-import ast
+import importlib.metadata
+import re
 import sys
-from pathlib import Path
+from collections import Counter
 
 import pytest
+from project_files import PACKAGES, ROOT, commands, imported_names, module_name, python_files, relative
 
-ROOT = Path(__file__).parents[2]
-FLOORS = ("illama", "quant", "deploy", "eval")
-RECIPES = {"quant/ptq.py", "quant/qat.py"}  # commands that walk the whole way, and which nothing imports
-
-
-def _imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+MAY_IMPORT = {"illama": set(), "quant": {"illama"}, "deploy": {"illama"}, "eval": {"deploy", "illama"}}
+RECIPES = {"quant/ptq.py", "quant/qat.py"}  # commands that run the whole path, across all layers
 
 
-def _files():
-    return [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
+@pytest.mark.parametrize("path", python_files(*PACKAGES), ids=relative)
+def test_a_package_imports_lower_layers_only(path):
+    if relative(path) not in RECIPES:
+        package = relative(path).split("/")[0]
+        imported = {name.split(".")[0] for name in imported_names(path)} & set(PACKAGES)
+        assert imported <= {package} | MAY_IMPORT[package]
 
 
-@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_downward(path):
-    name = str(path.relative_to(ROOT))
-    height = FLOORS.index(name.split("/")[0])
-    for module in _imports(path):
-        package = module.split(".")[0]
-        if package in FLOORS and name not in RECIPES:
-            assert FLOORS.index(package) <= height, f"{name} imports {module} from a floor above"
-        assert f"{module.replace('.', '/')}.py" not in RECIPES, f"{name} imports the recipe {module}"
+@pytest.mark.parametrize("path", python_files(*PACKAGES), ids=relative)
+def test_nothing_imports_a_command(path):
+    imported = set(imported_names(path)) & {module_name(command) for command in commands()}
+    assert not imported
 
 
-def test_no_file_hides_a_module_of_the_standard_library():
+def _import_graph():
+    """Module -> the modules of this project that it imports, and their packages except those that it is in."""
+    files = {module_name(path): path for path in python_files(*PACKAGES, "benchmarks")}
+    graph = {}
+    for module, path in files.items():
+        names = set(imported_names(path))
+        if module.startswith("benchmarks."):  # run as a script, whose own folder comes first on sys.path
+            names |= {f"benchmarks.{name}" for name in names}
+        packages = {each for name in names & set(files) for each in _packages_of(name)} - _packages_of(module)
+        graph[module] = ((names | packages) & set(files)) - {module}
+    return graph
+
+
+def _packages_of(module):
+    parts = module.split(".")
+    return {".".join(parts[:count]) for count in range(1, len(parts))}
+
+
+def _cycles(graph):
+    """Returns the strongly connected components of more than one module (Tarjan)."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(module):
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in sorted(graph[module]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == index[module]:
+            component = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for module in graph:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_a_cycle_is_found():
+    assert _cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert not _cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = _import_graph()
+    assert "illama.models.illama" in graph["illama.models"]
+    assert {"benchmarks.peers", "benchmarks.peers.base"} <= graph["benchmarks.quant_peers"]
+    assert not _cycles(graph)
+
+
+def test_every_product_file_has_a_name_of_its_own():
+    stems = Counter(path.stem for path in python_files(*PACKAGES) if path.stem != "__init__")
+    assert not [stem for stem, count in stems.items() if count > 1]
+
+
+def _installed_modules():
+    """Returns the top-level modules of the installed distributions that constraints.txt pins."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {_normalised(match[0]) for line in lines if (match := re.match(r"[\w.-]+(?===)", line))}
+    by_module = importlib.metadata.packages_distributions()
+    return {module for module, owners in by_module.items() if pinned & set(map(_normalised, owners))}
+
+
+def _normalised(distribution):
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_no_name_hides_a_library():
     """A command's own folder comes first on sys.path."""
-    assert not {path.stem for path in _files()} & (sys.stdlib_module_names - {"__init__"})
+    installed = _installed_modules()
+    assert {"torch", "timm", "onnx", "tensorrt_rtx", "PIL", "yaml"} <= installed
+    folders = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_dir()]
+    names = {path.stem for path in (*python_files(*PACKAGES), *folders)} - {"__init__"}
+    assert not names & (installed | sys.stdlib_module_names)

@@ -1,0 +1,67 @@
+"""Every command's --help: it imports no large library, and describes every option."""
+
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from project_files import ROOT, commands, module_name, relative
+
+from illama.cli import option_helps
+
+LARGE = {
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "scipy",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "modelopt",
+    "torchao",
+    "tensorrt",
+    "tensorrt_rtx",
+    "matplotlib",
+    "pandas",
+    "pyarrow",
+    "PIL",
+}
+NEEDED = {"deploy/probe.py": {"numpy"}}  # a health check runs once, and compares logits
+RUN_HELP = """
+import json, pathlib, runpy, sys
+path = sys.argv[1]
+sys.argv = [path, "--help"]
+sys.path.insert(0, str(pathlib.Path(path).parent))
+status = 0
+try:
+    runpy.run_path(path, run_name="__main__")
+except SystemExit as end:
+    status = end.code or 0
+print("\\n" + json.dumps([status, list(sys.modules)]))
+"""
+
+
+@pytest.mark.parametrize("path", commands(), ids=relative)
+def test_help_imports_no_large_library(path):
+    result = subprocess.run([sys.executable, "-c", RUN_HELP, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    status, modules = json.loads(result.stdout.splitlines()[-1])
+    assert status == 0 and "--" in result.stdout
+    loaded = LARGE & set(modules) - NEEDED.get(relative(path), set())
+    if not relative(path).startswith("eval/"):
+        loaded |= {module for module in modules if module.split(".")[0] == "eval"}
+    assert not loaded
+
+
+@pytest.mark.parametrize("path", [path for path in commands() if "argparse" not in path.read_text()], ids=relative)
+def test_every_option_is_described(path):
+    """Each field of the options has an entry of its own in the docstring, and each entry has a field."""
+    name = re.search(r"\brun_command\((\w+)", path.read_text())[1]
+    options = getattr(importlib.import_module(module_name(path)), name)
+    helps = option_helps(options)
+    assert set(helps) == {field.name for field in dataclasses.fields(options)}
+    assert all(helps.values())
