@@ -1,7 +1,7 @@
-"""Which exact form of the attention is fastest here: python benchmarks/attention_forms.py
+"""Compares the speed of the two forms of attention on this machine: python benchmarks/attention_forms.py
 
-Times the whole network, forward alone and a training step, in the plain and the fused form, in turn in
-every round, and gives the ratio. illama.models.attention.fastest_form holds the outcome.
+Times a forward pass and a training step of the whole network in the plain and the fused form, alternating in every
+round, and prints the ratio. illama.models.attention.fastest_form uses the result.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class BenchmarkOptions:
     """Time the plain and the fused form of the attention.
 
     Attributes:
-        sizes: presets of ModelConfig.
-        batches: images per call.
-        rounds: timed calls of each form.
-        out: folder for the results.
+        sizes: names of model sizes.
+        batches: batch sizes.
+        rounds: number of timed calls of each form.
+        out: folder of the results.
     """
 
     sizes: tuple[str, ...] = ("nano", "tiny")
@@ -55,7 +55,7 @@ def training_step(model: ILLaMA, images: Tensor) -> None:
 
 
 def time_forms(model: ILLaMA, images: Tensor, call: Callable[[ILLaMA, Tensor], None], rounds: int) -> dict[Form, float]:
-    """Median milliseconds of each form."""
+    """Returns the median milliseconds of each form."""
     forms: tuple[Form, Form] = ("plain", "fused")
     times: dict[Form, list[float]] = {form: [] for form in forms}
     for index in range(rounds + 3):
@@ -71,7 +71,7 @@ def time_forms(model: ILLaMA, images: Tensor, call: Callable[[ILLaMA, Tensor], N
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each size and batch: how many times as fast the fused form is, forward / training step."""
+    """Returns a table of the fused form's speedup, forward / training step, with a row for each size and batch."""
     cells = {
         (f"{row['size']}, batch {row['batch']}", row["alpha"], row["call"]): row["plain"] / row["fused"] for row in rows
     }

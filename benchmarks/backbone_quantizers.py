@@ -1,10 +1,9 @@
-"""The quantizers of real_backbone.py: this project's schemes, ModelOpt's and NNCF's defaults, on one timm ViT.
+"""The quantizers of real_backbone.py: this project's schemes, and ModelOpt's and NNCF's defaults, on a timm ViT.
 
-Each is a function from a network and calibration images to another function, from images (B, 3, H, W) to
-(features, logits), where features are what the network hands to its head. The others run with their defaults. This
-project's were chosen with this network in view, by the noise of its features: `int8` quantizes what it does, and how,
-because of what was seen here (docs/quantization.md). What ModelOpt leaves in floating point by default, attention's
-two products, is left so; NNCF quantizes them, and this project's INT8 the first.
+Each is a function from a network and calibration images to a function from images (B, 3, H, W) to (features, logits),
+where features are the input of the head. ModelOpt and NNCF use their defaults. This project's `int8` was designed with
+this network, by the noise of its features (docs/quantization.md). Of attention's two products, ModelOpt quantizes none
+by default, NNCF both, and this project's INT8 the first.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _BATCH = 16
 
 
 class WithFeatures(nn.Module):
-    """A timm ViT that gives (features, logits)."""
+    """A timm ViT that returns (features, logits)."""
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class WithFeatures(nn.Module):
 
 
 def find_quantizers() -> tuple[dict[str, Quantizer], dict[str, str]]:
-    """What can be run here by name, and why the others cannot."""
+    """Returns the available quantizers by name, and the reason for each that is missing."""
     found: dict[str, Quantizer] = {REFERENCE: lambda vit, _: torch_infer(WithFeatures(vit))}
     found |= {name: partial(ours, scheme=name) for name in SCHEMES}
     found |= {name: partial(modelopt, config=config) for name, config in MODELOPT.items()}
@@ -67,14 +66,14 @@ def find_quantizers() -> tuple[dict[str, Quantizer], dict[str, str]]:
 
 
 def settings(name: str) -> dict[str, str]:
-    """What a quantizer's result depends on besides its inputs: a scheme's hash, for the schemes change."""
+    """Returns what a quantizer's result depends on besides its inputs: the hash of a scheme, since schemes change."""
     if name not in SCHEMES:
         return {}
     return {"scheme": hashlib.sha256(json.dumps(asdict(find_scheme(name))).encode()).hexdigest()[:16]}
 
 
 def torch_infer(network: nn.Module) -> Infer:
-    """A PyTorch network that gives (features, logits), without gradients."""
+    """Returns a network's function from images to (features, logits), without gradients."""
 
     @torch.inference_mode()
     def infer(images: Tensor) -> Outputs:
@@ -84,7 +83,7 @@ def torch_infer(network: nn.Module) -> Infer:
 
 
 def ours(vit: nn.Module, images: Tensor, scheme: str) -> Infer:
-    """A scheme of this project: the quantized PyTorch network, whose arithmetic is that of its ONNX file."""
+    """Quantizes by a scheme of this project; the PyTorch network has the arithmetic of its ONNX file."""
     quantized = calibrate(to_quantizable(vit), find_scheme(scheme), images.split(_BATCH))  # type: ignore[arg-type]
     assert isinstance(quantized, CausalVisionTransformer)
 
@@ -97,7 +96,7 @@ def ours(vit: nn.Module, images: Tensor, scheme: str) -> Infer:
 
 
 def modelopt(vit: nn.Module, images: Tensor, config: str) -> Infer:
-    """ModelOpt's own configuration of that name on timm's network, with its fake quantizers in PyTorch."""
+    """Quantizes timm's network by a configuration of ModelOpt, with its fake quantizers in PyTorch."""
 
     def run(network: nn.Module) -> None:
         with torch.inference_mode():
@@ -111,16 +110,16 @@ def modelopt(vit: nn.Module, images: Tensor, config: str) -> Infer:
 
 
 def nncf_openvino(vit: nn.Module, images: Tensor, model_type: str | None) -> Infer:
-    """NNCF's post-training quantization of the OpenVINO model that timm's network converts to, run by OpenVINO.
+    """Quantizes timm's network, converted to OpenVINO, by NNCF's post-training quantization.
 
-    Weights and activations that NNCF leaves in floating point are computed in float32, as everywhere here; OpenVINO's
-    own choice on a CPU with AMX would be bfloat16.
+    Everything that NNCF does not quantize is computed in float32, as for the others; on a CPU with AMX, OpenVINO's
+    default is bfloat16.
     """
     import nncf
     import openvino
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it traces with what PyTorch calls deprecated
+        warnings.simplefilter("ignore")  # it traces with a deprecated function of PyTorch
         model = openvino.convert_model(WithFeatures(vit), example_input=images[:2])
     options: dict[str, Any] = {"model_type": nncf.ModelType[model_type]} if model_type else {}
     dataset = nncf.Dataset([images[i : i + 1].numpy() for i in range(len(images))])

@@ -1,11 +1,11 @@
-"""Which runtime is fastest on this CPU, in float and in INT8: python benchmarks/cpu_latency.py
+"""Compares the latency of the runtimes on this CPU, in float and INT8: python benchmarks/cpu_latency.py
 
-iLLaMA-T at 224 pixels (random weights: speed does not depend on them) and the shipped nano, at batch 1 and 8, every
-contestant in turn in one process, so that whatever else the machine does hits all alike. The goal is for INT8 to be
-2.5 times as fast as ONNX Runtime in FP32 at batch 1 and 3 times at batch 8, and never slower than NNCF's INT8. What
-each rewrite of deploy/rewrites/openvino_graph.py gains is told by the same file without it, in the same rounds.
+Networks are iLLaMA-T at 224 pixels (random weights: speed does not depend on them) and the shipped nano, at batch 1 and
+8. All candidates run alternately in one process, so that other load on the machine affects all alike. The goal is that
+INT8 is 2.5 times as fast as ONNX Runtime in FP32 at batch 1, and 3 times at batch 8, and never slower than NNCF's INT8.
+The gain of each rewrite of deploy/rewrites/openvino_graph.py is measured by running the same file without it.
 
-NNCF is measured where it is installed (benchmarks/peers-requirements.txt) and left out, in words, where not.
+NNCF is measured if it is installed (benchmarks/peers-requirements.txt); otherwise the report says so.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ OURS = "OpenVINO, INT8 (ours, the default)"
 
 @dataclass(frozen=True)
 class LatencyOptions:
-    """Time the runtimes of a CPU against each other.
+    """Compare the latency of the runtimes on this CPU.
 
     Attributes:
-        networks: of tiny (at 224 pixels) and nano (the shipped checkpoint).
-        batches: images a call.
-        repeats: medians taken of each, whose range is the spread.
-        rounds: turns of every contestant in each of them.
-        threads: of each runtime; 0 for one a core.
-        torch: time PyTorch too, as it is and compiled.
-        precision: what OpenVINO computes INT8 files' floating point in, f32 or bf16, in place of its own choice.
-        out: where the table and the figures go.
+        networks: tiny (at 224 pixels) or nano (the shipped checkpoint).
+        batches: batch sizes.
+        repeats: number of medians per candidate; their range is reported as the spread.
+        rounds: number of timed rounds per median.
+        threads: number of threads of each runtime; 0 for one per core.
+        torch: also time PyTorch, eager and compiled.
+        precision: dtype in which OpenVINO computes the float part of INT8 files, f32 or bf16. If not given, its own
+            choice.
+        out: folder of the results.
     """
 
     networks: tuple[str, ...] = ("tiny", "nano")
@@ -67,7 +68,7 @@ class LatencyOptions:
 
 
 def open_network(name: str) -> ILLaMA:
-    """iLLaMA of a size with random weights, or the shipped nano."""
+    """Returns an iLLaMA of a size with random weights, or the shipped nano."""
     if name == "nano":
         return load_checkpoint(SHIPPED).model
     torch.manual_seed(0)
@@ -77,7 +78,7 @@ def open_network(name: str) -> ILLaMA:
 def contestants(
     model: ILLaMA, images: torch.Tensor, folder: Path, options: LatencyOptions
 ) -> tuple[dict[str, Infer], list[str]]:
-    """(name -> what infers, what could not be had)."""
+    """Returns (name -> function to time, what is missing and why)."""
     threads = options.threads
     fp32, int8, rounded = (folder / f"{name}.onnx" for name in ("fp32", "int8", "int8-attention"))
     export_onnx(model, fp32, "plain")
@@ -104,7 +105,7 @@ def contestants(
 
 
 def in_torch(model: ILLaMA, threads: int) -> dict[str, Infer]:
-    """PyTorch as it is, compiled, in half precision and quantized by torchao."""
+    """Returns PyTorch's variants: eager, compiled, in half precision, and quantized by torchao."""
     torch.set_num_threads(threads or usable_cores())
     half = copy.deepcopy(model).to(torch.bfloat16)
     dynamic = copy.deepcopy(model)
@@ -131,7 +132,7 @@ def _infer_in(dtype: torch.dtype, model: nn.Module) -> Infer:
 
 
 def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, Infer]:
-    """A file in OpenVINO as it is, and with each rewrite left out that is done, or done that is left out."""
+    """Returns a file in OpenVINO unchanged, and with each rewrite switched: omitted if it is used, else added."""
     done, every = fitting_rewrites(bfloat16, has_matrix_unit()), fitting_rewrites(bfloat16=True, matrix_unit=True)
     found = {}
     for toggled in (None, *every):
@@ -146,7 +147,7 @@ def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, 
 
 
 def nncf_quantized(fp32: Path, images: torch.Tensor, transformer: bool, options: LatencyOptions) -> Infer:
-    """NNCF's INT8 of the very file that ours is made from, in OpenVINO."""
+    """Returns NNCF's INT8 of the same float file, in OpenVINO."""
     import nncf
 
     kind = nncf.ModelType.TRANSFORMER if transformer else None
@@ -165,7 +166,7 @@ def _request(model: object, threads: int, precision: str | None) -> Infer:
 def medians(
     engines: dict[str, Infer], images: np.ndarray, options: LatencyOptions, tick: Callable[[], object]
 ) -> dict[str, list[float]]:
-    """Contestant -> its median milliseconds in each repeat."""
+    """Returns name -> median milliseconds in each repeat."""
     found: dict[str, list[float]] = {name: [] for name in engines}
     for repeat in range(options.repeats + 1):
         measured = measure_latency(engines, images, (len(images),), options.rounds, 4, 2, progress=False).latency
@@ -177,7 +178,7 @@ def medians(
 
 
 def table(figures: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: contestant by batch, in milliseconds with the range of the medians, and as a ratio to the reference."""
+    """Returns a Markdown table of milliseconds and speedup by batch size, with the ranges over the repeats."""
     batches = list(figures)
     heads = ["contestant", *(head for batch in batches for head in (f"{batch}, ms", "times as fast"))]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]

@@ -1,7 +1,7 @@
-"""Draw a small set in ADE20K's layout to try segmentation on: python benchmarks/draw_shapes.py runs/shapes
+"""Draw a small segmentation data set in ADE20K's layout: python benchmarks/draw_shapes.py runs/shapes
 
-Rectangles, discs and rings of any colour before noise: what a pixel belongs to is told by the shape around it, not by
-its colour, unless that is asked for. The pixel around a shape belongs to no class. The same options draw the same.
+It shows rectangles, discs and rings of random colors on noise. The class of a pixel depends on the shape around it, and
+on its color only with --coloured. The edge of a shape belongs to no class. The same options draw the same images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from illama.atomic_write import write_folder
 from illama.cli import run_command
 
 CLASSES = ("background", "rectangle", "disc", "ring")
-_COLOURS = {2: (220, 60, 60), 3: (60, 60, 220), 4: (60, 220, 60)}
+_COLORS = {2: (220, 60, 60), 3: (60, 60, 220), 4: (60, 220, 60)}
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class DrawOptions:
     """Draw images of shapes and their label maps.
 
     Attributes:
-        out: the folder, which must not exist yet or be empty.
-        train, validation: how many of each.
-        side: height in pixels; the width is that to twice that.
-        coloured: share of the shapes that have their class's colour and not any.
-        seed: of the drawing.
+        out: path to the new folder, which must not exist or be empty.
+        train: number of training images.
+        validation: number of validation images.
+        side: height in pixels; the width is one to two times that.
+        coloured: share of the shapes that have the color of their class instead of a random one.
+        seed: seed of the drawing.
     """
 
     out: Annotated[Path, tyro.conf.Positional]
@@ -42,7 +43,7 @@ class DrawOptions:
 
 
 def draw(generator: np.random.Generator, height: int, width: int, coloured: float) -> tuple[np.ndarray, np.ndarray]:
-    """A picture (H, W, 3) and its labels (H, W), both uint8: 0 for no class, the background being 1."""
+    """Returns an image (H, W, 3) and its labels (H, W), both uint8; label 0 means no class, 1 the background."""
     pixels = generator.normal(128, 25, (height, width, 3))
     labels = np.ones((height, width), np.uint8)
     rows, columns = np.mgrid[:height, :width]
@@ -55,13 +56,13 @@ def draw(generator: np.random.Generator, height: int, width: int, coloured: floa
         inside = (far < size) & (far >= hole)
         labels[(far < size + 1) & (far >= hole - 1)] = 0
         labels[inside] = kind
-        colour = _COLOURS[kind] if generator.uniform() < coloured else generator.uniform(0, 255, 3)
-        pixels[inside] = generator.normal(0, 12, (np.count_nonzero(inside), 3)) + colour
+        color = _COLORS[kind] if generator.uniform() < coloured else generator.uniform(0, 255, 3)
+        pixels[inside] = generator.normal(0, 12, (np.count_nonzero(inside), 3)) + color
     return pixels.clip(0, 255).astype(np.uint8), labels
 
 
 def write_shapes(folder: Path, options: DrawOptions) -> None:
-    """Fill an empty folder."""
+    """Writes the data set into an empty folder."""
     generator, side = np.random.default_rng(options.seed), options.side
     rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", *(f"{i}\t0\t0\t0\t0\t{name}" for i, name in enumerate(CLASSES, 1))]
     (folder / "objectInfo150.txt").write_text("\n".join(rows) + "\n")

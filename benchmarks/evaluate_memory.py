@@ -1,8 +1,8 @@
-"""What an evaluation holds in memory as the set grows: python benchmarks/evaluate_memory.py
+"""Measures the memory of an evaluation as the data set grows: python benchmarks/evaluate_memory.py
 
-Fashion-MNIST's test split over and over, through a network of random weights and many classes, by
-eval.benchmark.evaluate_split.evaluate; then through illama.inference.predict, which keeps all logits. Peaks are those
-of the process so far, so the sizes rise.
+Fashion-MNIST's test split is evaluated repeatedly with random weights and many classes, first by
+eval.benchmark.evaluate_split.evaluate, then by illama.inference.predict, which keeps all logits. Peak memory is that of
+the process so far, so the sizes are in ascending order.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ HEADINGS = ("by", "images", "classes", "peak MiB", "seconds")
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """Evaluate ever larger sets, and note the peak of memory after each.
+    """Evaluate data sets of increasing size, and report the peak memory after each.
 
     Attributes:
-        repeats: how many times over the 10,000 images are evaluated, rising.
-        classes: of the network.
-        out: where the table goes.
+        repeats: how often the 10,000 images are evaluated, in ascending order.
+        classes: number of classes of the network.
+        out: folder of the results.
     """
 
     repeats: tuple[int, ...] = (1, 5)
@@ -44,7 +44,7 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         if not self.repeats or list(self.repeats) != sorted(self.repeats) or min(self.classes - 9, *self.repeats) < 1:
-            raise UserError("--repeats rise from 1 or more, and --classes are 10 or more")
+            raise UserError("--repeats must be ascending numbers from 1 on, and --classes 10 or more")
 
 
 def main(options: MemoryOptions) -> None:

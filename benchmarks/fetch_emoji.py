@@ -1,11 +1,11 @@
-"""Fetch a small set of real colour drawings, emoji in three styles: python benchmarks/fetch_emoji.py FOLDER
+"""Download a small data set of color drawings, emoji in three styles: python benchmarks/fetch_emoji.py FOLDER
 
-About 5,600 drawings in nine categories, as 64x64 RGB PNG files on white, in ImageNet's layout (train/CATEGORY and
-val/CATEGORY), so that ``--data FOLDER`` takes them. They are drawings, not photographs, and few; they are for
-trying colour images where no larger set can be had.
+It has about 5,600 drawings in nine categories, as 64x64 RGB PNG files on white, in ImageNet's layout (train/CATEGORY
+and val/CATEGORY), for ``--data FOLDER``. They are few, and drawings, not photographs, for tests with color images where
+no larger data set is available.
 
-The packages come from npm, which checks their SHA-512, at fixed versions. val/ holds about a fifth of the concepts
-and none that train/ has in another style or variant: see :func:`concept_of`.
+npm provides the packages at fixed versions and checks their SHA-512. val/ contains about a fifth of the concepts, and
+none that is in train/ in another style or variant, see :func:`concept_of`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TITLE = "Emoji in three styles, by python benchmarks/fetch_emoji.py\n"
 
 @dataclass(frozen=True)
 class Source:
-    """One npm package: its drawings are the files ``folder``/CODE.``suffix``."""
+    """An npm package; its drawings are the files ``folder``/CODE.``suffix``."""
 
     package: str
     version: str
@@ -60,19 +60,19 @@ SOURCES = {
         "@lobehub/fluent-emoji-3d", "1.1.0", "assets", "webp", "MIT (Fluent Emoji, Microsoft; packed by LobeHub)"
     ),
 }
-TABLE = "emoji.json"  # in Google's package: code points and category of every emoji
+TABLE = "emoji.json"  # file in Google's package: code points and category of every emoji
 
-# People are drawn alike whoever they are: a woman pilot, a man pilot and a pilot are one concept, "pilot".
+# A woman pilot, a man pilot and a pilot are drawn alike, and are one concept, "pilot".
 JOINERS = {"200d", "fe0f", "2640", "2642", *(f"1f3f{tone}" for tone in "bcdef")}
 PEOPLE = {"1f466", "1f467", "1f468", "1f469", "1f46a", "1f9d1", "1f9d2"}
 
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """Fetch emoji in three styles (about 150 MB) and write them as train/CATEGORY and val/CATEGORY.
+    """Download emoji in three styles (about 150 MB) and write them as train/CATEGORY and val/CATEGORY.
 
     Attributes:
-        folder: where to; a set that this command wrote there before is replaced.
+        folder: path to the new folder; an earlier result of this command there is replaced.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -80,7 +80,7 @@ class FetchOptions:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One drawing on white, with the concept that decides its split."""
+    """A drawing on white, and its concept, which determines its split."""
 
     style: str
     code: str
@@ -90,7 +90,7 @@ class Drawing:
 
 
 def download(source: Source, folder: Path) -> Path:
-    """The package's archive, fetched into ``folder`` by npm, which checks its SHA-512."""
+    """Downloads the package's archive into ``folder`` with npm, which checks its SHA-512."""
     if not shutil.which("npm"):
         raise UserError("npm is not installed: on Debian or Ubuntu run 'apt-get install npm'")
     command = ["npm", "pack", "--ignore-scripts", "--pack-destination", str(folder)]
@@ -99,12 +99,12 @@ def download(source: Source, folder: Path) -> Path:
     if result.returncode or len(archives) != 1:
         said = [line for line in result.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
         reason = said[0].split(maxsplit=2)[-1] if said else f"exit status {result.returncode}"
-        raise UserError(f"npm could not fetch {source.package} {source.version} ({reason}): try again when it can")
+        raise UserError(f"npm could not download {source.package} {source.version} ({reason}): try again later")
     return archives[0]
 
 
 def read_package(source: Source, archive: Path) -> tuple[dict[str, bytes], bytes]:
-    """The drawings by code, and the table of emoji (empty if the package has none).
+    """Returns the drawings by code, and the table of emoji, which is empty if the package has none.
 
     Raises:
         UserError: the archive is damaged or of another version.
@@ -127,15 +127,15 @@ def read_package(source: Source, archive: Path) -> tuple[dict[str, bytes], bytes
 
 
 def spellings(code: str) -> list[str]:
-    """The ways in which packages write a code in file names: without variation selector, without leading zeros."""
+    """Returns the file names of a code in different packages: with or without variation selector and leading zeros."""
     forms = [code, code.replace("-fe0f", "")]
     return forms + ["-".join(point.lstrip("0") for point in form.split("-")) for form in forms]
 
 
 def concept_of(code: str) -> str:
-    """What an emoji shows: the first code point that is not a person, a joiner, a sign of sex or a skin tone.
+    """Returns the concept of an emoji: its first code point that is not a person, joiner, gender sign or skin tone.
 
-    A flag is all its letters, since its first one says nothing. People without anything else are one concept.
+    The concept of a flag is all of its letters. People without any other code point are one concept.
     """
     points = code.split("-")
     if points[0].startswith("1f1"):
@@ -144,12 +144,12 @@ def concept_of(code: str) -> str:
 
 
 def is_held_out(concept: str) -> bool:
-    """Whether a concept belongs to val/: the same ones on every machine, by a hash."""
+    """Returns whether a concept belongs to val/, by a hash, so that the split is the same on every machine."""
     return int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8], "big") % 10 < HELD_OUT_TENTHS
 
 
 def on_white(content: bytes) -> Image.Image:
-    """A drawing with transparency as 64x64 RGB on white."""
+    """Returns a transparent drawing as a 64x64 RGB image on white."""
     image = Image.open(io.BytesIO(content)).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
@@ -157,7 +157,7 @@ def on_white(content: bytes) -> Image.Image:
 
 
 def fetch_drawings() -> list[Drawing]:
-    """All drawings of all styles; skin tones as such ("Component") are no pictures and are left out."""
+    """Returns all drawings of all styles, without bare skin tones (category "Component")."""
     packages: dict[str, dict[str, bytes]] = {}
     table = b""
     for style, source in tqdm(SOURCES.items(), desc="fetch", unit="package", disable=None):
@@ -177,7 +177,7 @@ def fetch_drawings() -> list[Drawing]:
 
 
 def without_repeats(drawings: list[Drawing]) -> list[Drawing]:
-    """Each picture once; concepts that any style draws alike (Norway's flag and Svalbard's) become one."""
+    """Removes repeated images, and merges concepts that a style draws alike (the flags of Norway and Svalbard)."""
     first: dict[bytes, Drawing] = {}
     same: dict[str, str] = {}
 
@@ -193,7 +193,7 @@ def without_repeats(drawings: list[Drawing]) -> list[Drawing]:
 
 
 def write(drawings: list[Drawing], folder: Path) -> None:
-    """Write the drawings into their splits and categories, with the sources' licences."""
+    """Writes the drawings to their splits and categories, with the licenses of the sources."""
     counts: Counter[tuple[str, str]] = Counter()
     for drawing in drawings:
         split = "val" if is_held_out(drawing.concept) else "train"
@@ -212,7 +212,7 @@ def write(drawings: list[Drawing], folder: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder was written by this command, and so may be replaced."""
+    """Returns whether this command wrote a folder, so that it may be replaced."""
     return (folder / LICENCES).is_file() and (folder / LICENCES).read_text().startswith(TITLE)
 
 

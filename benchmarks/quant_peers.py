@@ -1,13 +1,13 @@
-"""This project's quantizer beside others, on the same checkpoint and images: python benchmarks/quant_peers.py
+"""Compares this project's quantizer with others, on the same checkpoint and images: python benchmarks/quant_peers.py
 
     python -m venv runs/peers-venv
     runs/peers-venv/bin/pip install -c constraints.txt -e . -r benchmarks/peers-requirements.txt
     runs/peers-venv/bin/python benchmarks/quant_peers.py
     runs/peers-venv/bin/python benchmarks/quant_peers.py --checkpoint illama/weights/tiny-emoji --data runs/emoji
 
-Every peer quantizes in a process of its own and is tested on the whole test split; then all are timed in one run,
-in turn. A peer that cannot be installed or fails is a row with the reason. Interrupted, the command goes on; it
-writes ``DATA.json`` and ``DATA.md`` to ``results/quant-peers``.
+Every peer quantizes in its own process and is tested on the whole test split; then all are timed alternately in one
+run. For a peer that is not installed or fails, the table has the reason. The same command resumes an interrupted one.
+It writes ``DATA.json`` and ``DATA.md`` to ``results/quant-peers``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers.all_peers import PEERS
 from peers.base import be_quiet, reason
-from peers.ours import PEERS
 from peers.runtimes import LOADERS, ORT
 from peers.work import LABELS, RESULT, WorkOptions, logits_file, open_both, peer_versions
 
@@ -51,15 +51,16 @@ class PeerOptions:
     """Quantize a checkpoint with every peer, and compare.
 
     Attributes:
-        checkpoint, data: as ``quant/ptq.py`` takes them.
-        peers: which of them; all if not given.
-        calibration_images: how many training images all peers calibrate on.
-        rounds: of timing; 0 for none.
-        threads: for quantizing and running, at most the cores there are.
-        test_images: how many of the test split, for a quick look; all if not given.
-        again: quantize again where an earlier run has succeeded.
-        out: where the peers' files are kept.
-        results: where the table goes.
+        checkpoint: path to a checkpoint, as for quant/ptq.py.
+        data: data set, as for quant/ptq.py.
+        peers: names of peers. If not given, all.
+        calibration_images: number of calibration images, of the training split.
+        rounds: number of timed rounds; 0 for no timing.
+        threads: number of threads for quantization and inference, limited to the number of cores.
+        test_images: number of test images. If not given, all.
+        again: quantize again even if an earlier run succeeded.
+        out: folder of the peers' files.
+        results: folder of the table.
     """
 
     checkpoint: Path = SHIPPED
@@ -75,21 +76,26 @@ class PeerOptions:
 
     @property
     def name(self) -> str:
-        """Of the data, for folders and files."""
+        """Name of the data set in folder and file names."""
         kind, _, folder = self.data.partition(":")
         return kind if folder else Path(kind).name
 
 
 @dataclass(frozen=True)
 class Row:
-    """A peer's file in one runtime.
+    """A peer's file in one runtime. The reference is float32 in ONNX Runtime.
 
     Attributes:
-        error: why there is nothing else, in one line.
-        top1, agreement: percent of the test images: right, and of the same class as float32 in ONNX Runtime.
-        sqnr_db: power of float32's logits over that of their change, in dB: finer than what labels can tell; None for
-            no change.
-        p50: milliseconds for a call with so many images -> median; ``ratio`` to float32 in ONNX Runtime, same run.
+        error: reason, in one line, if there are no results.
+        top1: top-1 in percent.
+        drop: accuracy drop from the reference.
+        agreement: percent of the test images with the reference's class.
+        sqnr_db: SQNR of the logits against the reference's, in dB; None if they are equal.
+        mb: size in 10^6 bytes.
+        seconds: duration of the quantization.
+        peak_gib: peak memory of the quantization in GiB.
+        p50: batch size -> median milliseconds of a call.
+        ratio: batch size -> ``p50`` over the reference's in the same run.
     """
 
     peer: str
@@ -109,7 +115,7 @@ class Row:
 
 
 def chosen(options: PeerOptions) -> list[str]:
-    """Names of the peers to compare, the reference first; UserError for one there is not."""
+    """Returns the names of the peers to compare, the reference first; raises UserError for an unknown name."""
     unknown = [name for name in options.peers if name not in PEERS]
     if unknown:
         raise UserError(f"unknown peer {unknown[0]!r}: choose from {', '.join(PEERS)}")
@@ -117,7 +123,7 @@ def chosen(options: PeerOptions) -> list[str]:
 
 
 def work_options(options: PeerOptions, name: str) -> WorkOptions:
-    """What a peer's process is told."""
+    """Returns the options of a peer's process."""
     return WorkOptions(
         name,
         options.checkpoint,
@@ -134,7 +140,7 @@ def threads_of(options: PeerOptions) -> int:
 
 
 def run_in_process(job: WorkOptions) -> None:
-    """Run one peer in a process of its own; what it prints goes to a file beside its result."""
+    """Runs a peer in its own process, with its output in log.txt."""
     command = [sys.executable, "-m", "peers.work"]
     for field, value in asdict(job).items():
         command += [] if value is None else [f"--{field.replace('_', '-')}", str(value)]
@@ -147,7 +153,7 @@ def run_in_process(job: WorkOptions) -> None:
 
 
 def death(status: int) -> str:
-    """How a process ended, in words."""
+    """Describes how a process ended."""
     if status >= 0:
         return f"its process ended with status {status}"
     hint = ", as when memory runs out" if -status == signal.SIGKILL else ""
@@ -160,7 +166,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def collect(options: PeerOptions) -> dict[str, dict[str, Any]]:
-    """Each peer's result, of this run or, where nothing it depends on has changed, of an earlier one."""
+    """Returns each peer's result: that of an earlier run if nothing that it depends on has changed, or a new one."""
     results = {}
     names = chosen(options)
     weights = sha256(load_checkpoint(options.checkpoint).weights)
@@ -192,7 +198,7 @@ def collect(options: PeerOptions) -> dict[str, dict[str, Any]]:
 
 
 def kept(folder: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """An earlier result that succeeded from the same inputs."""
+    """Returns a successful earlier result from the same inputs, or None."""
     try:
         result: dict[str, Any] = json.loads((folder / RESULT).read_text())
     except (FileNotFoundError, ValueError):
@@ -201,7 +207,7 @@ def kept(folder: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def rows_of(options: PeerOptions, results: dict[str, dict[str, Any]]) -> list[Row]:
-    """The table's rows, without latency."""
+    """Returns the rows of the table, without latency."""
     if failed := results[REFERENCE].get("error") or results[REFERENCE]["failed"].get(ORT):
         raise UserError(f"the float32 reference failed: {failed}")
     folder = options.out / options.name
@@ -217,12 +223,12 @@ def rows_of(options: PeerOptions, results: dict[str, dict[str, Any]]) -> list[Ro
                 PEERS[name].about,
                 result.get("error") or result["failed"].get(runtime),
             )
-            rows.append(known if known.error else weighed(known, result, folder / name, reference, labels))
+            rows.append(known if known.error else evaluated(known, result, folder / name, reference, labels))
     return rows
 
 
-def weighed(row: Row, result: dict[str, Any], folder: Path, reference: np.ndarray, labels: np.ndarray) -> Row:
-    """A row with its accuracy, from logits (n, classes) and labels (n,)."""
+def evaluated(row: Row, result: dict[str, Any], folder: Path, reference: np.ndarray, labels: np.ndarray) -> Row:
+    """Returns the row with its accuracy, from logits (n, classes) and labels (n,)."""
     logits = np.load(folder / logits_file(row.runtime))
     classes, expected = logits.argmax(1), reference.argmax(1)
     sqnr = decibels(float(np.square(reference).sum()), float(np.square(logits - reference).sum()))
@@ -243,7 +249,7 @@ def weighed(row: Row, result: dict[str, Any], folder: Path, reference: np.ndarra
 
 
 def timed(options: PeerOptions, results: dict[str, dict[str, Any]], rows: list[Row]) -> list[Row]:
-    """The rows with latencies, all measured in turn in this process."""
+    """Returns the rows with latencies, measured alternately in this process."""
     _, data, preprocessing = open_both(options.checkpoint, options.data)
     images, _ = load_images(data.calibration(max(BATCHES)), preprocessing.transform())
     engines: dict[str, Infer] = {}
@@ -255,8 +261,8 @@ def timed(options: PeerOptions, results: dict[str, dict[str, Any]], rows: list[R
                 path = work_options(options, row.peer).out / results[row.peer]["file"]
                 engines[key_of(row)] = LOADERS[row.runtime](path, options.checkpoint, threads_of(options))
                 for batch in BATCHES:
-                    engines[key_of(row)](images[:batch])  # what compiles at the first call does so now
-            except Exception as error:  # it ran before, in a process of its own
+                    engines[key_of(row)](images[:batch])  # some compile in the first call
+            except Exception as error:  # it ran in its own process
                 engines.pop(key_of(row), None)
                 notes[key_of(row)] = f"not timed: {reason(error)}"
     print(f"time {len(engines)} of them with {BATCHES} images a call, {options.rounds} rounds ...", flush=True)
@@ -274,7 +280,7 @@ def key_of(row: Row) -> str:
 
 
 def with_latency(row: Row, times: dict[int, dict[str, float]], reference: str, note: str | None) -> Row:
-    """The row with its medians and their ratios to the reference's."""
+    """Returns the row with its medians and their ratios to the reference's."""
     values = {**vars(row), "error": row.error or note}
     if key_of(row) in times[BATCHES[0]]:
         values["p50"] = {batch: times[batch][key_of(row)] for batch in BATCHES}
@@ -283,7 +289,7 @@ def with_latency(row: Row, times: dict[int, dict[str, float]], reference: str, n
 
 
 def markdown(rows: list[Row], title: str) -> str:
-    """The rows as a table."""
+    """Returns the rows as a Markdown table."""
     calls = " | ".join(f"p50 ms, {batch} image{'s' * (batch > 1)} (ratio)" for batch in BATCHES)
     lines = [
         title,
@@ -315,7 +321,7 @@ def markdown(rows: list[Row], title: str) -> str:
 
 
 def describe(options: PeerOptions, test_images: int) -> str:
-    """What was measured, on what and with which versions, in a sentence."""
+    """Returns a sentence with the checkpoint, data, machine and versions."""
     versions = ", ".join(f"{name} {version}" for name, version in (package_versions() | peer_versions()).items())
     return (
         f"{options.checkpoint.name} on {options.name}: {test_images} test images, {options.calibration_images} "

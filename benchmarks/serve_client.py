@@ -1,4 +1,4 @@
-"""Clients of a served bundle: the questions that they ask, and what they make of the answers."""
+"""Clients of a served bundle: their requests, and the comparison of the responses with the expected logits."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from illama.bundle import OUTPUT, Manifest
 from illama.data.datasets import Sample
 
 MODEL = "served"
-SETTLE = 20  # requests of each client whose time is not counted
-TIMEOUT = 60  # seconds, after which a request is lost
+SETTLE = 20  # warm-up requests of each client, which are not timed
+TIMEOUT = 60  # seconds after which a request counts as lost
 
 
 @dataclass(frozen=True)
 class Question:
-    """An image file, and the logits (classes,) that it must be answered with."""
+    """An image file and its expected logits (classes,)."""
 
     file: bytes
     logits: np.ndarray
@@ -41,11 +41,12 @@ class Question:
 
 @dataclass
 class Answers:
-    """What one client, or several, got: seconds of each answer, and what went wrong.
+    """The responses to one or more clients.
 
     Attributes:
-        lost: requests without an answer.
-        wrong: answers with another class than the engine's own (:func:`is_wrong`).
+        seconds: duration of each request.
+        lost: number of requests without a response.
+        wrong: number of responses with a class that is not the engine's (:func:`is_wrong`).
         difference: largest absolute difference of a logit.
     """
 
@@ -58,7 +59,7 @@ class Answers:
 def read_questions(
     split: Dataset[Sample], count: int, bundle: Path, runtime: RuntimeName | None = None
 ) -> list[Question]:
-    """The first ``count`` images of a split as PNG files, with the answers of the engine itself, one at a time."""
+    """Returns the first ``count`` images of a split as PNG files, with the engine's logits at batch size 1."""
     takes, choice = ImageInput.of(Manifest.read(bundle)), recommend_runtime(bundle, runtime)
     engine = open_engine(choice.file, choice.runtime)
     questions = []
@@ -70,22 +71,22 @@ def read_questions(
 
 
 def as_png(image: Image.Image | torch.Tensor) -> bytes:
-    """The PNG file of an image as a data set gives it."""
+    """Returns an image of a data set as a PNG file."""
     file = io.BytesIO()
     (to_pil_image(image) if isinstance(image, torch.Tensor) else image).save(file, "PNG")
     return file.getvalue()
 
 
 def is_wrong(logits: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether logits (classes,) name another class than those of the engine itself, but for a tie within 2%.
+    """Returns whether logits (classes,) have another class than the engine's; a tie within 2% is not wrong.
 
-    In bfloat16 an image may be rounded otherwise in a batch than alone.
+    In bfloat16, an image can be rounded differently in a batch than alone.
     """
     return bool(expected.max() - expected[logits.argmax()] > 0.02 * np.abs(expected).max())
 
 
 class Client:
-    """A client of its own connection, which notes what it gets."""
+    """A client with its own connection, which records the responses."""
 
     def __init__(self, url: str) -> None:
         import tritonclient.grpc as triton
@@ -93,7 +94,7 @@ class Client:
         self._triton, self._connection, self.answers = triton, triton.InferenceServerClient(url), Answers([])
 
     def ask(self, question: Question) -> None:
-        """Send one image, wait for its logits and judge them."""
+        """Sends an image, waits for its logits, and compares them."""
         file = np.frombuffer(question.file, np.uint8)[None]
         request = self._triton.InferInput(ENCODED, file.shape, "UINT8")
         request.set_data_from_numpy(file)
@@ -108,7 +109,7 @@ class Client:
         self.answers.difference = max(self.answers.difference, float(np.abs(logits - question.logits).max()))
 
     def run(self, questions: Sequence[Question], seconds: float, together: threading.Barrier) -> Answers:
-        """Ask the questions over and over; those before all clients are ready count as answers, not in time."""
+        """Repeats the requests for ``seconds``, after a warm-up that is not timed."""
         for question in questions[:SETTLE]:
             self.ask(question)
         self.answers.seconds.clear()
@@ -123,7 +124,7 @@ class Client:
 
 
 def free_ports() -> ListenOptions:
-    """Three ports that nothing listens on."""
+    """Returns three unused ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
     ports = [listening.getsockname()[1] for listening in sockets]
     for listening in sockets:

@@ -1,8 +1,8 @@
-"""A served bundle when things go wrong: many requests at once, some of them broken, and a backend that is killed.
+"""Fault injection for a served bundle: many simultaneous requests, some of them broken, and a killed backend.
 
-The server is ``python deploy/serve.py --run`` as a user types it, started again whenever it ends with an error, as
-systemd or Kubernetes does. Every request is counted once: answered rightly, answered with another class, refused, or
-lost. A broken one must be refused as the client's mistake, and a good one must never be.
+The server is ``python deploy/serve.py --run``, restarted whenever it ends with an error, as by systemd or Kubernetes.
+Every request is counted as answered correctly, answered with another class, rejected, or lost. A broken request must be
+rejected as the client's error, and a good one must never be.
 """
 
 from __future__ import annotations
@@ -37,16 +37,19 @@ _SERVE = Path(__file__).parents[1] / "deploy" / "serve.py"
 
 @dataclass(frozen=True)
 class Faults:
-    """What became of the requests, each counted once, and of the server.
+    """The outcome of the requests and of the server.
 
     Attributes:
-        good, broken: requests that were sent.
-        answered, wrong, lost: good ones that were answered rightly, with another class, or not at all.
-        refused: broken ones that were answered as the client's mistake.
-        broken_lost: broken ones that were not answered.
-        mistaken: those of either kind that got the other kind's answer.
-        noticed_seconds: from the kill to the end of the command.
-        recovered_seconds: from the kill to the first right answer.
+        good: number of good requests.
+        broken: number of broken requests.
+        answered: good requests with a correct response.
+        wrong: good requests with another class.
+        lost: good requests without a response.
+        refused: broken requests that were rejected as the client's error.
+        broken_lost: broken requests without a response.
+        mistaken: good requests that were rejected, and broken ones that were answered.
+        noticed_seconds: seconds from the kill to the end of the command.
+        recovered_seconds: seconds from the kill to the first correct response.
     """
 
     good: int
@@ -61,7 +64,7 @@ class Faults:
     recovered_seconds: float
 
     def table(self) -> str:
-        """In Markdown."""
+        """Returns a Markdown table."""
         row = [
             self.good,
             self.answered,
@@ -90,7 +93,7 @@ class Faults:
 
 
 class Supervisor:
-    """Runs the command on a repository, and starts it again when it ends with an error."""
+    """Runs the command on a repository, and restarts it whenever it ends."""
 
     def __init__(self, repository: Path, listen: ListenOptions, log: Path) -> None:
         ports = [f"--{kind}-port={getattr(listen, f'{kind}_port')}" for kind in ("http", "grpc", "metrics")]
@@ -111,7 +114,7 @@ class Supervisor:
 
     def stop(self) -> None:
         self._stopping.set()
-        while self._thread.is_alive():  # it may have been about to start another one
+        while self._thread.is_alive():  # it may just be starting another process
             if self._process:
                 self._process.terminate()
             self._thread.join(0.5)
@@ -119,7 +122,7 @@ class Supervisor:
 
 @contextmanager
 def supervised(repository: Path, listen: ListenOptions, log: Path) -> Iterator[Supervisor]:
-    """A supervised server that answers rightly; UserError if it does not come to that."""
+    """Yields a supervised server that is healthy; raises UserError if it does not become healthy."""
     supervisor = Supervisor(repository, listen, log)
     try:
         wait_until_healthy(repository, listen)
@@ -129,7 +132,7 @@ def supervised(repository: Path, listen: ListenOptions, log: Path) -> Iterator[S
 
 
 def wait_until_healthy(repository: Path, listen: ListenOptions) -> float:
-    """When the server gave its known answers again; UserError if that takes too long."""
+    """Returns the time at which the server gives its known answers; raises UserError if that takes too long."""
     served, end = ServedRepository(listen.url, repository), time.monotonic() + READY_SECONDS
     while time.monotonic() < end:
         try:
@@ -137,20 +140,20 @@ def wait_until_healthy(repository: Path, listen: ListenOptions) -> float:
             return time.monotonic()
         except (UnhealthyError, TimeoutError):
             time.sleep(0.1)
-    raise UserError(f"the server did not answer rightly within {READY_SECONDS} s")
+    raise UserError(f"the server was not healthy within {READY_SECONDS} s: see its log")
 
 
 def kill_backend(version: Path) -> float:
-    """Kill -9 the process that runs a version of a model; when that was."""
+    """Kills the process of a model version with SIGKILL, and returns the time."""
     for process, path in live_backends():
         if path.parent.resolve() == version.resolve():
             os.kill(process, signal.SIGKILL)
             return time.monotonic()
-    raise UserError(f"there is no process that runs {version}")
+    raise UserError(f"no process runs {version}: see the server's log")
 
 
 def send_all(url: str, files: Sequence[bytes]) -> list[Any]:
-    """Send all requests at once over gRPC: of each its logits (classes,), or the error that came instead."""
+    """Sends all requests at once over gRPC; returns the logits (classes,) of each, or its error."""
     import tritonclient.grpc as triton
 
     answers: list[Any] = [None] * len(files)
@@ -175,10 +178,10 @@ def send_all(url: str, files: Sequence[bytes]) -> list[Any]:
 
 
 def measure_faults(repository: Path, questions: Sequence[Question], requests: int, log: Path) -> Faults:
-    """Many requests at once, every fifth of them broken; while they are answered, the network's backend is killed.
+    """Sends many requests at once, every fifth of them broken, and kills the network's backend meanwhile.
 
     Raises:
-        UserError: the server does not come back.
+        UserError: the server does not recover.
     """
     listen = free_ports()
     asked = [questions[index % len(questions)] for index in range(requests)]
@@ -187,7 +190,7 @@ def measure_faults(repository: Path, questions: Sequence[Question], requests: in
         answers: list[Any] = []
         sender = threading.Thread(target=lambda: answers.extend(send_all(f"127.0.0.1:{listen.grpc_port}", files)))
         sender.start()
-        time.sleep(0.5)  # so that some are answered, and others are under way
+        time.sleep(0.5)  # so that some requests are answered and others are in progress
         killed = kill_backend(repository / f"{MODEL}-network" / "1")
         sender.join()
         recovered = wait_until_healthy_again(supervisor, repository, listen)
@@ -196,17 +199,17 @@ def measure_faults(repository: Path, questions: Sequence[Question], requests: in
 
 
 def wait_until_healthy_again(supervisor: Supervisor, repository: Path, listen: ListenOptions) -> float:
-    """When a server that is dying was replaced by one that answers."""
+    """Returns the time at which a restarted server is healthy, after the killed one has ended."""
     end = time.monotonic() + READY_SECONDS
     while not supervisor.ends and time.monotonic() < end:
         time.sleep(0.05)
     if not supervisor.ends:
-        raise UserError("the command did not notice that a backend was killed")
+        raise UserError("the command did not end after a backend was killed: see its log")
     return wait_until_healthy(repository, listen)
 
 
 def judge(asked: Sequence[Question], answers: Sequence[Any], noticed: float, recovered: float) -> Faults:
-    """Count what became of each request."""
+    """Counts the outcomes of the requests."""
     counts: Counter[tuple[bool, str]] = Counter()
     for index, (question, answer) in enumerate(zip(asked, answers, strict=True)):
         if isinstance(answer, np.ndarray):

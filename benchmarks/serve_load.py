@@ -1,11 +1,11 @@
-"""A served bundle under load: python benchmarks/serve_load.py runs/ptq/int8
+"""Measures a served bundle under load: python benchmarks/serve_load.py runs/ptq/int8
 
-Writes a repository of the bundle, starts Triton on it, and has clients send real test images as PNG files over gRPC,
-each its next one when the last is answered. Every answer is compared with that of the same file, preprocessed and
-computed here without a server. The clients run on the machine that serves, and take their part of its cores.
+Writes a model repository, starts Triton, and runs clients that send test images as PNG files over gRPC, each the next
+one after the last response. Every response is compared with the engine's result without a server. The clients share the
+cores of the machine with the server.
 
-Then come faults (benchmarks/serve_faults.py): 1,000 requests at once, every fifth of them broken, and a backend that is
-killed meanwhile.
+Then faults are injected (benchmarks/serve_faults.py): 1,000 simultaneous requests, every fifth of them broken, and a
+killed backend.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from illama.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(ServingOptions):
-    """Drive a server with clients for a bounded time; a request that is lost or answered wrongly fails the command.
+    """Measure a server under load; a request that is lost or answered wrongly fails the command.
 
-    Answers are compared with those of the same runtime without a server, so this is a server of ``--device cpu``.
+    Responses are compared with those of the same runtime without a server, so the server needs --device cpu.
 
     Attributes:
-        bundle: a folder with a model.onnx.
-        data: the data set whose test images are sent.
-        images: how many of them.
-        clients: numbers of clients at once, one after another.
-        seconds: of each.
-        faults: how many requests to send at once while a backend is killed; 0 for none.
-        out: where the table and its JSON go, and the server's log until all went well.
+        bundle: path to a bundle with a model.onnx.
+        data: data set whose test images are sent.
+        images: number of test images.
+        clients: numbers of simultaneous clients to measure.
+        seconds: duration for each number of clients.
+        faults: number of simultaneous requests while a backend is killed; 0 for none.
+        out: folder of the results, and of the server's log if the command fails.
     """
 
     bundle: Annotated[Path, tyro.conf.Positional]
@@ -67,15 +67,15 @@ class LoadOptions(ServingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.clients, default=0) < 1 or self.images < 1 or not 0 < self.seconds < math.inf:
-            raise UserError("--clients, --images and --seconds are more than 0")
+            raise UserError("--clients, --images and --seconds must be above 0")
         if self.faults < 0:
-            raise UserError("--faults is 0 or more")
+            raise UserError("--faults must be 0 or more")
         if self.device != "cpu":
-            raise UserError(f"answers are held against those of the CPU: leave --device {self.device} out")
+            raise UserError(f"responses are compared with those of the CPU: remove --device {self.device}")
 
 
 def load(url: str, questions: Sequence[Question], clients: int, seconds: float) -> Answers:
-    """What ``clients`` at once got in that time, each starting at another question."""
+    """Runs simultaneous clients, each of which starts at another request, and returns their responses."""
     together = threading.Barrier(clients)
     starts = [index * len(questions) // clients for index in range(clients)]
     with ThreadPoolExecutor(clients) as pool:
@@ -93,13 +93,18 @@ def load(url: str, questions: Sequence[Question], clients: int, seconds: float) 
 
 
 def row(clients: int, seconds: float, answers: Answers, cpu: float, images: float, batches: float) -> dict[str, Any]:
-    """One line of the table; UserError if nothing was answered.
+    """Returns a row of the table; raises UserError if there was no response.
 
     Args:
-        cpu: seconds that the server computed for those ``images`` in ``batches``.
+        clients: number of clients.
+        seconds: duration of the measurement.
+        answers: responses to all clients.
+        cpu: the server's CPU seconds.
+        images: number of images that the server computed.
+        batches: number of batches that the server computed.
     """
     if not answers.seconds:
-        raise UserError(f"the server answered none of {answers.lost} requests")
+        raise UserError(f"the server answered none of {answers.lost} requests: see its log")
     p50, p99 = (float(np.percentile(answers.seconds, q)) * 1e3 for q in (50, 99))
     return {
         "clients": clients,
@@ -115,7 +120,7 @@ def row(clients: int, seconds: float, answers: Answers, cpu: float, images: floa
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Returns the rows as a Markdown table."""
     columns = {
         "clients": ("clients", "d"),
         "images_per_second": ("images/s", ".0f"),
@@ -133,7 +138,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def batches_so_far(options: ListenOptions) -> tuple[float, float]:
-    """(images, batches) that the network has computed since the server's start, from Triton's metrics."""
+    """Returns (images, batches) that the network has computed since the server's start, from Triton's metrics."""
     with urllib.request.urlopen(f"http://{options.address}:{options.metrics_port}/metrics") as answer:
         metrics = answer.read().decode()
     name = rf'{{model="{MODEL}-network",version="1"}} (\d+)'
@@ -142,14 +147,14 @@ def batches_so_far(options: ListenOptions) -> tuple[float, float]:
 
 
 def process_tree(process: int) -> list[Path]:
-    """The folders in /proc of a process and all that it started."""
+    """Returns the folders in /proc of a process and its descendants."""
     folder = Path(f"/proc/{process}")
     children = " ".join(path.read_text() for path in folder.glob("task/*/children")).split()
     return [folder, *itertools.chain.from_iterable(process_tree(int(child)) for child in children)]
 
 
 def memory_gib(process: int) -> list[float]:
-    """Memory of a process, then of each that it started, a page that n of them share counted as 1 / n (Linux's Pss)."""
+    """Returns the proportional set size (Pss) of a process and of each of its descendants, in GiB."""
     sizes = [
         re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.M) for folder in process_tree(process)
     ]
@@ -157,13 +162,13 @@ def memory_gib(process: int) -> list[float]:
 
 
 def cpu_seconds(process: int) -> float:
-    """Time that a process and those it started have computed, in all their threads (proc_pid_stat(5))."""
+    """Returns the CPU seconds of a process and its descendants (proc_pid_stat(5))."""
     stats = [(folder / "stat").read_text().rpartition(")")[2].split() for folder in process_tree(process)]
     return sum(int(values[11]) + int(values[12]) for values in stats) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(options: LoadOptions, questions: Sequence[Question], repository: Path, log: Path) -> dict[str, Any]:
-    """A server of ``repository`` under each load; its messages go to ``log``. UserError if it cannot answer."""
+    """Measures a server of ``repository`` under each load, and writes its messages to ``log``."""
     listen, rows = free_ports(), []
     start = time.perf_counter()
     with log.open("wb") as messages, running_server(repository, listen, messages) as server:
@@ -197,10 +202,10 @@ def main(options: LoadOptions) -> None:
     if faults:
         write_results(options.out, f"{name}-faults", asdict(faults), faults.table())
     if bad := sum(line["lost"] + line["wrong"] for line in facts["rows"]):
-        raise UserError(f"{bad} requests were lost or answered with another class than the engine's own: see {log}")
+        raise UserError(f"{bad} requests were lost or answered with another class than the engine's: see {log}")
     if faults and faults.wrong + faults.mistaken:
         raise UserError(
-            f"{faults.wrong} requests got another class, {faults.mistaken} another kind of answer: see {log}"
+            f"{faults.wrong} requests got another class, {faults.mistaken} the wrong kind of response: see {log}"
         )
     log.unlink()
 

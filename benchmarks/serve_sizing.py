@@ -1,7 +1,7 @@
 """Machines for a load: python benchmarks/serve_sizing.py results/serve-load/int8.json --images-per-second 5000
 
-Arithmetic on what benchmarks/serve_load.py measured, printed step by step. It counts the server's own time on the
-processor, not its throughput, since the clients of that measurement took their part of the same cores.
+It is computed step by step from the results of benchmarks/serve_load.py: from the server's CPU time, not its
+throughput, since the clients of that measurement shared its cores.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from illama.markdown_table import markdown
 
 @dataclass(frozen=True)
 class SizingOptions:
-    """Machines for a load, from a measurement on such a machine.
+    """Compute the number of machines for a load, from a measurement on such a machine.
 
     Attributes:
-        measured: a JSON of benchmarks/serve_load.py.
-        images_per_second: the load at its peak.
-        p99_ms: the slowest of a hundred answers that will do.
-        cores: of each machine; those of the measured one if not given.
-        busy: share of its cores that a machine may use at the peak; queues grow long above.
-        spare: machines that may be down at the peak.
-        out: folder for the results.
+        measured: path to a JSON file of benchmarks/serve_load.py.
+        images_per_second: peak load.
+        p99_ms: largest acceptable 99th percentile of the latency, in milliseconds.
+        cores: cores of each machine. If not given, those of the measured machine.
+        busy: largest acceptable utilization of the cores at the peak; above it, queues grow long.
+        spare: number of machines that may fail at the peak.
+        out: folder of the results.
     """
 
     measured: Annotated[Path, tyro.conf.Positional]
@@ -44,10 +44,14 @@ class SizingOptions:
 
 
 def machines(cpu_ms: float, images_per_second: float, cores: int, busy: float, spare: int) -> int:
-    """Machines that a load takes.
+    """Returns the number of machines for a load.
 
     Args:
-        cpu_ms: processor time of an image, in milliseconds, all cores together.
+        cpu_ms: CPU time per image in milliseconds, over all cores.
+        images_per_second: peak load.
+        cores: cores of each machine.
+        busy: largest acceptable utilization of the cores.
+        spare: number of machines that may fail.
     """
     return math.ceil(images_per_second * cpu_ms / 1e3 / (cores * busy)) + spare
 
@@ -59,9 +63,7 @@ def main(options: SizingOptions) -> None:
         and options.spare >= 0
         and (options.cores or 1) >= 1
     ):
-        raise UserError(
-            "the load and the cores are finite and more than 0, --busy is at most 1 and --spare not negative"
-        )
+        raise UserError("--images-per-second and --cores must be above 0, --busy in 0..1, and --spare 0 or more")
     try:
         content = json.loads(options.measured.read_text())
         rows, machine, memory = content["rows"], content["machine"], content["memory_gib"]
@@ -69,9 +71,9 @@ def main(options: SizingOptions) -> None:
         fast = [row for row in rows if row["p99_ms"] <= options.p99_ms]
         best = min(fast, key=lambda row: row["server_cpu_ms"], default=None)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{options.measured} is no result of benchmarks/serve_load.py: make one with it") from error
+        raise UserError(f"{options.measured} is not a result of benchmarks/serve_load.py: run it first") from error
     if best is None:
-        raise UserError(f"no row has a p99 within {options.p99_ms:g} ms: allow more, or measure with fewer clients")
+        raise UserError(f"no row has a p99 within {options.p99_ms:g} ms: raise --p99-ms, or measure with fewer clients")
     cores, cpu = options.cores or measured_cores, best["server_cpu_ms"]
     count = machines(cpu, options.images_per_second, cores, options.busy, options.spare)
     needed = options.images_per_second * cpu / 1e3

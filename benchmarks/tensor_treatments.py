@@ -1,11 +1,11 @@
-"""What helps which tensor: every calibrator and SmoothQuant strength, tensor by tensor, on real images.
+"""Compares calibrators and SmoothQuant strengths for each kind of tensor:
 
 python benchmarks/tensor_treatments.py --checkpoint illama/weights/nano-fashion-mnist --data fashion-mnist
 
-Each line quantizes one kind of tensor alone (or a whole scheme) and compares the logits with the float network's:
-SQNR in dB, the mean KL divergence of the predicted distributions, and images whose class it then has wrong or right.
-Calibration and test images are disjoint, and
-both are of the training split. The distributions that explain the result are drawn beside the table.
+Each row quantizes one kind of tensor (or a whole scheme) and compares the logits with the float network's: SQNR in dB,
+mean KL divergence of the predicted distributions, and numbers of images whose class becomes wrong or correct.
+Calibration and test images are disjoint parts of the training split. The distributions that explain the results are
+plotted.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ PRODUCT = "*.fc2"
 
 @dataclass(frozen=True)
 class Options:
-    """Measure every treatment of every kind of tensor.
+    """Compare calibrators and SmoothQuant strengths for each kind of tensor.
 
     Attributes:
-        checkpoint, data: a trained iLLaMA and its images.
-        calibration_images, images: how many of the training split to calibrate on and to compare on.
+        checkpoint: path to a trained iLLaMA.
+        data: its data set.
+        calibration_images: number of calibration images, of the training split.
+        images: number of images to compare on, of the training split.
         out: folder of the results.
     """
 
@@ -67,7 +69,7 @@ class Options:
 
 
 def treatments() -> Iterator[tuple[str, str, Scheme]]:
-    """(what is quantized, how, scheme) of every line of the table."""
+    """Yields (what is quantized, how, scheme) for each row of the table."""
     for kind, pattern in KINDS.items():
         for name, spec in _specs(kind).items():
             yield kind, name, Scheme("one", {pattern: spec})
@@ -109,7 +111,7 @@ def _specs(kind: str) -> dict[str, TensorSpec]:
 
 @torch.inference_mode()
 def measure(model: SoftMasked, batches: list[Tensor], images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    """One row a treatment."""
+    """Returns a row for each treatment."""
     parts = list(zip(images.split(64), labels.split(64), strict=True))
     reference = [model(part) for part, _ in parts]
     rows = []
@@ -122,7 +124,7 @@ def measure(model: SoftMasked, batches: list[Tensor], images: Tensor, labels: Te
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Returns the rows as a Markdown table."""
     lines = ["| quantized | how | logits SQNR, dB | KL divergence | images lost, gained |", "|---|---|---|---|---|"]
     for row in rows:
         lines.append(
@@ -134,7 +136,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 @torch.inference_mode()
 def observe_inputs(model: nn.Module, names: Mapping[str, str], images: Tensor) -> dict[str, Tensor]:
-    """Title -> the input of the module of that name, for all images."""
+    """Returns title -> input of the module of that name, for all images."""
     seen: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, x, title=title: seen.__setitem__(title, x[0]))
@@ -147,7 +149,7 @@ def observe_inputs(model: nn.Module, names: Mapping[str, str], images: Tensor) -
 
 
 def draw(model: SoftMasked, batches: list[Tensor], path: Path) -> None:
-    """Histograms of the two tensors that stand out, and what each channel's range is before and after smoothing."""
+    """Plots histograms of two tensors with outliers, and the channels' ranges before and after smoothing."""
     model.set_attention_form("plain")
     smoothed = calibrate(model, Scheme("none"), batches)
     smooth(smoothed, SCHEMES["int8"], batches)

@@ -1,8 +1,8 @@
-"""A timm ViT, trained bidirectionally, made causal step by step: python benchmarks/to_causal.py
+"""Makes a bidirectional timm ViT causal by fine-tuning: python benchmarks/to_causal.py
 
-Trains a small timm VisionTransformer on Fashion-MNIST with nothing masked, makes it causal (illama.models.timm_vit),
-and fine-tunes it twice with the same budget: with alpha falling from 1 to 0, and with the hard mask at once.
-Interrupted, the command goes on. It writes ``to_causal.json`` and ``to_causal.md`` to ``results/to-causal``.
+Trains a small timm VisionTransformer on Fashion-MNIST without a mask, makes it causal (illama.models.timm_vit), and
+fine-tunes it twice with the same budget: with alpha falling from 1 to 0, and with the hard mask from the start.
+The same command resumes an interrupted one. It writes ``to_causal.json`` and ``to_causal.md`` to ``results/to-causal``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from illama.training.trainer import Run, fit
 
 @dataclass(frozen=True)
 class ToCausalOptions:
-    """From a bidirectional ViT to a causal one, with the accuracy on the way.
+    """Fine-tune a bidirectional ViT to a causal one, and report its accuracy after each epoch.
 
     Attributes:
-        pretrain_epochs: with nothing masked.
-        epochs: of each fine-tuning; alpha reaches 0 after two thirds of them.
-        out: where the runs go.
-        results: where the table goes.
+        pretrain_epochs: number of epochs without a mask.
+        epochs: number of epochs of each fine-tuning; alpha reaches 0 after two thirds of them.
+        out: folder of the runs.
+        results: folder of the table.
     """
 
     pretrain_epochs: int = 3
@@ -46,7 +46,7 @@ class ToCausalOptions:
 
 
 def train(model: CausalVisionTransformer, recipe: Recipe) -> CausalVisionTransformer:
-    """``model`` after the recipe's run, which goes on where it was interrupted."""
+    """Trains ``model`` by the recipe, or resumes this run, and returns it."""
     recipe.out.mkdir(parents=True, exist_ok=True)
     data = open_data(recipe.data)
     run = Run(recipe, data, data.preprocessing(28, 1), model, Processes(0, 1, torch.device("cpu")))
@@ -55,7 +55,7 @@ def train(model: CausalVisionTransformer, recipe: Recipe) -> CausalVisionTransfo
 
 
 def right(model: CausalVisionTransformer, alpha: float) -> Any:
-    """Which test images the model gets right under the soft mask ``alpha``: (10000,) booleans."""
+    """Returns which test images the model classifies correctly with the soft mask ``alpha``: (10000,) booleans."""
     data = open_data("fashion-mnist")
     model.soft_mask = alpha
     logits, labels = predict({"m": torch_infer(model)}, data.test(), data.preprocessing(28, 1).transform())
@@ -114,7 +114,7 @@ def main(options: ToCausalOptions) -> None:
 
 
 def write(options: ToCausalOptions, results: dict[str, Any], way: dict[str, Any]) -> None:
-    """The table, against the bidirectional ViT on the same images."""
+    """Writes the table, with accuracy drops from the bidirectional ViT on the same images."""
     lines = ["| network | test top-1 % | drop (95% interval) |", "|---|---|---|"]
     reference = results["bidirectional ViT"]
     test = {}

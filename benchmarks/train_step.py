@@ -1,8 +1,8 @@
-"""One training step against the released code's way of computing it: python benchmarks/train_step.py
+"""Compares the time of a training step with the released code's computation: python benchmarks/train_step.py
 
-Both networks have the same weights, images and labels, and are first checked to give the same loss and gradients.
-Then one step (forward, backward, AdamW) of each is timed in turn in every round: a ratio is taken within a round,
-so that whatever else the machine does hits both sides, and its median and quartiles over the rounds are printed.
+Both networks have the same weights, images and labels, and must first give the same loss and gradients. Then each round
+times a step (forward, backward, AdamW) of each. Ratios are taken within a round, so that other load on the machine
+affects both, and their median and quartiles over the rounds are printed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from illama.models.illama import PatchEmbed, SwiGLU
 
 Precision = Literal["float32", "bfloat16"]
 Step = Callable[[float], None]
-# Of float32 between two orders of the same sums, relative to the largest gradient of each parameter.
+# Of float32 gradients with different orders of sums, relative to the largest gradient of the parameter.
 TOLERANCE = 1e-4
 _WARM_UP = 3
-# Name of a ratio, what it divides and by what.
+# Name of a ratio, its dividend and its divisor.
 _RATIOS = (
     ("eager", "released", "ours"),
     ("compiled", "released compiled", "ours compiled"),
@@ -41,17 +41,17 @@ _RATIOS = (
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Time one training step of an iLLaMA against the released code's way of computing it.
+    """Compare the time of a training step of an iLLaMA with the released code's computation.
 
     Attributes:
-        size: preset of ModelConfig, at its own image size.
+        size: model size, at its default image size.
         batch: images per step.
-        alphas: values of the soft mask: 0 is the hard mask, 1 masks nothing.
+        alphas: alphas of the soft mask: 0 is the hard mask, 1 masks nothing.
         precisions: float32, or bfloat16 for autocast.
-        compile: time both under torch.compile as well; compiling takes some minutes.
-        rounds: timed steps of each variant.
-        threads: of PyTorch on a CPU; its own choice if not given.
-        out: folder for the results, train-step.json and train-step.md.
+        compile: also time both with torch.compile; compiling takes some minutes.
+        rounds: number of timed steps of each variant.
+        threads: number of PyTorch's threads on a CPU. If not given, PyTorch's default.
+        out: folder of the results, train-step.json and train-step.md.
     """
 
     size: str = "tiny"
@@ -71,7 +71,7 @@ class BenchmarkOptions:
 
 
 class ReleasedRMSNorm(nn.Module):
-    """RMSNorm as LLaMA writes it out: x / sqrt(mean(x^2) + eps), in float32, times a weight."""
+    """RMSNorm as in LLaMA's code: x / sqrt(mean(x^2) + eps), in float32, times a weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class ReleasedAttention(nn.Module):
 
 
 class ReleasedBlock(nn.Module):
-    """The pre-norm block, on every token."""
+    """A pre-norm block that computes every token."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,10 +121,10 @@ class ReleasedBlock(nn.Module):
 
 
 class Released(nn.Module):
-    """iLLaMA as the released code computes it, written from the paper, with its parameter names.
+    """iLLaMA as the released code computes it, written from the paper, with the same parameter names.
 
-    It builds its mask anew in every forward pass and computes every token in every block. What attention has no
-    part in (patches, MLP, head) is ours.
+    It builds its mask in every forward pass and computes every token in every block. Patch embedding, MLP and head are
+    those of :class:`ILLaMA`.
     """
 
     rotation: Tensor
@@ -154,7 +154,7 @@ class Released(nn.Module):
 
 
 def make_networks(config: ModelConfig, device: str) -> dict[str, ILLaMA | Released]:
-    """Both networks, with the same random weights, ready to train."""
+    """Returns both networks, with the same random weights, in training mode."""
     torch.manual_seed(0)
     ours, released = ILLaMA(config).to(device), Released(config).to(device)
     released.load_state_dict(ours.state_dict())
@@ -162,10 +162,10 @@ def make_networks(config: ModelConfig, device: str) -> dict[str, ILLaMA | Releas
 
 
 def compare(config: ModelConfig, images: Tensor, labels: Tensor, alphas: tuple[float, ...]) -> float:
-    """The largest deviation of a gradient in float32, relative to the largest of its parameter.
+    """Returns the largest difference of a gradient in float32, relative to the largest of its parameter.
 
     Raises:
-        AssertionError: if loss or gradients deviate by more than ``TOLERANCE``.
+        AssertionError: losses or gradients differ by more than ``TOLERANCE``.
     """
     worst = 0.0
     for alpha in alphas:
@@ -179,13 +179,13 @@ def compare(config: ModelConfig, images: Tensor, labels: Tensor, alphas: tuple[f
         assert abs(losses[0] - losses[1]) < TOLERANCE, f"alpha {alpha}: losses {losses}"
         for name, one in gradients[0].items():
             deviation = ((one - gradients[1][name]).abs().max() / one.abs().max()).item()
-            assert deviation < TOLERANCE, f"alpha {alpha}: gradient of {name} deviates by {deviation:.1e}"
+            assert deviation < TOLERANCE, f"alpha {alpha}: gradient of {name} differs by {deviation:.1e}"
             worst = max(worst, deviation)
     return worst
 
 
 def make_step(network: ILLaMA | Released, compiled: bool, precision: Precision, images: Tensor, labels: Tensor) -> Step:
-    """A function that does one training step under the soft mask it is given."""
+    """Returns a function that runs a training step with a given alpha of the soft mask."""
     forward: Any = torch.compile(network) if compiled else network
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
 
@@ -201,7 +201,7 @@ def make_step(network: ILLaMA | Released, compiled: bool, precision: Precision, 
 
 
 def milliseconds(step: Step, alpha: float, device: str) -> float:
-    """The time of one step: of the GPU's own clock on CUDA, of the wall on a CPU."""
+    """Returns the duration of a step: by CUDA events on a GPU, by the wall clock on a CPU."""
     if device == "cpu":
         start = time.perf_counter()
         step(alpha)
@@ -216,11 +216,11 @@ def milliseconds(step: Step, alpha: float, device: str) -> float:
 
 
 def time_steps(steps: dict[str, Step], options: BenchmarkOptions, device: str) -> dict[tuple[str, float], np.ndarray]:
-    """Milliseconds (rounds,) of each step under each soft mask, all in turn in every round."""
+    """Returns the milliseconds (rounds,) of each step with each alpha; every round runs them all."""
     turns = [(name, alpha) for alpha in options.alphas for name in steps]
     times: dict[tuple[str, float], list[float]] = {turn: [] for turn in turns}
     for index in tqdm(range(_WARM_UP + options.rounds), unit="round", leave=False, disable=None):
-        # There and back, so that no variant always comes after the same other.
+        # The order alternates, so that no variant always follows the same one.
         for name, alpha in turns if index % 2 else reversed(turns):
             elapsed = milliseconds(steps[name], alpha, device)
             if index >= _WARM_UP:
@@ -233,8 +233,8 @@ def quartiles(values: np.ndarray) -> dict[str, float]:
     return {"q1": round(low, 3), "median": round(median, 3), "q3": round(high, 3)}
 
 
-def summarise(times: dict[tuple[str, float], np.ndarray], precision: Precision) -> list[dict[str, Any]]:
-    """Per soft mask: milliseconds of each variant, ratios of the pairs, and each variant's cost of the soft mask."""
+def summarize(times: dict[tuple[str, float], np.ndarray], precision: Precision) -> list[dict[str, Any]]:
+    """Returns, per alpha, each variant's milliseconds, the ratios, and the time relative to the hard mask."""
     rows = []
     for alpha in dict.fromkeys(alpha for _, alpha in times):
         own = {name: values for (name, at), values in times.items() if at == alpha}
@@ -262,7 +262,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each ratio and precision, a column for each soft mask: median and quartiles over the rounds."""
+    """Returns a table of medians and quartiles, with a row per ratio and precision and a column per alpha."""
     alphas = list(dict.fromkeys(row["alpha"] for row in rows))
     cells = {
         (label, row["precision"], row["alpha"]): f"{value['median']:.2f} ({value['q1']:.2f} to {value['q3']:.2f})"
@@ -298,7 +298,7 @@ def main(options: BenchmarkOptions) -> None:
             for compiled in ((False, True) if options.compile else (False,))
             for name, network in make_networks(config, device).items()
         }
-        for row in summarise(time_steps(steps, options, device), precision):
+        for row in summarize(time_steps(steps, options, device), precision):
             print_row(row)
             results.append(row)
     facts = {

@@ -1,8 +1,8 @@
-"""Fine-tune the shipped nano on another real data set, with and without the soft mask: python benchmarks/transfer.py
+"""Fine-tune the shipped nano on another data set, with and without the soft mask: python benchmarks/transfer.py
 
-The emoji set of ``python benchmarks/fetch_emoji.py runs/emoji``, split by held-out concepts, in grey at 28 pixels; the
-recipe nano-emoji (arXiv 2404.06773, Table 16, at nano scale). From scratch for comparison. Interrupted, the command
-goes on. It writes ``transfer.json`` and ``transfer.md`` to ``results/transfer``.
+The data are the emoji of ``python benchmarks/fetch_emoji.py runs/emoji``, split by concepts, in gray at 28 pixels; the
+recipe is nano-emoji (arXiv 2404.06773, Table 16, at nano scale). Training from scratch is the comparison. The same
+command resumes an interrupted one. It writes ``transfer.json`` and ``transfer.md`` to ``results/transfer``.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """Fine-tune the shipped nano onto the emoji set, and compare.
+    """Fine-tune the shipped nano on emoji in several ways, and compare.
 
     Attributes:
-        emoji: the folder that benchmarks/fetch_emoji.py wrote.
-        seeds: runs per arm, at least 2, since the intervals come from their spread.
-        out: where the runs go.
-        results: where the table goes.
+        emoji: folder of benchmarks/fetch_emoji.py.
+        seeds: number of runs of each way, at least 2, for confidence intervals.
+        out: folder of the runs.
+        results: folder of the table.
     """
 
     emoji: Path = Path("runs/emoji")
@@ -45,7 +45,7 @@ class TransferOptions:
 
 def main(options: TransferOptions) -> None:
     if options.seeds < 2:
-        raise UserError("--seeds must be at least 2: the intervals come from the spread over the seeds")
+        raise UserError("--seeds must be at least 2 for confidence intervals")
     if not (options.emoji / "train").is_dir():
         raise UserError(f"no emoji in {options.emoji}: run 'python benchmarks/fetch_emoji.py {options.emoji}' first")
     folders = {

@@ -1,25 +1,24 @@
-"""Numerics and latency on a GPU: bash benchmarks/gpu/run.sh
+"""Measures numerics and latency on a GPU: bash benchmarks/gpu/run.sh
 
-What matters most comes first, and what the time does not suffice for is said to be not run. With --device cpu and small
-sizes the same code runs without a GPU, to see that it does; engines are then built and not run.
+The most important measurements come first; those for which there is no time are reported as not run. With --device cpu
+and small sizes, the script can be tested without a GPU; then engines are built but not run.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from gpu_report import Report, add_latency, note_failure, relative_error
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -31,7 +30,6 @@ from deploy.trt.fusion import fused_kernels
 from deploy.trt.library import Library, find_library
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
-from illama.atomic_write import write_file
 from illama.bundle import FUSED_ONNX, Manifest, command_line, package_versions
 from illama.cli import run_command
 from illama.data.datasets import Preprocessing
@@ -53,14 +51,14 @@ class GpuOptions:
     """Measure iLLaMA on a GPU.
 
     Attributes:
-        name: of the results; the GPU's if not given.
-        device: cuda, or cpu to try the script.
-        networks: size@pixels.
-        batches: images a call.
-        seconds: after so long nothing new is begun.
-        calls: timed calls of each contestant.
-        tests: what pytest printed, to be kept with the results.
-        out: where the table and the figures go.
+        name: name of the results. If not given, the GPU's.
+        device: cuda, or cpu to test the script.
+        networks: networks as SIZE@PIXELS.
+        batches: batch sizes.
+        seconds: time in seconds after which no measurement is started.
+        calls: number of timed calls of each candidate.
+        tests: path to the output of pytest, to include in the results.
+        out: folder of the results.
     """
 
     name: str | None = None
@@ -76,52 +74,13 @@ class GpuOptions:
         for name in self.networks:
             size, _, pixels = name.partition("@")
             if size not in SIZES or not pixels.isdigit():
-                raise UserError(f"a network is SIZE@PIXELS, such as tiny@224, not {name!r}")
+                raise UserError(f"--networks must be SIZE@PIXELS, such as tiny@224, not {name!r}")
         if min(self.batches, default=0) < 1 or self.calls < 1:
-            raise UserError("--batches and --calls are whole numbers from 1")
-
-
-@dataclass
-class Report:
-    """What was found; written after every step, so that a time-out loses nothing.
-
-    Attributes:
-        numerics: rows of (what, largest error relative to the largest magnitude in float64).
-        latency: rows of (network, contestant, batch, p50 ms, p99 ms).
-        engines: rows of (network, library, scheme, mask, outcome).
-        not_run: what and why.
-    """
-
-    device: str
-    numerics: list[dict[str, Any]] = field(default_factory=list)
-    latency: list[dict[str, Any]] = field(default_factory=list)
-    engines: list[dict[str, Any]] = field(default_factory=list)
-    not_run: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, folder: Path, name: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in ((".json", json.dumps(asdict(self), indent=2) + "\n"), (".md", self.table())):
-            with write_file(folder / f"{name}{suffix}") as draft:
-                draft.write_text(text)
-
-    def table(self) -> str:
-        """Everything as Markdown."""
-        parts = [f"# {self.device}\n"]
-        for title, rows in (
-            ("Latency", self.latency),
-            ("Numerics, against float64", self.numerics),
-            ("Engines", self.engines),
-        ):
-            if rows:
-                heads = list(rows[0])
-                parts += [f"\n## {title}\n", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-                parts += [f"| {' | '.join(str(row[head]) for head in heads)} |" for row in rows]
-        return "\n".join([*parts, "", *(f"Not run: {reason}" for reason in self.not_run), ""])
+            raise UserError("--batches and --calls must be at least 1")
 
 
 class Clock:
-    """Times calls by CUDA events on a GPU, by the wall clock elsewhere; and knows when to stop."""
+    """Times calls, by CUDA events on a GPU and by the wall clock on a CPU, and has the time limit."""
 
     def __init__(self, options: GpuOptions) -> None:
         self.on_gpu, self.calls = options.device == "cuda", options.calls
@@ -132,7 +91,7 @@ class Clock:
         return time.monotonic() > self.end
 
     def milliseconds(self, call: Callable[[], Any]) -> list[float]:
-        """Of each of ``calls`` calls, after a warm-up."""
+        """Returns the milliseconds of each of ``calls`` calls, after a warm-up."""
         for _ in range(5):
             call()
         found = []
@@ -152,20 +111,15 @@ class Clock:
 
 
 def network(name: str, mask: str = "post_softmax") -> ILLaMA:
-    """size@pixels with random weights."""
+    """Returns the network SIZE@PIXELS with random weights."""
     size, pixels = name.split("@")
     torch.manual_seed(0)
     return ILLaMA(ModelConfig.preset(size, image_size=int(pixels), mask=mask)).eval()
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """The largest difference over the largest magnitude."""
-    return float((found.double().cpu() - exact.cpu()).abs().max() / exact.abs().max())
-
-
 @torch.no_grad()
 def check_attention(report: Report, options: GpuOptions) -> None:
-    """Both forms of every mask in every precision against float64, at 197 tokens."""
+    """Compares both forms of every mask in every dtype with float64, at 197 tokens."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 197, 64, generator=generator).to(options.device) for _ in range(3))
     causal = torch.ones(197, 197, dtype=torch.bool, device=options.device).tril()
@@ -182,7 +136,7 @@ def check_attention(report: Report, options: GpuOptions) -> None:
 
 
 def attention_variants(n: int, device: str) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
-    """The post-softmax mask by kernels that do different amounts of work; see docs/fusion.md."""
+    """Yields kernels for the post-softmax mask that do different amounts of work, see docs/fusion.md."""
     causal = torch.ones(n, n, dtype=torch.bool, device=device).tril()
     for form in ("plain", "fused"):
         core = MaskedAttention()
@@ -190,7 +144,8 @@ def attention_variants(n: int, device: str) -> Iterator[tuple[str, Callable[[Ten
         mask = AttentionMask("post_softmax", causal)
         yield f"{form} form", partial(core, mask=mask)
 
-    # Future keys first, with values of zero: row i sees the window i + 1 .. i + N of 2N keys, which skips blocks.
+    # Future keys come first, with values of zero: row i attends to the window i + 1 .. i + N of 2N keys, so that blocks
+    # can be skipped.
     def window(b: Any, h: Any, row: Tensor, key: Tensor) -> Tensor:
         return (key > row) & (key <= row + n)
 
@@ -207,13 +162,13 @@ def attention_variants(n: int, device: str) -> Iterator[tuple[str, Callable[[Ten
 
 @torch.no_grad()
 def time_attention(report: Report, options: GpuOptions, clock: Clock) -> None:
-    """Attention alone, in float16, at 197 and 577 tokens."""
+    """Times attention alone, in float16, at 197 and 577 tokens."""
     for n, batch in ((197, 64), (577, 16)):
         q, k, v = (torch.randn(batch, 12, n, 64, device=options.device, dtype=torch.float16) for _ in range(3))
         _, exact = next(attention_variants(n, options.device))
         expected = exact(q[:1].double(), k[:1].double(), v[:1].double())
         for name, attend in attention_variants(n, options.device):
-            with noting(report, f"attention of {n} tokens, {name}"):
+            with note_failure(report, f"attention of {n} tokens, {name}"):
                 error = relative_error(attend(q[:1], k[:1], v[:1]), expected)
                 if "another" not in name:
                     report.numerics.append({"what": f"{name}, {n} tokens, float16", "relative error": f"{error:.1e}"})
@@ -226,39 +181,8 @@ def time_attention(report: Report, options: GpuOptions, clock: Clock) -> None:
                 )
 
 
-class noting:  # noqa: N801  (reads as a statement)
-    """What fails inside is noted in the report, and the rest goes on."""
-
-    def __init__(self, report: Report, what: str) -> None:
-        self.report, self.what = report, what
-
-    def __enter__(self) -> None:
-        print(self.what, flush=True)
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, Exception):
-            words = " ".join(str(error).split())[:200]
-            self.report.not_run.append(f"{self.what}: {type(error).__name__}: {words}")
-            return True
-        return False
-
-
-def add_latency(report: Report, where: str, contestant: str, batch: int, values: list[float]) -> None:
-    p50, p99 = np.percentile(values, (50, 99))
-    report.latency.append(
-        {
-            "network": where,
-            "contestant": contestant,
-            "batch": batch,
-            "p50 ms": f"{p50:.3f}",
-            "p99 ms": f"{p99:.3f}",
-            "images/s": f"{1e3 * batch / p50:.0f}",
-        }
-    )
-
-
 def torch_contestants(model: ILLaMA, device: str) -> Iterator[tuple[str, Callable[[], nn.Module], torch.dtype]]:
-    """(name, how to make it, dtype of its input), the important ones first."""
+    """Yields (name, function that creates it, dtype of its input), the important ones first."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -269,7 +193,7 @@ def torch_contestants(model: ILLaMA, device: str) -> Iterator[tuple[str, Callabl
         return copy.deepcopy(model).to(device, dtype)
 
     def compiled(module: nn.Module) -> nn.Module:
-        torch._dynamo.reset()  # or what was compiled before counts against the limit of recompilations
+        torch._dynamo.reset()  # else earlier compilations count toward the recompile limit
         mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
         return cast(nn.Module, torch.compile(module, mode=mode, dynamic=False))
 
@@ -292,7 +216,7 @@ def time_torch(report: Report, options: GpuOptions, clock: Clock, name: str) -> 
         if clock.over:
             report.not_run.append(f"{name}, {contestant}: out of time")
             continue
-        with noting(report, f"{name}, {contestant}"):
+        with note_failure(report, f"{name}, {contestant}"):
             module = make()
             for batch in options.batches:
                 images = random_images(model, batch).to(options.device, dtype)
@@ -300,14 +224,14 @@ def time_torch(report: Report, options: GpuOptions, clock: Clock, name: str) -> 
 
 
 class Exports:
-    """Bundles of fused graphs, and what each network gives in float64, each made once for all libraries and schemes."""
+    """Bundles of fused graphs, and float64 logits of each network; created once for all libraries and schemes."""
 
     def __init__(self, folder: Path, options: GpuOptions) -> None:
         self.folder, self.options = folder, options
         self.exact: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def bundle(self, name: str, scheme: str, mask: str) -> Path:
-        """The bundle of a network, quantized or in half precision."""
+        """Returns the bundle of a network, quantized or in half precision."""
         folder = self.folder / f"{name}-{scheme}-{mask}"
         if not folder.exists():
             model = network(name, mask)
@@ -321,7 +245,7 @@ class Exports:
 
     @torch.no_grad()
     def reference(self, name: str, mask: str) -> tuple[Tensor, Tensor]:
-        """(images, logits in float64)."""
+        """Returns (images, logits in float64)."""
         if (name, mask) not in self.exact:
             model = network(name, mask).double().to(self.options.device)
             images = random_images(model, min(8, max(self.options.batches)))
@@ -330,19 +254,20 @@ class Exports:
 
 
 def random_images(model: ILLaMA, batch: int) -> Tensor:
-    """Normal noise (batch, C, H, W)."""
+    """Returns normal noise (batch, C, H, W)."""
     config = model.config
     return torch.randn(batch, config.in_channels, config.image_size, config.image_size)
 
 
 def measure_engine(
-    report: Report, clock: Clock, exports: Exports, library: Library, name: str, scheme: str, mask: str
+    report: Report, clock: Clock, exports: Exports, library: Library, case: tuple[str, str, str]
 ) -> None:
-    """Build, count the fused kernels, compare with float64, and time: the network alone, and with its copies."""
+    """Builds an engine, counts its fused kernels, compares it with float64, and times it without and with copies."""
+    name, scheme, mask = case
     row = {"network": name, "library": library.title, "scheme": scheme, "mask": mask, "outcome": "not built"}
     report.engines.append(row)
     batches, contestant = exports.options.batches, f"{library.title}, {scheme}"
-    with noting(report, f"{name}, {contestant}, {mask}"):
+    with note_failure(report, f"{name}, {contestant}, {mask}"):
         bundle, largest = exports.bundle(name, scheme, mask), max(batches)
         wanted = EngineOptions(library.resolve_targets(()), (1, min(8, largest), largest), verbosity="detailed")
         built = build_engine(library, bundle / FUSED_ONNX, wanted)
@@ -369,7 +294,7 @@ def measure_engine(
 
 def main(options: GpuOptions) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no NVIDIA GPU here: this measures one (--device cpu tries the script)")
+        raise UserError("no NVIDIA GPU found: add --device cpu to test the script")
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, to try the script"
     report, clock = Report(device), Clock(options)
     report.facts = {
@@ -392,17 +317,17 @@ def main(options: GpuOptions) -> None:
 
 
 def plan(report: Report, clock: Clock, exports: Exports) -> list[Callable[[], None]]:
-    """Everything to be measured, what matters most first."""
+    """Returns all measurements, the most important ones first."""
     options = exports.options
     steps: list[Callable[[], None]] = [partial(check_attention, report, options)]
     libraries = [library for each in LIBRARIES if (library := _found(each, report))]
     engine = partial(measure_engine, report, clock, exports)
     for net in options.networks:
-        steps += [partial(engine, library, net, scheme, "post_softmax") for library in libraries for scheme in SCHEMES]
+        steps += [partial(engine, library, (net, scheme, MASKS[0])) for library in libraries for scheme in SCHEMES]
         steps.append(partial(time_torch, report, options, clock, net))
     steps.append(partial(time_attention, report, options, clock))
     steps += [
-        partial(engine, library, options.networks[0], scheme, mask)
+        partial(engine, library, (options.networks[0], scheme, mask))
         for library in libraries
         for mask in MASKS[1:]
         for scheme in SCHEMES[:3]

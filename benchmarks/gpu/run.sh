@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One call on any CUDA machine, 9 minutes at most: the gpu tests, numerics against float64, and latency of everything.
-#   bash benchmarks/gpu/run.sh [NAME]      writes results/gpu/NAME.json and NAME.md; NAME is the GPU's if not given
+# Runs the gpu tests, and measures numerics and latency, within 9 minutes on any CUDA machine.
+#   bash benchmarks/gpu/run.sh [NAME]      writes results/gpu/NAME.json and NAME.md; NAME defaults to the GPU's
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}

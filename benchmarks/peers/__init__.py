@@ -1,1 +1,1 @@
-"""The quantizers that :mod:`quant_peers` compares with each other."""
+"""The quantizers that :mod:`quant_peers` compares."""

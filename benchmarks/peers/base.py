@@ -1,4 +1,4 @@
-"""What a peer is, and what it is given."""
+"""Definition of a peer, which is a quantizer to compare, and of its task."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from illama.errors import UserError
 from illama.models.illama import ILLaMA, Linear
 
 REQUIREMENTS = "benchmarks/peers-requirements.txt"
-BATCH = 64  # calibration images a call; the same for all peers that take batches
-# Some of the peers send usage figures to their makers unless they believe they run in a test.
+BATCH = 64  # calibration images per call of all peers that accept batches
+# Some peers send usage data to their authors unless these variables say that they run in a test.
 QUIET = {"CI": "true", "NNCF_CI": "1"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every peer is given.
+    """The input of every peer.
 
     Attributes:
-        model: float32, in evaluation mode, on the CPU.
-        images: calibration images (n, C, H, W), float32, as the network takes them.
-        validation: images and labels (m,) to check accuracy on while quantizing; of the training split too.
-        folder: where the peer writes; what counts as its file is everything here that is called ``model.*``.
+        model: the network in float32, in evaluation mode, on the CPU.
+        images: preprocessed calibration images (n, C, H, W), float32.
+        validation: images and labels (m,) of the training split, to measure accuracy during quantization.
+        folder: folder that the peer writes to; all files named ``model.*`` count as its result.
     """
 
     model: ILLaMA
@@ -38,23 +38,23 @@ class Task:
     folder: Path
 
     def batches(self) -> Iterator[np.ndarray]:
-        """The calibration images, at most ``BATCH`` at a time."""
+        """Yields the calibration images in batches of at most ``BATCH``."""
         for start in range(0, len(self.images), BATCH):
             yield self.images[start : start + BATCH]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way from a checkpoint to a file.
+    """A quantizer of another library, or of this project, with its settings.
 
     Attributes:
-        title: what the table calls it.
-        make: writes the file and returns its path.
-        runtimes: names in :mod:`peers.runtimes`; the table has a row for each.
-        about: its settings, and where its documentation recommends them.
-        needs: module to import -> package that has it.
-        validates: it looks at the accuracy while it quantizes, on training images.
-        timed: whether a CPU runs it as it is meant to be run, so that its latency says something.
+        title: name in the table.
+        make: function that writes the file and returns its path.
+        runtimes: names of runtimes in :mod:`peers.runtimes`; the table has a row for each.
+        about: its settings, and the documentation that recommends them.
+        needs: pairs of a module to import and the package that contains it.
+        validates: whether it measures accuracy during quantization, on training images.
+        timed: whether its latency on a CPU is meaningful.
     """
 
     title: str
@@ -66,7 +66,7 @@ class Peer:
     timed: bool = True
 
     def settings(self) -> dict[str, Any]:
-        """What its result depends on besides its inputs and packages, as JSON has it."""
+        """Returns what its result depends on besides its inputs and packages, for JSON."""
         return {
             "about": self.about,
             "runtimes": list(self.runtimes),
@@ -74,12 +74,12 @@ class Peer:
         }
 
     def check_installed(self) -> None:
-        """UserError with what to install, if a package misses."""
+        """Raises UserError with what to install if a package is missing."""
         check_installed(self.needs)
 
 
 def check_installed(needs: Iterable[tuple[str, str]]) -> None:
-    """UserError with what to install, if a (module, package) misses."""
+    """Raises UserError with what to install if a (module, package) is missing."""
     missing = [package for module, package in needs if find_spec(module) is None]
     if missing:
         raise UserError(f"not installed: {', '.join(missing)} (pip install -r {REQUIREMENTS})")
@@ -87,7 +87,7 @@ def check_installed(needs: Iterable[tuple[str, str]]) -> None:
 
 @cache
 def register_linear() -> None:
-    """Tell ModelOpt that our Linear is one: it goes by the exact class, and would leave all of them in float."""
+    """Registers this project's Linear with ModelOpt, which compares exact classes and would not quantize it."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.nn import QuantLinearConvBase
 
@@ -95,12 +95,12 @@ def register_linear() -> None:
 
 
 def be_quiet() -> None:
-    """Turn off what the peers would send over the network; processes started later inherit it."""
+    """Disables the usage data of the peers, in this process and its children."""
     os.environ.update(QUIET)
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line of at most 200 characters, without the folder it all runs in."""
+    """Returns an exception in one line of at most 200 characters, without the working directory."""
     words = " ".join(str(error).replace(f"{Path.cwd()}/", "").split()) or "no message"
     text = words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
     return text if len(text) <= 200 else text[:197] + "..."

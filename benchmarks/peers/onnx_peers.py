@@ -41,7 +41,7 @@ _MODELOPT = (
 
 
 class _Reader(CalibrationDataReader):
-    """The calibration images as ONNX Runtime's calibrator asks for them."""
+    """The calibration images for ONNX Runtime's calibrator."""
 
     def __init__(self, task: Task) -> None:
         self._batches = task.batches()
@@ -52,14 +52,14 @@ class _Reader(CalibrationDataReader):
 
 
 def float_graph(task: Task) -> Path:
-    """The checkpoint as a float32 ONNX graph of opset 23."""
+    """Exports the checkpoint as a float32 ONNX graph of opset 23."""
     path = task.folder / "model.onnx"
     export_onnx(task.model, path, "plain")
     return path
 
 
 def _with_float_graph(task: Task, quantize: Callable[[Path, Path], object], name: str = "model.onnx") -> Path:
-    """Call ``quantize`` with a float graph, gone afterwards, and the path to write to."""
+    """Calls ``quantize`` with a temporary float graph and the path to write to."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", task.folder / name
         export_onnx(task.model, source, "plain")
@@ -68,10 +68,10 @@ def _with_float_graph(task: Task, quantize: Callable[[Path, Path], object], name
 
 
 def ort_static(task: Task, **settings: Any) -> Path:
-    """quantize_static after its own pre-processing, Q/DQ format, weights int8 per channel.
+    """quantize_static after ONNX Runtime's pre-processing, Q/DQ format, weights int8 per channel.
 
-    The page would have a transformer optimized by onnxruntime.transformers first. That tool was tried: it finds
-    nothing in this network that it could fuse, since it knows neither the mask after the softmax nor RoPE.
+    The documentation recommends to optimize a transformer with onnxruntime.transformers first. That tool fuses nothing
+    in this network, since it does not support the mask after the softmax or RoPE.
     """
 
     def quantize(source: Path, target: Path) -> None:
@@ -91,7 +91,7 @@ def ort_static(task: Task, **settings: Any) -> Path:
 
 
 def ort_dynamic(task: Task) -> Path:
-    """quantize_dynamic after its own pre-processing: weights int8 per channel, activations' at each call."""
+    """quantize_dynamic after ONNX Runtime's pre-processing: weights int8 per channel, activations at each call."""
 
     def quantize(source: Path, target: Path) -> None:
         prepared = source.with_name("prepared.onnx")
@@ -112,13 +112,13 @@ def nncf_plain(task: Task, transformer: bool = False) -> Path:
         images = nncf.Dataset([image[None] for image in task.images])
         model = openvino.Core().read_model(source)
         model = nncf.quantize(model, images, model_type=kind, subset_size=len(task.images))
-        openvino.save_model(model, target, compress_to_fp16=False)  # "compress" would round what stayed float
+        openvino.save_model(model, target, compress_to_fp16=False)  # compression would round the float weights
 
     return _with_float_graph(task, quantize, "model.xml")
 
 
 def nncf_accuracy(task: Task) -> Path:
-    """nncf.quantize_with_accuracy_control; layers go back to float until the drop is within a point."""
+    """nncf.quantize_with_accuracy_control: layers return to float until the accuracy drop is within a point."""
 
     def validate(model: Any, samples: Iterable[tuple[np.ndarray, int]]) -> tuple[float, None]:
         logits, labels = zip(*((model([image])[0], label) for image, label in samples), strict=True)
@@ -129,7 +129,7 @@ def nncf_accuracy(task: Task) -> Path:
         import openvino
 
         calibration = nncf.Dataset([image[None] for image in task.images])
-        # With their labels, for it ranks the layers on a part of them.
+        # With labels, since NNCF ranks the layers on a subset.
         samples = [(image[None], label) for image, label in zip(*task.validation, strict=True)]
         checks = nncf.Dataset(samples, lambda sample: sample[0])
         model = openvino.Core().read_model(source)

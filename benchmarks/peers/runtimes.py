@@ -1,4 +1,4 @@
-"""What runs a peer's file on a CPU: name -> a function from images (B, C, H, W) to logits (B, classes)."""
+"""Runtimes of the peers' files on a CPU: name -> function from images (B, C, H, W) to logits (B, classes)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from peers.base import check_installed, register_linear
 
 ORT, OPENVINO, OPENVINO_F32 = "ONNX Runtime", "OpenVINO", "OpenVINO, float32 kept"
 EAGER, COMPILED, INDUCTOR, SIMULATED = "PyTorch", "torch.compile", "Inductor", "PyTorch, simulated"
-# (the peer's file, the checkpoint it came from, threads) -> the function
+# (the peer's file, its checkpoint, number of threads) -> function from images to logits
 Load = Callable[[Path, Path, int], Infer]
 
 
 def load_onnxruntime(path: Path, checkpoint: Path, threads: int) -> Infer:
-    """An ONNX file in ONNX Runtime, with its default graph optimizations."""
+    """Loads an ONNX file in ONNX Runtime, with default graph optimizations."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -32,12 +32,12 @@ def load_onnxruntime(path: Path, checkpoint: Path, threads: int) -> Infer:
 
 
 def load_openvino(path: Path, checkpoint: Path, threads: int) -> Infer:
-    """An ONNX or OpenVINO file in OpenVINO; by default it computes in bfloat16 whatever float32 it can."""
+    """Loads an ONNX or OpenVINO file in OpenVINO, which computes float32 in bfloat16 by default where it can."""
     return _openvino(path, threads, {})
 
 
 def load_openvino_f32(path: Path, checkpoint: Path, threads: int) -> Infer:
-    """The same without bfloat16 (docs.openvino.ai, "Precision Control", INFERENCE_PRECISION_HINT)."""
+    """Loads a file in OpenVINO without bfloat16 (docs.openvino.ai, "Precision Control", INFERENCE_PRECISION_HINT)."""
     return _openvino(path, threads, {"INFERENCE_PRECISION_HINT": "f32"})
 
 
@@ -52,21 +52,21 @@ def _openvino(path: Path, threads: int, more: dict[str, Any]) -> Infer:
 
 
 def load_eager(path: Path, checkpoint: Path, threads: int) -> Infer:
-    """The checkpoint's own network."""
+    """Loads the float network of the checkpoint."""
     torch.set_num_threads(threads)
     return torch_infer(load_checkpoint(checkpoint).model)
 
 
 def load_compiled(path: Path, checkpoint: Path, threads: int) -> Infer:
-    """The checkpoint's own network through torch.compile."""
+    """Loads the float network of the checkpoint with torch.compile."""
     torch.set_num_threads(threads)
     return _compiled(load_checkpoint(checkpoint).model)
 
 
 def load_inductor(path: Path, checkpoint: Path, threads: int) -> Infer:
-    """A quantized program of torch.export through torch.compile, which lowers it to 8-bit kernels."""
+    """Loads a quantized program of torch.export with torch.compile, which lowers it to 8-bit kernels."""
     check_installed((("torchao", "torchao"),))
-    # It registers the program's operators, and with Inductor what lowers them.
+    # Registers the program's operators, and their lowerings with Inductor.
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
     torch.set_num_threads(threads)
@@ -74,9 +74,9 @@ def load_inductor(path: Path, checkpoint: Path, threads: int) -> Infer:
 
 
 def _compiled(network: nn.Module) -> Infer:
-    # Freezing packs the weights beforehand, and 8-bit kernels need it, for the whole process (docs.pytorch.org/ao,
-    # "PyTorch 2 Export Quantization with X86 Backend through Inductor"). One program per batch size: with a batch
-    # of any size the quantized convolution stops at an assertion about its strides (torch 2.14, torchao 0.18).
+    # Freezing packs the weights in advance, for the whole process; 8-bit kernels need it (docs.pytorch.org/ao, "PyTorch
+    # 2 Export Quantization with X86 Backend through Inductor"). Batch sizes are static, since with dynamic ones the
+    # quantized convolution fails at an assertion about its strides (torch 2.14, torchao 0.18).
     torch._inductor.config.freezing = True
     compiled = torch.compile(network, dynamic=False)
 
@@ -88,7 +88,7 @@ def _compiled(network: nn.Module) -> Infer:
 
 
 def load_simulated(path: Path, checkpoint: Path, threads: int) -> Infer:
-    """ModelOpt's saved state on the checkpoint's network: 8-bit values, computed in float32."""
+    """Loads ModelOpt's saved state, whose 8-bit values are computed in float32."""
     import modelopt.torch.opt as mto
 
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Peers that quantize the PyTorch network: NVIDIA ModelOpt, torchao, Intel Neural Compressor; and plain PyTorch."""
+"""Peers that quantize the PyTorch network (NVIDIA ModelOpt, torchao, Intel Neural Compressor), and PyTorch in float."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHAPES = ({0: torch.export.Dim("batch")},)
 
 
 def torch_file(task: Task) -> Path:
-    """The checkpoint's weights as PyTorch saves them."""
+    """Saves the checkpoint's weights with PyTorch."""
     path = task.folder / "model.pt"
     torch.save(task.model.state_dict(), path)
     return path
@@ -54,11 +54,11 @@ def _run_all(network: nn.Module, task: Task) -> None:
 
 
 def modelopt_int8(task: Task, config: str = "INT8_DEFAULT_CFG") -> Path:
-    """A configuration of ModelOpt's, written by its ONNX exporter."""
+    """Quantizes by a configuration of ModelOpt, and exports with its ONNX exporter."""
     from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
 
     model = _modelopt(task, config)
-    # Its exporter is the older of PyTorch's two, which knows neither RMSNorm nor complex numbers.
+    # It uses PyTorch's older exporter, which supports neither RMSNorm nor complex numbers.
     torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm_in_onnx, 18)
     images = torch.from_numpy(task.images[:2])
     with torch.no_grad(), mock.patch("torch.compiler.is_compiling", return_value=True):
@@ -69,7 +69,7 @@ def modelopt_int8(task: Task, config: str = "INT8_DEFAULT_CFG") -> Path:
 
 
 def _rms_norm_in_onnx(graph: Any, x: Any, shape: Any, weight: Any, eps: Any) -> Any:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    """Exports x / sqrt(mean(x^2) + eps) * weight over the last axis."""
 
     def constant(value: Tensor) -> Any:
         return graph.op("Constant", value_t=value)
@@ -80,7 +80,7 @@ def _rms_norm_in_onnx(graph: Any, x: Any, shape: Any, weight: Any, eps: Any) -> 
 
 
 def modelopt_fp8(task: Task) -> Path:
-    """mtq.FP8_DEFAULT_CFG, saved by modelopt.torch.opt: its FP8 ONNX is in operators that TensorRT alone knows."""
+    """mtq.FP8_DEFAULT_CFG, saved by modelopt.torch.opt, since only TensorRT supports the operators of its FP8 ONNX."""
     import modelopt.torch.opt as mto
 
     path = task.folder / "model.pth"
@@ -97,11 +97,11 @@ def torchao_pt2e(task: Task, attention: bool = False) -> Path:
     config = x86.get_default_x86_inductor_quantization_config()
     quantizer = x86.X86InductorQuantizer().set_global(config)
     if attention:
-        model.set_attention_form("plain")  # the fused operator is none of those it can quantize
+        model.set_attention_form("plain")  # it cannot quantize the fused operator
         quantizer.set_function_type_qconfig(torch.matmul, config)
     images = torch.from_numpy(task.images[:2])
     with torch.no_grad():
-        # Without strict its quantizer knows no Linear but the exact class, leaves ours in float, and looks best of all.
+        # Without strict, the quantizer recognizes only the exact class Linear, and leaves this network's in float.
         program = torch.export.export(model, (images,), dynamic_shapes=_SHAPES, strict=True).module()
         prepared = prepare_pt2e(program, quantizer)
         _run_all(prepared, task)

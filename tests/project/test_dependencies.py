@@ -32,8 +32,8 @@ def _import_graph():
     graph = {}
     for module, path in files.items():
         names = set(imported_names(path))
-        if module.startswith("benchmarks."):  # run as a script, whose own folder comes first on sys.path
-            names |= {f"benchmarks.{name}" for name in names}
+        if module.startswith("benchmarks."):  # scripts import each other from their own folder
+            names |= {f"{folder}.{name}" for name in names for folder in ("benchmarks", module.rpartition(".")[0])}
         packages = {each for name in names & set(files) for each in _packages_of(name)} - _packages_of(module)
         graph[module] = ((names | packages) & set(files)) - {module}
     return graph

@@ -1,4 +1,4 @@
-"""This project's own schemes, and the list of all peers."""
+"""This project's schemes as peers, and the list of all peers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ _NEEDS = (("quant.quantizers.calibrate", "illama-toolkit"),)
 SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention")
 
 
-def ours(task: Task, scheme: Scheme) -> Path:
-    """What ``python quant/ptq.py`` writes as model.onnx."""
-    from quant.quantizers.calibrate import (
-        calibrate,  # not above: the other peers would have its imports in their memory
-    )
+def quantize_by_scheme(task: Task, scheme: Scheme) -> Path:
+    """Quantizes and exports as ``python quant/ptq.py`` does."""
+    # Imported here, since it would add to the memory of the other peers.
+    from quant.quantizers.calibrate import calibrate
 
     path = task.folder / "model.onnx"
     batches = [torch.from_numpy(batch) for batch in task.batches()]
@@ -31,9 +30,9 @@ def ours(task: Task, scheme: Scheme) -> Path:
 
 
 def _peer(scheme: str) -> Peer:
-    is_fp8 = scheme.startswith("fp8")  # which a CPU can only emulate
+    is_fp8 = scheme.startswith("fp8")  # a CPU can only simulate FP8
     runtimes = (ORT,) if is_fp8 else (ORT, OPENVINO, OPENVINO_F32)
-    make = partial(ours, scheme=find_scheme(scheme))
+    make = partial(quantize_by_scheme, scheme=find_scheme(scheme))
     return Peer(f"this project, {scheme}", make, runtimes, "docs/quantization.md", _NEEDS, timed=not is_fp8)
 
 
