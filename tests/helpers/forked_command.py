@@ -1,4 +1,4 @@
-"""A command in a forked process, which starts at once, and is killed before one of its file operations."""
+"""Runs a command in a forked process, and kills it before one of its file operations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BEFORE, AFTER = "before the swap", "after the swap"
-TEMPORARY = "tmp"  # beside the folder of a run: its $TMPDIR
+TEMPORARY = "tmp"  # folder beside that of a run, for $TMPDIR
 KillAt = int | str | None
-"""The number of a file operation, from 1, or that of the swap, or the one after it; None for no kill."""
+"""Number of a file operation, from 1, or BEFORE or AFTER the swap; None for no kill."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# Audit event -> the places among its arguments of a path, and of a descriptor of the folder that this is relative to.
+# Audit event -> positions of its paths in the arguments, and of the descriptors of their base folders.
 _CHANGES = {
     "os.rename": ((0, 2), (1, 3)),
     "os.link": ((0, 2), (1, 3)),
@@ -32,7 +32,7 @@ _CHANGES = {
 
 
 def changed_paths(event: str, arguments: Sequence[Any]) -> list[str]:
-    """The paths that an audited operation is about to change; none if it only reads."""
+    """Returns the paths that an audited operation changes; none if it only reads."""
     if event == "open":
         path, _, flags = arguments
         return [os.fsdecode(path)] if flags & _WRITING and not isinstance(path, int) else []
@@ -45,7 +45,7 @@ def changed_paths(event: str, arguments: Sequence[Any]) -> list[str]:
 
 
 class Fork:
-    """A function in a forked process."""
+    """Runs a function in a forked process."""
 
     def __init__(self, act: Callable[[], Any]) -> None:
         self.memory = os.memfd_create("result")
@@ -62,18 +62,18 @@ class Fork:
             os._exit(status)
 
     def result(self) -> Any:
-        """What the function returned, as JSON holds it; RuntimeError if it raised something."""
+        """Returns the function's result, converted by JSON; raises RuntimeError if it failed."""
         if os.waitpid(self.process, 0)[1]:
             raise RuntimeError("a forked process failed: see its traceback")
         return json.loads(read_memory(self.memory))
 
 
 class Run:
-    """A command in a forked process, which is killed before one of its file operations below ``place``.
+    """Runs a command in a forked process, and kills it before one of its file operations below ``place``.
 
     Args:
-        swap: what the command puts in its place by one rename.
-        kill_by: the signal; SIGSTOP stops the command there until :meth:`resume`.
+        swap: path that the command replaces by a rename.
+        kill_by: signal; SIGSTOP stops the command until :meth:`resume`.
     """
 
     def __init__(
@@ -126,23 +126,23 @@ class Run:
             self.kill_at = self.count + 1
 
     def wait_until_stopped(self) -> None:
-        """Until the process has stopped or ended."""
+        """Waits until the process has stopped or ended."""
         os.waitid(os.P_PID, self.process, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> Run:
-        """Let a stopped process go on, and wait for its end."""
+        """Continues a stopped process, and waits for its end."""
         os.kill(self.process, signal.SIGCONT)
         return self.wait()
 
     def wait(self) -> Run:
-        """Until the process has ended."""
+        """Waits for the end of the process."""
         self.status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])  # negative for a signal
         self.output, self.operations = (read_memory(file) for file in (self._output, self._operations))
         return self
 
 
 def read_memory(file: int) -> str:
-    """What processes wrote into a file in memory, which is closed."""
+    """Returns the content of a file in memory, and closes it."""
     content = os.pread(file, os.fstat(file).st_size, 0).decode()
     os.close(file)
     return content

@@ -1,9 +1,9 @@
-"""Real commands that are killed before their file operations, and a check of what that leaves:
+"""Kills commands before their file operations, and checks what they leave:
 
 python tests/helpers/kill_harness.py --out results/kills
 
-One process imports everything and forks for each run. In the fork, an audit hook counts what the command is about to
-change below the run's folder, and kills the process before one of these operations (tests/helpers/forked_command.py).
+A process imports all modules and forks for each run. In the fork, an audit hook counts the file operations below the
+run's folder, and kills the process before one of them (tests/helpers/forked_command.py).
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ from illama.training.log import read_log
 from quant.export.onnx_export import export_onnx
 
 TINY = replace(SMALL, depth=1)
-AGE = "no kill: a result is changed so that the next run replaces it"
+AGE = "no kill: the result is changed so that the next run replaces it"
 
 
 def check(true: object, message: str) -> None:
-    """AssertionError with that message unless ``true``."""
+    """Raises AssertionError unless ``true``."""
     if not true:
         raise AssertionError(message)
 
 
 def check_names(folder: Path, names: set[str]) -> None:
-    """AssertionError unless a folder holds just these."""
+    """Raises AssertionError unless a folder contains exactly these names."""
     found = {path.name for path in folder.iterdir()}
-    check(found == names, f"{folder} holds {sorted(found)}, and should hold {sorted(names)}")
+    check(found == names, f"{folder} contains {sorted(found)}, not {sorted(names)}")
 
 
 class Command:
-    """A command of which a killed run must leave an earlier result or its own, both whole, and the next run must work.
+    """A command. A killed run must leave the earlier or the new result, complete, and the next run must succeed.
 
     Attributes:
-        script: its path in the repository.
-        swap: what it puts in place by one rename, in the folder of a run.
-        few: a few kills in one place, one run after another.
+        script: path in the repository.
+        swap: path in the run's folder that the command replaces by a rename.
+        few: kills of consecutive runs in the same folder.
     """
 
     script: str
@@ -81,22 +81,22 @@ class Command:
         raise NotImplementedError
 
     def prepare(self, place: Path) -> None:
-        """Make what the command adds to."""
+        """Creates what the command adds to."""
 
     def age(self, place: Path) -> None:
-        """Change a result so that the command replaces it."""
+        """Changes the result so that the command replaces it."""
 
     def check_whole(self, result: Path) -> None:
-        """AssertionError unless a result can be read, and is complete."""
+        """Raises AssertionError unless a result can be read and is complete."""
         raise NotImplementedError
 
     def check_finished(self, place: Path) -> None:
-        """AssertionError unless a finished command left its result, and nothing else."""
+        """Raises AssertionError unless a finished command left exactly its result."""
         raise NotImplementedError
 
 
 class Train(Command):
-    """Its weights after any kill are those of a run that nothing interrupted."""
+    """After any kill, its weights are those of an uninterrupted run."""
 
     script, swap, few = "illama/train.py", "out/bundle", (2, 20, BEFORE, AFTER, BEFORE, AFTER)
     weights: str | None = None
@@ -134,9 +134,9 @@ class Train(Command):
     def check_whole(self, result: Path) -> None:
         Manifest.read(result)
         load_file(result / "model.safetensors")
-        check(len(read_log(result / "log.csv")) == 2 and (result / "curve.png").stat().st_size, "a torn bundle")
+        check(len(read_log(result / "log.csv")) == 2 and (result / "curve.png").stat().st_size, "an incomplete bundle")
         digest = sha256(result / "model.safetensors")
-        check(self.weights in (None, digest), "other weights than those of an uninterrupted run")
+        check(self.weights in (None, digest), "the weights differ from those of an uninterrupted run")
         self.weights = digest
 
     def check_finished(self, place: Path) -> None:
@@ -146,7 +146,7 @@ class Train(Command):
 
 
 class Ptq(Command):
-    """Into bundles with engines, where TensorRT-RTX is installed, and a report."""
+    """Writes bundles with engines, if TensorRT-RTX is installed, and a report."""
 
     script, swap, few = "quant/ptq.py", "out", (AFTER, 6, BEFORE)
     schemes: tuple[str, ...] = ("int8",)
@@ -196,9 +196,9 @@ class Ptq(Command):
 
 
 class Build(Command):
-    """Into a bundle, whose other files stay as they are."""
+    """Writes an engine into a bundle, and does not change its other files."""
 
-    aged = "{"  # a record of which the engine is refused, and built again
+    aged = "{"  # a damaged record, so that the engine is built again
     script, swap, few = "deploy/build.py", "bundle/engines/tiny", (2, BEFORE, AFTER, AGE, 2, BEFORE, AFTER, AGE)
 
     def arguments(self, place: Path) -> list[object]:
@@ -231,7 +231,7 @@ def import_parts_of(script: str) -> None:
 
 
 def write_inputs(folder: Path) -> None:
-    """What the commands read: images, a trained bundle, and one with a graph for TensorRT."""
+    """Writes the inputs of the commands: images, a trained bundle, and one with a graph for TensorRT."""
     write_images(folder / "images", train=4, val=2)
     for name in ("bundle", "fused"):
         write_bundle(folder / name, TINY)
@@ -239,24 +239,24 @@ def write_inputs(folder: Path) -> None:
 
 
 def version(path: Path) -> int | None:
-    """Unlike that of any other folder that was at the path; None if nothing is there."""
+    """Returns a number that differs for every folder at the path; None if nothing is there."""
     return path.stat().st_ino if path.exists() else None
 
 
 def run_killed(command: Command, place: Path, kill_at: KillAt) -> str:
-    """Run a command that is killed, and check what that leaves: "old", "new" or "none", or "not reached"."""
+    """Runs and kills a command, and returns what it leaves: "old", "new" or "none", or "not reached"."""
     before = version(place / command.swap)
     run = command.start(place, kill_at).wait()
     after = version(place / command.swap)
     check(run.status in (0, -signal.SIGKILL), f"it ended with {run.status}: {run.output}")
     if after is not None:
         command.check_whole(place / command.swap)
-    check(after or not before, "the old result is gone, and there is no new one")
+    check(after or not before, "the old result is lost, and there is no new one")
     return "not reached" if run.status == 0 else "none" if after is None else "old" if after == before else "new"
 
 
 def run_whole(command: Command, place: Path) -> Run:
-    """Run a command to its end, and check that it leaves its result and nothing else."""
+    """Runs a command, and checks that it leaves exactly its result."""
     run = command.start(place).wait()
     check(run.status == 0, f"the next run ended with {run.status}: {run.output}")
     check_finished(command, place)
@@ -264,14 +264,14 @@ def run_whole(command: Command, place: Path) -> Run:
 
 
 def check_finished(command: Command, place: Path) -> None:
-    """AssertionError unless a finished command left a whole result, and nothing else, in temporary folders neither."""
+    """Raises AssertionError unless a finished command left exactly a complete result, and no temporary files."""
     command.check_whole(place / command.swap)
     command.check_finished(place)
     check_names(place.parent / TEMPORARY, set())
 
 
 def run_a_few(command: Command, folder: Path) -> list[str]:
-    """One run after another in one place, all killed but the last two; what each killed one left."""
+    """Runs a command repeatedly in a folder, and kills all runs but the last two; returns what the killed ones left."""
     place, left = folder / "few" / Path(command.script).stem, []
     for each in (place, place.parent / TEMPORARY):
         each.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,7 @@ def run_a_few(command: Command, folder: Path) -> list[str]:
 
 
 def write_twice(command: Command, place: Path) -> None:
-    """Two processes at one output folder, neither of which may end in a traceback: training refuses the second.
+    """Runs two processes with the same output folder; both must succeed, but training rejects the second.
 
     The first is stopped before its swap until the second has ended.
     """
@@ -305,7 +305,7 @@ def write_twice(command: Command, place: Path) -> None:
 
 @dataclass
 class Counts:
-    """Of one command, into an empty place or over an earlier result: what kills left, and what failed."""
+    """What the kills of a command left, and its failures, for an empty folder or over an earlier result."""
 
     command: str
     earlier: bool
@@ -314,7 +314,7 @@ class Counts:
     failures: list[str] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
-        """Under ``HEADINGS``."""
+        """Returns the row under ``HEADINGS``."""
         return (
             self.command,
             "yes" if self.earlier else "no",
@@ -336,9 +336,9 @@ HEADINGS = (
 
 
 def run_all(command: Command, folder: Path, earlier: bool) -> dict[str, Any]:
-    """The counts of a command that is killed before each file operation, each time in a new place, and run again.
+    """Kills a command before each file operation, each time in a new folder, runs it again, and returns the counts.
 
-    A failure is a torn result, an earlier one that is lost, a next run that fails, or something left lying.
+    A failure is an incomplete result, a lost earlier result, a next run that fails, or a remaining temporary file.
     """
     start, place = folder / "start", folder / "run"
     for each in (folder, folder / TEMPORARY, start):
@@ -367,7 +367,7 @@ def run_all(command: Command, folder: Path, earlier: bool) -> dict[str, Any]:
 
 
 def run_all_at_once(commands: Sequence[Command], folder: Path) -> list[Counts]:
-    """:func:`run_all` of each command with and without an earlier result, each in a process of its own."""
+    """:func:`run_all` of each command with and without an earlier result, in parallel processes."""
     forks = []
     for command in commands:
         for earlier in (False, True):
@@ -379,12 +379,12 @@ def run_all_at_once(commands: Sequence[Command], folder: Path) -> list[Counts]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/kills"))
-    parser.add_argument("--few", action="store_true", help="a few kills of each command; what they left, as JSON")
+    parser.add_argument("--few", action="store_true", help="a few kills of each command; prints what they left")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        # By a process of its own: once PyTorch has computed something, its threads would be missing in every fork.
+        # In a new process, since threads of PyTorch do not exist in later forks.
         Fork(partial(write_inputs, folder / "inputs")).result()
         commands = [Train(folder / "inputs"), Ptq(folder / "inputs")]
         if find_library() is not None:

@@ -1,4 +1,4 @@
-"""Files as the released code saves them, with random weights."""
+"""Files in the format of the released code, with random weights."""
 
 import argparse
 
@@ -18,7 +18,7 @@ RELEASED = [
 
 
 def released_state(width, hidden, image_size, depth=1, classes=1000):
-    """Random weights under the released files' names and shapes, written out here and not read off our model."""
+    """Returns random weights with the names and shapes of the released files, independently of this project's model."""
     shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, (image_size // 16) ** 2 + 1, width),
@@ -43,7 +43,7 @@ def released_state(width, hidden, image_size, depth=1, classes=1000):
 
 
 def save_released(path, state):
-    """As the released code saves: weights, optimizer, epoch, loss scaler and its command line."""
+    """Saves what the released code saves: weights, optimizer, epoch, loss scaler and command line."""
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter])
     parameter.sum().backward()

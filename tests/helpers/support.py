@@ -1,4 +1,4 @@
-"""What several tests use: small bundles and image folders, real commands, and what an error must look like."""
+"""What tests share: small bundles and image folders, running commands, and checking errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_bundle(folder: Path, config: ModelConfig, state: dict[str, torch.Tensor] | None = None) -> Path:
-    """A bundle as training writes it; random weights unless a state dict is given."""
+    """Writes a bundle as training does, with random weights unless a state dict is given."""
     torch.manual_seed(0)
     state = state or ILLaMA(config).state_dict()
     preprocessing = Preprocessing.imagenet(config.image_size, config.in_channels)
@@ -40,7 +40,7 @@ SMALL = ModelConfig(image_size=32, patch_size=8, in_channels=3, width=64, depth=
 
 
 def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, classes: list[str]) -> Path:
-    """A bundle as quantization writes it, of a network simple enough to be known: logits = RGB pixels x weights."""
+    """Writes a bundle as quantization does, of a linear network: logits = RGB pixels x weights."""
     nodes = [
         onnx.helper.make_node("Flatten", ["images"], ["flat"]),
         onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"], name="head/MatMul"),
@@ -57,7 +57,7 @@ def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, clas
 
 
 def write_made_up_engine(path: Path, **facts: object) -> EngineRecord:
-    """An engine's file that no library has built, and a record that fits it and the fused graph of its bundle."""
+    """Writes a file in place of an engine, and a record that fits it and the fused graph of its bundle."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(f"what a library would have written to {path.name}".encode())
     graph = bundle_of(path) / FUSED_ONNX
@@ -85,7 +85,7 @@ def write_made_up_engine(path: Path, **facts: object) -> EngineRecord:
 
 
 def write_images(folder: Path, classes: int = 3, train: int = 8, val: int = 6) -> Path:
-    """Coloured noise in ImageNet's layout, `train` and `val` images a class."""
+    """Writes color noise in ImageNet's layout, with `train` and `val` images per class."""
     generator = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
@@ -97,14 +97,14 @@ def write_images(folder: Path, classes: int = 3, train: int = 8, val: int = 6) -
 
 
 def run_command(*arguments: object, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """A real command, as a user types it."""
+    """Runs a command as a user does."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit status 2 and a last line that says what is wrong, without a traceback."""
+    """Checks for exit status 2, no traceback, and a last line with the error and all ``words``."""
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]

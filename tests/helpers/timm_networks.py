@@ -1,4 +1,4 @@
-"""Small timm ViTs with random weights, one part of timm's each, and files of them."""
+"""Small timm ViTs with random weights, each with another part of timm, and files of them."""
 
 import timm
 import torch
@@ -9,7 +9,7 @@ from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, Vi
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
-# Options of a small VisionTransformer, one part of timm's each.
+# Options of small VisionTransformers, each with another part of timm.
 OPTIONS = {
     "plain": {},
     "qk_norm": {"qk_norm": True},
@@ -48,7 +48,7 @@ NAMED = {
 
 
 def build(name: str) -> VisionTransformer:
-    """The variant, in eval mode, with every weight random: fresh norms, scales and biases would hide mistakes."""
+    """Returns the variant in evaluation mode, with random weights, since initial norms and biases hide errors."""
     torch.manual_seed(0)
     if name in NAMED:
         vit = timm.create_model(name, pretrained=False, **{**SMALL, **NAMED[name]})
@@ -72,7 +72,7 @@ def images_for(name: str) -> torch.Tensor:
     return torch.randn(2, 3, 40 if name == "dynamic_size" else 32, 32)
 
 
-# Networks as timm names them, small: what load_timm knows of each is the name and the file.
+# Small networks with names in timm, from which load_timm gets only the name and the file.
 REGISTERED = {
     "small_vit_plain": {},
     "small_vit_qk_norm": {"qk_norm": True},
@@ -89,7 +89,7 @@ def _register(name, options):
     def make(pretrained=False, **given):
         given = {key: value for key, value in given.items() if key in ("img_size", "num_classes", "in_chans")}
         vit = VisionTransformer(**{**SMALL, "img_size": 64, **options, **given})
-        vit.pretrained_cfg = {"architecture": name}  # as timm's own have it
+        vit.pretrained_cfg = {"architecture": name}  # as in timm's networks
         return vit
 
     make.__name__, make.__module__ = name, "timm.models.vision_transformer"
@@ -101,7 +101,7 @@ for each, given in REGISTERED.items():
 
 
 def saved(folder, name, suffix=".safetensors", key=None, **options):
-    """A small network with random weights, and its file."""
+    """Returns a small network with random weights, and its file."""
     torch.manual_seed(0)
     vit = randomise(timm.create_model(name, **{"num_classes": 5, "img_size": 32, **options}))
     path = folder / f"weights{suffix}"

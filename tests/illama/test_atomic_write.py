@@ -1,4 +1,4 @@
-"""Atomic writes and locks: what is left after kills, who may write where, and file systems that lack something."""
+"""Atomic writes and locks: kills, permissions to replace, and file systems without exchange or locks."""
 
 import ctypes
 import errno
@@ -45,7 +45,7 @@ def write_text(folder, text, is_ours=anything):
 
 
 def killed(act):
-    """Call ``act``, which kills its process, in a forked one."""
+    """Calls ``act``, which kills its process, in a forked process."""
     if not (child := os.fork()):
         try:
             act()
@@ -55,7 +55,7 @@ def killed(act):
 
 
 def killed_while_writing(place, write=write_folder):
-    """Leave the draft of ``place``, and its lock file, behind."""
+    """Leaves the draft of ``place`` and its lock file."""
 
     def act():
         with write(place) as draft:
@@ -79,8 +79,8 @@ def test_a_failed_write_leaves_the_old_bundle(tmp_path):
     assert names(tmp_path) == ["bundle"] and names(folder) == ["manifest.json", "model.safetensors"]
 
 
-def test_what_killed_processes_left_is_swept(tmp_path):
-    """Folders and files alike, but nobody else's."""
+def test_drafts_of_killed_processes_are_removed(tmp_path):
+    """Only drafts of the same folder or file are removed."""
     folder, file = write_bundle(tmp_path / "a[b]", SMALL), tmp_path / "checkpoint.pt"
     killed_while_writing(folder)
     killed_while_writing(file, write_file)
@@ -95,8 +95,8 @@ def test_what_killed_processes_left_is_swept(tmp_path):
     assert set(names(tmp_path)) == {"a[b]", "checkpoint.pt", *others}
 
 
-def test_what_earlier_versions_left_is_swept(tmp_path):
-    """They named a draft after its process and had no lock: process 1 of a container always seemed to live."""
+def test_drafts_of_earlier_versions_are_removed(tmp_path):
+    """Their drafts had the number of a process and no lock; process 1 of a container always seemed to be alive."""
     (tmp_path / ".bundle.draft-1").mkdir()
     (tmp_path / ".checkpoint.pt.draft-1").touch()
     write_bundle(tmp_path / "bundle", SMALL)
@@ -109,8 +109,8 @@ def test_what_earlier_versions_left_is_swept(tmp_path):
     assert names(tmp_path) == ["bundle", "checkpoint.pt"]
 
 
-def test_what_a_folder_holds_beside_drafts(tmp_path):
-    """Where the name is not known, a number means nothing: nobody's file is taken for a draft, nor removed."""
+def test_the_content_of_a_folder_without_drafts(tmp_path):
+    """Without a known name, files with a number are not drafts and are not removed."""
     mine = {".notes.draft-2", ".thesis.old-2023", "checkpoint.pt"}
     for name in (*mine, ".checkpoint.pt.draft-0123456789abcdef", ".bundle.draft-0123456789abcdef.lock", ".lock"):
         (tmp_path / name).touch()
@@ -121,7 +121,7 @@ def test_what_a_folder_holds_beside_drafts(tmp_path):
         assert set(names(tmp_path)) == {*mine, ".lock"}
 
 
-def test_a_draft_in_use_is_not_swept(tmp_path):
+def test_a_draft_in_use_is_not_removed(tmp_path):
     with write_folder(tmp_path / "out", anything) as first:
         (first / "text").write_text("first")
         write_text(tmp_path / "out", "second")
@@ -129,7 +129,7 @@ def test_a_draft_in_use_is_not_swept(tmp_path):
     assert (tmp_path / "out" / "text").read_text() == "first" and names(tmp_path) == ["out"]
 
 
-def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="other files"), write_folder(tmp_path):
         pass
@@ -140,14 +140,14 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):
     assert names(tmp_path) == ["out", "thesis.tex"] and names(tmp_path / "out") == ["thesis.tex"]
 
 
-def test_a_mount_point_is_refused_at_once():
+def test_a_mount_point_is_rejected_at_once():
     with pytest.raises(UserError, match="mount point"), write_folder(Path("/proc"), anything):
         pytest.fail("it began to write")
 
 
 @pytest.fixture(params=["exchange", "two renames"])
 def swap(request, monkeypatch):
-    """With the kernel's exchange of two folders, and as where it has none."""
+    """Runs a test with the kernel's exchange of two folders and without it."""
     if request.param == "two renames":
 
         def missing(*_):
@@ -157,15 +157,15 @@ def swap(request, monkeypatch):
     return request.param
 
 
-def test_writers_of_one_folder_side_by_side(swap, tmp_path):
-    """Readers find one whole result or another; with an exchange, they find one at every moment."""
+def test_concurrent_writers_of_a_folder(swap, tmp_path):
+    """Readers find a complete result; with an exchange, they find one at any moment."""
     out, seen = tmp_path / "out", set()
     write_text(out, "x" * 1000)
     writing = True
 
     def read():
         while writing:
-            with suppress(FileNotFoundError):  # a folder that was replaced while it was read
+            with suppress(FileNotFoundError):  # the folder was replaced while it was read
                 seen.add((out / "text").read_text())
             if not out.exists():
                 seen.add("nothing")
@@ -182,7 +182,7 @@ def test_writers_of_one_folder_side_by_side(swap, tmp_path):
     assert names(tmp_path) == ["out"] and names(out) == ["text"]
 
 
-def test_a_folder_is_put_back_where_its_replacement_fails(swap, tmp_path):
+def test_a_folder_is_restored_if_its_replacement_fails(swap, tmp_path):
     out = tmp_path / "out"
     write_text(out, "old")
     with pytest.raises(FileNotFoundError), write_folder(out, anything) as draft:
@@ -191,7 +191,7 @@ def test_a_folder_is_put_back_where_its_replacement_fails(swap, tmp_path):
 
 
 def test_killed_between_two_renames(tmp_path, monkeypatch):
-    """Where there is no exchange, the old folder is put back by the next write, even by one that fails."""
+    """Without an exchange, the next write restores the old folder, even if it fails."""
     out = tmp_path / "out"
     write_text(out, "old")
 
@@ -222,8 +222,8 @@ def test_the_kernel_exchanges_folders(tmp_path):
         illama.atomic_write._renameat2(tmp_path / "one", tmp_path / "nowhere")
 
 
-def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
-    """On a file system without locks, whoever left a draft may be alive."""
+def test_without_locks_no_draft_is_removed(tmp_path, monkeypatch):
+    """On a file system without locks, the writer of a draft may be alive."""
     killed_while_writing(tmp_path / "out")
     left = [path for path in names(tmp_path) if not path.endswith(".lock")]
 
@@ -240,10 +240,10 @@ def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["text"]
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
+def test_a_folder_in_use_is_rejected(tmp_path):
     out = tmp_path / "run" / "out"
     with lock_folder(out):
-        with lock_folder(out, main=False):  # one of several processes that work together
+        with lock_folder(out, main=False):  # another process of the same run
             pass
         with pytest.raises(UserError, match="in use"), lock_folder(out):
             pass
@@ -256,7 +256,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
         pass
 
 
-def test_a_folder_that_came_into_use_is_not_replaced(tmp_path):
+def test_a_folder_that_is_locked_meanwhile_is_not_replaced(tmp_path):
     out = tmp_path / "out"
     with ExitStack() as stack:
         with pytest.raises(UserError, match="in use"), write_folder(out):
@@ -264,7 +264,7 @@ def test_a_folder_that_came_into_use_is_not_replaced(tmp_path):
         assert names(tmp_path) == ["out"] and names(out) == [".lock"]
 
 
-def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
+def test_a_new_folder_that_stays_empty_is_removed(tmp_path):
     (tmp_path / "mine").mkdir()
     for name in ("made", "mine"):
         with pytest.raises(UserError), lock_folder(tmp_path / name):
@@ -272,8 +272,8 @@ def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
     assert names(tmp_path) == ["mine"]
 
 
-def test_a_lock_is_free_once_its_holder_is_killed_though_its_child_lives(tmp_path):
-    """A data loader's worker is a fork that outlives a killed parent by seconds."""
+def test_a_lock_is_free_after_its_holder_is_killed_even_if_a_child_is_alive(tmp_path):
+    """A data loader's worker is a fork, which ends seconds after a killed parent."""
     read_end, write_end = os.pipe()
 
     def hold():
@@ -291,14 +291,14 @@ def test_a_lock_is_free_once_its_holder_is_killed_though_its_child_lives(tmp_pat
         assert names(tmp_path) == [".lock"]
         with lock_folder(tmp_path):
             pass
-        os.kill(child, 0)  # it lives
+        os.kill(child, 0)  # it is alive
     finally:
         os.kill(child, signal.SIGKILL)
     assert names(tmp_path) == []
 
 
-def test_holders_of_a_lock_come_one_after_another(tmp_path):
-    """The lock file goes with its lock, so that whoever waits must notice that it waits for a file that is gone."""
+def test_a_lock_has_one_holder_at_a_time(tmp_path):
+    """The lock file is removed with its lock, so a waiting process must notice that its file is gone."""
     inside = []
 
     def work(number):
@@ -315,8 +315,8 @@ def test_holders_of_a_lock_come_one_after_another(tmp_path):
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_a_pinned_file_is_whole_wherever_its_writer_is_killed(old, tmp_path, monkeypatch):
-    """...and no file without its SHA-256, nor with a wrong one, which would be refused."""
+def test_a_pinned_file_is_complete_after_a_kill_at_any_step(old, tmp_path, monkeypatch):
+    """A file without its SHA-256, or with a wrong one, would be rejected."""
     path, replace = tmp_path / "cache", Path.replace
     for steps in range(3):
         for each in tmp_path.iterdir():
@@ -340,7 +340,7 @@ def test_a_pinned_file_is_whole_wherever_its_writer_is_killed(old, tmp_path, mon
 
 
 @given(st.binary(max_size=20), st.binary(max_size=20), st.binary(max_size=20))
-def test_a_pinned_file_that_was_changed_is_refused(tmp_path_factory, first, second, damage):
+def test_a_changed_pinned_file_is_rejected(tmp_path_factory, first, second, damage):
     path = tmp_path_factory.mktemp("pinned") / "cache"
     for data in (first, second):
         write_pinned(path, data)
@@ -349,8 +349,8 @@ def test_a_pinned_file_that_was_changed_is_refused(tmp_path_factory, first, seco
     assert read_pinned(path) == (second if damage == second else None)
 
 
-def test_a_folder_is_removed_in_one_step(tmp_path, monkeypatch):
-    """A killed removal leaves nothing that passes for the folder."""
+def test_a_folder_is_removed_atomically(tmp_path, monkeypatch):
+    """A killed removal does not leave a part of the folder."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "part").touch()
     with monkeypatch.context() as patches:
@@ -373,7 +373,7 @@ def test_a_folder_is_removed_in_one_step(tmp_path, monkeypatch):
         ("eval/robustness.py", "nowhere", "--data", "nowhere"),
     ],
 )
-def test_two_processes_do_not_go_on_in_one_folder(command, tmp_path, run_here):
+def test_two_processes_cannot_use_the_same_folder(command, tmp_path, run_here):
     with lock_folder(tmp_path / "out"):
         assert_one_line_error(run_here(*command, "--out", tmp_path / "out"), "in use")
         assert names(tmp_path / "out") == [".lock"]

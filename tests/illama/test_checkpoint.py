@@ -1,4 +1,4 @@
-"""Weights in: bundles, bare files, and everything that can be wrong with them."""
+"""Loading weights from bundles and files, and rejecting wrong ones."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def test_a_bundle_gives_its_config_preprocessing_and_classes(small_bundle):
     assert by_file.model.config == SMALL
 
 
-def test_a_released_file_loads_with_its_config_read_off_the_shapes(wide_parity, tmp_path):
+def test_the_config_of_a_released_file_is_inferred_from_the_shapes(wide_parity, tmp_path):
     arguments = argparse.Namespace(lr=4e-3, model="illama_tiny")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]).state_dict()
     content = {"model": wide_parity.state, "optimizer": optimizer, "epoch": 3, "args": arguments}
@@ -57,7 +57,7 @@ def test_the_shipped_checkpoints_load():
     assert tiny.head.weight.dtype == torch.float32
 
 
-def test_another_config_is_refused_with_the_difference(small_bundle):
+def test_another_config_is_rejected_with_the_difference(small_bundle):
     asked = ModelConfig.from_dict({**SMALL.to_dict(), "mask": "pre_softmax"})
     with pytest.raises(UserError, match="mask post_softmax, not pre_softmax"):
         load_checkpoint(small_bundle, asked)
@@ -65,7 +65,7 @@ def test_another_config_is_refused_with_the_difference(small_bundle):
 
 @pytest.mark.parametrize(("name", "width", "heads", "hidden", "image_size"), RELEASED, ids=[r[0] for r in RELEASED])
 def test_released_files_load_by_path(tmp_path, name, width, heads, hidden, image_size):
-    """True widths, heads, resolutions and classes; one block deep, to be quick."""
+    """Published widths, heads, resolutions and classes; only one block, for speed."""
     state = released_state(width, hidden, image_size)
     checkpoint = load_checkpoint(save_released(tmp_path / name, state))
     expected = ModelConfig(image_size=image_size, width=width, depth=1, heads=heads, num_classes=1000)
@@ -106,7 +106,7 @@ def test_the_number_of_classes_is_read_from_the_file(tmp_path, classes):
         ({"norm": "layer"}, "norm1.bias is missing"),
     ],
 )
-def test_a_released_file_is_not_loaded_as_what_it_is_not(tmp_path, change, identifier):
+def test_a_released_file_is_not_loaded_with_a_wrong_config(tmp_path, change, identifier):
     path = save_released(tmp_path / RELEASED[0][0], released_state(64, 256, 32))
     config = load_checkpoint(path).model.config
     assert load_checkpoint(path, config).model.config == config
@@ -146,7 +146,7 @@ def _integers(state):
         (_integers, "int8 values in norm.weight"),
     ],
 )
-def test_a_table_or_values_that_do_not_fit_are_refused(tmp_path, change, identifier):
+def test_wrong_position_tables_and_dtypes_are_rejected(tmp_path, change, identifier):
     state = released_state(64, 256, 32)
     change(state)
     with pytest.raises(UserError, match=identifier):
@@ -155,7 +155,7 @@ def test_a_table_or_values_that_do_not_fit_are_refused(tmp_path, change, identif
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_base_patch32_clip_224"])
-def test_a_vit_of_timm_is_sent_to_to_causal(tmp_path, name, suffix):
+def test_the_error_for_a_timm_vit_names_to_causal(tmp_path, name, suffix):
     state = timm.create_model(name, depth=1, num_classes=2).state_dict()
     path = tmp_path / f"vit{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
@@ -163,7 +163,7 @@ def test_a_vit_of_timm_is_sent_to_to_causal(tmp_path, name, suffix):
         load_checkpoint(path)
 
 
-def test_a_training_run_s_state_is_refused(tmp_path):
+def test_the_state_of_a_training_run_is_rejected(tmp_path):
     content = {"step": 3, "model": ILLaMA(SMALL).state_dict(), "average": {}, "optimizer": {}}
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(UserError, match=r"checkpoint\.pt .*bundle"):
@@ -174,7 +174,7 @@ VARIANT = replace(SMALL, mask="pre_softmax", class_token="first", position="lear
 
 
 @pytest.mark.parametrize("config", [SMALL, VARIANT, replace(SMALL, position="rope"), replace(SMALL, mlp="gelu")])
-def test_weights_name_their_config_outside_the_bundle(tmp_path, config):
+def test_weights_contain_their_config(tmp_path, config):
     state = ILLaMA(config).state_dict()
     write_weights(state, config, tmp_path / "weights.safetensors")
     checkpoint = load_checkpoint(tmp_path / "weights.safetensors")
@@ -187,15 +187,15 @@ def test_weights_name_their_config_outside_the_bundle(tmp_path, config):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.safetensors", "weights.safetensors"]
 
 
-def test_what_write_weights_writes_is_json_in_the_metadata(tmp_path):
+def test_write_weights_writes_json_metadata(tmp_path):
     state = {name: value.T if value.ndim == 2 else value for name, value in ILLaMA(SMALL).state_dict().items()}
-    write_weights(state, SMALL, tmp_path / "weights.safetensors")  # transposed: not contiguous
+    write_weights(state, SMALL, tmp_path / "weights.safetensors")  # transposed, so not contiguous
     with safe_open(tmp_path / "weights.safetensors", "pt") as file:
         assert json.loads(file.metadata()["illama_config"]) == SMALL.to_dict()
     assert torch.equal(load_file(tmp_path / "weights.safetensors")["head.weight"], state["head.weight"])
 
 
-def test_a_file_without_metadata_works_and_takes_the_caller_s_word(tmp_path):
+def test_a_file_without_metadata_uses_the_given_config(tmp_path):
     save_file(ILLaMA(SMALL).state_dict(), tmp_path / "bare.safetensors", {"format": "pt"})
     assert load_checkpoint(tmp_path / "bare.safetensors").model.config == replace(SMALL, heads=1)
     assert load_checkpoint(tmp_path / "bare.safetensors", SMALL).model.config == SMALL
@@ -203,7 +203,7 @@ def test_a_file_without_metadata_works_and_takes_the_caller_s_word(tmp_path):
     assert load_checkpoint(tmp_path / "variant.safetensors", VARIANT).model.config == VARIANT
 
 
-def test_a_manifest_that_denies_the_metadata_is_refused(small_bundle):
+def test_a_manifest_that_contradicts_the_metadata_is_rejected(small_bundle):
     state = load_file(small_bundle / "model.safetensors")
     write_weights(state, SMALL, small_bundle / "model.safetensors")
     assert load_checkpoint(small_bundle).model.config == SMALL
@@ -223,7 +223,7 @@ def test_a_manifest_that_denies_the_metadata_is_refused(small_bundle):
         ("3", "damaged config"),
     ],
 )
-def test_damaged_metadata_is_refused(tmp_path, text, identifier):
+def test_damaged_metadata_is_rejected(tmp_path, text, identifier):
     save_file(ILLaMA(SMALL).state_dict(), tmp_path / "x.safetensors", {"illama_config": text})
     with pytest.raises(UserError, match=identifier):
         load_checkpoint(tmp_path / "x.safetensors")
@@ -239,7 +239,7 @@ SIDES = st.integers(1, 20)
 @settings(deadline=None, max_examples=60)
 @given(old=SIDES, new=SIDES, seed=st.integers(0, 2**32 - 1), class_token=st.sampled_from(["last", "first"]))
 def test_resizing_keeps_the_class_row_and_agrees_with_timm(old, new, seed, class_token):
-    """timm's has the class row first; its antialiasing is off, as it was in DeiT and the released code."""
+    """timm has the class row first; antialiasing is off, as in DeiT and the released code."""
     table = _table(old, seed=seed)
     at_end = table if class_token == "last" else table.roll(-1, dims=1)
     resized = resize_positions(table, new, class_token)
@@ -254,12 +254,12 @@ def test_resizing_keeps_the_class_row_and_agrees_with_timm(old, new, seed, class
 
 
 def _keys_matrix(old, new):
-    """Cubic convolution (Keys 1981, a = -0.75) of old samples at new centres, edges repeated: (new, old)."""
+    """Returns the matrix (new, old) of a cubic convolution (Keys 1981, a = -0.75) with repeated edges."""
     a, matrix = -0.75, np.zeros((new, old))
     for i in range(new):
-        centre = (i + 0.5) * old / new - 0.5
-        for j in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            x = abs(centre - j)
+        center = (i + 0.5) * old / new - 0.5
+        for j in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+            x = abs(center - j)
             if x <= 1:
                 weight = (a + 2) * x**3 - (a + 3) * x**2 + 1
             else:
@@ -269,7 +269,7 @@ def _keys_matrix(old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (7, 14), (14, 7), (4, 5), (3, 1), (1, 4)])
-def test_resizing_agrees_with_cubic_convolution_by_hand(old, new):
+def test_resizing_equals_a_cubic_convolution(old, new):
     table, matrix = _table(old), _keys_matrix(old, new)
     grid = table[0, :-1].double().numpy().reshape(old, old, 3)
     expected = np.einsum("ai,bj,ijc->abc", matrix, matrix, grid).reshape(-1, 3)
@@ -278,22 +278,22 @@ def test_resizing_agrees_with_cubic_convolution_by_hand(old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (7, 32), (16, 8)])
-def test_constants_stay_and_ramps_stay_ramps(old, new):
-    """A cubic with a = -0.75 bends a ramp by up to 0.0481 of a step, s^3 - 1.5 s^2 + 0.5 s, and not at all at 2:1."""
+def test_resizing_keeps_constants_and_ramps(old, new):
+    """A cubic with a = -0.75 changes a ramp by up to 0.0481 of a step, s^3 - 1.5 s^2 + 0.5 s, and not at all at 2:1."""
     constant = torch.full((1, old * old + 1, 2), 0.3)
     assert (resize_positions(constant, new) - 0.3).abs().max() < 1e-6
     steps = torch.arange(old, dtype=torch.float32)
     ramp = torch.stack([steps.expand(old, old), steps[:, None].expand(old, old)], dim=-1).reshape(1, -1, 2)
     resized = resize_positions(torch.cat([ramp, torch.zeros(1, 1, 2)], dim=1), new)[0, :-1].view(new, new, 2)
-    centres = (torch.arange(new) + 0.5) * old / new - 0.5
-    inside = (centres >= 1) & (centres <= old - 2)
-    across, down = resized[:, inside, 0] - centres[inside], resized[inside, :, 1] - centres[inside, None]
+    centers = (torch.arange(new) + 0.5) * old / new - 0.5
+    inside = (centers >= 1) & (centers <= old - 2)
+    across, down = resized[:, inside, 0] - centers[inside], resized[inside, :, 1] - centers[inside, None]
     bound = 1e-5 if old == 2 * new else 0.0482
     assert across.abs().max() < bound and down.abs().max() < bound
 
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, class_token="first"), replace(SMALL, position="rope")])
-def test_another_resolution_changes_the_positions_alone(tmp_path, config):
+def test_another_resolution_changes_only_the_positions(tmp_path, config):
     bundle = write_bundle(tmp_path / "bundle", config)
     state = load_file(bundle / "model.safetensors")
     for image_size in (16, 32, 64):
@@ -328,7 +328,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
         (Preprocessing(384, 3, MEAN, STD), 224, None),
     ],
 )
-def test_the_preprocessing_follows_the_resolution(tmp_path, stored, image_size, resize):
+def test_the_preprocessing_is_adapted_to_the_resolution(tmp_path, stored, image_size, resize):
     config = ModelConfig(image_size=stored.image_size, patch_size=32, width=64, depth=1, heads=1, num_classes=2)
     state = ILLaMA(config).state_dict()
     with write_folder(tmp_path / "bundle") as draft:
@@ -339,8 +339,8 @@ def test_the_preprocessing_follows_the_resolution(tmp_path, stored, image_size, 
     assert resized == replace(stored, image_size=image_size, resize=resize)
 
 
-def test_the_shipped_checkpoint_still_sees_at_other_resolutions(real_images):
-    """Interpolated the wrong way round (rows for columns) or with a class row gone astray, it would not."""
+def test_the_shipped_checkpoint_works_at_other_resolutions(real_images):
+    """It would not if rows and columns were exchanged or the class row misplaced."""
     images, labels = (torch.from_numpy(array) for array in real_images)
     for image_size, at_least in ((28, 90), (24, 80), (32, 80)):
         resized = torch.nn.functional.interpolate(images, size=(image_size, image_size), mode="bicubic")
@@ -397,7 +397,7 @@ def test_a_gray_image_gives_the_same_result_in_one_channel_and_in_three(tmp_path
         ({"class_token": "first"}, "class_token last, not first"),
     ],
 )
-def test_fine_tuning_another_network_is_refused(small_bundle, change, identifier):
+def test_fine_tuning_another_network_is_rejected(small_bundle, change, identifier):
     with pytest.raises(UserError, match=identifier):
         initialize_from(ILLaMA(replace(SMALL, **change)), small_bundle, new_head=True)
 
@@ -451,7 +451,7 @@ def _break(state, kind):
         ("unknown", "extra is unknown"),
     ],
 )
-def test_wrong_weights_are_refused(small_bundle, kind, identifier):
+def test_wrong_weights_are_rejected(small_bundle, kind, identifier):
     path = small_bundle / "model.safetensors"
     save_file(_break(load_file(path), kind), path)
     with pytest.raises(UserError, match=identifier):
@@ -460,7 +460,7 @@ def test_wrong_weights_are_refused(small_bundle, kind, identifier):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("kept", [0, 10, 5000])
-def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
+def test_a_truncated_file_is_rejected(tmp_path, suffix, kept):
     path = tmp_path / f"weights{suffix}"
     state = ILLaMA(SMALL).state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
@@ -470,7 +470,7 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
 
 
 @pytest.mark.parametrize("state", [{"weight": torch.zeros(2)}, {"model": {"blocks.0.x": torch.zeros(1)}}])
-def test_another_network_s_weights_are_refused(tmp_path, state):
+def test_another_network_s_weights_are_rejected(tmp_path, state):
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth"):
         load_checkpoint(tmp_path / "other.pth")

@@ -1,4 +1,4 @@
-"""Class folders named by numbers: as words or as timm orders them, and what is said where labels are permuted."""
+"""Class folders named by numbers: both orders, and the notes for permuted labels."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ NATURAL = tuple(map(str, range(COUNT)))
 
 
 def block(number):
-    """A picture of 16 pixels a side whose class is where its bright square of 4 pixels is."""
+    """Returns a 16 x 16 image whose class is the position of its bright 4 x 4 square."""
     pixels = np.zeros((16, 16, 3), np.uint8)
     row, column = divmod(number, 4)
     pixels[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 255
@@ -46,7 +46,7 @@ def numbered(tmp_path_factory):
 
 @pytest.fixture
 def bundles(tmp_path, numbered):
-    """One network that knows every picture, its logits in natural order; the second bundle says they are as words."""
+    """A network that is always right, with logits in natural order; the second bundle declares words."""
     weights = np.stack([block(number).transpose(2, 0, 1).ravel() / 255 for number in range(COUNT)], 1)
     found = []
     for name, order, classes in (("natural", "natural", NATURAL), ("permuted", "words", WORDS)):
@@ -72,7 +72,7 @@ def test_natural_order_is_timm_s(numbered, tmp_path):
     assert open_data(str(numbered)).classes == WORDS
 
 
-def test_one_warning_where_the_orders_differ(numbered, tmp_path, image_folder, capfd):
+def test_one_warning_if_the_orders_differ(numbered, tmp_path, image_folder, capfd):
     folder = shutil.copytree(numbered, tmp_path / "copy")
     for order, warnings in (("words", 1), ("natural", 1), ("natural", 0)):
         data = open_data(str(folder), class_order=order)
@@ -82,7 +82,7 @@ def test_one_warning_where_the_orders_differ(numbered, tmp_path, image_folder, c
     open_data(str(image_folder))
     assert str(image_folder) not in capfd.readouterr().err
     for split in ("train", "val"):
-        (folder / split / "2").rename(folder / split / "²")  # a digit, and no decimal number
+        (folder / split / "2").rename(folder / split / "²")  # a digit, but not a decimal number
     assert set(open_data(str(folder), class_order="natural").classes) == set(NATURAL) - {"2"} | {"²"}
 
 
@@ -96,8 +96,8 @@ def test_a_timm_network_s_folders_are_in_natural_order(numbered, tmp_path):
         assert manifest.preprocessing["exif"] == "apply"
 
 
-def test_the_bundle_says_how_folders_are_ordered(bundles, numbered, run_here, tmp_path):
-    """Nothing names the order on the command line of an evaluation, and the permuted bundle is asked about."""
+def test_the_bundle_determines_the_order(bundles, numbered, run_here, tmp_path):
+    """The command line of an evaluation has no order; for the permuted bundle, there is a note."""
     for bundle, right in zip(bundles, (100.0, 2 / 12 * 100), strict=True):
         out = tmp_path / f"accuracy-{bundle.name}"
         result = run_here(
@@ -138,16 +138,16 @@ def test_the_bundle_says_how_folders_are_ordered(bundles, numbered, run_here, tm
         assert ("class order" in result.stdout) == ("class order" in (out / "report.html").read_text()) == (right < 50)
 
 
-def test_a_head_that_is_kept_has_the_classes_in_the_order_of_the_data(bundles):
+def test_a_kept_head_needs_the_order_of_the_data(bundles):
     natural, words = bundles
     check_class_order(natural, NATURAL), check_class_order(words, WORDS)
-    check_class_order(words, [f"class {name}" for name in NATURAL])  # other names say nothing of an order
-    check_class_order(words / "model.onnx", NATURAL)  # neither does a file alone
+    check_class_order(words, [f"class {name}" for name in NATURAL])  # other names: no check
+    check_class_order(words / "model.onnx", NATURAL)  # a single file: no check
     with pytest.raises(UserError, match="--class-order"):
         check_class_order(words, NATURAL)
 
 
-def test_chance_level_ends_a_tenth_of_the_way_to_all_right():
+def test_chance_level_ends_a_tenth_of_the_way_to_100_percent():
     for classes in (2, 12, 1000):
         chance = 100 / classes
         limit = chance + (100 - chance) / 10

@@ -1,4 +1,4 @@
-"""From a released file to a bundle, by the command and in one process."""
+"""Conversion of a released file to a bundle."""
 
 from dataclasses import asdict
 
@@ -50,7 +50,7 @@ def test_the_command_writes_a_bundle(released, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "model.safetensors"]
 
 
-def test_a_mistake_is_one_line_and_leaves_nothing(ten_classes, tmp_path):
+def test_an_error_is_one_line_and_leaves_no_files(ten_classes, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\n")
     result = run_command("illama/convert.py", ten_classes, "--out", tmp_path / "out", "--classes", names)
@@ -58,7 +58,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(ten_classes, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["names.txt", "ten.pth"]
 
 
-def test_imagenet_s_names_are_its_folders_names_in_their_order(released, tmp_path):
+def test_imagenet_s_names_are_its_sorted_folder_names(released, tmp_path):
     """torchvision's ImageFolder numbers classes by sorted folder names, and so does ImageNet."""
     main(ConvertOptions(released, tmp_path / "out"))
     classes = Manifest.read(tmp_path / "out").classes
@@ -89,11 +89,11 @@ def test_another_resolution(released, tmp_path):
     assert bundle.model.config.image_size == 384
     assert bundle.preprocessing == Preprocessing.imagenet(384) and bundle.preprocessing.resize is None
     assert torch.equal(bundle.model.pos_embed, resize_positions(original.model.pos_embed, 24))
-    main(ConvertOptions(tmp_path / "out", tmp_path / "out", image_size=288))  # in its own place
+    main(ConvertOptions(tmp_path / "out", tmp_path / "out", image_size=288))  # in place
     assert load_checkpoint(tmp_path / "out").preprocessing == Preprocessing.imagenet(288)
 
 
-def test_half_is_stored_in_half_the_room_and_loaded_as_float32(released, tmp_path):
+def test_half_halves_the_size_and_is_loaded_as_float32(released, tmp_path):
     main(ConvertOptions(released, tmp_path / "whole"))
     main(ConvertOptions(released, tmp_path / "half", half=True))
     whole, half = (tmp_path / name / "model.safetensors" for name in ("whole", "half"))
@@ -105,12 +105,12 @@ def test_half_is_stored_in_half_the_room_and_loaded_as_float32(released, tmp_pat
         assert value.dtype == torch.float32
         assert torch.equal(value, state[name].half().float())
     larger = load_checkpoint(tmp_path / "half", image_size=384).model
-    assert torch.equal(larger.pos_embed, resize_positions(model.pos_embed, 24))  # interpolated in float32 too
+    assert torch.equal(larger.pos_embed, resize_positions(model.pos_embed, 24))  # interpolated in float32
     with torch.no_grad():
         assert model(torch.randn(1, 3, 224, 224)).dtype == torch.float32
 
 
-def test_values_beyond_float16_are_refused():
+def test_values_beyond_float16_are_rejected():
     assert to_half({"x": torch.tensor([65504.0])})["x"].item() == 65504
     with pytest.raises(UserError, match=r"x .*float16"):
         to_half({"x": torch.tensor([70000.0])})

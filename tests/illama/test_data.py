@@ -1,4 +1,4 @@
-"""The shipped images, folders in ImageNet's layout, CIFAR's layout, and what is wrong with them."""
+"""The shipped images, ImageNet's and CIFAR's layouts, and errors in them."""
 
 import gzip
 import hashlib
@@ -42,7 +42,7 @@ def test_training_images_leave_out_the_shipped_calibration_images():
     assert _digests(validation) == _digests(data.calibration(2000))
 
 
-def test_missing_training_images_come_with_the_way_to_get_them(tmp_path):
+def test_the_error_for_missing_training_images_names_the_package(tmp_path):
     with pytest.raises(UserError, match="dataset-fashion-mnist"):
         open_data(f"fashion-mnist:{tmp_path}").training()
 
@@ -68,7 +68,7 @@ def test_an_image_folder(image_folder):
     assert grey.shape == (1, 32, 32)
 
 
-def test_preprocessing_comes_back_from_json_or_is_refused():
+def test_preprocessing_is_read_from_json_or_rejected():
     preprocessing = Preprocessing.imagenet(224)
     values = json.loads(json.dumps(asdict(preprocessing)))
     assert Preprocessing.from_dict(values) == preprocessing
@@ -77,14 +77,14 @@ def test_preprocessing_comes_back_from_json_or_is_refused():
             Preprocessing.from_dict(damaged)
 
 
-def test_more_calibration_images_than_there_are(image_folder):
+def test_too_many_calibration_images(image_folder):
     with pytest.raises(UserError, match=r"25 .*1 to 24 .*--calibration-images"):
         open_data(str(image_folder)).calibration(25)
     with pytest.raises(UserError, match=r"2001 .*--calibration-images"):
         open_data("fashion-mnist").calibration(2001)
 
 
-def test_folders_that_cannot_be_used(tmp_path, image_folder):
+def test_wrong_folders_are_rejected(tmp_path, image_folder):
     with pytest.raises(UserError, match="nowhere"):
         open_data(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
@@ -116,14 +116,14 @@ def test_a_broken_image_is_named(image_folder):
         gzip.compress(b"\0\0\x08\x01\0\0\0\xff12", mtime=0),
     ],
 )
-def test_a_damaged_idx_file_is_refused(tmp_path, content):
+def test_a_damaged_idx_file_is_rejected(tmp_path, content):
     (tmp_path / "file.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"file\.gz"):
         read_idx(tmp_path / "file.gz")
 
 
 def test_a_huge_image_is_named_in_one_line(image_folder, monkeypatch, recwarn):
-    """Pillow only warns of images above its limit, and refuses them from twice the limit on."""
+    """Pillow only warns above its limit, and raises an error from twice the limit on."""
     with Image.open(image_folder / "val" / "class0" / "0.png") as image:
         pixels = image.width * image.height
     for limit in (pixels * 2 // 3, pixels // 3):
@@ -147,7 +147,7 @@ CIFAR = {
 
 
 def _write_cifar(name, root):
-    """A CIFAR of 10 images a batch in the published layout; its pixels, and the MD5 sums torchvision checks."""
+    """Writes a CIFAR of 10 images per batch; returns its content, and the MD5 sums that torchvision checks."""
     _, folder, train, test, labels, names = CIFAR[name]
     generator, classes = np.random.default_rng(0), int(name.removeprefix("cifar"))
     contents = {
@@ -166,7 +166,7 @@ def _write_cifar(name, root):
 def test_cifar_in_its_published_layout(name, tmp_path, monkeypatch):
     reader, _, train, test, _, _ = CIFAR[name]
     contents, sums = _write_cifar(name, tmp_path)
-    with pytest.raises(UserError, match=f"no intact {name}"):  # its MD5 sums are not CIFAR's
+    with pytest.raises(UserError, match=f"no intact {name}"):  # its MD5 sums are wrong
         open_data(f"{name}:{tmp_path}")
     monkeypatch.setattr(reader, "train_list", [[batch, sums[batch]] for batch in train])
     monkeypatch.setattr(reader, "test_list", [[test, sums[test]]])

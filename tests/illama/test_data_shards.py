@@ -1,4 +1,4 @@
-"""Tar and parquet shards as data sets: every image and label as written, in any order, and every kind of damage."""
+"""Tar and parquet shards: images and labels in any order, and damaged files."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from illama.data.datasets import Transformed, open_data
 from illama.errors import UserError
 
 CLASSES = 3
-TRAIN, VAL = 12, 7  # images a shard; three shards of each split
+TRAIN, VAL = 12, 7  # images per shard; each split has three shards
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def _cache(tmp_path, monkeypatch):
 
 
 def _pixels(split, number):
-    """The picture of an image: noise, another for each number."""
+    """Returns different noise for each number."""
     return np.random.default_rng((len(split), number)).integers(0, 256, (8 + number % 3, 10, 3), dtype=np.uint8)
 
 
@@ -92,7 +92,7 @@ def _number(image, split, numbers):
     return next(n for n in numbers if np.array_equal(np.asarray(image), _pixels(split, n)))
 
 
-def test_images_and_labels_come_back_exactly_in_any_order(kind, shards):
+def test_images_and_labels_are_read_exactly_in_any_order(kind, shards):
     data = _open(kind, shards)
     test = data.test()
     assert len(test) == 3 * VAL
@@ -118,14 +118,14 @@ def test_loader_workers_read_what_the_process_itself_reads(kind, shards):
     for split in (data.test(), data.training()[0]):
         images = Transformed(split, data.preprocessing(16, 3).transform())
         expected = [(image.numpy().tobytes(), label) for image, label in (images[i] for i in range(len(images)))]
-        loader = DataLoader(images, batch_size=4, num_workers=2)  # forked, after the process itself has read
+        loader = DataLoader(images, batch_size=4, num_workers=2)  # forked after this process has read
         found = [(image.numpy().tobytes(), int(label)) for batch in loader for image, label in zip(*batch, strict=True)]
         assert found == expected
         copy = pickle.loads(pickle.dumps(split))  # what a spawned worker gets
         assert all(np.array_equal(np.asarray(copy[i][0]), np.asarray(split[i][0])) for i in range(len(split)))
 
 
-def test_opening_decodes_nothing(kind, shards, monkeypatch):
+def test_opening_decodes_no_image(kind, shards, monkeypatch):
     monkeypatch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("an image was decoded"))
     data = _open(kind, shards)
     data.training()
@@ -133,12 +133,12 @@ def test_opening_decodes_nothing(kind, shards, monkeypatch):
 
 
 def test_the_index_is_small(kind, shards):
-    """ImageNet's 1.28 million images must fit: 20 bytes an image for tars, and not more than 40 sent to a worker."""
+    """ImageNet's 1.28 million images must fit: 20 bytes per image for tars, and at most 40 sent to a worker."""
     data = _open(kind, shards)
     test = data.test()
     unread = len(pickle.dumps(test))
     test[3]
-    assert len(pickle.dumps(test)) == unread  # a row group that is kept stays here
+    assert len(pickle.dumps(test)) == unread  # the row group in memory is not pickled
     images = data.training()[0].dataset
     assert images.index.itemsize == 20
     assert len(pickle.dumps(images)) < 40 * len(images) + 6000
@@ -146,7 +146,7 @@ def test_the_index_is_small(kind, shards):
 
 @pytest.mark.parametrize("pattern", ["train-{split}", "{split}/{shard}.tar", "{split}-{shard:06}.tar"])
 def test_layouts_of_tar_folders(tmp_path, pattern):
-    if pattern.startswith("train-"):  # the first word that names a split counts
+    if pattern.startswith("train-"):  # the first name of a split counts
         pattern = "{split}/val-{shard}.tar"
     folder = _write_tars(tmp_path / "a", pattern, val="val")
     assert len(_open("webdataset", folder).training()[0]) == 33
@@ -180,7 +180,7 @@ def test_parquet_is_unpacked_once_for_training_and_again_when_it_changes(tmp_pat
     assert not list(cache.glob(".*"))
 
 
-def test_no_place_to_unpack_parquet(tmp_path, monkeypatch):
+def test_no_space_to_unpack_parquet(tmp_path, monkeypatch):
     data = _open("parquet", _write_parquet(tmp_path / "set"))
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
@@ -205,7 +205,7 @@ def test_a_truncated_shard_is_named(kind, shards, keep):
         _open(kind, shards)
 
 
-def test_a_tar_cut_between_two_members_or_damaged_there(tmp_path):
+def test_a_tar_truncated_or_damaged_between_two_members(tmp_path):
     folder = _write_tars(tmp_path / "set")
     path = _shard("webdataset", folder, "validation")
     content = path.read_bytes()
@@ -227,7 +227,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
         list(_open("parquet", folder).test())
 
 
-def test_a_broken_image_is_named_with_its_shard_also_by_a_worker(tmp_path):
+def test_the_error_for_a_broken_image_names_its_shard(tmp_path):
     tars = _write_tars(tmp_path / "tars")
     for split in ("train", "validation"):
         path = _shard("webdataset", tars, split, 2)
@@ -248,7 +248,7 @@ def test_a_broken_image_is_named_with_its_shard_also_by_a_worker(tmp_path):
 
 
 def _rewrite(path, change):
-    """Change the rows of a parquet file, given as a list of dicts."""
+    """Changes the rows of a parquet file, a list of dicts."""
     pq.write_table(pa.Table.from_pylist(change(pq.read_table(path).to_pylist())), path)
 
 
@@ -263,7 +263,7 @@ def _rewrite(path, change):
         (lambda row: {**row, "label": None if row["label"] == 1 else 1}, "a row has no label"),
     ],
 )
-def test_parquet_of_other_content(tmp_path, change, message):
+def test_wrong_parquet_columns_and_rows(tmp_path, change, message):
     folder = _write_parquet(tmp_path / "set")
     for path in (folder / "data").glob("validation*"):
         _rewrite(path, lambda rows: [change(row) for row in rows])
@@ -271,7 +271,7 @@ def test_parquet_of_other_content(tmp_path, change, message):
         _open("parquet", folder)
 
 
-def test_parquet_with_paths_in_place_of_images(tmp_path):
+def test_parquet_with_paths_instead_of_images(tmp_path):
     folder = _write_parquet(tmp_path / "set")
     path = _shard("parquet", folder, "validation", 1)
     _rewrite(
@@ -292,7 +292,7 @@ def test_parquet_with_paths_in_place_of_images(tmp_path):
         ({"a.png": b"", "a.cls": b"0"}, "one class only"),
     ],
 )
-def test_tars_of_other_content(tmp_path, members, message):
+def test_wrong_tar_members(tmp_path, members, message):
     with tarfile.open(tmp_path / "val-0.tar", "w") as tar:
         for name, content in members.items():
             _add(tar, name, content)
@@ -314,7 +314,7 @@ def test_missing_shards_splits_and_classes(kind, shards, tmp_path):
     for number in range(3):
         _shard(kind, shards, "train", 0).rename(tmp_path / str(number))
     data = _open(kind, shards)
-    assert len(data.test()) == 21  # enough for measuring accuracy
+    assert len(data.test()) == 21  # sufficient for an evaluation
     with pytest.raises(UserError, match="no training shards"):
         data.training()
     for path in [*shards.rglob("*validation*")]:
@@ -323,7 +323,7 @@ def test_missing_shards_splits_and_classes(kind, shards, tmp_path):
         _open(kind, shards)
 
 
-def test_training_labels_must_be_those_of_the_classes(tmp_path):
+def test_training_labels_must_fit_the_classes(tmp_path):
     folder = _write_tars(tmp_path / "set")
     for names, message in (("a b", "label 2, outside 0..1"), ("a b c d", r"no training image of class 3 \(1 of 4")):
         (folder / "classes.txt").write_text("\n".join(names.split()))

@@ -1,4 +1,4 @@
-"""Image files of every depth and orientation against independent writers and readers, and what must not be decoded."""
+"""Image files of every depth and orientation, compared with independent writers and readers; rejected files."""
 
 import io
 import os
@@ -25,7 +25,7 @@ from illama.data.images import ResizeAndCrop, bicubic, decode_image
 from illama.errors import UserError
 
 CASES = Path(__file__).parents[1] / "data"
-GREY = np.random.default_rng(0).integers(0, 256, (6, 9), dtype=np.uint8)
+GRAY = np.random.default_rng(0).integers(0, 256, (6, 9), dtype=np.uint8)
 
 
 def decode(content, exif="apply", mode="L", **more):
@@ -33,7 +33,7 @@ def decode(content, exif="apply", mode="L", **more):
 
 
 def png(width, height, depth, kind, rows, *chunks):
-    """A PNG by its specification: rows of bytes as they are, further chunks before the pixels."""
+    """Returns a PNG of the given rows of bytes, with further chunks before the pixels."""
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
@@ -42,8 +42,8 @@ def png(width, height, depth, kind, rows, *chunks):
     )
 
 
-def grey_png(values, *chunks):
-    """Of 16 bits."""
+def gray_png(values, *chunks):
+    """Returns a gray PNG of 16 bits."""
     height, width = values.shape
     return png(width, height, 16, 0, [row.astype(">u2").tobytes() for row in values], *chunks)
 
@@ -61,13 +61,13 @@ def scaled(values, top):
 def test_every_value_of_16_bits():
     values = np.arange(65536).reshape(256, 256)
     expected = scaled(values, 65535)
-    assert np.array_equal(decode(grey_png(values)), expected)
+    assert np.array_equal(decode(gray_png(values)), expected)
     written = cv2.imencode(".png", values.astype(np.uint16))[1].tobytes()
     assert np.array_equal(decode(written), expected)
     for order in "<>":
         assert np.array_equal(decode(tiff(values.astype(np.uint16), byteorder=order)), expected)
     assert np.array_equal(decode(b"P5\n256 256\n65535\n" + values.astype(">u2").tobytes()), expected)
-    assert np.array_equal(decode(grey_png(GREY * np.uint16(257))), GREY)
+    assert np.array_equal(decode(gray_png(GRAY * np.uint16(257))), GRAY)
 
 
 @pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i2", "u4", "i4", "f4"])
@@ -89,17 +89,17 @@ def test_a_tiff_is_scaled_by_the_depth_that_it_declares(kind, order):
     compressed = tiff(values, byteorder=order, compression="zlib")
     try:
         assert np.array_equal(decode(compressed), scaled(values, top))
-    except UserError:  # Pillow would swap the bytes once too often
+    except UserError:  # Pillow would swap the bytes twice
         assert order == ">" and kind in ("i2", "i4", "f4")
 
 
-@pytest.mark.parametrize("values", [GREY, GREY * np.uint16(257), GREY / np.float32(255)], ids=["8", "16", "float"])
-def test_where_white_is_zero(values):
-    assert np.array_equal(decode(tiff(values, photometric="miniswhite")), 255 - GREY)
+@pytest.mark.parametrize("values", [GRAY, GRAY * np.uint16(257), GRAY / np.float32(255)], ids=["8", "16", "float"])
+def test_a_tiff_in_which_white_is_zero(values):
+    assert np.array_equal(decode(tiff(values, photometric="miniswhite")), 255 - GRAY)
 
 
 def test_12_bits_of_a_tiff():
-    """Two pixels in three bytes, by hand: no library that is installed writes them."""
+    """Two pixels in three bytes, packed here, since no installed library writes them."""
     values = np.arange(4096).reshape(64, 64)
     pairs = values.reshape(-1, 2)
     packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
@@ -126,13 +126,13 @@ def test_a_pgm_is_scaled_by_its_highest_value(highest):
         assert np.abs(decode(content) - scaled(values, highest)).max() <= (0 if highest in (1, 255, 65535) else 1)
 
 
-def test_of_colours_of_16_bits_the_upper_8_are_taken():
+def test_the_upper_8_of_16_bits_of_colors_are_kept():
     colours = np.random.default_rng(1).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
     content = cv2.imencode(".png", colours[..., ::-1])[1].tobytes()
     assert np.array_equal(decode(content, mode="RGB"), colours >> 8)
 
 
-def test_a_pixel_that_is_no_number_makes_a_broken_image():
+def test_an_image_with_nan_is_broken():
     with pytest.raises(UserError, match="this one"):
         decode(tiff(np.array([[0.5, np.nan]], np.float32)))
 
@@ -151,18 +151,18 @@ UPRIGHT = {
 
 
 def exif_of(orientation, order="<"):
-    """EXIF with one entry, as its specification has it."""
+    """Returns EXIF data with one entry."""
     mark = {"<": b"II", ">": b"MM"}[order]
     return struct.pack(f"{order}2sHIHHHIHHI", mark, 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
 
 
 def declaring(kind, orientation):
-    """A file of STORED that declares an orientation."""
+    """Returns a file of STORED with an orientation."""
     file, header = io.BytesIO(), b"Exif\0\0" + exif_of(orientation, ">" if orientation % 2 else "<")
     if kind == "TIFF":
         return tiff(STORED, extratags=[(0x0112, "H", 1, orientation, True)])
     if kind == "PNG":
-        return grey_png(STORED * np.uint16(257), (b"eXIf", exif_of(orientation)))
+        return gray_png(STORED * np.uint16(257), (b"eXIf", exif_of(orientation)))
     options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True, "exact": True}}[kind]
     Image.fromarray(STORED).convert("RGB").save(file, kind, exif=header, **options)
     return file.getvalue()
@@ -170,14 +170,14 @@ def declaring(kind, orientation):
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_picture_is_turned_as_its_file_declares(kind, orientation):
+def test_the_declared_orientation_is_applied(kind, orientation):
     content, tolerance = declaring(kind, orientation), 2 if kind == "JPEG" else 0
     found = decode(content).astype(int)
     assert found.shape == UPRIGHT[orientation].shape and np.abs(found - UPRIGHT[orientation]).max() <= tolerance
-    if kind == "JPEG":  # what an independent reader makes of it
+    if kind == "JPEG":  # compared with an independent reader
         seen = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
         assert np.abs(found - seen).max() <= tolerance
-    if kind != "TIFF":  # which Pillow turns by itself
+    if kind != "TIFF":  # Pillow rotates a TIFF by itself
         assert np.abs(decode(content, "ignore").astype(int) - STORED).max() <= tolerance
     if kind == "PNG":
         assert np.array_equal(decode(content, mode=None), STORED * np.uint16(257))
@@ -196,7 +196,7 @@ def test_a_picture_is_turned_as_its_file_declares(kind, orientation):
     ],
 )
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
-def test_damaged_metadata_leaves_the_picture_as_it_is(kind, damaged, recwarn):
+def test_damaged_metadata_is_ignored(kind, damaged, recwarn):
     file = io.BytesIO()
     Image.fromarray(STORED).convert("RGB").save(
         file, kind, exif=damaged, **({"lossless": True} if kind == "WEBP" else {})
@@ -205,7 +205,7 @@ def test_damaged_metadata_leaves_the_picture_as_it_is(kind, damaged, recwarn):
     assert not recwarn.list
 
 
-def test_a_phone_s_pair_of_pictures_gives_the_first():
+def test_the_first_image_of_an_mpo_is_decoded():
     file = io.BytesIO()
     first, second = (Image.fromarray(array).convert("RGB") for array in (STORED, 255 - STORED))
     first.save(file, "MPO", save_all=True, append_images=[second], quality=95)
@@ -213,7 +213,7 @@ def test_a_phone_s_pair_of_pictures_gives_the_first():
     assert np.abs(decode(file.getvalue()).astype(int) - STORED).max() <= 2
 
 
-def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch):
+def test_other_formats_are_rejected_with_any_name(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     for kind in ("EPS", "ICO", "TGA", "PCX", "SGI"):
         path = tmp_path / f"{kind}.jpg"
@@ -228,36 +228,36 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch):
         assert decode_image(str(path), lambda: "").size == STORED.shape[::-1]
 
 
-def test_values_of_a_map_are_never_scaled():
+def test_values_of_a_label_map_are_never_scaled():
     packed = png(4, 1, 4, 0, [b"\x12\x34"])
     with pytest.raises(UserError, match="this one"):
         decode(packed, mode=None)
     file = io.BytesIO()
-    indices = Image.fromarray(GREY % 4).convert("L")
+    indices = Image.fromarray(GRAY % 4).convert("L")
     indices.putpalette([0, 0, 0, 9, 9, 9, 200, 0, 0, 0, 50, 0])
     indices.save(file, "PNG")
-    assert np.array_equal(decode(file.getvalue(), mode=None), GREY % 4)
+    assert np.array_equal(decode(file.getvalue(), mode=None), GRAY % 4)
 
 
-def test_size_is_checked_before_anything_is_decoded():
-    header = png(30_000, 20_000, 8, 0, [])  # no pixel is there
+def test_the_size_is_checked_before_decoding():
+    header = png(30_000, 20_000, 8, 0, [])  # without pixels
     for content, limit, identifier in (
         (header, None, "more than 89.5 million pixels"),
-        (grey_png(np.zeros((20, 60))), 1199, "more than"),
+        (gray_png(np.zeros((20, 60))), 1199, "more than"),
         (png(1_000_001, 1, 1, 0, []), None, "1000000 along a side"),
     ):
         with pytest.raises(UserError, match=identifier):
             decode(content, max_pixels=limit)
-    assert decode(grey_png(np.zeros((20, 60))), max_pixels=1200).shape == (20, 60)
+    assert decode(gray_png(np.zeros((20, 60))), max_pixels=1200).shape == (20, 60)
 
 
 @st.composite
 def pictures(draw):
-    """(picture, short, size): long pictures, noise of any values or of black and white, whose resize overshoots."""
+    """Draws (image, short, size) of long images: noise of any values, or black and white, whose resize overshoots."""
     narrow = draw(st.integers(1, 30))
     long = int(narrow * draw(st.floats(4, 300)))
     assume(long < 4000)
-    # Pillow 12 shrinks a tall picture in another order, with other roundings.
+    # Pillow 12 shrinks a tall image in another order, with other rounding.
     tall = [(long, narrow)] if int(Image.__version__.split(".")[0]) >= 13 else []
     shape = draw(st.sampled_from([(narrow, long), *tall]))
     pixels = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -268,7 +268,7 @@ def pictures(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(pictures())
-def test_the_crop_alone_is_the_crop_of_the_resized_picture(case):
+def test_the_crop_equals_the_crop_of_the_resized_image(case):
     picture, short, size = case
     whole = v2.Compose([v2.Resize(short, InterpolationMode.BICUBIC), v2.CenterCrop(size)])
     expected = np.asarray(whole(picture)).astype(int)
@@ -280,7 +280,7 @@ def test_the_crop_alone_is_the_crop_of_the_resized_picture(case):
 
 
 @pytest.mark.parametrize("shape", [(10, 12_000), (12_000, 10)])
-def test_beyond_the_limit_the_crop_is_still_that_of_today(shape):
+def test_beyond_the_limit_the_crop_is_the_same(shape):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     whole = v2.Compose([v2.Resize(256, InterpolationMode.BICUBIC), v2.CenterCrop(224)])(picture)
     with mock.patch.object(v2.functional, "resize", side_effect=AssertionError("the whole picture was resized")):
@@ -291,7 +291,7 @@ def test_beyond_the_limit_the_crop_is_still_that_of_today(shape):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.data())
 @example(28, 28, None)
-def test_the_weights_are_pytorch_s(old, new, data):
+def test_the_weights_equal_pytorch_s(old, new, data):
     first = data.draw(st.integers(0, new - 1)) if data else 0
     count = data.draw(st.integers(1, new - first)) if data else new
     expected = F.interpolate(
@@ -333,7 +333,7 @@ except UserError as error:
 """
 
 
-def test_memory_is_that_of_the_pixels_whatever_the_shape(tmp_path):
+def test_memory_does_not_depend_on_the_shape(tmp_path):
     for width, height in ((20_000, 1), (1, 20_000), (100_000, 100), (9000, 9000)):
         Image.new("L", (width, height)).save(tmp_path / f"{width}x{height}.png")
     result = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""A LLaMA's weights as initial values: every element, the RoPE layout by what it computes, memory, and refusals."""
+"""Initial values from a LLaMA: every element, the function of the RoPE layout, memory, and errors."""
 
 import json
 import math
@@ -27,7 +27,7 @@ LLAMA = {
 
 
 def _shapes(config):
-    """Hugging Face's names and shapes."""
+    """Returns Hugging Face's names and shapes."""
     width, hidden = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim", width // config["num_attention_heads"])
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
@@ -49,7 +49,7 @@ def _shapes(config):
 
 
 def _tensors(config, dtype=torch.float16):
-    """Random weights of these shapes."""
+    """Returns random weights of these shapes."""
     generator = torch.Generator().manual_seed(0)
     return {name: (torch.randn(shape, generator=generator) * 0.2).to(dtype) for name, shape in _shapes(config).items()}
 
@@ -80,8 +80,8 @@ def _model(config=SMALL):
 
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_element_is_the_one_that_counting_by_hand_gives(tmp_path, dtype, shards):
-    """6 heads of 32 to 2 of 16, 192 channels to 32, 600 hidden to 256, 5 layers to 2: indices counted in the open."""
+def test_every_element_is_the_expected_one(tmp_path, dtype, shards):
+    """6 heads of 32 to 2 of 16, 192 channels to 32, 600 hidden to 256, 5 layers to 2."""
     tensors = _tensors(LLAMA, dtype)
     model, before = _model(), _model().state_dict()
     initialize_from_llama(model, _write(tmp_path / "llama", LLAMA, tensors, shards))
@@ -89,7 +89,7 @@ def test_every_element_is_the_one_that_counting_by_hand_gives(tmp_path, dtype, s
     hidden = [round(i * 599 / 255) for i in range(256)]
     rows = []
     for head in (0, 3):
-        for j in range(8):  # every second of 16 pairs; half-split (p, p + 16) to interleaved (2j, 2j + 1)
+        for j in range(8):  # every second of 16 pairs, from half-split (p, p + 16) to interleaved (2j, 2j + 1)
             rows += [32 * head + 2 * j, 32 * head + 2 * j + 16]
     after = model.state_dict()
     for block, layer in ((0, 0), (1, 4)):
@@ -125,7 +125,7 @@ def test_selections_are_increasing_and_evenly_spaced(count, of):
 
 
 def _hugging_face_layer(x, tensors, config, theta=10000.0):
-    """A LLaMA decoder layer as transformers writes it (half-split rotate_half, repeat_kv), unmasked, in float64."""
+    """Computes a LLaMA decoder layer as transformers does (half-split rotate_half, repeat_kv), unmasked, in float64."""
     w = {name.removeprefix("model.layers.0."): value.double() for name, value in tensors.items()}
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     size = config.get("head_dim", config["hidden_size"] // heads)
@@ -151,8 +151,8 @@ def _hugging_face_layer(x, tensors, config, theta=10000.0):
 
 
 @pytest.mark.parametrize("key_value_heads", [4, 2, 1], ids=["multi-head", "grouped", "multi-query"])
-def test_at_equal_size_a_block_computes_what_the_llama_layer_does(tmp_path, key_value_heads):
-    """Nothing is left out then, so heads, RoPE layout, order of q, k and v and the MLP are tested by function."""
+def test_at_equal_size_a_block_equals_the_llama_layer(tmp_path, key_value_heads):
+    """All elements are selected, so heads, RoPE layout, the order of q, k and v and the MLP are tested by function."""
     config = ModelConfig(image_size=32, patch_size=8, width=64, depth=1, heads=4, mask="bidirectional")
     llama = {
         **LLAMA,
@@ -181,7 +181,7 @@ def test_at_equal_size_a_block_computes_what_the_llama_layer_does(tmp_path, key_
 
 
 def test_pairs_of_a_selected_head_keep_their_frequencies(tmp_path):
-    """Heads of 32 to heads of 16: scores of the small head are those of the large one over the selected pairs alone."""
+    """Heads of 32 to 16: the scores of the small head are those of the large one over the selected pairs."""
     llama = {
         **LLAMA,
         "hidden_size": 32,
@@ -196,7 +196,7 @@ def test_pairs_of_a_selected_head_keep_their_frequencies(tmp_path):
     dropped = [row for head in (0, 32) for pair in range(1, 16, 2) for row in (head + pair, head + pair + 16)]
     name = "model.layers.0.self_attn.q_proj.weight"
     kept[name] = tensors[name].clone()
-    kept[name][dropped] = 0  # a pair of q that is zero adds nothing to the scores
+    kept[name][dropped] = 0  # a zero pair of q adds nothing to the scores
     config = replace(SMALL, depth=1, mask="bidirectional")
     model = _model(config)
     initialize_from_llama(model, _write(tmp_path / "llama", llama, tensors))
@@ -213,7 +213,7 @@ def test_pairs_of_a_selected_head_keep_their_frequencies(tmp_path):
 
 
 def _write_holes(path, shapes):
-    """A float16 .safetensors of zeros that takes no room on the disk: the data is one hole."""
+    """Writes a sparse float16 .safetensors of zeros, which takes no space on the disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
@@ -241,11 +241,11 @@ print(peak() - before)
 """
 
 
-def test_memory_is_that_of_one_tensor_at_llama2_7b_s_own_sizes(tmp_path):
-    """13 GB in two shards, the largest tensor 86 MiB, measured in a process of its own.
+def test_memory_is_that_of_one_tensor_at_the_sizes_of_llama2_7b(tmp_path):
+    """13 GB in two shards, the largest tensor 86 MiB, measured in a new process.
 
-    Base's widths and 4 blocks: the growth is the same for 12, as nothing of one tensor is kept for the next.
-    Leaving the files open comes to 1.2 GiB here, converting a whole tensor to 290 MiB.
+    Base's widths and 4 blocks; 12 blocks take the same, since no tensor is kept.
+    Open files would take 1.2 GiB, and converting whole tensors 290 MiB.
     """
     config = {
         **LLAMA,
@@ -314,12 +314,12 @@ def test_a_missing_or_damaged_file_is_named(llama, tmp_path):
         ({"intermediate_size": 599}, r"gate_proj.weight .*\(600, 192\)"),
     ],
 )
-def test_a_llama_that_does_not_fit_is_refused(llama, values, identifier):
+def test_a_llama_that_does_not_fit_is_rejected(llama, values, identifier):
     _edit_config(llama, **values)
     _expect(llama, identifier)
 
 
-def test_other_names_and_nan_are_refused(tmp_path):
+def test_other_names_and_nan_are_rejected(tmp_path):
     tensors = _tensors(LLAMA)
     names = {name.replace("self_attn", "attention"): value for name, value in tensors.items()}
     _expect(_write(tmp_path / "names", LLAMA, names), "model.layers.0.self_attn.q_proj.weight")
@@ -332,6 +332,6 @@ def test_other_names_and_nan_are_refused(tmp_path):
     _expect(folder, "self_attn.q_proj.weight.*model.safetensors.index.json")
 
 
-def test_a_network_that_is_not_llama_s_is_refused(llama):
+def test_a_network_with_other_norms_or_mlps_is_rejected(llama):
     _expect(llama, "norm layer", replace(SMALL, norm="layer"))
     _expect(llama, "mlp gelu", replace(SMALL, mlp="gelu"))

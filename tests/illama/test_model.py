@@ -1,4 +1,4 @@
-"""The network against the released code's own outputs, against float64, and against its published size."""
+"""The network, compared with the released code's outputs, float64, and published sizes."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_matches_the_released_code(parity, alpha, form, readout_only):
 
 
 def test_a_pre_softmax_mask_is_another_function(wide_parity):
-    """The trap: the usual causal mask runs a released checkpoint without complaint, and is wrong."""
+    """The usual causal mask runs a released checkpoint without an error, but gives wrong results."""
     config = ModelConfig.from_dict({**wide_parity.config.to_dict(), "mask": "pre_softmax"})
     model = ILLaMA(config).eval()
     model.load_state_dict(wide_parity.state)
@@ -54,7 +54,7 @@ def test_published_sizes(size, millions, giga_macs):
         model.readout_only = False
         model.set_attention_form("plain")
         images = torch.zeros(1, 3, 224, 224)
-    # The paper's counts are a profiler's: Linears and the convolution, without tables and norms.
+    # The paper counts Linears and the convolution, without tables and norms, as a profiler does.
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     counted = sum(p.numel() for layer in layers for p in layer.parameters())
     assert round(counted / 1e6, 1) == millions
@@ -66,7 +66,7 @@ def test_published_sizes(size, millions, giga_macs):
 
 
 def _equation_2(q, k, v, alpha, kind):
-    """Equations 1 and 2 of the paper in numpy, written without looking at the code under test."""
+    """Computes equations 1 and 2 of the paper in NumPy, independently of the code under test."""
     scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
     tokens = scores.shape[-1]
     seen = alpha + (1 - alpha) * np.tril(np.ones((tokens, tokens)))
@@ -112,7 +112,7 @@ def test_both_forms_are_the_paper_s_equations(tokens, head_dim, alpha, kind, for
 @pytest.mark.parametrize("class_token", ["last", "first"])
 @pytest.mark.parametrize("position", ["learnable", "rope", "both"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_reading_out_the_class_token_alone_is_exact(kind, class_token, position, alpha):
+def test_computing_only_the_class_token_is_exact(kind, class_token, position, alpha):
     torch.manual_seed(0)
     config = ModelConfig(
         image_size=16,
@@ -138,7 +138,7 @@ def test_reading_out_the_class_token_alone_is_exact(kind, class_token, position,
         torch.testing.assert_close(result, results[0], atol=1e-9, rtol=0)
 
 
-def test_readout_only_leaves_the_gradients_alone(wide_parity):
+def test_readout_only_does_not_change_the_gradients(wide_parity):
     gradients = []
     for readout_only in (True, False):
         model = wide_parity.model().double()
@@ -149,8 +149,8 @@ def test_readout_only_leaves_the_gradients_alone(wide_parity):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 
 
-def test_class_token_first_sees_nothing_under_a_causal_mask():
-    """The attention collapse of the paper's Table 17: the logits do not depend on the image."""
+def test_a_class_token_at_the_front_depends_on_nothing():
+    """The attention collapse of the paper's Table 17: logits do not depend on the image."""
     torch.manual_seed(0)
     model = ILLaMA(ModelConfig.preset("nano", class_token="first", mask="pre_softmax")).eval()
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_class_token_first_sees_nothing_under_a_causal_mask():
 
 @given(shift=st.integers(0, 20), seed=st.integers(0, 100))
 @settings(deadline=None, max_examples=30)
-def test_rope_depends_on_distance_alone_and_keeps_length(shift, seed):
+def test_rope_depends_only_on_distance_and_keeps_length(shift, seed):
     torch.manual_seed(seed)
     table = rotary_table(40, 8).double()
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
@@ -190,7 +190,7 @@ def test_public_interface():
         model.soft_mask = 1.5
 
 
-def test_timm_knows_the_sizes():
+def test_timm_has_the_sizes():
     model = timm.create_model("illama_tiny", num_classes=7, img_size=32, in_chans=1, drop_path_rate=0.1)
     assert isinstance(model, ILLaMA)
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 7)
@@ -210,12 +210,12 @@ def test_timm_knows_the_sizes():
         ({"color": 3}, "color"),
     ],
 )
-def test_a_wrong_config_is_refused(settings_, identifier):
+def test_a_wrong_config_is_rejected(settings_, identifier):
     with pytest.raises(UserError, match=identifier):
         ModelConfig.from_dict(settings_)
 
 
-def test_an_unknown_size_is_refused():
+def test_an_unknown_size_is_rejected():
     with pytest.raises(UserError, match="'huge'"):
         ModelConfig.preset("huge")
 
@@ -233,8 +233,8 @@ def test_fused_half_precision_on_a_gpu(wide_parity, dtype, alpha):
     assert (logits - expected).norm() / expected.norm() < 2e-2
 
 
-def _randomised(config):
-    """A network whose norms, biases and tables matter."""
+def _randomized(config):
+    """Returns a network with random norms, biases and tables."""
     torch.manual_seed(0)
     model = ILLaMA(config).eval()
     with torch.no_grad():
@@ -243,8 +243,8 @@ def _randomised(config):
     return model
 
 
-def test_the_roadmap_starts_at_timm_s_vit():
-    model = _randomised(ModelConfig.preset("nano", "vit", in_channels=3))
+def test_the_first_step_equals_timm_s_vit():
+    model = _randomized(ModelConfig.preset("nano", "vit", in_channels=3))
     vit = VisionTransformer(img_size=28, patch_size=4, embed_dim=128, depth=6, num_heads=2, num_classes=10).eval()
     vit.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, 28, 28)
@@ -254,8 +254,8 @@ def test_the_roadmap_starts_at_timm_s_vit():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_step_of_the_roadmap_trims_and_exports_its_last_block_exactly(variant):
-    model = _randomised(ModelConfig.preset("nano", variant, depth=2))
+def test_readout_only_and_export_are_exact_for_every_step(variant):
+    model = _randomized(ModelConfig.preset("nano", variant, depth=2))
     images = torch.randn(2, 1, 28, 28)
     with torch.no_grad():
         for alpha in (0.0, 0.3, 1.0):
@@ -273,15 +273,15 @@ def test_every_step_of_the_roadmap_trims_and_exports_its_last_block_exactly(vari
     ("variant", "blind"),
     [("causal-collapse", True), ("causal-collapse-post-softmax", False), ("causal-modified", False), ("causal", False)],
 )
-def test_a_class_token_at_the_front_is_blind_under_the_usual_causal_mask(variant, blind):
-    """The paper's attention collapse; under a mask after the softmax the denominators still tell it something."""
-    model = _randomised(ModelConfig.preset("nano", variant))
+def test_a_class_token_at_the_front_collapses_with_the_usual_mask(variant, blind):
+    """The paper's attention collapse; with a mask after the softmax, it still depends on the denominators."""
+    model = _randomized(ModelConfig.preset("nano", variant))
     with torch.no_grad():
         one, other = model(torch.randn(2, 1, 28, 28))
     assert torch.equal(one, other) == blind
 
 
-def test_dropout_and_stochastic_depth_act_in_training_only():
+def test_dropout_and_stochastic_depth_are_active_in_training_only():
     config = ModelConfig.preset("nano", depth=2)
     images = torch.randn(4, 1, 28, 28)
     for options in ({"dropout": 0.5}, {"drop_path": 0.5}):
@@ -291,7 +291,7 @@ def test_dropout_and_stochastic_depth_act_in_training_only():
         assert torch.equal(model(images), model(images))
 
 
-def test_rms_norm_s_own_backward_pass_is_right():
+def test_the_backward_pass_of_rms_norm_is_correct():
     torch.manual_seed(0)
     x, weight = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     norm = RMSNorm(8, eps=1e-6).double()
@@ -313,7 +313,7 @@ def test_norms_stay_in_float32_under_autocast():
         assert (under_autocast - norm.double()(x.double())).abs().max() < 1e-5
 
 
-def test_rotation_is_the_same_compiled_and_not():
+def test_rotation_is_the_same_with_and_without_compiling():
     rotation, x = rotary_table(7, 6), torch.randn(2, 3, 7, 6, dtype=torch.float64)
     program = torch.export.export(_Rotate(), (x, rotation))
     values = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]

@@ -1,4 +1,4 @@
-"""One photograph, upright and turned by its EXIF, of 8 and of 16 bits: the same answer by every path that decodes."""
+"""An image, upright and rotated by EXIF, in 8 and 16 bits: every decoding path gives the same result."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def test_data_sets_give_the_same_logits(pack, tmp_path):
         assert np.array_equal(logits["nano"][2], logits["nano"][3])  # 16 bits are 8 bits times 257
 
 
-def test_other_readers_turn_pictures_too(tmp_path):
+def test_other_readers_apply_the_orientation(tmp_path):
     (tmp_path / "cat").mkdir()
     for name in NAMES[:2]:
         shutil.copy(CASES / name, tmp_path)
@@ -104,7 +104,7 @@ def nano(tmp_path_factory):
 
 
 def without_fields(bundle, folder):
-    """The bundle as one of before the fields."""
+    """Returns the bundle without the fields, as from an earlier version."""
     shutil.copytree(bundle, folder)
     values = json.loads((folder / MANIFEST).read_text())
     del values["preprocessing"]["exif"], values["preprocessing"]["class_order"]
@@ -129,7 +129,7 @@ def test_predictions_of_files_and_of_frames(nano, run_here, tmp_path):
     assert answers(old)[0] == ["Pullover", "Bag", "Pullover", "Pullover"]
 
 
-def test_a_frame_of_an_absurd_shape_is_refused(nano, run_here, tmp_path):
+def test_an_extreme_frame_is_rejected(nano, run_here, tmp_path):
     for frame in ("1x20000", "20000x1", "9000x9000", "0x5"):
         result = run_here("deploy/camera.py", nano, "--frame", frame, "--out", tmp_path / "camera")
         assert_one_line_error(result, frame, "16384")
@@ -138,7 +138,7 @@ def test_a_frame_of_an_absurd_shape_is_refused(nano, run_here, tmp_path):
     assert run_here("deploy/camera.py", nano, "--frame", "1x16384", "--out", tmp_path / "camera").returncode == 0
 
 
-def test_what_a_manifest_says_of_reading(nano, tmp_path):
+def test_the_manifest_has_exif_and_class_order(nano, tmp_path):
     new, old = read_preprocessing(Manifest.read(nano)), without_fields(nano, tmp_path / "old")
     assert (new.exif, new.class_order) == ("apply", "words")
     before = read_preprocessing(Manifest.read(old))
@@ -155,7 +155,7 @@ def test_what_a_manifest_says_of_reading(nano, tmp_path):
             Preprocessing.from_dict({**manifest.preprocessing, **damage})
 
 
-def test_commands_read_as_the_bundle_says_unless_told(tmp_path, image_folder, run_here):
+def test_options_override_the_bundle(tmp_path, image_folder, run_here):
     bundle = write_bundle(tmp_path / "bundle", SMALL)
     old, options = without_fields(bundle, tmp_path / "old"), {"data": str(image_folder), "calibration_images": 4}
     for checkpoint, given, expected in (
@@ -186,7 +186,7 @@ def test_commands_read_as_the_bundle_says_unless_told(tmp_path, image_folder, ru
         read_recipe(QatOptions, tmp_path, str(recipe))
 
 
-def test_training_reads_as_it_is_told_and_its_bundle_says_so(tmp_path, image_folder):
+def test_training_stores_its_options_in_the_bundle(tmp_path, image_folder):
     small = {"model": "nano", "image_size": 16, "patch_size": 8, "width": 64, "depth": 1, "heads": 1}
     recipe = Recipe(data=str(image_folder), out=tmp_path / "run", batch_size=2, micro_batch=2, workers=0, **small)
     alone = Processes(0, 1, torch.device("cpu"))
@@ -200,14 +200,14 @@ def test_training_reads_as_it_is_told_and_its_bundle_says_so(tmp_path, image_fol
         )
 
 
-def test_the_resolution_changes_nothing_else_of_the_preprocessing(tmp_path):
+def test_the_resolution_does_not_change_exif(tmp_path):
     config = replace(SMALL, image_size=224, patch_size=32)
     bundle = without_fields(write_bundle(tmp_path / "bundle", config), tmp_path / "old")
     resized = load_checkpoint(bundle, image_size=288).preprocessing
     assert resized == replace(Preprocessing.imagenet(288), exif="ignore")
 
 
-def test_a_segmentation_s_image_is_turned_and_a_strip_refused(tmp_path):
+def test_segmentation_images_are_rotated_and_long_ones_rejected(tmp_path):
     for part in ("images/validation", "annotations/validation"):
         (tmp_path / part).mkdir(parents=True)
     (tmp_path / "objectInfo2.txt").write_text("Idx\tName\n1\tone\n2\ttwo\n")

@@ -1,4 +1,4 @@
-"""Segmentation: the network, images and maps, scores, training, and files of it, against independent references."""
+"""Segmentation: network, data, scores, training and exported files, compared with independent references."""
 
 import runpy
 from dataclasses import replace
@@ -80,7 +80,7 @@ def network():
     return UperNet(TINY).eval()
 
 
-def test_a_doubled_map_is_a_transposed_convolution():
+def test_the_linear_equals_a_transposed_convolution():
     torch.manual_seed(0)
     doubled, reference = TransposedConv(6), nn.ConvTranspose2d(6, 6, 2, 2)
     reference.weight.data = doubled.linear.weight.data.unflatten(0, (2, 2, 6)).permute(3, 2, 0, 1)
@@ -91,12 +91,12 @@ def test_a_doubled_map_is_a_transposed_convolution():
 
 
 @pytest.mark.parametrize(("side", "bins"), [(4, 6), (16, 3), (16, 6), (7, 2)])
-def test_pooling_is_adaptive_average_pooling(side, bins):
+def test_pooling_equals_adaptive_average_pooling(side, bins):
     x = torch.randn(2, 3, side, side)
     torch.testing.assert_close(AdaptiveAvgPool(side, bins)(x), nn.functional.adaptive_avg_pool2d(x, bins))
 
 
-def test_the_pyramid_holds_four_blocks_outputs_at_four_sizes(network):
+def test_the_pyramid_has_the_outputs_of_four_blocks_at_four_sizes(network):
     outputs = []
     for block in network.blocks:
         block.register_forward_hook(lambda _, __, output: outputs.append(output))
@@ -108,7 +108,7 @@ def test_the_pyramid_holds_four_blocks_outputs_at_four_sizes(network):
     assert SegmentationConfig.preset("large").taps == (5, 11, 17, 23)
 
 
-def test_causal_patches_see_no_later_one_but_the_softmax_counts_it(network):
+def test_later_patches_affect_only_the_denominators(network):
     images = torch.randn(1, 3, 64, 64)
     changed = images.clone()
     changed[..., 48:, 48:] += 1.0  # the last patch
@@ -119,7 +119,7 @@ def test_causal_patches_see_no_later_one_but_the_softmax_counts_it(network):
     torch.testing.assert_close(before[..., 0, 0], after[..., 0, 0])
 
 
-def test_a_classifier_starts_the_backbone(network, tmp_path):
+def test_a_classifier_initializes_the_backbone(network, tmp_path):
     config = ModelConfig.from_dict({**SMALL.to_dict(), "depth": 4, "patch_size": 16})
     torch.manual_seed(1)
     classifier = ILLaMA(config)
@@ -150,14 +150,14 @@ def test_folded_batch_norms_change_nothing(network):
 
 
 @pytest.mark.parametrize("changes", [{"depth": 3}, {"image_size": 16}, {"decoder_channels": 0}])
-def test_configs_that_cannot_be(changes):
+def test_wrong_configs_are_rejected(changes):
     with pytest.raises(UserError):
         replace(TINY, **changes)
 
 
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 10_000), classes=st.integers(2, 6))
-def test_scores_are_those_of_another_library(seed, classes):
+def test_scores_equal_those_of_another_library(seed, classes):
     generator = np.random.default_rng(seed)
     true = generator.integers(0, classes, (3, 7, 5))
     predicted = np.where(generator.random(true.shape) < 0.6, true, generator.integers(0, classes, true.shape))
@@ -177,7 +177,7 @@ def test_scores_are_those_of_another_library(seed, classes):
     assert scores.pixel_accuracy == pytest.approx(100 * (predicted == true)[true != IGNORED].mean())
 
 
-def test_the_drop_between_two_models():
+def test_the_miou_drop_between_two_models():
     generator = np.random.default_rng(0)
     true = generator.integers(0, 3, (40, 20, 20))
     guess = np.where(generator.random(true.shape) < 0.9, true, 0)
@@ -191,7 +191,7 @@ def test_the_drop_between_two_models():
 
 
 @given(length=st.integers(1, 300), size=st.integers(1, 60), overlap=st.floats(0, 0.9))
-def test_windows_cover_a_side_and_stay_within_it(length, size, overlap):
+def test_windows_cover_a_side(length, size, overlap):
     found = window_starts(length, size, overlap)
     assert found[0] == 0 and found[-1] == max(0, length - size)
     assert all(0 < later - earlier <= size for earlier, later in pairwise(found))
@@ -199,8 +199,8 @@ def test_windows_cover_a_side_and_stay_within_it(length, size, overlap):
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 21), (20, 9), (5, 30)])
 @pytest.mark.parametrize("views", [Views(), Views((0.5, 1.0, 1.75), flip=True)])
-def test_sliding_windows_put_every_pixel_in_its_place(shape, views):
-    """A network that looks at single pixels: right halves bright, left halves dark."""
+def test_sliding_windows_keep_the_place_of_every_pixel(shape, views):
+    """With a network that classifies single pixels: right halves are bright, left halves dark."""
     image = torch.zeros(3, *shape, dtype=torch.uint8)
     image[:, :, shape[1] // 2 :] = 255
 
@@ -216,7 +216,7 @@ def test_sliding_windows_put_every_pixel_in_its_place(shape, views):
 
 
 def test_images_and_maps_are_augmented_alike(tmp_path):
-    """Of an image whose red channel is its map, whatever is done to both, colours apart."""
+    """The red channel of the image equals its map, also after augmentation without color distortion."""
     data = SegmentationFolder(_draw(tmp_path / "data", train=2, validation=1))
     labels = np.repeat(np.repeat(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4 + 1, 8, 0), 12, 1)
     for index in range(2):
@@ -232,9 +232,9 @@ def test_images_and_maps_are_augmented_alike(tmp_path):
         again = images[epoch, 0]
         assert torch.equal(image, again[0]) and torch.equal(found, again[1])
         assert image.shape == (3, 64, 64) and found.shape == (64, 64) and type(image) is torch.Tensor
-        grey = ((image[0] * 0.229 + 0.485) * 255 / 60 - 1).round()
+        gray = ((image[0] * 0.229 + 0.485) * 255 / 60 - 1).round()
         counted = found != IGNORED
-        assert (grey[counted] == found[counted]).float().mean() > 0.85  # the rest lies on edges
+        assert (gray[counted] == found[counted]).float().mean() > 0.85  # the others are on edges
         sizes.add(int(counted.sum()))
     assert len(sizes) > 1  # some were smaller than the crop
 
@@ -275,14 +275,14 @@ def _unknown_class(folder):
         (_unknown_class, "class 5, .*4"),
     ],
 )
-def test_folders_that_cannot_be_used(damage, identifier, tmp_path):
+def test_wrong_folders_are_rejected(damage, identifier, tmp_path):
     folder = _draw(tmp_path / "data", train=1, validation=2)
     damage(folder)
     with pytest.raises(UserError, match=identifier):
         SegmentationFolder(folder).test()[0]
 
 
-def test_the_loss_counts_no_ignored_pixel():
+def test_the_loss_ignores_pixels_without_a_class():
     logits, targets = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     targets[0, :2] = IGNORED
     flat = logits.permute(0, 2, 3, 1)[targets != IGNORED]
@@ -327,7 +327,7 @@ def test_training_learns(trained, shapes):
     assert checkpoint.model.config == TINY and not checkpoint.model.training
 
 
-def test_quantized_files_score_as_the_network_does(trained, shapes, tmp_path, capsys):
+def test_quantized_files_have_the_scores_of_the_network(trained, shapes, tmp_path, capsys):
     out = tmp_path / "ptq"
     quantize(PtqSegmentationOptions(trained, shapes, ("int8",), 8, out))
     bundles = tuple(out / name for name in ("fp32", "fp16", "int8"))
@@ -350,7 +350,7 @@ def test_quantized_files_score_as_the_network_does(trained, shapes, tmp_path, ca
 
 
 class _Convolutions(SoftMasked):
-    """What a decoder has and a classifier has not: padded, strided and grouped convolutions after a Relu."""
+    """Padded, strided and grouped convolutions after a Relu, as in a decoder."""
 
     def __init__(self):
         super().__init__()
@@ -364,7 +364,7 @@ class _Convolutions(SoftMasked):
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_files_with_quantized_convolutions_give_what_pytorch_gives(name, tmp_path):
+def test_files_with_quantized_convolutions_equal_pytorch(name, tmp_path):
     torch.manual_seed(0)
     model, images = _Convolutions().eval(), torch.randn(4, 3, 16, 16)
     scheme = replace(
@@ -382,13 +382,13 @@ def test_files_with_quantized_convolutions_give_what_pytorch_gives(name, tmp_pat
         ("fused", torch.float32, FUSED_ONNX, 0.1),
         ("fused", torch.float16, FUSED_ONNX, 0.8),
     )
-    for form, dtype, file, share in files:  # half precision moves many values to the other side of a tie
+    for form, dtype, file, share in files:  # in half precision, many values are on the other side of a tie
         export_onnx(quantized, tmp_path / file, form, dtype)
         found = torch.from_numpy(OnnxRuntimeEngine(tmp_path / file).infer(images.numpy()))
         assert (found - expected).norm() < share * noise * expected.norm(), form
 
 
-def test_a_scheme_never_takes_another_bundle_s_place(trained, shapes, tmp_path):
+def test_schemes_need_different_names(trained, shapes, tmp_path):
     for name, file in (("fp16", "mine"), ("int8", "mine"), ("own", "one"), ("own", "two")):
         write_scheme(replace(SCHEMES["int8"], name=name), tmp_path / f"{file}-{name}.yaml")
     for clash, files in (("fp16", ["mine-fp16"]), ("int8", ["mine-int8"]), ("own", ["one-own", "two-own"])):
@@ -400,7 +400,7 @@ def test_a_scheme_never_takes_another_bundle_s_place(trained, shapes, tmp_path):
         quantize(PtqSegmentationOptions(trained, shapes, ("int8",), 8, tmp_path / "file"))
 
 
-def test_commands_say_what_is_wrong_in_a_line(shapes, small_bundle, tmp_path):
+def test_errors_are_one_line(shapes, small_bundle, tmp_path):
     with pytest.raises(UserError, match="--seed"):
         SegmentationEvalOptions((small_bundle,), shapes, seed=-1)
     with pytest.raises(UserError, match=r"train_segmentation\.py"):

@@ -1,4 +1,4 @@
-"""timm's ViTs as they are: from a file, through export, to ONNX Runtime, against timm's own network."""
+"""timm's ViTs unchanged: loading, export and ONNX Runtime, compared with timm's network."""
 
 import collections
 from dataclasses import replace
@@ -26,7 +26,7 @@ from illama.models.timm_vit import to_causal, to_quantizable
 from quant.export.onnx_export import export_onnx
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-# Networks to export, which takes seconds each; between them they have every part of timm's that the graph depends on.
+# Networks to export, which takes seconds each. Together they have every part of timm that the graph depends on.
 EXPORTED = {
     "qk_norm_registers_layer_scale": {"qk_norm": True, "reg_tokens": 4, "init_values": 1e-5},
     "average_of_parallel_blocks": {"class_token": False, "global_pool": "avg", "block_fn": ParallelThingsBlock},
@@ -45,7 +45,7 @@ def run(path, images):
 
 @pytest.fixture(scope="module", params=EXPORTED)
 def exported(request, tmp_path_factory):
-    """A timm ViT, and its graphs: for CPUs, and for TensorRT in half precision."""
+    """A timm ViT, and its graphs for CPUs and for TensorRT in half precision."""
     torch.manual_seed(0)
     kind = VisionTransformerDistilled if request.param == "distilled" else VisionTransformer
     vit = randomise(kind(img_size=32, num_classes=5, **SMALL, **EXPORTED[request.param]))
@@ -56,7 +56,7 @@ def exported(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("plain", 1e-5), ("fused", 1e-2)])
-def test_the_exported_graph_is_timm_s_network(exported, form, tolerance):
+def test_the_exported_graph_equals_timm_s_network(exported, form, tolerance):
     vit, folder = exported
     for batch in (1, 3):
         images = torch.randn(batch, 3, 32, 32)
@@ -66,7 +66,7 @@ def test_the_exported_graph_is_timm_s_network(exported, form, tolerance):
         assert error < tolerance * max(1, expected.abs().max())
 
 
-def test_every_attention_is_one_operator_and_every_norm_another(exported):
+def test_every_attention_and_every_norm_is_one_operator(exported):
     vit, folder = exported
     nodes = onnx.load(folder / "fused.onnx").graph.node
     kinds = collections.Counter(node.op_type for node in nodes)
@@ -77,7 +77,7 @@ def test_every_attention_is_one_operator_and_every_norm_another(exported):
     assert kinds["LayerNormalization"] + kinds["RMSNormalization"] == norms >= 5
 
 
-def test_in_half_precision_the_norms_are_computed_in_single(exported):
+def test_norms_are_computed_in_float32_in_half_precision(exported):
     model = onnx.shape_inference.infer_shapes(onnx.load(exported[1] / "fused.onnx"), data_prop=True)
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     inputs = {
@@ -90,7 +90,7 @@ def test_in_half_precision_the_norms_are_computed_in_single(exported):
     assert inputs == {"norm": {onnx.TensorProto.FLOAT}, "product": {onnx.TensorProto.FLOAT16}}
 
 
-def test_in_single_precision_the_fused_graph_is_timm_s_network_exactly(tmp_path):
+def test_in_float32_the_fused_graph_equals_timm_s_network(tmp_path):
     vit, images = build("plain"), images_for("")
     export_onnx(to_quantizable(vit), tmp_path / "model.onnx", "fused")
     with torch.no_grad():
@@ -98,8 +98,8 @@ def test_in_single_precision_the_fused_graph_is_timm_s_network_exactly(tmp_path)
     assert np.abs(run(tmp_path / "model.onnx", images) - expected).max() < 1e-5 * max(1, np.abs(expected).max())
 
 
-def test_no_token_moves_where_nothing_is_masked(tmp_path):
-    """The causal network takes its tokens apart and back; this one only puts the class token before the patches."""
+def test_tokens_are_not_reordered_without_a_mask(tmp_path):
+    """The causal network reorders tokens twice; this one only puts the class token before the patches."""
     joins = []
     for make in (to_quantizable, to_causal):
         export_onnx(make(build("plain")), tmp_path / "model.onnx", "plain")
@@ -112,7 +112,7 @@ def test_no_token_moves_where_nothing_is_masked(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "key"), [(".safetensors", None), (".pth", None), (".pth", "model"), (".pth", "state_dict")]
 )
-def test_a_file_gives_timm_s_network(name, suffix, key, tmp_path):
+def test_a_loaded_file_equals_timm_s_network(name, suffix, key, tmp_path):
     vit, path = saved(tmp_path, name, suffix, key)
     checkpoint = load_timm(name, path, image_size=32 if name == "small_vit_no_table" else None)
     assert checkpoint.model.config == TimmConfig(name, 32, 3, 5)
@@ -142,7 +142,7 @@ def test_classes_channels_and_size_are_read_from_the_file(tmp_path):
         "small_vit_no_table",
     ],
 )
-def test_another_size_is_what_timm_makes_of_it(name, tmp_path):
+def test_another_size_equals_timm_s_resizing(name, tmp_path):
     vit, path = saved(tmp_path, name)
     vit.set_input_size((48, 48))
     checkpoint = load_timm(name, path, image_size=48)
@@ -154,7 +154,7 @@ def test_another_size_is_what_timm_makes_of_it(name, tmp_path):
         load_timm(name, path, image_size=50)
 
 
-def test_half_precision_weights_are_widened(tmp_path):
+def test_half_precision_weights_are_loaded_as_float32(tmp_path):
     vit, path = saved(tmp_path, "small_vit_plain")
     save_file(vit.half().state_dict(), path)
     assert {value.dtype for value in load_timm("small_vit_plain", path).model.parameters()} == {torch.float32}
@@ -175,7 +175,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         ("vit_base_patch16_clip_224.laion2b_ft_in1k", 224, CLIP),
     ],
 )
-def test_the_preprocessing_is_timm_s(name, resize, numbers, tmp_path):
+def test_the_preprocessing_equals_timm_s(name, resize, numbers, tmp_path):
     vit = timm.create_model(name, num_classes=5, img_size=224, depth=1, embed_dim=32, num_heads=2)
     own = timm.data.create_transform(**timm.data.resolve_model_data_config(vit) | {"input_size": (3, 224, 224)})
     ours = _timm_preprocessing(vit, 224, 3)
@@ -204,7 +204,7 @@ def test_squashed_images_are_warped():
         ("vit_tiny_patch16_224.nobody", "Invalid pretrained tag"),
     ],
 )
-def test_other_networks_are_refused(name, identifier, tmp_path):
+def test_other_networks_are_rejected(name, identifier, tmp_path):
     _, path = saved(tmp_path, "small_vit_plain")
     with pytest.raises(UserError, match=identifier) as caught:
         load_timm(name, path)
@@ -225,7 +225,7 @@ def test_other_networks_are_refused(name, identifier, tmp_path):
         (lambda state: state.update({"pos_embed": torch.zeros(17, 32)}), r"\(17, 32\)"),
     ],
 )
-def test_wrong_weights_are_refused(change, identifier, tmp_path):
+def test_wrong_weights_are_rejected(change, identifier, tmp_path):
     vit, path = saved(tmp_path, "small_vit_plain")
     state = dict(vit.state_dict())
     change(state)
@@ -235,7 +235,7 @@ def test_wrong_weights_are_refused(change, identifier, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_layer_scale_that_the_name_lacks_is_refused(tmp_path):
+def test_layer_scale_without_its_name_is_rejected(tmp_path):
     _, path = saved(tmp_path, "small_vit_layer_scale")
     with pytest.raises(UserError, match=r"blocks\.0\.ls1.gamma is unknown"):
         load_timm("small_vit_plain", path)
@@ -243,14 +243,14 @@ def test_layer_scale_that_the_name_lacks_is_refused(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("kept", [0, 10, 5000])
-def test_a_truncated_file_is_refused(suffix, kept, tmp_path):
+def test_a_truncated_file_is_rejected(suffix, kept, tmp_path):
     _, path = saved(tmp_path, "small_vit_plain", suffix)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"truncated|more than tensors"):
         load_timm("small_vit_plain", path)
 
 
-def test_a_bundle_or_a_folder_is_refused_where_a_file_is_asked_for(tmp_path, small_bundle):
+def test_bundles_and_folders_are_rejected(tmp_path, small_bundle):
     for path, identifier in (
         (SHIPPED, "bundle.*--model"),
         (tmp_path, "folder"),
@@ -260,20 +260,20 @@ def test_a_bundle_or_a_folder_is_refused_where_a_file_is_asked_for(tmp_path, sma
             load_timm("vit_tiny_patch16_224", path)
 
 
-def test_an_illama_s_weights_are_refused(tmp_path):
+def test_an_illama_s_weights_are_rejected(tmp_path):
     model = load_checkpoint(SHIPPED).model
     write_weights(model.state_dict(), model.config, tmp_path / "illama.safetensors")
     with pytest.raises(UserError, match=r"iLLaMA.*--model"):
         load_timm("vit_tiny_patch16_224", tmp_path / "illama.safetensors")
 
 
-def test_timm_s_weights_are_refused_where_an_illama_is_asked_for(tmp_path):
+def test_timm_s_weights_are_rejected_as_an_illama(tmp_path):
     _, path = saved(tmp_path, "small_vit_plain")
     with pytest.raises(UserError, match="--model timm:NAME"):
         load_checkpoint(path)
 
 
-def test_ptq_takes_a_timm_network(tmp_path, image_folder, small_bundle):
+def test_ptq_accepts_a_timm_network(tmp_path, image_folder, small_bundle):
     from quant.inputs import open_inputs
     from quant.ptq import PtqOptions
 

@@ -1,4 +1,4 @@
-"""Training: recipes, schedules, and that neither a kill nor a second process changes the weights."""
+"""Training: recipes, schedules, and the same weights after a kill or with several processes."""
 
 import gzip
 import os
@@ -56,8 +56,8 @@ SETTINGS = Recipe(batch_size=8, micro_batch=2, seed=1)
 
 
 @given(images=st.integers(8, 60), start=st.integers(0, 20), processes=st.sampled_from([1, 2, 4]))
-def test_a_resumed_sampler_goes_on_where_the_first_stopped(images, start, processes):
-    """...whatever the number of processes: together they see what one sees."""
+def test_a_resumed_sampler_continues(images, start, processes):
+    """With any number of processes, which together get the batches of one."""
     whole = list(MicroBatches(images, SETTINGS, 0, 20))
     assert list(MicroBatches(images, SETTINGS, start, 20)) == whole[4 * start :]
     shares = [list(MicroBatches(images, SETTINGS, 0, 20, rank, processes)) for rank in range(processes)]
@@ -67,7 +67,7 @@ def test_a_resumed_sampler_goes_on_where_the_first_stopped(images, start, proces
     assert len(set(first)) == len(first) == images // 8 * 8
 
 
-def test_weight_decay_spares_norms_biases_and_tables():
+def test_norms_biases_and_tables_have_no_weight_decay():
     for variant in ("illama", "vit"):
         model = ILLaMA(ModelConfig.preset("nano", variant))
         for layer_decay in (1.0, 0.5):
@@ -106,20 +106,20 @@ PAPER = {  # arXiv 2404.06773: epochs, batch, learning rate, weight decay, warm-
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_recipes_are_the_paper_s(name):
+def test_recipes_equal_the_paper_s(name):
     recipe = load_recipe(name)
     schedule = (recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.weight_decay, recipe.warmup_epochs)
-    regularisation = (recipe.drop_path, recipe.mixup, recipe.cutmix, recipe.soft_mask, recipe.soft_mask_epochs)
-    assert schedule + regularisation == PAPER[name]
+    regularization = (recipe.drop_path, recipe.mixup, recipe.cutmix, recipe.soft_mask, recipe.soft_mask_epochs)
+    assert schedule + regularization == PAPER[name]
     assert (recipe.optimizer, recipe.erasing, recipe.label_smoothing) == ("adamw", 0.25, 0.1)
     assert (recipe.rand_augment, recipe.dropout, recipe.ema_decay) == ("rand-m9-mstd0.5-inc1", 0, 0)
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_s_network_can_be_made(name):
+def test_every_recipe_s_network_can_be_created(name):
     recipe = replace(load_recipe(name), new_head=False)  # without the weights that fine-tuning starts from
     if recipe.model in ("base", "large"):
-        recipe = replace(recipe, depth=1)  # hundreds of millions of random numbers otherwise
+        recipe = replace(recipe, depth=1)  # else it would draw hundreds of millions of random numbers
     model = make_model(recipe, 10)
     size = 384 if "384" in name else {"nano-fashion-mnist": 28, "nano-emoji": 28, "tiny-emoji": 32}.get(name, 224)
     patch = 4 if size < 224 else 16
@@ -142,20 +142,20 @@ def test_every_recipe_s_network_can_be_made(name):
         ("learning_rate: .nan", "--learning-rate"),
     ],
 )
-def test_recipes_that_cannot_be(text, identifier, tmp_path):
+def test_wrong_recipes_are_rejected(text, identifier, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=identifier):
         load_recipe(str(tmp_path / "mine.yaml"))
 
 
-def test_a_recipe_s_numbers_are_read_as_their_type(tmp_path):
+def test_numbers_in_a_recipe_get_the_type_of_the_option(tmp_path):
     (tmp_path / "mine.yaml").write_text("learning_rate: 4e-3\nmixup: 1\nout: here\nimage_size: 32\n")
     recipe = load_recipe(str(tmp_path / "mine.yaml"))
     assert (recipe.learning_rate, recipe.mixup, recipe.out, recipe.image_size) == (4e-3, 1.0, Path("here"), 32)
 
 
 @given(total=st.integers(1, 50), count=st.integers(1, 9))
-def test_processes_share_things_so_that_each_counts_once(total, count):
+def test_every_index_counts_for_one_process(total, count):
     shares = [Processes(rank, count, torch.device("cpu")).share(total) for rank in range(count)]
     counted = [index for own, number in shares for index in own[:number]]
     assert sorted(counted) == list(range(total))
@@ -164,7 +164,7 @@ def test_processes_share_things_so_that_each_counts_once(total, count):
 
 @pytest.mark.parametrize("rand_augment", ["", "rand-m9-mstd0.5-inc1"])
 @pytest.mark.parametrize("padding", [0, 2])
-def test_an_augmentation_is_decided_by_its_key(rand_augment, padding):
+def test_an_augmentation_depends_only_on_its_key_and_restores_the_generators(rand_augment, padding):
     data = open_data("fashion-mnist")
     recipe = Recipe(rand_augment=rand_augment, crop_padding=padding, erasing=1.0)
     images = data.calibration(10)
@@ -183,7 +183,7 @@ def test_an_augmentation_is_decided_by_its_key(rand_augment, padding):
 
 @pytest.fixture
 def training_folder(tmp_path):
-    """Fashion-MNIST's layout with 330 real images, so that an epoch is a few steps."""
+    """A folder with 330 images of Fashion-MNIST, so that an epoch has few steps."""
     folder = tmp_path / "fashion"
     folder.mkdir()
     for kind in ("images-idx3", "labels-idx1"):
@@ -222,19 +222,19 @@ def _arguments(data, out, *more):
     ]
 
 
-def test_a_row_that_a_full_disk_cut_short_is_dropped(tmp_path):
+def test_an_incomplete_row_is_dropped(tmp_path):
     for step in (0, 10):
         log = Log(tmp_path, step)
         log.write_loss(step + 10, 2.5)
         with (tmp_path / "losses.csv").open("a") as file:
-            file.write("1")  # of step 12, and later than any checkpoint
+            file.write("1")  # of step 12, after any checkpoint
     assert [row["step"] for row in read_log(tmp_path / "losses.csv")] == ["10", "20"]
     (tmp_path / "losses.csv").write_text("step,tra")
     assert read_log(tmp_path / "losses.csv") == []
 
 
 def _torchrun(processes, *arguments):
-    """As on a machine with that many GPUs, here on its cores."""
+    """Returns the arguments of torchrun with processes on the CPU."""
     return [
         "-m",
         "torch.distributed.run",
@@ -251,7 +251,7 @@ def _torchrun(processes, *arguments):
 
 @pytest.fixture
 def own_store(monkeypatch):
-    """Restarted workers need a store of their own."""
+    """Gives restarted workers a new store."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
@@ -272,7 +272,7 @@ def _wait_for(process, path):
 
 
 def _kill_after_a_checkpoint(arguments, checkpoint):
-    """kill -9, up to half a second after the first checkpoint: before, in or after the writing of another."""
+    """Kills a run with SIGKILL, up to half a second after the first checkpoint."""
     process = _start(arguments)
     _wait_for(process, checkpoint)
     time.sleep(random.uniform(0, 0.5))
@@ -295,7 +295,7 @@ def _same_bits(one, other):
 
 @pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
 def test_killed_and_resumed_gives_the_same_weights(autocast, training_folder, tmp_path):
-    """Data order, augmentation, dropout, stochastic depth, schedules, moving average, loss scale: all go on."""
+    """Data order, augmentation, dropout, stochastic depth, schedules, moving average and loss scale are resumed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = ("--autocast", autocast, "--dropout", 0.1, "--drop-path", 0.2, "--epochs", 6)
     result = run_command(*_arguments(training_folder, whole, *more))
@@ -316,7 +316,7 @@ def test_killed_and_resumed_gives_the_same_weights(autocast, training_folder, tm
 
 @pytest.fixture
 def finished(training_folder, tmp_path):
-    """A run by one process in float32, to compare with."""
+    """A run of one process in float32, as the reference."""
     out = tmp_path / "finished"
     result = run_command(*_arguments(training_folder, out, "--autocast", "float32"))
     assert result.returncode == 0, result.stderr
@@ -325,7 +325,7 @@ def finished(training_folder, tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("--fsdp", "--checkpoint-steps", 100)], ids=["ddp", "fsdp"])
 def test_two_processes_train_as_one(more, finished, own_store, training_folder, tmp_path):
-    """Float32 sums in another order: the losses agree to 1e-5, and one misses nothing that the other sees."""
+    """Float32 sums have another order, so losses agree to 1e-5."""
     out = tmp_path / "two"
     arguments = _arguments(training_folder, out, "--autocast", "float32", *more)
     result = run_command(*_torchrun(2, *arguments))
@@ -340,8 +340,8 @@ def test_two_processes_train_as_one(more, finished, own_store, training_folder, 
     assert manifests[0]["test_top1"] == pytest.approx(manifests[1]["test_top1"], abs=0.02)
 
 
-def test_sharded_training_without_an_average_goes_on_where_it_was_stopped(own_store, training_folder, tmp_path):
-    """As the paper's recipes of Large: no moving average. Stopped after an epoch, and gone on with as one process."""
+def test_sharded_training_without_an_average_is_resumed(own_store, training_folder, tmp_path):
+    """Without a moving average, as in the recipes of Large; stopped after an epoch, and resumed by one process."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = ("--autocast", "float32", "--ema-decay", 0)
     result = run_command(*_arguments(training_folder, whole, *more))
@@ -355,12 +355,12 @@ def test_sharded_training_without_an_average_goes_on_where_it_was_stopped(own_st
     assert _losses(parts) == pytest.approx(_losses(whole), abs=1e-5)
 
 
-def test_a_restart_that_would_hang_is_refused(training_folder, tmp_path):
+def test_a_restart_that_would_hang_is_rejected(training_folder, tmp_path):
     result = run_command(*_torchrun(1, *_arguments(training_folder, tmp_path / "out")))
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in result.stderr
 
 
-def test_torchrun_restarts_a_killed_worker_which_goes_on(finished, own_store, training_folder, tmp_path):
+def test_torchrun_restarts_a_killed_worker(finished, own_store, training_folder, tmp_path):
     out = tmp_path / "restarted"
     process = _start(_torchrun(2, *_arguments(training_folder, out, "--autocast", "float32")))
     _wait_for(process, out / "checkpoint.pt")  # of step 2 of 12
@@ -372,7 +372,7 @@ def test_torchrun_restarts_a_killed_worker_which_goes_on(finished, own_store, tr
     assert _losses(out) == pytest.approx(_losses(finished), abs=1e-5)
 
 
-def test_a_run_is_not_mixed_with_another(finished, training_folder, tmp_path):
+def test_a_run_is_not_resumed_with_other_options(finished, training_folder, tmp_path):
     with_file = run_command(*_arguments(training_folder, training_folder / "train-images-idx3-ubyte.gz"))
     assert_one_line_error(with_file, "cannot write")
     same = ("--autocast", "float32")
@@ -390,7 +390,7 @@ def test_a_run_is_not_mixed_with_another(finished, training_folder, tmp_path):
 
 
 def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_path):
-    """One step at a rate of nearly nothing: the weights are the checkpoint's, the head is new."""
+    """After one step at a very low learning rate, the weights are the checkpoint's, and the head is new."""
     result = run_command(
         *_arguments(
             training_folder,
@@ -443,12 +443,12 @@ def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_pat
         (("--init", "/etc/passwd"), "not a checkpoint"),
     ],
 )
-def test_options_that_cannot_be(option, identifier, training_folder, tmp_path):
+def test_wrong_options_are_rejected(option, identifier, training_folder, tmp_path):
     assert_one_line_error(run_command(*_arguments(training_folder, tmp_path / "out", *option)), identifier)
 
 
-def test_a_broken_training_image_is_one_line(image_folder, tmp_path):
-    """The error crosses from a data loader's worker process."""
+def test_the_error_for_a_broken_training_image_is_one_line(image_folder, tmp_path):
+    """The error comes from a data loader's worker."""
     (image_folder / "train" / "class1" / "3.png").write_bytes(b"no picture")
     result = run_command(
         "illama/train.py",
@@ -469,7 +469,7 @@ def test_a_broken_training_image_is_one_line(image_folder, tmp_path):
 
 
 def test_training_learns(training_folder, tmp_path):
-    """Twenty epochs over 297 images: the loss falls well below what guessing gives, log 10."""
+    """After twenty epochs of 297 images, the loss is well below that of guessing, log 10."""
     plain = ("--mixup-probability", 0, "--label-smoothing", 0, "--erasing", 0, "--soft-mask", "none")
     result = run_command(
         *_arguments(

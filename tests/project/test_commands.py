@@ -1,4 +1,4 @@
-"""python quant/ptq.py as a user runs it: the whole way on real files, and every mistake in one line."""
+"""python quant/ptq.py as a user runs it: the whole path on real files, and errors of one line."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def _ptq(run, bundle, images, out, *more):
     )
 
 
-def test_the_whole_way(small_bundle, image_folder, tmp_path):
+def test_the_whole_path(small_bundle, image_folder, tmp_path):
     out = tmp_path / "out"
     result = _ptq(run_command, small_bundle, image_folder, out)
     assert result.returncode == 0, result.stderr
@@ -60,7 +60,7 @@ def test_the_whole_way(small_bundle, image_folder, tmp_path):
     assert rows["fp8", "model.onnx"]["latency_ms"] is None
     assert rows["fp32", "model.onnx"]["drop"] == 0
     assert (out / "report.html").exists()
-    # Those on the Pareto front are bold, which the clock decides.
+    # Rows on the Pareto front are bold, which depends on the latencies.
     assert len(re.findall(r"\n\| (?:\*\*)?int8\b", result.stdout)) == 3
 
     checkpoint, data = load_checkpoint(small_bundle), open_data(str(image_folder))
@@ -103,7 +103,7 @@ class Code:
 @pytest.mark.parametrize(
     ("damage", "words"), [(_nan, "NaN"), (_truncated, "truncated"), (_another_config, "does not fit the config")]
 )
-def test_a_checkpoint_that_cannot_be_used(damage, words, small_bundle, image_folder, tmp_path, run_here):
+def test_wrong_checkpoints_are_rejected(damage, words, small_bundle, image_folder, tmp_path, run_here):
     damage(small_bundle)
     result = _ptq(run_here, small_bundle, image_folder, tmp_path / "out")
     assert_one_line_error(result, words)
@@ -116,7 +116,7 @@ def test_a_checkpoint_with_code_in_it(image_folder, tmp_path, run_here):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth", "images"]
 
 
-def test_options_that_do_not_fit(small_bundle, image_folder, tmp_path, run_here):
+def test_wrong_options_are_rejected(small_bundle, image_folder, tmp_path, run_here):
     out = tmp_path / "out"
     assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, "--schemes", "int3"), "unknown scheme 'int3'")
     assert_one_line_error(
@@ -133,7 +133,7 @@ def test_options_that_do_not_fit(small_bundle, image_folder, tmp_path, run_here)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
 
 
-def test_folders_that_do_not_fit(small_bundle, image_folder, tmp_path, run_here):
+def test_wrong_folders_are_rejected(small_bundle, image_folder, tmp_path, run_here):
     out = tmp_path / "out"
     one = write_images(tmp_path / "one", classes=1)
     assert_one_line_error(_ptq(run_here, small_bundle, one, out), "one class only")
@@ -159,7 +159,7 @@ def test_an_output_folder_that_cannot_be_written(small_bundle, image_folder, tmp
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_ctrl_c_leaves_nothing_behind(small_bundle, image_folder, tmp_path):
+def test_ctrl_c_leaves_no_files(small_bundle, image_folder, tmp_path):
     command = [
         sys.executable,
         "quant/ptq.py",
@@ -172,7 +172,7 @@ def test_ctrl_c_leaves_nothing_behind(small_bundle, image_folder, tmp_path):
         "--calibration-images",
         "8",
     ]
-    # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
+    # In the background of a shell, the tests and their children ignore Ctrl-C.
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -189,8 +189,8 @@ def test_ctrl_c_leaves_nothing_behind(small_bundle, image_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
 
 
-def test_a_full_disk_is_one_line(small_bundle, image_folder, tmp_path):
-    """A file-size limit stands in for a full disk: the kernel refuses the write in the same way."""
+def test_the_error_for_a_full_disk_is_one_line(small_bundle, image_folder, tmp_path):
+    """A file-size limit replaces a full disk: the kernel rejects the write in the same way."""
     script = (
         "import resource, signal, sys, runpy; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv = sys.argv[1:];"

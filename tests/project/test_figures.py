@@ -1,4 +1,4 @@
-"""The documents' figures come from the results files; results of other commands can be read back."""
+"""Figures in the documents equal the results files; results of other commands can be read."""
 
 import json
 import runpy
@@ -27,7 +27,7 @@ TABLES = """made here
 
 @pytest.fixture
 def root(tmp_path):
-    """A README with one block and one value, both as the results have them."""
+    """A README with one block and one value, both equal to the results."""
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "it.md").write_text(TABLES)
     (tmp_path / "results" / "it.json").write_text(json.dumps({"rows": [{"p50 ms": 1.2345}]}))
@@ -44,12 +44,12 @@ It took <!-- value: results/it.json rows/0/p50 ms .2f -->1.23<!-- /value --> ms.
     return tmp_path
 
 
-def test_every_figure_of_the_documents_is_what_its_results_file_holds(run_here):
+def test_figures_in_the_documents_equal_the_results(run_here):
     result = run_here("docs/figures.py", "--check")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_changed_number_is_found_named_and_put_right(root):
+def test_a_changed_number_is_reported_and_corrected(root):
     text = (root / "README.md").read_text()
     assert update(root, write=False) == []
     for old, new, line in (("| 1 |", "| 2 |", 3), (">1.23<", ">1.24<", 9)):
@@ -60,7 +60,7 @@ def test_a_changed_number_is_found_named_and_put_right(root):
         assert update(root) == [found] and (root / "README.md").read_text() == text
 
 
-def test_a_part_of_a_table_is_its_rows_and_columns(root):
+def test_a_block_can_select_rows_and_columns(root):
     assert block_text(" results/it.md ", root) == TABLES
     assert block_text("{file: results/it.md, table: 1}", root).startswith("| scheme | runs in |")
     cut = block_text("{file: results/it.md, table: 1, rows: [int8], without: [runs in]}", root)
@@ -84,7 +84,7 @@ def test_a_part_of_a_table_is_its_rows_and_columns(root):
         ("a <!-- value: results/it.md rows .2f -->1<!-- /value -->", "in results/it.md"),
     ],
 )
-def test_a_mark_that_cannot_be_filled_in_is_one_line_and_nothing_is_written(root, text, message):
+def test_the_error_for_a_wrong_mark_is_one_line(root, text, message):
     (root / "docs").mkdir()
     (root / "docs" / "a.md").write_text(text)
     changed = (root / "README.md").read_text().replace(">1.23<", ">1.24<")
@@ -95,7 +95,7 @@ def test_a_mark_that_cannot_be_filled_in_is_one_line_and_nothing_is_written(root
     assert (root / "README.md").read_text() == changed
 
 
-def test_commands_are_run_in_the_root_and_those_that_fail_are_named(run_here, tmp_path, capfd):
+def test_commands_run_in_the_root_and_failures_are_reported(run_here, tmp_path, capfd):
     commands = {
         "good": {"minutes": 1, "run": "test -f Makefile\npython -c 'print(6 * 7)'"},
         "bad": {"minutes": 2, "run": "false\ntrue"},
@@ -106,7 +106,7 @@ def test_commands_are_run_in_the_root_and_those_that_fail_are_named(run_here, tm
     assert_one_line_error(run_here("docs/figures.py", "--run", "ptqq"), "no commands named 'ptqq'", "robustness")
 
 
-def test_an_unfinished_run_goes_on_with_what_had_not_succeeded(tmp_path, capfd):
+def test_an_unfinished_run_repeats_failed_commands(tmp_path, capfd):
     commands = {
         name: {"minutes": 1, "run": f"echo ran {name}; test {name} != bad -o -e {tmp_path / 'mended'}"}
         for name in ("good", "bad", "last")
@@ -114,13 +114,13 @@ def test_an_unfinished_run_goes_on_with_what_had_not_succeeded(tmp_path, capfd):
     done = tmp_path / "figures" / "done.txt"
     assert FIGURES["run_all"](list(commands), commands, done) == ["bad"]
     assert done.read_text().split() == ["good", "last"]
-    assert FIGURES["run_all"]([], commands, done) == [] and done.exists()  # nothing was asked for
+    assert FIGURES["run_all"]([], commands, done) == [] and done.exists()  # nothing to run
     (tmp_path / "mended").touch()
     capfd.readouterr()
     assert FIGURES["run_all"](list(commands), commands, done) == []
     output = capfd.readouterr().out
     assert "ran bad" in output and "ran good" not in output and "done before: good, last" in output
-    assert not done.exists()  # so that the next run makes all of them again
+    assert not done.exists()  # so that the next run runs all commands
     done.write_text("good\nlast\n")
     FIGURES["run_all"](["good"], commands, done, again=["good"])
     assert "ran good" in capfd.readouterr().out
@@ -134,7 +134,7 @@ def test_every_command_names_files_that_exist():
                 assert (ROOT / word).is_file(), f"{name}: {word}"
 
 
-def test_results_are_read_back(tmp_path, capsys):
+def test_results_can_be_read(tmp_path, capsys):
     write_results(tmp_path, "robustness", {"models": {}}, "| a |\n| --- |\n| 1 |")
     write_results(tmp_path, "another-one", {}, "| b |")
     (tmp_path / "notes.md").write_text("no result")
@@ -143,7 +143,7 @@ def test_results_are_read_back(tmp_path, capsys):
     assert result.title == "Corrupted images" and result.markdown == "| a |\n| --- |\n| 1 |\n"
     assert result.source == str(tmp_path / "robustness.md")
     assert result.command and result.machine["cores"] >= 1
-    (layers,) = read_results(ROOT / "results" / "sensitivity" / "nano-int8")  # says nothing of its machine
+    (layers,) = read_results(ROOT / "results" / "sensitivity" / "nano-int8")  # without its machine
     assert layers.title == "What quantizing each layer alone costs" and layers.machine == {}
     (tmp_path / "robustness.json").write_text("[1]")
     with pytest.raises(UserError, match=r"robustness.json is no result"):

@@ -1,4 +1,4 @@
-"""Commands that are killed: what they leave, and that the next run works. All moments of them: make kill."""
+"""Killed commands: what they leave, and that the next run works. `make kill` kills at every step."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def can_unshare():
 
 
 def test_a_few_kills_of_every_command_and_two_at_once():
-    """tests/helpers/kill_harness.py checks each result; these say which one a kill left, the earlier or the new one."""
+    """tests/helpers/kill_harness.py checks each result; this test checks whether it is the earlier or the new one."""
     result = run_command("tests/helpers/kill_harness.py", "--few")
     assert result.returncode == 0, result.stdout + result.stderr
     left = json.loads(result.stdout.splitlines()[-1])
@@ -35,9 +35,9 @@ def test_a_few_kills_of_every_command_and_two_at_once():
 
 @pytest.mark.skipif(not can_unshare(), reason="this machine does not let the tests make a PID namespace")
 def test_a_kill_of_process_1_of_a_container(small_bundle, tmp_path):
-    """Where every command is process 1, so that a process id says nothing of whether its writer lives."""
+    """In a container every command is process 1, so a process ID does not tell whether a writer is alive."""
     classes = tmp_path / "classes"
-    os.mkfifo(classes)  # reading it keeps the command waiting while it writes its folder
+    os.mkfifo(classes)  # reading it blocks the command while it writes its folder
     command = [*NAMESPACE, sys.executable, "illama/convert.py", str(small_bundle), "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*command, "--classes", str(classes)], cwd=ROOT)
     while process.poll() is None and not any(path.is_dir() for path in tmp_path.glob(".out.draft-*")):

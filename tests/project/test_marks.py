@@ -1,4 +1,4 @@
-"""What the README promises of the shipped checkpoint, on the whole test split."""
+"""The README's figures of the shipped checkpoint, on the whole test split."""
 
 import pytest
 import torch
@@ -21,21 +21,21 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def reference(shipped):
-    """Which test images the float model gets right, in PyTorch."""
+    """Which test images the float model classifies correctly, in PyTorch."""
     test = open_data("fashion-mnist").test()
     logits, labels = predict({"model": torch_infer(shipped.model)}, test, shipped.preprocessing.transform())
     return logits["model"].argmax(1) == labels
 
 
-def test_the_shipped_checkpoint_is_as_good_as_its_manifest_says(reference):
+def test_the_shipped_checkpoint_has_the_accuracy_of_its_manifest(reference):
     written = Manifest.read(SHIPPED).metrics["test_top1"]
     assert reference.mean() * 100 == pytest.approx(written, abs=0.05)
     assert written > 92.5
 
 
 @pytest.mark.parametrize(("name", "most_lost"), [("int8", 0.1), ("fp8", 0.05), ("w4a8", 0.2)])
-def test_what_quantization_loses_and_that_the_file_is_the_network(name, most_lost, shipped, reference, tmp_path):
-    """Points of top-1 lost by the file; and PyTorch's quantized network and the file have the same classes."""
+def test_accuracy_drop_of_the_quantized_file(name, most_lost, shipped, reference, tmp_path):
+    """Checks the accuracy drop, and that PyTorch's quantized network and the file predict the same classes."""
     data, transform = open_data("fashion-mnist"), shipped.preprocessing.transform()
     images, _ = load_images(data.calibration(512), transform)
     quantized = calibrate(shipped.model, SCHEMES[name], torch.from_numpy(images).split(64))

@@ -1,4 +1,4 @@
-"""timm's ViTs made causal: against the originals at alpha 1, and against the paper's equations in float64."""
+"""timm's ViTs made causal, compared with the originals at alpha 1 and with the paper's equations in float64."""
 
 import copy
 
@@ -26,9 +26,9 @@ VARIANTS = pytest.mark.parametrize("name", [*OPTIONS, *NAMED, "gated_odd_heads"]
 
 
 def reference(vit, alpha, kind):
-    """A copy of the ORIGINAL whose attention is the paper's equation, tokens left where timm has them.
+    """Returns a copy of the ORIGINAL with the paper's attention and timm's order of tokens.
 
-    Written without the code under test: no token moves, each has a rank instead, and S compares ranks.
+    Written without the code under test: each token has a rank, and S compares ranks.
     """
     vit = copy.deepcopy(vit)
     has_class, prefix = int(vit.cls_token is not None), vit.num_prefix_tokens
@@ -58,7 +58,7 @@ def reference(vit, alpha, kind):
 
 
 @VARIANTS
-def test_at_alpha_1_it_is_the_original(name):
+def test_at_alpha_1_the_causal_network_equals_the_original(name):
     vit, images = build(name), images_for(name)
     before = copy.deepcopy(vit.state_dict())
     model = to_causal(vit)
@@ -75,8 +75,8 @@ def test_at_alpha_1_it_is_the_original(name):
 
 
 @VARIANTS
-def test_a_quantizable_network_is_the_original(name):
-    """In value and gradient, in every form of attention and for every alpha, since it has no mask."""
+def test_a_quantizable_network_equals_the_original(name):
+    """Its values and gradients are equal in both forms of attention and for every alpha, since it has no mask."""
     vit, images = build(name), images_for(name)
     model = to_quantizable(vit)
     assert list(model.vit.state_dict()) == list(vit.state_dict())
@@ -98,7 +98,7 @@ def test_a_quantizable_network_is_the_original(name):
 
 @VARIANTS
 @torch.no_grad()
-def test_smoothing_it_changes_nothing(name):
+def test_smoothquant_does_not_change_the_output(name):
     vit, images = build(name), images_for(name)
     model = to_quantizable(vit)
     smooth(model, Scheme("all", {"*.input": TensorSpec("int8")}, {"*": 0.5}), [images])
@@ -107,7 +107,7 @@ def test_smoothing_it_changes_nothing(name):
 
 
 @pytest.mark.parametrize("make", [to_causal, to_quantizable])
-def test_the_config_says_what_the_network_is(make):
+def test_the_config_describes_the_network(make):
     mask = "post_softmax" if make is to_causal else "bidirectional"
     config = make(build("vit_small_patch14_dinov2")).config
     assert config == TimmConfig("vit_small_patch14_dinov2", 32, 3, 5, mask)
@@ -120,16 +120,16 @@ def test_the_config_says_what_the_network_is(make):
 
 
 @pytest.mark.parametrize("name", ["qk_norm", "scale_norms", "swiglu_rms", "map", "pre_norm"])
-def test_every_normalisation_is_in_float32_whatever_the_weights(name):
+def test_every_normalization_is_computed_in_float32(name):
     model = to_quantizable(build(name)).half()
     norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     assert len(norms) >= 5 and all(isinstance(module, LayerNorm | RMSNorm) for module in norms)
     large = torch.full((1, 3, norms[0].weight.shape[0]), 1000.0, dtype=torch.float16)
-    large[..., ::2] *= -1  # its squares are beyond float16
+    large[..., ::2] *= -1  # the squares exceed float16
     assert norms[0](large).abs().max() > 0.1
 
 
-def test_norms_without_weights_stay_what_they_were():
+def test_norms_without_weights_are_not_changed():
     plain = torch.nn.LayerNorm
     vit = VisionTransformer(**SMALL, norm_layer=lambda *a, **k: plain(*a, **k, elementwise_affine=False)).eval()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_norms_without_weights_stay_what_they_were():
         {"norm_layer": torch.nn.LayerNorm},
     ],
 )
-def test_a_latent_pool_is_timm_s(options):
+def test_a_latent_pool_equals_timm_s(options):
     pool = randomise(AttentionPoolLatent(32, num_heads=2, latent_len=3, **options))
     own, tokens = LatentPool(copy.deepcopy(pool)), torch.randn(2, 16, 32)
     assert list(own.state_dict()) == list(pool.state_dict())
@@ -159,7 +159,7 @@ def test_a_latent_pool_is_timm_s(options):
 
 @VARIANTS
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_paper_s_equation_and_so_are_its_gradients(name, kind):
+def test_values_and_gradients_equal_the_paper_s_equation(name, kind):
     vit, images = build(name).double(), images_for(name).double()
     model = to_causal(vit, kind)
     for alpha in (0.0, 0.25, 1.0):
@@ -199,9 +199,9 @@ def test_a_patch_does_not_see_later_patches_and_the_class_token_sees_all(kind):
     assert itself_and_later.min() > 1e-3  # the later patches, the registers, the class token
     if kind == "pre_softmax":
         assert earlier.max() < 1e-6
-        assert (outputs[0] - outputs[1])[:, 5:14].abs().max() < 1e-5  # after all blocks; 5 tokens are prefix
+        assert (outputs[0] - outputs[1])[:, 5:14].abs().max() < 1e-5  # after all blocks, without 5 prefix tokens
     else:
-        assert earlier.min() > 1e-4  # the paper's mask: the future's weights are gone, not their share
+        assert earlier.min() > 1e-4  # with the paper's mask, future tokens are part of the denominator
     outputs[0][:, 0].sum().backward()
     seen = images.grad.abs().amax(dim=1).unfold(1, 8, 8).unfold(2, 8, 8).amax(dim=(-2, -1))
     assert seen.min() > 1e-6
@@ -226,7 +226,7 @@ def test_patches_stay_in_raster_order_before_registers_and_class_token(patch_dro
 
 
 @pytest.mark.parametrize("rate", ["drop_path_rate", "drop_rate", "pos_drop_rate", "patch_drop_rate"])
-def test_in_training_timm_s_random_parts_draw_as_they_did(rate):
+def test_random_parts_draw_as_in_timm_in_training(rate):
     vit = randomise(VisionTransformer(**SMALL, reg_tokens=2, **{rate: 0.5})).train()
     model = to_causal(vit)
     model.soft_mask = 1.0
@@ -244,9 +244,9 @@ def test_in_training_timm_s_random_parts_draw_as_they_did(rate):
 
 @pytest.mark.parametrize("part", ["proj_drop", "attn_drop"])
 @pytest.mark.parametrize("form", ["plain", "fused"])
-def test_an_attention_s_dropouts_act_in_training_alone(part, form):
+def test_dropouts_of_attention_are_active_in_training_only(part, form):
     vit, images = build("plain"), images_for("")
-    getattr(vit.blocks[0].attn, part).p = 0.5  # by hand: timm's proj_drop_rate is the MLP's as well
+    getattr(vit.blocks[0].attn, part).p = 0.5  # set here, since timm's proj_drop_rate applies to the MLP, too
     model = to_causal(vit)
     model.set_attention_form(form)
     assert torch.equal(model(images), model(images))
@@ -267,7 +267,7 @@ def test_attention_dropout_keeps_the_mean(kind, form):
     assert (dropped.mean(dim=0) - attention(q, k, v, mask)).abs().max() < 0.05
 
 
-def test_weights_go_to_a_file_and_back_under_timm_s_names(tmp_path):
+def test_weights_are_saved_and_loaded_under_timm_s_names(tmp_path):
     vit = build("registers")
     model, images = to_causal(vit), images_for("")
     assert list(model.vit.state_dict()) == list(vit.state_dict())
@@ -341,7 +341,7 @@ def wide_images():
     return VisionTransformer(**{**SMALL, "img_size": (32, 16)})
 
 
-def scaled_otherwise():
+def other_scale():
     vit = VisionTransformer(**SMALL)
     vit.blocks[1].attn.scale = 1.0
     return vit
@@ -359,11 +359,11 @@ def scaled_otherwise():
         (lambda: OwnFeatures(**SMALL), "forward_features"),
         (lambda: VisionTransformer(**SMALL, block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
         (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "DiffAttention"),
-        (scaled_otherwise, "scale 1.0"),
+        (other_scale, "scale 1.0"),
         (wide_images, r"\(32, 16\)"),
     ],
 )
-def test_what_cannot_be_exact_is_refused(make, identifier):
+def test_networks_that_cannot_be_converted_exactly_are_rejected(make, identifier):
     for take, refusal in ((to_causal, "cannot make a "), (to_quantizable, "cannot quantize a ")):
         with pytest.raises(UserError, match=identifier) as caught:
             take(make())
@@ -382,11 +382,11 @@ def test_a_hybrid_is_made_causal_but_not_quantized():
 
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
-def test_an_unknown_mask_is_refused(mask):
+def test_an_unknown_mask_is_rejected(mask):
     with pytest.raises(UserError, match=mask):
         to_causal(VisionTransformer(**SMALL), mask)
 
 
-def test_the_inner_network_is_not_run_without_its_mask():
+def test_the_inner_network_cannot_be_called():
     with pytest.raises(UserError, match=r"\.vit"):
         to_causal(build("plain")).vit(images_for(""))
