@@ -1,7 +1,7 @@
 """Compares the latency of the runtimes on this CPU, in float and INT8: python benchmarks/cpu_latency.py
 
 Networks are iLLaMA-T at 224 pixels (random weights: speed does not depend on them) and the shipped nano, at batch 1 and
-8. All candidates run alternately in one process, so that other load on the machine affects all alike. The goal is that
+8. All variants run alternately in one process, so that other load on the machine affects all alike. The goal is that
 INT8 is 2.5 times as fast as ONNX Runtime in FP32 at batch 1, and 3 times at batch 8, and never slower than NNCF's INT8.
 The gain of each rewrite of deploy/rewrites/openvino_graph.py is measured by running the same file without it.
 
@@ -48,7 +48,7 @@ class LatencyOptions:
     Attributes:
         networks: tiny (at 224 pixels) or nano (the shipped checkpoint).
         batches: batch sizes.
-        repeats: number of medians per candidate; their range is reported as the spread.
+        repeats: number of medians per variant; their range is reported as the spread.
         rounds: number of timed rounds per median.
         threads: number of threads of each runtime; 0 for one per core.
         torch: also time PyTorch, eager and compiled.

@@ -58,7 +58,7 @@ def run_command(
         # A data loader's worker wraps its error in a traceback, whose last line is the error.
         _exit(str(error).strip().splitlines()[-1].removeprefix("illama.errors.UserError: "), 2)
     except KeyboardInterrupt:
-        _exit("interrupted; nothing half-written was left behind", 130)
+        _exit("interrupted; no incomplete files were left", 130)
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise

@@ -56,7 +56,7 @@ class GpuOptions:
         networks: networks as SIZE@PIXELS.
         batches: batch sizes.
         seconds: time in seconds after which no measurement is started.
-        calls: number of timed calls of each candidate.
+        calls: number of timed calls of each variant.
         tests: path to the output of pytest, to include in the results.
         out: folder of the results.
     """

@@ -166,9 +166,9 @@ def bicubic(old: int, new: int, first: int, count: int) -> tuple[int, np.ndarray
     """
     scale = old / new
     reach = max(scale, 1.0)
-    centres = (first + np.arange(count) + 0.5) * scale
-    low, high = max(0, math.floor(centres[0] - 2 * reach)), min(old, math.ceil(centres[-1] + 2 * reach))
-    distance = np.abs(np.arange(low, high) + 0.5 - centres[:, None]) / reach
+    centers = (first + np.arange(count) + 0.5) * scale
+    low, high = max(0, math.floor(centers[0] - 2 * reach)), min(old, math.ceil(centers[-1] + 2 * reach))
+    distance = np.abs(np.arange(low, high) + 0.5 - centers[:, None]) / reach
     near = (1.5 * distance - 2.5) * distance**2 + 1
     far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
     weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
