@@ -24,7 +24,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from tqdm import tqdm
 
 from deploy.rewrites.openvino_graph import fitting_rewrites, has_matrix_unit
-from deploy.runtimes.open_engine import OnnxRuntimeEngine, OpenVinoEngine, openvino_core
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from deploy.runtimes.openvino_engine import OpenVinoEngine, openvino_core
 from eval.benchmark.latency import measure_latency
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig

@@ -12,9 +12,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from deploy.runtimes.engine import Engine
 from deploy.runtimes.image_input import ImageInput
 from deploy.runtimes.names import RuntimeName
-from deploy.runtimes.open_engine import Engine, open_file
+from deploy.runtimes.open_engine import open_file
 from deploy.runtimes.temperature import read_temperature
 from illama.bundle import Manifest, bundle_of
 from illama.cli import run_command

@@ -17,7 +17,9 @@ import deploy.runtimes.open_engine
 from deploy.build import build_bundle
 from deploy.predict import top5
 from deploy.rewrites.preprocessing import add_preprocessing
-from deploy.runtimes.open_engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_runtime, open_engine, open_file
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from deploy.runtimes.open_engine import cpu_runtime, open_engine, open_file
+from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord
@@ -81,7 +83,7 @@ _TWO_ENGINES_THEN_CTRL_C = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 from pathlib import Path
-from deploy.runtimes.open_engine import OpenVinoEngine
+from deploy.runtimes.openvino_engine import OpenVinoEngine
 first, second = OpenVinoEngine(Path(sys.argv[1])), OpenVinoEngine(Path(sys.argv[1]))
 del first
 del second
