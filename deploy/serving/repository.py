@@ -12,6 +12,7 @@ Each version holds a known answer (:mod:`deploy.serving.known_answer`), by which
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 from deploy.runtimes.image_input import ImageInput
 from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import open_engine
-from deploy.runtimes.recommended_runtime import recommend_runtime
+from deploy.runtimes.recommended_runtime import RuntimeChoice, recommend_runtime
 from deploy.serving.health import KNOWN_ANSWER
 from deploy.serving.known_answer import KnownAnswer
 from deploy.serving.model_config import config_texts
@@ -49,6 +50,41 @@ def check_repository(folder: Path) -> None:
         raise UserError(f"{folder} is no repository of this command: give it bundles to write one") from error
     if found != FORMAT:
         raise UserError(f"{folder} was written by another version of this toolkit: write it again from its bundles")
+
+
+def name_models(bundles: Sequence[Path], name: str | None) -> dict[str, Sequence[Path]]:
+    """Returns model name -> the bundles that become its versions.
+
+    Args:
+        name: name of one model for all bundles; if not given, each bundle becomes a model named after its folder.
+
+    Raises:
+        UserError: a name that Triton or a file system does not accept, or two models of the same name.
+    """
+    models: dict[str, Sequence[Path]] = {bundle.resolve().name: (bundle,) for bundle in bundles}
+    if name and bundles:
+        models = {name: bundles}
+    elif len(models) < len(bundles):
+        raise UserError("two bundles have the same folder name: give --name to make them versions of one model")
+    folders = [f"{model}{part}" for model in models for part in ("", "-preprocess", "-network")]
+    for folder in folders:
+        if not re.fullmatch(r"\w[\w.-]{,199}", folder, re.ASCII) or folders.count(folder) > 1:
+            raise UserError(
+                f"{folder[:200]!r} is not a valid model name: rename the bundle, or give a --name of at most 180 "
+                "letters, digits, '_', '-' and '.'"
+            )
+    return models
+
+
+def describe_model(out: Path, name: str, options: ServingOptions) -> str:
+    """Returns the versions of a model in a repository, and its runtime on a CPU, as text for the user."""
+    numbers = versions(out, name)
+    listed = ", ".join(map(str, numbers))
+    lines = [f"{out}: {name}, versions {listed}; the newest {options.live_versions} are served"]
+    if options.device == "cpu":
+        choice = RuntimeChoice.read(out / f"{name}-network" / str(numbers[-1]))
+        lines.append(f"{name} runs {choice.file.name} in {choice.runtime}, {choice.reason}")
+    return "\n".join(lines)
 
 
 def write_repository(

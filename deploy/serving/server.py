@@ -77,6 +77,25 @@ class RunningServer:
                 failed, answers_due = True, 0.0
 
 
+def serve(repository: Path, options: ListenOptions) -> None:
+    """Runs a server until Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: the server does not start or no longer answers.
+    """
+    try:
+        with running_server(repository, options) as server:
+            print(
+                f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "
+                f"{options.metrics_port}; Ctrl-C stops it\n"
+                "Triton has no authentication: everyone who can reach these ports can use it",
+                flush=True,
+            )
+            server.watch()
+    except KeyboardInterrupt:
+        print("stopped")
+
+
 @contextmanager
 def running_server(repository: Path, options: ListenOptions, log: IO[bytes] | None = None) -> Iterator[RunningServer]:
     """A server that gives its known answers, stopped at the end of the block.

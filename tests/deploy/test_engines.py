@@ -15,8 +15,8 @@ from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundl
 
 import deploy.runtimes.open_engine
 from deploy.build import build_bundle
-from deploy.predict import top5
 from deploy.rewrites.preprocessing import add_preprocessing
+from deploy.runtimes.classify import top5
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.open_engine import cpu_runtime, open_engine, open_file
 from deploy.runtimes.openvino_engine import OpenVinoEngine

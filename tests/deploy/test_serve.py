@@ -51,16 +51,15 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 
 import deploy.serving.health
 import deploy.serving.server
-from deploy.camera import CameraOptions
-from deploy.camera import main as camera_main
+from deploy.rewrites.camera_bundle import write_camera_bundle
 from deploy.runtimes.image_input import ImageInput
 from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.recommended_runtime import recommend_runtime
-from deploy.serve import ServeOptions, main, name_models
+from deploy.serve import ServeOptions, main
 from deploy.serving.health import ServedRepository, UnhealthyError, live_backends
 from deploy.serving.known_answer import KnownAnswer
 from deploy.serving.options import ListenOptions, ServingOptions
-from deploy.serving.repository import add_versions, write_repository
+from deploy.serving.repository import add_versions, name_models, write_repository
 from deploy.serving.server import private_names, running_server
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA
@@ -305,7 +304,7 @@ def _probe(repository, listen):
 def test_every_kind_of_bundle_is_served_and_a_dead_backend_ends_the_server(tmp_path):
     schemes = _schemes_of_a_colour_network(tmp_path / "schemes")
     colours = {"timm": _timm_bundle(tmp_path / "timm"), "camera": tmp_path / "camera"}
-    camera_main(CameraOptions(schemes[0], "40x50", out=colours["camera"]))
+    write_camera_bundle(schemes[0], (40, 50, 3), colours["camera"])
     # Finite logits for noise and for the known answer's waves, whose pixels are 0 in the mean, and none for white.
     linear = write_linear_bundle(tmp_path / "linear", np.full((768, 3), 1e36) * [1, 0.5, 0.1], 16, ["a", "b", "c"])
     out, log = tmp_path / "with space", tmp_path / "log"
