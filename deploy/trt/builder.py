@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import ModelProto
 
-from deploy.trt.fusion import allow_decomposition, demand_fusion, find_attentions, fused_kernels, softmax_outputs
+from deploy.trt.fusion import (
+    allow_decomposition,
+    count_attentions,
+    fused_kernels,
+    quantize_softmax_outputs,
+    softmax_outputs,
+)
 from deploy.trt.library import Library, fits_this_gpu
 from deploy.trt.options import EngineOptions
 from illama.atomic_write import read_pinned, write_pinned
@@ -25,12 +31,14 @@ _VERBOSITIES = {"none": "NONE", "layer-names": "LAYER_NAMES_ONLY", "detailed": "
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine in memory.
+    """A serialized engine.
 
     Attributes:
-        attentions: how many the network has.
-        fused: whether each is proven to be one operator in the precision asked for.
-        inputs, outputs: name -> [type, shape], -1 for the batch.
+        data: the engine.
+        attentions: number of attentions in the network.
+        fused: whether each attention is one operator, in the precision of the scheme.
+        inputs: name -> [dtype, shape], with -1 for the batch.
+        outputs: name -> [dtype, shape], with -1 for the batch.
     """
 
     data: bytes
@@ -41,10 +49,11 @@ class BuiltEngine:
 
 
 def build_engine(library: Library, source: Path, options: EngineOptions | None = None) -> BuiltEngine:
-    """Build an ONNX file with dynamic batch.
+    """Builds an engine from an ONNX file, with a dynamic batch.
 
     Raises:
-        UserError: with the library's own words, if it cannot parse, fuse or build the graph, or lacks an option.
+        UserError: the library cannot parse or build the graph, has no fused kernel for an attention, or lacks an
+            option; the message holds the library's reason.
     """
     options = options or EngineOptions()
     library.check_options(
@@ -53,43 +62,41 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
         version_compatible=options.version_compatible,
         refittable=options.refit or options.weight_stripped,
     )
-    model = load_graph(source)
     messages, logger = _collect_errors(library.trt)
     builder: tensorrt.Builder = library.trt.Builder(logger)
     network = library.create_network(builder)
     parser: tensorrt.OnnxParser = library.trt.OnnxParser(network, logger)
-    # From the file and not from memory, so that weights outside of it are found.
-    if not parser.parse_from_file(str(source)):
+    if not parser.parse(_prepare_graph(source, options).SerializeToString()):
         raise UserError(f"{library.name} cannot parse {source}: {_last(messages)}")
-    if options.weight_stripped and softmax_outputs(model):
+    attentions = count_attentions(library, network)
+    if not attentions and not options.allow_unfused:
         raise UserError(
-            f"{source} rounds the softmax output by a scale that no refit brings back: leave --weight-stripped out"
+            f"{source} has an attention that is not an Attention operator, so it cannot be fused; to build it "
+            "nevertheless, give --allow-unfused"
         )
-    attentions, kept = _prepare_attention(library, network, model, source, options)
     config = _configure(library, builder, network, options)
     data = builder.build_serialized_network(network, config)
-    del kept  # the scales of softmax outputs, which the network reads until here
     if data is None:
         raise UserError(f"{library.name} {library.version} cannot build {source}: {_last(messages)}")
     if options.timing_cache is not None:
         write_pinned(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     inputs = _tensors([network.get_input(index) for index in range(network.num_inputs)])
     outputs = _tensors([network.get_output(index) for index in range(network.num_outputs)])
-    return BuiltEngine(bytes(data), len(attentions), not options.allow_unfused, inputs, outputs)
+    return BuiltEngine(bytes(data), attentions, not options.allow_unfused, inputs, outputs)
 
 
-def _prepare_attention(
-    library: Library, network: tensorrt.INetworkDefinition, model: ModelProto, source: Path, options: EngineOptions
-) -> tuple[dict[str, Any], Any]:
+def _prepare_graph(source: Path, options: EngineOptions) -> ModelProto:
+    """Returns the graph to parse: as in the file, but for its attentions."""
+    model = load_graph(source)
+    if options.weight_stripped and softmax_outputs(model):
+        raise UserError(
+            f"{source} quantizes the softmax output, whose scale a refit does not restore: omit --weight-stripped"
+        )
     if options.allow_unfused:
-        try:
-            attentions = find_attentions(library, network, str(source))
-        except UserError:
-            return {}, None
-        allow_decomposition(attentions)
-        return attentions, None
-    attentions = find_attentions(library, network, str(source))
-    return attentions, demand_fusion(library, network, attentions, softmax_outputs(model))
+        allow_decomposition(model)
+    else:
+        quantize_softmax_outputs(model)
+    return model
 
 
 def _configure(

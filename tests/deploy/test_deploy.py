@@ -473,7 +473,8 @@ def test_calls_fit_tensorrts_signatures(tmp_path):
     stub = tmp_path / "tensorrt_bindings" / "tensorrt.pyi"
     stub.write_text(re.sub(r"(def \w+\()([^()]*)(\))", _parsable, re.sub(r"\bin: ", "inputs: ", stub.read_text())))
     stubs = [tmp_path / "tensorrt" / "__init__.pyi", tmp_path / "tensorrt_bindings" / "__init__.pyi", stub]
-    ours = [ROOT / "deploy" / name for name in ("tensorrt_library.py", "fusion.py", "builder.py", "tensorrt_engine.py")]
+    names = ("trt/library.py", "trt/fusion.py", "trt/builder.py", "runtimes/tensorrt_engine.py")
+    ours = [ROOT / "deploy" / name for name in names]
     options = ["--follow-imports=skip", "--cache-dir", tmp_path / "cache"]
     command = [sys.executable, "-m", "mypy", *map(str, [*options, *ours, *stubs])]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
