@@ -8,17 +8,17 @@ import numpy as np
 
 
 class Engine(Protocol):
-    """Whatever runs a model.
+    """A model that a runtime has loaded.
 
     Attributes:
-        runtime: what it is, with its version, device and precision.
+        runtime: name of the runtime, with its version, device and precision.
     """
 
     runtime: str
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """Images, (B, C, H, W) float32 or whatever else the model takes -> logits (B, classes) float32."""
+        """Images (B, C, H, W) float32, or the model's own input -> logits (B, classes) float32."""
 
     def close(self) -> None:
-        """Keep what makes the next start quicker, where a runtime has such a thing."""
+        """Stores what makes the next start faster, for runtimes that have such a cache."""
         return None

@@ -23,25 +23,25 @@ class OnnxRuntimeEngine(Engine):
     """An ONNX file in ONNX Runtime.
 
     Args:
-        path: the ONNX file.
-        threads: within an operator on the CPU; 0 for one a core.
-        provider: an execution provider for GPUs; the CPU's if not given.
+        path: path to the ONNX file.
+        threads: number of threads of an operator on the CPU; 0 for one per core.
+        provider: an execution provider for GPUs. Defaults to the CPU's.
 
     Raises:
-        UserError: if ONNX Runtime cannot load the file, or has no such provider here.
+        UserError: ONNX Runtime cannot load the file, or does not have the provider.
     """
 
     def __init__(self, path: Path, threads: int = 0, provider: str | None = None) -> None:
         self.runtime = f"onnxruntime {onnxruntime.__version__} {provider or 'CPU'}"
         if provider and provider not in onnxruntime.get_available_providers():
             raise UserError(
-                f"this ONNX Runtime has no {provider}: install onnxruntime-gpu, or choose another --runtime"
+                f"ONNX Runtime has no {provider} here: install onnxruntime-gpu, or choose another --runtime"
             )
         try:
             self._session = (
                 gpu_session(path, provider) if provider else cpu_session(path, threads, fused=path.name == FUSED_ONNX)
             )
-        except Exception as error:  # its exceptions share no base class but this one
+        except Exception as error:  # ONNX Runtime's exceptions have no other common base class
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name
 
@@ -51,14 +51,14 @@ class OnnxRuntimeEngine(Engine):
 
 
 def gpu_session(path: Path, provider: str) -> onnxruntime.InferenceSession:
-    """A session on a GPU; ONNX Runtime leaves arithmetic with shapes to the CPU.
+    """Returns a session on a GPU; ONNX Runtime computes shapes on the CPU.
 
     Raises:
-        UserError: if the provider did not start and everything would run on the CPU.
+        UserError: the provider did not start, so that the CPU would run everything.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=[provider, "CPUExecutionProvider"])
     if provider not in session.get_providers():
-        raise UserError(f"{provider} does not start here: see that its CUDA libraries are installed")
+        raise UserError(f"{provider} does not start here: check that its CUDA libraries are installed")
     return session

@@ -1,11 +1,11 @@
-"""Run a model, whatever it was exported to: ``open_engine(path).infer(images) -> logits``.
+"""Opens a model in any runtime: ``open_engine(path).infer(images) -> logits``.
 
 | path                              | runtime                                                            |
 |-----------------------------------|--------------------------------------------------------------------|
-| a bundle                          | the best here: an engine that this GPU runs, else its CPU file      |
-| an engine's folder, ``*.engine``  | ``tensorrt`` or ``tensorrt_rtx``, as the record beside it says      |
+| a bundle                          | of an engine for this GPU if there is one, else of its CPU file     |
+| an engine's folder, ``*.engine``  | ``tensorrt`` or ``tensorrt_rtx``, as its record says                |
 | ``*.onnx``                        | ``openvino`` or ``onnxruntime``, or one of its GPU providers        |
-| ``*.safetensors`` or its bundle   | ``torch``, ``torch.compile``                                        |
+| ``*.safetensors`` or its bundle   | ``torch`` or ``torch-compile``                                      |
 """
 
 from __future__ import annotations
@@ -29,32 +29,34 @@ from illama.graph.reader import has_fp8, load_graph
 
 
 def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:
-    """The engine, file or bundle at ``path``, ready to infer.
+    """Opens an engine, a file or a bundle.
 
-    An engine of a bundle that cannot be opened is passed over, with a line on stderr that says why.
+    If an engine of a bundle cannot be opened, a warning gives the reason and the next file of the bundle is tried.
 
     Args:
-        runtime: which one; the best for the path, if not given (the table above, and docs/cpu.md).
-        threads: on a CPU; 0 for one a core.
+        path: see the table above.
+        runtime: if not given, the preferred one for the path (the table above, and docs/cpu.md).
+        threads: number of threads on a CPU; 0 for one per core.
 
     Raises:
-        UserError: nothing there, a damaged or refused file, or a runtime that is not here or does not take it.
+        UserError: the path does not exist, the file is damaged or rejected, or the runtime is not installed or cannot
+            run the file.
     """
     return open_file(path, runtime, threads)[0]
 
 
 def open_file(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> tuple[Engine, Path]:
-    """As :func:`open_engine`, and the file that was opened."""
+    """Same as :func:`open_engine`; also returns the file that was opened."""
     if runtime is not None and runtime not in get_args(RuntimeName):
         raise UserError(f"unknown runtime {runtime!r}: choose from {', '.join(get_args(RuntimeName))}")
     if not path.exists():
-        raise UserError(f"there is no {path}")
+        raise UserError(f"{path} not found: give a bundle, an engine or an .onnx file")
     paths = files_of(path, runtime)
     for each in paths[:-1]:
         try:
             return _open(each, runtime, threads), each
         except UserError as error:
-            print(f"warning: {each} is left out: {error}", file=sys.stderr)
+            print(f"warning: {each} is skipped: {error}", file=sys.stderr)
     return _open(paths[-1], runtime, threads), paths[-1]
 
 
@@ -62,20 +64,19 @@ def _open(path: Path, runtime: RuntimeName | None, threads: int) -> Engine:
     if path.suffix == ".engine":
         record = EngineRecord.read(path)
         if runtime not in (None, record.library):
-            raise UserError(f"{path} was built by {record.library}: it does not run in {runtime}")
+            raise UserError(f"{path} does not run in {runtime}: it was built by {record.library}")
         return TensorRTEngine(path, record)
     if path.suffix == ".onnx":
         return _open_onnx(path, runtime or cpu_runtime(path), threads)
     if runtime not in (None, "torch", "torch-compile"):
         raise UserError(
-            f"{path} holds weights for PyTorch: it does not run in {runtime}; make graphs of it with "
-            "python quant/ptq.py"
+            f"{path} does not run in {runtime}: it holds weights for PyTorch; export it with python quant/ptq.py"
         )
     return TorchEngine(load_network(path), compiled=runtime == "torch-compile")
 
 
 def cpu_runtime(path: Path) -> RuntimeName:
-    """The fastest runtime here for an ONNX file on a CPU (docs/cpu.md); FP8 has but one that knows it."""
+    """Returns the preferred runtime for an ONNX file on a CPU (docs/cpu.md); only ONNX Runtime supports FP8."""
     try:
         import openvino  # noqa: F401
     except ImportError:
@@ -89,16 +90,20 @@ def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:
     if runtime == "onnxruntime" or runtime in PROVIDERS:
         return OnnxRuntimeEngine(path, threads, PROVIDERS.get(runtime))
     raise UserError(
-        f"{path} is an ONNX file: it does not run in {runtime}; build an engine with python deploy/build.py"
+        f"{path} does not run in {runtime}: it is an ONNX file; build an engine with python deploy/build.py"
     )
 
 
 def files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:
-    """The file at ``path``, or those of a bundle that ``runtime`` takes, the best first; UserError if it is none."""
+    """Returns the file at ``path``, or the files of a bundle that ``runtime`` can open, the preferred one first.
+
+    Raises:
+        UserError: the path is a folder, but neither a bundle nor an engine.
+    """
     if not path.is_dir() or bundle_of(path) != path:
         return [path / ENGINE if path.is_dir() else path]
     if not is_bundle(path):
-        raise UserError(f"{path} is not a bundle: name one, or a file of one")
+        raise UserError(f"{path} is not a bundle: give a bundle, or a file of one")
     weights = path / (TORCHAO if (path / TORCHAO).exists() else WEIGHTS)
     if runtime in ("torch", "torch-compile"):
         return [weights]
@@ -109,7 +114,7 @@ def files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:
 
 
 def _may_run(engine: Path) -> bool:
-    """Whether an engine is for the GPU here; True for one that will be refused, whose opening says why."""
+    """Whether an engine was built for this GPU; True if its record cannot be read, so that opening it says why."""
     try:
         record = EngineRecord.read(engine)
     except UserError:

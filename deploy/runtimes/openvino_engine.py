@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.rewrites.openvino_graph import fitting_rewrites, has_matrix_unit
+from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.engine import Engine
 from illama.errors import UserError
 from illama.graph.reader import load_graph
@@ -17,14 +17,14 @@ from illama.inference import usable_cores
 
 @cache
 def openvino_core() -> Any:
-    """OpenVINO's core, one for the whole process.
+    """Returns OpenVINO's core, one for the whole process.
 
-    A core's CPU plugin gives the thread a stack for signals with room for AMX's registers, and puts back the one before
-    it when the core goes. If that was another core's, it may be freed by then, and the next signal that Python handles
-    (Ctrl-C, the end of a data loader's worker) is a segmentation fault.
+    A core's CPU plugin gives the thread a signal stack with room for AMX's registers, and restores the previous stack
+    when the core is destroyed. If that stack was another core's, it may be freed by then, and the next signal that
+    Python handles (Ctrl-C, the end of a data loader's worker) is a segmentation fault.
 
     Raises:
-        ImportError: if OpenVINO is not installed.
+        ImportError: OpenVINO is not installed.
     """
     import openvino
 
@@ -34,19 +34,19 @@ def openvino_core() -> Any:
 class OpenVinoEngine(Engine):
     """An ONNX file in OpenVINO on the CPU.
 
-    Where the CPU multiplies bfloat16 (AMX), OpenVINO computes in that what the graph has in float32; ``precision``
-    "f32" keeps to the graph, at half the speed. Integers stay integers.
+    On a CPU that multiplies bfloat16 (AMX), OpenVINO computes the float32 operators of the graph in bfloat16;
+    ``precision="f32"`` prevents this, at half the speed. Integer operators are not affected.
 
     Attributes:
-        floats: the type that it computes in where the graph has float32.
+        floats: the dtype in which float32 operators are computed.
 
     Args:
-        path: the ONNX file.
-        threads: in all; 0 for one a core.
-        precision: "f32", "bf16" or "f16" for what the graph has in floating point; OpenVINO's choice if not given.
+        path: path to the ONNX file.
+        threads: number of threads; 0 for one per core.
+        precision: "f32", "bf16" or "f16", the dtype for floating-point operators. Defaults to OpenVINO's choice.
 
     Raises:
-        UserError: if OpenVINO is not installed or cannot load the file.
+        UserError: OpenVINO is not installed or cannot load the file.
     """
 
     def __init__(self, path: Path, threads: int = 0, precision: str | None = None) -> None:
@@ -59,7 +59,7 @@ class OpenVinoEngine(Engine):
             settings["INFERENCE_PRECISION_HINT"] = precision
         model, core = load_graph(path), openvino_core()
         floats = precision or core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
-        for rewrite in fitting_rewrites(floats == "bf16", has_matrix_unit()):
+        for rewrite in select_rewrites(floats == "bf16", has_matrix_unit()):
             rewrite(model)
         try:
             compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)

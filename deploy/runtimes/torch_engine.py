@@ -12,11 +12,12 @@ from illama.inference import torch_infer
 
 
 class TorchEngine(Engine):
-    """A network in PyTorch, on the GPU if there is one: the float reference, or one quantized by torchao.
+    """A network in PyTorch: the float reference, or one quantized by torchao.
 
     Args:
-        device: cuda or cpu; a GPU if there is one, if not given. The network is moved there.
-        compiled: by torch.compile.
+        network: moved to ``device``, and set to evaluation mode.
+        device: cuda or cpu. Defaults to cuda if there is a GPU.
+        compiled: whether to use torch.compile.
     """
 
     def __init__(self, network: torch.nn.Module, device: str | None = None, compiled: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""An ONNX file to a serialized engine."""
+"""Builds a serialized engine from an ONNX file."""
 
 from __future__ import annotations
 
@@ -126,19 +126,19 @@ def _configure(
 
 
 def _read_timing_cache(config: tensorrt.IBuilderConfig, path: Path) -> None:
-    """Take up a timing cache, if the file is there and is what was written, by the SHA-256 beside it."""
+    """Loads a timing cache if the file exists, after verifying it by the SHA-256 beside it."""
     data = read_pinned(path)
     if data is None and path.exists():
-        raise UserError(f"{path} is not what the SHA-256 beside it is of: delete it, to have it made anew")
+        raise UserError(f"{path} does not match the SHA-256 beside it: delete it to create it again")
     if not config.set_timing_cache(config.create_timing_cache(data or b""), ignore_mismatch=False):
-        raise UserError(f"{path} is of another GPU or version: delete it, to have it made anew")
+        raise UserError(f"{path} belongs to another GPU or version: delete it to create it again")
 
 
 def check_kernels(library: Library, built: BuiltEngine, options: EngineOptions) -> None:
-    """Count the fused attention kernels of an engine by its inspector, where this machine's GPU is one that it is for.
+    """Checks that an engine has a fused kernel for each attention, if it has detailed verbosity and runs on this GPU.
 
     Raises:
-        UserError: if there are fewer than attentions.
+        UserError: the engine inspector reports fewer fused kernels than attentions.
     """
     if options.verbosity != "detailed" or not fits_this_gpu(options.targets, options.hardware_compatible):
         return
@@ -147,14 +147,14 @@ def check_kernels(library: Library, built: BuiltEngine, options: EngineOptions) 
     if len(kernels) < built.attentions:
         raise UserError(
             f"the engine has {len(kernels)} fused attention kernels for {built.attentions} attentions; "
-            "--allow-unfused accepts that"
+            "give --allow-unfused to accept it"
         )
 
 
 def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOptions) -> str:
-    """The command of the library's own tool that builds the like, for those who prefer it.
+    """Returns the command of the library's own tool that builds an equivalent engine from the file.
 
-    It cannot demand that attention be fused, nor round a softmax output, which no ONNX operator says.
+    The file does not say how the softmax output is quantized, so the tool leaves it in floating point.
     """
     shape = "x".join(str(size) for size in _image_shape(load_graph(source)))
     parts = [library.trtexec, f"--onnx={os.path.relpath(source)}", f"--saveEngine={os.path.relpath(engine)}"]

@@ -17,10 +17,10 @@ import torch
 from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
 from deploy.rewrites.openvino_graph import (
-    fitting_rewrites,
     fold_zero_points,
     has_matrix_unit,
     leave_inputs,
+    select_rewrites,
     split_products,
 )
 from deploy.runtimes.open_engine import open_engine
@@ -435,7 +435,7 @@ def test_zero_points_are_shifted_away_where_there_is_a_matrix_unit(flags, allowe
     if allowed:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
     assert has_matrix_unit(tmp_path / "cpuinfo") == expected
-    assert (fold_zero_points in fitting_rewrites(False, expected)) == expected
+    assert (fold_zero_points in select_rewrites(False, expected)) == expected
     assert not has_matrix_unit(tmp_path / "no such file")
 
 
@@ -452,7 +452,7 @@ def test_inputs_of_small_products_are_left_as_they_are(tmp_path):
         exact = network(torch.from_numpy(IMAGES)).numpy()
     errors = [np.linalg.norm(in_onnxruntime(each, IMAGES) - exact) for each in (all_left, left, load_graph(path))]
     assert errors[0] < errors[2] and errors[1] < 1.1 * errors[2]
-    for rewrite in fitting_rewrites(bfloat16=True, matrix_unit=True):
+    for rewrite in select_rewrites(bfloat16=True, matrix_unit=True):
         rewrite(left)
     onnx.checker.check_model(left, full_check=True)
     read = {name for node in left.graph.node for name in node.input}
