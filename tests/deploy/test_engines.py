@@ -305,7 +305,7 @@ def test_predictions_that_are_rejected(color_bundle, tmp_path, photo):
     for arguments, words in (
         ((tmp_path / "broken.jpg", "--engine", color_bundle), "broken.jpg"),
         (("--engine", color_bundle), "--watch"),
-        ((photo, "--engine", tmp_path / "nowhere"), "nowhere"),
+        ((photo, "--engine", tmp_path / "nowhere"), tmp_path.name),
         (("--watch", tmp_path / "nowhere", "--engine", color_bundle), "nowhere"),
     ):
         assert_one_line_error(run_command("deploy/predict.py", *arguments), words)
