@@ -14,7 +14,7 @@ import tyro
 from illama.cli import run_command
 from illama.errors import UserError
 
-MAX_SIDE, MAX_PIXELS = 16_384, 64_000_000  # of a frame: the graph holds a matrix of image_size times each side
+MAX_SIDE, MAX_PIXELS = 16_384, 64_000_000  # of a frame: the graph contains matrices (image_size, side)
 
 
 @dataclass(frozen=True)

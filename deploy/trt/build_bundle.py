@@ -105,7 +105,7 @@ def _may_replace(origin: tuple[Any, ...], folder: Path) -> bool:
         return (folder / ENGINE).exists() or (folder / RECORD).exists()
 
 
-def build_fitting(
+def build_supported(
     library: Library, bundle: Path, options: EngineOptions | None = None, name: str | None = None
 ) -> tuple[Path | None, tuple[str, ...]]:
     """Builds an engine of a bundle for the targets that support its dtypes; returns (its path, the other targets).
@@ -114,10 +114,12 @@ def build_fitting(
         UserError: see :func:`build_bundle`; or the library cannot build for a target.
     """
     options = options or EngineOptions()
-    wanted = library.resolve_targets(options.targets)
-    unfit = unfit_targets(bundle / FUSED_ONNX, wanted)
-    fit = tuple(target for target in wanted if target not in unfit)
-    return (build_bundle(library, bundle, replace(options, targets=fit), name) if fit or not unfit else None), unfit
+    targets = library.resolve_targets(options.targets)
+    unsupported = unsupported_targets(bundle / FUSED_ONNX, targets)
+    supported = tuple(target for target in targets if target not in unsupported)
+    if unsupported and not supported:
+        return None, unsupported
+    return build_bundle(library, bundle, replace(options, targets=supported), name), unsupported
 
 
 def build_engines(
@@ -136,18 +138,18 @@ def build_engines(
         return ["No engine was built: no TensorRT that can build is installed here."]
     not_built = []
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
-        unfit: tuple[str, ...] = ()
+        unsupported: tuple[str, ...] = ()
         with step(f"build {bundle.name} engine"):
             try:
-                _, unfit = build_fitting(library, bundle, options)
+                _, unsupported = build_supported(library, bundle, options)
             except UserError as error:  # the other engines are built nevertheless
                 not_built.append(f"No {bundle.name} engine: {error}.")
-        if unfit:
-            not_built.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
+        if unsupported:
+            not_built.append(f"No {bundle.name} engine for {', '.join(unsupported)}: FP8 needs sm89 or newer.")
     return not_built
 
 
-def unfit_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
+def unsupported_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the targets that do not support a dtype of the graph: FP8 requires compute capability 8.9."""
     if not has_fp8(load_graph(source)):
         return ()

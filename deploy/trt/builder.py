@@ -53,7 +53,7 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
 
     Raises:
         UserError: the library cannot parse or build the graph, has no fused kernel for an attention, or lacks an
-            option; the message holds the library's reason.
+            option; the message contains the library's reason.
     """
     options = options or EngineOptions()
     library.check_options(
@@ -111,12 +111,12 @@ def _configure(
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, _VERBOSITIES[options.verbosity])
     if options.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
-    for wanted, flag in (
+    for enabled, flag in (
         (options.refit, "REFIT"),
         (options.weight_stripped, "STRIP_PLAN"),
         (options.version_compatible, "VERSION_COMPATIBLE"),
     ):
-        if wanted:
+        if enabled:
             config.set_flag(getattr(trt.BuilderFlag, flag))
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -167,14 +167,14 @@ def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOp
         parts.append(f"--computeCapabilities={','.join(f'{t[2:-1]}.{t[-1]}' for t in options.targets)}")
     if options.workspace_gib is not None:
         parts.append(f"--memPoolSize=workspace:{options.workspace_gib * 1024:g}")
-    for wanted, flag in (
+    for enabled, flag in (
         (options.timing_cache, f"--timingCacheFile={options.timing_cache}"),
         (options.refit, "--refit"),
         (options.weight_stripped, "--stripWeights"),
         (options.version_compatible, "--versionCompatible"),
         (options.hardware_compatible, "--hardwareCompatibilityLevel=ampere+"),
     ):
-        if wanted:
+        if enabled:
             parts.append(flag)
     return shlex.join([*parts, f"--profilingVerbosity={_VERBOSITIES[options.verbosity].lower()}"])
 
@@ -202,4 +202,4 @@ def _collect_errors(trt: Any) -> tuple[list[str], Any]:
 
 
 def _last(messages: list[str]) -> str:
-    return messages[-1] if messages else "it gave no reason"
+    return messages[-1] if messages else "no reason given"

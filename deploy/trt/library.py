@@ -95,13 +95,13 @@ class Library:
         if self.name == "tensorrt":
             return
         no_gpu = refittable and not torch.cuda.is_available()
-        for wanted, reason in (
+        for given, reason in (
             (timing_cache, "has no --timing-cache: it does not time kernels during a build"),
             (hardware_compatible, "has no --hardware-compatible: give several --targets, or none for all GPUs"),
             (version_compatible, "has no --version-compatible: build with the version that runs the engine"),
             (no_gpu, "builds with --refit or --weight-stripped on a GPU only, and none is available"),
         ):
-            if wanted:
+            if given:
                 raise UserError(f"TensorRT-RTX {reason}")
 
     def deserialize(self, data: bytes, version_compatible: bool = False) -> tensorrt.ICudaEngine:

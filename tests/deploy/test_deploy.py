@@ -24,7 +24,7 @@ from deploy.rewrites.openvino_graph import (
     split_products,
 )
 from deploy.runtimes.open_engine import open_engine
-from deploy.trt.build_bundle import build_bundle, build_fitting
+from deploy.trt.build_bundle import build_bundle, build_supported
 from deploy.trt.builder import _read_timing_cache, build_engine, trtexec_line
 from deploy.trt.fusion import SoftmaxOutput, fused_kernels, quantize_softmax_outputs, softmax_outputs
 from deploy.trt.library import find_library
@@ -99,7 +99,7 @@ def test_engines_with_different_options_are_kept(bundle):
     if library.name == "tensorrt_rtx":
         assert portable.parent.name == "tensorrt_rtx-portable-1.8.64"
         both, again = (
-            build_fitting(library, bundle, EngineOptions(targets))[0]
+            build_supported(library, bundle, EngineOptions(targets))[0]
             for targets in (("sm89,sm86",), ("sm86", "sm89", "sm89"))
         )
         assert both == again and both.parent.name == "tensorrt_rtx-sm86.sm89-1.8.64"
@@ -289,7 +289,7 @@ def test_attention_as_separate_operators_fails_the_build(model, tmp_path):
 @needs_rtx
 def test_targets_and_options_that_are_rejected(bundle):
     with pytest.raises(UserError, match="sm12"):
-        build_fitting(library, bundle, EngineOptions(("sm12",)))
+        build_supported(library, bundle, EngineOptions(("sm12",)))
     with pytest.raises(UserError, match="--timing-cache"):
         build_bundle(library, bundle, EngineOptions(timing_cache=bundle / "cache"))
     with pytest.raises(UserError, match="--hardware-compatible"):
@@ -306,10 +306,10 @@ def test_targets_and_options_that_are_rejected(bundle):
         with pytest.raises(UserError, match=r"--batch|--workspace-gib|--timing-cache"):
             EngineOptions(**options)
     export_quantized(SMALL, "fp8", bundle / FUSED_ONNX)
-    assert build_fitting(library, bundle, EngineOptions(("sm86",))) == (None, ("sm86",))
+    assert build_supported(library, bundle, EngineOptions(("sm86",))) == (None, ("sm86",))
     assert not (bundle / "engines").exists()
-    path, unfit = build_fitting(library, bundle, EngineOptions(("sm86", "sm89")))
-    assert EngineRecord.read(path).targets == ("sm89",) and unfit == ("sm86",)
+    path, unsupported = build_supported(library, bundle, EngineOptions(("sm86", "sm89")))
+    assert EngineRecord.read(path).targets == ("sm89",) and unsupported == ("sm86",)
 
 
 @needs_library
