@@ -27,7 +27,7 @@ CONFIG, KNOWN_ANSWER = "config.pbtxt", "known_answer.json"
 STUB = "triton_python_backend_stub"  # program that runs a Python model
 _HEADER = "Inference-Header-Content-Length"
 _Read = TypeVar("_Read")
-_SLOWER = 10  # maximum time of a known answer, relative to the time it took when it was created
+_MAX_SLOWDOWN = 10  # maximum time of a known answer, relative to the time it took when it was created
 _BUSY_SHARE = 0.1  # minimum use of a core by a busy model, while an answer is awaited
 BUSY_SECONDS = 120  # maximum time without a finished request of a busy model; the largest take half a minute
 
@@ -153,7 +153,7 @@ class ServedRepository:
     def _infer(self, model: str, known: KnownAnswer) -> np.ndarray:
         headers = {"Content-Type": "application/octet-stream", _HEADER: "0"}
         post = urllib.request.Request(f"{self.url}/v2/models/{model}/infer", known.file, headers)
-        body, head = self._open(post, self.timeout + _SLOWER * known.seconds)
+        body, head = self._open(post, self.timeout + _MAX_SLOWDOWN * known.seconds)
         return np.frombuffer(body[head:], np.float32)
 
     def _activity(self, model: str) -> tuple[float, int, float]:

@@ -30,7 +30,7 @@ class EngineRecord:
         library_version: version that built it; unless it is version-compatible, no other version can load it.
         targets: compute capabilities; empty for the library's default.
         batch: min, opt and max batch of the optimization profile.
-        options: other options (:meth:`deploy.trt.options.EngineOptions.to_json`).
+        options: other options (:meth:`EngineOptions.to_json`).
         precisions: layer -> dtype of its product in the graph.
         attentions: number of attentions.
         fused: whether each attention is one operator, in the precision of the scheme.
