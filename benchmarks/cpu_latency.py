@@ -23,8 +23,9 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from tqdm import tqdm
 
-from deploy.rewrites.openvino_graph import fitting_rewrites, has_matrix_unit
-from deploy.runtimes.open_engine import OnnxRuntimeEngine, OpenVinoEngine, openvino_core
+from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from deploy.runtimes.openvino_engine import OpenVinoEngine, openvino_core
 from eval.benchmark.latency import measure_latency
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
@@ -132,7 +133,7 @@ def _infer_in(dtype: torch.dtype, model: nn.Module) -> Infer:
 
 def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, Infer]:
     """A file in OpenVINO as it is, and with each rewrite left out that is done, or done that is left out."""
-    done, every = fitting_rewrites(bfloat16, has_matrix_unit()), fitting_rewrites(bfloat16=True, matrix_unit=True)
+    done, every = select_rewrites(bfloat16, has_matrix_unit()), select_rewrites(bfloat16=True, matrix_unit=True)
     found = {}
     for toggled in (None, *every):
         name = f"{'without' if toggled in done else 'with'} {toggled.__name__}" if toggled else "as it is"

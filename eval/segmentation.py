@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from eval.metrics.accuracy_drop import Drop
 from eval.report.store import write_results
 from illama.atomic_write import make_out

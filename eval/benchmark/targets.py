@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES
-from deploy.runtimes.open_engine import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from deploy.runtimes.open_engine import cpu_runtime, open_engine
+from deploy.runtimes.openvino_engine import OpenVinoEngine
+from deploy.runtimes.torch_engine import TorchEngine
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from eval.benchmark.open_bundles import check_alike
 from illama.atomic_write import list_folder

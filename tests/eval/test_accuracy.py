@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import ROOT, assert_one_line_error, write_linear_bundle
 
-from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature
 from eval.metrics.accuracy_change import compare_predictions
 from eval.metrics.calibration import fit_temperature, reliability

@@ -15,7 +15,7 @@ from PIL import Image
 from support import assert_one_line_error, run_command, write_images, write_linear_bundle, write_made_up_engine
 from torch.utils.data import Dataset
 
-from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature, store_temperature
 from eval.benchmark.evaluate_split import _wait_for, evaluate
 from eval.metrics.predictions import Predictions
@@ -250,7 +250,7 @@ def test_a_temperature_stays_with_its_weights(bundle, tmp_path):
         (bundle / TEMPERATURE).write_text(damage)
         with pytest.raises(UserError, match=r"temperature.json is damaged"):
             read_temperature(onnx)
-    with pytest.raises(UserError, match="there is no"):
+    with pytest.raises(UserError, match=r"nowhere\.onnx"):
         read_temperature(tmp_path / "nowhere.onnx")
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from eval.benchmark.latency import _Turns, measure_latency
 from eval.benchmark.machine import _cores_first, pin_threads
 from eval.benchmark.sensors import Gpu, Watch, find_gpu, open_meter, read_cpu, read_governor, read_gpu
