@@ -26,7 +26,7 @@ from illama.errors import UserError
 from illama.inference import chance_note
 from quant.export.write_bundle import Origin
 from quant.inputs import Inputs, open_inputs
-from quant.mixed_precision.choices import Choices, Study, offered_schemes, scheme_of
+from quant.mixed_precision.search_space import Choices, Study, offered_schemes, scheme_of
 from quant.mixed_precision.layer_effects import Effect, selection_images, split_selection, uncalibrated_images
 from quant.mixed_precision.planner import Budget, Plan, Planner
 from quant.options import InputOptions

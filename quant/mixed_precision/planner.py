@@ -14,7 +14,7 @@ from illama.errors import UserError
 from illama.graph.layer_times import time_graphs
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
-from quant.mixed_precision.choices import Choices, one_image, scheme_of
+from quant.mixed_precision.search_space import Choices, one_image, scheme_of
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, compare_logits
 from quant.quantizers.calibrate import calibrate

@@ -15,7 +15,7 @@ from illama.errors import UserError
 from illama.graph.layer_times import layer_of_node, read_layer_times
 from quant.export.onnx_export import export_onnx
 from quant.inputs import open_inputs
-from quant.mixed_precision.choices import Choice, Choices, offered_schemes
+from quant.mixed_precision.search_space import Choice, Choices, offered_schemes
 from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, layers_of
