@@ -283,3 +283,13 @@ def _layer_outputs(model: SoftMasked, images: np.ndarray) -> dict[str, Tensor]:
 def _sqnr(reference: Tensor, other: Tensor) -> float:
     signal, noise = reference.double(), (other - reference).double()
     return decibels(float(signal.square().sum()), float(noise.square().sum()))
+
+
+def print_differences(differences: Mapping[str, Difference], sqnr: Mapping[str, tuple[float, float]]) -> None:
+    """Prints one line for each tensor, in the order in which they are computed; ``sqnr``: :func:`accumulated_sqnr`."""
+    print(f"{'':30} {'accumulated error, SQNR in dB':>32}")
+    print(f"{'tensor':30} {'by quantization':>16} {'by export':>15} {'local':>22}")
+    for name, difference in differences.items():
+        columns = [f"{value:.1f}" if np.isfinite(value) else "-" for value in sqnr.get(name, (np.inf, np.inf))]
+        mark = "  <- mismatch" if difference.mismatch else ""
+        print(f"{name:30} {columns[0]:>16} {columns[1]:>15} {difference!s:>22}{mark}")

@@ -14,12 +14,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
 
-from illama.data.datasets import ImageData, Sample
 from illama.errors import UserError
 from illama.graph.layer_times import PRODUCTS
 from illama.models.attention import SoftMasked
@@ -239,34 +236,6 @@ def tensor_sqnr(reference: SoftMasked, quantized: SoftMasked, images: Tensor) ->
                 hooks.callback(module.register_forward_pre_hook(hook(name)).remove)
         reference(images)
     return {name: decibels(*powers[name]) for name in acting}
-
-
-def selection_images(data: ImageData, calibration_images: int, count: int) -> Dataset[Sample]:
-    """``count`` images, evenly spaced, of the training split that calibration does not see.
-
-    Raises:
-        UserError: if there are fewer.
-    """
-    rest = uncalibrated_images(data, calibration_images)
-    if not 1 <= count <= len(rest):
-        raise UserError(
-            f"{count} images asked for, 1 to {len(rest)} can be had beside {calibration_images} for calibration: "
-            "change --images"
-        )
-    return Subset(rest.dataset, [rest.indices[index * len(rest) // count] for index in range(count)])
-
-
-def uncalibrated_images(data: ImageData, calibration_images: int) -> Subset[Sample]:
-    """The images of the training split that calibration does not see."""
-    taken: Any = data.calibration(calibration_images)
-    return Subset(taken.dataset, np.setdiff1d(np.arange(len(taken.dataset)), taken.indices).tolist())
-
-
-def split_selection(selection: Dataset[Sample], count: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
-    """``count`` images, evenly spaced, and all the others."""
-    total = len(selection)  # type: ignore[arg-type]
-    first = [index * total // count for index in range(count)]
-    return Subset(selection, first), Subset(selection, sorted(set(range(total)) - set(first)))
 
 
 def block_number(layer: str) -> int | None:

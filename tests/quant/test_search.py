@@ -15,11 +15,12 @@ from illama.errors import UserError
 from illama.graph.layer_times import layer_of_node, read_layer_times
 from quant.export.onnx_export import export_onnx
 from quant.inputs import open_inputs
-from quant.mixed_precision.search_space import Choice, Choices, offered_schemes
+from quant.mixed_precision.budget import Budget
 from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, layers_of
-from quant.mixed_precision.planner import Budget, Plan, Planner
+from quant.mixed_precision.planner import Plan, Planner
+from quant.mixed_precision.search_space import FormatChoice, SearchSpace, format_schemes
 from quant.options import InputOptions
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec
@@ -51,7 +52,7 @@ def test_nothing_is_assigned_that_breaks_the_limit_and_ties_go_to_the_lesser():
 
 def test_bytes_are_those_of_the_file(tmp_path):
     model = ILLaMA(SMALL).eval()
-    scheme = offered_schemes(["w4a8"])[0]
+    scheme = format_schemes(["w4a8"])[0]
     plan = resolve(scheme, model)
     export_onnx(calibrate(model, scheme, [torch.randn(4, 3, 32, 32)]), tmp_path / "model.onnx", "plain")
     graph = onnx.load(tmp_path / "model.onnx").graph
@@ -107,10 +108,10 @@ def test_an_engine_s_own_times(tmp_path):
     )
     assert times.rest == pytest.approx(0.005) and times.call == pytest.approx(0.525)
     path.write_text(json.dumps([{"name": "conv1", "averageMs": 1.0}]))
-    with pytest.raises(UserError, match="mentions no layer"):
+    with pytest.raises(UserError, match=r"profile\.json"):
         read_layer_times(path, LAYERS)
     path.write_text("{")
-    with pytest.raises(UserError, match="not a TensorRT layer profile"):
+    with pytest.raises(UserError, match=r"profile\.json"):
         read_layer_times(path, LAYERS)
 
 
@@ -130,11 +131,14 @@ class Pretended(Planner):
 
 def _planner(budget, factor):
     layers = {
-        f"layer{i}": [Choice("float", {}, None, 0.0, 400, 0.4), Choice("int8", {}, None, 1e-3 * (i + 1), 100, 0.1)]
+        f"layer{i}": [
+            FormatChoice("float", {}, None, 0.0, 400, 0.4),
+            FormatChoice("int8", {}, None, 1e-3 * (i + 1), 100, 0.1),
+        ]
         for i in range(8)
     }
     whole = {"int8": (Effect(30.0, 0.036, 36_000, 0, 10**6), 0.036)}  # 3.6 points lost for 0.036 nats: 100 a nat
-    planner = Pretended(None, Choices(layers, whole, 1000, 1.0, {}, {}), None, budget)
+    planner = Pretended(None, SearchSpace(layers, whole, 1000, 1.0, {}, {}), None, budget)
     planner.factor = factor
     return planner
 
@@ -155,7 +159,7 @@ def test_the_least_loss_within_a_cost():
     assert _quantized(best) == {0, 1, 2, 3}  # 4.2 - 0.3 each
     _, best = _planner(Budget("megabytes", 0.0033), 1.0).search(5, None)
     assert _quantized(best) == {0, 1, 2}  # 4,200 bytes - 300 each
-    with pytest.raises(UserError, match=r"can keep to 1 ms: the fastest is predicted to take 1\.800 ms"):
+    with pytest.raises(UserError, match=r"1 ms.*1\.800 ms"):
         _planner(Budget("ms", 1.0), 1.0).search(5, None)
 
 
@@ -248,7 +252,7 @@ def test_the_command_and_its_replay(data, tmp_path):
         "--images",
         4,
     )
-    assert debug.returncode == 0 and "No layer departs" in debug.stdout, debug.stderr
+    assert debug.returncode == 0 and "<-" not in debug.stdout, debug.stderr
 
 
 @pytest.mark.parametrize(
@@ -262,21 +266,21 @@ def test_the_command_and_its_replay(data, tmp_path):
     ],
 )
 def test_there_is_one_budget(options):
-    with pytest.raises(UserError, match="give one of --max-drop, --max-ms and --max-megabytes"):
+    with pytest.raises(UserError, match="--max-drop, --max-ms and --max-megabytes"):
         SearchOptions(**options).budget()
 
 
 def test_options_that_do_not_fit(data, tmp_path):
-    assert_one_line_error(_search(data, tmp_path / "out", "--max-ms", 1, "--formats", "int3"), "unknown scheme 'int3'")
-    assert_one_line_error(_search(data, tmp_path / "out", "--max-drop", 0.1), "points in doubt")
+    assert_one_line_error(_search(data, tmp_path / "out", "--max-ms", 1, "--formats", "int3"), "int3")
+    assert_one_line_error(_search(data, tmp_path / "out", "--max-drop", 0.1), "0.1 points", "--check-images")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="SCHEME=FILE"):
         SearchOptions(layer_times=("x.json",)).profiles()
-    with pytest.raises(UserError, match="decides nothing under --max-megabytes"):
+    with pytest.raises(UserError, match="--layer-times"):
         SearchOptions(max_megabytes=1.0, layer_times=("int8=x.json",)).budget()
-    with pytest.raises(UserError, match="at least one scheme"):
-        offered_schemes(["float"])
+    with pytest.raises(UserError, match="--formats"):
+        format_schemes(["float"])
 
 
 def test_formats_are_taken_without_learned_rounding():
-    assert find_scheme("w4a8").learned and not offered_schemes(["w4a8"])[0].learned
+    assert find_scheme("w4a8").learned and not format_schemes(["w4a8"])[0].learned

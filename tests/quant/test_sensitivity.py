@@ -24,7 +24,8 @@ from quant import debug_layers
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import first_mismatch, largest_step_difference, local_differences
 from quant.inputs import scheme_named
-from quant.mixed_precision.layer_effects import Tally, layers_of, measure, selection_images, tensor_sqnr
+from quant.mixed_precision.image_selection import selection_images
+from quant.mixed_precision.layer_effects import Tally, layers_of, measure, tensor_sqnr
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import quantizers
 from quant.schemes.formats import TensorSpec
@@ -131,7 +132,7 @@ def test_selection_images_are_of_the_training_split_and_not_calibration_s():
     assert len(set(chosen.indices)) == 1000
     assert not set(chosen.indices) & set(calibration.indices)
     assert np.array_equal(chosen.dataset.images, calibration.dataset.images)
-    with pytest.raises(UserError, match="1 to 1488 can be had beside 512"):
+    with pytest.raises(UserError, match=r"1489 .*1488"):
         selection_images(data, 512, 1489)
 
 
@@ -210,7 +211,7 @@ def test_a_planted_fault_is_named(plant, culprit, small, exported, tmp_path):
 
 def test_a_file_of_another_kind_is_refused(small, exported, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(UserError, match="cannot run"):
+    with pytest.raises(UserError, match=r"model\.onnx"):
         local_differences(exported[0], tmp_path / "model.onnx", small[1].numpy())
 
 
@@ -223,19 +224,21 @@ def test_the_commands(small_bundle, image_folder, tmp_path):
     rows = list(csv.DictReader((out / "sensitivity.csv").open()))
     assert [row["layer"] for row in rows] == [row["layer"] for row in found["layers"]] and len(rows) == 12
     assert Image.open(out / "sensitivity.png").width > 500
-    assert all(row["layer"] in result.stdout for row in rows) and "hardest tensors" in result.stdout
+    assert all(row["layer"] in result.stdout for row in rows) and any(
+        name in result.stdout for name in found["tensor_sqnr_db"]
+    )
     shown, right = (out / "sensitivity.md").read_text(), found["all"]["right"] / found["all"]["images"]
     assert shown in result.stdout and ("class order" in shown) == (right < 0.4)  # a tenth from a third to all
     again = run_command("quant/sensitivity.py", *arguments, "--images", 100, "--out", out)
-    assert_one_line_error(again, "100 images asked for, 1 to 16")
+    assert_one_line_error(again, "100 images", "16", "--images")
     assert json.loads((out / "sensitivity.json").read_text()) == found
 
     debug = run_command("quant/debug_layers.py", *arguments)
     assert debug.returncode == 0, debug.stderr
-    assert "No layer departs" in debug.stdout and "blocks.1.mlp.fc2" in debug.stdout
-    with pytest.raises(UserError, match="not a bundle"):
+    assert "<-" not in debug.stdout and "blocks.1.mlp.fc2" in debug.stdout
+    with pytest.raises(UserError, match=r"manifest\.json"):
         debug_layers.main(debug_layers.DebugOptions(image_folder))
-    with pytest.raises(UserError, match="unknown scheme"):
+    with pytest.raises(UserError, match="int3"):
         scheme_named("int3")
-    with pytest.raises(UserError, match="quantizes inside PyTorch"):
+    with pytest.raises(UserError, match="int8-dynamic"):
         scheme_named("int8-dynamic")
