@@ -14,7 +14,9 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
@@ -39,7 +41,7 @@ class SearchOptions(InputOptions):
         images: number of images that measure the layers.
         check_images: number of other images that measure the drop of whole assignments; defaults to 10,000 or all that
             are left. --max-drop must hold with 95% confidence, which needs many images.
-        learned: iterations of block reconstruction of the assignment, as in a scheme.
+        reconstruction_iterations: iterations of block reconstruction of the assignment, as in a scheme.
         rounds: largest number of assignments to check.
         threads: threads of ONNX Runtime, if it is timed; 0 for one for each core.
         out: folder for scheme.yaml, model.onnx and search.json; an earlier result is replaced.
@@ -53,7 +55,7 @@ class SearchOptions(InputOptions):
     layer_times: tuple[str, ...] = ()
     images: int = 1000
     check_images: int | None = None
-    learned: int = 0
+    reconstruction_iterations: Annotated[int, tyro.conf.arg(aliases=["--learned"])] = 0
     rounds: int = 6
     threads: int = 0
     out: Path = Path("runs/search")
@@ -62,7 +64,7 @@ class SearchOptions(InputOptions):
         """Returns the one budget; UserError for none, several, or a number that is too small."""
         given = {"drop": self.max_drop, "ms": self.max_ms, "megabytes": self.max_megabytes}
         values = [(kind, value) for kind, value in given.items() if value is not None]
-        if len(values) != 1 or values[0][1] <= 0 or self.rounds < 1 or self.learned < 0:
+        if len(values) != 1 or values[0][1] <= 0 or self.rounds < 1 or self.reconstruction_iterations < 0:
             raise UserError("give one of --max-drop, --max-ms and --max-megabytes, above 0; --rounds must be 1 or more")
         if self.layer_times and values[0][0] == "megabytes":
             raise UserError("--layer-times has no effect under --max-megabytes: leave it out")
@@ -95,7 +97,7 @@ def main(options: SearchOptions) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             space = SearchSpaceBuilder(inputs, schemes, images, options.threads).build(Path(scratch), profiles)
         timed = None if profiles else partial(time_call, inputs, options.threads)
-        planner = Planner(inputs, space, others, budget, options.learned, timed)
+        planner = Planner(inputs, space, others, budget, options.reconstruction_iterations, timed)
         plans, best = planner.search(options.rounds, folder / CPU_ONNX)
         result = write_search(folder, planner, plans, best)
     print_search(result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from quant.quantizers.calibrate import quantize_layers
 from quant.quantizers.layers import QuantizeDequantize, quantizers
 from quant.quantizers.observers import RangeObserver
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, resolve
+from quant.schemes.scheme import Scheme, rename_old_keys, resolve
 
 SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file; the values are JSON
 ZERO_POINTS_METADATA = "quant_zero_points"
@@ -75,7 +75,8 @@ def _zero_points(model: ILLaMA) -> dict[str, int]:
     }
 
 
-def _scheme(values: dict[str, object]) -> Scheme:
-    tensors: dict[str, dict[str, object] | None] = values.pop("tensors")  # type: ignore[assignment]
-    specs = {pattern: None if spec is None else TensorSpec(**spec) for pattern, spec in tensors.items()}  # type: ignore[arg-type]
-    return Scheme(tensors=specs, **values)  # type: ignore[arg-type]
+def _scheme(values: dict[str, Any]) -> Scheme:
+    values = rename_old_keys(values)
+    tensors: dict[str, dict[str, Any] | None] = values.pop("tensors")
+    specs = {pattern: None if spec is None else TensorSpec(**spec) for pattern, spec in tensors.items()}
+    return Scheme(tensors=specs, **values)

@@ -124,7 +124,7 @@ def measure(
     Every quantizer is switched on again at the end.
 
     Args:
-        model: calibrated by a scheme without learned rounding, which would have changed the weights for good.
+        model: calibrated by a scheme without block reconstruction, which would have changed the weights for good.
         choices: name -> tensors to quantize, as :func:`quant.quantizers.layers.quantizers` names them.
         batches: images (B, C, H, W) and labels (B,); gone through once.
     """

@@ -53,7 +53,7 @@ class Planner:
     Args:
         images: batches for the measured drops. They must be other images than those of the search space: among many
             assignments, the search would select one that chance favours on its own images.
-        learned: iterations of block reconstruction for each assignment.
+        iterations: iterations of block reconstruction for each assignment.
         time_call: path to an exported file -> milliseconds of a call; if None, the predicted time counts.
     """
 
@@ -63,11 +63,11 @@ class Planner:
         space: SearchSpace,
         images: DataLoader[Any],
         budget: Budget,
-        learned: int = 0,
+        iterations: int = 0,
         time_call: Callable[[Path], float] | None = None,
     ) -> None:
         self.inputs, self.space, self.images, self.budget = inputs, space, images, budget
-        self.learned, self.time_call = learned, time_call
+        self.iterations, self.time_call = iterations, time_call
         layers = space.layers
         self.kl = {layer: [choice.kl for choice in choices] for layer, choices in layers.items()}
         self.ms = {layer: [choice.ms for choice in choices] for layer, choices in layers.items()}
@@ -126,7 +126,7 @@ class Planner:
 
     def check(self, plan: Plan, path: Path) -> None:
         """Quantizes the network by the assignment, exports it to ``path``, and measures both."""
-        scheme = assignment_scheme(self.space, plan.chosen, self.learned, "")
+        scheme = assignment_scheme(self.space, plan.chosen, self.iterations, "")
         quantized = calibrate(self.inputs.model, scheme, self.inputs.calibration)
         plan.effect = compare_logits(self.inputs.plain_model(), quantized, self.images)
         export_onnx(quantized, path, "plain")

@@ -74,7 +74,9 @@ def format_schemes(names: Sequence[str]) -> list[Scheme]:
     Raises:
         UserError: a scheme is unknown, there is none, or two have one name.
     """
-    schemes = [replace(scheme_named(name), learned=0) for name in dict.fromkeys(names) if name != FLOAT]
+    schemes = [
+        replace(scheme_named(name), reconstruction_iterations=0) for name in dict.fromkeys(names) if name != FLOAT
+    ]
     if not schemes:
         raise UserError("--formats names no scheme: give at least one besides float")
     if len({scheme.name for scheme in schemes}) < len(schemes):
@@ -242,7 +244,7 @@ class _Costs:
         return weight_bytes(self.model.get_submodule(layer), self.plans[name].get(f"{layer}.weight"))
 
 
-def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], learned: int, summary: str) -> Scheme:
+def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], iterations: int, summary: str) -> Scheme:
     """Returns an assignment, layer -> index of its choice, as a scheme with every quantized tensor by its full name."""
     tensors: dict[str, TensorSpec | None] = {}
     smooth: dict[str, float] = {}
@@ -250,4 +252,4 @@ def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], learned: in
         choice = space.layers[layer][index]
         tensors.update(choice.specs)
         smooth.update({layer: choice.smooth} if choice.smooth is not None else {})
-    return Scheme("searched", tensors, smooth, learned, summary=summary)
+    return Scheme("searched", tensors, smooth, iterations, summary=summary)

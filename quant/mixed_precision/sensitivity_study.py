@@ -37,7 +37,7 @@ def measure_sensitivity(inputs: Inputs, scheme: Scheme, batches: Iterable[tuple[
     Raises:
         UserError: the scheme quantizes no tensor of the network, or does not fit it.
     """
-    scheme = replace(scheme, learned=0)
+    scheme = replace(scheme, reconstruction_iterations=0)
     quantized = calibrate(inputs.model, scheme, inputs.calibration)
     layers = layers_of(name for name, _ in quantizers(quantized))
     if not layers:

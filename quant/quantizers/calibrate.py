@@ -58,8 +58,8 @@ def calibrate(model: SoftMasked, scheme: Scheme, batches: Iterable[Tensor]) -> S
     if scheme.smooth:
         smooth(reference, scheme, batches)
     quantized = quantize_layers(reference, plan, observe(reference, plan, batches))
-    if scheme.learned:
-        reconstruct(reference, quantized, batches, scheme.learned)
+    if scheme.reconstruction_iterations:
+        reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)
     return quantized
 
 

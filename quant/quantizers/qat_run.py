@@ -98,7 +98,9 @@ def start_run(job: QatJob, group: Processes) -> Run:
     options = job.options
     # A resumed run loads its weights from the training checkpoint: block reconstruction, minutes of work, is skipped.
     interrupted = (options.out / CHECKPOINT).exists()
-    quantized = job.quantize(replace(job.scheme, learned=0)) if interrupted else copy.deepcopy(job.untrained)
+    quantized = (
+        job.quantize(replace(job.scheme, reconstruction_iterations=0)) if interrupted else copy.deepcopy(job.untrained)
+    )
     learn_scales(quantized)
     loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
     return Run(

@@ -50,10 +50,11 @@ from illama.models.attention import SoftMasked
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA, Linear
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import PER_TOKEN, Scheme, resolve
+from quant.schemes.scheme import Scheme, resolve
 
 _METADATA = "illama_torchao"  # one key only: safetensors writes several in no fixed order
 _PART = re.compile(r"(.*)\.parts\.0\.")  # of a name in a state dict
+_PER_TOKEN = TensorSpec("uint8", "token", symmetric=False)  # the one spec of inputs
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 
 
@@ -131,8 +132,8 @@ def check(model: SoftMasked, scheme: Scheme) -> None:
     """UserError if torchao cannot quantize ``model`` by ``scheme``, in the words of what to change."""
     if scheme.backend != "torchao":
         raise UserError(f"scheme {scheme.name} is for ONNX: torchao takes one with 'backend: torchao'")
-    if scheme.smooth or scheme.learned:
-        raise UserError(f"scheme {scheme.name}: torchao neither smooths nor learns rounding; leave both out")
+    if scheme.smooth or scheme.reconstruction_iterations:
+        raise UserError(f"scheme {scheme.name}: torchao has no smooth and no reconstruction_iterations; leave them out")
     for name in resolve(scheme, model):
         layer = name.removesuffix(".weight").removesuffix(".input")
         if not isinstance(model.get_submodule(layer), nn.Linear):
@@ -217,7 +218,7 @@ def _recipe(scheme: Scheme, layer: str) -> _Recipe:
     """What a scheme means for one Linear; UserError if torchao has nothing that does it."""
     weight, activation = scheme.spec(f"{layer}.weight"), scheme.spec(f"{layer}.input")
     place, dynamic = f"scheme {scheme.name}, {layer}", activation is not None
-    if weight is None or weight.calibrator != "max" or activation not in (None, PER_TOKEN):
+    if weight is None or weight.calibrator != "max" or activation not in (None, _PER_TOKEN):
         raise UserError(
             f"{place}: torchao takes weights by max, and inputs in asymmetric uint8 per token, or in floating point"
         )

@@ -30,7 +30,8 @@ from quant.quantizers.layers import WeightQuantizer, fake_quantize, lsq_gradient
 from quant.quantizers.qat_run import open_job, start_run, write_qat_bundle
 from quant.quantizers.torchao_backend import load_torchao
 from quant.schemes.formats import FORMATS, TensorSpec
-from quant.schemes.scheme import SCHEMES, read_scheme, write_scheme
+from quant.schemes.scheme import find_scheme, read_scheme, write_scheme
+from quant.schemes.shipped import SHIPPED_SCHEMES
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -90,7 +91,7 @@ def images():
 
 @pytest.fixture(scope="module", params=["int8", "fp8-attention", "w4a8", "w4a4"])
 def quantized(request, network, images):
-    return calibrate(network, replace(SCHEMES[request.param], learned=0), [images])
+    return calibrate(network, replace(find_scheme(request.param), reconstruction_iterations=0), [images])
 
 
 def test_learning_scales_changes_nothing_but_that_they_learn(quantized, images):
@@ -160,7 +161,7 @@ PAPER = {  # arXiv 2404.06773, quantization-aware training
 @pytest.mark.parametrize("name", recipe_names(RECIPES))
 def test_recipes(name):
     recipe = read_recipe(QatOptions, RECIPES, name)
-    assert recipe.scheme in SCHEMES
+    assert recipe.scheme in SHIPPED_SCHEMES
     if name in PAPER:
         own = (recipe.learning_rate, recipe.drop_path, recipe.mixup, recipe.cutmix, recipe.soft_mask)
         assert (*own, recipe.soft_mask_epochs) == PAPER[name]
@@ -261,7 +262,7 @@ def test_a_run_is_not_mixed_with_another_scheme_s(material, tmp_path):
 def test_training_learns_what_the_network_said_before(material, tmp_path):
     """4-bit weights on 24 noise images: the network comes nearer to the float one than calibration brought it."""
     activations = "'*.input': int8, '*.core.[qkv]': int8, '*.core.p': uint8, '*patch*.input': float"
-    (tmp_path / "w4.yaml").write_text(f"base: w4a4\nlearned: 0\ntensors: {{{activations}}}\n")
+    (tmp_path / "w4.yaml").write_text(f"base: w4a4\nreconstruction_iterations: 0\ntensors: {{{activations}}}\n")
     options = _options(
         material,
         tmp_path / "out",

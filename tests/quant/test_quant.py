@@ -42,7 +42,8 @@ from quant.quantizers.observers import BINS, RangeObserver, entropy_amax, mse_am
 from quant.quantizers.reconstruction import blocks
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import FORMATS, TensorSpec
-from quant.schemes.scheme import SCHEMES, Scheme, find_scheme, resolve, unfit_for_tensorrt
+from quant.schemes.scheme import Scheme, find_scheme, resolve, unfit_for_tensorrt
+from quant.schemes.shipped import SHIPPED_SCHEMES
 
 ONNX_TYPES = {
     "int8": onnx.TensorProto.INT8,
@@ -51,7 +52,7 @@ ONNX_TYPES = {
     "uint4": onnx.TensorProto.UINT4,
     "fp8": onnx.TensorProto.FLOAT8E4M3FN,
 }
-ONNX_SCHEMES = sorted(name for name, scheme in SCHEMES.items() if scheme.backend == "onnx")
+ONNX_SCHEMES = sorted(name for name in SHIPPED_SCHEMES if find_scheme(name).backend == "onnx")
 TENSORRT_SCHEMES = [
     "mixed",
     "int8-attention",
@@ -199,8 +200,8 @@ def batches():
 
 @pytest.fixture(scope="module", params=ONNX_SCHEMES)
 def scheme(request):
-    scheme = SCHEMES[request.param]
-    return replace(scheme, learned=min(scheme.learned, 4))
+    scheme = find_scheme(request.param)
+    return replace(scheme, reconstruction_iterations=min(scheme.reconstruction_iterations, 4))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def _relative(logits, expected):
 
 
 def test_what_is_quantized(shipped, batches):
-    quantized = calibrate(shipped, SCHEMES["int8-attention"], batches)
+    quantized = calibrate(shipped, find_scheme("int8-attention"), batches)
     kinds = {name: type(module) for name, module in quantized.named_modules()}
     assert not [
         name for name, kind in kinds.items() if issubclass(kind, torch.nn.Linear | torch.nn.Conv2d | QuantizerPoint)
@@ -246,14 +247,14 @@ def test_the_plan_and_the_network_agree(short, quantized, scheme):
 @pytest.mark.parametrize("name", ["int8-attention", "fp8-attention"])
 def test_quantizers_agree_with_modelopt_s(short, batches, name):
     """Fed with the same inputs, each of our quantizers gives what ModelOpt's does with that range, but for ties."""
-    quantized = calibrate(short, SCHEMES[name], batches)
+    quantized = calibrate(short, find_scheme(name), batches)
     quantized.readout_only = False  # the last block's weights as a whole
     seen = {}
     for tensor, module in quantizers(quantized):
         module.register_forward_hook(lambda m, i, o, tensor=tensor: seen.__setitem__(tensor, (m, i[0], o)))
     with torch.no_grad():
         quantized(batches[0])
-    assert len(seen) == len(resolve(SCHEMES[name], short))
+    assert len(seen) == len(resolve(find_scheme(name), short))
     for tensor, (module, x, ours) in seen.items():
         if not module.spec.symmetric:  # it has no zero point either: the shifted values, as in the graph for TensorRT
             shift = module.fold_zero_point()
@@ -311,7 +312,9 @@ def test_graphs_are_standard_and_hold_few_bits(file, scheme, short, quantized):
 def test_weights_of_4_bits_are_packed(short, batches, tmp_path):
     sizes = {}
     for name in ("w4a16", "int8-weight-only"):
-        export_onnx(calibrate(short, replace(SCHEMES[name], learned=0), batches), tmp_path / name, "plain")
+        export_onnx(
+            calibrate(short, replace(find_scheme(name), reconstruction_iterations=0), batches), tmp_path / name, "plain"
+        )
         sizes[name] = (tmp_path / name).stat().st_size
     weights = [p for name, p in short.named_parameters() if name.startswith("blocks") and p.ndim == 2]
     saved = sum(
@@ -328,13 +331,13 @@ def test_values_are_named_by_layer(file):
 
 @pytest.mark.parametrize("name", ONNX_SCHEMES)
 def test_what_tensorrt_takes(name, short):
-    assert (not unfit_for_tensorrt(resolve(SCHEMES[name], short))) == (name in TENSORRT_SCHEMES)
+    assert (not unfit_for_tensorrt(resolve(find_scheme(name), short))) == (name in TENSORRT_SCHEMES)
 
 
 @pytest.mark.parametrize("name", TENSORRT_SCHEMES)
 def test_the_fused_graph_agrees(name, short, batches, tmp_path, real_images):
     images, _ = real_images
-    quantized = calibrate(short, replace(SCHEMES[name], learned=0), batches)
+    quantized = calibrate(short, replace(find_scheme(name), reconstruction_iterations=0), batches)
     export_onnx(quantized, tmp_path / "fused.onnx", "fused", torch.float16)
     fused, expected = _run(tmp_path / "fused.onnx", images), torch_infer(quantized)(images)
     assert (fused.argmax(1) == expected.argmax(1)).mean() > 0.97
@@ -347,7 +350,7 @@ def test_smoothing_changes_nothing_but_rounding(shipped, batches):
     """SmoothQuant rescales channels exactly: in float64 the smoothed network is the network."""
     exact, smoothed = copy.deepcopy(shipped).double(), copy.deepcopy(shipped).double()
     images = [batch.double() for batch in batches]
-    smooth(smoothed, replace(SCHEMES["int8"], smooth={"*": 0.7}), images)
+    smooth(smoothed, replace(find_scheme("int8"), smooth={"*": 0.7}), images)
     with torch.no_grad():
         torch.testing.assert_close(smoothed(images[0]), exact(images[0]), rtol=1e-9, atol=1e-9)
     assert not torch.equal(smoothed.blocks[0].mlp.fc2.weight, exact.blocks[0].mlp.fc2.weight)
@@ -357,8 +360,8 @@ def test_smoothing_changes_nothing_but_rounding(shipped, batches):
 def test_learned_rounding_is_nearer_than_the_nearest(short, batches):
     """Each block's output comes nearer to the float network's on images that it has not learned from."""
     learn, test = batches[:1], batches[1]
-    plain = calibrate(short, replace(SCHEMES["w4a8"], learned=0), learn)
-    learned = calibrate(short, replace(SCHEMES["w4a8"], learned=60), learn)
+    plain = calibrate(short, replace(find_scheme("w4a8"), reconstruction_iterations=0), learn)
+    learned = calibrate(short, replace(find_scheme("w4a8"), reconstruction_iterations=60), learn)
     seen = {}
     for key, model in (("float", short), ("plain", plain), ("learned", learned)):
         first = dict(blocks(model))["blocks.0"]
@@ -424,7 +427,7 @@ def test_entropy_judges_no_range_that_holds_every_bin():
 
 
 def test_a_float_layer_stays_float(short, batches):
-    scheme = replace(SCHEMES["int8"], tensors={**SCHEMES["int8"].tensors, "blocks.0.mlp.fc2.*": None})
+    scheme = replace(find_scheme("int8"), tensors={**find_scheme("int8").tensors, "blocks.0.mlp.fc2.*": None})
     quantized = calibrate(short, scheme, batches)
     assert torch.equal(quantized.blocks[0].mlp.fc2.weight, short.blocks[0].mlp.fc2.weight)
     assert type(quantized.blocks[0].mlp.fc2) is type(short.blocks[0].mlp.fc2)
@@ -458,7 +461,7 @@ def test_other_masks_export(kind, tmp_path):
 
 def test_images_that_are_not_finite_are_refused(shipped):
     with pytest.raises(UserError, match="NaN or infinite activations"):
-        calibrate(shipped, SCHEMES["int8"], [torch.full((1, 1, 28, 28), float("nan"))])
+        calibrate(shipped, find_scheme("int8"), [torch.full((1, 1, 28, 28), float("nan"))])
 
 
 def test_an_unknown_scheme_is_refused():

@@ -262,7 +262,7 @@ def test_the_command_and_its_replay(data, tmp_path):
         {"max_drop": 0.1, "max_ms": 1.0},
         {"max_drop": -1.0},
         {"max_ms": 1.0, "rounds": 0},
-        {"max_ms": 1.0, "learned": -1},
+        {"max_ms": 1.0, "reconstruction_iterations": -1},
     ],
 )
 def test_there_is_one_budget(options):
@@ -282,5 +282,5 @@ def test_options_that_do_not_fit(data, tmp_path):
         format_schemes(["float"])
 
 
-def test_formats_are_taken_without_learned_rounding():
-    assert find_scheme("w4a8").learned and not format_schemes(["w4a8"])[0].learned
+def test_formats_are_used_without_block_reconstruction():
+    assert find_scheme("w4a8").reconstruction_iterations and not format_schemes(["w4a8"])[0].reconstruction_iterations

@@ -28,9 +28,10 @@ from quant.quantizers.torchao_backend import (
     write_torchao,
 )
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import SCHEMES, Scheme, find_scheme
+from quant.schemes.scheme import Scheme, find_scheme
+from quant.schemes.shipped import SHIPPED_SCHEMES
 
-NAMES = sorted(name for name, scheme in SCHEMES.items() if scheme.backend == "torchao")
+NAMES = sorted(name for name in SHIPPED_SCHEMES if find_scheme(name).backend == "torchao")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ W8, TOKEN = TensorSpec("int8", "channel"), TensorSpec("uint8", "token", symmetri
     ("changes", "words"),
     [
         ({"backend": "onnx"}, "is for ONNX"),
-        ({"learned": 5}, "neither smooths nor learns"),
+        ({"reconstruction_iterations": 5}, "reconstruction_iterations"),
         ({"tensors": {"*.weight": W8}}, "leave patch_embed.proj.weight in floating point"),
         ({"tensors": {"head.weight": TensorSpec("int8")}}, "no int8 weight for float inputs"),
         ({"tensors": {"head.weight": TensorSpec("int8", "channel", calibrator="mse")}}, "weights by max"),
