@@ -20,7 +20,8 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --cov --cov-report=
+	@echo "coverage of illama, quant, deploy and eval: $$($(BIN)/coverage report --format=total)% of the statements"
 
 # Kill train, build and ptq before each of their file operations (docs/reliability.md).
 kill: setup

@@ -112,6 +112,17 @@ def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> C
     return load_timm(name, path, image_size)
 
 
+def find_schemes(names: Sequence[str], files: Sequence[Path]) -> list[Scheme]:
+    """The shipped schemes of these names and those of the YAML files.
+
+    Raises:
+        UserError: an unknown name, an unreadable file, or two schemes of one name.
+    """
+    schemes = [find_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in files]
+    check_names(schemes)
+    return schemes
+
+
 def check_names(schemes: Sequence[Scheme]) -> None:
     """UserError unless every scheme's bundle can have a folder of its own, beside those of fp32 and fp16."""
     taken = [*(scheme.name for scheme in schemes), "fp32", "fp16"]

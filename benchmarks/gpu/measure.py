@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from deploy.build import write_engine
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
+from deploy.trt.build_bundle import write_engine
 from deploy.trt.builder import build_engine
 from deploy.trt.fusion import fused_kernels
 from deploy.trt.library import Library, find_library

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from deploy.runtimes.temperature import store_temperatures
 from eval.accuracy import measure
 from eval.benchmark.evaluate_split import evaluate
+from eval.benchmark.evaluation_images import EvaluationImages
 from eval.benchmark.latency import UNREADABLE, measure_latency
 from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.benchmark.sensors import find_gpu, open_meter
@@ -23,41 +22,17 @@ from eval.metrics.predictions import Predictions
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
 from illama.bundle import Manifest, command_line, package_versions, sha256
-from illama.data.datasets import ImageData, Preprocessing, Sample
 from illama.hardware import describe_machine
 from illama.inference import Infer, chance_note, load_images, usable_cores
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 
+UNFINISHED = "unfinished"  # folder of an interrupted evaluation
 SHOWN = 24  # flipped images of each kind that a report may show
 _ELSEWHERE = (
     "Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "
     "measure those, and --also shows their results in this report."
 )
-
-
-@dataclass(frozen=True)
-class Images:
-    """What targets are evaluated on.
-
-    Attributes:
-        name: of the data, as the user gave it.
-        split: of ``data``.
-        preprocessing: the targets' own.
-        calibration: how many images of the training split temperatures are fitted on; 0 for none.
-        indices: of the images of ``split`` in the whole test split; None where they are all.
-    """
-
-    name: str
-    data: ImageData
-    split: Dataset[Sample]
-    preprocessing: Preprocessing
-    calibration: int = 512
-    indices: Sequence[int] | None = None
-
-    def place(self, index: int) -> int:
-        """Where an image of ``split`` stands in the whole test split."""
-        return index if self.indices is None else self.indices[index]
 
 
 @dataclass(frozen=True)
@@ -76,32 +51,37 @@ class BenchmarkResult:
     layers: dict[str, list[list[str]]]
 
 
-def run_benchmark(
-    targets: Sequence[BenchmarkTarget],
-    images: Images,
-    options: BenchmarkOptions,
-    out: Path,
-    work: Path | None = None,
-    workers: int = 0,
-    group: Processes = ALONE,
-    *,
-    store: bool = False,
-    alone: Callable[[], Sequence[BenchmarkTarget]] | None = None,
-) -> BenchmarkResult:
-    """Evaluate every target, and time those that run here as they would be deployed.
+@dataclass(frozen=True)
+class Execution:
+    """Where a benchmark runs, and in which processes.
 
-    Args:
-        out: where the report will lie; paths in the rows are relative to it.
-        work, workers, group: see :func:`eval.benchmark.evaluate_split.evaluate`; of several processes, the main one
-            alone times and has rows.
-        store: keep each temperature with its file.
-        alone: opens the targets again for timing, with all cores, where processes shared these.
+    Attributes:
+        out: folder of the report; paths in the rows are relative to it.
+        work: folder for finished parts of the evaluation; see :func:`eval.benchmark.evaluate_split.evaluate`.
+        workers: number of processes that read images.
+        processes: those that share the evaluation. The main one alone measures latency and returns rows.
+        store: store each fitted temperature beside its file.
+        reopen: opens the targets again for timing, with all cores, after several processes shared the cores.
+    """
+
+    out: Path
+    work: Path | None = None
+    workers: int = 0
+    processes: Processes = ALONE
+    store: bool = False
+    reopen: Callable[[], Sequence[BenchmarkTarget]] | None = None
+
+
+def run_benchmark(
+    targets: Sequence[BenchmarkTarget], images: EvaluationImages, options: BenchmarkOptions, execution: Execution
+) -> BenchmarkResult:
+    """Evaluate every target, and measure the latency of those that run here as they would be deployed.
 
     Raises:
         UserError: logits that are not finite, or do not fit the images.
     """
     models, first = _models(targets)
-    transform = images.preprocessing.transform()
+    transform, group = images.preprocessing.transform(), execution.processes
     temperatures, failed = fit_temperatures(models, images.data, transform, images.calibration, group)
     facts = {
         "data": images.name,
@@ -110,12 +90,14 @@ def run_benchmark(
         "files": {each.name: sha256(each.path) for each in targets},
         "runtimes": {each.name: each.engine.runtime for each in targets},
     }
-    evaluated = evaluate(models, images.split, transform, temperatures, work, workers, facts=facts, processes=group)
-    group.barrier()  # all have read what the others computed
+    evaluated = evaluate(
+        models, images.split, transform, temperatures, execution.work, execution.workers, facts=facts, processes=group
+    )
+    group.barrier()  # until all have read what the others computed
     if not group.main:
         return BenchmarkResult([], {}, [], {})
     notes = [f"No temperature of {model}: {reason}." for model, reason in failed.items()]
-    if store:
+    if execution.store:
         fitted = [
             (each.path, temperatures[first[each.name]], each.engine.runtime)
             for each in targets
@@ -123,37 +105,40 @@ def run_benchmark(
         ]
         notes += store_temperatures(fitted, images.calibration, images.name)
     measured, reference = measure(evaluated, temperatures), evaluated[targets[0].name].plain
-    rows = [
-        _row(each, measured[first[each.name]], (reference, evaluated[first[each.name]].plain), images, options, out)
-        for each in targets
-    ]
+    rows = []
+    for each in targets:
+        own = evaluated[first[each.name]].plain
+        row = _row(each, measured[first[each.name]], execution.out)
+        row.drop = paired_drop(reference.right, own.right, options.seed)
+        row.flipped = _flipped(row, reference, own, images)
+        rows.append(row)
     rows[0].reference, rows[0].drop = True, NO_DROP
     if note := chance_note(rows[0].name, rows[0].top1.percent, len(images.data.classes)):
         notes.append(note)
-    if alone and group.count > 1:
+    if execution.reopen and group.count > 1:
         _close(targets)
         pin_threads(options.threads or usable_cores())
-        targets = alone()
+        targets = execution.reopen()
     with torch_on_all_cores():
         conditions = _time(targets, rows, images, options)
     _close(targets)
     return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + _unread(conditions), _layers_of(targets))
 
 
-def report_on(
+def make_report(
     result: BenchmarkResult,
-    images: Images,
+    images: EvaluationImages,
     options: BenchmarkOptions,
     checkpoint: str,
-    seconds: dict[str, float],
+    seconds: Mapping[str, float],
     not_run: Sequence[str] = (),
 ) -> Report:
-    """The report of a benchmark, with what it was run on.
+    """The report of a benchmark.
 
     Args:
-        checkpoint: what was quantized.
-        seconds: of the steps; their sum is added.
-        not_run: what else was not measured, and why.
+        checkpoint: path of the checkpoint that was quantized.
+        seconds: duration of each step.
+        not_run: reasons why something else was not measured.
     """
     return Report(
         rows=result.rows,
@@ -181,15 +166,8 @@ def _models(targets: Sequence[BenchmarkTarget]) -> tuple[dict[str, Infer], dict[
     return {each.name: each.infer for each in targets if first[each.name] == each.name}, first
 
 
-def _row(
-    target: BenchmarkTarget,
-    measured: Measured,
-    predictions: tuple[Predictions, Predictions],
-    images: Images,
-    options: BenchmarkOptions,
-    out: Path,
-) -> Row:
-    """Its row, from the predictions of the reference and its own."""
+def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
+    """The row of a target without accuracy drop and latencies."""
     built, record = target.built or (None, None)
     files = [target.path, *([built] if built else [])]
     return Row(
@@ -199,8 +177,7 @@ def _row(
         runtime=target.runtime,
         runtime_id=target.runtime_id,
         evaluated_with=target.engine.runtime,
-        drop=paired_drop(predictions[0].right, predictions[1].right, options.seed),
-        flipped=_flipped(measured, *predictions, images),
+        drop=NO_DROP,
         onnx=os.path.relpath(target.path, out),
         onnx_bytes=target.path.stat().st_size,
         engine=os.path.relpath(built, out) if built else None,
@@ -211,19 +188,21 @@ def _row(
     )
 
 
-def _flipped(measured: Measured, reference: Predictions, own: Predictions, images: Images) -> list[FlippedImage]:
+def _flipped(
+    measured: Measured, reference: Predictions, own: Predictions, images: EvaluationImages
+) -> list[FlippedImage]:
     if measured.change is None:
         return []
     flips, facts = measured.change.flips, (own.labels, reference.predicted, own.predicted)
     return [
-        FlippedImage(images.place(int(image)), *(int(of[image]) for of in facts))
+        FlippedImage(images.index_in_test_split(int(image)), *(int(of[image]) for of in facts))
         for kind in (flips.lost, flips.gained, flips.moved)
         for image in kind[:SHOWN]
     ]
 
 
 def _time(
-    targets: Sequence[BenchmarkTarget], rows: Sequence[Row], images: Images, options: BenchmarkOptions
+    targets: Sequence[BenchmarkTarget], rows: Sequence[Row], images: EvaluationImages, options: BenchmarkOptions
 ) -> dict[str, Any]:
     """Fill in the latencies of what runs here as it would be deployed; the conditions under which they were taken."""
     timed = {each.name: each for each in targets if not each.note}

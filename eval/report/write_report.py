@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from eval.report.page import render_html
 from eval.report.pareto import choose, pareto_front
 from eval.report.plots import draw_reliability, draw_tradeoff
 from eval.report.schema import Report, Row
 from eval.report.table import escape, markdown_table, not_measured
+from eval.report.thumbnails import draw_thumbnails
 from illama.atomic_write import list_folder, write_file
+from illama.data.datasets import Sample
 
 SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
 TRADEOFF, RELIABILITY = "tradeoff.png", "reliability.png"
@@ -40,6 +44,23 @@ def write_report(report: Report, folder: Path, thumbnails: Mapping[int, str] | N
     for name, content in contents.items():
         with write_file(folder / name) as draft:
             draft.write_bytes(content)
+
+
+def write_and_print(report: Report, split: Dataset[Sample], folder: Path, shown_as: Path) -> None:
+    """Write a report with thumbnails of the images that flip, and print its table and its choice.
+
+    Args:
+        split: the whole test split.
+        folder: where the report is written, which may be a draft of the folder that is printed, ``shown_as``.
+    """
+    flipped = [flip.image for row in report.rows for flip in row.flipped]
+    write_report(report, folder, draw_thumbnails(split, flipped))
+    batch = report.constraints.batch
+    print(f"\n{markdown_table(report.rows, batch, pareto_front(report.rows, batch))}\n")
+    print(choose(report.rows, report.constraints).sentence)
+    for reason in report.not_run:
+        print(reason)
+    print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {shown_as / PAGE}")
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, sha256
 from illama.data.ade20k import SegmentationFolder
 from illama.errors import UserError
 from illama.models.attention import SoftMasked
@@ -21,7 +21,7 @@ from illama.models.upernet import fold_batch_norms, load_segmentation
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
 from quant.inputs import check_names, scheme_named
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import Scheme, resolve, write_scheme
+from quant.schemes.scheme import Scheme, resolve
 
 _BATCH = 4  # dense maps of a batch are large
 
@@ -81,4 +81,3 @@ def write_segmentation_bundles(job: SegmentationJob, out: Path) -> None:
         print(f"quantize and export {scheme.name} ...", flush=True)
         with write_folder(out / scheme.name) as draft:
             write_quantized(draft, job.model, calibrate(job.model, scheme, batches), scheme, job.origin, {})
-            write_scheme(scheme, draft / SCHEME)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, command_line, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, command_line, sha256
 from illama.data.datasets import Preprocessing
 from illama.models.attention import SoftMasked
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
-from quant.quantizers.torchao_backend import check, quantize_with_torchao, write_torchao
-from quant.schemes.scheme import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt
+from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_torchao, write_torchao
+from quant.schemes.scheme import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt, write_scheme
 
 SOURCE = "source"  # key in a manifest's metrics: what the bundle was made from
 
@@ -111,4 +113,46 @@ def write_quantized(
     write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **done, **metrics})
     if scheme.backend == "torchao":
         write_torchao(quantized, folder)
+    write_scheme(scheme, folder / SCHEME)
     return folder
+
+
+def write_bundles(
+    folder: Path,
+    inputs: Inputs,
+    schemes: Sequence[Scheme],
+    origin: Origin,
+    step: Callable[[str], AbstractContextManager[None]],
+) -> tuple[list[Path], dict[str, SoftMasked]]:
+    """Calibrate and export every scheme, beside the FP32 and FP16 references.
+
+    Args:
+        folder: where each bundle becomes a folder of the scheme's name.
+        step: called with the name of each step, which then runs inside the context manager that it returns.
+
+    Returns:
+        The bundles, and the networks that run inside PyTorch, by the name of their bundle.
+    """
+    model, networks = inputs.model, {}
+    with step("read calibration images"):
+        batches = inputs.calibration
+    with step("export fp32 and fp16"):
+        bundles = [
+            write_graphs(folder / "fp32", model, origin, (CPU_ONNX,), {}),
+            write_graphs(folder / "fp16", model, origin, (FUSED_ONNX,), {}),
+        ]
+    for scheme in schemes:
+        with step(f"quantize and export {scheme.name}"):
+            quantized = quantize(model, scheme, batches)
+            bundle = write_quantized(folder / scheme.name, model, quantized, scheme, origin, {})
+            if scheme.backend == "torchao":
+                networks[scheme.name] = load_torchao(bundle, copy.deepcopy(model))
+        bundles.append(bundle)
+        print_layers(bundle)
+    return bundles, networks
+
+
+def print_layers(bundle: Path) -> None:
+    """Print what a scheme did to each layer."""
+    for layer, weight, activation in Manifest.read(bundle).metrics["layers"]:
+        print(f"  {layer:<26} {f'weight {weight}, ' if weight else ''}{'input ' if weight else ''}{activation}")

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, WEIGHTS, Manifest, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, sha256
 from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, predict, top1, torch_infer
@@ -30,7 +30,7 @@ from quant.quantizers.calibrate import calibrate
 from quant.quantizers.distillation import Distillation, learn_scales, scale_groups, settle_scales
 from quant.quantizers.qat_options import QatOptions
 from quant.quantizers.torchao_backend import convert_qat, load_torchao, prepare_qat
-from quant.schemes.scheme import Scheme, find_scheme, read_scheme, write_scheme
+from quant.schemes.scheme import Scheme, find_scheme, read_scheme
 
 OpenOnnx = Callable[[Path], Infer]
 """Path to an ONNX file -> a function from images to logits."""
@@ -134,7 +134,6 @@ def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: Drop) -> 
         write_quantized(draft, job.trained, trained, job.scheme, job.origin, facts)
         if job.scheme.backend == "onnx":
             write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
-        write_scheme(job.scheme, draft / SCHEME)
         (draft / "log.csv").write_text((options.out / "log.csv").read_text())
         plot_curve(read_log(options.out / "log.csv"), draft / "curve.png")
         manifest = Manifest.read(draft)

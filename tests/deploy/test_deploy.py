@@ -16,7 +16,6 @@ import pytest
 import torch
 from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
-from deploy.build import build_bundle, build_fitting
 from deploy.rewrites.openvino_graph import (
     fitting_rewrites,
     fold_zero_points,
@@ -25,6 +24,7 @@ from deploy.rewrites.openvino_graph import (
     split_products,
 )
 from deploy.runtimes.open_engine import open_engine
+from deploy.trt.build_bundle import build_bundle, build_fitting
 from deploy.trt.builder import _read_timing_cache, build_engine, trtexec_line
 from deploy.trt.fusion import SoftmaxOutput, fused_kernels, softmax_outputs
 from deploy.trt.library import find_library

@@ -14,11 +14,11 @@ from PIL import Image
 from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
 import deploy.runtimes.open_engine
-from deploy.build import build_bundle
 from deploy.predict import top5
 from deploy.rewrites.preprocessing import add_preprocessing
 from deploy.runtimes.open_engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_runtime, open_engine, open_file
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
+from deploy.trt.build_bundle import build_bundle
 from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig

@@ -24,6 +24,8 @@ from illama.bundle import SHIPPED, Manifest
 from illama.checkpoints.load import initialise_from, load_checkpoint, resize_positions, write_weights
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
+from quant.inputs import open_inputs
+from quant.options import InputOptions
 
 
 def test_a_bundle_gives_its_config_preprocessing_and_classes(small_bundle):
@@ -401,14 +403,12 @@ def test_fine_tuning_another_network_is_refused(small_bundle, change, words):
 
 
 def test_ptq_takes_an_image_size(small_bundle, image_folder, tmp_path):
-    from quant.ptq import PtqOptions, open_job
-
-    options = PtqOptions(checkpoint=small_bundle, data=str(image_folder), image_size=64, out=tmp_path / "out")
-    job = open_job(options, tmp_path)
-    assert job.inputs.model.config == replace(SMALL, image_size=64)
-    assert job.origin.preprocessing.image_size == 64
-    with pytest.raises(UserError, match="image_size 60 is not a multiple of patch_size 8"):
-        open_job(replace(options, image_size=60), tmp_path)
+    options = InputOptions(checkpoint=small_bundle, data=str(image_folder))
+    inputs = open_inputs(options, 64)
+    assert inputs.model.config == replace(SMALL, image_size=64)
+    assert inputs.preprocessing.image_size == 64
+    with pytest.raises(UserError, match=r"60.*patch_size 8"):
+        open_inputs(options, 60)
 
 
 class Payload:

@@ -16,7 +16,9 @@ from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.inference import chance_note
 from illama.train import check_class_order
-from quant.ptq import PtqOptions, open_job
+from quant.export.write_bundle import Origin
+from quant.inputs import open_inputs
+from quant.ptq import PtqOptions
 
 COUNT = 12
 WORDS = ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")
@@ -88,7 +90,7 @@ def test_a_timm_network_s_folders_are_in_natural_order(numbered, tmp_path):
     _, path = saved(tmp_path, "small_vit_plain", num_classes=COUNT)
     options = PtqOptions(checkpoint=path, model="timm:small_vit_plain", data=str(numbered), calibration_images=4)
     for given, order, classes in ((None, "natural", NATURAL), ("words", "words", WORDS)):
-        origin = open_job(replace(options, class_order=given), tmp_path).origin
+        origin = Origin.of(open_inputs(replace(options, class_order=given)))
         manifest = origin.manifest({}, {})
         assert origin.classes == classes and manifest.preprocessing["class_order"] == order
         assert manifest.preprocessing["exif"] == "apply"

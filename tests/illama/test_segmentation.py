@@ -14,8 +14,8 @@ from PIL import Image
 from support import ROOT, SMALL, assert_one_line_error, run_command
 from torch import nn
 
-from deploy.build import build_bundle
 from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from deploy.trt.build_bundle import build_bundle
 from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord
 from eval.segmentation import SegmentationEvalOptions, miou_drop

@@ -274,11 +274,12 @@ def test_timm_s_weights_are_refused_where_an_illama_is_asked_for(tmp_path):
 
 
 def test_ptq_takes_a_timm_network(tmp_path, image_folder, small_bundle):
-    from quant.ptq import PtqOptions, open_job
+    from quant.inputs import open_inputs
+    from quant.ptq import PtqOptions
 
     _, path = saved(tmp_path, "small_vit_registers", num_classes=3)
     options = PtqOptions(checkpoint=path, model="timm:small_vit_registers", data=str(image_folder), out=tmp_path / "o")
-    assert open_job(options, tmp_path).inputs.model.config == TimmConfig("small_vit_registers", 32, 3, 3)
-    assert open_job(replace(options, image_size=48), tmp_path).origin.preprocessing.image_size == 48
+    assert open_inputs(options).model.config == TimmConfig("small_vit_registers", 32, 3, 3)
+    assert open_inputs(options, 48).preprocessing.image_size == 48
     with pytest.raises(UserError, match="is a bundle"):
-        open_job(replace(options, checkpoint=small_bundle), tmp_path)
+        open_inputs(replace(options, checkpoint=small_bundle))

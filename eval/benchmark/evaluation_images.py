@@ -1,0 +1,54 @@
+"""The images that benchmark targets are evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch.utils.data import Dataset, Subset
+
+from eval.benchmark.open_bundles import open_fitting_data
+from illama.bundle import Manifest
+from illama.checkpoints.load import read_preprocessing
+from illama.data.datasets import ImageData, Preprocessing, Sample, evenly_spaced
+
+
+@dataclass(frozen=True)
+class EvaluationImages:
+    """A test split, or a part of it.
+
+    Attributes:
+        name: the data set, as the user named it.
+        split: the images; a part of ``data``'s test split.
+        preprocessing: the one that all targets share.
+        calibration: number of images of the training split that temperatures are fitted on; 0 for none.
+        indices: index of each image of ``split`` in the whole test split; None if ``split`` is the whole of it.
+    """
+
+    name: str
+    data: ImageData
+    split: Dataset[Sample]
+    preprocessing: Preprocessing
+    calibration: int = 512
+    indices: Sequence[int] | None = None
+
+    @classmethod
+    def open(cls, name: str, manifest: Manifest, images: int | None, calibration: int) -> EvaluationImages:
+        """The test split of the data set ``name``, read as a bundle's manifest says.
+
+        Args:
+            images: number of images, evenly spaced over the split; None for all.
+
+        Raises:
+            UserError: the data set does not exist, has other classes or too few images.
+        """
+        preprocessing = read_preprocessing(manifest)
+        data = open_fitting_data(name, manifest.classes, preprocessing)
+        split = evenly_spaced(data.test(), images)
+        indices = cast(Subset[Sample], split).indices if images is not None else None
+        return cls(name, data, split, preprocessing, calibration, indices)
+
+    def index_in_test_split(self, index: int) -> int:
+        """The index in the whole test split of an image of ``split``."""
+        return index if self.indices is None else self.indices[index]

@@ -1,0 +1,41 @@
+"""A report compared with an earlier one, and the command's exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from eval.benchmark.evaluation_images import EvaluationImages
+from eval.report.regression import check_images, compare_markdown, find_regressions
+from eval.report.schema import Report, read_report
+from eval.report.store import read_results
+from illama.options import BenchmarkOptions
+
+
+def read_baseline(options: BenchmarkOptions) -> Mapping[str, Any] | None:
+    """The report that ``--fail-on-regression`` names; None if it names none.
+
+    It is read before the long work, and before a new report replaces it. So are the results that ``--also`` names.
+
+    Raises:
+        UserError: a baseline, or results of another command, that cannot be read.
+    """
+    for folder in options.also:
+        read_results(folder)
+    return read_report(options.fail_on_regression) if options.fail_on_regression is not None else None
+
+
+def check_baseline(baseline: Mapping[str, Any] | None, images: EvaluationImages) -> None:
+    """Raises UserError for a baseline of other images."""
+    if baseline is not None:
+        check_images(baseline, images.name, images.data.classes, len(images.split))  # type: ignore[arg-type]
+
+
+def exit_on_regression(baseline: Mapping[str, Any] | None, report: Report) -> None:
+    """Print the differences from the baseline, if there is one, and exit with status 1 after a regression."""
+    if baseline is not None:
+        regressions = find_regressions(baseline, report)
+        print(f"\n{compare_markdown(baseline, report, regressions)}")
+        if regressions:
+            sys.exit(1)
