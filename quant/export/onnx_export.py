@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import json
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
 from illama.models.attention import Form, MaskedAttention, SoftMasked
+from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
 from quant.quantizers.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize, quantizers
 from quant.schemes.formats import FORMATS
@@ -77,13 +76,10 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
     dtypes = {quantizer.dtype.name for _, quantizer in quantizers(network)}
     config = model.config
     images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with quiet("torch.onnx"), torch.no_grad():
         traced = torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch")},))
-        lower(traced)
         program = torch.onnx.export(
-            traced,
+            lower(traced),
             dynamo=True,
             opset_version=OPSET,
             optimize=False,
@@ -128,23 +124,39 @@ class _Casting(nn.Module):
         return self.model(images.to(self.dtype)).to(torch.float32)
 
 
-def lower(program: ExportedProgram) -> None:
-    """Replace the operators that torch.onnx cannot translate by ones that it can, in place.
+class _LoweredProgram(ExportedProgram):
+    """An exported program that is not traced again if nothing in it has to be decomposed."""
 
-    For their sake it would have the whole network traced a second time (``run_decompositions``), which takes longer
-    than all the rest. A network with others than those known here still gets that.
+    def run_decompositions(
+        self, decomp_table: dict[Any, Any] | None = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
+        """Returns the program itself if the table has none of its operators and none of them mutates its inputs."""
+        targets = [node.target for node in self.graph.nodes if node.op == "call_function"]
+        if decomp_table is None or any(target in decomp_table or _mutates(target) for target in targets):
+            return super().run_decompositions(decomp_table, decompose_custom_triton_ops)
+        return self
+
+
+def lower(program: ExportedProgram) -> ExportedProgram:
+    """Returns ``program``, which is changed, with operators that torch.onnx can translate in place of others.
+
+    torch.onnx decomposes the others by tracing the whole network again, which takes longer than the rest of the
+    export. It still does so for a network with operators that are not known here.
     """
     for node in list(program.graph.nodes):
         _lower(node)
     program.graph.eliminate_dead_code()
-    decompose = program.run_decompositions
-
-    def run_decompositions(table: dict[Any, Any]) -> ExportedProgram:
-        targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-        done = not any(target in table or _mutates(target) for target in targets)
-        return program if done else decompose(table)
-
-    program.run_decompositions = run_decompositions  # type: ignore[method-assign, assignment]
+    return _LoweredProgram(
+        program.graph_module,
+        program.graph,
+        program.graph_signature,
+        program.state_dict,
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def _mutates(target: Any) -> bool:

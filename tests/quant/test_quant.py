@@ -1,6 +1,8 @@
 """Quantization against independent references: ONNX's own arithmetic, ModelOpt's, ONNX Runtime's."""
 
 import copy
+import logging
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from modelopt.torch.quantization.calib import HistogramCalibrator
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
-from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch.export import ExportedProgram
 
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
@@ -23,6 +26,7 @@ from illama.errors import UserError
 from illama.graph.session import cpu_session
 from illama.inference import load_images, torch_infer
 from illama.models.attention import QuantizerPoint
+from illama.models.illama import Linear
 from illama.models.norms import RMSNorm
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import largest_step_difference
@@ -244,6 +248,25 @@ def test_the_plan_and_the_network_agree(short, quantized, scheme):
     assert {name: module.spec for name, module in quantizers(quantized)} == plan
 
 
+def test_loggers_warnings_and_modelopt_are_left_as_they_were(short, batches, tmp_path):
+    def state():
+        registered = [cls in QuantModuleRegistry for cls in (Linear, QuantizerPoint)]
+        return registered, logging.getLogger("torch.onnx").level, list(warnings.filters)
+
+    before = state()
+    export_onnx(calibrate(short, find_scheme("int8"), batches), tmp_path / "model.onnx", "plain")
+    assert state() == before and not any(before[0])
+
+
+def test_a_network_is_traced_once(short, monkeypatch, tmp_path):
+    """Tracing again, to decompose operators, would take longer than the rest of the export."""
+    decomposed = []
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *_: decomposed.append(1))
+    for form in ("plain", "fused"):
+        export_onnx(short, tmp_path / "model.onnx", form)
+    assert not decomposed
+
+
 @pytest.mark.parametrize("name", ["int8-attention", "fp8-attention"])
 def test_quantizers_agree_with_modelopt_s(short, batches, name):
     """Fed with the same inputs, each of our quantizers gives what ModelOpt's does with that range, but for ties."""
@@ -412,7 +435,7 @@ def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_image
 
 
 def test_a_format_without_a_sign_for_values_with_one_is_refused(short, batches):
-    with pytest.raises(UserError, match=r"blocks.0.mlp.fc2.input has negative values, which uint8 cuts off"):
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc2\.input .* uint8"):
         calibrate(short, Scheme("mine", {"*.fc2.input": TensorSpec("uint8")}), batches)
 
 
@@ -422,7 +445,7 @@ def test_entropy_judges_no_range_that_holds_every_bin():
     for dtype in ("int8", "uint8"):
         chosen = entropy_amax(*_histogram(values), FORMATS[dtype])
         assert (np.abs(values) > chosen).mean() < 0.02
-    with pytest.raises(UserError, match="entropy calibration is of integers"):
+    with pytest.raises(UserError, match="entropy"):
         TensorSpec("fp8", calibrator="entropy")
 
 
@@ -460,10 +483,10 @@ def test_other_masks_export(kind, tmp_path):
 
 
 def test_images_that_are_not_finite_are_refused(shipped):
-    with pytest.raises(UserError, match="NaN or infinite activations"):
+    with pytest.raises(UserError, match="NaN"):
         calibrate(shipped, find_scheme("int8"), [torch.full((1, 1, 28, 28), float("nan"))])
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(UserError, match="unknown scheme 'int3': choose from int8, int8-attention"):
+    with pytest.raises(UserError, match="int3.* int8, int8-attention"):
         find_scheme("int3")
