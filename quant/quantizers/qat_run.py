@@ -27,7 +27,7 @@ from quant.export.write_bundle import Origin, check_scheme, write_quantized
 from quant.inputs import Inputs, open_inputs
 from quant.options import InputOptions
 from quant.quantizers.calibrate import calibrate
-from quant.quantizers.distillation import Distillation, learn_scales, scale_groups, settle_scales
+from quant.quantizers.distillation import Distillation, make_scales_buffers, make_scales_parameters, scale_groups
 from quant.quantizers.qat_options import QatOptions
 from quant.quantizers.torchao_backend import convert_qat, load_torchao, prepare_qat
 from quant.schemes.scheme import Scheme, find_scheme, read_scheme
@@ -69,7 +69,7 @@ class QatJob:
         """Returns the network to export, from a trained network that :meth:`quantize` made."""
         if self.scheme.backend == "torchao":
             return cast(ILLaMA, convert_qat(trained, self.scheme))
-        settle_scales(trained)
+        make_scales_buffers(trained)
         return trained
 
 
@@ -101,7 +101,7 @@ def start_run(job: QatJob, group: Processes) -> Run:
     quantized = (
         job.quantize(replace(job.scheme, reconstruction_iterations=0)) if interrupted else copy.deepcopy(job.untrained)
     )
-    learn_scales(quantized)
+    make_scales_parameters(quantized)
     loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
     return Run(
         options,

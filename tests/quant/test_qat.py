@@ -25,7 +25,7 @@ from quant import debug_layers
 from quant.export.weights import read_quantized_weights
 from quant.qat import DEFAULT_RECIPE, RECIPES, QatOptions
 from quant.quantizers.calibrate import calibrate
-from quant.quantizers.distillation import Distillation, learn_scales, scale_groups, settle_scales
+from quant.quantizers.distillation import Distillation, make_scales_buffers, make_scales_parameters, scale_groups
 from quant.quantizers.layers import WeightQuantizer, fake_quantize, lsq_gradient, quantize_dequantize, quantizers
 from quant.quantizers.qat_run import open_job, start_run, write_qat_bundle
 from quant.quantizers.torchao_backend import load_torchao
@@ -96,31 +96,31 @@ def quantized(request, network, images):
 
 def test_learning_scales_changes_nothing_but_that_they_learn(quantized, images):
     model = copy.deepcopy(quantized)
-    learn_scales(model)
+    make_scales_parameters(model)
     assert model.state_dict().keys() == quantized.state_dict().keys()
     assert torch.equal(model(images), quantized(images))
     model.train()(images).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert all(quantizer.scale.grad.any() for _, quantizer in quantizers(model))
-    settle_scales(model)
+    make_scales_buffers(model)
     assert torch.equal(model.eval()(images), quantized(images))
     assert not any("scale" in name for name, _ in model.named_parameters())
 
 
 def test_a_scale_stays_positive_while_it_is_learned():
     quantizer = WeightQuantizer(TensorSpec("int4", "channel"), torch.ones(3, 1))
-    quantizer.learn_scale()
+    quantizer.make_scale_parameter()
     with torch.no_grad():
         quantizer.scale[0] = -1.0
     assert quantizer(torch.randn(3, 5)).isfinite().all()
-    quantizer.settle_scale()
+    quantizer.make_scale_buffer()
     assert (quantizer.scale > 0).all()
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_scales_have_their_own_rate_and_no_decay(quantized, layer_decay):
     model = copy.deepcopy(quantized)
-    learn_scales(model)
+    make_scales_parameters(model)
     optimizer = make_optimizer(TrainingOptions(weight_decay=0.3, layer_decay=layer_decay), model, scale_groups(2.0))
     seen = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(seen) == sorted(id(p) for p in model.parameters())
@@ -439,7 +439,7 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
         **rates,
     )
     fit(alone := _run(options, job := open_job(options)))
-    settle_scales(alone.kept)
+    make_scales_buffers(alone.kept)
     assert (tmp_path / "two" / "int8-qat" / FUSED_ONNX).exists()
     together, _ = read_quantized_weights(tmp_path / "two" / "int8-qat" / WEIGHTS)
     states = alone.kept.state_dict(), together.state_dict()

@@ -488,5 +488,5 @@ def test_images_that_are_not_finite_are_refused(shipped):
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(UserError, match="int3.* int8, int8-attention"):
+    with pytest.raises(UserError, match=r"int3.* int8, int8-attention"):
         find_scheme("int3")

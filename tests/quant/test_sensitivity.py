@@ -101,12 +101,12 @@ def test_one_layer_at_a_time_is_the_network_with_that_layer_quantized(kind, smal
         model = to_causal(vit) if kind == "causal ViT" else to_quantizable(vit)
     quantized = calibrate(model, INT8, [images])
     layers = layers_of(name for name, _ in quantizers(quantized))
-    choices = {**layers, "all": [name for name, _ in quantizers(quantized)], "none": ()}
-    effects = measure(quantized, choices, [(images[:10], labels[:10]), (images[10:], labels[10:])])
+    subsets = {**layers, "all": [name for name, _ in quantizers(quantized)], "none": ()}
+    effects = measure(quantized, subsets, [(images[:10], labels[:10]), (images[10:], labels[10:])])
     assert all(quantizer.enabled for _, quantizer in quantizers(quantized))
     assert effects["none"].kl == 0 and effects["none"].sqnr_db == math.inf
     for name in ("all", *list(layers)[::3], list(layers)[-1]):
-        expected = _by_hand(quantized, choices[name], images, labels)
+        expected = _by_hand(quantized, subsets[name], images, labels)
         assert effects[name].kl == pytest.approx(expected.kl, rel=1e-4), name
         assert effects[name].sqnr_db == pytest.approx(expected.sqnr_db, abs=0.01), name
         assert (effects[name].lost, effects[name].gained) == (expected.lost, expected.gained)
