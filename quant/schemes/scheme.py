@@ -153,11 +153,9 @@ def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> str:
         bits = spec.dtype.bits
         if not name.endswith(".weight"):
             if bits < 8 or not (spec.symmetric or name.endswith(".input")):
-                return "TensorRT quantizes activations to 8 bits, symmetric; only a layer's input can be shifted there"
+                return "TensorRT needs symmetric 8-bit activations; only a layer's input can have its zero point folded"
         elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in plan):
-            return (
-                "TensorRT multiplies weights of fewer than 8 bits by half-precision inputs alone, and of 4 bits at that"
-            )
+            return "TensorRT has no 6-bit weights, and 4-bit weights with half-precision inputs only"
     return ""
 
 
@@ -165,11 +163,11 @@ def emulated_on_cpus(plan: Mapping[str, TensorSpec]) -> str:
     """Returns why a CPU's latency is meaningless for a resolved scheme, in one sentence; empty if it is not."""
     formats = {spec.format for spec in plan.values()}
     if "fp8" in formats:
-        return "no CPU multiplies FP8, and ONNX Runtime only emulates it"
+        return "CPUs have no FP8 products, and ONNX Runtime emulates them"
     if any(FORMATS[name].bits == 6 for name in formats):
-        return "6 bits are simulated"
+        return "6-bit formats are simulated"
     if any(spec.dtype.bits == 4 and not name.endswith(".weight") for name, spec in plan.items()):
-        return "no CPU multiplies 4-bit activations, and ONNX Runtime only emulates it"
+        return "CPUs have no products of 4-bit activations, and ONNX Runtime emulates them"
     return ""
 
 
@@ -212,7 +210,7 @@ def read_scheme(path: Path) -> Scheme:
     """Reads a scheme from YAML.
 
     The keys are the fields of :class:`Scheme`. ``base`` names a shipped scheme whose values are the defaults, and whose
-    ``tensors`` come before the file's own. A spec is a mapping of :class:`TensorSpec`'s fields, or its format alone, or
+    ``tensors`` come before the file's own. A spec is a mapping of :class:`TensorSpec`'s fields, or only its format, or
     ``float``. The name defaults to the file's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The precision search: exact under its figures, honest about what it measures, replayable from its file."""
+"""Mixed-precision search: the exact optimum, the budget, and reproduction from its scheme file."""
 
 import itertools
 import json
@@ -29,8 +29,8 @@ from quant.search import SearchOptions
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_assignment_is_the_best_of_all(seed):
-    """Against every assignment of small tables, with values as unlike in size as KLs and bytes are."""
+def test_the_assignment_is_the_optimum(seed):
+    """Against all assignments of small tables, with values of magnitudes as different as KL divergences and bytes."""
     generator = np.random.default_rng(seed)
     sizes = generator.integers(1, 5, 5)
     minimise = {f"layer{i}": (10.0 ** generator.uniform(-7, -2, n)).tolist() for i, n in enumerate(sizes)}
@@ -43,7 +43,7 @@ def test_the_assignment_is_the_best_of_all(seed):
         assert total(minimise, found) == pytest.approx(best, rel=1e-6)
 
 
-def test_nothing_is_assigned_that_breaks_the_limit_and_ties_go_to_the_lesser():
+def test_the_limit_holds_and_ties_go_to_the_smaller_limited_sum():
     costs = {"a": [4.0, 1.0], "b": [2.0, 1.0]}
     assert assign({"a": [0.0, 1.0], "b": [0.0, 1.0]}, costs, 1.9) is None
     assert assign({"a": [1.0, 1.0], "b": [0.0, 0.0]}, costs, 100.0) == {"a": 1, "b": 1}
@@ -86,7 +86,7 @@ def test_nodes_belong_to_layers(node, layer):
     assert layer_of_node(node, LAYERS) == layer
 
 
-def test_an_engine_s_own_times(tmp_path):
+def test_layer_times_of_an_engine(tmp_path):
     rows = [
         {"count": 100},
         {"name": "blocks.0.attn.qkv/MatMul + blocks.0.attn.qkv/Add", "averageMs": 0.03, "medianMs": 0.02},
@@ -115,8 +115,8 @@ def test_an_engine_s_own_times(tmp_path):
         read_layer_times(path, LAYERS)
 
 
-class Pretended(Planner):
-    """A planner whose measurements are a formula: `factor` times what was predicted before."""
+class FormulaPlanner(Planner):
+    """A planner whose measurements are `factor` times the predictions."""
 
     factor = 1.0
 
@@ -138,7 +138,7 @@ def _planner(budget, factor):
         for i in range(8)
     }
     whole = {"int8": (Effect(30.0, 0.036, 36_000, 0, 10**6), 0.036)}  # 3.6 points lost for 0.036 nats: 100 a nat
-    planner = Pretended(None, SearchSpace(layers, whole, 1000, 1.0, {}, {}), None, budget)
+    planner = FormulaPlanner(None, SearchSpace(layers, whole, 1000, 1.0, {}, {}), None, budget)
     planner.factor = factor
     return planner
 
@@ -147,14 +147,14 @@ def _quantized(plan):
     return {int(layer[-1]) for layer, index in plan.chosen.items() if index}
 
 
-def test_the_cheapest_within_a_drop():
+def test_the_smallest_cost_under_a_limit_on_the_drop():
     plans, best = _planner(Budget("drop", 1.02), 1.0).search(5, None)
     assert plans == [best] and len(_quantized(best)) == 4  # 1 + 2 + 3 + 4 thousandths of a nat
     assert _quantized(best) == {0, 1, 2, 3} and best.predicted["drop"] == pytest.approx(1.0)
     assert best.predicted["ms"] == pytest.approx(1.0 + 4 * 0.4 + 4 * 0.1)
 
 
-def test_the_least_loss_within_a_cost():
+def test_the_smallest_drop_under_a_limit_on_a_cost():
     _, best = _planner(Budget("ms", 3.0), 1.0).search(5, None)
     assert _quantized(best) == {0, 1, 2, 3}  # 4.2 - 0.3 each
     _, best = _planner(Budget("megabytes", 0.0033), 1.0).search(5, None)
@@ -172,22 +172,22 @@ def test_a_broken_budget_is_tightened_until_it_holds(budget):
     assert kls == sorted(kls, reverse=budget.kind == "drop")
 
 
-def test_what_never_holds_is_said_not_to():
+def test_a_budget_that_no_assignment_holds():
     plans, best = _planner(Budget("ms", 3.0), 1.25).search(1, None)
     assert len(plans) == 1 and best is None
 
 
-def test_gains_by_chance_make_no_assignment_free():
+def test_gains_by_chance_do_not_make_the_slope_zero():
     planner = _planner(Budget("drop", 1.0), 1.0)
     planner.known = [(0.036, Effect(30.0, 0.036, 0, 100, 10**4))]  # 100 of 10,000 images gained, by chance
     planner.budget = Budget("drop", 0.1)
-    assert planner.slope() == pytest.approx(0.1 / 0.036)  # as many lost: a standard error
+    assert planner.slope() == pytest.approx(0.1 / 0.036)  # the slope's standard error
     planner.kl = {layer: [0.0, 10 * values[1]] for layer, values in planner.kl.items()}
     assert 0 < len(_quantized(planner.solve())) < 8
 
 
-def test_a_drop_is_kept_to_with_confidence():
-    """Half a budget lost of so few images may be all of it."""
+def test_a_drop_must_hold_with_confidence():
+    """A measured drop of half the limit may exceed it if the images are few."""
     planner = _planner(Budget("drop", 1.0), 1.0)
     for images, holds in ((200, False), (100_000, True)):
         effect = Effect(30.0, 0.01, images // 200, 0, images)
@@ -221,7 +221,7 @@ def _search(data, out, *more):
 
 
 def test_the_command_and_its_replay(data, tmp_path):
-    """The file of a search, calibrated and exported again, gives the network that the search wrote, byte for byte."""
+    """The scheme of a search, calibrated and exported again, gives the same file byte for byte."""
     out = tmp_path / "search"
     result = _search(data, out, "--max-megabytes", 0.3, "--formats", "int8", "int8-smooth")
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What each layer's quantization costs, and which layer of an exported file departs from PyTorch."""
+"""The effect of quantizing each layer, and the first mismatch of an exported file with PyTorch."""
 
 import copy
 import csv
@@ -37,14 +37,14 @@ PLAIN8 = Scheme("plain", {"*.weight": TensorSpec("int8", "channel"), "*.input": 
 
 @pytest.fixture(scope="module")
 def small():
-    """A network with random weights large enough to give logits that differ, images, labels."""
+    """A network with random weights so large that its logits differ, images, labels."""
     torch.manual_seed(0)
     model = ILLaMA(SMALL).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(4 if "blocks" in name else 8)
         elif "norm" in name:
-            parameter.data.add_(0.1 * torch.rand_like(parameter))  # equal ones would be one tensor of the file
+            parameter.data.add_(0.1 * torch.rand_like(parameter))  # equal norms would share one tensor in the file
     images = torch.randn(24, 3, 32, 32)
     return model, images, torch.randint(3, (24,))
 
@@ -66,7 +66,7 @@ def test_layers_are_linears_and_products(small):
     assert len(layers) == 2 + 2 * 7
 
 
-def test_the_effect_is_what_its_definition_says():
+def test_the_effect_agrees_with_its_definition():
     exact, noisy = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])
     tally = Tally()
     tally.add(exact[:1], noisy[:1], torch.tensor([0]))
@@ -79,7 +79,7 @@ def test_the_effect_is_what_its_definition_says():
 
 
 def _by_hand(quantized, tensors, images, labels):
-    """The whole network, twice, without anything kept between the runs."""
+    """The effect from two runs of the whole network."""
     network, tally = copy.deepcopy(quantized), Tally()
     for _, quantizer in quantizers(network):
         quantizer.enabled = False
@@ -93,7 +93,7 @@ def _by_hand(quantized, tensors, images, labels):
 
 @pytest.mark.parametrize("kind", ["illama", "causal ViT", "ViT"])
 def test_one_layer_at_a_time_is_the_network_with_that_layer_quantized(kind, small):
-    """Resuming behind the first blocks changes nothing, whatever network the blocks are in."""
+    """Resuming after the first blocks gives the same, in every kind of network."""
     model, images, labels = small
     if kind != "illama":
         torch.manual_seed(1)
@@ -126,7 +126,7 @@ def test_one_bit_more_is_six_decibels(small):
     assert sum(name.endswith(".core.p") for name in found[8]) == 2
 
 
-def test_selection_images_are_of_the_training_split_and_not_calibration_s():
+def test_selection_images_are_training_images_that_calibration_does_not_use():
     data = open_data("fashion-mnist")
     calibration, chosen = data.calibration(512), selection_images(data, 512, 1000)
     assert len(set(chosen.indices)) == 1000
@@ -137,7 +137,7 @@ def test_selection_images_are_of_the_training_split_and_not_calibration_s():
 
 
 def test_a_swiglu_product_is_the_hardest_tensor_of_the_shipped_network():
-    """What the schemes smooth: a SwiGLU product has outliers."""
+    """A SwiGLU product has outliers, which the schemes smooth."""
     model, data = load_checkpoint(SHIPPED).model, open_data("fashion-mnist")
     transform = data.preprocessing(28, 1).transform()
     images = torch.stack([transform(data.calibration(16)[i][0]) for i in range(16)])
@@ -145,14 +145,14 @@ def test_a_swiglu_product_is_the_hardest_tensor_of_the_shipped_network():
     assert min(found, key=found.get).endswith(".mlp.fc2.input")
 
 
-def test_a_sound_file_departs_nowhere(small, exported):
+def test_a_correct_file_has_no_mismatch(small, exported):
     quantized, path = exported
     images = small[1][:8].numpy()
     differences = local_differences(quantized, path, images)
     assert first_mismatch(differences) is None
     assert largest_step_difference(quantized, path, images) <= 1
     quantized_tensors = {name for name, _ in quantizers(quantized) if not name.endswith(".weight")}
-    shared = {"blocks.0.mlp.fc3.input", "blocks.1.mlp.fc3.input"}  # the file rounds the MLP's input once
+    shared = {"blocks.0.mlp.fc3.input", "blocks.1.mlp.fc3.input"}  # the file quantizes the MLP's input once
     assert quantized_tensors - shared <= differences.keys()
     assert {"patch_embed.proj", "blocks.0.attn.qkv", "blocks.1.mlp.fc2", "norm", "logits"} <= differences.keys()
 
@@ -177,7 +177,7 @@ def _one_weight_zeroed(model):
 
 
 def _no_mask(model):
-    """Attention sees the future: what the paper's mask is for."""
+    """Attention without the causal mask."""
     for node in model.graph.node:
         if node.name == "blocks.0.attn.core/Mul_2":
             node.op_type = "Identity"
@@ -205,8 +205,8 @@ def test_a_planted_fault_is_named(plant, culprit, small, exported, tmp_path):
     differences = local_differences(quantized, tmp_path / "model.onnx", images)
     assert first_mismatch(differences) == culprit
     assert largest_step_difference(quantized, tmp_path / "model.onnx", images) > 1
-    departing = [name for name, each in differences.items() if each.mismatch]
-    assert len(departing) <= 3 and ("logits" in departing) == (culprit == "logits")  # and it does not spread
+    mismatches = [name for name, each in differences.items() if each.mismatch]
+    assert len(mismatches) <= 3 and ("logits" in mismatches) == (culprit == "logits")  # and the fault does not spread
 
 
 def test_a_file_of_another_kind_is_refused(small, exported, tmp_path):
