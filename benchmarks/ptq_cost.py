@@ -61,7 +61,7 @@ class CostOptions:
     """Measure what quantization after training costs, phase by phase.
 
     Attributes:
-        schemes: of quant/schemes/scheme.py, for ONNX.
+        schemes: of python quant/list_schemes.py, for ONNX.
         checkpoint: measure it on this; iLLaMA of size ``model`` with random weights and 1000 classes if not given.
         model: tiny, small, base or large.
         images: for calibration; noise over upscaled Fashion-MNIST, 500 x 375 pixels as is common in ImageNet.

@@ -32,7 +32,7 @@ from quant.mixed_precision.layer_effects import Tally
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import SCHEMES, Scheme
+from quant.schemes.scheme import Scheme, find_scheme
 
 KINDS = {
     "weights": "*.weight",
@@ -71,7 +71,7 @@ def treatments() -> Iterator[tuple[str, str, Scheme]]:
     for kind, pattern in KINDS.items():
         for name, spec in _specs(kind).items():
             yield kind, name, Scheme("one", {pattern: spec})
-    int8 = SCHEMES["int8"]
+    int8 = find_scheme("int8")
     for strength in (0.3, 0.5, 0.7, 0.85, 1.0):
         scheme = Scheme("one", {"*.fc2.*": TensorSpec("int8"), "*.fc2.weight": TensorSpec("int8", "channel")})
         yield "SwiGLU product and its weight", f"smoothed {strength}", replace(scheme, smooth={PRODUCT: strength})
@@ -88,7 +88,7 @@ def treatments() -> Iterator[tuple[str, str, Scheme]]:
     yield "int8", "symmetric inputs", replace(symmetric, smooth=int8.smooth)
     yield "int8", "nothing smoothed", bare
     for name in ("int8", "int8-smooth", "int8-attention", "fp8", "fp8-attention"):
-        yield name, "as shipped", SCHEMES[name]
+        yield name, "as shipped", find_scheme(name)
 
 
 def _inputs(spec: TensorSpec) -> dict[str, TensorSpec | None]:
@@ -150,7 +150,7 @@ def draw(model: SoftMasked, batches: list[Tensor], path: Path) -> None:
     """Histograms of the two tensors that stand out, and what each channel's range is before and after smoothing."""
     model.set_attention_form("plain")
     smoothed = calibrate(model, Scheme("none"), batches)
-    smooth(smoothed, SCHEMES["int8"], batches)
+    smooth(smoothed, find_scheme("int8"), batches)
     product = f"{max(index for index in range(64) if f'blocks.{index}.mlp.fc2' in dict(model.named_modules())) // 2}"
     names = {"p": "blocks.0.attn.core.p", "product": f"blocks.{product}.mlp.fc2"}
     before, after = (observe_inputs(network, names, batches[0]) for network in (model, smoothed))

@@ -37,7 +37,7 @@ from illama.errors import UserError
 from illama.graph.reader import load_graph, precisions
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import SCHEMES
+from quant.schemes.scheme import find_scheme
 
 library = find_library()
 needs_library = pytest.mark.skipif(library is None, reason="no TensorRT that can build is installed")
@@ -63,7 +63,9 @@ def export_quantized(config, scheme, path, form="fused", dtype=torch.float16):
     torch.manual_seed(0)
     model = ILLaMA(config).eval()
     images = torch.randn(2, config.in_channels, config.image_size, config.image_size)
-    export_onnx(calibrate(model, replace(SCHEMES[scheme], learned=0), [images]), path, form, dtype)
+    export_onnx(
+        calibrate(model, replace(find_scheme(scheme), reconstruction_iterations=0), [images]), path, form, dtype
+    )
     return model
 
 

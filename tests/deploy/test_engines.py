@@ -33,7 +33,7 @@ from illama.inference import load_images
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.torchao_backend import quantize_with_torchao, write_torchao
-from quant.schemes.scheme import SCHEMES, find_scheme
+from quant.schemes.scheme import find_scheme
 
 COLOR = ModelConfig(image_size=48, patch_size=16, width=64, depth=2, heads=2, num_classes=7)
 
@@ -104,7 +104,7 @@ def test_int8_in_openvino_is_as_accurate_as_in_onnx_runtime(tmp_path):
     shipped, data = load_checkpoint(SHIPPED), open_data("fashion-mnist")
     transform = shipped.preprocessing.transform()
     calibration = torch.from_numpy(load_images(data.calibration(128), transform)[0]).split(64)
-    export_onnx(calibrate(shipped.model, SCHEMES["int8"], calibration), tmp_path / CPU_ONNX, "plain")
+    export_onnx(calibrate(shipped.model, find_scheme("int8"), calibration), tmp_path / CPU_ONNX, "plain")
     images, labels = load_images(data.test(), transform, 1000)
     both = [
         engine.infer(images) for engine in (OnnxRuntimeEngine(tmp_path / CPU_ONNX), open_engine(tmp_path / CPU_ONNX))
@@ -115,7 +115,7 @@ def test_int8_in_openvino_is_as_accurate_as_in_onnx_runtime(tmp_path):
 
 def test_fp8_runs_in_onnx_runtime(tmp_path, model):
     path = tmp_path / "model.onnx"
-    export_onnx(calibrate(model.float(), SCHEMES["fp8"], [torch.randn(2, 3, 32, 32)]), path, "plain")
+    export_onnx(calibrate(model.float(), find_scheme("fp8"), [torch.randn(2, 3, 32, 32)]), path, "plain")
     assert cpu_runtime(path) == "onnxruntime"
 
 
