@@ -17,8 +17,8 @@ from many_runs import compare, final_top1, train_all
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.attention_rank import attention_rank
 from eval.loss_landscape import loss_landscape, sharpness
+from eval.metrics.rank import attention_rank
 from eval.report.store import write_results
 from illama import ILLaMA
 from illama.checkpoints.load import load_checkpoint

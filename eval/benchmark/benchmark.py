@@ -11,7 +11,6 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from deploy.runtimes.temperature import store_temperatures
-from eval.accuracy import measure
 from eval.benchmark.evaluate_split import evaluate
 from eval.benchmark.latency import UNREADABLE, measure_latency
 from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
@@ -20,6 +19,7 @@ from eval.benchmark.targets import BenchmarkTarget
 from eval.metrics.accuracy_drop import NO_DROP, paired_drop
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.predictions import Predictions
+from eval.report.accuracy_tables import measure
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
 from illama.bundle import Manifest, command_line, package_versions, sha256

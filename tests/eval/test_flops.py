@@ -8,7 +8,7 @@ from support import assert_one_line_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.flops import count_macs, paper_attention_macs, preset_named, visible_pairs
+from eval.cost_model.macs import count_macs, paper_attention_macs, preset_named, visible_pairs
 from illama import ILLaMA, ModelConfig
 from illama.models.config import VARIANTS
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support import assert_one_line_error
 
-from eval.attention_rank import attention_rank, map_rank
 from eval.loss_landscape import filter_normalised_direction, loss_landscape, sharpness
+from eval.metrics.rank import attention_rank, map_rank
 from illama import ILLaMA, ModelConfig
 from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import evenly_spaced, open_data

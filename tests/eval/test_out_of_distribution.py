@@ -11,7 +11,7 @@ from PIL import Image
 from support import assert_one_line_error, write_linear_bundle
 from torchmetrics.functional.classification import binary_auroc
 
-from eval.out_of_distribution import Pictures, familiarity, measure, separation
+from eval.metrics.separation import Pictures, familiarity, measure, separation
 
 SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=40)
 

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from support import SMALL, assert_one_line_error, write_bundle
 
 from eval.cost_model.devices import DEVICES, Device, find_device
+from eval.cost_model.macs import count_macs
 from eval.cost_model.onnx_costs import ProductCost, product_costs
-from eval.flops import count_macs
-from eval.roofline import (
+from eval.cost_model.roofline_model import (
     LayerFloor,
     Prediction,
     device_table,

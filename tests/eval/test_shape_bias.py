@@ -8,7 +8,7 @@ from PIL import Image
 from support import assert_one_line_error, write_linear_bundle
 from timm.data import ImageNetInfo
 
-from eval.shape_bias import FINE_CLASSES, SHAPE_CLASSES, Stimuli, decide, shape_bias
+from eval.metrics.cue_conflict import FINE_CLASSES, SHAPE_CLASSES, Stimuli, decide, shape_bias
 
 # The authors' WordNet IDs of these classes, those that are in ImageNet-1k.
 WORDNET = {

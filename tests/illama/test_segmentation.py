@@ -18,8 +18,8 @@ from deploy.build import build_bundle
 from deploy.runtimes.open_engine import OnnxRuntimeEngine
 from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord
-from eval.segmentation import SegmentationEvalOptions, miou_drop
-from eval.segmentation import main as evaluate
+from eval.metrics.miou import SegmentationEvalOptions, miou_drop
+from eval.metrics.miou import main as evaluate
 from illama import ILLaMA, ModelConfig
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.checkpoints.load import initialise_from, write_weights
