@@ -18,8 +18,8 @@ from eval.benchmark.sensors import find_gpu, open_meter
 from eval.benchmark.targets import BenchmarkTarget
 from eval.metrics.accuracy_drop import NO_DROP, paired_drop
 from eval.metrics.calibration import fit_temperatures
+from eval.metrics.measured import measure
 from eval.metrics.predictions import Predictions
-from eval.report.accuracy_tables import measure
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
 from illama.bundle import Manifest, command_line, package_versions, sha256

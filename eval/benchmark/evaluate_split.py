@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval.benchmark.resume import claim
-from eval.metrics.predictions import Predictions, refuse_overflow
+from eval.metrics.predictions import Evaluated, Predictions, refuse_overflow
 from illama.atomic_write import write_file
 from illama.data.datasets import Sample, Transform
 from illama.errors import UserError
@@ -32,14 +32,6 @@ from illama.training.distributed import ALONE, Processes
 CHUNK = 1000  # images
 PATIENCE = 1800.0  # seconds
 _FORMS = ("plain", "scaled")
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Of one model over a split: its predictions as they are, and with its logits divided by its temperature."""
-
-    plain: Predictions
-    scaled: Predictions | None = None
 
 
 def evaluate(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy.optimize
 
+from deploy.runtimes.temperature import read_temperature
 from eval.metrics.predictions import Predictions, check_predictions, log_probabilities, refuse_overflow
 from illama.data.datasets import ImageData, Transform
 from illama.inference import Infer, predict
@@ -158,3 +160,12 @@ def fit_temperatures(
     group.barrier()
     agreed = dict(zip(found, group.sum(*found.values()), strict=True))  # the others add zeros
     return {name: value for name, value in agreed.items() if value}, failed
+
+
+def stored_temperatures(paths: Mapping[str, Path]) -> tuple[dict[str, float], dict[str, str]]:
+    """Returns the temperatures stored with the files of models, in the form of :func:`fit_temperatures`."""
+    stored = {name: read_temperature(path) for name, path in paths.items()}
+    return (
+        {name: value for name, value in stored.items() if value is not None},
+        {name: "none is stored with it" for name, value in stored.items() if value is None},
+    )

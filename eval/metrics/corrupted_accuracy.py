@@ -1,80 +1,40 @@
-"""What corrupted images cost quantized models beside the float one, in the manner of ImageNet-C:
-
-python eval/robustness.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
-
-The first bundle is the reference. Every corruption and severity is kept in the output folder as it is measured, so
-that an interrupted run goes on, and more of them can be added later. eval/metrics/corruptions.py says how images are
-corrupted.
-"""
+"""Top-1 on corrupted images, and the drop of each model against the first, over all corruptions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import scipy.stats
-import tyro
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.benchmark.open_bundles import OpenBundles, open_bundles, open_fitting_data, predict_checked
-from eval.benchmark.resume import claim
+from eval.benchmark.open_bundles import OpenBundles, predict_checked
 from eval.metrics.accuracy_drop import NO_DROP, Drop, unseen_points, widened
-from eval.metrics.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, after_framing, check_corruption
-from eval.report.store import write_results
-from illama.atomic_write import lock_folder, make_out, sweep, write_file
-from illama.cli import run_command
-from illama.data.datasets import evenly_spaced
-from illama.errors import UserError
-from illama.inference import chance_note
-from illama.markdown_table import markdown as table
+from eval.metrics.corruptions import CorruptedImages, after_framing
+from illama.atomic_write import make_out, sweep, write_file
+from illama.data.datasets import Sample
+from illama.markdown_table import markdown
 
-RESULTS, CELLS = "robustness", "cells"
+CELLS = "cells"  # folder of the stored results, a file for each cell
 CLEAN = ("clean", 0)
-Cell = tuple[str, int]
-Right = dict[str, np.ndarray]  # name of a model -> what it got right, booleans (images,)
-
-
-@dataclass(frozen=True)
-class RobustnessOptions:
-    """Compare bundles on corrupted images.
-
-    Attributes:
-        bundles: of python quant/ptq.py; the first is what the others are held against.
-        data: what they were trained on; its test split is corrupted.
-        corruptions: any of the 15 of ImageNet-C.
-        severities: 1 to 5.
-        images: how many test images, evenly spaced.
-        seed: of the corruptions and the intervals.
-        workers: processes that corrupt images.
-        out: where the results go, and where an interrupted run goes on.
-    """
-
-    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: str = "fashion-mnist"
-    corruptions: tuple[str, ...] = CORRUPTIONS
-    severities: tuple[int, ...] = SEVERITIES
-    images: int = 1000
-    seed: int = 0
-    workers: int = 0
-    out: Path = Path("runs/robustness")
-
-    def __post_init__(self) -> None:
-        if min(self.seed, self.workers) < 0:
-            raise UserError("--seed and --workers must be 0 or more")
+Cell = tuple[str, int]  # a corruption and a severity
+Correct = dict[str, np.ndarray]  # model -> whether it is right on each image, bool (images,)
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """One model over all corruptions and severities.
+    """Top-1 of one model over all corruptions and severities.
 
     Attributes:
-        clean, corrupted: top-1 in percent; the second is the mean over corruptions, each the mean over its severities.
-        kept: ``corrupted`` in percent of ``clean``; 0 where that is 0.
-        drop: points of ``corrupted`` lost against the reference; paired bootstrap over the images.
-        beyond_clean: points of it that are not lost on clean images already, likewise.
+        clean: top-1 in percent on clean images.
+        corrupted: top-1 in percent, averaged over the severities of each corruption and then over the corruptions.
+        kept: ``corrupted`` in percent of ``clean``; 0 if ``clean`` is 0.
+        drop: points of ``corrupted`` lost against the reference, with a paired bootstrap interval over the images.
+        beyond_clean: ``drop`` minus the drop on clean images, with an interval of the same kind.
         by_corruption: corruption -> top-1 in percent.
     """
 
@@ -86,12 +46,13 @@ class Robustness:
     by_corruption: dict[str, float]
 
 
-def summarise(cells: Mapping[Cell, Right], seed: int = 0) -> dict[str, Robustness]:
-    """Model -> its robustness; the first model is the reference.
+def summarise(cells: Mapping[Cell, Correct], seed: int = 0) -> dict[str, Robustness]:
+    """Returns the robustness of each model; the first model is the reference.
 
     Args:
-        cells: (corruption, severity) -> what each model got right there, on the same images throughout; with
-            :data:`CLEAN` and at least one other.
+        cells: which images each model gets right in each cell, the same images in all cells; with :data:`CLEAN` and
+            at least one other cell.
+        seed: random seed of the bootstrap.
     """
     models = list(cells[CLEAN])
     corruptions = list(dict.fromkeys(name for name, _ in cells if name != CLEAN[0]))
@@ -122,14 +83,14 @@ def summarise(cells: Mapping[Cell, Right], seed: int = 0) -> dict[str, Robustnes
 
 
 def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> Drop:
-    """The mean of paired differences (images,), in points, with a 95% percentile interval of the bootstrap.
+    """Returns the mean of paired differences (images,), in points, with a 95% percentile bootstrap interval.
 
-    It is widened as that of :func:`eval.metrics.accuracy_drop.paired_drop` where no image was lost, or none gained, by
-    the ``largest`` difference that an image may have.
+    Where no difference is positive, or none is negative, the interval is widened as in
+    :func:`eval.metrics.accuracy_drop.paired_drop`, by the ``largest`` difference that an image may have.
     """
     points = float(differences.mean() * 100)
     low = high = points
-    if np.ptp(differences) > 0:  # else every resample is alike
+    if np.ptp(differences) > 0:  # otherwise all resamples are equal
         interval = scipy.stats.bootstrap(
             (differences,),
             np.mean,
@@ -149,32 +110,33 @@ def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> D
     )
 
 
-def measure(options: RobustnessOptions, bundles: OpenBundles) -> dict[Cell, Right]:
-    """What every model gets right in every cell, measured or read from the output folder."""
-    data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
-    images = evenly_spaced(data.test(), options.images)
-    facts = {"data": options.data, "images": options.images, "seed": options.seed, **bundles.facts}
-    claim(options.out, facts)
-    make_out(options.out / CELLS)
-    sweep(options.out / CELLS)
-    wanted = [CLEAN, *((name, severity) for name in options.corruptions for severity in options.severities)]
-    cells = {}
-    for cell in tqdm(wanted, desc="corruptions", unit="cell"):
-        path = options.out / CELLS / f"{cell[0]}-{cell[1]}.npz"
+def measure_cells(
+    bundles: OpenBundles, images: Dataset[Sample], cells: Sequence[Cell], out: Path, seed: int = 0, workers: int = 0
+) -> dict[Cell, Correct]:
+    """Returns which images each model gets right, clean and in each cell.
+
+    Args:
+        out: folder where the result of each cell is stored; stored cells are not measured again.
+        workers: number of processes that corrupt images.
+    """
+    make_out(out / CELLS)
+    sweep(out / CELLS)
+    measured = {}
+    for cell in tqdm([CLEAN, *cells], desc="corruptions", unit="cell"):
+        path = out / CELLS / f"{cell[0]}-{cell[1]}.npz"
         if not path.exists():
-            split = images if cell == CLEAN else CorruptedImages(images, bundles.preprocessing, *cell, options.seed)
+            split = images if cell == CLEAN else CorruptedImages(images, bundles.preprocessing, *cell, seed)
             transform = bundles.preprocessing.transform() if cell == CLEAN else after_framing(bundles.preprocessing)
-            logits, labels = predict_checked(bundles, split, transform, options.workers)
+            logits, labels = predict_checked(bundles, split, transform, workers)
             with write_file(path) as draft, draft.open("wb") as file:
                 np.savez(file, **{f"right/{model}": values.argmax(1) == labels for model, values in logits.items()})
         with np.load(path) as stored:
-            cells[cell] = {model: stored[f"right/{model}"] for model in bundles.models}
-    return cells
+            measured[cell] = {model: stored[f"right/{model}"] for model in bundles.models}
+    return measured
 
 
-def markdown(results: Mapping[str, Robustness]) -> str:
-    """Two tables: the models over all corruptions, and every corruption over the models."""
-
+def robustness_tables(results: Mapping[str, Robustness]) -> str:
+    """Returns two tables: the models over all corruptions, and every corruption by model."""
     reference = next(iter(results))
     models = [
         (
@@ -196,17 +158,12 @@ def markdown(results: Mapping[str, Robustness]) -> str:
         "beyond those on clean images",
     )
     by_corruption = [(name, *(f"{each.by_corruption[name]:.2f}" for each in results.values())) for name in corruptions]
-    return f"{table(heads, models)}\n\n{table(('corruption', *results), by_corruption)}\n"
+    return f"{markdown(heads, models)}\n\n{markdown(('corruption', *results), by_corruption)}\n"
 
 
-def as_json(
-    options: RobustnessOptions, cells: Mapping[Cell, Right], results: Mapping[str, Robustness]
-) -> dict[str, Any]:
-    """The contents of robustness.json."""
+def robustness_json(cells: Mapping[Cell, Correct], results: Mapping[str, Robustness]) -> dict[str, Any]:
+    """Returns the results as robustness.json holds them."""
     return {
-        "data": options.data,
-        "images": options.images,
-        "seed": options.seed,
         "models": {name: asdict(each) for name, each in results.items()},
         "cells": [
             {
@@ -217,27 +174,3 @@ def as_json(
             for (name, severity), right in cells.items()
         ],
     }
-
-
-def main(options: RobustnessOptions) -> None:
-    if not options.corruptions or not options.severities:
-        raise UserError("give at least one corruption and one severity")
-    for corruption in options.corruptions:
-        for severity in options.severities:
-            check_corruption(corruption, severity)
-    with lock_folder(options.out):
-        bundles = open_bundles(options.bundles)
-        cells = measure(options, bundles)
-        results = summarise(cells, options.seed)
-        reference = next(iter(results))
-        note = chance_note(reference, results[reference].clean, len(bundles.classes))
-        print(
-            f"{options.images} images of {options.data}, {len(options.corruptions)} corruptions at severities "
-            f"{' '.join(map(str, options.severities))}\n"
-        )
-        write_results(options.out, RESULTS, as_json(options, cells, results), f"{markdown(results)}\n{note}")
-    print(f"written to {options.out}")
-
-
-if __name__ == "__main__":
-    run_command(RobustnessOptions, main)

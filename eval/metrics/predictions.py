@@ -71,6 +71,19 @@ class Predictions:
         return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """Predictions of one model over a split.
+
+    Attributes:
+        plain: predictions from the logits.
+        scaled: predictions from the logits divided by the model's temperature; None if it has none.
+    """
+
+    plain: Predictions
+    scaled: Predictions | None = None
+
+
 def check_predictions(logits: np.ndarray, labels: np.ndarray) -> None:
     """Logits (images, classes) with one label (images,) each, finite and at least one of them.
 

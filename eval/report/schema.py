@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark.latency import Latency
-from eval.metrics.accuracy_change import Change, Share
 from eval.metrics.accuracy_drop import Drop
-from eval.metrics.calibration import Reliability
+from eval.metrics.measured import Measured
 from illama.errors import UserError
 from illama.options import Constraints
 
@@ -37,27 +36,6 @@ class FlippedImage:
     label: int
     before: int
     after: int
-
-
-@dataclass(kw_only=True)
-class Measured:
-    """What the predictions of one model say.
-
-    Attributes:
-        images: how many test images they cover.
-        change: from the reference model; None for that one itself.
-        reliability: of the probabilities as they come out.
-        temperature: fitted on calibration images; None where none was.
-        scaled: reliability with the logits divided by it.
-    """
-
-    images: int
-    top1: Share
-    top5: Share
-    change: Change | None = None
-    reliability: Reliability
-    temperature: float | None = None
-    scaled: Reliability | None = None
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from support import assert_one_line_error, write_linear_bundle
 from torchmetrics.functional.classification import binary_auroc
 
-from eval.metrics.separation import Pictures, familiarity, measure, separation
+from eval.metrics.separation import Pictures, familiarity, measure_separation, separation
 
 SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=40)
 
@@ -40,7 +40,7 @@ def test_auroc_is_torchmetrics_and_the_scores_are_torch_s():
     np.testing.assert_allclose(scores["energy"], tensor.logsumexp(1))
     np.testing.assert_allclose(scores["max probability"], tensor.softmax(1).amax(1))
     np.testing.assert_allclose(scores["max logit"], tensor.amax(1))
-    results = measure(inside, outside)
+    results = measure_separation(inside, outside)
     for name, values in scores.items():
         both = np.concatenate([values, familiarity(outside)[name]])
         truth = torch.cat([torch.ones(700), torch.zeros(500)]).long()

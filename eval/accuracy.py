@@ -1,0 +1,109 @@
+"""Accuracy, changes of predictions and calibration of models on the same images:
+
+python eval/accuracy.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
+torchrun --nproc-per-node 2 eval/accuracy.py runs/ptq/fp32 runs/ptq/int8 --data parquet:imagenet
+
+Takes bundles, or single files or engines of them; the first is the reference. Finished chunks are stored in the output
+folder until the evaluation ends, and an interrupted run continues from there. Temperatures are fitted on images of the
+training split and evaluated on the test split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from deploy.runtimes.names import RuntimeName
+from illama.cli import run_command
+from illama.errors import UserError
+
+
+@dataclass(frozen=True)
+class AccuracyOptions:
+    """Compare the predictions of models image by image and class by class, and measure their calibration.
+
+    Attributes:
+        paths: bundles of python quant/ptq.py, or files or engines of them; the first is the reference.
+        data: data set that they were trained on; its test split is used.
+        images: number of test images, evenly spaced; all if not given.
+        calibration_images: number of training images that temperatures are fitted on; 0 to use stored temperatures.
+        store: store each temperature with its file, for deploy/predict.py.
+        runtime: openvino, onnxruntime, tensorrt, torch, ...; the best for each file if not given.
+        threads: number of CPU threads of each process; 0 to share the cores of the machine among its processes.
+        workers: number of processes that read images, for each process that computes.
+        batch: number of images in a call.
+        patience: seconds that a finished process waits for a new chunk of the others before it gives up.
+        out: folder for the results, where an interrupted run continues; several machines share it.
+    """
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    data: str = "fashion-mnist"
+    images: int | None = None
+    calibration_images: int = 512
+    store: bool = False
+    runtime: RuntimeName | None = None
+    threads: int = 0
+    workers: int = 0
+    batch: int = 50
+    patience: float = 1800.0
+    out: Path = Path("runs/accuracy")
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.patience <= 0 or min(self.calibration_images, self.workers, self.threads) < 0:
+            raise UserError("--batch must be 1 or more, --patience above 0, and other numbers 0 or more")
+
+
+def main(options: AccuracyOptions) -> None:
+    # Imported here, so that --help does not wait for PyTorch.
+    from deploy.runtimes.temperature import store_temperatures
+    from eval.benchmark.evaluate_split import evaluate
+    from eval.benchmark.machine import share_of_cores
+    from eval.benchmark.open_bundles import open_bundles, open_fitting_data
+    from eval.metrics.calibration import fit_temperatures, stored_temperatures
+    from eval.metrics.measured import measure
+    from eval.report.accuracy_tables import write_accuracy
+    from illama.atomic_write import lock_folder, remove_folder
+    from illama.data.datasets import evenly_spaced
+    from illama.training.distributed import processes
+
+    work, images = options.out / "unfinished", options.calibration_images
+    with (
+        processes(apart=True, timeout=timedelta(seconds=options.patience)) as group,
+        lock_folder(options.out, group.main),
+    ):
+        bundles = open_bundles(options.paths, options.runtime, options.threads or share_of_cores())
+        data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
+        split, transform = evenly_spaced(data.test(), options.images), bundles.preprocessing.transform()
+        if images:
+            temperatures, failed = fit_temperatures(bundles.models, data, transform, images, group)
+        else:
+            temperatures, failed = stored_temperatures(bundles.paths)
+        results = evaluate(
+            bundles.models,
+            split,
+            transform,
+            temperatures,
+            work,
+            options.workers,
+            options.batch,
+            facts={"data": options.data, **bundles.facts, "runtimes": bundles.runtimes},
+            processes=group,
+            patience=options.patience,
+        )
+        group.barrier()  # all processes have read the chunks
+        if group.main:
+            settings = {"data": options.data, "calibration_images": images}
+            write_accuracy(options.out, settings, bundles, measure(results, temperatures), failed)
+            remove_folder(work)
+            if options.store and images:
+                fitted = [(bundles.paths[name], value, bundles.runtimes[name]) for name, value in temperatures.items()]
+                for failure in store_temperatures(fitted, images, options.data):
+                    print(failure)
+
+
+if __name__ == "__main__":
+    run_command(AccuracyOptions, main)

@@ -1,0 +1,83 @@
+"""Top-1 on corrupted images, as in ImageNet-C: python eval/robustness.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
+
+The first bundle is the reference. The results of every corruption and severity are stored in the output folder as they
+are measured: an interrupted run continues from there, and more of them can be added later.
+eval/metrics/corruptions.py describes how images are corrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
+from illama.cli import run_command
+from illama.errors import UserError
+
+
+@dataclass(frozen=True)
+class RobustnessOptions:
+    """Compare the accuracy of bundles on corrupted images.
+
+    Attributes:
+        bundles: bundles of python quant/ptq.py; the first is the reference.
+        data: data set that they were trained on; its test split is corrupted.
+        corruptions: any of the 15 corruptions of ImageNet-C.
+        severities: any of 1 to 5.
+        images: number of test images, evenly spaced.
+        seed: random seed of the corruptions and of the intervals.
+        workers: number of processes that corrupt images.
+        out: folder for the results, where an interrupted run continues.
+    """
+
+    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    data: str = "fashion-mnist"
+    corruptions: tuple[str, ...] = CORRUPTIONS
+    severities: tuple[int, ...] = SEVERITIES
+    images: int = 1000
+    seed: int = 0
+    workers: int = 0
+    out: Path = Path("runs/robustness")
+
+    def __post_init__(self) -> None:
+        if min(self.seed, self.workers) < 0:
+            raise UserError("--seed and --workers must be 0 or more")
+        if not self.corruptions or not self.severities:
+            raise UserError("--corruptions and --severities each take at least one value")
+
+
+def main(options: RobustnessOptions) -> None:
+    # Imported here, so that --help does not wait for PyTorch.
+    from eval.benchmark.evaluate_split import claim
+    from eval.benchmark.open_bundles import open_bundles, open_fitting_data
+    from eval.metrics.corrupted_accuracy import measure_cells, robustness_json, robustness_tables, summarise
+    from eval.metrics.corruptions import check_corruption
+    from eval.report.store import write_results
+    from illama.atomic_write import lock_folder
+    from illama.data.datasets import evenly_spaced
+    from illama.inference import chance_note
+
+    cells = [(corruption, severity) for corruption in options.corruptions for severity in options.severities]
+    for cell in cells:
+        check_corruption(*cell)
+    with lock_folder(options.out):
+        bundles = open_bundles(options.bundles)
+        data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
+        images = evenly_spaced(data.test(), options.images)
+        settings = {"data": options.data, "images": options.images, "seed": options.seed}
+        claim(options.out, {**settings, **bundles.facts})
+        measured = measure_cells(bundles, images, cells, options.out, options.seed, options.workers)
+        results = summarise(measured, options.seed)
+        reference = next(iter(results))
+        note = chance_note(reference, results[reference].clean, len(bundles.classes))
+        print(f"{options.images} images of {options.data}; severities {' '.join(map(str, options.severities))}\n")
+        facts = {**settings, **robustness_json(measured, results)}
+        write_results(options.out, "robustness", facts, f"{robustness_tables(results)}\n{note}")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    run_command(RobustnessOptions, main)
