@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from deploy.runtimes.open_engine import OnnxRuntimeEngine
-from eval.metrics.accuracy_drop import paired_drop
+from eval.metrics.paired import paired_drop
 from illama.atomic_write import lock_folder, write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, SHIPPED, TORCHAO, WEIGHTS, Manifest, sha256
 from illama.cli import run_command

@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 import zipfile
@@ -21,14 +22,14 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.benchmark.resume import claim
 from eval.metrics.predictions import Evaluated, Predictions, refuse_overflow
-from illama.atomic_write import write_file
+from illama.atomic_write import list_folder, make_out, write_file
 from illama.data.datasets import Sample, Transform
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
 from illama.training.distributed import ALONE, Processes
 
+RUN = "run.json"
 CHUNK = 1000  # images
 PATIENCE = 1800.0  # seconds
 _FORMS = ("plain", "scaled")
@@ -90,6 +91,35 @@ def evaluate(
         _wait_for(list(paths.values()), patience)
         parts = [_read(path, models, len(each)) for each, path in paths.items()]
     return {name: _concatenate([part[name] for part in parts]) for name in models}
+
+
+def claim(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Make the folder of a run, or go on in one of the same.
+
+    Args:
+        facts: all that decides the result, as JSON can hold it, such as files with their SHA-256.
+
+    Raises:
+        UserError: the folder holds files without a ``run.json``, or a run of other facts.
+    """
+    path, wanted = folder / RUN, json.loads(json.dumps(facts))
+    make_out(folder)
+    if list_folder(folder):
+        if not path.exists():
+            raise UserError(f"{folder} holds other files: choose another --out")
+        if (stored := _read_run(path)) != wanted:
+            other = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+            raise UserError(f"{folder} holds a run of other {', '.join(other)}: choose another --out, or delete it")
+    else:
+        with write_file(path) as draft:
+            draft.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: delete {path.parent}, or choose another --out") from error
 
 
 def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes) -> None:

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval.benchmark.open_bundles import OpenBundles, predict_checked
-from eval.metrics.accuracy_drop import NO_DROP, Drop, unseen_points, widened
 from eval.metrics.corruptions import CorruptedImages, after_framing
+from eval.metrics.paired import NO_DROP, Drop, unseen_points, widened
 from illama.atomic_write import make_out, sweep, write_file
 from illama.data.datasets import Sample
 from illama.markdown_table import markdown
@@ -86,7 +86,7 @@ def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> D
     """Returns the mean of paired differences (images,), in points, with a 95% percentile bootstrap interval.
 
     Where no difference is positive, or none is negative, the interval is widened as in
-    :func:`eval.metrics.accuracy_drop.paired_drop`, by the ``largest`` difference that an image may have.
+    :func:`eval.metrics.paired.paired_drop`, by the ``largest`` difference that an image may have.
     """
     points = float(differences.mean() * 100)
     low = high = points

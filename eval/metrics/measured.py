@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from eval.metrics.accuracy_change import Change, Share, compare_predictions, top_k_accuracy
 from eval.metrics.calibration import Reliability, reliability
+from eval.metrics.paired import Change, Share, compare_predictions, top_k_accuracy
 from eval.metrics.predictions import Evaluated
 
 

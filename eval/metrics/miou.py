@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deploy.runtimes.open_engine import OnnxRuntimeEngine
-from eval.metrics.accuracy_drop import Drop
+from eval.metrics.paired import Drop
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
 from illama.checkpoints.load import read_preprocessing
 from illama.data.ade20k import SegmentationFolder

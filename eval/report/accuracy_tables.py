@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmark.open_bundles import OpenBundles
-from eval.metrics.accuracy_change import Change
 from eval.metrics.calibration import Reliability
 from eval.metrics.measured import Measured
+from eval.metrics.paired import Change
 from eval.report.schema import plain
 from eval.report.store import write_results
 from illama.inference import chance_note

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark.latency import Latency
-from eval.metrics.accuracy_drop import Drop
 from eval.metrics.measured import Measured
+from eval.metrics.paired import Drop
 from illama.errors import UserError
 from illama.options import Constraints
 

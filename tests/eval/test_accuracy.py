@@ -9,8 +9,8 @@ from support import ROOT, assert_one_line_error, write_linear_bundle
 
 from deploy.runtimes.open_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature
-from eval.metrics.accuracy_change import compare_predictions
 from eval.metrics.calibration import fit_temperature, reliability
+from eval.metrics.paired import compare_predictions
 from eval.metrics.predictions import Predictions
 from illama.bundle import FRAME, TEMPERATURE, Manifest
 from illama.checkpoints.load import read_preprocessing

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.benchmark.latency import Latency
-from eval.metrics.accuracy_change import Share
-from eval.metrics.accuracy_drop import Drop
 from eval.metrics.calibration import Reliability
+from eval.metrics.paired import Drop, Share
 from eval.report.pareto import choose, fits, pareto_front
 from eval.report.schema import Row
 from illama.errors import UserError

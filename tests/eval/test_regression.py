@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_report import make_reliability, make_report
 
-from eval.metrics.accuracy_drop import Drop
+from eval.metrics.paired import Drop
 from eval.report.regression import Tolerances, compare_markdown, find_regressions
 from illama.errors import UserError
 

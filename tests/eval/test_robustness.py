@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from support import assert_one_line_error, write_linear_bundle
 
-from eval.metrics.accuracy_drop import paired_drop
 from eval.metrics.corrupted_accuracy import CLEAN, mean_drop, summarise
 from eval.metrics.corruptions import CORRUPTIONS, CorruptedImages, after_framing, corrupt
+from eval.metrics.paired import paired_drop
 from illama.data.datasets import Preprocessing, TensorImages
 
 
