@@ -17,7 +17,6 @@ from many_runs import compare, final_top1, train_all
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.loss_landscape import loss_landscape, sharpness
 from eval.metrics.rank import attention_rank
 from eval.report.store import write_results
 from illama import ILLaMA
@@ -31,7 +30,7 @@ from illama.training.log import read_log
 # What the paper trains with before and after it retunes the augmentation.
 _HEAVY: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0, "soft_mask": "none"}
 _LIGHT: dict[str, Any] = {"mixup": 0.1, "cutmix": 0.1, "soft_mask": "none"}
-RANK_IMAGES, LANDSCAPE_IMAGES = 30, 500
+RANK_IMAGES = 30
 
 
 @dataclass(frozen=True)
@@ -212,26 +211,6 @@ def measure_ranks(options: RoadmapOptions, path: Path) -> dict[str, list[list[fl
     return ranks
 
 
-def measure_landscapes(options: RoadmapOptions, path: Path) -> dict[str, list[float]]:
-    """Loss along filter-normalised directions around ViT and iLLaMA, one a seed; drawn. Returns their sharpness."""
-    data = open_data("fashion-mnist")
-    arrays = load_images(data.test(), data.preprocessing(28, 1).transform(), LANDSCAPE_IMAGES)
-    images, labels = map(torch.from_numpy, arrays)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    sharp: dict[str, list[float]] = {}
-    for color, step in (("tab:blue", VIT), ("tab:orange", ILLAMA)):
-        for seed in range(options.seeds):
-            model = trained(options, step, seed)
-            losses = loss_landscape(model, images, labels, radius=0.5, points=21, seed=seed, dimensions=1)
-            axis.plot(np.linspace(-0.5, 0.5, 21), losses, color=color, lw=1.2, label=None if seed else step.name)
-            sharp.setdefault(step.name, []).append(sharpness(losses))
-    axis.set(xlabel="distance along the direction", ylabel="loss on test images", title="Loss landscape, 1-D slices")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    return sharp
-
-
 def main(options: RoadmapOptions) -> None:
     if options.seeds < 2:
         raise UserError("--seeds must be at least 2: the intervals come from the spread over the seeds")
@@ -249,7 +228,6 @@ def main(options: RoadmapOptions) -> None:
         "budget": {name: getattr(options, name) for name in ("epochs", "width", "heads", "seeds")},
         "rows": [asdict(row) for row in rows],
         "attention_rank": measure_ranks(options, options.results / "attention-rank.png"),
-        "sharpness_percent": measure_landscapes(options, options.results / "loss-landscape.png"),
     }
     write_results(options.results, "roadmap", content, markdown(rows))
 
