@@ -198,7 +198,7 @@ def measure_ranks(options: RoadmapOptions, path: Path) -> dict[str, list[list[fl
     ranks = {}
     for step in (VIT, LIGHTER, ILLAMA):
         models = [trained(options, step, seed) for seed in range(options.seeds)]
-        ranks[step.name] = np.mean([attention_rank(model, images, of_mean_map=True) for model in models], 0).tolist()
+        ranks[step.name] = np.mean([attention_rank(model, images) for model in models], 0).tolist()
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for name, values in ranks.items():

@@ -52,7 +52,7 @@ def main(options: RankOptions) -> None:
     config = loaded.model.config
     preprocessing = loaded.preprocessing or data.preprocessing(config.image_size, config.in_channels)
     images, _ = load_images(evenly_spaced(data.test(), options.images), preprocessing.transform())
-    ranks = attention_rank(loaded.model, torch.from_numpy(images), options.threshold, of_mean_map=True)
+    ranks = attention_rank(loaded.model, torch.from_numpy(images), options.threshold)
     print(f"Number of tokens: {config.tokens}; rank at {options.threshold:.0%} of the sum of the singular values\n")
     facts = {"tokens": config.tokens, "images": options.images, "threshold": options.threshold, "ranks": ranks.tolist()}
     write_results(options.out, "attention-rank", facts, rank_table(ranks))

@@ -22,15 +22,14 @@ from illama.models.attention import MaskedAttention
 _BATCH = 8  # the maps of one layer of Base at 384 pixels then take 0.25 GB in float64
 
 
-def attention_rank(model: ILLaMA, images: Tensor, threshold: float = 0.8, of_mean_map: bool = False) -> np.ndarray:
-    """Returns the rank of each head's attention map (the probabilities after the mask), averaged over ``images``.
+def attention_rank(model: ILLaMA, images: Tensor, threshold: float = 0.8) -> np.ndarray:
+    """Returns the rank of each head's mean attention map (the probabilities after the mask) over ``images``.
 
     The model runs in evaluation mode, with the soft mask it has. Its modes and attention forms are restored.
 
     Args:
         images: (B, C, H, W), at least one, on the model's device.
         threshold: share of the sum of the singular values, in (0, 1].
-        of_mean_map: take the rank of the images' mean map, as the paper does, instead of the mean of their ranks.
 
     Returns:
         (layers, heads), float64, from 1 to N, the number of tokens.
@@ -44,7 +43,7 @@ def attention_rank(model: ILLaMA, images: Tensor, threshold: float = 0.8, of_mea
     sums: list[Tensor | float] = [0.0] * len(attentions)
 
     def add(layer: int, maps: Tensor) -> None:
-        sums[layer] += (maps if of_mean_map else map_rank(maps, threshold)).double().sum(0)
+        sums[layer] += maps.double().sum(0)
 
     with _whole_maps(model, attentions), ExitStack() as hooks, torch.no_grad():
         for layer, attention in enumerate(attentions):
@@ -53,7 +52,7 @@ def attention_rank(model: ILLaMA, images: Tensor, threshold: float = 0.8, of_mea
         for batch in images.split(_BATCH):
             model(batch)
     means = torch.stack([torch.as_tensor(total) for total in sums]) / len(images)
-    return (map_rank(means, threshold).double() if of_mean_map else means).cpu().numpy()
+    return map_rank(means, threshold).double().cpu().numpy()
 
 
 def map_rank(maps: Tensor, threshold: float = 0.8) -> Tensor:
