@@ -61,7 +61,7 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
         choice=choice,
         figures=key_figures(report, choice.row),
         reference=_reference(report.rows),
-        rejected={name: constraints for name, constraints in choice.reasons.items() if constraints},
+        rejected={name: violations for name, violations in choice.violations.items() if violations},
         headings=HEADINGS + tuple(name for name in TIMED if name not in HEADINGS),
         table=[table_row(report, row, plot["batch"]) for row in report.rows],
         plot=plot,
