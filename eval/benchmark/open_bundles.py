@@ -78,7 +78,7 @@ def check_alike(given: Sequence[Path]) -> Manifest:
         UserError: a bundle takes other images, or names other classes.
     """
     if not given:
-        raise UserError("give at least one bundle, such as runs/ptq/fp32")
+        raise UserError("no bundles given: give at least one, such as runs/ptq/fp32")
     manifests = [Manifest.read(bundle_of(path)) for path in given]
     expected = read_preprocessing(manifests[0])
     for path, manifest in zip(given, manifests, strict=True):
