@@ -1,6 +1,6 @@
-"""How many images a model gets right, and what changes against a reference on the same images.
+"""Accuracy of a model, and its changes from a reference on the same images, with intervals and tests.
 
-Top-1 alone hides changes: a model can get as many images right as another, and not the same ones.
+Top-1 alone hides changes: two models can be equally accurate and be right on different images.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from eval.metrics.predictions import Predictions
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images in percent, with a 95% interval (Wilson's, of a binomial proportion)."""
+    """A share of images in percent, with its 95% Wilson interval."""
 
     percent: float
     low: float
@@ -27,12 +27,13 @@ class Share:
 
 @dataclass(frozen=True)
 class McNemar:
-    """McNemar's test of whether two models are right equally often.
+    """McNemar's test of whether two models are equally accurate.
 
     Attributes:
-        lost, gained: images that the reference alone, and that the other alone, gets right.
-        p: chance of so unequal a split of those images if each were as likely to be lost as gained; two-sided, by
-            the exact binomial distribution, for any number of images.
+        lost: number of images that only the reference gets right.
+        gained: number of images that only the other model gets right.
+        p: two-sided p-value, by the exact binomial distribution: the probability of a split at least as unequal if
+            each of these images were lost or gained with equal probability.
     """
 
     lost: int
@@ -42,14 +43,15 @@ class McNemar:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """What changes in one class.
+    """Change of the accuracy in one class.
 
     Attributes:
-        images: of the class.
-        reference, other: percent of them that each model gets right.
-        p: McNemar's, of these images alone.
-        significant: whether it remains so among all classes, with at most 5% false discoveries among those called
-            significant (Benjamini and Hochberg, 1995).
+        images: number of images of the class.
+        reference: accuracy of the reference on them, in percent.
+        other: accuracy of the other model on them, in percent.
+        p: p-value of McNemar's test on them.
+        significant: whether the change is significant among all classes, at a false discovery rate of 5% (Benjamini
+            and Hochberg, 1995).
     """
 
     label: int
@@ -62,7 +64,7 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Flips:
-    """Indices of the images whose top-1 class changes: right to wrong, wrong to right, one wrong class to another."""
+    """Indices of the images whose predicted class changes: right to wrong, wrong to right, wrong to wrong."""
 
     lost: np.ndarray
     gained: np.ndarray
@@ -71,12 +73,12 @@ class Flips:
 
 @dataclass(frozen=True)
 class Change:
-    """A model against a reference on the same images.
+    """Changes of a model's predictions from a reference's on the same images.
 
     Attributes:
-        agreement: percent of the images on which both name the same class.
-        confidence_shift: mean change of the largest probability, in -1..1; negative for a model that is less sure.
-        classes: one for each class that has images.
+        agreement: percent of the images for which both predict the same class.
+        confidence_shift: mean change of the confidence, in [-1, 1]; negative if the model is less confident.
+        classes: the change in each class that has images.
     """
 
     test: McNemar
@@ -87,33 +89,33 @@ class Change:
 
 
 def top_k_accuracy(predictions: Predictions, k: int = 1) -> Share:
-    """Share of the images whose label is among the ``k`` largest logits, of equal ones the lower class first."""
+    """Returns the share of images whose label is among the ``k`` largest logits, ties by class."""
     right, images = int((predictions.rank < k).sum()), len(predictions)
     interval = scipy.stats.binomtest(right, images).proportion_ci(method="wilson")
     return Share(right / images * 100, float(interval.low) * 100, float(interval.high) * 100)
 
 
 def mcnemar(reference: np.ndarray, other: np.ndarray) -> McNemar:
-    """McNemar's exact test (Psychometrika 12, 1947) of two arrays of booleans (n,), right or wrong on the same images.
+    """McNemar's exact test (Psychometrika 12, 1947) of two bool arrays (n,), right or wrong on the same images.
 
     Raises:
-        ValueError: for arrays of different length.
+        ValueError: the arrays differ in length.
     """
     if reference.shape != other.shape:
-        raise ValueError("McNemar's test compares two arrays over the same images")
+        raise ValueError(f"mcnemar takes arrays of equal shape, not {reference.shape} and {other.shape}")
     lost, gained = int((reference & ~other).sum()), int((other & ~reference).sum())
     p = scipy.stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
     return McNemar(lost, gained, float(p))
 
 
 def compare_predictions(reference: Predictions, other: Predictions) -> Change:
-    """What changes from the predictions of a reference to another model's.
+    """Returns the changes from a reference's predictions to another model's.
 
     Raises:
-        ValueError: they are not of the same images.
+        ValueError: the labels differ, so the images are not the same.
     """
     if not np.array_equal(reference.labels, other.labels):
-        raise ValueError(f"predictions of {len(reference)} and {len(other)} images are not of the same ones")
+        raise ValueError(f"the labels differ: {len(reference)} and {len(other)} predictions are not of the same images")
     changed = reference.predicted != other.predicted
     flips = (reference.right & ~other.right, other.right & ~reference.right, changed & ~reference.right & ~other.right)
     return Change(
@@ -139,7 +141,7 @@ def _class_changes(reference: np.ndarray, other: np.ndarray, labels: np.ndarray)
 
 @dataclass(frozen=True)
 class Drop:
-    """Points of top-1 lost (negative: gained), with a 95% interval."""
+    """Points of accuracy lost (negative: gained), with a 95% interval."""
 
     points: float
     low: float
@@ -149,24 +151,24 @@ class Drop:
         return f"{self.points:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
-NO_DROP = Drop(0.0, 0.0, 0.0)  # of the reference against itself
+NO_DROP = Drop(0.0, 0.0, 0.0)  # of the reference itself
 
 
 def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resamples: int = 10_000) -> Drop:
-    """The drop from ``reference`` to ``other``, with a percentile interval from a paired bootstrap.
+    """Returns the drop of top-1 from ``reference`` to ``other``, with a 95% percentile interval of a paired bootstrap.
 
-    Both are booleans (n,), right or wrong on the same images. A resample of n images is summed up by how
-    often each of three things is drawn (only the reference right, only the other right, no difference),
-    and those counts are multinomial: the draw is exact, and takes no n x resamples table.
+    Both are bool arrays (n,), right or wrong on the same images. A resample is determined by how often each of three
+    outcomes is drawn (only the reference right, only the other right, no difference). These counts are multinomial, so
+    they are drawn directly.
 
-    What never occurred, no resample can draw, however few the images are. There the interval reaches as far as the
-    exact one for none of n does (Clopper and Pearson, 1934): by 1 - 0.025^(1 / n), 0.04 points for 10,000 images.
+    An outcome that did not occur cannot be drawn, however few images there are. On its side the interval is widened to
+    that of Clopper and Pearson (1934) for 0 of n: by 1 - 0.025^(1 / n), which is 0.04 points for 10,000 images.
 
     Raises:
-        ValueError: for arrays of different or zero length.
+        ValueError: the arrays differ in length or are empty.
     """
     if reference.shape != other.shape or not len(reference):
-        raise ValueError("paired_drop compares two non-empty arrays over the same images")
+        raise ValueError(f"paired_drop takes non-empty arrays of equal shape, not {reference.shape} and {other.shape}")
     count = len(reference)
     lost, gained = np.mean(reference & ~other), np.mean(other & ~reference)
     draws = np.random.default_rng(seed).multinomial(count, [lost, gained, max(0.0, 1 - lost - gained)], size=resamples)
@@ -176,12 +178,12 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
 
 
 def unseen_points(count: int) -> float:
-    """Upper end of the exact 95% interval of a share, in percent, of which ``count`` images show none."""
+    """Returns the upper end of the exact 95% interval of a share, in percent, that is 0 of ``count`` images."""
     return (1 - 0.025 ** (1 / count)) * 100
 
 
 def widened(points: float, low: float, high: float, lost: bool, gained: bool, unseen: float) -> Drop:
-    """A bootstrap's interval, as far as ``unseen`` points on the side of what no image shows."""
+    """Returns a drop with its bootstrap interval, widened to ``unseen`` points where no image was lost or gained."""
     return Drop(
         float(points),
         float(low if gained else min(low, points - unseen)),

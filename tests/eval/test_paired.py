@@ -1,4 +1,4 @@
-"""Accuracy, McNemar's test and what changes between two models, against torch, exact sums and known answers."""
+"""Accuracy, McNemar's test, changes and drops, against torchmetrics, scipy, exact sums and known answers."""
 
 from fractions import Fraction
 from math import comb
@@ -92,21 +92,21 @@ def test_predictions_that_do_not_fit_are_refused():
     broken = logits.copy()
     broken[2, 1] = np.nan
     for bad, words in (
-        ((logits[:5], labels), "one set"),
-        ((logits[:0], labels[:0]), "one set"),
+        ((logits[:5], labels), r"\(5, 3\).*\(6,\)"),
+        ((logits[:0], labels[:0]), r"\(0, 3\)"),
         ((broken, labels), "1 of 6"),
-        ((logits, labels + 3), "labels from"),
+        ((logits, labels + 3), "3 classes"),
     ):
         with pytest.raises(ValueError, match=words):
             Predictions.of(*bad)
     whole = Predictions.of(logits, labels)
     for other in (Predictions.of(logits[:5], labels[:5]), Predictions.of(logits, (labels + 1) % 3)):
-        with pytest.raises(ValueError, match="not of the same ones"):
+        with pytest.raises(ValueError, match="6"):
             compare_predictions(whole, other)
     for temperature in (0, -1, np.inf, np.nan):
-        with pytest.raises(ValueError, match="temperature is above 0"):
+        with pytest.raises(ValueError, match="temperature"):
             Predictions.of(logits, labels, temperature)
-    with pytest.raises(ValueError, match="same images"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4,\)"):
         mcnemar(np.ones(3, bool), np.ones(4, bool))
 
 

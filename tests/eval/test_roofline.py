@@ -128,7 +128,7 @@ def test_a_lower_bound_is_the_longer_of_computing_and_moving():
     assert (bounds["a"].milliseconds, bounds["a"].limited_by) == (pytest.approx(7e-3), "compute")
     assert (bounds["b"].milliseconds, bounds["b"].limited_by) == (pytest.approx(2e-3), "memory")
     assert bounds["a"].precision == "fp32+int8" and bounds["a"].operations == 13000
-    with pytest.raises(UserError, match="toy does not compute in fp8"):
+    with pytest.raises(UserError, match=r"toy.*fp8"):
         lower_bounds([ProductCost("a", "MatMul", "fp8", 1, 1, 1)], device)
 
 
@@ -175,24 +175,24 @@ def test_tables_show_what_lacks_a_precision_and_by_how_much_a_prediction_misses(
 
 def test_the_command_and_its_mistakes(exported, run_here, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", SMALL)
-    assert_one_line_error(run_here("eval/roofline.py", bundle), "has no model.fused.onnx or model.onnx")
+    assert_one_line_error(run_here("eval/roofline.py", bundle), "model.fused.onnx", "model.onnx", "quant/ptq.py")
     (bundle / "model.onnx").write_bytes((exported / "model.onnx").read_bytes())
     assert find_file(bundle, on_cpu=False).name == "model.onnx"
     (bundle / "model.fused.onnx").write_bytes((exported / "model.fused.onnx").read_bytes())
     assert [find_file(bundle, on_cpu).name for on_cpu in (True, False)] == ["model.onnx", "model.fused.onnx"]
     out = ("--out", tmp_path / "out")
     result = run_here("eval/roofline.py", bundle, "--device", "agx-orin", *out)
-    assert result.returncode == 0 and "PREDICTED" in result.stdout and "blocks.1.mlp.fc2" in result.stdout
+    assert result.returncode == 0 and "blocks.1.mlp.fc2" in result.stdout
     both = run_here("eval/roofline.py", bundle, "--device", "agx-orin", "thor", *out)
     assert both.returncode == 0 and "blocks" not in both.stdout
     found = json.loads((tmp_path / "out" / "roofline.json").read_text())["predictions"]
     assert [each["device"] for each in found] == ["agx-orin", "thor"]
     assert all(f"| {each['device']} | {each['milliseconds']:.3f} |" in both.stdout for each in found)
-    assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "xavier"), "unknown device", "orin-nx")
-    assert_one_line_error(run_here("eval/roofline.py", tmp_path), "not a bundle")
+    assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "xavier"), "xavier", "orin-nx")
+    assert_one_line_error(run_here("eval/roofline.py", tmp_path), str(tmp_path))
     manifest = Manifest.read(bundle)
     replace(manifest, metrics={FRAME: [480, 640, 3]}).write(bundle)
-    assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "cpu"), "takes camera frames")
+    assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "cpu"), str(bundle), "camera")
     assert run_here("eval/roofline.py", bundle, *out).returncode == 0
     (bundle / "model.fused.onnx").write_bytes(b"no graph")
-    assert_one_line_error(run_here("eval/roofline.py", bundle), "cannot be read as ONNX")
+    assert_one_line_error(run_here("eval/roofline.py", bundle), "model.fused.onnx")
