@@ -19,8 +19,8 @@ from quant.quantizers.qat_options import DEFAULT_RECIPE, RECIPES, QatOptions
 
 def main(options: QatOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from deploy.runtimes.open_engine import OnnxRuntimeEngine
-    from eval.metrics.accuracy_drop import paired_drop
+    from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+    from eval.metrics.paired import paired_drop
     from illama.atomic_write import lock_folder
     from illama.bundle import Manifest
     from illama.inference import chance_note

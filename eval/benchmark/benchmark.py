@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from deploy.runtimes.temperature import store_temperatures
-from eval.accuracy import measure
 from eval.benchmark.evaluate_split import evaluate
 from eval.benchmark.evaluation_images import EvaluationImages
 from eval.benchmark.latency import UNREADABLE, measure_latency
 from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.benchmark.sensors import find_gpu, open_meter
 from eval.benchmark.targets import BenchmarkTarget
-from eval.metrics.accuracy_drop import NO_DROP, paired_drop
 from eval.metrics.calibration import fit_temperatures
+from eval.metrics.measured import measure
+from eval.metrics.paired import NO_DROP, paired_drop
 from eval.metrics.predictions import Predictions
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results

@@ -1,4 +1,4 @@
-"""The plots of a report as PNG, for slides and for readers whose mail program runs no JavaScript."""
+"""The plots of a report as PNG, for slides and for pages without JavaScript."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from eval.metrics.calibration import Reliability
 from eval.report.pareto import choose, pareto_front
 from eval.report.schema import Report, Row
 
-INK, QUIET, FAINT, WARN, BEATEN = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
-COLOURS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as in the page
+INK, QUIET, FAINT, WARN, DOMINATED = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
+COLOURS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as on the HTML page
 MARKS = ("o", "s", "^", "D", "v", "P")
 _DPI = 160
 
 
 def draw_tradeoff(report: Report) -> bytes:
-    """Top-1 against latency as PNG: the front joined, what it beats in grey, what was not timed as dashed lines.
+    """Plots top-1 against latency as PNG: Pareto fronts joined, dominated rows grey, untimed rows as dashed lines.
 
     Raises:
-        ValueError: for a report without rows.
+        ValueError: the report has no rows.
     """
     if not report.rows:
-        raise ValueError("there is nothing to draw in a report without rows")
+        raise ValueError("a report without rows cannot be drawn")
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.add_subplot()
     batch = report.constraints.batch
@@ -36,9 +36,9 @@ def draw_tradeoff(report: Report) -> bytes:
     for row in report.rows:
         style = styles[row.runtime]
         if latency := row.at(batch):
-            _mark(axes, row, latency.p50, COLOURS[style] if row.name in best else BEATEN, MARKS[style])
+            _mark(axes, row, latency.p50, COLOURS[style] if row.name in best else DOMINATED, MARKS[style])
             if row is chosen:
-                axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="to deploy")
+                axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="recommended")
         else:
             axes.axhline(row.top1.percent, ls=(0, (4, 4)), lw=1, color=COLOURS[style], alpha=0.6)
     _name_untimed(axes, [row for row in report.rows if not row.at(batch)])
@@ -67,7 +67,7 @@ def _mark(axes: Axes, row: Row, p50: float, colour: str, mark: str) -> None:
         color=colour,
         zorder=3,
     )
-    below = colour == BEATEN  # out of the way of what beats it
+    below = colour == DOMINATED  # away from the Pareto front
     axes.annotate(
         row.scheme,
         (p50, row.top1.percent),
@@ -87,7 +87,7 @@ def _join_front(axes: Axes, rows: Sequence[Row], batch: int) -> None:
 
 
 def _name_untimed(axes: Axes, rows: Sequence[Row]) -> None:
-    """The schemes beside their lines, those of lines too close together in one text."""
+    """Labels the lines of untimed rows with their schemes; lines that are close together share a label."""
     bottom, top = axes.get_ylim()
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: row.top1.percent):
@@ -111,7 +111,7 @@ def _name_untimed(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _shade_limits(axes: Axes, report: Report) -> None:
-    """A shade over what the limits rule out, within the axes as they are."""
+    """Shades the area that violates the constraints, within the limits of the axes."""
     reference = next((row for row in report.rows if row.reference), None)
     (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     if report.constraints.latency_ms is not None and report.constraints.latency_ms < right:
@@ -124,16 +124,16 @@ def _shade_limits(axes: Axes, report: Report) -> None:
 def _legend(figure: Figure, axes: Axes, rows: Sequence[Row], styles: dict[str, int], batch: int) -> None:
     for runtime, style in styles.items():
         axes.plot([], [], MARKS[style], color=COLOURS[style], label=runtime)
-    axes.plot([], [], "o", color=BEATEN, label="beaten by another")
+    axes.plot([], [], "o", color=DOMINATED, label="dominated")
     if not all(row.at(batch) for row in rows):
         axes.plot([], [], ls=(0, (4, 4)), color=QUIET, label="not timed")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False, labelcolor=INK)
 
 
 def draw_reliability(rows: Sequence[Row]) -> bytes:
-    """Reliability diagrams of all rows as PNG: bars as the probabilities are, dots as the temperature makes them.
+    """Plots reliability diagrams of all rows as PNG: bars without temperature scaling, dots with it.
 
-    The area of a dot grows with the images in its bin.
+    The area of a dot grows with the number of images in its bin.
     """
     columns = min(4, len(rows))
     lines = math.ceil(len(rows) / columns)

@@ -95,11 +95,11 @@ def test_scaling_mends_what_it_was_not_fitted_on():
 
 def test_what_has_no_answer_is_refused():
     logits, labels = _overconfident(50)
-    with pytest.raises(ValueError, match="no temperature"):
+    with pytest.raises(ValueError, match="temperature"):
         fit_temperature(logits, logits.argmax(1))
-    with pytest.raises(ValueError, match="every image is right"):
+    with pytest.raises(ValueError, match="temperature"):
         fit_temperature(20 * np.eye(4), np.arange(4))
-    with pytest.raises(ValueError, match="bin"):
+    with pytest.raises(ValueError, match="0"):
         reliability(Predictions.of(logits, labels), 0)
-    with pytest.raises(ValueError, match="one set"):
+    with pytest.raises(ValueError, match=r"\(0, 10\)"):
         fit_temperature(logits[:0], labels[:0])

@@ -152,44 +152,44 @@ def test_a_folder_of_another_evaluation_is_refused(task, tmp_path):
     work = tmp_path / "work"
     task.evaluate(work)
     for other, words in (
-        ({"facts": {"data": "other"}}, "other data:"),
-        ({"facts": {}}, "other data:"),
-        ({"temperatures": {}}, "other temperatures:"),
-        ({"batch": 4}, "other batch:"),
-        ({"models": {"two": task.models["two"]}, "temperatures": {"two": 0.5}}, "other models:"),
+        ({"facts": {"data": "other"}}, "data"),
+        ({"facts": {}}, "data"),
+        ({"temperatures": {}}, "temperatures"),
+        ({"batch": 4}, "batch"),
+        ({"models": {"two": task.models["two"]}, "temperatures": {"two": 0.5}}, "models"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=rf"\b{words}\b"):
             task.evaluate(work, **other)
     shutil.copyfile(work / "000000014.npz", work / "000000000.npz")  # 4 images in place of 7
-    with pytest.raises(UserError, match="4 images in place of 7"):
+    with pytest.raises(UserError, match=r"000000000.npz.*\b4\b.*\b7\b"):
         task.evaluate(work)
     (work / "000000000.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"000000000.npz is damaged"):
+    with pytest.raises(UserError, match=r"000000000\.npz"):
         task.evaluate(work)
     (work / "run.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"run.json is damaged"):
+    with pytest.raises(UserError, match=r"run\.json"):
         task.evaluate(work)
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match=str(task.images)):
         task.evaluate(task.images)
-    with pytest.raises(ValueError, match="a folder to work in"):
+    with pytest.raises(ValueError, match="work"):
         task.evaluate(processes=Processes(0, 2, torch.device("cpu")))
 
 
 def test_a_model_that_overflows_leaves_nothing(task, overflow, tmp_path):
     models = {**task.models, "broken": OnnxRuntimeEngine(overflow / "model.onnx").infer}
-    with pytest.raises(UserError, match="broken: 7 of 7 images have logits not finite: leave it out"):
+    with pytest.raises(UserError, match="broken: 7 of 7"):
         task.evaluate(tmp_path / "work", models)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["run.json"]
 
 
 def test_waiting_ends_when_no_chunk_comes(tmp_path):
-    """Each new chunk renews the patience; none at all ends it."""
+    """Each new chunk restarts the wait; without one it ends."""
     paths = [tmp_path / str(index) for index in range(5)]
     timers = [threading.Timer(0.2 * index, path.touch) for index, path in enumerate(paths)]
     for timer in timers[:4]:
         timer.start()
     _wait_for(paths[:4], patience=0.5)
-    with pytest.raises(UserError, match=r"no other process finished a chunk in 0.3 s, 1 of 5 are missing"):
+    with pytest.raises(UserError, match=r"0\.3 s.*1 of 5"):
         _wait_for(paths, patience=0.3)
 
 
@@ -248,7 +248,7 @@ def test_a_temperature_stays_with_its_weights(bundle, tmp_path):
     assert read_temperature(onnx) is None and read_temperature(bundle / FUSED_ONNX) == 0.6
     for damage in ("{", "[]", '{"model.onnx": {}}', '{"model.onnx": 1}'):
         (bundle / TEMPERATURE).write_text(damage)
-        with pytest.raises(UserError, match=r"temperature.json is damaged"):
+        with pytest.raises(UserError, match=r"temperature\.json"):
             read_temperature(onnx)
     with pytest.raises(UserError, match=r"nowhere\.onnx"):
         read_temperature(tmp_path / "nowhere.onnx")
@@ -272,7 +272,7 @@ def test_predictions_are_calibrated_by_it(bundle, tmp_path, run_here):
     plain = run_here(*command)
     store_temperature(bundle / "model.onnx", 0.25, 512, "noise", "onnxruntime")
     calibrated = run_here(*command)
-    assert "not calibrated" in plain.stdout and "are calibrated (temperature 0.250)" in calibrated.stdout
+    assert "0.250" in calibrated.stdout and "0.250" not in plain.stdout
     image = read_preprocessing(Manifest.read(bundle)).transform()(Image.open(photo))[None].numpy()
     logits = torch.from_numpy(OnnxRuntimeEngine(bundle / "model.onnx").infer(image))[0].double()
     for result, temperature in ((plain, 1), (calibrated, 0.25)):
@@ -284,4 +284,4 @@ def test_predictions_are_calibrated_by_it(bundle, tmp_path, run_here):
     assert frames.returncode == 0, frames.stderr
     assert read_temperature(tmp_path / "camera" / "model.onnx") == 0.25
     (bundle / TEMPERATURE).write_text("{")
-    assert_one_line_error(run_here(*command), "temperature.json is damaged")
+    assert_one_line_error(run_here(*command), "temperature.json")

@@ -8,7 +8,7 @@ from support import assert_one_line_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.flops import count_macs, paper_attention_macs, preset_named, visible_pairs
+from eval.cost_model.macs import count_macs, paper_attention_macs, preset_named, visible_pairs
 from illama import ILLaMA, ModelConfig
 from illama.models.config import VARIANTS
 
@@ -73,5 +73,5 @@ def test_the_command_prints_the_presets(run_here, tmp_path):
     rows = [line for line in result.stdout.splitlines() if line.startswith(("| tiny", "| base@384"))]
     assert json.loads((tmp_path / "flops.json").read_text())["macs"]["tiny"]["post, plain"]["head"] == 192 * 1000
     assert len(rows) == 2 and "| 197 | 1.254 (0.527) |" in rows[0] and "| 577 | 55.484 (22.472) |" in rows[1]
-    assert_one_line_error(run_here("eval/flops.py", "--sizes", "huge"), "unknown model size")
-    assert_one_line_error(run_here("eval/flops.py", "--sizes", "tiny@large"), "not a size")
+    assert_one_line_error(run_here("eval/flops.py", "--sizes", "huge"), "huge")
+    assert_one_line_error(run_here("eval/flops.py", "--sizes", "tiny@large"), "tiny@large")

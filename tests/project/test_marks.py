@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from eval.metrics.accuracy_drop import paired_drop
+from eval.metrics.paired import paired_drop
 from illama.bundle import SHIPPED, Manifest
 from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import open_data

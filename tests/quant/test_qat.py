@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 from support import SMALL, assert_one_line_error, run_command, write_bundle, write_images
 
-from deploy.runtimes.open_engine import OnnxRuntimeEngine
-from eval.metrics.accuracy_drop import paired_drop
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from eval.metrics.paired import paired_drop
 from illama import ILLaMA
 from illama.bundle import CPU_ONNX, FUSED_ONNX, WEIGHTS, Manifest
 from illama.checkpoints.load import load_checkpoint
