@@ -17,7 +17,7 @@ from typing import get_args
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES, RuntimeName
 from deploy.runtimes.onnxruntime_engine import PROVIDERS, OnnxRuntimeEngine
-from deploy.runtimes.openvino_engine import OpenVinoEngine
+from deploy.runtimes.openvino_engine import OpenVinoEngine, has_4bit_activations
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.runtimes.torch_engine import TorchEngine
 from deploy.trt.library import fits_this_gpu
@@ -76,12 +76,16 @@ def _open(path: Path, runtime: RuntimeName | None, threads: int) -> Engine:
 
 
 def cpu_runtime(path: Path) -> RuntimeName:
-    """Returns the preferred runtime for an ONNX file on a CPU (docs/cpu.md); only ONNX Runtime supports FP8."""
+    """Returns the preferred runtime for an ONNX file on a CPU (docs/cpu.md).
+
+    Only ONNX Runtime supports FP8 and activations of 4 bits.
+    """
     try:
         import openvino  # noqa: F401
     except ImportError:
         return "onnxruntime"
-    return "onnxruntime" if has_fp8(load_graph(path)) else "openvino"
+    model = load_graph(path)
+    return "onnxruntime" if has_fp8(model) or has_4bit_activations(model) else "openvino"
 
 
 def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:

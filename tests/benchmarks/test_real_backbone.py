@@ -16,7 +16,7 @@ from real_backbone import (
     read_facts,
     save,
     table,
-    weigh,
+    run_benchmark,
 )
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -64,7 +64,7 @@ def test_a_channel_that_stands_out_is_seen():
     assert found["mlp.fc1"]["largest"] > 50 > 10 > found["attn.qkv"]["largest"] > 1
 
 
-def test_contenders_are_weighed_against_fp32(tmp_path):
+def test_contenders_are_compared_with_fp32(tmp_path):
     options = BackboneOptions(out=tmp_path)
     (tmp_path / "predictions").mkdir()
     labels = torch.arange(100) % 2
@@ -76,7 +76,7 @@ def test_contenders_are_weighed_against_fp32(tmp_path):
     turned[0], wrong[:10] = torch.tensor([0.0, 1.0]), wrong[:10].flip(1)
     facts = {"threads": 1}
     save({"features": turned, "logits": wrong}, tmp_path / "predictions" / "worse.safetensors", facts)
-    rows = weigh(options, [REFERENCE, "worse"])
+    rows = run_benchmark(options, [REFERENCE, "worse"])
     assert rows[REFERENCE]["top1"] == 100 and rows["worse"]["top1"] == rows["worse"]["agreement"] == 90
     assert rows["worse"]["drop"] == 10 and rows["worse"]["ci95"][0] > 0 and rows["worse"]["threads"] == 1
     assert rows["worse"]["cosine_worst"] == 0 and rows["worse"]["cosine_mean"] == pytest.approx(0.99)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,16 @@ def test_fp8_runs_in_onnx_runtime(tmp_path, model):
     path = tmp_path / "model.onnx"
     export_onnx(calibrate(model.float(), find_scheme("fp8"), [torch.randn(2, 3, 32, 32)]), path, "plain")
     assert cpu_runtime(path) == "onnxruntime"
+
+
+def test_4_bit_activations_run_in_onnx_runtime(tmp_path, model):
+    """OpenVINO 2026.4 ends the process with corrupted memory while it compiles them."""
+    scheme = replace(find_scheme("w4a4"), reconstruction_iterations=0)
+    path = tmp_path / "w4a4.onnx"
+    export_onnx(calibrate(model, scheme, [torch.randn(4, 3, 32, 32)]), path, "plain")
+    assert cpu_runtime(path) == "onnxruntime" and isinstance(open_engine(path), OnnxRuntimeEngine)
+    with pytest.raises(UserError, match="--runtime onnxruntime"):
+        OpenVinoEngine(path)
 
 
 def test_a_network_quantized_by_torchao(tmp_path, model, images):
