@@ -14,9 +14,9 @@ from real_backbone import (
     is_validation,
     outliers,
     read_facts,
+    run_benchmark,
     save,
     table,
-    run_benchmark,
 )
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
