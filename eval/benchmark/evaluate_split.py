@@ -1,4 +1,4 @@
-"""Evaluates several models on a whole split, in chunks, which processes share and an interrupted run does not repeat.
+"""Evaluates models on a whole split in chunks, which are divided among processes and kept over an interruption.
 
 Each chunk's logits are reduced at once to a few numbers per image (:class:`eval.metrics.predictions.Predictions`), so
 that memory does not grow with the number of classes. Chunks do not depend on the process that computes them: the result

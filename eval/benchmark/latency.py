@@ -238,9 +238,8 @@ def _take_turns(
     for index in _bar(range(rounds), f"time, batch {len(images)}", "round", progress):
         for name in (names[place] for place in order.permutation(len(names))):
             plan = plans[name]
-            if (
-                index + 1
-            ) * plan.turns // rounds > index * plan.turns // rounds:  # its turns are spread evenly over the rounds
+            # The engine's turns are spread evenly over the rounds.
+            if (index + 1) * plan.turns // rounds > index * plan.turns // rounds:
                 for _ in range(plan.settle):
                     engines[name](images)
                 times[name] += [_seconds(engines[name], images) for _ in range(plan.calls)]

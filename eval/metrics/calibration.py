@@ -49,7 +49,7 @@ class Reliability:
     Attributes:
         ece: expected calibration error over 15 bins of equal width, in [0, 1].
         adaptive_ece: expected calibration error over 15 bins with equal numbers of images (Nixon et al., arXiv
-            1904.01685), which does not depend on how confidences are distributed over the bins.
+            1904.01685), none of them empty or crowded.
         nll: mean negative log-likelihood of the label, in nats.
         brier: mean squared distance of the probabilities from the label's one-hot vector (Brier, 1950), in [0, 2].
         diagram: the non-empty bins of ``ece``.

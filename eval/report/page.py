@@ -218,10 +218,10 @@ def shown_flips(row: Row) -> list[tuple[str, FlippedImage]]:
         kind = "right to wrong" if flip.before == flip.label else "wrong to right" if now_right else "wrong to wrong"
         kinds[kind].append(flip)
     first = {kind: flips[: SHOWN_FLIPS // len(kinds)] for kind, flips in kinds.items()}
-    room = SHOWN_FLIPS - sum(map(len, first.values()))
+    left = SHOWN_FLIPS - sum(map(len, first.values()))
     for kind, flips in kinds.items():  # the remaining places go to lost images first
-        more = flips[len(first[kind]) :][:room]
-        first[kind], room = first[kind] + more, room - len(more)
+        more = flips[len(first[kind]) :][:left]
+        first[kind], left = first[kind] + more, left - len(more)
     return [(kind, flip) for kind, flips in first.items() for flip in flips]
 
 

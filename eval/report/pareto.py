@@ -111,7 +111,7 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
     the faster, then the smaller). If none of them was timed, it is the smallest instead of the fastest.
 
     Raises:
-        UserError: no row can satisfy a constraint, whatever its figures.
+        UserError: a limit is not a number, or one on latency or size is not positive.
     """
     constraints = constraints or Constraints()
     check_constraints(constraints)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from eval.report.schema import Report, Row
 
 MISSING = "-"
-PARETO = "Pareto-optimal"
+PARETO = "Pareto"  # heading: whether the row is Pareto-optimal
 HEADINGS = ("scheme", "runs in", "top-1 %", "drop (95% interval)", "file MB", "engine MB", "p50 ms", "p99 ms")
 TIMED = ("p50 ms", "p99 ms", "speed", PARETO)  # columns that depend on the batch size
 

@@ -1,4 +1,4 @@
-"""Predictions in chunks, over processes and after an interruption: to the bit those of one go; stored temperatures."""
+"""Predictions in chunks, by several processes and after an interruption, bit-identical; stored temperatures."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def _same_bits(one, other):
 @given(st.data(), st.integers(1, 60), st.integers(2, 40), st.sampled_from([0.3, 1.0, 2.0]))
 def test_any_split_concatenates_to_the_whole(data, images, classes, temperature):
     generator = np.random.default_rng(images * classes)
-    logits = generator.integers(-3, 4, (images, classes)).astype(np.float32)  # with many that are equal
+    logits = generator.integers(-3, 4, (images, classes)).astype(np.float32)  # with many ties
     logits[::2] += generator.normal(size=logits[::2].shape).astype(np.float32)
     labels = generator.integers(0, classes, images)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, images - 1)), max_size=5)) - {images})
@@ -68,7 +68,7 @@ def test_what_is_kept_is_torch_s():
 
 
 class Read(Dataset):
-    """A split that notes which images were read."""
+    """A split that records which images were read."""
 
     def __init__(self, split):
         self.split, self.indices = split, []
@@ -127,10 +127,10 @@ def test_it_is_what_whole_logits_say(task, tmp_path):
 
 
 def test_interrupted_it_goes_on_where_it_was(task, tmp_path):
-    """Ctrl-C in the second of three chunks; then only what is missing is read."""
+    """Ctrl-C in the second of three chunks; then only the missing images are read."""
     whole, work, calls = task.evaluate(), tmp_path / "work", []
     work.mkdir()
-    (work / ".run.json.draft-0123456789abcdef").touch()  # killed before anything was there
+    (work / ".run.json.draft-0123456789abcdef").touch()  # left by a process killed at the start
 
     def interrupted(images):
         calls.append(len(images))

@@ -100,7 +100,7 @@ def test_a_slow_engine_has_fewer_calls_and_costs_no_other_its_own():
     engines = {"slow": lambda images: time.sleep(0.05) or images, "fast": lambda images: images}
     start = time.perf_counter()
     timings = measure_latency(engines, IMAGES, rounds=20, seconds=0.4, progress=False)
-    assert time.perf_counter() - start < 3  # 20 rounds of all calls would take 13
+    assert time.perf_counter() - start < 3  # 20 rounds of all calls would take 13 s
     (slow,), (fast,) = timings.latency["slow"], timings.latency["fast"]
     assert 3 <= slow.calls <= 4 and fast.calls == 200
 

@@ -1,4 +1,4 @@
-"""Scores and their separation, against every pair counted, torchmetrics, torch, and on real images."""
+"""Scores and their separation, against counted pairs, torchmetrics and torch, and on image files."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_auroc_is_the_share_of_pairs_in_order(inside, outside):
 
 
 def _threshold(inside):
-    """The strictest threshold that still accepts 95% of the images from inside."""
+    """Returns the highest threshold that accepts 95% of the images from inside."""
     return max(t for t in inside if np.mean([a >= t for a in inside]) >= 0.95)
 
 
@@ -44,7 +44,7 @@ def test_auroc_is_torchmetrics_and_the_scores_are_torch_s():
     for name, values in scores.items():
         both = np.concatenate([values, familiarity(outside)[name]])
         truth = torch.cat([torch.ones(700), torch.zeros(500)]).long()
-        # torchmetrics takes scores for logits where they leave 0..1, which moves none past another.
+        # torchmetrics applies a sigmoid to scores outside [0, 1], which keeps their order.
         expected = binary_auroc(torch.from_numpy(both / 100), truth)
         assert results[name].auroc == pytest.approx(float(expected), abs=1e-6)
         assert 0.5 < results[name].auroc < 1 and 0 < results[name].fpr_at_95 < 1
@@ -62,7 +62,7 @@ def test_what_cannot_be_separated_is_refused():
 
 
 def test_the_command_tells_the_bright_from_the_dark(image_folder, tmp_path, run_here):
-    """Noise from inside has logits near 0; white pictures outside have large ones, and black ones small: both known."""
+    """Noise inside has logits near 0; white pictures outside have large logits, black pictures small ones."""
     classes = ["class0", "class1", "class2"]
     bundle = write_linear_bundle(tmp_path / "bundle", np.tile([[0.01, 0.02, 0.03]], (3 * 16 * 16, 1)), 16, classes)
     outside = tmp_path / "outside" / "deep"

@@ -1,4 +1,4 @@
-"""Corruptions against the library's own, their seeds and sizes; robustness by hand, and the command resumed."""
+"""Corruptions against the library, their seeds and sizes; robustness by hand; the command, interrupted and resumed."""
 
 import json
 
@@ -16,7 +16,7 @@ from illama.data.datasets import Preprocessing, TensorImages
 
 
 def _photo(size, seed=0):
-    """Smooth enough to look like a picture: noise at an eighth of the size, enlarged."""
+    """Returns a smooth picture: noise at an eighth of the size, enlarged."""
     small = np.random.default_rng(seed).integers(0, 256, (size // 8 + 1, size // 8 + 1, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -54,7 +54,7 @@ def test_images_depend_on_seed_and_index_alone(name, grey):
     mild, strong = (
         np.abs(np.array(CorruptedImages(images, preprocessing, name, s)[0][0]) - clean).mean() for s in (1, 5)
     )
-    assert mild > 0 and (strong > mild or name == "frost")  # a frost picture may happen to be as bright as the image
+    assert mild > 0 and (strong > mild or name == "frost")  # a frost picture may be as bright as the image
     if name in ("gaussian_noise", "snow", "fog", "glass_blur", "impulse_noise"):
         other = np.array(CorruptedImages(images, preprocessing, name, 3, seed=1)[0][0])
         assert (other != first[0]).any()
@@ -86,7 +86,7 @@ def test_images_larger_than_imagenet_c_s_are_corrupted_at_its_size():
 
 
 def test_framing_comes_first_and_once():
-    """A frame of 32 pixels out of 48 x 40: cropped, corrupted, then only normalised."""
+    """A crop of 32 pixels from 48 x 40: cropped, corrupted, then only normalised."""
     photo, preprocessing = _photo(48).crop((0, 0, 48, 40)), Preprocessing(32, 3, (0.0,) * 3, (1.0,) * 3, resize=36)
     split = CorruptedImages([(photo, 5)], preprocessing, "brightness", 1)
     framed = split._frame(photo)

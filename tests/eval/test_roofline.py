@@ -133,7 +133,7 @@ def test_a_lower_bound_is_the_longer_of_computing_and_moving():
 
 
 def test_the_table_of_devices_is_dense_and_in_proportion():
-    """8 bits are twice as fast as 16 on every tensor core listed, and no device beats a larger one of its kind."""
+    """8 bits are twice as fast as 16 on every device, and a larger device of a kind is faster."""
     for device in DEVICES.values():
         assert device.peaks["int8"] == pytest.approx(2 * device.peaks["fp16"], rel=0.01)
         assert device.peaks.get("fp8", device.peaks["int8"]) == device.peaks["int8"]

@@ -1,4 +1,4 @@
-"""The published mapping against timm's list of WordNet IDs, and a network whose every decision is known."""
+"""The published class mapping against timm's list of WordNet IDs, and a network whose decisions are known."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_the_mapping_is_the_published_one():
         assert [wordnet[index] for index in FINE_CLASSES[name]] == published.split()
     for name, low, high in (("bird", "n01514668", "n02056570"), ("dog", "n02085620", "n02113978")):
         assert all(low <= wordnet[index] <= high for index in FINE_CLASSES[name])
-    # As many as the authors list of both, and what they leave out: hens and toys among others.
+    # The authors' numbers of both, and some ImageNet classes that they leave out, such as hens and toy breeds.
     assert (len(FINE_CLASSES["bird"]), len(FINE_CLASSES["dog"])) == (49, 109)
     assert not {9, 17, 21, 84, 97, 134} & set(FINE_CLASSES["bird"])
     assert not {151, 192, 204, 227, 242, 251, 258, 260, 264} & set(FINE_CLASSES["dog"])
@@ -65,7 +65,7 @@ def test_the_bias_by_hand():
 
 @pytest.fixture
 def directions():
-    """A direction of colour for each class, far from the others: points of a Fibonacci sphere."""
+    """A direction in colour space for each class, far from the others: points of a Fibonacci sphere."""
     height = 1 - (2 * np.arange(16) + 1) / 16
     angle = np.pi * (3 - np.sqrt(5)) * np.arange(16)
     around = np.sqrt(1 - height**2)
@@ -74,7 +74,7 @@ def directions():
 
 @pytest.fixture
 def bundle(directions, tmp_path):
-    """A network that sees the one of 16 colours in a picture, and names every fine class of its class."""
+    """A network that recognises each of 16 colours, and predicts all ImageNet classes of its class."""
     weights = np.zeros((3, 8 * 8, 1000))
     for direction, places in zip(directions, FINE_CLASSES.values(), strict=True):
         weights[:, :, list(places)] = direction[:, None, None]
@@ -85,8 +85,8 @@ def bundle(directions, tmp_path):
 
 @pytest.fixture
 def stimuli(directions, tmp_path):
-    """Every shape by every texture. The colour is the shape's, but the texture's for each third texture and a third
-    class's for each fifth."""
+    """Every shape with every texture. The colour is that of the shape, for each third texture that of the texture, and
+    for each fifth that of a third class."""
     folder = tmp_path / "stimuli"
     for i, shape in enumerate(SHAPE_CLASSES):
         (folder / shape).mkdir(parents=True)

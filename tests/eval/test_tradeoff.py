@@ -1,4 +1,4 @@
-"""python eval/tradeoff.py on networks whose answers are known, and every mistake in one line."""
+"""python eval/tradeoff.py on networks with known answers, and mistakes that end in a one-line error."""
 
 import json
 import re
@@ -22,7 +22,7 @@ CLASSES = ["class0", "class1", "class2"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two linear networks that know most training images, the second with more noise, and those images."""
+    """Two linear networks fitted to the training images, the second with more noise, and the images."""
     folder = tmp_path_factory.mktemp("tradeoff")
     images, labels = load_images(
         open_data(str(write_images(folder / "images"))).calibration(24),
@@ -60,7 +60,7 @@ def tradeoff(runs, run_here, tmp_path):
 
 
 def expected_classes(runs, name):
-    """What numpy makes of a bundle's weights in float64."""
+    """Returns the predicted classes of a bundle's weights, computed by numpy in float64, and the labels."""
     import onnx
 
     bundle = runs / "runs" / name
@@ -84,7 +84,7 @@ def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
         assert row["top1"]["percent"] == pytest.approx((classes == labels).mean() * 100)
         assert [latency["batch"] for latency in row["latency"]] == [2, 1] and row["device"]
         assert row["latency"][0]["p50"] <= row["latency"][0]["p90"] <= row["latency"][0]["p99"]
-        # That of the last runtime of a graph is kept, and OpenVINO computes in bfloat16.
+        # The temperature of the last runtime of a file is stored, and OpenVINO computes in bfloat16.
         assert row["temperature"] == pytest.approx(read_temperature(runs / "runs" / scheme / "model.onnx"), rel=0.05)
     row = rows["int8, ONNX Runtime, CPU"]
     lost = np.flatnonzero((before == labels) & (after != labels)).tolist()
@@ -155,7 +155,7 @@ def test_a_regression_fails_the_build(tradeoff, tmp_path):
     assert tradeoff().returncode == 0
     path = tmp_path / "out" / "report.json"
     baseline = json.loads(path.read_text())
-    baseline["rows"] = [{**row, "latency": []} for row in baseline["rows"]]  # whatever the clock said
+    baseline["rows"] = [{**row, "latency": []} for row in baseline["rows"]]  # timings differ between runs
     (tmp_path / "same.json").write_text(json.dumps(baseline))
     result = tradeoff("--fail-on-regression", tmp_path / "same.json")
     assert result.returncode == 0 and "→" in result.stdout
@@ -209,7 +209,7 @@ def test_float_networks_come_first_and_what_has_no_graph_is_named(tradeoff, runs
     shutil.copytree(runs / "runs" / "fp32", trained)
     (trained / "model.onnx").unlink()
     fp32, int8 = (tmp_path / "more" / name for name in ("fp32", "int8"))
-    shutil.copytree(fp32, tmp_path / "more" / ".fp32.draft-0123456789abcdef")  # of a killed process
+    shutil.copytree(fp32, tmp_path / "more" / ".fp32.draft-0123456789abcdef")  # left by a killed process
     assert expand([tmp_path / "more"]) == expand([int8, fp32]) == [fp32, int8]
     assert expand([int8 / "model.onnx", trained]) == [trained, int8 / "model.onnx"]
     assert_one_line_error(tradeoff(paths=(fp32, trained)), "trained")
@@ -242,7 +242,7 @@ def test_paths_that_cannot_be_benchmarked(tradeoff, runs, tmp_path):
 
 @pytest.fixture
 def with_engines(runs, tmp_path):
-    """A bundle with engines of both libraries, and two that are refused; none of them can run anywhere."""
+    """A bundle with made-up engines of both libraries, two of which are refused."""
     bundle = tmp_path / "fp32"
     shutil.copytree(runs / "runs" / "fp32", bundle)
     shutil.copyfile(bundle / "model.onnx", bundle / "model.fused.onnx")

@@ -1,4 +1,4 @@
-"""A report with all that one can hold, and strings that would break a page which took them for its own."""
+"""A report with all fields set, and strings that would break a page that did not escape them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 "use strict";
-// Sorting, filtering and copying of tables; the theme; printing. Without it the page has the same content, unsorted.
+// Sorting, filtering and copying of tables; the theme; printing. Without this script the page has the same content, unsorted.
 const byId = (id) => document.getElementById(id);
 const report = JSON.parse(byId("data").textContent);
 
@@ -47,7 +47,7 @@ function filterRows() {
   const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   for (const row of bodyRows()) {
     const text = row.textContent.toLowerCase();
-    const optimal = cellOf(row, "Pareto-optimal").textContent === "yes";
+    const optimal = cellOf(row, "Pareto").textContent === "yes";
     row.hidden = !words.every((word) => text.includes(word)) || (byId("pareto-only").checked && !optimal);
   }
   say(`${shownRows().length} of ${bodyRows().length} files`);
