@@ -1,6 +1,6 @@
 """iLLaMA: a causal vision transformer built from LLaMA's parts (arXiv 2404.06773).
 
-The names below are imported when they are first used (PEP 562), so that ``import illama`` does not wait for PyTorch.
+The names below are imported on first use (PEP 562), so that ``import illama`` does not wait for PyTorch.
 ``import illama.models`` registers the networks with timm.
 """
 

@@ -1,8 +1,8 @@
-"""Atomic writes: files and folders that appear whole or not at all, even if their writer is killed.
+"""Atomic writes: a file or folder is replaced completely or not at all, even if its writer is killed.
 
-What is written is a draft, ``.NAME.draft-RANDOM`` beside its place, until one rename puts it there. While it writes,
-the writer holds the lock ``.NAME.draft-RANDOM.lock``, which the kernel releases however the writer ends. A draft whose
-lock is free was left by a killed process, and the next write of NAME removes it.
+The writer fills a draft, ``.NAME.draft-RANDOM`` in the same folder, and renames it to NAME at the end. Meanwhile it
+holds the lock ``.NAME.draft-RANDOM.lock``, which the kernel releases when the process ends, for whatever reason. A
+draft whose lock is free was left by a killed process; the next write of NAME removes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from illama.bundle import is_bundle
 from illama.errors import UserError
 
-LOCK = ".lock"  # in a folder that a process works in
+LOCK = ".lock"  # in a folder that a process uses
 _LOST_RACE = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -34,11 +34,14 @@ _held: set[int] = set()  # descriptors of locked files
 
 @contextmanager
 def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``folder`` if the block succeeds and vanishes if not.
+    """Yields a temporary folder that replaces ``folder`` if the block succeeds and is removed if it fails.
+
+    Args:
+        is_ours: returns whether an existing folder may be replaced; an empty one always may.
 
     Raises:
-        UserError: at once, if ``folder`` cannot be written, is in use (:func:`lock_folder`), or holds files and
-            ``is_ours`` denies it; at the end, if that has become so.
+        UserError: ``folder`` cannot be written, is in use (:func:`lock_folder`), or must not be replaced. Checked
+            before the block and again after it.
     """
     folder = folder.resolve()
     _refuse_foreign(folder, is_ours)
@@ -55,7 +58,7 @@ def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> I
 
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of ``path`` if the block succeeds and vanishes if not."""
+    """Yields a temporary path; its file replaces ``path`` if the block succeeds and is removed if it fails."""
     with _draft_of(path) as draft:
         yield draft
         with draft.open("rb") as file:
@@ -64,16 +67,16 @@ def write_file(path: Path) -> Iterator[Path]:
 
 
 def write_pinned(path: Path, data: bytes) -> None:
-    """Write a file, and beside it its SHA-256 in sha256sum's form."""
+    """Writes a file, and its SHA-256 to ``NAME.sha256`` in the format of sha256sum."""
     old, new = ("" if content is None else _pin_line(path, content) for content in (read_pinned(path), data))
-    # Between the steps, the file is the old or the new one, and the pin names both.
+    # Between the steps, the file is the old or the new one, and NAME.sha256 lists both.
     for target, content in ((_pin(path), (new + old).encode()), (path, data), (_pin(path), new.encode())):
         with write_file(target) as draft:
             draft.write_bytes(content)
 
 
 def read_pinned(path: Path) -> bytes | None:
-    """What :func:`write_pinned` wrote; None if there is no such file, or its SHA-256 is not the one beside it."""
+    """Returns what :func:`write_pinned` wrote, or None if the file is missing or does not have its SHA-256."""
     try:
         data, pin = path.read_bytes(), _pin(path).read_text()
     except (OSError, UnicodeDecodeError):
@@ -83,10 +86,10 @@ def read_pinned(path: Path) -> bytes | None:
 
 @contextmanager
 def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold ``flock`` on a file made for it and removed at the end; False on a file system without locks.
+    """Creates a file, holds ``flock`` on it, and removes it at the end; yields False on a file system without locks.
 
     Raises:
-        BlockingIOError: another process holds it, and ``wait`` is False.
+        BlockingIOError: another process holds the lock, and ``wait`` is False.
         OSError: the file cannot be opened for writing.
     """
     _register_fork_handler()
@@ -103,7 +106,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 @cache
 def _register_fork_handler() -> None:
-    """Has forked children close locked files: a data loader's worker would hold a killed parent's locks for seconds."""
+    """Makes forked children close locked files; else a data loader's worker would keep a killed parent's locks."""
     os.register_at_fork(after_in_child=_close_held)
 
 
@@ -113,7 +116,7 @@ def _close_held() -> None:
 
 
 def _acquire(path: Path, wait: bool) -> tuple[int, bool]:
-    """A descriptor of the file once it is locked; (descriptor, False) where there are no locks."""
+    """Returns the file's descriptor and whether it is locked: False on a file system without locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -126,11 +129,11 @@ def _acquire(path: Path, wait: bool) -> tuple[int, bool]:
                 return descriptor, False
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its last holder removed the file after it was opened here
+        os.close(descriptor)  # the lock's last holder removed the file after it was opened here
 
 
 def make_out(out: Path) -> None:
-    """The folder that a command writes into; UserError if it cannot be made."""
+    """Creates a command's output folder; raises UserError if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -139,10 +142,10 @@ def make_out(out: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, main: bool = True) -> Iterator[None]:
-    """Keep other processes from working in a folder, which is made if it is missing; does nothing unless ``main``.
+    """Locks a folder against other processes, and creates it if it is missing; does nothing unless ``main``.
 
     Raises:
-        UserError: another process works in it, or it cannot be written.
+        UserError: another process uses the folder, or it cannot be written.
     """
     if not main:
         yield
@@ -162,13 +165,13 @@ def lock_folder(folder: Path, main: bool = True) -> Iterator[None]:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left in a folder of their writes of ``name``, or of all if none is given."""
-    # Earlier versions named a draft after its process: of a name that is not ours, such a number could mean anything.
+    """Removes the drafts of ``name`` that killed processes left in a folder, or all drafts if no name is given."""
+    # Earlier versions put the process's number into a draft's name; without a known name, any number could match.
     pattern = _temporary(re.escape(name), r"[0-9a-f]{16}|\d{1,10}") if name else _temporary()
     found = [pattern.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     for place, token in {(folder / match["name"], match["token"]) for match in found if match}:
         draft, old = (_beside(place, kind, token) for kind in ("draft", "old"))
-        # Left as it is: in use (BlockingIOError), or another user's.
+        # A draft that is in use (BlockingIOError) or belongs to another user is kept.
         with suppress(OSError), file_lock(draft.with_name(f"{draft.name}.lock")) as held:
             if held and old.is_dir() and not place.exists():
                 old.rename(place)  # killed between the two renames of _exchange
@@ -177,18 +180,18 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, which is whole or gone at any moment."""
+    """Removes a folder atomically."""
     with _draft_of(folder) as draft:
         folder.rename(draft)
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without the drafts and locks of processes that run or were killed."""
+    """Returns the sorted content of a folder, without drafts and locks."""
     return sorted(path for path in folder.iterdir() if path.name != LOCK and not _temporary().fullmatch(path.name))
 
 
 def _temporary(name: str = ".+", token: str = "[0-9a-f]{16}") -> re.Pattern[str]:
-    """The names of drafts, of folders that are being replaced, and of their locks."""
+    """Returns a pattern of the names of drafts, of folders that are being replaced, and of their locks."""
     return re.compile(rf"\.(?P<name>{name})\.(draft|old)-(?P<token>{token})(\.lock)?", re.DOTALL)
 
 
@@ -206,7 +209,7 @@ def _pin_line(path: Path, data: bytes) -> str:
 
 
 def _refuse_foreign(folder: Path, is_ours: Callable[[Path], bool]) -> None:
-    """UserError for a folder that must not be replaced, or cannot be."""
+    """Raises UserError for a folder that must not or cannot be replaced."""
     while version := _version(folder):
         with suppress(FileNotFoundError):
             if folder.is_mount():
@@ -215,25 +218,25 @@ def _refuse_foreign(folder: Path, is_ours: Callable[[Path], bool]) -> None:
                 raise UserError(f"{folder} is in use by another process: choose another folder")
             if folder.is_dir() and (not list_folder(folder) or is_ours(folder)):
                 return
-            if _version(folder) == version:  # else another process replaced the folder while this one looked
+            if _version(folder) == version:  # else another process replaced the folder meanwhile
                 raise UserError(f"{folder} holds other files and will not be replaced: choose another folder")
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a process holds the lock of a folder."""
+    """Returns whether a process holds the lock of a folder."""
     if (folder / LOCK).exists():
         try:
             with file_lock(folder / LOCK):
                 pass
         except BlockingIOError:
             return True
-        except OSError:  # it cannot be opened for writing: the write itself says why
+        except OSError:  # it cannot be opened for writing; the write itself reports why
             pass
     return False
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """What differs between two folders that were at the same path one after another; None if nothing is there."""
+    """Returns a value that changes when a path's folder is replaced by another; None if nothing is there."""
     try:
         facts = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -247,10 +250,10 @@ def _beside(place: Path, kind: str, token: str) -> Path:
 
 @contextmanager
 def _draft_of(place: Path) -> Iterator[Path]:
-    """A path beside ``place`` for this process alone; whatever is there is removed at the end."""
+    """Yields a path beside ``place`` that only this process uses, and removes what is there at the end."""
     sweep(place.parent, place.name)
     draft = _beside(place, "draft", secrets.token_hex(8))
-    with file_lock(draft.with_name(f"{draft.name}.lock"), wait=True):  # for a sweep that came before the lock
+    with file_lock(draft.with_name(f"{draft.name}.lock"), wait=True):  # another process's sweep may hold it
         try:
             yield draft
         finally:
@@ -265,7 +268,7 @@ def _remove(path: Path) -> None:
 
 
 def _take_place(draft: Path, folder: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Rename a draft to its place; the content of an earlier folder there is in the draft's place afterwards."""
+    """Renames a draft to its place; an earlier folder there gets the draft's name."""
     while True:
         try:
             if folder.exists():
@@ -274,13 +277,13 @@ def _take_place(draft: Path, folder: Path, is_ours: Callable[[Path], bool]) -> N
             else:
                 draft.rename(folder)
             return
-        except OSError as error:  # another process wrote the folder in between
+        except OSError as error:  # another process wrote the folder meanwhile
             if error.errno not in _LOST_RACE or not draft.exists():
                 raise
 
 
 def _exchange(draft: Path, folder: Path) -> None:
-    """Swap two folders in one step, or in two renames where the kernel or the file system has no such step."""
+    """Swaps two folders by one system call, or by two renames where the kernel or file system does not have it."""
     try:
         _renameat2(draft, folder)
         return

@@ -1,14 +1,14 @@
 """A bundle: the folder that every step reads and writes. Nothing else passes between steps.
 
-    manifest.json        what made it, from which inputs (SHA-256), versions, seed, config, metrics
+    manifest.json        the command that made it, its inputs (SHA-256), versions, seed, config, metrics
     model.safetensors    the weights
     model.onnx           after quantization: the graph for CPUs
     model.fused.onnx     after quantization: the graph for TensorRT
     model.torchao.safetensors  after quantization by torchao: the network for PyTorch
     engines/             after a build: a folder for each engine, with its record
-    temperature.json     after an evaluation: what calibrates the probabilities of these files
+    temperature.json     after an evaluation: the temperatures that calibrate the files' probabilities
 
-It appears whole or not at all: it is written beside its place and renamed into it.
+It is written atomically (:mod:`illama.atomic_write`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ WEIGHTS = "model.safetensors"
 CPU_ONNX = "model.onnx"
 FUSED_ONNX = "model.fused.onnx"
 TORCHAO = "model.torchao.safetensors"
-SCHEME = "scheme.yaml"  # what quantized it, to be read, changed and replayed
+SCHEME = "scheme.yaml"  # the scheme that quantized it
 ENGINES = "engines"
-INPUT, OUTPUT = "images", "logits"  # of every graph: (B, C, H, W) float32 and (B, classes, ...) float32
-SHIPPED = Path(__file__).parent / "weights" / "nano-fashion-mnist"  # the checkpoint that comes with the project
+INPUT, OUTPUT = "images", "logits"  # names in every graph: (B, C, H, W) float32 and (B, classes, ...) float32
+SHIPPED = Path(__file__).parent / "weights" / "nano-fashion-mnist"  # the checkpoint in this repository
 TEMPERATURE = "temperature.json"
-FRAME = "frame"  # in a manifest's metrics: (height, width, channels) that graphs with preprocessing take
-SOFTMAX_OUTPUT = "softmax_output"  # in a fused graph's metadata: how attention's softmax output is rounded
+FRAME = "frame"  # key in a manifest's metrics: (height, width, channels) of the input of graphs with preprocessing
+SOFTMAX_OUTPUT = "softmax_output"  # key in a fused graph's metadata: how attention's softmax output is rounded
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -56,15 +56,18 @@ _PACKAGES = (
 
 @dataclass
 class Manifest:
-    """What a bundle says of itself; ``manifest.json`` holds exactly these fields.
+    """The content of a bundle's ``manifest.json``.
 
     Attributes:
-        made_by: the command line that wrote it.
-        inputs: path of each input file -> its SHA-256.
+        made_by: command line that wrote the bundle.
         config: :class:`illama.ModelConfig` as a dict.
         preprocessing: :class:`illama.data.datasets.Preprocessing` as a dict.
-        classes: names of the classes, in the order of the logits.
-        metrics: figures measured on the way, free in form.
+        classes: class names in the order of the logits.
+        seed: seed of the command.
+        inputs: path of each input file -> its SHA-256.
+        metrics: measured values, in no fixed form.
+        versions: package -> its version.
+        format: version of this format.
     """
 
     made_by: str
@@ -82,7 +85,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a bundle; UserError if it is missing, damaged or of another format."""
+        """Reads the manifest of a bundle; raises UserError if it is missing, damaged or of another format."""
         path = folder / MANIFEST
         try:
             values = json.loads(path.read_text())
@@ -96,12 +99,12 @@ class Manifest:
 
 
 def command_line() -> str:
-    """The running command as a person would type it."""
+    """Returns the command line of this process."""
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide the numbers, those installed."""
+    """Returns the installed versions of the packages that results depend on."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -112,13 +115,13 @@ def package_versions() -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Returns the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bundle_of(path: Path) -> Path:
-    """The folder of the bundle that a file, an engine or an engine's folder belongs to, or that ``path`` is."""
+    """Returns the bundle that a file, an engine or an engine's folder belongs to; ``path`` itself may be the bundle."""
     folder = path if path.is_dir() else path.parent
     if not (folder / MANIFEST).exists():
         for each in (folder, folder.parent):
@@ -128,7 +131,7 @@ def bundle_of(path: Path) -> Path:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder is a bundle, and so may be replaced by a newer one."""
+    """Returns whether a folder is a bundle."""
     try:
         return bool(Manifest.read(folder))
     except UserError:

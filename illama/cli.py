@@ -1,4 +1,4 @@
-"""The wrapper that every command runs in. Imports nothing slow, so that ``--help`` answers at once."""
+"""What every command does with its options and errors. Imports no large library, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _CANNOT_WRITE = (
 def run_command(
     options: type[Options], main: Callable[[Options], None], parse: Callable[[], Options] | None = None
 ) -> None:
-    """Parse the command line into ``options``, run ``main``, and report the user's mistakes in one line.
+    """Parses the command line into ``options``, runs ``main``, and reports the user's errors in one line.
 
-    Exits with 2 for a mistake (bad option, bad file, full disk) and 130 for Ctrl-C or SIGTERM; anything else is a
-    defect of this project and keeps its traceback.
+    Exits with status 2 for a user's error (bad option, bad file, full disk) and 130 for Ctrl-C or SIGTERM. Any other
+    exception is a defect of this project and keeps its traceback.
 
     Args:
-        parse: makes the options from the command line; ``tyro.cli(options)`` if not given.
+        parse: returns the options of the command line. Defaults to ``tyro.cli(options)``.
     """
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up like Ctrl-C
         with without_noise():
             main(parse() if parse else tyro.cli(options))
     except UserError as error:
-        # One from a data loader's worker comes back wrapped in the worker's traceback; its last line is the error.
+        # A data loader's worker wraps its error in a traceback, whose last line is the error.
         _exit(str(error).strip().splitlines()[-1].removeprefix("illama.errors.UserError: "), 2)
     except KeyboardInterrupt:
         _exit("interrupted; nothing half-written was left behind", 130)
@@ -58,7 +58,7 @@ def run_command(
 
 
 def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
-    """The options that the command line names, by field; those that it leaves out are not in the result.
+    """Parses the command line and returns only the options that it gives: field -> value.
 
     For commands whose defaults come from a file that one of the options names.
 
@@ -82,7 +82,7 @@ def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
 
 
 def option_helps(options: type[Any]) -> dict[str, str]:
-    """Field of a dataclass of options -> its help, from the ``Attributes`` of its docstring or a base class's."""
+    """Returns field -> help text of an options dataclass, from the ``Attributes`` in its and its bases' docstrings."""
     found = {}
     for each in reversed(options.__mro__):
         for entry in docstring_parser.parse(each.__doc__ or "").params:

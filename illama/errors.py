@@ -1,4 +1,4 @@
-"""One-line errors for the user's mistakes."""
+"""Errors and warnings of one line for the user."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import cache
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what is wrong and what to do, in one line."""
+    """An error that the user can correct. The message says in one line what is wrong and what to do."""
 
 
 @cache
 def warn_once(message: str) -> None:
-    """A warning in one line on the standard error stream, once in a process."""
+    """Prints a warning to the standard error stream, once per process."""
     print(f"warning: {message}", file=sys.stderr)

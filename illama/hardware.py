@@ -1,4 +1,4 @@
-"""What machine this is, for reports and for whatever a report decides."""
+"""Description of this machine, for reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from illama.inference import usable_cores
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory in GiB, operating system, Python and GPU, for a report."""
+    """Returns processor, cores, memory in GiB, operating system, Python version and GPU."""
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -25,7 +25,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Returns the processor's name as the operating system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Hardware"))]

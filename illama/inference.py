@@ -1,4 +1,4 @@
-"""Logits of a whole split, and what share of them is right."""
+"""Logits of whole splits, and their top-1 accuracy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tqdm import tqdm
 from illama.data.datasets import Sample, Transform, Transformed
 
 Infer = Callable[[np.ndarray], np.ndarray]
-_CALLS = 10  # of one model before the next
+_CALLS = 10  # consecutive calls of one model
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_images(
     split: Dataset[Sample], transform: Transform, limit: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A split, or its first ``limit`` images, as arrays: images (n, C, H, W) float32 and labels (n,) int64."""
+    """Returns a split, or its first ``limit`` images, as arrays: images (n, C, H, W) float32, labels (n,) int64."""
     images = Transformed(split, transform)
     chosen = images if limit is None else Subset(images, range(limit))
     batches = list(DataLoader(chosen, batch_size=500))
@@ -42,10 +42,13 @@ def predict(
     workers: int = 0,
     progress: bool = True,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Logits (n, classes) of each model over a whole split, and the labels (n,).
+    """Returns each model's logits (n, classes) over a split, and the labels (n,); shows a progress bar.
 
-    The split is streamed once, whatever the number of models, with a progress bar. A model sees ``batch`` images
-    a call. ``workers`` processes read images.
+    Each image is read once for all models.
+
+    Args:
+        batch: images per call of a model.
+        workers: number of processes that read images.
     """
     total, disable = len(split), None if progress else True  # type: ignore[arg-type]
     with tqdm(total=total, desc="evaluate", unit="img", disable=disable, leave=False) as bar:
@@ -61,15 +64,16 @@ def predict_chunks(
     workers: int = 0,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Logits (n, classes) of each model, and labels (n,), of one chunk of a split after the other.
+    """Yields each model's logits (n, classes), and the labels (n,), for each chunk of a split.
 
-    Each image of the chunks is read once, whatever the number of models, and no other image is. A model sees ``batch``
-    images of one chunk a call, and ten calls at a time, since changing from one to another costs time.
+    Each image of the chunks is read once for all models. A model makes ten calls before the next model, since
+    switching costs time.
 
     Args:
-        chunks: indices of images; none is empty.
-        workers: processes that read images, ahead of the models.
-        advance: told how many more images are done.
+        chunks: image indices; no chunk is empty.
+        batch: images per call of a model, all from the same chunk.
+        workers: number of processes that read images in advance.
+        advance: called with the number of images that are done since the last call.
     """
     calls = [[list(chunk[start : start + batch]) for start in range(0, len(chunk), batch)] for chunk in chunks]
     in_order = [call for each in calls for call in each]
@@ -87,7 +91,7 @@ def predict_chunks(
 
 
 def torch_infer(model: torch.nn.Module) -> Infer:
-    """``model`` as a function from images to logits, on the device of its parameters."""
+    """Returns ``model`` as a function from images to logits, on the device of its parameters."""
     device = next(model.parameters()).device
 
     @torch.inference_mode()
@@ -98,20 +102,20 @@ def torch_infer(model: torch.nn.Module) -> Infer:
 
 
 def top1(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images whose largest logit is the label's, in percent."""
+    """Returns the top-1 accuracy in percent."""
     return float((logits.argmax(1) == labels).mean() * 100)
 
 
 def chance_note(name: str, percent: float, classes: int) -> str:
-    """What to ask where a float network's top-1 is at chance level; empty where it is not.
+    """Returns a note if a float network's top-1 is at chance level, and an empty string if it is not.
 
     Args:
-        percent: its top-1; chance level ends a tenth of the way from chance itself to 100%.
+        percent: its top-1. Up to a tenth of the way from chance to 100% counts as chance level.
     """
     chance = 100 / classes
     if percent >= chance + (100 - chance) / 10:
         return ""
     return (
-        f"{name} has a top-1 of {percent:.2f}% where chance gives {chance:.2f}%: is the class order, the "
-        "preprocessing or the checkpoint another than the one for this data?"
+        f"{name} has a top-1 of {percent:.2f}%, and chance gives {chance:.2f}%: check that the class order, the "
+        "preprocessing and the checkpoint are those for this data"
     )

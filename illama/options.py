@@ -1,4 +1,4 @@
-"""Options that commands of several packages share. Imports nothing slow, so that ``--help`` answers at once."""
+"""Options that commands of several packages share. Imports no large library, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ ClassOrder = Literal["words", "natural"]
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the engine that is looked for must keep to; None for no limit.
+    """Limits on the engine to deploy; None for no limit.
 
     Attributes:
-        latency_ms: p50 of one call at ``batch`` images.
-        drop: points of top-1 lost against the reference, at the upper end of their 95% interval.
-        megabytes: of the file that is deployed, 10^6 bytes.
+        batch: images per call.
+        latency_ms: median latency (p50) of one call of ``batch`` images.
+        drop: accuracy drop in points of top-1, at the upper end of its 95% confidence interval.
+        megabytes: size of the deployed file in 10^6 bytes.
     """
 
     batch: int = 1
@@ -30,33 +31,33 @@ class Constraints:
 
 
 def check_constraints(constraints: Constraints) -> None:
-    """UserError for a limit that nothing could keep to."""
+    """Raises UserError for a limit that no engine can satisfy."""
     for name, value in {
         "latency": constraints.latency_ms,
         "size": constraints.megabytes,
         "the batch size": constraints.batch,
     }.items():
         if value is not None and not value > 0:
-            raise UserError(f"the limit on {name} must be more than zero, not {value}")
+            raise UserError(f"the limit on {name} must be above zero, not {value}")
     if constraints.drop is not None and math.isnan(constraints.drop):
-        raise UserError("the limit on the points of top-1 lost must be a number")
+        raise UserError("the limit on the accuracy drop must be a number")
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """How engines are timed, and what is asked of them.
+    """Options of a benchmark.
 
     Attributes:
-        batches: images a call; limits are on the first.
-        seconds: about how long the rounds at one batch size may take.
-        threads: of the CPU; one for each core if not given.
-        max_latency_ms: of the median of one call.
-        max_drop: points of top-1 that may be lost, at the upper end of their 95% interval.
-        max_megabytes: of the file that is deployed, 10^6 bytes.
-        also: folders with results of other commands, such as runs/robustness, to show in the same report.
-        fail_on_regression: an earlier report.json; exit with 1 if something became worse than in it.
-        seed: of intervals and of the order in which engines are timed.
-        out: where the report goes.
+        batches: batch sizes to time; --max-latency-ms applies to the first.
+        seconds: approximate time in seconds to spend on each batch size.
+        threads: number of CPU threads. If not given, one per core.
+        max_latency_ms: largest acceptable median latency of one call, in milliseconds.
+        max_drop: largest acceptable accuracy drop in points of top-1, at the upper end of its 95% confidence interval.
+        max_megabytes: largest acceptable size of the deployed file, in 10^6 bytes.
+        also: folders with results of other commands, such as runs/robustness, to include in the report.
+        fail_on_regression: path to an earlier report.json; exit with status 1 if anything is worse than in it.
+        seed: seed of the confidence intervals and of the order in which engines are timed.
+        out: folder of the report.
     """
 
     batches: tuple[int, ...] = (1, 8, 64)

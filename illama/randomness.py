@@ -15,7 +15,7 @@ def isolated_randomness(*key: int) -> Iterator[None]:
     """Seeds the global generators of PyTorch, NumPy and Python from ``key`` for the block, then restores their states.
 
     For code that draws from the global generators, such as torchvision's and timm's augmentations and dropout. CUDA
-    generators are included once CUDA is initialised. Costs about 0.1 ms on a CPU.
+    generators are included once CUDA is initialized. Costs about 0.1 ms on a CPU.
 
     Args:
         key: non-negative integers, such as (seed, epoch, index).

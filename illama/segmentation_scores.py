@@ -1,4 +1,4 @@
-"""What a segmentation network says of whole images, by sliding windows, and the mIoU of it."""
+"""Predictions of a segmentation network for whole images, by a sliding window, and their scores."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from illama.data.datasets import Preprocessing
 from illama.errors import UserError
 from illama.inference import Infer
 
-_WINDOWS = 8  # of one call
+_WINDOWS = 8  # per call
 
 
 @dataclass(frozen=True)
 class Views:
-    """From what an image is judged.
+    """The scaled and mirrored views of an image whose predictions are averaged.
 
     Attributes:
-        scales: the shorter side becomes the preprocessing's times each; several are averaged, as probabilities.
-        flip: each mirrored too.
-        overlap: of two neighbouring windows, as a share of a window's side; logits are averaged where they overlap.
+        scales: factors on the preprocessing's length of the shorter side; probabilities are averaged over them.
+        flip: whether to add each view's mirror image.
+        overlap: overlap of neighboring windows as a fraction of their side; logits are averaged there.
 
     Raises:
-        UserError: no scales, one that is not positive, or an overlap outside of 0..1.
+        UserError: there is no scale, a scale is not positive, or the overlap is outside 0..1.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -42,18 +42,18 @@ class Views:
 
     def __post_init__(self) -> None:
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales) or not 0 <= self.overlap < 1:
-            raise UserError("scales must be positive numbers, one at least, and the overlap must lie in 0..1")
+            raise UserError("scales must be one positive number or more, and the overlap must lie in 0..1")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """In percent, over all pixels that belong to a class.
+    """Scores in percent over all pixels that belong to a class.
 
     Attributes:
-        miou: mean over the classes of intersection over union; one that is neither there nor predicted is left out.
-        pixel_accuracy: share of pixels that are right (aAcc).
-        mean_accuracy: mean over the classes that are there of the share of their pixels that are right (mAcc).
-        iou: of each class; None for one that is left out.
+        miou: mean intersection over union of the classes that occur in the annotations or the predictions.
+        pixel_accuracy: share of correct pixels (aAcc).
+        mean_accuracy: share of correct pixels of each annotated class, averaged over these classes (mAcc).
+        iou: intersection over union of each class; None for one that does not occur.
     """
 
     miou: float
@@ -63,11 +63,15 @@ class Scores:
 
     @classmethod
     def of(cls, counts: np.ndarray) -> Scores:
-        """Those of :func:`count`'s counts (3, classes), summed over the images; UserError if there is no pixel."""
+        """Returns the scores of :func:`count_pixels`'s result (3, classes), summed over images.
+
+        Raises:
+            UserError: no pixel belongs to a class.
+        """
         right, true = counts[:2].astype(np.float64)
         if not true.any():
             raise UserError(
-                "no pixel of these images belongs to a class: an annotation of 0 names none, 1 the first class"
+                "no pixel of these images belongs to a class: in annotations, 0 means no class and 1 the first class"
             )
         iou = class_ious(counts)
         return cls(
@@ -79,17 +83,18 @@ class Scores:
 
 
 def class_ious(counts: np.ndarray) -> np.ndarray:
-    """IoU in percent of every class, (..., classes), of counts (..., 3, classes); NaN where there is no union."""
+    """Returns the IoU per class in percent, (..., classes), from counts (..., 3, classes); NaN for an empty union."""
     right, true, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
     union = true + predicted - right
     return 100 * np.divide(right, union, out=np.full_like(union, np.nan), where=union > 0)
 
 
-def count(predicted: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
-    """Diagonal and margins of one image's confusion matrix, (3, classes): pixels right, there, and predicted.
+def count_pixels(predicted: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
+    """Returns one image's numbers of correct, annotated and predicted pixels of each class, (3, classes).
 
     Args:
-        predicted, true: class indices of any one shape; pixels that are IGNORED in ``true`` count nowhere.
+        predicted: class indices.
+        true: annotated class indices of the same shape; pixels that are IGNORED here are not counted.
     """
     counted = true != IGNORED
     predicted, true = predicted[counted], true[counted]
@@ -106,9 +111,13 @@ def score_images(
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
-    """:func:`count` of each model for every image of a :class:`illama.data.ade20k.LabelMaps`: (n, 3, classes).
+    """Returns :func:`count_pixels` of each model for every image, (n, 3, classes); each image is read once.
 
-    Images are read once, one at a time, by ``workers`` processes, with a progress bar.
+    Args:
+        images: a :class:`illama.data.ade20k.LabelMaps`.
+        classes: number of classes.
+        workers: number of processes that read images.
+        progress: whether to show a progress bar.
     """
     counts: dict[str, list[np.ndarray]] = {name: [] for name in models}
     loader = DataLoader(images, batch_size=None, num_workers=workers)
@@ -116,12 +125,12 @@ def score_images(
     for image, true in tqdm(loader, "evaluate", total, unit="img", disable=disable, leave=False):
         for name, infer in models.items():
             predicted = predict_map(infer, image, preprocessing, views or Views())
-            counts[name].append(count(predicted.numpy(), np.asarray(true), classes))
+            counts[name].append(count_pixels(predicted.numpy(), np.asarray(true), classes))
     return {name: np.stack(parts) for name, parts in counts.items()}
 
 
 def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views: Views) -> Tensor:
-    """The class of every pixel (H, W) of an image (3, H, W), uint8."""
+    """Returns the predicted class of every pixel (H, W) of an image (3, H, W), uint8."""
     shorter = preprocessing.resize or preprocessing.image_size
     to_input: Callable[[Any], Tensor] = v2.Compose(preprocessing.to_input())
     total: Tensor | None = None
@@ -139,15 +148,15 @@ def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views
 
 
 def _slide(infer: Infer, pixels: Tensor, size: int, overlap: float) -> Tensor:
-    """Logits (classes, H, W) of pixels (C, H, W) by windows of one size, the mean where they overlap.
+    """Returns the logits (classes, H, W) of pixels (C, H, W) from square windows, averaged where they overlap.
 
-    What is smaller than a window is padded by zeros, the mean colour, at its right and lower end.
+    An image smaller than a window is padded with zeros, the mean color, on the right and at the bottom.
     """
     height, width = pixels.shape[-2:]
     pixels = F.pad(pixels, (0, max(0, size - width), 0, max(0, size - height)))
-    corners = [(y, x) for y in starts(height, size, overlap) for x in starts(width, size, overlap)]
+    corners = [(y, x) for y in window_starts(height, size, overlap) for x in window_starts(width, size, overlap)]
     total, visits = torch.zeros(1, *pixels.shape[-2:]), torch.zeros(pixels.shape[-2:])
-    for first in range(0, len(corners), _WINDOWS):  # all windows' logits at once would be many times the image's
+    for first in range(0, len(corners), _WINDOWS):  # all windows at once would take many times the image's memory
         part = corners[first : first + _WINDOWS]
         windows = torch.stack([pixels[:, y : y + size, x : x + size] for y, x in part])
         logits = torch.from_numpy(infer(windows.numpy()))
@@ -159,8 +168,8 @@ def _slide(infer: Infer, pixels: Tensor, size: int, overlap: float) -> Tensor:
     return (total / visits)[:, :height, :width]
 
 
-def starts(length: int, size: int, overlap: float) -> Sequence[int]:
-    """Where windows begin along a side, evenly but for the last, which ends with the side."""
+def window_starts(length: int, size: int, overlap: float) -> Sequence[int]:
+    """Returns the evenly spaced first pixels of windows along a side; the last window ends with the side."""
     step = max(1, round(size * (1 - overlap)))
     rest = max(0, length - size)
     return [min(position, rest) for position in range(0, rest + step, step)]

@@ -1,4 +1,4 @@
-"""The steps of a command, with how long each took."""
+"""The duration of each step of a command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Steps:
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Measure the block as the step ``name``; several blocks of one name add up."""
+        """Measures the block as the step ``name``; several blocks with the same name add up."""
         self._started[name] = time.perf_counter()
         try:
             yield
@@ -36,7 +36,7 @@ class Steps:
 
     @contextmanager
     def show(self, name: str) -> Iterator[None]:
-        """As :meth:`time`, and print the name."""
+        """Prints the name and measures the block as :meth:`time` does."""
         print(f"{name} ...", flush=True)
         with self.time(name):
             yield

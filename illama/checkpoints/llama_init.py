@@ -1,17 +1,17 @@
-"""A LLaMA's weights as an iLLaMA's initial values, by weight selection.
+"""Initializes an iLLaMA from a LLaMA's weights, by weight selection.
 
-"Initializing Models with Larger Ones" (arXiv 2311.18823) starts a small network from evenly spaced elements of a
-larger one; arXiv 2404.06773 does so from LLaMA2-7B. Two things are done otherwise here than in its released script,
-which selects blindly from whole matrices, of the first layers. Layers are evenly spaced too; and heads stay heads:
+"Initializing Models with Larger Ones" (arXiv 2311.18823) initializes a small network from evenly spaced elements of a
+larger one; arXiv 2404.06773 uses LLaMA2-7B. Its released script selects from whole matrices of the first layers,
+without regard to their structure. Here the layers are evenly spaced, too, and the structure is kept:
 
-- The residual stream is the same selection of channels wherever it is read or written.
+- The same channels of the residual stream are selected wherever it is read or written.
 - Whole heads are selected, and inside a head whole RoPE pairs, the same ones for q, k, v and the output projection.
-  Pair j of a head of size D turns at theta^(-2j/D). Every second pair of D = 128 therefore turns at theta^(-4j/128)
-  = theta^(-2j/64): exactly the frequencies of a head of size 64, so each pair keeps its own. (That is for theta
-  10000, LLaMA 1 and 2; of a LLaMA with another theta the weights are taken all the same.)
-- Hugging Face stores pair j of a head in rows j and j + D/2; here it is rows 2j and 2j + 1.
+  Pair j of a head of size D rotates at theta^(-2j/D). Every second pair of D = 128 therefore rotates at
+  theta^(-4j/128) = theta^(-2j/64), which are the frequencies of a head of size 64, so each pair keeps its frequency.
+  (This holds for theta = 10000, as in LLaMA 1 and 2; a LLaMA with another theta is used all the same.)
+- Hugging Face stores pair j of a head in rows j and j + D/2, and this project in rows 2j and 2j + 1.
 
-Biases, patch embedding, tables, class token and head are no part of a LLaMA and stay as they are.
+A LLaMA has no biases, patch embedding, position embedding, class token or head, so these are not changed.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from illama.models.illama import ILLaMA
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def initialise_from_llama(model: ILLaMA, folder: Path) -> None:
-    """Set the blocks and the final norm of ``model`` from a LLaMA in Hugging Face's layout, in place.
+def initialize_from_llama(model: ILLaMA, folder: Path) -> None:
+    """Initializes the blocks and the final norm of ``model`` in place from a LLaMA in Hugging Face's format.
 
-    One tensor is open at a time, and only what is selected of it is converted to float32, so that memory does
-    not grow with the LLaMA.
+    One tensor is open at a time, and only its selected elements are converted to float32, so that memory does not grow
+    with the LLaMA.
 
     Args:
-        model: with RMSNorm and SwiGLU, in no dimension larger than the LLaMA.
-        folder: ``config.json`` and ``model.safetensors``, or its shards with ``model.safetensors.index.json``.
-            Grouped-query attention is taken too: a query head brings the keys and values it shares.
+        model: network with RMSNorm and SwiGLU, in no dimension larger than the LLaMA.
+        folder: folder with ``config.json`` and ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+            With grouped-query attention, each selected query head uses the keys and values of its group.
 
     Raises:
-        UserError: a file is missing or damaged, names or shapes are not a LLaMA's, the LLaMA is too small for the
-            model, or a selected value is NaN or infinite. ``model`` may then be half initialised.
+        UserError: a file is missing or damaged, names or shapes are not a LLaMA's, the LLaMA is smaller than the
+            model, or a selected value is NaN or infinite. ``model`` may then be partly initialized.
     """
     if model.config.norm != "rms" or model.config.mlp != "swiglu":
         raise UserError(
-            f"a LLaMA has RMSNorm and SwiGLU, the model has norm {model.config.norm}, "
-            f"mlp {model.config.mlp}: they cannot start from each other"
+            f"a LLaMA has RMSNorm and SwiGLU, and the model has norm {model.config.norm} and mlp {model.config.mlp}: "
+            "choose another --variant"
         )
     folder = Path(folder)
     llama = LlamaConfig.read(folder)
@@ -77,10 +77,10 @@ class LlamaConfig:
 
     @classmethod
     def read(cls, folder: Path) -> LlamaConfig:
-        """UserError if the file is missing, damaged or of another kind of network."""
+        """Reads the sizes; raises UserError if the file is missing, damaged or of another type of network."""
         values = _read_json(folder / "config.json")
         if values.get("model_type") != "llama":
-            raise UserError(f"{folder} holds a model of type {values.get('model_type')!r}, not 'llama'")
+            raise UserError(f"{folder} contains a model of type {values.get('model_type')!r}, not 'llama'")
         try:
             heads = int(values["num_attention_heads"])
             return cls(
@@ -92,12 +92,12 @@ class LlamaConfig:
                 head_dim=int(values.get("head_dim") or values["hidden_size"] // heads),
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"{folder / 'config.json'} lacks the sizes of a LLaMA: fetch it again") from error
+            raise UserError(f"{folder / 'config.json'} lacks the sizes of a LLaMA: download it again") from error
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows and columns to select of one tensor; a vector has no columns. ``shape`` is the whole tensor's."""
+    """The rows and columns to select from one tensor; a vector has no columns. ``shape`` is the whole tensor's."""
 
     name: str
     shape: tuple[int, ...]
@@ -106,9 +106,9 @@ class _Piece:
 
 
 def evenly_spaced(count: int, of: int) -> Tensor:
-    """``count`` indices out of 0..of - 1, int64, as weight selection takes them.
+    """Returns ``count`` indices out of 0..of - 1, int64, as weight selection does.
 
-    A constant step from 0 where ``count`` divides ``of``; from the first to the last, rounded, where it does not.
+    If ``count`` divides ``of``, they have a constant step from 0 on; otherwise they are rounded from 0 to of - 1.
     """
     if of % count == 0:
         return torch.arange(count) * (of // count)
@@ -119,38 +119,38 @@ def _check_sizes(llama: LlamaConfig, model: ModelConfig) -> None:
     for size in ("width", "depth", "heads", "head_dim", "hidden"):
         given, needed = getattr(llama, size), getattr(model, size)
         if given < needed:
-            raise UserError(f"the LLaMA is smaller than the model: {size} {given}, {needed} needed")
+            raise UserError(f"the LLaMA is smaller than the model: its {size} is {given}, and {needed} is needed")
     if llama.heads % llama.key_value_heads or llama.head_dim % 2:
         raise UserError(
-            f"a LLaMA of {llama.heads} heads of size {llama.head_dim} cannot have "
-            f"{llama.key_value_heads} heads of keys: its config.json is damaged"
+            f"a LLaMA with {llama.heads} heads of size {llama.head_dim} cannot have "
+            f"{llama.key_value_heads} key-value heads: its config.json is damaged"
         )
 
 
 def _mapping(llama: LlamaConfig, model: ModelConfig) -> Iterator[tuple[str, list[_Piece]]]:
-    """Each parameter to be set, and the selections that make it when put one below the other."""
+    """Yields the name of each parameter and the selections whose concatenation along the rows is its value."""
     residual = evenly_spaced(model.width, llama.width)
     hidden = evenly_spaced(model.hidden, llama.hidden)
     query, key = _head_rows(llama, model)
     vector, query_shape = (llama.width,), (llama.heads * llama.head_dim, llama.width)
     key_shape, up_shape = (llama.key_value_heads * llama.head_dim, llama.width), (llama.hidden, llama.width)
     for block, layer in enumerate(evenly_spaced(model.depth, llama.depth).tolist()):
-        ours, theirs = f"blocks.{block}", f"model.layers.{layer}"
-        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
-        yield f"{ours}.norm1.weight", [_Piece(f"{theirs}.input_layernorm.weight", vector, residual)]
+        target, source = f"blocks.{block}", f"model.layers.{layer}"
+        attention, mlp = f"{source}.self_attn", f"{source}.mlp"
+        yield f"{target}.norm1.weight", [_Piece(f"{source}.input_layernorm.weight", vector, residual)]
         keys_and_values = [_Piece(f"{attention}.{name}_proj.weight", key_shape, key, residual) for name in "kv"]
         queries = _Piece(f"{attention}.q_proj.weight", query_shape, query, residual)
-        yield f"{ours}.attn.qkv.weight", [queries, *keys_and_values]
-        yield f"{ours}.attn.proj.weight", [_Piece(f"{attention}.o_proj.weight", query_shape[::-1], residual, query)]
-        yield f"{ours}.norm2.weight", [_Piece(f"{theirs}.post_attention_layernorm.weight", vector, residual)]
-        yield f"{ours}.mlp.fc1.weight", [_Piece(f"{mlp}.gate_proj.weight", up_shape, hidden, residual)]
-        yield f"{ours}.mlp.fc3.weight", [_Piece(f"{mlp}.up_proj.weight", up_shape, hidden, residual)]
-        yield f"{ours}.mlp.fc2.weight", [_Piece(f"{mlp}.down_proj.weight", up_shape[::-1], residual, hidden)]
+        yield f"{target}.attn.qkv.weight", [queries, *keys_and_values]
+        yield f"{target}.attn.proj.weight", [_Piece(f"{attention}.o_proj.weight", query_shape[::-1], residual, query)]
+        yield f"{target}.norm2.weight", [_Piece(f"{source}.post_attention_layernorm.weight", vector, residual)]
+        yield f"{target}.mlp.fc1.weight", [_Piece(f"{mlp}.gate_proj.weight", up_shape, hidden, residual)]
+        yield f"{target}.mlp.fc3.weight", [_Piece(f"{mlp}.up_proj.weight", up_shape, hidden, residual)]
+        yield f"{target}.mlp.fc2.weight", [_Piece(f"{mlp}.down_proj.weight", up_shape[::-1], residual, hidden)]
     yield "norm.weight", [_Piece("model.norm.weight", vector, residual)]
 
 
 def _head_rows(llama: LlamaConfig, model: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Rows of q_proj, and of k_proj and v_proj, in the order of the model's rows: (model.width,) each."""
+    """Returns the rows of q_proj, and of k_proj and v_proj, in the order of the model's rows: (model.width,) each."""
     heads = evenly_spaced(model.heads, llama.heads)
     pairs = evenly_spaced(model.head_dim // 2, llama.head_dim // 2)
     within = torch.stack([pairs, pairs + llama.head_dim // 2], dim=1).flatten()  # half-split rows, interleaved
@@ -160,15 +160,15 @@ def _head_rows(llama: LlamaConfig, model: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Name of each tensor -> name of the file that holds it."""
+    """Returns tensor name -> file name."""
     if (folder / _INDEX).exists():
         weight_map = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{folder / _INDEX} has no weight_map: fetch it again")
+            raise UserError(f"{folder / _INDEX} has no weight_map: download it again")
         return weight_map
     path = folder / _SINGLE
     if not path.exists():
-        raise UserError(f"{folder} has neither {_SINGLE} nor {_INDEX}: give a LLaMA in Hugging Face's layout")
+        raise UserError(f"{folder} has neither {_SINGLE} nor {_INDEX}: give a LLaMA in Hugging Face's format")
     try:
         with safe_open(path, "pt") as file:
             return dict.fromkeys(file.keys(), _SINGLE)
@@ -177,32 +177,32 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _select(folder: Path, files: dict[str, str], piece: _Piece) -> Tensor:
-    """The rows and columns of a piece as float32.
+    """Returns the selected rows and columns in float32.
 
-    The file is opened for this tensor alone: it is mapped into memory, and the pages that were read of it count
-    as this process's for as long as it is open.
+    The file is opened for each tensor: it is mapped into memory, and its pages count as this process's memory as long
+    as it is open.
     """
     if piece.name not in files:
-        raise UserError(f"{folder} has no tensor {piece.name}: it is not a LLaMA in Hugging Face's layout")
+        raise UserError(f"{folder} has no tensor {piece.name}: it is not a LLaMA in Hugging Face's format")
     path = folder / files[piece.name]
     if not path.exists():
-        raise UserError(f"{path} is missing: fetch every file that {_INDEX} names")
+        raise UserError(f"{path} is missing: download every file that {_INDEX} lists")
     try:
         with safe_open(path, "pt") as file:
             if piece.name not in file.keys():  # noqa: SIM118 - it is not a dict
-                raise UserError(f"{path} has no tensor {piece.name}, though {_INDEX} says so: fetch it again")
+                raise UserError(f"{path} has no tensor {piece.name}, which {_INDEX} lists: download it again")
             whole = file.get_tensor(piece.name)
     except (SafetensorError, OSError) as error:
         raise _damaged(path) from error
     if tuple(whole.shape) != piece.shape or not whole.is_floating_point():
         raise UserError(
-            f"{path}: {piece.name} has shape {tuple(whole.shape)} of {whole.dtype}, "
-            f"config.json gives float {piece.shape}"
+            f"{path}: {piece.name} is {whole.dtype} of shape {tuple(whole.shape)}, and by config.json it must be float "
+            f"of shape {piece.shape}"
         )
     selected = whole[piece.rows]
     selected = (selected if piece.columns is None else selected[:, piece.columns]).float()
     if not torch.isfinite(selected).all():
-        raise UserError(f"{path} has NaN or infinite values in {piece.name}: fetch it again")
+        raise UserError(f"{path} has NaN or infinite values in {piece.name}: download it again")
     return selected
 
 
@@ -210,13 +210,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path} is missing: give the folder of a LLaMA in Hugging Face's layout") from error
+        raise UserError(f"{path} is missing: give the folder of a LLaMA in Hugging Face's format") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged: fetch it again") from error
+        raise UserError(f"{path} is damaged: download it again") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: fetch it again")
+        raise UserError(f"{path} is damaged: download it again")
     return values
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is truncated or not a .safetensors file: fetch it again")
+    return UserError(f"{path} is truncated or not a .safetensors file: download it again")

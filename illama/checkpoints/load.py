@@ -1,6 +1,6 @@
-"""Weights out with their config, and in from a bundle, a .safetensors or a .pth file, checked before use.
+"""Loads an iLLaMA's weights from a bundle, a .safetensors or a .pth file, checks them, and writes them.
 
-Networks are iLLaMAs here; timm's ViTs are :mod:`illama.checkpoints.timm_checkpoint`'s.
+Weights of timm's ViTs are loaded by :mod:`illama.checkpoints.timm_checkpoint`.
 """
 
 from __future__ import annotations
@@ -30,21 +30,20 @@ from illama.models.illama import ILLaMA
 CONFIG_METADATA = "illama_config"  # key in the metadata of a .safetensors file; the value is JSON
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 _NOT_IN_SHAPES = ("mask", "class_token", "position", "class_sees_all")
-# Files that another package reads: name -> "module:function" of one that takes the bundle's folder. By name, so that
-# this package imports none that stands on it.
+# File name -> "module:function" that loads it from its bundle. Given by name, so that this package imports no higher
+# layer.
 _READERS = {TORCHAO: "quant.quantizers.torchao_backend:load_torchao"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network and what it needs to be used.
+    """A trained network and what is needed to use it.
 
     Attributes:
-        model: in evaluation mode, on the CPU, float32.
-        preprocessing: the transform it was trained with, brought to the model's image size; None where the
-            file does not say.
-        classes: names in the order of the logits; empty where the file does not say.
-        weights: the file that the weights came from.
+        model: the network, in evaluation mode, on the CPU, in float32.
+        preprocessing: preprocessing of its training, at the model's image size; None if the file does not have it.
+        classes: class names in the order of the logits; empty if the file does not have them.
+        weights: path to the file of the weights.
     """
 
     model: SoftMasked
@@ -62,7 +61,7 @@ class ILLaMACheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a file says, checked: the state is float32, finite and fits the config."""
+    """The checked content of a file: a float32 state dict that is finite and fits the config."""
 
     state: dict[str, Tensor]
     config: ModelConfig
@@ -72,20 +71,20 @@ class _Stored:
 
 
 def load_checkpoint(path: Path, config: ModelConfig | None = None, image_size: int | None = None) -> ILLaMACheckpoint:
-    """Load a bundle folder, a .safetensors file, or a .pth of the released code (key ``model``).
+    """Loads a bundle, a .safetensors file, or a .pth file of the released code (key ``model``).
 
-    A bundle names its config, and so does a file of :func:`write_weights`. For any other .safetensors the
-    config is read off the shapes, with 64-wide heads and the released code's mask and positions; pass ``config``
-    where that is wrong. A .pth is taken for a released one, whose mask and layout are never in doubt.
+    A bundle contains its config, and so does a file of :func:`write_weights`. For any other .safetensors file, the
+    config is inferred from the shapes, with a head dimension of 64 and the released code's mask and positions; if that
+    is wrong, pass ``config``. A .pth file is assumed to be a released one, which fixes its mask and layout.
 
     Args:
-        config: what the file must be; see above for where it says more than the file does.
-        image_size: side length in pixels to run at, a multiple of the patch size. Positions are interpolated
-            (:func:`resize_positions`) and the preprocessing follows; None keeps the file's own size.
+        config: config that the file must have; it is used where the file contains none.
+        image_size: side length of the input in pixels, a multiple of the patch size. Position embeddings are
+            interpolated (:func:`resize_positions`), and the preprocessing is adapted. Defaults to the file's own.
 
     Raises:
-        UserError: missing, truncated, not finite, of another config or another network, or a pickle that holds
-            more than tensors.
+        UserError: the file is missing or truncated, has values that are not finite, has another config or is of
+            another network, or is a pickle with more than tensors.
     """
     stored = _read(Path(path), config)
     if image_size is not None:
@@ -96,7 +95,7 @@ def load_checkpoint(path: Path, config: ModelConfig | None = None, image_size: i
 
 
 def load_network(path: Path) -> SoftMasked:
-    """The network of a bundle or a file of one, whatever package wrote that file; in evaluation mode.
+    """Loads the network of a bundle or of one of its files, in evaluation mode; also files that ``quant`` wrote.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -108,25 +107,25 @@ def load_network(path: Path) -> SoftMasked:
     return load_checkpoint(path.parent if path.name == WEIGHTS else path).model
 
 
-def initialise_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:
-    """Start ``model`` from a checkpoint's weights, for fine-tuning; the names of what keeps its initial values.
+def initialize_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:
+    """Loads a checkpoint's weights into ``model`` for fine-tuning; returns the names of parameters that are not loaded.
 
-    Image size (positions are interpolated), colour channels and, with ``new_head``, classes may differ from the
-    checkpoint's. A kernel for 1 channel is spread over 3 so that a grey image gives what it gave, and one for 3 is
-    summed into 1 likewise.
+    The image size (position embeddings are interpolated), the color channels and, with ``new_head``, the classes may
+    differ from the checkpoint's. A patch kernel for 1 channel is distributed over 3, and one for 3 is summed into 1, so
+    that gray images give the same result.
 
     Args:
-        path: anything that :func:`load_checkpoint` takes.
-        new_head: leave the head as it is; otherwise it is loaded too.
+        path: path to anything that :func:`load_checkpoint` accepts.
+        new_head: whether to leave the head as it is.
 
     Raises:
-        UserError: as :func:`load_checkpoint`, and for any other difference of the two configs.
+        UserError: see :func:`load_checkpoint`; or the configs differ in anything else.
     """
     stored = _read(Path(path))
     must_agree = stored.config.to_dict().keys() - {"image_size", "in_channels", "num_classes" if new_head else ""}
     differences = _differences(stored.config, model.config, must_agree)
     if differences:
-        hint = "; other classes need a new head" if differences.startswith("num_classes") else ""
+        hint = "; different classes need --new-head" if differences.startswith("num_classes") else ""
         raise UserError(f"{path} cannot start this network: it has {differences}{hint}")
     state = dict(_resize(stored, model.config.image_size).state)
     state[PATCHES] = _match_channels(state[PATCHES], model.config.in_channels, path)
@@ -136,18 +135,18 @@ def initialise_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:
 
 
 def write_weights(state: Mapping[str, Tensor], config: ModelConfig, path: Path) -> None:
-    """Write a state dict as .safetensors that carries its config, so that it can be loaded outside its bundle.
+    """Writes a state dict as .safetensors with its config, so that it can be loaded without its bundle.
 
     The same weights and config give the same bytes.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    # One key only: safetensors writes several in no fixed order.
+    # A single key, since safetensors writes several in no fixed order.
     content = safetensors.torch.save(tensors, {CONFIG_METADATA: json.dumps(config.to_dict())})
     path.write_bytes(content)
 
 
 def read_config(path: Path) -> ModelConfig | None:
-    """The config that a .safetensors file carries; None for one without. UserError if it is damaged."""
+    """Returns the config in a .safetensors file, or None if it has none; raises UserError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(CONFIG_METADATA)
@@ -155,17 +154,17 @@ def read_config(path: Path) -> ModelConfig | None:
     except (SafetensorError, OSError) as error:
         raise _unreadable(path) from error
     except UserError as error:
-        raise UserError(f"{path} carries a config that this version cannot use: {error}") from error
+        raise UserError(f"{path} has a config that this version cannot use: {error}") from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} carries a damaged config: write the file again") from error
+        raise UserError(f"{path} has a damaged config: write the file again") from error
 
 
 def resize_positions(table: Tensor, side: int, class_token: ClassToken = "last") -> Tensor:
-    """Position embedding for a grid of side x side patches: (1, S * S + 1, width) -> (1, side * side + 1, width).
+    """Interpolates a position embedding to side x side patches: (1, S * S + 1, width) -> (1, side * side + 1, width).
 
-    Bicubic, ``align_corners=False``, without antialiasing, for that is what the released code and DeiT did before
-    they fine-tuned at another resolution. (timm now antialiases, which also changes the kernel when enlarging.)
-    The class token's row is kept as it is, and the table itself is returned where S is ``side`` already.
+    Bicubic, ``align_corners=False``, without antialiasing, as the released code and DeiT do before fine-tuning at
+    another resolution. (timm now antialiases, which changes the kernel when enlarging, too.) The class token's row is
+    not changed. If S is ``side``, the table itself is returned.
     """
     at = table.shape[1] - 1 if class_token == "last" else 0
     patches, row = torch.cat([table[:, :at], table[:, at + 1 :]], dim=1), table[:, at : at + 1]
@@ -179,36 +178,36 @@ def resize_positions(table: Tensor, side: int, class_token: ClassToken = "last")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, without running any code that the file may hold; UserError if unusable."""
+    """Reads the state dict in a file without running code from it; raises UserError if it cannot be used."""
     if not path.exists():
         raise UserError(f"no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
-            # The released code saves its command line beside the weights; a Namespace holds data only.
+            # The released code also saves its command line, as a Namespace, which contains only data.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
             if {"model", "average", "step"} <= content.keys():
-                raise UserError(f"{path} is a training run's state, without its config: take the run's bundle")
-            state = content.get("model", content.get("state_dict", content))  # ours and DeiT's, timm's
+                raise UserError(f"{path} is the state of a training run, without its config: use the run's bundle")
+            state = content.get("model", content.get("state_dict", content))  # the released code and DeiT, timm
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than tensors, and it was not run: save its state dict alone") from error
+        raise UserError(f"{path} contains more than tensors and was not loaded: save only its state dict") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError, LookupError, OSError) as error:
         raise _unreadable(path) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} is not a state dict of tensors")
     for name, value in state.items():
         if not torch.isfinite(value).all():
-            raise UserError(f"{path} has NaN or infinite values in {name}: train it again or take an earlier one")
+            raise UserError(f"{path} has NaN or infinite values in {name}: train it again or use an earlier one")
     return dict(state)
 
 
 def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
-    """The config that a released state dict implies: class token last, mask after the softmax, RoPE.
+    """Infers the config of a released state dict: class token last, mask after the softmax, RoPE.
 
     Raises:
-        UserError: another network's names or shapes, or a position table that is missing or not of a square
+        UserError: names or shapes are another network's, or the position table is missing or does not fit a square
             grid and a class token.
     """
     _refuse_timm_vit(state, path)
@@ -217,7 +216,7 @@ def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         num_classes = len(state["head.weight"])
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is not an iLLaMA checkpoint: its parameter names or shapes are others'") from error
+        raise UserError(f"{path} is not an iLLaMA checkpoint: its parameters have other names or shapes") from error
     return ModelConfig(
         image_size=_grid_side(state, path) * patch_size,
         patch_size=patch_size,
@@ -230,7 +229,7 @@ def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
 
 
 def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
-    """Everything that a bundle or a file says, checked; UserError as :func:`load_checkpoint`."""
+    """Reads and checks a bundle or a file; raises UserError as :func:`load_checkpoint` does."""
     folder = path if path.is_dir() else path.parent
     weights = path / WEIGHTS if path.is_dir() else path
     in_bundle = path.is_dir() or (weights.name == WEIGHTS and (folder / MANIFEST).exists())
@@ -255,51 +254,51 @@ def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
 
 
 def _stored_config(weights: Path, manifest: Manifest | None) -> ModelConfig | None:
-    """The config in the manifest or in the file's metadata, which must agree; None where neither names one."""
+    """Returns the config of the manifest or of the file's metadata, which must agree; None if neither has one."""
     carried = read_config(weights) if weights.suffix == ".safetensors" else None
     if manifest is None:
         return carried
     listed = ModelConfig.from_dict(manifest.config)
     if carried is not None and carried != listed:
         differences = _differences(carried, listed)
-        raise UserError(f"{weights} and the {MANIFEST} beside it name different configs: {differences}")
+        raise UserError(f"{weights} and its {MANIFEST} have different configs: {differences}")
     return listed
 
 
 def _refuse_unreleased(asked: ModelConfig, released: ModelConfig, path: Path) -> None:
-    """Refuse what no shape would betray."""
+    """Raises UserError for differences that do not show in the shapes."""
     differences = _differences(released, asked, _NOT_IN_SHAPES)
     if differences:
         raise UserError(
-            f"{path} is a .pth, and released ones have {differences}: the weights would load and silently give wrong "
-            "logits; weights trained otherwise belong in a bundle, which names its config"
+            f"{path} is a .pth file, and released ones have {differences}: the weights would load but give wrong "
+            "logits; put weights with another config into a bundle"
         )
 
 
 def _refuse_timm_vit(state: Mapping[str, Tensor], path: Path) -> None:
     if {PATCHES, "blocks.0.norm1.bias", "blocks.0.mlp.fc1.bias"} <= state.keys():
         raise UserError(
-            f"{path} holds a ViT as timm names it (LayerNorm, GELU), not an iLLaMA: "
-            "quantize it as it is with --model timm:NAME, or make it causal with illama.models.timm_vit.to_causal"
+            f"{path} is a timm ViT (LayerNorm, GELU), not an iLLaMA: quantize it unchanged with --model timm:NAME, or "
+            "make it causal with illama.models.timm_vit.to_causal"
         )
 
 
 def _grid_side(state: Mapping[str, Tensor], path: Path) -> int:
-    """Patches along a side, from the rows of the position table."""
+    """Returns the number of patches along a side, from the rows of the position table."""
     if POSITIONS not in state:
-        raise UserError(f"{path} has no position table ({POSITIONS}), and its image size cannot be told without one")
+        raise UserError(f"{path} has no position table ({POSITIONS}), which is needed to infer the image size")
     shape = tuple(state[POSITIONS].shape)
     side = math.isqrt(max(0, shape[1] - 1)) if len(shape) == 3 else 0
     if side < 1 or shape != (1, side * side + 1, shape[2]):
         raise UserError(
-            f"{path} has a position table of shape {shape}, and a square grid of patches with one class token "
-            "has (1, side * side + 1, width)"
+            f"{path} has a position table of shape {shape}, and (1, side * side + 1, width) is needed for a square "
+            "grid of patches and a class token"
         )
     return side
 
 
 def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, what: str) -> None:
-    """Refuse a state whose names, shapes or kind of numbers are not those of ``what``."""
+    """Raises UserError for a state dict whose names, shapes or dtypes do not fit ``what``."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
             raise UserError(f"{path} does not fit {what}: {name} is {'missing' if name in expected else 'unknown'}")
@@ -311,7 +310,7 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pat
 
 
 def _resize(stored: _Stored, image_size: int) -> _Stored:
-    """The same for another image size; what does not depend on it is shared."""
+    """Returns the same weights for another image size; tensors that do not depend on it are shared."""
     if image_size == stored.config.image_size:
         return stored
     config = replace(stored.config, image_size=image_size)
@@ -324,7 +323,7 @@ def _resize(stored: _Stored, image_size: int) -> _Stored:
 
 
 def _resize_preprocessing(old: Preprocessing, image_size: int) -> Preprocessing:
-    """ImageNet's becomes ImageNet's at the new size; any other keeps its crop's share, and warps from 384 pixels."""
+    """Adapts a preprocessing: ImageNet's stays ImageNet's; others keep the crop's share, and warp from 384 pixels."""
     if old == replace(Preprocessing.imagenet(old.image_size, old.in_channels), exif=old.exif):
         return replace(old, image_size=image_size, resize=Preprocessing.imagenet(image_size).resize)
     crops = old.resize is not None and image_size < 384
@@ -333,7 +332,7 @@ def _resize_preprocessing(old: Preprocessing, image_size: int) -> Preprocessing:
 
 
 def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:
-    """The patch kernel (width, C, P, P) for another number of colour channels: 1 to 3 or 3 to 1."""
+    """Converts the patch kernel (width, C, P, P) to another number of color channels: 1 to 3 or 3 to 1."""
     given = kernel.shape[1]
     if given == channels:
         return kernel
@@ -341,20 +340,20 @@ def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:
         return kernel.expand(-1, 3, -1, -1) / 3
     if (given, channels) == (3, 1):
         return kernel.sum(dim=1, keepdim=True)
-    raise UserError(f"{path} takes {given} colour channels and cannot be brought to {channels}: only 1 and 3 convert")
+    raise UserError(f"{path} takes {given} color channels, not {channels}: only 1 and 3 can be converted")
 
 
 def read_preprocessing(manifest: Manifest) -> Preprocessing:
-    """The preprocessing that a manifest names; UserError if it is damaged."""
+    """Returns the preprocessing in a manifest; raises UserError if it is damaged."""
     return Preprocessing.from_dict(manifest.preprocessing)
 
 
 def _differences(stored: ModelConfig, asked: ModelConfig, of: Collection[str] | None = None) -> str:
-    """The settings that differ, in words; of those named, or of all."""
+    """Describes the differences between two configs, in all settings or only in those named."""
     one, other = stored.to_dict(), asked.to_dict()
     names = (name for name in one if one[name] != other[name] and (of is None or name in of))
     return ", ".join(f"{name} {one[name]}, not {other[name]}" for name in names)
 
 
 def _unreadable(path: Path) -> UserError:
-    return UserError(f"{path} is unreadable, truncated or not a checkpoint: fetch it again")
+    return UserError(f"{path} is unreadable, truncated or not a checkpoint: download it again")

@@ -1,4 +1,4 @@
-"""Weights of a timm ViT from a .safetensors or .pth file in timm's own format, checked before use."""
+"""Loads and checks a timm ViT's weights from a .safetensors or .pth file in timm's format."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
 
 @dataclass(frozen=True)
 class TimmCheckpoint(Checkpoint):
-    """A checkpoint whose network is a timm ViT, bidirectional as timm has it."""
+    """A checkpoint of a timm ViT, bidirectional as in timm."""
 
     model: CausalVisionTransformer
 
 
 def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheckpoint:
-    """Load a timm ViT's weights from a .safetensors or .pth file in timm's own format.
+    """Loads a timm ViT's weights from a .safetensors or .pth file in timm's format.
 
-    The network is what ``timm.create_model(name)`` makes, with the classes, channels and image size that the shapes
-    say; nothing is downloaded. Other options of that function leave traces in names and shapes, which are checked,
-    except a few that only change what is computed (another ``global_pool`` without a norm of its own).
+    The network is that of ``timm.create_model(name)``, with the classes, channels and image size of the shapes;
+    nothing is downloaded. Other options of ``create_model`` change names or shapes, which are checked, except for a few
+    that only change the computation (another ``global_pool`` without its own norm).
 
-    The preprocessing is timm's for the name and its tag, resized bicubically even for the two of timm's ViTs that
-    say bilinear, and warped to the image size where timm squashes. Class folders are in timm's natural order.
+    The preprocessing is timm's for the name and its tag, but always bicubic (two of timm's ViTs are bilinear), and
+    warped to the image size where timm squashes. Class folders are in timm's natural order.
 
     Args:
-        name: as timm knows it, with or without a tag.
-        path: the state dict, or a ``.pth`` that holds it under ``model`` or ``state_dict``. It needs a classifier.
-        image_size: side length in pixels to run at, a multiple of the patch size; positions are interpolated as
-            timm does on loading. None keeps the file's own size, or timm's for the name without a position table.
+        name: timm's name of the model, with or without a tag.
+        path: path to the state dict, or to a ``.pth`` file with the key ``model`` or ``state_dict``. It must contain a
+            classifier.
+        image_size: side length of the input in pixels, a multiple of the patch size; position embeddings are
+            interpolated as timm does. Defaults to the file's own, and without a position table to timm's.
 
     Raises:
-        UserError: missing, truncated, not finite, of another network, or a name that is not of a timm ViT that
-            :func:`illama.models.timm_vit.to_quantizable` takes.
+        UserError: the file is missing or truncated, has values that are not finite, or is of another network; or the
+            name is not that of a timm ViT that :func:`illama.models.timm_vit.to_quantizable` accepts.
     """
     path = Path(path)
     _refuse_ours(path, name)
@@ -71,27 +72,27 @@ def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheck
 
 
 def _refuse_ours(path: Path, name: str) -> None:
-    """Refuse an iLLaMA's weights, and any folder, where timm's are asked for."""
-    hint = f"timm:{name} needs a .safetensors or .pth file of timm's"
+    """Raises UserError for an iLLaMA's weights and for any folder."""
+    hint = f"timm:{name} needs a .safetensors or .pth file of timm"
     if path.is_dir():
-        kind = "a bundle, which names its network itself" if (path / MANIFEST).exists() else "a folder"
-        raise UserError(f"{path} is {kind}: {hint}, and a bundle is loaded without --model")
+        kind = "a bundle" if (path / MANIFEST).exists() else "a folder"
+        raise UserError(f"{path} is {kind}: {hint}; load a bundle without --model")
     if path.suffix == ".safetensors" and path.exists() and read_config(path) is not None:
-        raise UserError(f"{path} holds an iLLaMA's weights: {hint}, and an iLLaMA is loaded without --model")
+        raise UserError(f"{path} contains an iLLaMA's weights: {hint}; load an iLLaMA without --model")
 
 
 def _timm_outline(name: str) -> VisionTransformer:
-    """The network of that name without weights, as timm makes it by itself; UserError if it is none of timm's ViTs."""
+    """Returns timm's network of that name, without memory; raises UserError if it is not one of timm's ViTs."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists them"
-        raise UserError(f"timm {timm.__version__} knows no network {name!r}: {hint}")
+        raise UserError(f"timm {timm.__version__} has no model {name!r}: {hint}")
     try:
         with torch.device("meta"):
             outline = _create_timm(name)
     except RuntimeError as error:  # an unknown tag
-        raise UserError(f"timm cannot make {name}: {error}") from error
-    to_quantizable(outline)  # refuses what it cannot take
+        raise UserError(f"timm cannot create {name}: {error}") from error
+    to_quantizable(outline)  # raises UserError for networks that are not supported
     return outline
 
 
@@ -100,29 +101,29 @@ def _create_timm(name: str, **options: Any) -> VisionTransformer:
 
 
 def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Path) -> int:
-    """Patches along a side, from the rows of the position table; ``default`` without a table.
+    """Returns the number of patches along a side, from the rows of the position table; ``default`` without a table.
 
     Raises:
-        UserError: no classifier or patches in the state, or a table that is not of a square grid.
+        UserError: the state dict has no classifier or patch embedding, or the table does not fit a square grid.
     """
     if PATCHES not in state or state[PATCHES].ndim != 4:
-        raise UserError(f"{path} has no {PATCHES} of four dimensions: it is not a timm ViT's state dict")
+        raise UserError(f"{path} has no {PATCHES} with four dimensions: it is not a timm ViT's state dict")
     if "head.weight" not in state:
-        raise UserError(f"{path} has no classifier (head.weight): train one, if only a linear probe, and save it too")
+        raise UserError(f"{path} has no classifier (head.weight): train one, such as a linear probe, and save it too")
     if POSITIONS not in state:
         return default
     shape = tuple(state[POSITIONS].shape)
     side = math.isqrt(max(0, shape[1] - prefix)) if len(shape) == 3 else 0
     if side < 1 or shape[:2] != (1, side * side + prefix):
         raise UserError(
-            f"{path} has a position table of shape {shape}, and a square grid of patches with {prefix} other tokens "
-            f"has (1, side * side + {prefix}, width)"
+            f"{path} has a position table of shape {shape}, and (1, side * side + {prefix}, width) is needed for a "
+            f"square grid of patches and {prefix} other tokens"
         )
     return side
 
 
 def _timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) -> Preprocessing:
-    """timm's evaluation for the network's name and tag; grey images get the mean of the colours' numbers."""
+    """Returns timm's preprocessing for the network; gray images get the means of the color channels' values."""
     timm_s = resolve_model_data_config(vit)
     mean, std = (tuple(timm_s[key]) for key in ("mean", "std"))
     if channels == 1:

@@ -1,10 +1,10 @@
-"""Images with a class for every pixel, in ADE20K's layout (Zhou et al., arXiv 1608.05442; ADEChallengeData2016):
+"""Segmentation data in ADE20K's layout (Zhou et al., arXiv 1608.05442; ADEChallengeData2016):
 
     images/training/NAME.jpg          annotations/training/NAME.png
     images/validation/NAME.jpg        annotations/validation/NAME.png
-    objectInfo150.txt                 a heading, then a class a line: columns between tabs, the name in the last
+    objectInfo150.txt                 a heading, then one line per class: tab-separated columns, the name in the last
 
-An annotation is a PNG of one byte a pixel: 0 for what belongs to no class and is ignored, n for the n-th class.
+An annotation is a PNG with one byte per pixel: n for the n-th class, 0 for pixels without a class, which are ignored.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from illama.errors import UserError
 from illama.options import Exif
 from illama.randomness import isolated_randomness
 
-LONGEST = 32  # times the shorter side of an image
-IGNORED = 255  # the class index of pixels that belong to no class
+LONGEST = 32  # largest ratio of an image's sides
+IGNORED = 255  # class index of pixels without a class
 _IMAGES = (".jpg", ".jpeg", ".png")
 
 
 class SegmentationFolder(ImageSplits):
-    """A folder in ADE20K's layout; ``validation`` is the test split, and its items are :class:`LabelMaps`'.
+    """A folder in ADE20K's layout. The test split is ``validation``; splits are :class:`LabelMaps`.
 
     Raises:
         UserError: a folder or the list of classes is missing, or an image has no annotation.
@@ -48,7 +48,7 @@ class SegmentationFolder(ImageSplits):
         self._test = LabelMaps(folder, "validation", len(self.classes), exif)
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
-        """ImageNet's colours; the shorter side becomes ``image_size``, and evaluation slides a window of that size."""
+        """Returns ImageNet's preprocessing; the shorter side is resized to ``image_size``, the side of a window."""
         return replace(super().preprocessing(image_size, in_channels), resize=image_size)
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
@@ -56,10 +56,10 @@ class SegmentationFolder(ImageSplits):
 
 
 class LabelMaps(Dataset[Any]):
-    """A split: (image (3, H, W), classes (H, W)), both uint8, as torchvision's Image and Mask.
+    """A split of (image (3, H, W), classes (H, W)), both uint8, as torchvision's Image and Mask.
 
-    Reading one raises UserError with its path if it is broken, if the two do not fit, or if the image is more than
-    LONGEST times as long as wide: whole images are resized by their shorter side, which such a one takes gigabytes for.
+    Reading an item raises UserError with its path if the image is broken or does not fit its annotation, or if one side
+    is more than LONGEST times the other: resizing its shorter side would take gigabytes.
     """
 
     def __init__(self, folder: Path, split: str, classes: int, exif: Exif = "apply") -> None:
@@ -83,23 +83,23 @@ class LabelMaps(Dataset[Any]):
         path, annotation = self.paths[index]
         picture = decode_image(str(path), lambda: str(path), self.exif)
         if max(picture.size) > LONGEST * min(picture.size):
-            raise UserError(f"{path} is more than {LONGEST} times as long as wide: cut it up or take it out")
+            raise UserError(f"{path} has a side ratio of more than {LONGEST}: crop it or remove it")
         image = v2.functional.to_image(picture)
         labels = np.array(decode_image(str(annotation), lambda: str(annotation), mode=None))
         if labels.dtype != np.uint8 or labels.ndim != 2:
-            raise UserError(f"{annotation} is not a PNG of one byte a pixel, the number of its class")
+            raise UserError(f"{annotation} is not a PNG with one byte per pixel, the number of its class")
         if labels.shape != tuple(image.shape[-2:]):
-            raise UserError(f"{annotation} has {labels.shape[1]} x {labels.shape[0]} pixels and its image has not")
+            raise UserError(f"{annotation} has {labels.shape[1]} x {labels.shape[0]} pixels, unlike its image")
         if labels.max() > self.classes:
-            raise UserError(f"{annotation} names class {labels.max()} of {self.classes}")
+            raise UserError(f"{annotation} has class {labels.max()}, and there are {self.classes} classes")
         return image, tv_tensors.Mask(torch.from_numpy(labels - 1))  # 0 - 1 is 255: IGNORED
 
 
 class AugmentedMaps(Augmented):
-    """Augmented images and their maps, addressed by (epoch, index); the pair alone decides the augmentation.
+    """Augmented images and their label maps, see :class:`Augmented`.
 
-    A shorter side of a half to twice the network's, a crop (padded by the mean colour and ignored pixels where the
-    image is smaller), a flip, and colours changed as SSD does (arXiv 1512.02325).
+    The shorter side is resized to 1/2 to 2 times the network's input, then cropped (and padded with the mean color and
+    ignored pixels where it is smaller), flipped, and distorted in color as in SSD (arXiv 1512.02325).
     """
 
     def __init__(self, images: Dataset[Sample], preprocessing: Preprocessing, seed: int) -> None:
@@ -123,8 +123,8 @@ def _read_classes(folder: Path) -> tuple[str, ...]:
     lists = sorted(folder.glob("objectInfo*.txt"))
     if len(lists) != 1:
         raise UserError(
-            f"{folder} must have one objectInfo*.txt: a heading, then a class a line, the name in the last "
-            "column, with tabs between them"
+            f"{folder} must have one objectInfo*.txt: a heading, then one line per class, tab-separated, with the name "
+            "in the last column"
         )
     try:
         lines = lists[0].read_text(encoding="utf-8").splitlines()[1:]
@@ -132,5 +132,5 @@ def _read_classes(folder: Path) -> tuple[str, ...]:
         raise UserError(f"cannot read {lists[0]} as text") from error
     names = tuple(line.split("\t")[-1].strip() for line in lines if line.strip())
     if not 2 <= len(names) < IGNORED:
-        raise UserError(f"{lists[0]} names {len(names)} classes, and a map of bytes holds 2 to {IGNORED - 1}")
+        raise UserError(f"{lists[0]} has {len(names)} classes, and only 2 to {IGNORED - 1} are supported")
     return names

@@ -1,8 +1,8 @@
-"""Augmented training images in an order of their own each epoch; every random choice a function of its place.
+"""Augmented training images in a new order each epoch, with reproducible randomness.
 
-The seed, the epoch and the image decide an augmentation, the seed, the step and the micro-batch decide mixup,
-dropout and stochastic depth. So nothing random has to be restored when a run resumes, and neither the number of
-loader workers nor the number of training processes changes what is computed.
+An augmentation depends only on seed, epoch and image; mixup, dropout and stochastic depth depend only on seed, step and
+micro-batch. So a resumed run needs no generator state, and the result does not depend on the number of loader workers
+or training processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from illama.training.recipe import TrainingOptions
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
-    """Augmented images, addressed by (epoch, index); the pair alone decides the augmentation."""
+    """Augmented images. The key is (epoch, index), which determines the augmentation together with the seed."""
 
     def __init__(self, images: Dataset[Sample], transform: Transform, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
@@ -39,16 +39,18 @@ class Augmented(Dataset[tuple[Tensor, int]]):
 
 
 class MicroBatches(Sampler[list[tuple[int, int]]]):
-    """The micro-batches of (epoch, index) keys that one process computes, step by step.
+    """The micro-batches of one process, as lists of (epoch, index) keys, step by step.
 
     Args:
-        images: how many there are; an epoch leaves out what does not fill a step.
-        recipe: gives the seed, images per micro-batch, and micro-batches per step.
-        start, stop: steps.
-        rank, processes: of a step's micro-batches, every ``processes``-th from ``rank`` on.
+        images: number of images; an epoch leaves out images that do not fill a step.
+        recipe: options of the run, which have the seed and the sizes of a micro-batch and a step.
+        start: first step.
+        stop: end of the steps.
+        rank: first micro-batch of this process in a step; the others follow at distances of ``processes``.
+        processes: number of processes.
 
     Raises:
-        UserError: the images do not fill one step, or a step does not divide over the processes.
+        UserError: there are too few images for a step, or the processes cannot share a step's micro-batches equally.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
             raise UserError(f"{images} training images are fewer than one batch of {recipe.batch_size}")
         if recipe.parts % processes:
             raise UserError(
-                f"{recipe.parts} micro-batches do not divide over {processes} processes: change --batch-size or "
+                f"{recipe.parts} micro-batches cannot be divided among {processes} processes: change --batch-size or "
                 "--micro-batch"
             )
         self.images, self.recipe, self.start, self.stop = images, recipe, start, stop
@@ -80,7 +82,7 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
 
 
 def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:
-    """timm's mixup, cutmix and label smoothing; with both alphas 0, label smoothing alone."""
+    """Returns timm's mixup, cutmix and label smoothing; if both alphas are 0, only label smoothing."""
     off = recipe.mixup == recipe.cutmix == 0
     return Mixup(
         mixup_alpha=1.0 if off else recipe.mixup,
@@ -92,7 +94,7 @@ def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:
 
 
 def training_transform(recipe: TrainingOptions, preprocessing: Preprocessing) -> Transform:
-    """Random crop, flip, RandAugment and erasing around the evaluation's normalisation."""
+    """Returns the training transform: random crop, flip, RandAugment, the evaluation's normalization, and erasing."""
     size = preprocessing.image_size
     if recipe.crop_padding:
         augment: list[Any] = [v2.Resize([size, size]), v2.RandomCrop(size, padding=recipe.crop_padding)]
@@ -108,16 +110,16 @@ def training_transform(recipe: TrainingOptions, preprocessing: Preprocessing) ->
 def _rand_augment(setting: str, preprocessing: Preprocessing) -> Any:
     grey = tuple(round(255 * value) for value in (preprocessing.mean * 3)[:3])
     try:
-        translation = int(preprocessing.image_size * 0.45)  # timm's own share
+        translation = int(preprocessing.image_size * 0.45)  # as in timm
         options = {"translate_const": translation, "img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
         augment = rand_augment_transform(setting, options)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
-            f"--rand-augment {setting!r} is not a setting of timm's, such as rand-m9-mstd0.5-inc1"
+            f"--rand-augment {setting!r} is not a RandAugment setting of timm: give one such as rand-m9-mstd0.5-inc1"
         ) from error
     for operation in augment.ops:
         if operation.name.startswith("Posterize"):
-            # At its strongest timm asks for images of 0 bits, which Pillow 13 refuses.
+            # At the strongest level, timm asks Pillow for images of 0 bits, which Pillow 13 refuses.
             operation.level_fn = partial(_one_bit_at_least, operation.level_fn)
     return augment
 
@@ -127,5 +129,5 @@ def _one_bit_at_least(bits: Callable[..., tuple[int]], *level: Any) -> tuple[int
 
 
 def _as_rgb_picture(image: Any) -> Any:
-    """timm's RandAugment works on Pillow's RGB images."""
+    """Converts to an RGB image of Pillow, which timm's RandAugment needs."""
     return (v2.functional.to_pil_image(image) if isinstance(image, Tensor) else image).convert("RGB")

@@ -1,21 +1,19 @@
-"""Images and labels: Fashion-MNIST (shipped in part), CIFAR, ImageNet-style folders, tar and parquet shards.
+"""Data sets: Fashion-MNIST (partly in this repository), CIFAR, ImageNet-style folders, tar and parquet shards.
 
-A data set is named by one string:
+A string specifies a data set:
 
-    fashion-mnist            the test split and 2,000 calibration images shipped with this project
+    fashion-mnist            the test split and 2,000 calibration images, which are in this repository
     fashion-mnist:FOLDER     the same, with the full training split from FOLDER's idx files
-    cifar10:FOLDER           torchvision's layout (cifar-10-batches-py/), likewise cifar100:FOLDER
+    cifar10:FOLDER           torchvision's layout (cifar-10-batches-py/); also cifar100:FOLDER
     FOLDER                   ImageNet's layout: train/CLASS/*.jpg and val/CLASS/*.jpg
-    webdataset:FOLDER        train-*.tar and val-*.tar (or train/*.tar and so on) of KEY.jpg and KEY.cls
+    webdataset:FOLDER        train-*.tar and val-*.tar (or train/*.tar and so on) with KEY.jpg and KEY.cls
     parquet:FOLDER           Hugging Face's data/train-*.parquet and validation-*.parquet (or test-*)
 
-Calibration images come from the training split, evenly spaced, and never from the test split.
+Calibration images are evenly spaced images of the training split, never of the test split.
 """
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +29,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
 
+from illama.data.idx_files import read_idx_pair
 from illama.data.images import ResizeAndCrop, decode_image
 from illama.data.webdataset import Sample, WebDataset
 from illama.errors import UserError, warn_once
@@ -57,20 +56,21 @@ Transform = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image file becomes the network's input, and in which order the classes of an image folder are read.
+    """How an image file becomes the network's input, and in which order class folders are read.
 
     Attributes:
-        image_size: side length in pixels of what the network takes.
-        in_channels: 1 (grey) or 3 (RGB).
-        mean, std: per channel, on pixels scaled to 0..1.
-        resize: the shorter side is brought to this length (bicubic) before a centre crop; None warps the
-            image to ``image_size`` without a crop, as the paper does at 384 pixels and above.
-        exif: whether the orientation that an image file declares is applied.
-        class_order: of class folders: as words (1, 10, 2), or by the numbers in them (1, 2, 10) as timm has it. It says
-            nothing of an image, and two that differ in it alone are equal.
+        image_size: side length of the network's input in pixels.
+        in_channels: 1 (gray) or 3 (RGB).
+        mean: mean per channel of pixels scaled to 0..1.
+        std: standard deviation per channel of pixels scaled to 0..1.
+        resize: length to which the shorter side is resized (bicubic) before a center crop; None warps the image to
+            ``image_size`` without a crop, as the paper does from 384 pixels on.
+        exif: whether to apply the orientation that an image file declares.
+        class_order: order of class folders, as words (1, 10, 2) or natural (1, 2, 10) as in timm. It is not compared,
+            since it does not change the input.
 
     Raises:
-        UserError: another number of channels, a resize smaller than the image, or another exif or class_order.
+        UserError: a value is not supported, or resize is smaller than the image size.
     """
 
     image_size: int
@@ -83,19 +83,19 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.in_channels not in (1, 3):
-            raise UserError(f"in_channels must be 1 (grey) or 3 (RGB), not {self.in_channels}")
+            raise UserError(f"in_channels must be 1 (gray) or 3 (RGB), not {self.in_channels}")
         if self.resize is not None and self.resize < self.image_size:
-            raise UserError(f"a crop of {self.image_size} pixels cannot be taken from {self.resize}: raise resize")
+            raise UserError(f"resize {self.resize} is smaller than image_size {self.image_size}: increase it")
         for name, value, kinds in (("exif", self.exif, Exif), ("class_order", self.class_order, ClassOrder)):
             if value not in get_args(kinds):
                 raise UserError(f"{name} must be {' or '.join(get_args(kinds))}, not {value!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Of its fields as a manifest's JSON has them; UserError if they are others.
+        """Returns the preprocessing in a manifest; raises UserError if its fields are wrong.
 
-        A manifest without exif and class_order was written when there were none: its orientations are ignored, and
-        its class folders are in the order of words.
+        A manifest without exif and class_order is older than these fields: it means exif ``ignore`` and class_order
+        ``words``.
         """
         try:
             fields = {"exif": "ignore", "class_order": "words", **values}
@@ -105,7 +105,7 @@ class Preprocessing:
 
     @classmethod
     def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:
-        """The released code's evaluation: resize to 256 / 224 of the size, then crop; warp up to 32 and from 384."""
+        """Returns the released code's: resize to 256/224 of the size and crop, or warp up to 32 and from 384."""
         mean: tuple[float, ...] = (0.449,) if in_channels == 1 else (0.485, 0.456, 0.406)
         std: tuple[float, ...] = (0.226,) if in_channels == 1 else (0.229, 0.224, 0.225)
         return cls(
@@ -117,13 +117,13 @@ class Preprocessing:
         )
 
     def framing(self) -> list[Callable[[Any], Any]]:
-        """The steps that bring an image to the network's size; the last, a resize, changes none that has it."""
+        """Returns the steps that bring an image to the network's size; the last is a resize to exactly this size."""
         bicubic = InterpolationMode.BICUBIC
         crop = [ResizeAndCrop(self.resize, self.image_size)] if self.resize else []
         return [*crop, v2.Resize([self.image_size, self.image_size], bicubic)]
 
     def to_input(self) -> list[Callable[[Any], Any]]:
-        """The steps that take an image to the network's input once it has the right size."""
+        """Returns the steps from an image of the right size to the network's input."""
         return [
             v2.Grayscale(1) if self.in_channels == 1 else v2.RGB(),
             v2.ToImage(),
@@ -132,19 +132,23 @@ class Preprocessing:
         ]
 
     def transform(self, augment: Sequence[Callable[[Any], Any]] = ()) -> Transform:
-        """PIL image or uint8 tensor (C, H, W) -> float tensor (in_channels, image_size, image_size).
+        """Returns a function from a PIL image or uint8 tensor (C, H, W) to a float tensor (in_channels, size, size).
 
-        ``augment`` steps replace the resize: they see the image first and must leave it square.
+        Args:
+            augment: steps that replace the crop; they come first and must return a square image.
         """
         *crop, resize = self.framing()
         return v2.Compose([*(augment or crop), resize, *self.to_input()])
 
 
 class ImageData(Protocol):
-    """A data set with its three splits; every item is an (image, label) pair, the image untransformed.
+    """A data set; the items of its splits are (image, label) pairs, without any transform.
 
     Attributes:
-        exif, class_order: how it is read, as in :class:`Preprocessing`.
+        name: name of the data set.
+        classes: class names in the order of the labels.
+        exif: see :class:`Preprocessing`.
+        class_order: see :class:`Preprocessing`.
     """
 
     name: str
@@ -153,20 +157,20 @@ class ImageData(Protocol):
     class_order: ClassOrder
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
-        """The evaluation transform that suits these images."""
+        """Returns the preprocessing for these images."""
 
     def test(self) -> Dataset[Sample]:
-        """Every image of the test split."""
+        """Returns the test split."""
 
     def calibration(self, count: int) -> Dataset[Sample]:
-        """``count`` images, evenly spaced, of the training split; UserError if there are fewer."""
+        """Returns ``count`` evenly spaced images of the training split; raises UserError if there are fewer."""
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
-        """(training images, validation images), both of the training split and without overlap."""
+        """Returns (training images, validation images), two disjoint parts of the training split."""
 
 
 class TensorImages(Dataset[Sample]):
-    """Grey images held in memory: uint8 (N, H, W) and labels (N,)."""
+    """Gray images in memory: uint8 (N, H, W) and labels (N,)."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
         self.images, self.labels = torch.from_numpy(images), labels
@@ -179,7 +183,7 @@ class TensorImages(Dataset[Sample]):
 
 
 class FashionMNIST:
-    """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 28x28 grey, ten classes of clothing, MIT licence."""
+    """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 28x28 gray images, ten classes of clothing, MIT license."""
 
     name = "fashion-mnist"
     classes = FASHION_MNIST_CLASSES
@@ -194,10 +198,10 @@ class FashionMNIST:
         return Preprocessing(image_size, in_channels, mean, std, None, self.exif, self.class_order)
 
     def test(self) -> Dataset[Sample]:
-        return TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "t10k"))
+        return TensorImages(*read_idx_pair(SHIPPED_FASHION_MNIST, "t10k"))
 
     def calibration(self, count: int) -> Dataset[Sample]:
-        images = TensorImages(*_read_idx_pair(SHIPPED_FASHION_MNIST, "calibration"))
+        images = TensorImages(*read_idx_pair(SHIPPED_FASHION_MNIST, "calibration"))
         return evenly_spaced(images, count, "calibration images")
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
@@ -207,11 +211,11 @@ class FashionMNIST:
                 "'apt-get install dataset-fashion-mnist', or give the folder of train-images-idx3-ubyte.gz "
                 "with --data fashion-mnist:FOLDER"
             )
-        return _hold_out(TensorImages(*_read_idx_pair(self.folder, "train")), VALIDATION_IMAGES)
+        return _hold_out(TensorImages(*read_idx_pair(self.folder, "train")), VALIDATION_IMAGES)
 
 
 class ImageSplits:
-    """What CIFAR, image folders and shards have in common: ImageNet's preprocessing, and splits of RGB images."""
+    """Base class of CIFAR, image folders and shards: ImageNet's preprocessing, and splits of RGB images."""
 
     classes: tuple[str, ...]
     exif: Exif = "apply"
@@ -233,12 +237,12 @@ class ImageSplits:
         return _hold_out(self._train(shuffled=True), self.held_out)
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
-        """The training split, for reading in a random order if ``shuffled``."""
+        """Returns the training split; ``shuffled`` says whether it will be read in random order."""
         raise NotImplementedError
 
 
 class Cifar(ImageSplits):
-    """CIFAR-10 or CIFAR-100 from a folder in torchvision's layout (its files are checked by MD5 first)."""
+    """CIFAR-10 or CIFAR-100 from a folder in torchvision's layout; the MD5 of its files is checked."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -250,7 +254,7 @@ class Cifar(ImageSplits):
         try:
             return self._reader(self.folder, train=train, download=False)
         except RuntimeError as error:
-            raise UserError(f"no intact {self.name} in {self.folder}: put its unpacked python version there") from error
+            raise UserError(f"no intact {self.name} in {self.folder}: unpack its Python version there") from error
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
         return self._read(train=True)
@@ -272,7 +276,7 @@ class ImageFolder(ImageSplits):
         try:
             images = _ClassFolders(folder, self.exif, self.class_order)
         except FileNotFoundError as error:
-            raise UserError(f"{folder}: {str(error).splitlines()[0]} Put images in one folder per class") from error
+            raise UserError(f"{folder}: {str(error).splitlines()[0]} Put the images in one folder per class") from error
         if len(images.classes) < 2:
             raise UserError(f"{folder} has one class only ({images.classes[0]}): a classifier needs two or more")
         return images
@@ -280,12 +284,12 @@ class ImageFolder(ImageSplits):
     def _train(self, shuffled: bool) -> Dataset[Sample]:
         images = self._read("train")
         if tuple(images.classes) != self.classes:
-            raise UserError(f"train/ and val/ in {self.folder} hold different classes")
+            raise UserError(f"train/ and val/ in {self.folder} have different classes")
         return images
 
 
 class _ClassFolders(datasets.ImageFolder):
-    """One split of an image folder, decoded by this project, its classes in the order asked for."""
+    """One split of an image folder, decoded by :func:`decode_image`, with its classes in the given order."""
 
     def __init__(self, folder: Path, exif: Exif, class_order: ClassOrder) -> None:
         self.class_order = class_order
@@ -295,12 +299,12 @@ class _ClassFolders(datasets.ImageFolder):
         words, _ = super().find_classes(directory)
         try:
             natural = sorted(words, key=natural_key)
-        except ValueError:  # a name of digits that are no decimal number: timm cannot order it
+        except ValueError:  # timm cannot order digits that are not a decimal number, such as a superscript 2
             natural = words
         if natural != words:
             warn_once(
-                f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}; the "
-                "other (words: 1 10 2, natural: 1 2 10) gives other labels: see docs/images.md"
+                f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}, and the "
+                "other order (words: 1 10 2, natural: 1 2 10) gives other labels: see docs/images.md"
             )
         names = natural if self.class_order == "natural" else words
         return names, {name: label for label, name in enumerate(names)}
@@ -324,15 +328,16 @@ class Shards(ImageSplits):
 
 
 def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words") -> ImageData:
-    """The data set that ``spec`` names, without decoding an image.
+    """Opens a data set without decoding an image.
 
     Args:
         spec: fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER or a folder in
-            ImageNet's layout: see this module's docstring.
-        exif, class_order: as in :class:`Preprocessing`: those of the bundle, where one is there to be fitted.
+            ImageNet's layout, see the docstring of this module.
+        exif: see :class:`Preprocessing`; for a trained network, use its bundle's.
+        class_order: see :class:`Preprocessing`; for a trained network, use its bundle's.
 
     Raises:
-        UserError: it is not there, or its files are incomplete, damaged or do not fit together.
+        UserError: the data set is missing, or its files are incomplete, damaged or inconsistent.
     """
     name, _, folder = spec.partition(":")
     data: ImageData
@@ -354,7 +359,7 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
-    """A split with its transform applied; a broken image raises UserError with its path."""
+    """A split with a transform; a broken image raises UserError with its path."""
 
     def __init__(self, images: Dataset[Sample], transform: Transform) -> None:
         self.images, self.transform = images, transform
@@ -367,40 +372,18 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """The array in a gzipped idx file of unsigned bytes (the MNIST format); UserError if it is not one."""
-    try:
-        raw = gzip.decompress(path.read_bytes())
-        if raw[:3] != b"\0\0\x08":
-            raise UserError(f"{path} is not an idx file of unsigned bytes")
-        shape = np.frombuffer(raw, dtype=">u4", count=raw[3], offset=4)
-        return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except (EOFError, ValueError, IndexError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is truncated or damaged: fetch it again") from error
-
-
-def _read_idx_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    images = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
-    labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
-    if len(images) != len(labels):
-        raise UserError(f"{folder} has {len(images)} {split} images but {len(labels)} labels: fetch them again")
-    return images, labels
-
-
 def _load_image(path: str, exif: Exif) -> Image.Image:
     return decode_image(path, lambda: path, exif)
 
 
 def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "images") -> Dataset[Sample]:
-    """``count`` images, evenly spaced, or all for None; UserError, with the option of ``what``, if there are fewer."""
+    """Returns ``count`` evenly spaced images, or all for None; raises UserError, with ``what``, if there are fewer."""
     total = len(images)  # type: ignore[arg-type]
     if count is None:
         return images
     if not 1 <= count <= total:
         option = f"--{what.replace(' ', '-')}"
-        raise UserError(f"{count} {what} asked for, 1 to {total} can be had: change {option}")
+        raise UserError(f"{count} {what} were requested, and there are {total}: change {option}")
     return Subset(images, [i * total // count for i in range(count)])
 
 

@@ -1,13 +1,13 @@
 """Hugging Face's parquet folders: data/train-00000-of-00010.parquet with columns image {bytes, path} and label.
 
-Parquet gives no image alone: to read one, its whole row group is read and unpacked. On the machine it was measured
-on, with images of 110 kB that take 4 ms to decode, that is 15 ms for row groups of 100 images and 110 ms for those of
-100 MB which the datasets library writes now. So:
+To read an image from parquet, its whole row group must be read and decompressed. For images of 110 kB, which take 4 ms
+to decode, this was measured at 15 ms for row groups of 100 images, and 110 ms for row groups of 100 MB, which the
+datasets library now writes. So:
 
-- The test split and calibration images are read in order, with the last row group kept: nothing is copied.
-- Training reads in a random order, so its split is unpacked once, each image as it is, into one file in the cache
-  folder ($XDG_CACHE_HOME or ~/.cache, under illama/), where an image takes 0.04 ms. The datasets library does the
-  same into Arrow files, also for splits that are only read once, and brings some twenty more packages.
+- The test split and the calibration images are read in order, and the last row group is kept in memory.
+- Training reads in random order, so its split is first unpacked into one file in the cache folder ($XDG_CACHE_HOME or
+  ~/.cache, under illama/), from which an image takes 0.04 ms. The datasets library does the same into Arrow files, but
+  also for splits that are read once, and needs about twenty more packages.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 
 
 class ParquetImages(Dataset[Sample]):
-    """The images of a split's parquet shards, in the shards' order: quick to read in order, and slow in any other.
+    """The images of a split's parquet shards, in the order of the shards; fast to read in order, slow at random.
 
     Attributes:
-        labels: of all images, (N,) int32.
-        names: of the classes, from the metadata that the datasets library writes; None if there are none.
+        labels: labels of all images, (N,) int32.
+        names: class names from the metadata that the datasets library writes; None if there are none.
         exif: see :func:`illama.data.images.decode_image`.
 
     Raises:
@@ -80,50 +80,50 @@ class ParquetImages(Dataset[Sample]):
         return decode_image(content, lambda: self.describe(index), self.exif), int(self.labels[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": -1, "_rows": None}  # a worker is not sent the row group
+        return {**self.__dict__, "_group": -1, "_rows": None}  # workers do not get the row group
 
     def read(self, index: int) -> bytes:
-        """The image file in a row, as it was stored."""
+        """Returns the encoded image file in a row."""
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
         if group != self._group or self._rows is None:
             self._rows, self._group = self._read_group(*map(int, self.groups[group])), group
         content = self._rows[int(index - self.starts[group])]["bytes"].as_py()
         if content is None:
             where = self.describe(index)
-            raise UserError(f"the image {where} is a path alone: write the set with its images embedded")
+            raise UserError(f"the image {where} is only a path: write the data set with embedded images")
         return content
 
     def describe(self, index: int) -> str:
-        """Where an image comes from, for messages: the row, from 0, and the shard."""
+        """Returns the row, from 0, and the shard of an image, for messages."""
         shard = self.groups[np.searchsorted(self.starts, index, side="right") - 1, 0]
         first = self.starts[np.searchsorted(self.groups[:, 0], shard)]
         return f"in row {index - first} of {self.paths[shard]}"
 
     def _read_group(self, shard: int, group: int) -> pa.ChunkedArray:
         path = self.paths[shard]
-        try:  # threads of Arrow's would not live on in a forked worker
+        try:  # Arrow's threads do not survive the fork of a worker
             table = _open(path).read_row_group(group, columns=[f"{self.image_column}.bytes"], use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is damaged: fetch it again") from error
+            raise UserError(f"{path} is damaged: download it again") from error
         return table.column(self.image_column)
 
     def _read_labels(self, path: Path, file: pq.ParquetFile) -> np.ndarray:
         if _columns(file, path) != (self.image_column, self.label_column):
-            raise UserError(f"{path} has other columns than {self.paths[0]}")
+            raise UserError(f"{path} does not have the columns of {self.paths[0]}")
         try:
             column = file.read(columns=[self.label_column], use_threads=False).column(0)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is damaged: fetch it again") from error
+            raise UserError(f"{path} is damaged: download it again") from error
         if column.null_count:
             raise UserError(f"{path}: a row has no {self.label_column}")
         return column.to_numpy().astype(np.int32)
 
 
 class UnpackedParquet(PackedImages):
-    """A parquet split's images, unpacked into one file of the cache folder unless they are there already.
+    """A parquet split's images, unpacked into one file in the cache folder on first use.
 
     Raises:
-        UserError: the cache folder cannot be written or has no room for the images.
+        UserError: the cache folder cannot be written, or its disk is too small.
     """
 
     def __init__(self, images: ParquetImages) -> None:
@@ -137,9 +137,9 @@ class UnpackedParquet(PackedImages):
 
 
 class ParquetFolder:
-    """A folder in the layout that the datasets library writes and Hugging Face publishes.
+    """A folder in the layout of the datasets library and of Hugging Face.
 
-    Classes are named by the ClassLabel in the first test shard, and are numbers if it has none.
+    Class names are those of the ClassLabel in the first test shard, or numbers if it has none.
     """
 
     def __init__(self, folder: Path, exif: Exif = "apply") -> None:
@@ -149,7 +149,7 @@ class ParquetFolder:
         self._train: ParquetImages | None = None
 
     def train(self, shuffled: bool) -> Dataset[Sample]:
-        """The training images; if they will be read ``shuffled``, from a copy that is made on first use."""
+        """Returns the training images; if ``shuffled``, from an unpacked copy that is made on first use."""
         if self._train is None:
             self._train = ParquetImages(train_shards(self.shards, self.folder), self.exif)
             check_labels(self._train.labels, len(self.classes), self.folder, all_present=True)
@@ -160,11 +160,11 @@ def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is truncated or no parquet file: fetch it again") from error
+        raise UserError(f"{path} is truncated or not a parquet file: download it again") from error
 
 
 def _columns(file: pq.ParquetFile, path: Path) -> tuple[str, str]:
-    """The names of the columns of images and labels."""
+    """Returns the names of the image and label columns."""
     schema = file.schema_arrow
     for kind, names in (("image", IMAGE_COLUMNS), ("label", LABEL_COLUMNS)):
         if not set(names) & set(schema.names):
@@ -180,7 +180,7 @@ def _columns(file: pq.ParquetFile, path: Path) -> tuple[str, str]:
 
 
 def _class_names(file: pq.ParquetFile, column: str) -> list[str] | None:
-    """The names in the ClassLabel of ``column``, if the file's metadata has one."""
+    """Returns the names in the ClassLabel of ``column``, or None if the file's metadata has none."""
     try:
         features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
         return features[column]["names"]
@@ -189,7 +189,7 @@ def _class_names(file: pq.ParquetFile, column: str) -> list[str] | None:
 
 
 def _cache_folder(images: ParquetImages) -> Path:
-    """Where the unpacked images belong; another place as soon as a shard changes."""
+    """Returns the folder of the unpacked images; its name depends on the shards' paths, sizes and times."""
     stats = [(path.resolve(), path.stat()) for path in images.paths]
     facts = [images.image_column, images.label_column, [(str(p), s.st_size, s.st_mtime_ns) for p, s in stats]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -197,7 +197,7 @@ def _cache_folder(images: ParquetImages) -> Path:
 
 
 def _unpack(images: ParquetImages, folder: Path) -> None:
-    """Write every image, as it is, into one file, and where each of them begins, if that is not yet done."""
+    """Writes all image files into one file, and an index of their positions, unless they are there already."""
     needed = sum(path.stat().st_size for path in images.paths)
     advice = f"training needs {needed / 1e9:.1f} GB there to unpack the images; set XDG_CACHE_HOME to another folder"
     with ExitStack() as stack:

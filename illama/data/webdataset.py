@@ -1,10 +1,9 @@
-"""Images that lie inside larger files: what tar and parquet folders share, and WebDataset's tar shards.
+"""WebDataset's tar shards, and what they share with parquet folders.
 
-A shard's split is read off its path: train-0000.tar, train/0000.tar and imagenet1k-train-0000.tar are all of the
-training split. Images are addressed by index, in any order, since training draws each epoch's order from a seed;
-WebDataset's own reader streams instead, so the tar headers are scanned once and every image's place is kept. That
-copies nothing, takes 20 bytes an image (26 MB for ImageNet), and 27 us a member on the machine it was measured on
-(4 s for ImageNet's validation images, 100 s for its training images).
+The split of a shard is part of its path: train-0000.tar, train/0000.tar and imagenet1k-train-0000.tar belong to the
+training split. Images are read by index in any order, since each epoch's order is drawn from a seed. (WebDataset's own
+reader streams.) So all tar headers are scanned once, and the position of every image is kept: 20 bytes per image (26 MB
+for ImageNet), measured at 27 us per member (4 s for ImageNet's validation images, 100 s for its training images).
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from illama.options import Exif
 
 Sample = tuple[Any, int]
 SPLIT_IN_PATH = re.compile(r"(?:^|[-_/])(train|val|validation|test)(?=[-_/.])")
-TEST_SPLITS = ("validation", "val", "test")  # the first that is there is the test split; some "test" has no labels
+TEST_SPLITS = ("validation", "val", "test")  # the first that exists is used; some data sets have no labels in "test"
 IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 CLASS_FILES = ("classes.txt", "classnames.txt")
 PLACE = np.dtype([("file", np.int32), ("label", np.int32), ("start", np.int64), ("size", np.int32)])
 
 
 def find_shards(folder: Path, suffix: str) -> dict[str, list[Path]]:
-    """The shards under ``folder`` by split ("train", "validation", ...), each split in the order of their names.
+    """Returns split ("train", "validation", ...) -> its shards under ``folder``, sorted by name.
 
     Raises:
-        UserError: there is no folder, no shard, or not as many as "-of-00010" in their names says.
+        UserError: there is no folder or no shard, or fewer shards than "-of-00010" in their names says.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
@@ -52,12 +51,12 @@ def find_shards(folder: Path, suffix: str) -> dict[str, list[Path]]:
     for split_name, paths in shards.items():
         totals = {int(found[1]) for path in paths if (found := re.search(r"-of-(\d+)", path.name))}
         if len(totals) == 1 and len(paths) != min(totals):
-            raise UserError(f"{folder} has {len(paths)} of {min(totals)} {split_name} shards: fetch the missing ones")
+            raise UserError(f"{folder} has {len(paths)} of {min(totals)} {split_name} shards: download the others")
     return dict(shards)
 
 
 def evaluation_shards(shards: dict[str, list[Path]], folder: Path) -> list[Path]:
-    """The shards that accuracy is measured on; UserError if there are none."""
+    """Returns the shards of the test split; raises UserError if there are none."""
     for split in TEST_SPLITS:
         if split in shards:
             return shards[split]
@@ -65,14 +64,14 @@ def evaluation_shards(shards: dict[str, list[Path]], folder: Path) -> list[Path]
 
 
 def train_shards(shards: dict[str, list[Path]], folder: Path) -> list[Path]:
-    """The shards of the training split; UserError if there are none."""
+    """Returns the shards of the training split; raises UserError if there are none."""
     if "train" not in shards:
         raise UserError(f"{folder} has no training shards: expected train in their names")
     return shards["train"]
 
 
 def name_classes(names: Sequence[str] | None, labels: np.ndarray, folder: Path) -> tuple[str, ...]:
-    """The names, or numbers up to the largest label if there are none; UserError if they do not fit the labels."""
+    """Returns the names, or numbers if there are none; raises UserError if they do not fit the labels."""
     check_labels(labels, int(labels.max(initial=0)) + 1, folder)  # none is negative
     classes = tuple(names or (str(label) for label in range(int(labels.max()) + 1)))
     if len(classes) < 2:
@@ -82,7 +81,7 @@ def name_classes(names: Sequence[str] | None, labels: np.ndarray, folder: Path) 
 
 
 def check_labels(labels: np.ndarray, classes: int, folder: Path, all_present: bool = False) -> None:
-    """UserError if a label is not in 0..classes-1 or, with ``all_present``, a class has no image."""
+    """Raises UserError if a label is not in 0..classes-1 or, with ``all_present``, a class has no image."""
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise UserError(
@@ -98,7 +97,7 @@ def check_labels(labels: np.ndarray, classes: int, folder: Path, all_present: bo
 
 
 def read_class_names(folder: Path) -> list[str] | None:
-    """The lines of classes.txt or classnames.txt, which name the classes in the order of their labels."""
+    """Returns the lines of classes.txt or classnames.txt, the class names in the order of the labels, or None."""
     for path in (folder / name for name in CLASS_FILES):
         if path.is_file():
             return [line.strip() for line in path.read_text().splitlines() if line.strip()]
@@ -106,14 +105,13 @@ def read_class_names(folder: Path) -> list[str] | None:
 
 
 class PackedImages(Dataset[Sample]):
-    """Images at known places of larger files, read in any order by any number of workers.
+    """Images at known positions in larger files, which can be read in any order by any number of workers.
 
-    A file is opened for each image and nothing is kept open: that costs 35 us against milliseconds of decoding, and
-    leaves nothing that a forked or spawned worker could inherit in a bad state.
+    A file is opened for each image, so that workers inherit no open files. This takes 35 us, and decoding milliseconds.
 
     Attributes:
-        paths: the files.
-        index: PLACE records, one an image.
+        paths: paths to the files.
+        index: a PLACE record for each image.
         exif: see :func:`illama.data.images.decode_image`.
     """
 
@@ -135,15 +133,18 @@ class PackedImages(Dataset[Sample]):
         return decode_image(content, lambda: self.describe(index), self.exif), int(place["label"])
 
     def describe(self, index: int) -> str:
-        """Where an image comes from, for messages."""
+        """Returns where an image comes from, for messages."""
         raise NotImplementedError
 
 
 class TarImages(PackedImages):
-    """The images of a split's tar shards, in the shards' order; ``split`` is for the progress bar.
+    """The images of a split's tar shards, in the order of the shards.
+
+    Args:
+        split: name of the split, for messages.
 
     Raises:
-        UserError: a shard is truncated, or holds an image without a label or a label without an image.
+        UserError: a shard is truncated, or has an image without a label or a label without an image.
     """
 
     def __init__(self, paths: list[Path], split: str, exif: Exif) -> None:
@@ -161,10 +162,10 @@ class TarImages(PackedImages):
 
 
 class WebDataset:
-    """A folder of tar shards whose members are KEY.jpg (or .png, .webp) and KEY.cls, its label in digits.
+    """A folder of tar shards in WebDataset's layout, whose members are KEY.jpg (or .png, .webp) and KEY.cls, a label.
 
-    This is WebDataset's layout, in which ImageNet is published as imagenet1k-train-0000.tar and so on. Classes are
-    named by classes.txt or classnames.txt, a line each, if there is one.
+    ImageNet is published in this layout, as imagenet1k-train-0000.tar and so on. A file classes.txt or classnames.txt
+    may contain the class names, one per line.
     """
 
     def __init__(self, folder: Path, exif: Exif = "apply") -> None:
@@ -174,7 +175,7 @@ class WebDataset:
         self._train: TarImages | None = None
 
     def train(self, shuffled: bool) -> TarImages:
-        """The training images; ``shuffled`` says that they will be read in no order, which is all the same here."""
+        """Returns the training images; ``shuffled`` makes no difference here."""
         if self._train is None:
             self._train = TarImages(train_shards(self.shards, self.folder), "train", self.exif)
             check_labels(self._train.labels, len(self.classes), self.folder, all_present=True)
@@ -182,7 +183,7 @@ class WebDataset:
 
 
 def _scan(path: Path, number: int) -> Iterator[tuple[int, int, int, int]]:
-    """The PLACE of every image in a tar file, in the order of the keys' first members."""
+    """Yields the PLACE of every image in a tar file, in the order of the keys' first members."""
     places: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -197,18 +198,18 @@ def _scan(path: Path, number: int) -> Iterator[tuple[int, int, int, int]]:
                     labels[f"{folder}/{key}"] = _label(tar, member, path)
             sound = _ends_here(path, tar.offset)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path} is truncated or no tar file: fetch it again") from error
+        raise UserError(f"{path} is truncated or not a tar file: download it again") from error
     if not sound:
-        raise UserError(f"{path} is truncated or damaged: fetch it again")
+        raise UserError(f"{path} is truncated or damaged: download it again")
     for key in places.keys() ^ labels.keys():
         lacks = "label (.cls)" if key in places else "image"
-        raise UserError(f"{path}: {key.removeprefix('/')} has no {lacks}; put both into one shard")
+        raise UserError(f"{path}: {key.removeprefix('/')} has no {lacks}: put both into one shard")
     for key, (start, size) in places.items():
         yield number, labels[key], start, size
 
 
 def _ends_here(path: Path, offset: int) -> bool:
-    """Whether a block of zeros follows; tarfile takes a file that is cut or damaged between two members for whole."""
+    """Returns whether zeros follow; tarfile does not notice if a file is cut or damaged between two members."""
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
@@ -218,5 +219,5 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     content = tar.extractfile(member)
     text = content.read() if content else b""
     if not text.strip().isdigit() or len(text) > 9:
-        raise UserError(f"{path}: {member.name} holds {text[:20]!r}, not a label in digits")
+        raise UserError(f"{path}: {member.name} contains {text[:20]!r}, not a label in digits")
     return int(text)

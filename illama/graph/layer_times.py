@@ -1,4 +1,4 @@
-"""Milliseconds of each layer of an exported file: by ONNX Runtime's profiler, or from a TensorRT profile."""
+"""Time of each layer of an exported file, from ONNX Runtime's profiler or a TensorRT layer profile."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tqdm import tqdm
 from illama.errors import UserError
 from illama.graph.session import cpu_session
 
-PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}  # operand of attention -> the product that it is of
+PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}  # input of attention -> the product that it belongs to
 
 
 @dataclass
 class GraphTimes:
-    """What one exported file takes at inference.
+    """Inference times of one exported file.
 
     Attributes:
-        call: ms of a whole call, the median; without the profiler where that can be had.
-        layers: layer -> ms of its own nodes.
-        rest: ms of all other nodes: norms, softmax, reshapes, and copies that ONNX Runtime made under new names.
+        call: median time of a whole call in ms, without a profiler where possible.
+        layers: layer -> time of its nodes in ms.
+        rest: time of all other nodes in ms: norms, softmax, reshapes, and copies that ONNX Runtime added.
     """
 
     call: float
@@ -43,12 +43,12 @@ class GraphTimes:
 
 
 def layer_of_node(node: str, layers: Mapping[str, Any]) -> str | None:
-    """The layer that a node of an exported file belongs to, by its name; None if it is no layer's.
+    """Returns the layer that a node of an exported file belongs to, by the node's name; None if there is none.
 
-    ONNX Runtime keeps names when it fuses nodes, and appends to them; those that it adds are named after values.
+    When ONNX Runtime fuses nodes, it keeps the name and appends to it. Nodes that it adds are named after values.
     """
     module, _, operator = node.partition("/")
-    if module.endswith(".core"):  # the first MatMul of an attention is q k, the second p v
+    if module.endswith(".core"):  # an attention's first MatMul is q k, its second p v
         product = {"MatMul": "qk", "MatMul_2": "pv"}.get(operator.split("/")[0], "")
         module = f"{module}.{product}"
     parent, _, part = module.rpartition(".")
@@ -66,14 +66,14 @@ def time_graphs(
     rounds: int = 10,
     calls: int = 10,
 ) -> dict[str, GraphTimes]:
-    """Time files in ONNX Runtime on the CPU, all in turn in every round, so that drift hits all alike.
+    """Times files in ONNX Runtime on the CPU. Every round runs each file, so that drift affects all alike.
 
-    Whole calls are timed in sessions without a profiler, nodes by a profiler: the median of every node's calls.
+    Whole calls are timed without a profiler, and nodes with one. Times are medians over calls.
 
     Args:
-        images: (B, C, H, W) float32 of one call.
-        layers: the names that nodes are attributed to.
-        threads: of ONNX Runtime; 0 for one a core.
+        images: input of a call, (B, C, H, W) float32.
+        layers: layers that nodes are attributed to.
+        threads: number of threads; 0 for one per core.
     """
     plain, times = {name: cpu_session(path, threads) for name, path in paths.items()}, {name: [] for name in paths}  # type: ignore[var-annotated]
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def time_graphs(
         for _ in tqdm(range(rounds), desc="time layers", unit="round", leave=False):
             for name, session in plain.items():
                 feed = {session.get_inputs()[0].name: images}
-                for call in range(3 + calls):  # the first three wake the threads up
+                for call in range(3 + calls):  # the first three are warm-up
                     start = time.perf_counter()
                     session.run(None, feed)
                     times[name] += [time.perf_counter() - start] if call >= 3 else []
@@ -103,13 +103,13 @@ def _attribute(events: list[dict[str, Any]], call: float, layers: Mapping[str, A
 
 
 def read_layer_times(path: Path, layers: Mapping[str, Any]) -> GraphTimes:
-    """A TensorRT engine's own layer times: what ``trtexec --exportProfile=FILE`` or the profiler's JSON holds.
+    """Reads a TensorRT engine's layer times: a file of ``trtexec --exportProfile=FILE`` or of the profiler, in JSON.
 
-    An engine's layer goes to every layer of ours that its name mentions, in equal parts, and so does the time of a
-    fused attention to both of its products; one that mentions none is the rest.
+    The time of an engine's layer is divided equally among the layers that its name contains; a fused attention
+    contains both of its products. If the name contains no layer, the time is part of ``rest``.
 
     Raises:
-        UserError: if it is not such a file, or mentions no layer of this network.
+        UserError: the file is not a profile, or contains no layer of this network.
     """
     try:
         rows = [row for row in json.loads(path.read_text()) if "name" in row]
@@ -124,12 +124,12 @@ def read_layer_times(path: Path, layers: Mapping[str, Any]) -> GraphTimes:
         for layer in mentioned or [None]:
             times.add(layer, milliseconds / max(1, len(mentioned)))
     if not times.layers:
-        raise UserError(f"{path} mentions no layer of this network: build the engine from a file of this project's")
+        raise UserError(f"{path} contains no layer of this network: build the engine from a file of this project")
     return times
 
 
 def _mentions(name: str, layer: str) -> bool:
     parent, _, part = layer.rpartition(".")
     wanted = re.escape(parent if part in ("qk", "pv") else layer)
-    # Not within a longer name; but TensorRT writes a range of fused nodes as "first...last".
+    # The layer must not be part of a longer name. TensorRT writes a range of fused nodes as "first...last".
     return bool(re.search(rf"(?:^|[^\w.]|\.\.\.){wanted}(?!\w)", name))

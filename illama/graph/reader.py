@@ -1,4 +1,4 @@
-"""Reading an exported graph: its nodes, constants, and what each product is computed in."""
+"""Reads ONNX files: nodes, constants, and the dtype of each matrix product."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TYPE_NAMES = {
 
 
 def load_graph(path: Path) -> ModelProto:
-    """An ONNX file; UserError if there is none or it is damaged."""
+    """Loads an ONNX file; raises UserError if it is missing or damaged."""
     try:
         return onnx.load(path)
     except FileNotFoundError as error:
@@ -32,7 +32,7 @@ def load_graph(path: Path) -> ModelProto:
 
 
 class Index:
-    """Who makes and who reads each value, and the constants."""
+    """The node that makes each value, the nodes that read it, and the constants of a graph."""
 
     def __init__(self, model: ModelProto) -> None:
         self.graph = model.graph
@@ -57,7 +57,7 @@ class Index:
 
 
 def precisions(model: ModelProto) -> dict[str, str]:
-    """Layer -> what its product is computed in: ``int8``, ``fp8``, or the float type, with its weights' own."""
+    """Returns layer -> dtype of its product: ``int8``, ``fp8``, or the float dtype, with that of quantized weights."""
     index = Index(model)
     shapes = onnx.shape_inference.infer_shapes(model).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*shapes.value_info, *shapes.input)}
@@ -84,5 +84,5 @@ def _quantized_type(index: Index, name: str) -> str | None:
 
 
 def has_fp8(model: ModelProto) -> bool:
-    """Whether any tensor is FP8."""
+    """Returns whether any tensor is FP8."""
     return any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)

@@ -1,20 +1,20 @@
-"""The attention mask: the heart of iLLaMA, and the trap.
+"""Attention with iLLaMA's causal mask, in a plain and a fused form.
 
-The paper's equation 2 multiplies the mask AFTER the softmax and does not renormalise:
+The paper's equation 2 multiplies the mask AFTER the softmax and does not renormalize:
 
     O = (softmax(q k^T / sqrt(d)) * S) v        S = alpha * ones + (1 - alpha) * tril
 
-so the denominator of every row still sums over future tokens. The causal mask of a language model
-(equation 1, ``is_causal=True``) is another function on every row but the last, and a checkpoint trained
-with one gives wrong answers, in silence, under the other. ``docs/attention-mask.md`` has a picture.
+So the denominator of every row still sums over future tokens. The causal mask of a language model (equation 1,
+``is_causal=True``) is a different function on every row but the last. A checkpoint that was trained with one of them
+gives wrong results with the other, without any error. ``docs/attention-mask.md`` has a figure.
 
-The same function as ONE ordinary scaled-dot-product attention, so that fused kernels can run it: attend
-over 2N keys with a boolean pre-softmax mask,
+Fused kernels can compute the same function as a single scaled-dot-product attention over 2N keys with a boolean
+pre-softmax mask:
 
     K' = [K ; K]        V' = [V ; alpha V]        allowed = [ tril | not tril ]      (N x 2N)
 
-Each row meets every key exactly once, so the denominator is the full sum; the keys of the future are met
-in the second half, where their values are scaled by alpha. Exact for every alpha.
+Each row attends to every key exactly once, so the denominator is the full sum. Future keys are attended to in the
+second half, where their values are scaled by alpha. This is exact for every alpha.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Form = Literal["plain", "fused"]
 
 
 class QuantizerPoint(nn.Identity):
-    """An input of an attention product: the place where a quantizer may stand."""
+    """A quantizer insertion point: an input of a matrix product of attention."""
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """The mask of one forward pass, for M query rows over N keys.
+    """The mask of one forward pass, for M query rows and N keys.
 
     Attributes:
-        kind: which of the three masks; ``bidirectional`` wherever nothing is masked.
-        causal: (M, N) boolean, true where the query may see the key.
-        alpha: the soft mask's weight on the future, a scalar tensor; None stands for 0 (hard mask).
+        kind: which of the three masks; ``bidirectional`` if nothing is masked.
+        causal: (M, N) boolean, true where the query may attend to the key.
+        alpha: the soft mask's weight of future keys, a scalar tensor; None means 0 (hard mask).
     """
 
     kind: MaskKind
@@ -50,22 +50,27 @@ class AttentionMask:
     alpha: Tensor | None = None
 
     def row(self, index: int, sees_all: bool) -> AttentionMask:
-        """The mask of a single query row; the last row of a causal mask sees every key."""
+        """Returns the mask of a single query row.
+
+        Args:
+            sees_all: whether this query attends to every key, as the last row of a causal mask does.
+        """
         kind: MaskKind = "bidirectional" if sees_all else self.kind
         return AttentionMask(kind, self.causal[index : index + 1], self.alpha)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """S of equation 2, shape (M, N)."""
+        """Returns S of equation 2, (M, N)."""
         causal = self.causal.to(dtype)
         return causal if self.alpha is None else torch.where(self.causal, causal, self.alpha.to(dtype))
 
 
 class MaskedAttention(nn.Module):
-    """Both products of attention, for every mask, in a plain and a fused form. No parameters.
+    """Attention of q, k and v with any of the masks. Has no parameters.
 
-    ``form`` picks one: ``plain`` (MatMul, softmax, mask, MatMul: for quantizers, which need the softmax
-    output, and for ONNX Runtime on CPUs) or ``fused`` (one scaled-dot-product attention: for GPUs and
-    TensorRT). ``None`` takes :func:`fastest_form`.
+    Attributes:
+        form: ``plain`` (MatMul, softmax, mask, MatMul), for quantizers, which need the softmax output, and for ONNX
+            Runtime on CPUs; ``fused`` (one scaled-dot-product attention), for GPUs and TensorRT; or None for
+            :func:`fastest_form`.
     """
 
     def __init__(self) -> None:
@@ -74,9 +79,10 @@ class MaskedAttention(nn.Module):
         self.q, self.k, self.v, self.p = QuantizerPoint(), QuantizerPoint(), QuantizerPoint(), QuantizerPoint()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float = 0.0) -> Tensor:
-        """q (B, H, M, d), k and v (B, H, N, d) -> (B, H, M, d).
+        """Computes attention: q (B, H, M, d), k and v (B, H, N, d) -> (B, H, M, d).
 
-        ``dropout`` is the rate at which attention weights are dropped, whatever the module's mode.
+        Args:
+            dropout: dropout rate of the attention weights, in training and evaluation mode alike.
         """
         form = self.form or fastest_form(q, mask)
         return (self._fused if form == "fused" else self._plain)(q, k, v, mask, dropout)
@@ -95,8 +101,8 @@ class MaskedAttention(nn.Module):
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -> Tensor:
         allowed: Tensor | None = None
-        # Scaled here and not by the operator: TensorRT's fused attention takes no scale, and a quantizer
-        # on q must see the same tensor in both forms.
+        # Not scaled by the operator, since TensorRT's fused attention has no scale, and a quantizer of q must get the
+        # same tensor in both forms.
         q = q * q.shape[-1] ** -0.5
         if mask.kind == "pre_softmax":
             allowed = mask.causal if mask.alpha is None else mask.weight(q.dtype).log()
@@ -107,7 +113,7 @@ class MaskedAttention(nn.Module):
             allowed = torch.cat([mask.causal, ~mask.causal], dim=-1)
         rows = q.shape[-2]
         if rows == 1:
-            q = q.expand(-1, -1, 2, -1)  # TensorRT has fused kernels for two query rows and more
+            q = q.expand(-1, -1, 2, -1)  # TensorRT has no fused kernel for a single query row
         fused = F.scaled_dot_product_attention(
             self.q(q), self.k(k), self.v(v), attn_mask=allowed, dropout_p=dropout, scale=1.0
         )
@@ -115,11 +121,11 @@ class MaskedAttention(nn.Module):
 
 
 class SoftMasked(nn.Module):
-    """A network with one soft mask for all of its attentions: the base class that holds alpha.
+    """Base class of networks with one soft mask for all of their attentions.
 
     Attributes:
-        config: what the network is.
-        soft_mask: alpha of the soft mask, 0..1 (ValueError outside); training moves it, inference leaves it at 0.
+        config: the network's configuration.
+        soft_mask: alpha of the soft mask, 0..1, or ValueError. Training changes it; it is 0 in inference.
     """
 
     config: NetworkConfig
@@ -138,35 +144,35 @@ class SoftMasked(nn.Module):
     def soft_mask(self, alpha: float) -> None:
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"the soft mask's alpha must lie in 0..1, not {alpha}")
-        # attention_mask() reads the buffer and these two facts but never the float, so that a compiled model
-        # is not compiled anew for each value that a schedule gives.
+        # attention_mask() reads the buffer and these two booleans, but never the float, so that a compiled model is
+        # not recompiled for every value of the schedule.
         self._soft_mask = alpha
         self._masks_nothing = alpha == 1.0
         self._masks_softly = 0.0 < alpha < 1.0
         self.alpha.fill_(alpha)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay spares besides norms and biases (timm's convention)."""
+        """Returns the parameters without weight decay, besides norms and biases (timm's convention)."""
         return set()
 
     def attention_mask(self, kind: MaskKind, causal: Tensor) -> AttentionMask:
-        """The mask of this forward pass; ``causal`` is (N, N), true where the query may see the key."""
+        """Returns the mask of this forward pass; ``causal`` is (N, N), true where the query may attend to the key."""
         return AttentionMask(
             "bidirectional" if self._masks_nothing else kind, causal, self.alpha if self._masks_softly else None
         )
 
     def set_attention_form(self, form: Form | None) -> None:
-        """Fix the form of every attention (see :class:`MaskedAttention`), or None for the fastest."""
+        """Sets the form of every attention (see :class:`MaskedAttention`); None is the fastest."""
         for module in self.modules():
             if isinstance(module, MaskedAttention):
                 module.form = form
 
 
 def fastest_form(q: Tensor, mask: AttentionMask) -> Form:
-    """The faster form for these queries: measured on a CPU (``docs/attention-mask.md``), expected of a GPU."""
+    """Returns the faster form for these queries: measured on CPUs (``docs/attention-mask.md``), assumed on GPUs."""
     if q.device.type != "cpu":
         return "fused"
-    # A CPU's fused kernel skips no masked key, so twice the keys are twice the work; and in 16 bits its backward
-    # pass is slower than the plain form, for a single query up to twenty times.
+    # A CPU's fused kernel does not skip masked keys, so twice the keys are twice the work. In 16 bits its backward pass
+    # is slower than the plain form, for a single query up to 20 times.
     slow_backward = q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
     return "plain" if mask.kind != "bidirectional" or slow_backward else "fused"

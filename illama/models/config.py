@@ -1,4 +1,4 @@
-"""What a network is, in one frozen dataclass for each kind, and iLLaMA's published sizes."""
+"""Configurations of networks, and iLLaMA's published sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Position = Literal["learnable", "rope", "both"]
 Norm = Literal["rms", "layer"]
 Mlp = Literal["swiglu", "gelu"]
 
-# width, depth, heads of arXiv 2404.06773, Table 13; "nano" is ours, for 28- to 32-pixel images on a CPU.
+# width, depth and heads of arXiv 2404.06773, Table 13; "nano" is this project's, for 28- to 32-pixel images on a CPU.
 _PRESETS: dict[str, dict[str, int]] = {
     "nano": {
         "image_size": 28,
@@ -30,9 +30,9 @@ _PRESETS: dict[str, dict[str, int]] = {
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }
 
-# The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17; each changes one thing of the last.
-# The mask of the collapse is the usual causal one, before the softmax: the paper's after the softmax lets the
-# denominators through, so that a class token at the front is not quite blind (docs/reproduction.md).
+# The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17; each changes one thing in the step before.
+# "causal-collapse" has the usual causal mask, before the softmax. With the paper's mask, after the softmax, a class
+# token at the front still depends on the other tokens through the denominators (docs/reproduction.md).
 _VIT: dict[str, Any] = {
     "norm": "layer",
     "mlp": "gelu",
@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class NetworkConfig(Protocol):
-    """What every network says of itself, whatever its kind; see :class:`ModelConfig` for the meanings."""
+    """The settings that every network has; see :class:`ModelConfig` for their meanings."""
 
     @property
     def image_size(self) -> int: ...
@@ -71,14 +71,14 @@ class NetworkConfig(Protocol):
 
 @dataclass(frozen=True)
 class TimmConfig:
-    """A timm ViT under one of our masks.
+    """Configuration of a timm ViT with one of this project's masks.
 
     Attributes:
-        name: what ``timm.create_model`` takes; the class's name for a network that was made without it.
-        image_size: side length in pixels.
-        in_channels: colour channels of the input.
-        num_classes: outputs of the head.
-        mask: see :class:`ModelConfig`; ``bidirectional`` is the network as timm has it.
+        name: model name for ``timm.create_model``; the name of the class for a network that was made without it.
+        image_size: side length of the input in pixels.
+        in_channels: number of color channels of the input.
+        num_classes: number of outputs of the head.
+        mask: see :class:`ModelConfig`; ``bidirectional`` is timm's network unchanged.
     """
 
     name: str
@@ -89,7 +89,7 @@ class TimmConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TimmConfig:
-        """The config that :meth:`to_dict` wrote; names that are unknown or missing raise :class:`UserError`."""
+        """Returns the config that :meth:`to_dict` wrote; raises UserError for unknown or missing names."""
         wrong = set(values) ^ {field.name for field in fields(cls)}
         if wrong:
             raise UserError(f"unknown or missing settings of a timm network: {', '.join(sorted(wrong))}")
@@ -101,24 +101,27 @@ class TimmConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of an iLLaMA; the defaults are iLLaMA-Tiny at 224 pixels (arXiv 2404.06773, section 4).
+    """Configuration of an iLLaMA; the defaults are iLLaMA-Tiny at 224 pixels (arXiv 2404.06773, section 4).
 
     Attributes:
-        image_size, patch_size: side lengths in pixels; images and patches are square.
-        in_channels: colour channels of the input.
-        width, depth, heads: embedding width, number of blocks, attention heads per block.
-        num_classes: outputs of the head.
-        class_token: ``last`` (the paper's "PS [cls]") or ``first`` (as in ViT).
-        mask: ``post_softmax`` (equation 2: multiplied after the softmax, not renormalised; the only one
-            for released weights), ``pre_softmax`` (equation 1) or ``bidirectional`` (a plain ViT).
-        position: learnable embedding, rotary embedding (RoPE), or both (the paper's).
+        image_size: side length of the square input in pixels.
+        patch_size: side length of a patch in pixels.
+        in_channels: number of color channels of the input.
+        width: embedding dimension.
+        depth: number of blocks.
+        heads: number of attention heads per block.
+        num_classes: number of outputs of the head.
+        class_token: position of the class token, ``last`` (the paper's "PS [cls]") or ``first`` (as in ViT).
+        mask: ``post_softmax`` (equation 2: multiplied after the softmax, not renormalized; used by all released
+            weights), ``pre_softmax`` (equation 1) or ``bidirectional`` (as in ViT).
+        position: position embedding, ``learnable``, ``rope`` (rotary) or ``both`` (the paper's).
         norm: ``rms`` (RMSNorm) or ``layer`` (LayerNorm, as in ViT).
-        mlp: ``swiglu``, or ``gelu`` (two Linears with biases, 4 x width between them, as in ViT).
-        class_sees_all: leave the class token's row of the mask open, wherever the token stands; the last row
-            of a causal mask is open in any case.
+        mlp: ``swiglu``, or ``gelu`` (two Linears with biases and a hidden width of 4 x width, as in ViT).
+        class_sees_all: whether the class token attends to every token in any position; in the last position it always
+            does.
 
     Raises:
-        UserError: when the numbers do not fit together.
+        UserError: a value has the wrong type, or the values do not fit together.
     """
 
     image_size: int = 224
@@ -147,13 +150,14 @@ class ModelConfig:
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads or self.head_dim % 2:
-            raise UserError(f"width {self.width} must split into {self.heads} heads of an even size")
+            raise UserError(f"width {self.width} must be divisible into {self.heads} heads of an even size")
 
     @classmethod
     def preset(cls, name: str, variant: str = "illama", **overrides: Any) -> Self:
-        """A published size (``tiny``, ``small``, ``base``, ``large``) or ``nano``, with fields overridden.
+        """Returns a published size (``tiny``, ``small``, ``base``, ``large``) or ``nano``, with fields overridden.
 
-        ``variant`` is a step of the way from ViT to iLLaMA, one of :data:`VARIANTS`.
+        Args:
+            variant: a step on the way from ViT to iLLaMA, one of :data:`VARIANTS`.
         """
         if name not in _PRESETS:
             raise UserError(f"unknown model size {name!r}; choose one of {', '.join(_PRESETS)}")
@@ -163,7 +167,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The config that :meth:`to_dict` wrote; unknown names raise :class:`UserError`."""
+        """Returns the config that :meth:`to_dict` wrote; raises UserError for unknown names."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"unknown model settings: {', '.join(sorted(unknown))}")
@@ -182,7 +186,7 @@ class ModelConfig:
 
     @property
     def tokens(self) -> int:
-        """N: the patches and the class token."""
+        """N, the number of patches and the class token."""
         return self.patches + 1
 
     @property
@@ -191,7 +195,7 @@ class ModelConfig:
 
     @property
     def hidden(self) -> int:
-        """Width of the MLP's hidden layer; SwiGLU's is two thirds of 4 x width, rounded up to a multiple of 256."""
+        """Hidden width of the MLP; SwiGLU's is two thirds of 4 x width, rounded up to a multiple of 256."""
         if self.mlp == "gelu":
             return 4 * self.width
         return 256 * -(-int(8 * self.width / 3) // 256)

@@ -1,6 +1,6 @@
 """The network of "Adapting LLaMA Decoder to Vision Transformer" (arXiv 2404.06773), section 3.
 
-Parameter names are those of the authors' released code, so its checkpoints load as they are.
+Parameters have the names of the authors' released code, so its checkpoints can be loaded.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from illama.models.norms import make_norm
 
 
 class Linear(nn.Linear):
-    """A Linear that can compute a slice of its outputs, by the weights of that slice alone."""
+    """A Linear that can compute a slice of its outputs."""
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
-        """(..., in) -> (..., out), or the outputs named by the slice."""
+        """(..., in) -> (..., out), or only the outputs in the slice."""
         if outputs is None:
             return F.linear(x, self.weight, self.bias)
         return F.linear(x, self.weight[outputs], self.bias[outputs])
@@ -39,14 +39,14 @@ class PatchEmbed(nn.Module):
 
 
 class Rotary(nn.Module):
-    """:func:`rotate` as a module, so that an exporter can put another in its place."""
+    """:func:`rotate` as a module, so that an exporter can replace it."""
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         return rotate(x, rotation)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions; the mask is :class:`illama.models.attention.MaskedAttention`."""
+    """Multi-head attention with rotary positions around a :class:`illama.models.attention.MaskedAttention`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,9 +57,11 @@ class Attention(nn.Module):
         self.proj = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, mask: AttentionMask, rotation: Tensor | None, row: int | None = None) -> Tensor:
-        """(B, N, width) -> (B, N, width), or (B, 1, width) for the query ``row`` alone.
+        """(B, N, width) -> (B, N, width).
 
-        ``rotation`` is (2, N, head_dim / 2): cosines and sines, or None without RoPE.
+        Args:
+            rotation: cosines and sines, (2, N, head_dim / 2); None without RoPE.
+            row: compute only this query; the output is (B, 1, width).
         """
         if row is None:
             q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
@@ -105,8 +107,8 @@ class Block(nn.Module):
     """A pre-norm block: x += attention(norm(x)); x += mlp(norm(x)).
 
     Args:
-        drop_path: chance that a sample skips a branch in training (stochastic depth).
-        dropout: on the output of each branch.
+        drop_path: probability that a sample skips a branch in training (stochastic depth).
+        dropout: dropout rate of the output of each branch.
     """
 
     def __init__(self, config: ModelConfig, drop_path: float, dropout: float) -> None:
@@ -127,17 +129,17 @@ class Block(nn.Module):
 
 
 class ILLaMA(SoftMasked):
-    """The whole network: images (B, C, H, W), float, to logits (B, num_classes).
+    """The whole network: float images (B, C, H, W) to logits (B, num_classes).
 
     Attributes:
-        config: the :class:`ModelConfig` it was built from.
-        soft_mask: alpha of the soft mask, 0..1 (ValueError outside); training moves it, inference leaves it at 0.
-        readout_only: compute the last block for the class token alone, since nothing else of it is read.
-            Exact, in training too; False computes every token, as the released code does.
+        config: the network's :class:`ModelConfig`.
+        soft_mask: alpha of the soft mask, 0..1, or ValueError. Training changes it; it is 0 in inference.
+        readout_only: whether the last block computes only the class token, since no other output of it is used.
+            This is exact, in training as well. If False, it computes every token, as the released code does.
 
     Args:
-        drop_path: stochastic depth of the last block; rises linearly from 0 in the first.
-        dropout: after the position embedding and on every branch.
+        drop_path: stochastic depth rate of the last block; it rises linearly from 0 in the first.
+        dropout: dropout rate after the position embedding and in every residual branch.
     """
 
     config: ModelConfig
@@ -163,24 +165,24 @@ class ILLaMA(SoftMasked):
         causal = torch.ones(config.tokens, config.tokens, dtype=torch.bool).tril()
         causal[config.class_index] |= config.class_sees_all
         self.register_buffer("causal", causal, persistent=False)
-        self.apply(_initialise)
+        self.apply(_initialize)
         for table in (self.cls_token, self.pos_embed):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay spares besides norms and biases (timm's convention)."""
+        """Returns the parameters without weight decay, besides norms and biases (timm's convention)."""
         return {"cls_token", "pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which layer each parameter belongs to, for layer-wise learning rate decay (timm's convention)."""
+        """Returns the layer of each parameter, for layer-wise learning rate decay (timm's convention)."""
         return {
             "stem": r"^(?:cls_token|pos_embed|patch_embed)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> what the first block takes: patches and class token with their positions, (B, N, width)."""
+        """Returns the input of the first block, patches and class token with positions, (B, N, width)."""
         x = self.patch_embed(images)
         class_token = self.cls_token.expand(x.shape[0], -1, -1)
         x = torch.cat([x, class_token] if self.config.class_token == "last" else [class_token, x], dim=1)
@@ -189,7 +191,7 @@ class ILLaMA(SoftMasked):
         return self.drop(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The class token after the final norm, (B, width)."""
+        """Returns the class token after the final norm: (B, C, H, W) -> (B, width)."""
         config, x = self.config, self.embed(images)
         mask = self.attention_mask(config.mask, self.causal)
         blocks: list[nn.Module] = list(self.blocks)
@@ -208,18 +210,18 @@ class ILLaMA(SoftMasked):
 
 
 def rotary_table(tokens: int, head_dim: int, theta: float = 10000.0) -> Tensor:
-    """RoPE's cosines and sines, (2, tokens, head_dim / 2) (Su et al., arXiv 2104.09864, equation 15)."""
+    """Returns RoPE's cosines and sines, (2, tokens, head_dim / 2) (Su et al., arXiv 2104.09864, equation 15)."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float64), frequencies)
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), LLaMA's own layout.
+    """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), as in the original LLaMA.
 
-    Hugging Face's LLaMA pairs x[i] with x[i + d / 2] instead: its weights need a permutation first.
+    Hugging Face's LLaMA pairs x[i] with x[i + d / 2] instead; its weights must be permuted first.
     """
-    if torch.compiler.is_compiling():  # compilers and exporters have no complex numbers, and need none to be fast
+    if torch.compiler.is_compiling():  # compilers and exporters do not support complex numbers, nor need them for speed
         cos, sin = rotation.to(x.dtype)
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
@@ -229,10 +231,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
-def _initialise(module: nn.Module) -> None:
-    """Truncated normal, std 0.02, and zero biases: the released code's for Linears (the paper's tables say 0.2).
+def _initialize(module: nn.Module) -> None:
+    """Initializes weights from a truncated normal (std 0.02) and biases with zero.
 
-    The patch convolution gets the same; the released code leaves it as PyTorch made it.
+    This is the released code's initialization of Linears (the paper's tables give 0.2). Here it also applies to the
+    patch convolution, for which the released code keeps PyTorch's default.
     """
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)

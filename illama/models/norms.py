@@ -1,4 +1,4 @@
-"""Normalisation over the width, in float32 whatever the input: the square of a float16 activation overflows."""
+"""Normalization layers that compute in float32, since the square of a float16 activation can overflow."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide, weight = _widen(x), _widen(self.weight)
-        # PyTorch makes its own of a dozen passes over memory when it trains on a CPU without compiling.
+        # PyTorch's own makes a dozen passes over memory when it trains on a CPU without compiling.
         by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         norm = _TrainedRMSNorm.apply if by_hand else _rms_norm
         return norm(wide, weight, self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm, for ViTs; with or without weight and bias."""
+    """LayerNorm for ViTs, with or without weight and bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if each is None else _widen(each) for each in (self.weight, self.bias))
@@ -34,12 +34,12 @@ class LayerNorm(nn.LayerNorm):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """The config's normalisation."""
+    """Returns the normalization layer of a config."""
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config.width, eps=EPSILON)
 
 
 def widened(norm: nn.Module) -> nn.Module | None:
-    """The same normalisation in float32, around the same parameters; None for a module that is none of timm's."""
+    """Returns a float32 version of a timm normalization with the same parameters; None for any other module."""
     if type(norm) in (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.LayerNormFp32):
         wide: nn.Module = LayerNorm(norm.normalized_shape, eps=norm.eps)  # type: ignore[arg-type]
         wide.bias = norm.bias
@@ -63,7 +63,7 @@ class _TrainedRMSNorm(torch.autograd.Function):
     """RMSNorm with its backward pass in two passes over memory; first derivatives only."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # not in 16 bits
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # not in autocast's 16 bits
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = (torch.linalg.vecdot(x, x) / x.shape[-1] + eps).rsqrt().unsqueeze(-1)
         unit = x * scale

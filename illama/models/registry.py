@@ -1,4 +1,4 @@
-"""The published sizes in timm's registry: timm.create_model("illama_tiny", num_classes=10)."""
+"""Registers the published sizes with timm: timm.create_model("illama_tiny", num_classes=10)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TIMM_INTERNAL = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 def _create(size: str, pretrained: bool, **options: Any) -> ILLaMA:
     if pretrained:
-        raise UserError("nothing is downloaded: load released weights with load_checkpoint(PATH)")
+        raise UserError("pretrained weights are not downloaded: load released weights with load_checkpoint(PATH)")
     for name in _TIMM_INTERNAL:
         options.pop(name, None)
     drop_path = options.pop("drop_path_rate", 0.0)

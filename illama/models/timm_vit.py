@@ -1,10 +1,10 @@
-"""A timm VisionTransformer around this project's attention: as it is, to be quantized, or made causal.
+"""A timm VisionTransformer with this project's attention, either unchanged, for quantization, or causal.
 
-As it is (:func:`to_quantizable`), it computes what it did, and gets quantizers' places, the exact forms of attention
-and float32 normalisations. Made causal (:func:`to_causal`), it goes from a bidirectional checkpoint to the paper's
-mask by way of alpha. At alpha = 1 nothing is masked, so the causal network computes what the original did, up to the
-order of sums: self-attention does not care where the class token stands once positions have been added. Fine-tuning
-then lowers alpha to 0, as training from scratch does (arXiv 2404.06773, section 3).
+:func:`to_quantizable` does not change what the network computes. It adds quantizer insertion points, the two forms of
+attention and float32 normalization. :func:`to_causal` gives the network of a bidirectional checkpoint the paper's mask.
+At alpha = 1 nothing is masked, so the causal network computes what the original does, up to the order of sums, since
+self-attention does not depend on the class token's place once positions have been added. Fine-tuning then lowers alpha
+to 0, as training from scratch does (arXiv 2404.06773, section 3).
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ _BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
 
 
 def to_causal(vit: VisionTransformer, mask: MaskKind = "post_softmax") -> CausalVisionTransformer:
-    """A causal copy of ``vit`` with its weights; ``vit`` itself stays as it is and shares nothing with the copy.
+    """Returns a causal copy of ``vit``, which is not changed and shares nothing with the copy.
 
-    The copy starts with the hard mask, as it is to be deployed. To fine-tune, lower its ``soft_mask`` from 1.
+    The copy has the hard mask, as for deployment. To fine-tune it, lower its ``soft_mask`` from 1.
 
     Args:
-        vit: any timm ``VisionTransformer`` or its distilled DeiT variant, with every pooling, with or without
-            class token and registers; blocks may be timm's ``Block``, ``ResPostBlock`` or ``ParallelThingsBlock``.
+        vit: any timm ``VisionTransformer`` or its distilled DeiT variant, with any pooling, with or without class token
+            and registers; blocks may be timm's ``Block``, ``ResPostBlock`` or ``ParallelThingsBlock``.
         mask: ``post_softmax`` (the paper's equation 2) or ``pre_softmax``.
 
     Raises:
-        UserError: when ``mask`` is neither, or when the network has a part that cannot be made causal exactly:
-            another class (EVA, BEiT, relative or rotary positions), other blocks or another attention, or
-            images that are not square.
+        UserError: ``mask`` is neither, or a part of the network cannot be made causal exactly: another class (EVA,
+            BEiT, relative or rotary positions), other blocks, another attention, or images that are not square.
     """
     if mask not in ("post_softmax", "pre_softmax"):
         raise UserError(f"mask must be post_softmax or pre_softmax, not {mask!r}")
@@ -48,10 +47,10 @@ def to_causal(vit: VisionTransformer, mask: MaskKind = "post_softmax") -> Causal
 
 
 def to_quantizable(vit: VisionTransformer) -> CausalVisionTransformer:
-    """A copy of ``vit`` that computes what ``vit`` does, ready to be quantized and exported; no mask, no new order.
+    """Returns a copy of ``vit`` that computes the same, for quantization and export; without mask or reordering.
 
-    Takes and refuses what :func:`to_causal` does, and refuses hybrids too, whose patches come from a convolutional
-    network. Its attention, its normalisations and its way through the data are those of the causal networks.
+    Accepts the networks that :func:`to_causal` accepts, except hybrids, whose patches come from a convolutional
+    network. Attention, normalization and code path are those of the causal networks.
     """
     refusal = f"cannot quantize a {type(vit).__name__}"
     _check(vit, refusal)
@@ -61,22 +60,22 @@ def to_quantizable(vit: VisionTransformer) -> CausalVisionTransformer:
 
 
 class CausalVisionTransformer(SoftMasked):
-    """What the two functions make: images (B, C, H, W), float, to what the head of the original gives.
+    """A timm ViT with this project's attention: float images (B, C, H, W) to the output of the original's head.
 
-    Under a causal mask the blocks see the patches in raster order, then the registers (or the distillation token),
-    then the class token. Outside of them, and without a mask, the order is timm's, so pooling, final norm and head
-    are the original's; an attention pooling (``map``, ``prr``) is a read-out and not masked.
+    Under a causal mask, the blocks get the patches in raster order, then the registers (or the distillation token),
+    then the class token. Outside the blocks, and without a mask, the order is timm's, so pooling, final norm and head
+    are the original's. An attention pooling (``map``, ``prr``) reads all tokens and is not masked.
 
-    Names in the state dict are timm's behind ``vit.``, and ``model.vit.state_dict()`` loads into the original
-    class. Use ``model.vit`` where timm wants its own: for ``reset_classifier``, ``set_input_size``,
-    ``set_grad_checkpointing``, or an optimizer's parameter groups. It is not to be called itself.
+    Names in the state dict are timm's after ``vit.``, and ``model.vit.state_dict()`` can be loaded into the original
+    class. Pass ``model.vit`` to timm for ``reset_classifier``, ``set_input_size``, ``set_grad_checkpointing``, or an
+    optimizer's parameter groups, but do not call it.
 
     Attributes:
-        vit: timm's network, with each attention replaced by a :class:`CausalAttention`, its normalisations by
-            ours, and a latent attention pooling by a :class:`LatentPool`.
-        config: what it was made as; timm's methods on ``vit`` do not change it.
-        mask: ``post_softmax``, ``pre_softmax``, or ``bidirectional`` for the network as timm has it.
-        soft_mask: alpha, see :class:`illama.models.attention.SoftMasked`. Not saved: a network made anew is at 0.
+        vit: timm's network, in which :class:`CausalAttention` replaces each attention, a float32 version each
+            normalization, and :class:`LatentPool` a latent attention pooling.
+        config: the original configuration; timm's methods on ``vit`` do not change it.
+        mask: ``post_softmax``, ``pre_softmax``, or ``bidirectional`` for timm's network unchanged.
+        soft_mask: alpha, see :class:`illama.models.attention.SoftMasked`. It is not saved; a new network has 0.
     """
 
     config: TimmConfig
@@ -95,15 +94,15 @@ class CausalVisionTransformer(SoftMasked):
             if (norm := widened(module)) is not None:
                 vit.set_submodule(name, norm)
         if mask != "bidirectional" and isinstance(vit.patch_drop, PatchDropout):
-            vit.patch_drop.ordered = True  # timm's default shuffles the patches it keeps: no order to be causal in
-        self.to(next(vit.parameters()).device)  # alpha, that is; its precision is float32 whatever the weights'
+            vit.patch_drop.ordered = True  # by default, timm shuffles the patches that it keeps
+        self.to(next(vit.parameters()).device)  # moves alpha, which stays in float32
 
     def no_weight_decay(self) -> set[str]:
-        """The original's, under their names here."""
+        """Returns the original's parameters without weight decay, under their names here."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the final norm, in timm's order (class token first): (B, N, width)."""
+        """Returns all tokens after the final norm, in timm's order (class token first): (B, N, width)."""
         vit = self.vit
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         if self.mask == "bidirectional":
@@ -114,8 +113,8 @@ class CausalVisionTransformer(SoftMasked):
         return vit.norm(_reverse_parts(x, parts[::-1]))
 
     def _run_blocks(self, x: Tensor) -> Tensor:
-        """All blocks over the tokens in the order of the mask: (B, N, width) -> (B, N, width)."""
-        # Made here and not kept: dropped patches and dynamic image sizes change the number of tokens.
+        """Runs all blocks on the tokens, which are in the mask's order: (B, N, width) -> (B, N, width)."""
+        # Not stored, since dropped patches and dynamic image sizes change the number of tokens.
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         mask = self.attention_mask(self.mask, causal)
         for block in self.vit.blocks:
@@ -126,12 +125,12 @@ class CausalVisionTransformer(SoftMasked):
         return x
 
     def forward(self, images: Tensor) -> Any:
-        """(B, C, H, W) -> (B, num_classes); a pair of them from a DeiT in distilled training."""
+        """(B, C, H, W) -> (B, num_classes), or two of these from a DeiT in distilled training."""
         return self.vit.forward_head(self.forward_features(images))
 
 
 class CausalAttention(nn.Module):
-    """timm's ``Attention`` with its own parts, under their own names, around a :class:`MaskedAttention`."""
+    """timm's ``Attention`` with the same submodules under the same names, around a :class:`MaskedAttention`."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -148,13 +147,13 @@ class CausalAttention(nn.Module):
         self.train(attention.training)
 
     def forward(self, x: Tensor, attn_mask: AttentionMask, is_causal: bool = False) -> Tensor:
-        """(B, N, width) -> (B, N, width); ``attn_mask`` as timm's blocks name it, ``is_causal`` is not for us.
+        """(B, N, width) -> (B, N, width); timm's blocks pass both keywords, and ``is_causal`` is not used.
 
         Raises:
-            UserError: without an :class:`AttentionMask`, as when the ``vit`` is called by itself.
+            UserError: there is no :class:`AttentionMask`, as when ``vit`` itself is called.
         """
         if not isinstance(attn_mask, AttentionMask):
-            raise UserError("the blocks of a CausalVisionTransformer need its mask: call the model, not its .vit")
+            raise UserError("the blocks of a CausalVisionTransformer need a mask: call the model, not its .vit")
         q, k, v = (_split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
         y = self.core(self.q_norm(q), self.k_norm(k), v, attn_mask, dropout)
@@ -165,7 +164,7 @@ class CausalAttention(nn.Module):
 
 
 class LatentPool(nn.Module):
-    """timm's ``AttentionPoolLatent`` (SigLIP's read-out) with its own parts around a :class:`MaskedAttention`."""
+    """timm's ``AttentionPoolLatent`` (as in SigLIP) with the same submodules, around a :class:`MaskedAttention`."""
 
     def __init__(self, pool: AttentionPoolLatent) -> None:
         super().__init__()
@@ -185,7 +184,7 @@ class LatentPool(nn.Module):
         self.train(pool.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, width) -> (B, out), or (B, latents, out) without a pooling of the latents."""
+        """Tokens (B, N, width) -> (B, out), or (B, latents, out) if the latents are not pooled."""
         if self.pos_embed is not None:
             x = x + self.pos_embed
         latent = self.latent.expand(x.shape[0], -1, -1)
@@ -206,38 +205,38 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _config(vit: VisionTransformer, mask: MaskKind) -> TimmConfig:
-    """What timm's network says of itself."""
+    """Returns the configuration of timm's network."""
     name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or type(vit).__name__
     channels: int = getattr(vit, "in_chans", vit.patch_embed.proj.in_channels)  # timm 1.0.20 has no in_chans
     return TimmConfig(name, vit.patch_embed.img_size[0], channels, vit.num_classes, mask)
 
 
 def _reverse_parts(x: Tensor, sizes: list[int]) -> Tensor:
-    """Cut (B, N, width) into consecutive parts of these sizes and put the last first; order within a part stays."""
+    """Splits (B, N, width) into consecutive parts of these sizes and reverses the order of the parts."""
     return torch.cat(x.split(sizes, dim=1)[::-1], dim=1)
 
 
 def _attentions(blocks: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """Every module with a child named ``attn``, which is what timm calls it in all of its blocks, and that child."""
+    """Returns every module with a child ``attn``, timm's name in all of its blocks, and that child."""
     return [(parent, parent.attn) for parent in blocks.modules() if hasattr(parent, "attn")]
 
 
 def _check(vit: nn.Module, refusal: str) -> None:
-    """Refuse what would be computed wrongly."""
+    """Raises UserError for a network that would be computed wrongly."""
     kind = type(vit)
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{refusal}: give a timm VisionTransformer, such as vit_tiny_patch16_224 or a deit_*")
     for method in ("forward", "forward_features"):
         if getattr(kind, method) is not getattr(VisionTransformer, method):
-            raise UserError(f"{refusal}: its class has a {method} of its own; give a plain VisionTransformer")
+            raise UserError(f"{refusal}: its class overrides {method}; give a plain VisionTransformer")
     if vit.patch_embed.img_size is None or len(set(vit.patch_embed.img_size)) != 1:
-        raise UserError(f"{refusal}: its images are {vit.patch_embed.img_size}, and they must be square")
+        raise UserError(f"{refusal}: its image size is {vit.patch_embed.img_size}; give one with square images")
     for block in vit.blocks:
         if type(block) not in _BLOCKS:
             known = ", ".join(each.__name__ for each in _BLOCKS)
-            raise UserError(f"{refusal}: it has a {type(block).__name__}; give one whose blocks are {known}")
+            raise UserError(f"{refusal}: it has a {type(block).__name__}; give one with blocks of {known}")
     for _, attention in _attentions(vit.blocks):
         if type(attention) is not Attention:
             raise UserError(f"{refusal}: it has a {type(attention).__name__}; give one with timm's plain Attention")
         if attention.scale != attention.head_dim**-0.5:
-            raise UserError(f"{refusal}: an attention scales by {attention.scale}; it must be head_dim ** -0.5")
+            raise UserError(f"{refusal}: an attention has scale {attention.scale}; give one with head_dim ** -0.5")

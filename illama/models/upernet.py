@@ -1,9 +1,9 @@
-"""A class for every pixel: UperNet (Xiao et al., arXiv 1807.10221) on an iLLaMA, as the paper has it on ADE20K.
+"""Semantic segmentation: UperNet (Xiao et al., arXiv 1807.10221) on an iLLaMA, as in the paper's ADE20K experiment.
 
-Of that experiment the paper says that it takes UperNet at 512 pixels, AdamW, a learning rate of 6e-5 and a weight decay
-of 0.01, and no more (arXiv 2404.06773). How a network of one resolution feeds a head that wants four is taken from
-those who did it before: four evenly spaced blocks, brought to 4, 2, 1 and 1/2 times their resolution (BEiT, arXiv
-2106.08254, and MAE, arXiv 2111.06377). The decoder is segmentation_models_pytorch's.
+The paper (arXiv 2404.06773) specifies UperNet at 512 pixels, AdamW, a learning rate of 6e-5 and a weight decay of 0.01,
+and nothing else. The four resolutions that UperNet needs are made as in BEiT (arXiv 2106.08254) and MAE (arXiv
+2111.06377): the outputs of four evenly spaced blocks are resampled to 4, 2, 1 and 1/2 times their resolution. The
+decoder is that of segmentation_models_pytorch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ LEVELS = 4
 
 @dataclass(frozen=True)
 class SegmentationConfig(ModelConfig):
-    """The shape of an iLLaMA and of the UperNet on it.
+    """Configuration of a UperNet and its iLLaMA.
 
     Attributes:
-        num_classes: classes of a pixel.
-        decoder_channels: of every feature map in the decoder.
+        image_size: side length of the square input in pixels.
+        num_classes: number of classes of a pixel.
+        decoder_channels: number of channels of every feature map in the decoder.
 
     Raises:
-        UserError: as for a :class:`ModelConfig`, for too few blocks, or for an image of too few patches.
+        UserError: see :class:`ModelConfig`; or there are too few blocks or patches.
     """
 
     image_size: int = 512
@@ -50,25 +51,26 @@ class SegmentationConfig(ModelConfig):
 
     @property
     def side(self) -> int:
-        """Patches along a side of an image."""
+        """Number of patches along a side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The blocks whose outputs are read."""
+        """Indices of the blocks whose outputs the decoder gets."""
         return tuple(self.depth * (level + 1) // LEVELS - 1 for level in range(LEVELS))
 
 
 class UperNet(ILLaMA):
-    """Images (B, C, H, W), float, to logits (B, num_classes, H, W); H = W = ``config.image_size``.
+    """Float images (B, C, H, W) to logits (B, num_classes, H, W), where H = W = ``config.image_size``.
 
-    The parameters of the :class:`ILLaMA` keep their names, so that its checkpoints start it
-    (:func:`illama.checkpoints.load.initialise_from`). All patches of four blocks are read; ``readout_only`` has no say:
-    every block computes every token. The class token stays last, where the blocks were trained to have it: no patch
-    sees its value, but every softmax counts it (docs/attention-mask.md).
+    The parameters of the :class:`ILLaMA` keep their names, so that its checkpoints can initialize them
+    (:func:`illama.checkpoints.load.initialize_from`). Every block computes every token; ``readout_only`` has no effect.
+    The class token stays last, as in the training of the blocks: no patch attends to its value, but it is part of
+    every softmax (docs/attention-mask.md).
 
     Args:
-        drop_path, dropout: see :class:`ILLaMA`; none in the decoder.
+        drop_path: see :class:`ILLaMA`.
+        dropout: see :class:`ILLaMA`; the decoder has none.
     """
 
     config: SegmentationConfig
@@ -78,8 +80,8 @@ class UperNet(ILLaMA):
         width, channels = config.width, config.decoder_channels
         self.neck = nn.ModuleList(
             [
-                nn.Sequential(Doubled(width), make_norm(config), nn.GELU(), Doubled(width)),
-                Doubled(width),
+                nn.Sequential(TransposedConv(width), make_norm(config), nn.GELU(), TransposedConv(width)),
+                TransposedConv(width),
                 nn.Identity(),
                 nn.Identity(),
             ]
@@ -88,7 +90,7 @@ class UperNet(ILLaMA):
         self.head = nn.Conv2d(channels, config.num_classes, 1)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Maps (B, width, h, w) of four blocks after the final norm, 4, 2, 1 and 1/2 times the patches' grid."""
+        """Returns four feature maps (B, width, h, w) at 4, 2, 1 and 1/2 times the resolution of the patches."""
         config, x = self.config, self.embed(images)
         mask = self.attention_mask(config.mask, self.causal)
         start = 0 if config.class_token == "last" else 1
@@ -107,23 +109,23 @@ class UperNet(ILLaMA):
 
 
 def _make_decoder(config: SegmentationConfig) -> nn.Module:
-    """segmentation_models_pytorch's, with two of its parts replaced by equal ones that export well."""
+    """Returns segmentation_models_pytorch's decoder, with two modules replaced by equivalent ones for export."""
     try:
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
     except ImportError as missing:
         raise UserError("segmentation needs one more package: pip install -e '.[segmentation]'") from missing
-    # Its first two levels are an image's and half of it, which it does not use.
+    # Its first two levels, the image and half of its resolution, are not used.
     decoder: nn.Module = UPerNetDecoder((0, 0, *[config.width] * LEVELS), decoder_channels=config.decoder_channels)
     for name, module in list(decoder.named_modules()):
         if isinstance(module, nn.ReLU):
-            module.inplace = False  # there is no such thing in an exported graph
+            module.inplace = False  # exported graphs have no in-place operators
         elif isinstance(module, nn.AdaptiveAvgPool2d):
-            decoder.set_submodule(name, Pooled(config.side // 2, int(module.output_size)))  # type: ignore[arg-type]
+            decoder.set_submodule(name, AdaptiveAvgPool(config.side // 2, int(module.output_size)))  # type: ignore[arg-type]
     return decoder
 
 
-class Doubled(nn.Module):
-    """A transposed convolution of 2 x 2 with stride 2, as the Linear that it is: those can be quantized."""
+class TransposedConv(nn.Module):
+    """A transposed convolution of 2 x 2 with stride 2, computed by an equivalent Linear, which can be quantized."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -131,14 +133,14 @@ class Doubled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, width) -> (B, 2H, 2W, width)."""
-        x = self.linear(x).unflatten(-1, (2, 2, -1))  # each pixel's rows and columns
+        x = self.linear(x).unflatten(-1, (2, 2, -1))  # the rows and columns of each pixel
         return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
-class Pooled(nn.Module):
-    """``nn.AdaptiveAvgPool2d(bins)`` of maps of ``side`` x ``side``, as two products, which every runtime has.
+class AdaptiveAvgPool(nn.Module):
+    """``nn.AdaptiveAvgPool2d(bins)`` of maps of ``side`` x ``side``, as two matrix products.
 
-    The exporter writes the original as a dozen gathers wherever the side is no multiple of the bins.
+    If the side is not a multiple of the bins, the exporter writes the original as a dozen Gather operators.
     """
 
     shares: Tensor
@@ -157,7 +159,7 @@ class Pooled(nn.Module):
 
 
 def fold_batch_norms(model: UperNet) -> UperNet:
-    """A copy in evaluation mode whose convolutions hold the batch norms after them: what is quantized and exported."""
+    """Returns a copy in evaluation mode, with batch norms folded into the convolutions, for quantization and export."""
     folded = copy.deepcopy(model).eval()
     for module in folded.decoder.modules():
         if isinstance(module, nn.Sequential):
@@ -176,10 +178,10 @@ class SegmentationCheckpoint(Checkpoint):
 
 
 def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
-    """The network of a bundle that ``illama/train_segmentation.py`` wrote; UserError for anything else."""
+    """Loads a bundle of ``illama/train_segmentation.py``; raises UserError for anything else."""
     manifest, weights = Manifest.read(bundle), bundle / WEIGHTS
     if "decoder_channels" not in manifest.config:
-        raise UserError(f"{bundle} holds no segmentation network: make one with python illama/train_segmentation.py")
+        raise UserError(f"{bundle} has no segmentation network: train one with python illama/train_segmentation.py")
     config = SegmentationConfig.from_dict(manifest.config)
     state = read_state(weights)
     with torch.device("meta"):  # shapes without memory or initial values

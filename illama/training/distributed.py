@@ -1,4 +1,4 @@
-"""Work over several processes: one per GPU under torchrun, or several on CPUs; a single one without it."""
+"""Several processes, started by torchrun: one per GPU, or several on CPUs. Without torchrun, a single process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from illama.errors import UserError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all that train or evaluate together.
+    """The processes that train or evaluate together.
 
     Attributes:
-        rank: 0 for the one that writes files and shows progress.
-        count: how many there are.
-        device: where this one computes.
+        rank: index of this process; process 0 writes files and shows progress.
+        count: number of processes.
+        device: device of this process.
     """
 
     rank: int
@@ -38,49 +38,49 @@ class Processes:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes, in float64."""
+        """Returns each value's sum over the processes, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.count > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def barrier(self) -> None:
-        """Wait for the other processes; UserError if one ended, or does not come within the timeout."""
+        """Waits for the other processes; raises UserError if one ended or does not arrive within the timeout."""
         if self.count == 1:
             return
         try:
             dist.barrier()
         except RuntimeError as error:
             raise UserError(
-                "another process ended, or did not answer in time: see its own message, then start all of "
-                "them again; what is done is kept"
+                "another process ended or did not respond in time: see its own message, then start all "
+                "processes again; finished work is kept"
             ) from error
 
     def share(self, total: int) -> tuple[list[int], int]:
-        """This process's indices of ``total`` things, and how many of them count.
+        """Returns this process's indices out of ``total``, and how many of them count.
 
-        Every process gets equally many, since sharded weights are gathered by all at once; the last index of some
-        is a repetition, which does not count.
+        Every process gets the same number of indices, since all must gather sharded weights at the same time. Where
+        the last index is a repetition, it does not count.
         """
         positions = range(self.rank, -(-total // self.count) * self.count, self.count)
         return [position % total for position in positions], sum(position < total for position in positions)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """``model`` with its gradients averaged over the processes."""
+        """Returns ``model`` with its gradients averaged over the processes."""
         if self.count == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 does not know the option's new name
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 does not have the option's new name
             return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def shard(self, model: nn.Module, blocks: nn.ModuleList) -> None:
-        """Split the weights over the processes, block by block (FSDP2), in place; UserError without torchrun."""
+        """Shards the weights over the processes in place, block by block (FSDP2); raises UserError without torchrun."""
         if not dist.is_initialized():
-            raise UserError("--fsdp shards over torchrun's processes: start with torchrun, or add --no-fsdp")
+            raise UserError("--fsdp needs the processes of torchrun: start with torchrun, or add --no-fsdp")
         mesh = init_device_mesh(self.device.type, (self.count,))
         for module in (*blocks, model):
-            # The root too is to be sharded again after a forward pass: an evaluation may come before an average.
+            # The root is resharded after a forward pass, too, since an evaluation may precede an average.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
@@ -89,21 +89,21 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 @contextmanager
 def processes(apart: bool = False, timeout: timedelta | None = None) -> Iterator[Processes]:
-    """Join the processes that torchrun started; alone without torchrun.
+    """Joins the processes that torchrun started; without torchrun, yields a single process.
 
     Args:
-        apart: they compute each by itself, and only meet: on the CPU, so that several can share a GPU.
-        timeout: how long one waits for another; the library's own if not given.
+        apart: whether the processes compute independently; then they communicate on the CPU and may share a GPU.
+        timeout: how long a process waits for another. Defaults to PyTorch's own.
 
     Raises:
-        UserError: torchrun is to restart workers but would give them a store that holds dead workers' addresses
+        UserError: torchrun may restart workers, but with a store that has the addresses of dead workers
             (github.com/pytorch/pytorch/issues/135712).
     """
     launched = dist.is_torchelastic_launched()
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and _shared_store():
         raise UserError(
             "restarted workers would not find each other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
-            "before torchrun --max-restarts"
+            "for torchrun --max-restarts"
         )
     local = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
@@ -126,8 +126,8 @@ def _shared_store() -> bool:
 
 
 @contextmanager
-def gradients_synchronised(wrapped: nn.Module, now: bool) -> Iterator[None]:
-    """Average the gradients over the processes in this backward pass only if ``now``: else they accumulate."""
+def gradient_sync(wrapped: nn.Module, now: bool) -> Iterator[None]:
+    """Averages gradients over the processes in this backward pass if ``now``; otherwise they accumulate locally."""
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(now)
         yield

@@ -1,4 +1,4 @@
-"""What a training run says of itself while it runs: log.csv, TensorBoard, and the curve at the end."""
+"""The log of a training run: CSV files, TensorBoard, and a plot at the end."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ _VALIDATION = "validation_"
 
 
 class Log:
-    """A row per epoch in log.csv, the loss of every few steps in losses.csv, both for TensorBoard too.
-
-    Rows after the resumed step are dropped.
+    """Writes a row per epoch to log.csv, the loss of every few steps to losses.csv, and both to TensorBoard.
 
     Args:
-        score: what the validation images are scored by.
+        step: the resumed step; later rows are removed.
+        score: name of the validation score.
     """
 
     def __init__(self, out: Path, step: int, score: str = "top1") -> None:
@@ -42,12 +41,12 @@ class Log:
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write_loss(self, step: int, loss: float) -> None:
-        """Append the mean training loss of the steps since the last call."""
+        """Appends the mean training loss of the steps since the last call."""
         _append(self.losses, step, loss)
         self.board.add_scalar("loss", loss, step)
 
     def write_epoch(self, *values: float) -> None:
-        """Append one value for each of the columns."""
+        """Appends one value for each column."""
         _append(self.epochs, *values)
         _, step, *rest = values
         for name, value in zip(self.columns[2:], rest, strict=True):
@@ -61,13 +60,13 @@ def _append(path: Path, *values: float) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv or losses.csv, without a last line that a full disk cut short."""
+    """Returns the rows of a log.csv or losses.csv, without an incomplete last line, as a full disk leaves it."""
     whole, _, _ = path.read_text().rpartition("\n")
     return list(csv.DictReader(whole.splitlines()))
 
 
 def plot_curve(rows: list[dict[str, str]], path: Path) -> None:
-    """Training loss and validation score over the epochs, as PNG."""
+    """Plots training loss and validation score over the epochs to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")

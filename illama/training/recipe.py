@@ -1,4 +1,4 @@
-"""A training recipe: one flat set of options, read from YAML, any of them overridden on the command line."""
+"""A training recipe: a flat set of options in YAML, any of which the command line can override."""
 
 from __future__ import annotations
 
@@ -35,42 +35,43 @@ _NOT_NEGATIVE = (
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What every training run is told, whatever it trains.
+    """Options of every training run.
 
     Attributes:
         data: fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a folder
             with train/ and val/.
-        exif: apply the orientation that image files declare, or ignore it; apply if not given, or what the bundle says
-            that is trained further with quantization.
-        class_order: of class folders, words (1 10 2) or natural (1 2 10); words if not given, or likewise.
-        out: where the checkpoint, the log and at the end the bundle go; an unfinished run there goes on.
-        epochs: passes over the training images.
-        batch_size: images per optimiser step, over all processes and accumulated parts.
+        exif: whether to apply the orientation that image files declare or to ignore it. If not given, as the
+            quantized bundle says in quantization-aware training, and apply otherwise.
+        class_order: order of class folders, words (1 10 2) or natural (1 2 10). If not given, as the quantized bundle
+            says in quantization-aware training, and words otherwise.
+        out: folder of the checkpoint, the log and, at the end, the bundle; an unfinished run there is resumed.
+        epochs: number of passes over the training images.
+        batch_size: images per optimizer step, summed over processes and accumulated micro-batches.
         micro_batch: images per forward pass. Mixup, dropout and stochastic depth are drawn per micro-batch, so
-            that the number of processes changes nothing.
-        optimizer: any of timm's that needs first derivatives only; adamw has betas (0.9, 0.999).
-        learning_rate: peak of the cosine schedule, for the batch size given (not scaled).
-        weight_decay: on matrices and kernels only: none on norms, biases, position embedding, class token.
-        warmup_epochs: of linear warm-up.
-        layer_decay: factor on the learning rate from each block to the one before it.
-        soft_mask: schedule of the soft mask's alpha, by iteration.
-        soft_mask_epochs: epochs until alpha is 0.
-        drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
-        dropout: on the embedded tokens and every branch.
-        crop_padding: random crops of the image padded by this many pixels (for small pictures); 0 takes random
-            resized crops (for photographs).
-        rand_augment: timm's RandAugment string, such as rand-m9-mstd0.5-inc1; empty for none.
-        erasing: chance of random erasing, with random pixels.
+            the result does not depend on the number of processes.
+        optimizer: name of a timm optimizer that needs first derivatives only; adamw has betas (0.9, 0.999).
+        learning_rate: peak of the cosine schedule at the given batch size (not scaled).
+        weight_decay: weight decay of matrices and kernels; norms, biases, position embedding and class token have none.
+        warmup_epochs: number of epochs of linear warm-up.
+        layer_decay: factor between the learning rates of a block and the block after it.
+        soft_mask: schedule of the soft mask's alpha over the steps.
+        soft_mask_epochs: number of epochs until alpha is 0.
+        drop_path: stochastic depth rate of the last block; it rises linearly from 0 in the first.
+        dropout: dropout rate after the embedding and in every residual branch.
+        crop_padding: padding in pixels of random crops, for small images; 0 takes random resized crops instead, for
+            photographs.
+        rand_augment: RandAugment setting of timm, such as rand-m9-mstd0.5-inc1; empty for none.
+        erasing: probability of random erasing with random pixels.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of cutmix; 0 for none.
-        mixup_probability: share of the batches that get mixup or cutmix.
-        label_smoothing: share of the target that is spread evenly over all classes.
-        ema_decay: of the exponential moving average of the weights, which is what is kept; 0 keeps the last.
-        autocast: number format of the forward pass; float16 scales the loss.
-        compile: torch.compile the network (needs a C++ compiler on a CPU).
-        workers: processes per training process that read images.
-        checkpoint_steps: steps between two checkpoints.
-        seed: of everything random.
+        mixup_probability: probability that a batch gets mixup or cutmix.
+        label_smoothing: label smoothing factor.
+        ema_decay: decay of the exponential moving average of the weights, which the bundle gets; 0 for no average.
+        autocast: dtype of the forward pass; with float16, the loss is scaled.
+        compile: compile the network with torch.compile (needs a C++ compiler on a CPU).
+        workers: number of image-reading processes per training process.
+        checkpoint_steps: number of steps between checkpoints.
+        seed: seed of all random numbers.
     """
 
     data: str = ""
@@ -109,52 +110,52 @@ class TrainingOptions:
                 raise UserError(f"{_option(name)} must be at least 1")
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{_option(name)} must be a number that is not negative")
+                raise UserError(f"{_option(name)} must be a finite number of at least 0")
         for name in _FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{_option(name)} must lie in 0..1")
         if self.batch_size < 2 or self.parts * self.images_per_part != self.batch_size or self.images_per_part % 2:
             raise UserError(
-                f"--batch-size {self.batch_size} must be a multiple of --micro-batch {self.micro_batch}, and that "
-                "even, since mixup pairs images"
+                f"--batch-size {self.batch_size} must be a multiple of --micro-batch {self.micro_batch}, which must "
+                "be even, since mixup pairs images"
             )
 
     @property
     def sharded(self) -> bool:
-        """Whether the processes share out weights and optimiser state instead of copying them."""
+        """Whether weights and optimizer state are sharded over the processes instead of replicated."""
         return False
 
     @property
     def images_per_part(self) -> int:
-        """Images in a micro-batch."""
+        """Number of images in a micro-batch."""
         return min(self.micro_batch, self.batch_size)
 
     @property
     def parts(self) -> int:
-        """Micro-batches in an optimiser step, over all processes."""
+        """Number of micro-batches in an optimizer step, over all processes."""
         return self.batch_size // max(1, self.images_per_part)
 
 
 @dataclass(frozen=True)
 class Recipe(TrainingOptions):
-    """Train an iLLaMA, from scratch or from given weights. Every option overrides the recipe's.
+    """Train an iLLaMA from scratch or from given weights. Every option overrides the recipe.
 
     Attributes:
-        recipe: a name in illama/recipes (see there), or a YAML file of your own.
-        model: nano, tiny, small, base or large.
-        variant: the step between ViT and iLLaMA (illama/models/config.py lists them).
-        image_size: side of the square input in pixels; the preset's if not given.
-        patch_size: side of a patch in pixels; the preset's if not given.
-        in_channels: colour channels of the input; the preset's if not given.
-        width: embedding width; the preset's if not given.
-        depth: number of blocks; the preset's if not given.
-        heads: attention heads of each block; the preset's if not given.
-        mask: post_softmax (the paper's equation 2), pre_softmax or bidirectional; the variant's if not given.
-        init: start from the weights of a bundle, a .safetensors or a released .pth; its positions are
-            resized to image_size.
-        new_head: with init, start the classifier anew; needed where the classes differ.
-        init_llama: start from a folder of LLaMA's Hugging Face safetensors, by weight selection.
-        fsdp: under torchrun, shard weights and optimiser state over the processes (FSDP2) instead of copying them.
+        recipe: name of a recipe in illama/recipes, or path to a YAML file.
+        model: model size: nano, tiny, small, base or large.
+        variant: a step on the way from ViT to iLLaMA (listed in illama/models/config.py).
+        image_size: side length of the square input in pixels. If not given, the preset's.
+        patch_size: side length of a patch in pixels. If not given, the preset's.
+        in_channels: number of color channels of the input. If not given, the preset's.
+        width: embedding dimension. If not given, the preset's.
+        depth: number of blocks. If not given, the preset's.
+        heads: number of attention heads per block. If not given, the preset's.
+        mask: post_softmax (the paper's equation 2), pre_softmax or bidirectional. If not given, the variant's.
+        init: initial weights: a bundle, a .safetensors file or a released .pth file; position embeddings are resized
+            to --image-size.
+        new_head: with --init, initialize the classifier randomly; needed where the classes differ.
+        init_llama: folder of a LLaMA in Hugging Face's format, for initial weights by weight selection.
+        fsdp: under torchrun, shard weights and optimizer state over the processes (FSDP2).
     """
 
     recipe: str = DEFAULT_RECIPE
@@ -188,20 +189,20 @@ Options = TypeVar("Options", bound=TrainingOptions)
 
 
 def recipe_names(folder: Path = RECIPES) -> list[str]:
-    """The recipes that come with the project."""
+    """Returns the names of the recipes in a folder."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe of that name, or in the YAML file at that path; UserError as :func:`read_recipe`."""
+    """Returns a training recipe by name or path, see :func:`read_recipe`."""
     return read_recipe(Recipe, RECIPES, name)
 
 
 def read_recipe(kind: type[Options], folder: Path, name: str) -> Options:
-    """Options of some kind from ``folder/name.yaml``, or from the YAML file at the path ``name``.
+    """Reads options from ``folder/name.yaml``, or from the file at the path ``name`` if it ends in .yaml or .yml.
 
     Raises:
-        UserError: no such recipe, not YAML, or an option that does not exist or has the wrong type.
+        UserError: the file is missing or not YAML, or an option does not exist or has the wrong type.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     try:
@@ -220,20 +221,20 @@ def read_recipe(kind: type[Options], folder: Path, name: str) -> Options:
 
 
 def recipe_of_command_line(kind: type[Options], folder: Path, default: str) -> Options:
-    """The recipe that ``--recipe`` names, with the other options of the command line in the place of its own.
+    """Reads the recipe that ``--recipe`` names, and overrides it with the other options of the command line.
 
     Args:
-        default: the recipe where the command line names none.
+        default: name of the recipe if the command line gives none.
 
     Raises:
-        UserError: as :func:`read_recipe`.
+        UserError: see :func:`read_recipe`.
     """
     given = given_options(kind, read_recipe(kind, folder, default))
     return replace(read_recipe(kind, folder, given.pop("recipe", default)), **given)
 
 
 def _checked(path: Path, name: str, value: Any, hints: dict[str, Any]) -> Any:
-    """A YAML value as its option's type."""
+    """Returns a YAML value as its option's type."""
     hint = hints.get(name)
     if hint is None or name == "recipe":
         raise UserError(f"{path} has no such option: {name}; options are named as in --help")
@@ -243,7 +244,7 @@ def _checked(path: Path, name: str, value: Any, hints: dict[str, Any]) -> Any:
         return value
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
-            return float(value)  # YAML reads 4e-3, without a point, as text
+            return float(value)  # YAML reads 4e-3, without a point, as a string
     elif Path in kinds and isinstance(value, str):
         return Path(value)
     wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in choices or kinds)

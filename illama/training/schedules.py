@@ -1,4 +1,4 @@
-"""What changes during training, as pure functions of the step, so that a resumed run needs no state."""
+"""Schedules as pure functions of the step, so that a resumed run needs no state."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ SoftMaskSchedule = Literal["none", "constant", "linear"]
 
 
 def soft_mask_alpha(schedule: SoftMaskSchedule, step: int, cutoff_step: int) -> float:
-    """Alpha of the soft mask at a training step (arXiv 2404.06773, section 3.6).
+    """Returns the soft mask's alpha at a training step (arXiv 2404.06773, section 3.6).
 
-    ``constant`` holds 1 and ``linear`` falls from 1 to 0 until ``cutoff_step``; 0 afterwards, and always
-    for ``none``.
+    Until ``cutoff_step`` it is 1 for ``constant``, and falls linearly from 1 to 0 for ``linear``. From there on, and
+    always for ``none``, it is 0.
     """
     if schedule == "none" or step >= cutoff_step:
         return 0.0
@@ -20,7 +20,7 @@ def soft_mask_alpha(schedule: SoftMaskSchedule, step: int, cutoff_step: int) -> 
 
 
 def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 1e-6) -> float:
-    """Learning rate at a step: linear from 0 to ``peak``, then half a cosine down to ``floor``."""
+    """Returns the learning rate at a step: linear from 0 to ``peak``, then half a cosine down to ``floor``."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

@@ -21,7 +21,7 @@ from illama.randomness import isolated_randomness
 from illama.segmentation_scores import Scores, score_images
 from illama.training.distributed import Processes
 from illama.training.recipe import Recipe
-from illama.training.start import hash_inputs, initialise, model_options
+from illama.training.start import hash_inputs, initialize, model_options
 from illama.training.trainer import Mix, Run
 
 
@@ -66,7 +66,7 @@ def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) 
     shape = {**model_options(recipe), "decoder_channels": decoder_channels}
     config = SegmentationConfig.preset(recipe.model, recipe.variant, **shape, num_classes=len(data.classes))
     with isolated_randomness(recipe.seed):
-        model = initialise(UperNet(config, recipe.drop_path, recipe.dropout), recipe)
+        model = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe)
     preprocessing = data.preprocessing(config.image_size, config.in_channels)
     loss = partial(map_loss, smoothing=recipe.label_smoothing)
     return SegmentationRun(recipe, data, preprocessing, model, group, hash_inputs(recipe), loss)

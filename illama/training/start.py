@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from illama.bundle import WEIGHTS, Manifest, is_bundle, sha256
-from illama.checkpoints.llama_init import initialise_from_llama
-from illama.checkpoints.load import initialise_from
+from illama.checkpoints.llama_init import initialize_from_llama
+from illama.checkpoints.load import initialize_from
 from illama.data.datasets import ImageData, open_data
 from illama.errors import UserError
 from illama.models.config import ModelConfig
@@ -48,7 +48,7 @@ def make_model(recipe: Recipe, classes: int) -> ILLaMA:
         raise UserError("this recipe fine-tunes: give weights with --init, or start from scratch with --no-new-head")
     config = ModelConfig.preset(recipe.model, recipe.variant, **model_options(recipe), num_classes=classes)
     with isolated_randomness(recipe.seed):
-        return initialise(ILLaMA(config, recipe.drop_path, recipe.dropout), recipe)
+        return initialize(ILLaMA(config, recipe.drop_path, recipe.dropout), recipe)
 
 
 def model_options(recipe: Recipe) -> dict[str, Any]:
@@ -56,12 +56,12 @@ def model_options(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name in _MODEL_OPTIONS if (value := getattr(recipe, name)) is not None}
 
 
-def initialise(model: Network, recipe: Recipe) -> Network:
+def initialize(model: Network, recipe: Recipe) -> Network:
     """Loads the initial weights that the recipe names into ``model``; raises UserError if they cannot be used."""
     if recipe.init:
-        initialise_from(model, recipe.init, new_head=recipe.new_head)
+        initialize_from(model, recipe.init, new_head=recipe.new_head)
     if recipe.init_llama:
-        initialise_from_llama(model, recipe.init_llama)
+        initialize_from_llama(model, recipe.init_llama)
     return model
 
 

@@ -1,4 +1,4 @@
-"""A training run: the network, its optimiser and moving average, one step after another, resumable to the bit."""
+"""A training run: network, optimizer and moving average. A resumed run gives the same result, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from illama.errors import UserError
 from illama.inference import predict, torch_infer
 from illama.models.attention import SoftMasked
 from illama.randomness import isolated_randomness
-from illama.training.distributed import Processes, gradients_synchronised
+from illama.training.distributed import Processes, gradient_sync
 from illama.training.log import Log
 from illama.training.recipe import TrainingOptions
 from illama.training.schedules import cosine_with_warmup, soft_mask_alpha
 
-CHECKPOINT = "checkpoint.pt"  # in a run's folder
+CHECKPOINT = "checkpoint.pt"  # file name in a run's folder
 _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-_LOGGED_EVERY = 10  # steps; reading the loss makes a GPU wait
+_LOGGED_EVERY = 10  # steps, since reading the loss makes a GPU wait
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Images (B, C, H, W) as the network got them, logits (B, classes) float32, targets likewise -> a scalar."""
+"""(images (B, C, H, W), logits (B, classes) float32, targets (B, classes)) -> scalar."""
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Images (B, C, H, W) and labels of a micro-batch -> the images that the network gets and the loss's targets."""
+"""(images (B, C, H, W), labels) of a micro-batch -> (images for the network, targets for the loss)."""
 Groups = Callable[[TrainingOptions, SoftMasked], list[dict[str, Any]]]
-"""The optimiser's parameter groups of a network."""
+"""(recipe, network) -> the optimizer's parameter groups."""
 
 
 def label_loss(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
@@ -51,10 +51,10 @@ def label_loss(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def parameter_groups(recipe: TrainingOptions, model: SoftMasked) -> list[dict[str, Any]]:
-    """timm's groups: no weight decay on norms, biases, position embedding and class token.
+    """Returns timm's parameter groups: no weight decay of norms, biases, position embedding and class token.
 
-    Each group's learning rate is the schedule's times its ``lr_scale``: ``layer_decay`` to the power of the number
-    of layers above it.
+    The learning rate of a group is the schedule's times its ``lr_scale``, which is ``layer_decay`` to the power of the
+    number of layers above it.
     """
     spared = model.no_weight_decay()
     if recipe.layer_decay == 1:
@@ -64,19 +64,26 @@ def parameter_groups(recipe: TrainingOptions, model: SoftMasked) -> list[dict[st
 
 @dataclass
 class Run:
-    """One training run in progress, of a classifier; what differs for other networks is in methods to override.
+    """A training run of a classifier. Subclasses for other tasks override its methods.
 
     Attributes:
-        score_name: of what :meth:`score` gives.
-        model: an ILLaMA, or any network with a soft mask, such as one of illama.models.timm_vit; on its device, and
+        score_name: name of the value of :meth:`score`.
+        recipe: options of the run.
+        data: data set of the run.
+        preprocessing: preprocessing of the evaluation.
+        model: an ILLaMA, or another network with a soft mask, such as one of illama.models.timm_vit; on its device, and
             sharded over the processes if the recipe says so.
-        inputs: SHA-256 of the files that the starting weights came from, by path.
-        loss: what is minimised.
-        groups: how the optimiser treats which parameter.
-        images, validation: of the training split.
-        step: optimiser steps done.
-        loss_sum: of the epoch's steps so far; ``loss_share`` is this process's part of the last few, which
-            ``steps_unlogged`` counts.
+        processes: the processes of the run.
+        images: training images, of the training split.
+        validation: validation images, of the training split.
+        average: moving average of the weights; None without one.
+        inputs: path of each file of the initial weights -> its SHA-256.
+        loss: loss function.
+        groups: function that returns the optimizer's parameter groups.
+        step: number of finished optimizer steps.
+        loss_sum: sum of the losses of the epoch's logged steps.
+        loss_share: this process's share of the losses since the last log.
+        steps_unlogged: number of steps since the last log.
     """
 
     score_name: ClassVar[str] = "top1"
@@ -119,20 +126,20 @@ class Run:
         self.restore()
 
     def augmented(self) -> Augmented:
-        """The training images, augmented."""
+        """Returns the augmented training images."""
         return Augmented(self.images, training_transform(self.recipe, self.preprocessing), self.recipe.seed)
 
     def mixer(self) -> Mix:
-        """How a micro-batch is mixed."""
+        """Returns the function that mixes a micro-batch."""
         return make_mixup(self.recipe, len(self.data.classes))
 
     def score(self, split: Dataset[Sample]) -> float:
-        """How good the kept weights are under the hard mask, in percent; every process must ask."""
+        """Returns the score of the kept weights with the hard mask, in percent. Every process must call it."""
         return evaluate(self, split)
 
     @property
     def kept(self) -> SoftMasked:
-        """The network whose weights are evaluated and kept: the moving average, where there is one."""
+        """The network to evaluate and write to the bundle: the moving average if there is one, else the model."""
         return cast(SoftMasked, self.average.module) if self.average else self.model
 
     @property
@@ -141,18 +148,18 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """What must not change between a run and its continuation."""
+        """Everything that must be the same when the run is resumed, as JSON."""
         free = {"recipe", "out", "workers", "checkpoint_steps", "fsdp"}
         facts = {name: value for name, value in asdict(self.recipe).items() if name not in free}
         facts |= {"classes": self.data.classes, "images": len(cast(Sized, self.images)), "inputs": self.inputs}
         return json.dumps(facts, default=str)
 
     def kept_weights(self) -> dict[str, Tensor]:
-        """The state dict of :attr:`kept`, whole and on the CPU in the main process; every process must ask."""
+        """Returns the state dict of :attr:`kept`, unsharded and on the CPU. Every process must call it."""
         return cast(dict[str, Tensor], sharded.get_model_state_dict(self.kept, options=_WHOLE))
 
     def save(self) -> None:
-        """Write the checkpoint, whole weights whatever the sharding; the last one stays until this is complete."""
+        """Writes the checkpoint atomically, with unsharded weights. Every process must call it."""
         model, optimizer = sharded.get_state_dict(self.model, self.optimizer, options=_WHOLE)
         average = self.kept_weights() if self.average else {}
         content = {
@@ -165,22 +172,22 @@ class Run:
             "scaler": self.scaler.state_dict(),
         }
         if self.processes.main:
-            buffer = io.BytesIO()  # torch.save to a path hides why a disk would not take it
+            buffer = io.BytesIO()  # with a path, torch.save hides the reason why writing fails
             torch.save(content, buffer)
             with write_file(self.checkpoint) as draft:
                 draft.write_bytes(buffer.getbuffer())
 
     def restore(self) -> None:
-        """Go on from the checkpoint in ``out``, if there is one; UserError if it is another run's."""
+        """Loads the checkpoint in ``out``, if there is one; raises UserError if it belongs to another run."""
         if not self.checkpoint.exists():
             return
         try:
             content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
         except (RuntimeError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.checkpoint} is damaged: delete it to start anew") from error
+            raise UserError(f"{self.checkpoint} is damaged: delete it to start again") from error
         if json.loads(content.get("identity", "{}")) != json.loads(self.identity):
             raise UserError(
-                f"{self.recipe.out} holds a run with other options, images or starting weights: "
+                f"{self.recipe.out} contains a run with other options, images or initial weights: "
                 "choose another --out or delete it"
             )
         self.step, self.loss_sum = content["step"], content["loss_sum"]
@@ -200,7 +207,7 @@ class Run:
 def make_optimizer(
     recipe: TrainingOptions, model: SoftMasked, groups: Groups = parameter_groups
 ) -> torch.optim.Optimizer:
-    """timm's optimiser of that name over the groups; UserError if there is none."""
+    """Returns timm's optimizer of the recipe's name; raises UserError if there is none."""
     fused: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" and not recipe.sharded else {}
     try:
         return create_optimizer_v2(
@@ -208,12 +215,12 @@ def make_optimizer(
         )
     except (ValueError, AssertionError, ImportError) as error:
         raise UserError(
-            f"--optimizer {recipe.optimizer!r} is none of timm's, or not for this machine: the paper's is adamw"
+            f"--optimizer {recipe.optimizer!r} is not in timm or cannot run here: choose another, such as adamw"
         ) from error
 
 
 def fit(run: Run) -> None:
-    """Train to the last step, with a checkpoint every ``checkpoint_steps`` and a log row every epoch."""
+    """Trains to the last step, with a checkpoint every ``checkpoint_steps`` steps and a log row every epoch."""
     recipe, processes = run.recipe, run.processes
     count = len(cast(Sized, run.images))
     stop = count // recipe.batch_size * recipe.epochs
@@ -240,7 +247,7 @@ def fit(run: Run) -> None:
 
 
 def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps_per_epoch: int) -> None:
-    """One optimiser step: every micro-batch forward and backward, then the weights and their moving average."""
+    """Runs one optimizer step: forward and backward of every micro-batch, then weights and moving average."""
     recipe, device = run.recipe, run.processes.device
     run.model.train()
     run.model.soft_mask = soft_mask_alpha(recipe.soft_mask, run.step, int(recipe.soft_mask_epochs * steps_per_epoch))
@@ -251,10 +258,7 @@ def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps
         group["lr"] = rate * group.get("lr_scale", 1.0)
     for part in parts:
         images, labels = next(loader)
-        with (
-            isolated_randomness(recipe.seed, run.step, part),
-            gradients_synchronised(run.wrapped, now=part == parts[-1]),
-        ):
+        with isolated_randomness(recipe.seed, run.step, part), gradient_sync(run.wrapped, now=part == parts[-1]):
             images, targets = mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             with torch.autocast(device.type, getattr(torch, recipe.autocast), enabled=recipe.autocast != "float32"):
                 logits = run.forward(images)
@@ -271,7 +275,7 @@ def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps
 
 
 def log_loss(run: Run, log: Log | None) -> None:
-    """Add the losses since the last call to the epoch's and write their mean; UserError if not finite."""
+    """Adds the losses since the last call to the epoch's and logs their mean; raises UserError if not finite."""
     (total,) = run.processes.sum(run.loss_share.item())
     run.loss_share.zero_()
     if not math.isfinite(total):
@@ -283,7 +287,7 @@ def log_loss(run: Run, log: Log | None) -> None:
 
 
 def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> dict[str, str]:
-    """Evaluate the kept weights on the validation images and log the epoch; a summary for the bar."""
+    """Evaluates the kept weights on the validation images, logs the epoch, and returns a summary to display."""
     epoch, rate = run.step // per_epoch, run.optimizer.param_groups[-1]["lr"]
     soft_mask = run.model.soft_mask
     loss, run.loss_sum = run.loss_sum / per_epoch, 0.0
@@ -294,7 +298,7 @@ def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> dict[s
 
 
 def evaluate(run: Run, split: Dataset[Sample]) -> float:
-    """Top-1 in percent of the kept weights under the hard mask; the processes share the images, each counted once."""
+    """Returns the top-1 in percent of the kept weights with the hard mask; the processes share the images."""
     model = run.kept.eval()
     model.soft_mask = 0.0
     own, counted = run.processes.share(len(cast(Sized, split)))

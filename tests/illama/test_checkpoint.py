@@ -21,7 +21,7 @@ from timm.layers import resample_abs_pos_embed
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import write_folder
 from illama.bundle import SHIPPED, Manifest
-from illama.checkpoints.load import initialise_from, load_checkpoint, resize_positions, write_weights
+from illama.checkpoints.load import initialize_from, load_checkpoint, resize_positions, write_weights
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
 from quant.input_options import InputOptions
@@ -355,7 +355,7 @@ def test_fine_tuning_starts_from_the_weights(small_bundle, new_head):
     torch.manual_seed(1)
     model = ILLaMA(SMALL)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    left = initialise_from(model, small_bundle, new_head=new_head)
+    left = initialize_from(model, small_bundle, new_head=new_head)
     assert left == (["head.weight", "head.bias"] if new_head else [])
     for name, value in model.state_dict().items():
         assert torch.equal(value, (before if name in left else state)[name])
@@ -366,8 +366,8 @@ def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path):
     path = save_released(tmp_path / RELEASED[0][0], state)
     model = ILLaMA(ModelConfig(image_size=64, width=64, depth=1, heads=1, num_classes=7))
     with pytest.raises(UserError, match="num_classes 1000, not 7; other classes need a new head"):
-        initialise_from(model, path, new_head=False)
-    assert initialise_from(model, path, new_head=True) == ["head.weight", "head.bias"]
+        initialize_from(model, path, new_head=False)
+    assert initialize_from(model, path, new_head=True) == ["head.weight", "head.bias"]
     assert torch.equal(model.pos_embed.data, resize_positions(state["pos_embed"], 4))
     assert torch.equal(model.blocks[0].mlp.fc3.weight.data, state["blocks.0.mlp.fc3.weight"])
 
@@ -376,7 +376,7 @@ def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path):
 def test_a_grey_image_gives_the_same_in_one_channel_and_in_three(tmp_path, given_channels, channels):
     bundle = write_bundle(tmp_path / "bundle", replace(SMALL, in_channels=given_channels))
     model = ILLaMA(replace(SMALL, in_channels=channels)).eval()
-    initialise_from(model, bundle, new_head=False)
+    initialize_from(model, bundle, new_head=False)
     grey = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
         expected = load_checkpoint(bundle).model(grey.expand(-1, given_channels, -1, -1))
@@ -399,7 +399,7 @@ def test_a_grey_image_gives_the_same_in_one_channel_and_in_three(tmp_path, given
 )
 def test_fine_tuning_another_network_is_refused(small_bundle, change, words):
     with pytest.raises(UserError, match=words):
-        initialise_from(ILLaMA(replace(SMALL, **change)), small_bundle, new_head=True)
+        initialize_from(ILLaMA(replace(SMALL, **change)), small_bundle, new_head=True)
 
 
 def test_ptq_takes_an_image_size(small_bundle, image_folder, tmp_path):

@@ -14,7 +14,8 @@ from support import write_images
 from timm.data import create_transform
 from torchvision import datasets
 
-from illama.data.datasets import DEBIAN_FASHION_MNIST, Preprocessing, Transformed, open_data, read_idx
+from illama.data.datasets import DEBIAN_FASHION_MNIST, Preprocessing, Transformed, open_data
+from illama.data.idx_files import read_idx
 from illama.errors import UserError
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from support import ROOT
 
 from illama import ILLaMA, ModelConfig
-from illama.checkpoints.llama_init import evenly_spaced, initialise_from_llama
+from illama.checkpoints.llama_init import evenly_spaced, initialize_from_llama
 from illama.errors import UserError
 
 SMALL = ModelConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2, num_classes=3)  # hidden 256, head_dim 16
@@ -84,7 +84,7 @@ def test_every_element_is_the_one_that_counting_by_hand_gives(tmp_path, dtype, s
     """6 heads of 32 to 2 of 16, 192 channels to 32, 600 hidden to 256, 5 layers to 2: indices counted in the open."""
     tensors = _tensors(LLAMA, dtype)
     model, before = _model(), _model().state_dict()
-    initialise_from_llama(model, _write(tmp_path / "llama", LLAMA, tensors, shards))
+    initialize_from_llama(model, _write(tmp_path / "llama", LLAMA, tensors, shards))
     channels = [6 * i for i in range(32)]
     hidden = [round(i * 599 / 255) for i in range(256)]
     rows = []
@@ -164,7 +164,7 @@ def test_at_equal_size_a_block_computes_what_the_llama_layer_does(tmp_path, key_
     }
     tensors = _tensors(llama, torch.float32)
     model = _model(config)
-    initialise_from_llama(model, _write(tmp_path / "llama", llama, tensors))
+    initialize_from_llama(model, _write(tmp_path / "llama", llama, tensors))
     model.double()
     x = torch.randn(config.tokens, 64, dtype=torch.float64)
     scores, expected = _hugging_face_layer(x, tensors, llama)
@@ -199,7 +199,7 @@ def test_pairs_of_a_selected_head_keep_their_frequencies(tmp_path):
     kept[name][dropped] = 0  # a pair of q that is zero adds nothing to the scores
     config = replace(SMALL, depth=1, mask="bidirectional")
     model = _model(config)
-    initialise_from_llama(model, _write(tmp_path / "llama", llama, tensors))
+    initialize_from_llama(model, _write(tmp_path / "llama", llama, tensors))
     model.double()
     model.rotation = model.rotation.double()
     x = torch.randn(config.tokens, 32, dtype=torch.float64)
@@ -228,14 +228,14 @@ MEASURE = """
 import sys
 from pathlib import Path
 from illama import ILLaMA, ModelConfig
-from illama.checkpoints.llama_init import initialise_from_llama
+from illama.checkpoints.llama_init import initialize_from_llama
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 
 model = ILLaMA(ModelConfig.preset("base", depth=4))
 before = peak()
-initialise_from_llama(model, Path(sys.argv[1]))
+initialize_from_llama(model, Path(sys.argv[1]))
 assert not model.norm.weight.any(), "the weights were not read"
 print(peak() - before)
 """
@@ -271,7 +271,7 @@ def test_memory_is_that_of_one_tensor_at_llama2_7b_s_own_sizes(tmp_path):
 
 def _expect(folder, words, config=SMALL):
     with pytest.raises(UserError, match=words) as caught:
-        initialise_from_llama(_model(config), folder)
+        initialize_from_llama(_model(config), folder)
     assert "\n" not in str(caught.value)
 
 

@@ -23,13 +23,20 @@ from eval.segmentation import SegmentationEvalOptions
 from eval.segmentation import main as evaluate
 from illama import ILLaMA, ModelConfig
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
-from illama.checkpoints.load import initialise_from, write_weights
+from illama.checkpoints.load import initialize_from, write_weights
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
 from illama.models.attention import SoftMasked
-from illama.models.upernet import Doubled, Pooled, SegmentationConfig, UperNet, fold_batch_norms, load_segmentation
-from illama.segmentation_scores import Scores, Views, count, predict_map, starts
+from illama.models.upernet import (
+    AdaptiveAvgPool,
+    SegmentationConfig,
+    TransposedConv,
+    UperNet,
+    fold_batch_norms,
+    load_segmentation,
+)
+from illama.segmentation_scores import Scores, Views, count_pixels, predict_map, window_starts
 from illama.train_segmentation import SegmentationOptions
 from illama.train_segmentation import main as train
 from illama.training.distributed import Processes
@@ -76,7 +83,7 @@ def network():
 
 def test_a_doubled_map_is_a_transposed_convolution():
     torch.manual_seed(0)
-    doubled, reference = Doubled(6), nn.ConvTranspose2d(6, 6, 2, 2)
+    doubled, reference = TransposedConv(6), nn.ConvTranspose2d(6, 6, 2, 2)
     reference.weight.data = doubled.linear.weight.data.unflatten(0, (2, 2, 6)).permute(3, 2, 0, 1)
     reference.bias.data.zero_()
     doubled.linear.bias.data.zero_()
@@ -87,7 +94,7 @@ def test_a_doubled_map_is_a_transposed_convolution():
 @pytest.mark.parametrize(("side", "bins"), [(4, 6), (16, 3), (16, 6), (7, 2)])
 def test_pooling_is_adaptive_average_pooling(side, bins):
     x = torch.randn(2, 3, side, side)
-    torch.testing.assert_close(Pooled(side, bins)(x), nn.functional.adaptive_avg_pool2d(x, bins))
+    torch.testing.assert_close(AdaptiveAvgPool(side, bins)(x), nn.functional.adaptive_avg_pool2d(x, bins))
 
 
 def test_the_pyramid_holds_four_blocks_outputs_at_four_sizes(network):
@@ -119,7 +126,7 @@ def test_a_classifier_starts_the_backbone(network, tmp_path):
     classifier = ILLaMA(config)
     write_weights(classifier.state_dict(), config, tmp_path / "weights.safetensors")
     before = network.head.weight.clone()
-    initialise_from(network, tmp_path / "weights.safetensors", new_head=True)
+    initialize_from(network, tmp_path / "weights.safetensors", new_head=True)
     torch.testing.assert_close(network.blocks[3].attn.qkv.weight, classifier.blocks[3].attn.qkv.weight)
     assert network.pos_embed.shape[1] == 17 and torch.equal(network.head.weight, before)
 
@@ -156,7 +163,7 @@ def test_scores_are_those_of_another_library(seed, classes):
     true = generator.integers(0, classes, (3, 7, 5))
     predicted = np.where(generator.random(true.shape) < 0.6, true, generator.integers(0, classes, true.shape))
     true[generator.random(true.shape) < 0.2] = IGNORED
-    scores = Scores.of(sum(count(*pair, classes) for pair in zip(predicted, true, strict=True)))
+    scores = Scores.of(sum(count_pixels(*pair, classes) for pair in zip(predicted, true, strict=True)))
     ignored = torch.from_numpy(np.where(true == IGNORED, -1, true))
     stats = smp.metrics.get_stats(
         torch.from_numpy(predicted), ignored, mode="multiclass", num_classes=classes, ignore_index=-1
@@ -175,7 +182,9 @@ def test_the_drop_between_two_models():
     generator = np.random.default_rng(0)
     true = generator.integers(0, 3, (40, 20, 20))
     guess = np.where(generator.random(true.shape) < 0.9, true, 0)
-    right, wrong = (np.stack([count(p, t, 3) for p, t in zip(maps, true, strict=True)]) for maps in (true, guess))
+    right, wrong = (
+        np.stack([count_pixels(p, t, 3) for p, t in zip(maps, true, strict=True)]) for maps in (true, guess)
+    )
     drop = miou_drop(right, wrong)
     assert drop.points == pytest.approx(100 - Scores.of(wrong.sum(0)).miou)
     assert drop.low < drop.points < drop.high < drop.low + 2
@@ -184,7 +193,7 @@ def test_the_drop_between_two_models():
 
 @given(length=st.integers(1, 300), size=st.integers(1, 60), overlap=st.floats(0, 0.9))
 def test_windows_cover_a_side_and_stay_within_it(length, size, overlap):
-    found = starts(length, size, overlap)
+    found = window_starts(length, size, overlap)
     assert found[0] == 0 and found[-1] == max(0, length - size)
     assert all(0 < later - earlier <= size for earlier, later in pairwise(found))
 
@@ -312,7 +321,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
 def test_training_learns(trained, shapes):
     manifest = Manifest.read(trained)
     data = SegmentationFolder(shapes)
-    background = sum(count(np.zeros_like(labels), np.asarray(labels), 4) for _, labels in data.test())
+    background = sum(count_pixels(np.zeros_like(labels), np.asarray(labels), 4) for _, labels in data.test())
     assert manifest.metrics["test_miou"] > 2.5 * Scores.of(background).miou
     checkpoint = load_segmentation(trained)
     assert checkpoint.classes == ("background", "rectangle", "disc", "ring")

@@ -21,7 +21,8 @@ from support import ROOT, assert_one_line_error, run_command
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED, Manifest
 from illama.data.augmentation import Augmented, MicroBatches, training_transform
-from illama.data.datasets import SHIPPED_FASHION_MNIST, open_data, read_idx
+from illama.data.datasets import SHIPPED_FASHION_MNIST, open_data
+from illama.data.idx_files import read_idx
 from illama.errors import UserError
 from illama.training.distributed import Processes
 from illama.training.log import Log, read_log

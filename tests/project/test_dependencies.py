@@ -88,12 +88,12 @@ def test_every_product_file_has_a_name_of_its_own():
 def _installed_modules():
     """Returns the top-level modules of the installed distributions that constraints.txt pins."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {_normalised(match[0]) for line in lines if (match := re.match(r"[\w.-]+(?===)", line))}
+    pinned = {_normalized(match[0]) for line in lines if (match := re.match(r"[\w.-]+(?===)", line))}
     by_module = importlib.metadata.packages_distributions()
-    return {module for module, owners in by_module.items() if pinned & set(map(_normalised, owners))}
+    return {module for module, owners in by_module.items() if pinned & set(map(_normalized, owners))}
 
 
-def _normalised(distribution):
+def _normalized(distribution):
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
