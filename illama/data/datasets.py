@@ -383,7 +383,7 @@ def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "image
         return images
     if not 1 <= count <= total:
         option = f"--{what.replace(' ', '-')}"
-        raise UserError(f"{count} {what} were requested, and there are {total}: change {option}")
+        raise UserError(f"{count} {what} requested, but 1 to {total} are available: change {option}")
     return Subset(images, [i * total // count for i in range(count)])
 
 

@@ -115,7 +115,7 @@ def test_the_config_says_what_the_network_is(make):
     grey = VisionTransformer(**{**SMALL, "img_size": 16}, in_chans=1)
     assert make(grey).config == TimmConfig("VisionTransformer", 16, 1, 5, mask)
     for wrong in ({**config.to_dict(), "depth": 2}, {"name": "vit_tiny_patch16_224"}):
-        with pytest.raises(UserError, match="settings of a timm network: "):
+        with pytest.raises(UserError, match="timm network"):
             TimmConfig.from_dict(wrong)
 
 
@@ -348,24 +348,24 @@ def scaled_otherwise():
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "identifier"),
     [
         (lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1), "VisionTransformerRelPos"),
         (lambda: timm.create_model("eva02_tiny_patch14_224", depth=1), "Eva"),
         (lambda: timm.create_model("beit_base_patch16_224", depth=1, embed_dim=32, num_heads=2), "Beit"),
-        (lambda: torch.nn.Linear(2, 2), "Linear.*: give a timm VisionTransformer"),
+        (lambda: torch.nn.Linear(2, 2), "Linear.*VisionTransformer"),
         (lambda: to_causal(VisionTransformer(**SMALL)), "CausalVisionTransformer"),
         (lambda: to_causal(VisionTransformer(**SMALL)).vit, "CausalAttention"),
-        (lambda: OwnFeatures(**SMALL), "forward_features of its own"),
+        (lambda: OwnFeatures(**SMALL), "forward_features"),
         (lambda: VisionTransformer(**SMALL, block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
         (lambda: VisionTransformer(**SMALL, attn_layer="diff"), "DiffAttention"),
-        (scaled_otherwise, "scales by 1.0"),
-        (wide_images, "must be square"),
+        (scaled_otherwise, "scale 1.0"),
+        (wide_images, r"\(32, 16\)"),
     ],
 )
-def test_what_cannot_be_exact_is_refused(make, words):
+def test_what_cannot_be_exact_is_refused(make, identifier):
     for take, refusal in ((to_causal, "cannot make a "), (to_quantizable, "cannot quantize a ")):
-        with pytest.raises(UserError, match=words) as caught:
+        with pytest.raises(UserError, match=identifier) as caught:
             take(make())
         assert str(caught.value).startswith(refusal) and "\n" not in str(caught.value)
 
@@ -383,10 +383,10 @@ def test_a_hybrid_is_made_causal_but_not_quantized():
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
 def test_an_unknown_mask_is_refused(mask):
-    with pytest.raises(UserError, match="mask must be post_softmax or pre_softmax"):
+    with pytest.raises(UserError, match=mask):
         to_causal(VisionTransformer(**SMALL), mask)
 
 
 def test_the_inner_network_is_not_run_without_its_mask():
-    with pytest.raises(UserError, match="call the model, not its"):
+    with pytest.raises(UserError, match=r"\.vit"):
         to_causal(build("plain")).vit(images_for(""))

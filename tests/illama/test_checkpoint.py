@@ -95,23 +95,23 @@ def test_the_number_of_classes_is_read_from_the_file(tmp_path, classes):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "identifier"),
     [
-        ({"mask": "pre_softmax"}, "mask post_softmax, not pre_softmax: .* silently"),
-        ({"mask": "bidirectional"}, "mask post_softmax, not bidirectional: .* silently"),
-        ({"class_token": "first"}, "class_token last, not first: .* silently"),
-        ({"position": "learnable"}, "position both, not learnable: .* silently"),
-        ({"class_sees_all": True}, "class_sees_all False, not True: .* silently"),
+        ({"mask": "pre_softmax"}, "mask post_softmax, not pre_softmax"),
+        ({"mask": "bidirectional"}, "mask post_softmax, not bidirectional"),
+        ({"class_token": "first"}, "class_token last, not first"),
+        ({"position": "learnable"}, "position both, not learnable"),
+        ({"class_sees_all": True}, "class_sees_all False, not True"),
         ({"image_size": 64}, "pos_embed has shape"),
         ({"norm": "layer"}, "norm1.bias is missing"),
     ],
 )
-def test_a_released_file_is_not_loaded_as_what_it_is_not(tmp_path, change, words):
+def test_a_released_file_is_not_loaded_as_what_it_is_not(tmp_path, change, identifier):
     path = save_released(tmp_path / RELEASED[0][0], released_state(64, 256, 32))
     config = load_checkpoint(path).model.config
     assert load_checkpoint(path, config).model.config == config
     assert load_checkpoint(path, replace(config, heads=2)).model.config.heads == 2
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=identifier) as caught:
         load_checkpoint(path, replace(config, **change))
     assert "\n" not in str(caught.value)
 
@@ -136,9 +136,9 @@ def _integers(state):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "identifier"),
     [
-        (_without_table, "no position table"),
+        (_without_table, "pos_embed"),
         (_with_rows(196), r"shape \(1, 196, 64\).*side \* side \+ 1"),
         (_with_rows(198), "side"),
         (_with_rows(1), "side"),
@@ -146,10 +146,10 @@ def _integers(state):
         (_integers, "int8 values in norm.weight"),
     ],
 )
-def test_a_table_or_values_that_do_not_fit_are_refused(tmp_path, change, words):
+def test_a_table_or_values_that_do_not_fit_are_refused(tmp_path, change, identifier):
     state = released_state(64, 256, 32)
     change(state)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=identifier):
         load_checkpoint(save_released(tmp_path / "x.pth", state))
 
 
@@ -166,7 +166,7 @@ def test_a_vit_of_timm_is_sent_to_to_causal(tmp_path, name, suffix):
 def test_a_training_run_s_state_is_refused(tmp_path):
     content = {"step": 3, "model": ILLaMA(SMALL).state_dict(), "average": {}, "optimizer": {}}
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match="take the run's bundle"):
+    with pytest.raises(UserError, match=r"checkpoint\.pt .*bundle"):
         load_checkpoint(tmp_path / "checkpoint.pt")
 
 
@@ -180,7 +180,7 @@ def test_weights_name_their_config_outside_the_bundle(tmp_path, config):
     checkpoint = load_checkpoint(tmp_path / "weights.safetensors")
     assert checkpoint.model.config == config
     assert all(torch.equal(value, state[name]) for name, value in checkpoint.model.state_dict().items())
-    with pytest.raises(UserError, match="trained with another config: depth 2, not 3"):
+    with pytest.raises(UserError, match="depth 2, not 3"):
         load_checkpoint(tmp_path / "weights.safetensors", replace(config, depth=3))
     write_weights(state, config, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "weights.safetensors").read_bytes()
@@ -209,23 +209,23 @@ def test_a_manifest_that_denies_the_metadata_is_refused(small_bundle):
     assert load_checkpoint(small_bundle).model.config == SMALL
     write_weights(state, replace(SMALL, mask="pre_softmax"), small_bundle / "model.safetensors")
     for path in (small_bundle, small_bundle / "model.safetensors"):
-        with pytest.raises(UserError, match="different configs: mask pre_softmax, not post_softmax"):
+        with pytest.raises(UserError, match="mask pre_softmax, not post_softmax"):
             load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "identifier"),
     [
         ("{", "damaged config"),
         ("[1]", "damaged config"),
-        ('{"wings": 2}', "unknown model settings: wings"),
-        ('{"depth": "2"}', "depth must be a whole number"),
+        ('{"wings": 2}', "wings"),
+        ('{"depth": "2"}', "depth .*'2'"),
         ("3", "damaged config"),
     ],
 )
-def test_damaged_metadata_is_refused(tmp_path, text, words):
+def test_damaged_metadata_is_refused(tmp_path, text, identifier):
     save_file(ILLaMA(SMALL).state_dict(), tmp_path / "x.safetensors", {"illama_config": text})
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=identifier):
         load_checkpoint(tmp_path / "x.safetensors")
 
 
@@ -308,8 +308,8 @@ def test_another_resolution_changes_the_positions_alone(tmp_path, config):
             assert torch.equal(loaded["pos_embed"][:, row], state["pos_embed"][:, row])
         with torch.no_grad():
             assert checkpoint.model(torch.randn(1, 3, image_size, image_size)).isfinite().all()
-    for wrong, words in ((30, "not a multiple of patch_size 8"), (0, "at least 1")):
-        with pytest.raises(UserError, match=words):
+    for wrong, identifier in ((30, "not a multiple of patch_size 8"), (0, "at least 1")):
+        with pytest.raises(UserError, match=identifier):
             load_checkpoint(bundle, image_size=wrong)
 
 
@@ -365,7 +365,7 @@ def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path):
     state = released_state(64, 256, 32)
     path = save_released(tmp_path / RELEASED[0][0], state)
     model = ILLaMA(ModelConfig(image_size=64, width=64, depth=1, heads=1, num_classes=7))
-    with pytest.raises(UserError, match="num_classes 1000, not 7; other classes need a new head"):
+    with pytest.raises(UserError, match=r"num_classes 1000, not 7.*--new-head"):
         initialize_from(model, path, new_head=False)
     assert initialize_from(model, path, new_head=True) == ["head.weight", "head.bias"]
     assert torch.equal(model.pos_embed.data, resize_positions(state["pos_embed"], 4))
@@ -373,18 +373,18 @@ def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path):
 
 
 @pytest.mark.parametrize(("given_channels", "channels"), [(1, 3), (3, 1)])
-def test_a_grey_image_gives_the_same_in_one_channel_and_in_three(tmp_path, given_channels, channels):
+def test_a_gray_image_gives_the_same_result_in_one_channel_and_in_three(tmp_path, given_channels, channels):
     bundle = write_bundle(tmp_path / "bundle", replace(SMALL, in_channels=given_channels))
     model = ILLaMA(replace(SMALL, in_channels=channels)).eval()
     initialize_from(model, bundle, new_head=False)
-    grey = torch.randn(2, 1, 32, 32)
+    gray = torch.randn(2, 1, 32, 32)
     with torch.no_grad():
-        expected = load_checkpoint(bundle).model(grey.expand(-1, given_channels, -1, -1))
-        assert (model(grey.expand(-1, channels, -1, -1)) - expected).abs().max() < 1e-5
+        expected = load_checkpoint(bundle).model(gray.expand(-1, given_channels, -1, -1))
+        assert (model(gray.expand(-1, channels, -1, -1)) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "identifier"),
     [
         ({"mask": "pre_softmax"}, "mask post_softmax, not pre_softmax"),
         ({"depth": 3}, "depth 2, not 3"),
@@ -392,13 +392,13 @@ def test_a_grey_image_gives_the_same_in_one_channel_and_in_three(tmp_path, given
         ({"heads": 4}, "heads 2, not 4"),
         ({"patch_size": 16}, "patch_size 8"),
         ({"position": "rope"}, "position both, not rope"),
-        ({"in_channels": 2}, "3 colour channels"),
+        ({"in_channels": 2}, "3 color channels, not 2"),
         ({"norm": "layer"}, "norm rms, not layer"),
         ({"class_token": "first"}, "class_token last, not first"),
     ],
 )
-def test_fine_tuning_another_network_is_refused(small_bundle, change, words):
-    with pytest.raises(UserError, match=words):
+def test_fine_tuning_another_network_is_refused(small_bundle, change, identifier):
+    with pytest.raises(UserError, match=identifier):
         initialize_from(ILLaMA(replace(SMALL, **change)), small_bundle, new_head=True)
 
 
@@ -443,18 +443,18 @@ def _break(state, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "identifier"),
     [
-        ("nan", "NaN or infinite values in norm.weight"),
+        ("nan", "NaN .*norm.weight"),
         ("shape", "head.weight has shape"),
         ("missing", "norm.weight is missing"),
         ("unknown", "extra is unknown"),
     ],
 )
-def test_wrong_weights_are_refused(small_bundle, kind, words):
+def test_wrong_weights_are_refused(small_bundle, kind, identifier):
     path = small_bundle / "model.safetensors"
     save_file(_break(load_file(path), kind), path)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=identifier):
         load_checkpoint(small_bundle)
 
 
@@ -472,12 +472,12 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
 @pytest.mark.parametrize("state", [{"weight": torch.zeros(2)}, {"model": {"blocks.0.x": torch.zeros(1)}}])
 def test_another_network_s_weights_are_refused(tmp_path, state):
     torch.save(state, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="not an iLLaMA checkpoint"):
+    with pytest.raises(UserError, match=r"other\.pth"):
         load_checkpoint(tmp_path / "other.pth")
 
 
 def test_a_missing_file_or_manifest_is_named(tmp_path, small_bundle):
-    with pytest.raises(UserError, match="no checkpoint at"):
+    with pytest.raises(UserError, match=r"nothing\.safetensors"):
         load_checkpoint(tmp_path / "nothing.safetensors")
     (small_bundle / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):

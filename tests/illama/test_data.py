@@ -43,7 +43,7 @@ def test_training_images_leave_out_the_shipped_calibration_images():
 
 
 def test_missing_training_images_come_with_the_way_to_get_them(tmp_path):
-    with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
+    with pytest.raises(UserError, match="dataset-fashion-mnist"):
         open_data(f"fashion-mnist:{tmp_path}").training()
 
 
@@ -73,19 +73,19 @@ def test_preprocessing_comes_back_from_json_or_is_refused():
     values = json.loads(json.dumps(asdict(preprocessing)))
     assert Preprocessing.from_dict(values) == preprocessing
     for damaged in ({**values, "crop": 1}, {**values, "mean": None}, {"image_size": 224}, []):
-        with pytest.raises(UserError, match="make the bundle again"):
+        with pytest.raises(UserError, match="preprocessing"):
             Preprocessing.from_dict(damaged)
 
 
 def test_more_calibration_images_than_there_are(image_folder):
-    with pytest.raises(UserError, match=r"25 calibration images asked for, 1 to 24"):
+    with pytest.raises(UserError, match=r"25 .*1 to 24 .*--calibration-images"):
         open_data(str(image_folder)).calibration(25)
-    with pytest.raises(UserError, match="2001 calibration images"):
+    with pytest.raises(UserError, match=r"2001 .*--calibration-images"):
         open_data("fashion-mnist").calibration(2001)
 
 
 def test_folders_that_cannot_be_used(tmp_path, image_folder):
-    with pytest.raises(UserError, match="no data at"):
+    with pytest.raises(UserError, match="nowhere"):
         open_data(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no val/ folder"):
@@ -96,7 +96,7 @@ def test_folders_that_cannot_be_used(tmp_path, image_folder):
     with pytest.raises(UserError, match="one class only"):
         open_data(str(write_images(tmp_path / "one", classes=1)))
     (image_folder / "train" / "class0").rename(image_folder / "train" / "class9")
-    with pytest.raises(UserError, match="different classes"):
+    with pytest.raises(UserError, match="train/ and val/"):
         open_data(str(image_folder)).calibration(2)
 
 
@@ -128,7 +128,7 @@ def test_a_huge_image_is_named_in_one_line(image_folder, monkeypatch, recwarn):
         pixels = image.width * image.height
     for limit in (pixels * 2 // 3, pixels // 3):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(UserError, match=r"class0/0\.png has more than .* million pixels.*: shrink it"):
+        with pytest.raises(UserError, match=r"class0/0\.png .* million pixels"):
             open_data(str(image_folder)).test()[0]
     assert not recwarn.list
 

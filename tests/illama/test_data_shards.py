@@ -183,11 +183,11 @@ def test_parquet_is_unpacked_once_for_training_and_again_when_it_changes(tmp_pat
 def test_no_place_to_unpack_parquet(tmp_path, monkeypatch):
     data = _open("parquet", _write_parquet(tmp_path / "set"))
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="set XDG_CACHE_HOME to another folder"):
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         data.training()
     (tmp_path / "cache").unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match=r"0\.0 GB free: training needs .* set XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"0\.0 GB .* XDG_CACHE_HOME"):
         data.training()
 
 
@@ -234,14 +234,14 @@ def test_a_broken_image_is_named_with_its_shard_also_by_a_worker(tmp_path):
         with tarfile.open(path, "a") as tar:
             _add(tar, "broken.cls", b"0")
             _add(tar, "broken.jpg", _encode(_pixels("train", 0))[:90])
-    with pytest.raises(UserError, match=rf"image broken\.jpg in .*{path.name}: replace it"):
+    with pytest.raises(UserError, match=rf"broken\.jpg in .*{path.name}"):
         _open("webdataset", tars).test()[21]
     parquet = _write_parquet(tmp_path / "parquet")
     path = _shard("parquet", parquet, "train", 2)
     rows = pq.read_table(path).to_pylist()
     rows[7]["image"]["bytes"] = b"no image"
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=5)
-    with pytest.raises(UserError, match=rf"image in row 7 of .*{path.name}: replace it"):
+    with pytest.raises(UserError, match=rf"row 7 of .*{path.name}"):
         list(_open("parquet", parquet).calibration(36))
     out = ("--out", tmp_path / "out", "--image-size", 32, "--epochs", 1, "--batch-size", 2, "--workers", 2)
     assert_one_line_error(run_command("illama/train.py", "--data", f"webdataset:{tars}", *out), "broken.jpg in ")
@@ -278,7 +278,7 @@ def test_parquet_with_paths_in_place_of_images(tmp_path):
         path,
         lambda rows: [{**row, "image": {"bytes": None if i == 3 else b"", "path": "a"}} for i, row in enumerate(rows)],
     )
-    with pytest.raises(UserError, match=rf"row 3 of .*{path.name} is a path alone"):
+    with pytest.raises(UserError, match=rf"row 3 of .*{path.name} is only a path"):
         _open("parquet", folder).test()[VAL + 3]
 
 
@@ -286,8 +286,8 @@ def test_parquet_with_paths_in_place_of_images(tmp_path):
     "members, message",
     [
         ({"a.png": b"", "b.cls": b"0"}, r"has no (label \(\.cls\)|image)"),
-        ({"a.png": b"", "a.cls": b"cat"}, r"a\.cls holds b'cat', not a label"),
-        ({"a.png": b"", "a.cls": b"-1"}, "not a label"),
+        ({"a.png": b"", "a.cls": b"cat"}, r"a\.cls .*b'cat'"),
+        ({"a.png": b"", "a.cls": b"-1"}, "b'-1'"),
         ({"a.txt": b""}, r"no images in .*expected KEY\.jpg and KEY\.cls"),
         ({"a.png": b"", "a.cls": b"0"}, "one class only"),
     ],
@@ -308,7 +308,7 @@ def test_missing_shards_splits_and_classes(kind, shards, tmp_path):
         _open(kind, tmp_path / "empty")
     if kind == "parquet":
         (away := _shard(kind, shards, "train")).rename(tmp_path / "away")
-        with pytest.raises(UserError, match="2 of 3 train shards: fetch the missing"):
+        with pytest.raises(UserError, match="2 of 3 train shards"):
             _open(kind, shards)
         (tmp_path / "away").rename(away)
     for number in range(3):

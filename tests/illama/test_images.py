@@ -81,7 +81,7 @@ def test_a_tiff_is_scaled_by_the_depth_that_it_declares(kind, order):
         values = np.array([[0, 1, top // 2, top // 3, top - 1, top, np.iinfo(dtype).min, top // 7, 100]], dtype)
     content = tiff(values, byteorder=order)
     if (kind, order) == ("u4", ">"):  # Pillow does not read it
-        with pytest.raises(UserError, match="cannot read the image this one"):
+        with pytest.raises(UserError, match="this one"):
             decode(content)
         return
     assert np.array_equal(decode(content), scaled(values, top))
@@ -133,7 +133,7 @@ def test_of_colours_of_16_bits_the_upper_8_are_taken():
 
 
 def test_a_pixel_that_is_no_number_makes_a_broken_image():
-    with pytest.raises(UserError, match="cannot read the image this one"):
+    with pytest.raises(UserError, match="this one"):
         decode(tiff(np.array([[0.5, np.nan]], np.float32)))
 
 
@@ -218,10 +218,10 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch):
     for kind in ("EPS", "ICO", "TGA", "PCX", "SGI"):
         path = tmp_path / f"{kind}.jpg"
         Image.fromarray(STORED).convert("RGB").save(path, kind)
-        with pytest.raises(UserError, match=rf"cannot read the image .*{kind}\.jpg"):
+        with pytest.raises(UserError, match=rf"{kind}\.jpg"):
             decode_image(str(path), lambda path=path: str(path))
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(UserError, match="cannot read the image"):
+    with pytest.raises(UserError, match=r"pipe\.jpg"):
         decode_image(str(tmp_path / "pipe.jpg"), lambda: "pipe.jpg")
     for kind in images.FORMATS:
         Image.fromarray(STORED).convert("RGB").save(path, kind)
@@ -230,7 +230,7 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path, monkeypatch):
 
 def test_values_of_a_map_are_never_scaled():
     packed = png(4, 1, 4, 0, [b"\x12\x34"])
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="this one"):
         decode(packed, mode=None)
     file = io.BytesIO()
     indices = Image.fromarray(GREY % 4).convert("L")
@@ -241,12 +241,12 @@ def test_values_of_a_map_are_never_scaled():
 
 def test_size_is_checked_before_anything_is_decoded():
     header = png(30_000, 20_000, 8, 0, [])  # no pixel is there
-    for content, limit, words in (
+    for content, limit, identifier in (
         (header, None, "more than 89.5 million pixels"),
         (grey_png(np.zeros((20, 60))), 1199, "more than"),
         (png(1_000_001, 1, 1, 0, []), None, "1000000 along a side"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=identifier):
             decode(content, max_pixels=limit)
     assert decode(grey_png(np.zeros((20, 60))), max_pixels=1200).shape == (20, 60)
 

@@ -269,8 +269,8 @@ def test_memory_is_that_of_one_tensor_at_llama2_7b_s_own_sizes(tmp_path):
     assert float(result.stdout) < 200, "MiB"
 
 
-def _expect(folder, words, config=SMALL):
-    with pytest.raises(UserError, match=words) as caught:
+def _expect(folder, identifier, config=SMALL):
+    with pytest.raises(UserError, match=identifier) as caught:
         initialize_from_llama(_model(config), folder)
     assert "\n" not in str(caught.value)
 
@@ -289,49 +289,49 @@ def test_a_missing_or_damaged_file_is_named(llama, tmp_path):
     second.unlink()
     _expect(llama, "00002-of-00002.safetensors is missing")
     (llama / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    _expect(llama, "no weight_map")
+    _expect(llama, "weight_map")
     (llama / "model.safetensors.index.json").unlink()
-    _expect(llama, "neither model.safetensors nor model.safetensors.index.json")
+    _expect(llama, "model.safetensors .*model.safetensors.index.json")
     (llama / "model.safetensors").write_bytes(b"short")
     _expect(llama, "model.safetensors is truncated")
     (llama / "config.json").write_text("{")
     _expect(llama, "config.json is damaged")
     (llama / "config.json").write_text('{"model_type": "llama"}')
-    _expect(llama, "lacks the sizes")
+    _expect(llama, "config.json")
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "identifier"),
     [
-        ({"model_type": "gemma"}, "type 'gemma', not 'llama'"),
-        ({"hidden_size": 24}, "width 24, 32 needed"),
-        ({"num_hidden_layers": 1}, "depth 1, 2 needed"),
-        ({"num_attention_heads": 1}, "heads 1, 2 needed"),
-        ({"num_attention_heads": 24, "num_key_value_heads": 24}, "head_dim 8, 16 needed"),
-        ({"intermediate_size": 255}, "hidden 255, 256 needed"),
-        ({"num_key_value_heads": 4}, "6 heads of size 32 cannot have 4 heads of keys"),
-        ({"num_key_value_heads": 3}, r"k_proj.weight has shape \(192, 192\).*config.json gives float \(96, 192\)"),
-        ({"intermediate_size": 599}, r"gate_proj.weight has shape \(600, 192\)"),
+        ({"model_type": "gemma"}, "'gemma'"),
+        ({"hidden_size": 24}, "width .*24.* 32 "),
+        ({"num_hidden_layers": 1}, "depth .*1.* 2 "),
+        ({"num_attention_heads": 1}, "heads .*1.* 2 "),
+        ({"num_attention_heads": 24, "num_key_value_heads": 24}, "head_dim .*8.* 16 "),
+        ({"intermediate_size": 255}, "hidden .*255.* 256 "),
+        ({"num_key_value_heads": 4}, "6 heads .* 4 key-value heads"),
+        ({"num_key_value_heads": 3}, r"k_proj.weight .*\(192, 192\).*config.json.*\(96, 192\)"),
+        ({"intermediate_size": 599}, r"gate_proj.weight .*\(600, 192\)"),
     ],
 )
-def test_a_llama_that_does_not_fit_is_refused(llama, values, words):
+def test_a_llama_that_does_not_fit_is_refused(llama, values, identifier):
     _edit_config(llama, **values)
-    _expect(llama, words)
+    _expect(llama, identifier)
 
 
 def test_other_names_and_nan_are_refused(tmp_path):
     tensors = _tensors(LLAMA)
     names = {name.replace("self_attn", "attention"): value for name, value in tensors.items()}
-    _expect(_write(tmp_path / "names", LLAMA, names), "no tensor model.layers.0.self_attn.q_proj.weight")
+    _expect(_write(tmp_path / "names", LLAMA, names), "model.layers.0.self_attn.q_proj.weight")
     tensors["model.layers.4.mlp.down_proj.weight"][0] = float("nan")
     folder = _write(tmp_path / "nan", LLAMA, tensors)
-    _expect(folder, "NaN or infinite values in model.layers.4.mlp.down_proj.weight")
+    _expect(folder, "NaN .*model.layers.4.mlp.down_proj.weight")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     other = dict.fromkeys(index["weight_map"], "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": other}))
-    _expect(folder, "has no tensor .*, though model.safetensors.index.json says so")
+    _expect(folder, "self_attn.q_proj.weight.*model.safetensors.index.json")
 
 
 def test_a_network_that_is_not_llama_s_is_refused(llama):
-    _expect(llama, "RMSNorm and SwiGLU, the model has norm layer", replace(SMALL, norm="layer"))
+    _expect(llama, "norm layer", replace(SMALL, norm="layer"))
     _expect(llama, "mlp gelu", replace(SMALL, mlp="gelu"))

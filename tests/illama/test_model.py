@@ -195,28 +195,28 @@ def test_timm_knows_the_sizes():
     assert isinstance(model, ILLaMA)
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 7)
     assert {f"illama_{size}" for size in ("nano", "tiny", "small", "base", "large")} <= set(timm.list_models("illama*"))
-    with pytest.raises(UserError, match="downloaded"):
+    with pytest.raises(UserError, match="load_checkpoint"):
         timm.create_model("illama_tiny", pretrained=True)
 
 
 @pytest.mark.parametrize(
-    ("settings_", "words"),
+    ("settings_", "identifier"),
     [
-        ({"image_size": 30}, "multiple of patch_size"),
+        ({"image_size": 30}, "patch_size"),
         ({"heads": 5}, "heads"),
         ({"depth": 0}, "depth"),
         ({"width": 1.5}, "width"),
-        ({"mask": "causal"}, "mask must be one of"),
-        ({"colour": 3}, "unknown model settings: colour"),
+        ({"mask": "causal"}, "mask"),
+        ({"color": 3}, "color"),
     ],
 )
-def test_a_wrong_config_is_refused(settings_, words):
-    with pytest.raises(UserError, match=words):
+def test_a_wrong_config_is_refused(settings_, identifier):
+    with pytest.raises(UserError, match=identifier):
         ModelConfig.from_dict(settings_)
 
 
 def test_an_unknown_size_is_refused():
-    with pytest.raises(UserError, match="unknown model size"):
+    with pytest.raises(UserError, match="'huge'"):
         ModelConfig.preset("huge")
 
 

@@ -221,8 +221,8 @@ def test_a_segmentation_s_image_is_turned_and_a_strip_refused(tmp_path):
     strip, turned = 0, 1
     image, labels = SegmentationFolder(tmp_path).test()[turned]
     assert image.shape[-2:] == labels.shape == (24, 40)
-    with pytest.raises(UserError, match=r"turned\.png has .* and its image has not"):
+    with pytest.raises(UserError, match=r"turned\.png has 40 x 24"):
         SegmentationFolder(tmp_path, "ignore").test()[turned]
-    with pytest.raises(UserError, match=r"strip\.jpg is more than 32 times as long as wide"):
+    with pytest.raises(UserError, match=r"strip\.jpg .*32"):
         SegmentationFolder(tmp_path).test()[strip]
     assert SegmentationFolder(tmp_path, "ignore").preprocessing(512, 3).exif == "ignore"

@@ -252,7 +252,7 @@ def _broken(folder):
     (folder / "annotations/validation/0000.png").write_bytes(b"not a PNG")
 
 
-def _coloured(folder):
+def _colored(folder):
     Image.new("RGB", (64, 64)).save(folder / "annotations/validation/0000.png")
 
 
@@ -266,20 +266,20 @@ def _unknown_class(folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "identifier"),
     [
         (_no_classes, "objectInfo"),
-        (_no_annotation, "has no annotation"),
-        (_broken, "cannot read"),
-        (_coloured, "one byte a pixel"),
+        (_no_annotation, "0001.png"),
+        (_broken, "0000.png"),
+        (_colored, "0000.png .*one byte per pixel"),
         (_another_size, "10 x 10 pixels"),
-        (_unknown_class, "names class 5 of 4"),
+        (_unknown_class, "class 5, .*4"),
     ],
 )
-def test_folders_that_cannot_be_used(damage, words, tmp_path):
+def test_folders_that_cannot_be_used(damage, identifier, tmp_path):
     folder = _draw(tmp_path / "data", train=1, validation=2)
     damage(folder)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=identifier):
         SegmentationFolder(folder).test()[0]
 
 
@@ -404,7 +404,7 @@ def test_a_scheme_never_takes_another_bundle_s_place(trained, shapes, tmp_path):
 def test_commands_say_what_is_wrong_in_a_line(shapes, small_bundle, tmp_path):
     with pytest.raises(UserError, match="--seed"):
         SegmentationEvalOptions((small_bundle,), shapes, seed=-1)
-    with pytest.raises(UserError, match="holds no segmentation network"):
+    with pytest.raises(UserError, match=r"train_segmentation\.py"):
         quantize(PtqSegmentationOptions(small_bundle, shapes, out=tmp_path / "ptq"))
     with pytest.raises(UserError, match="classes"):
         evaluate(SegmentationEvalOptions((small_bundle,), shapes))

@@ -191,46 +191,46 @@ def test_squashed_images_are_warped():
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "identifier"),
     [
-        ("resnet18", "cannot quantize a ResNet"),
-        ("swin_tiny_patch4_window7_224", "cannot quantize a SwinTransformer"),
-        ("eva02_tiny_patch14_224", "cannot quantize a Eva"),
-        ("vit_small_r26_s32_224", "has a HybridEmbed"),
-        ("illama_tiny", "cannot quantize a ILLaMA"),
-        ("vit_tny_patch16_224", "knows no network 'vit_tny_patch16_224': did you mean vit_tiny_patch16_224 or "),
-        ("hf-hub:timm/vit_tiny_patch16_224", "knows no network"),
-        ("", "knows no network"),
+        ("resnet18", "ResNet"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("eva02_tiny_patch14_224", "Eva"),
+        ("vit_small_r26_s32_224", "HybridEmbed"),
+        ("illama_tiny", "ILLaMA"),
+        ("vit_tny_patch16_224", "'vit_tny_patch16_224'.* vit_tiny_patch16_224 or "),
+        ("hf-hub:timm/vit_tiny_patch16_224", "'hf-hub:timm/vit_tiny_patch16_224'"),
+        ("", "''"),
         ("vit_tiny_patch16_224.nobody", "Invalid pretrained tag"),
     ],
 )
-def test_other_networks_are_refused(name, words, tmp_path):
+def test_other_networks_are_refused(name, identifier, tmp_path):
     _, path = saved(tmp_path, "small_vit_plain")
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=identifier) as caught:
         load_timm(name, path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "identifier"),
     [
-        (lambda state: state["norm.weight"].fill_(float("nan")), "NaN or infinite values in norm.weight"),
-        (lambda state: state.pop("norm.weight"), "does not fit timm's small_vit_plain: norm.weight is missing"),
+        (lambda state: state["norm.weight"].fill_(float("nan")), "NaN .*norm.weight"),
+        (lambda state: state.pop("norm.weight"), "small_vit_plain: norm.weight is missing"),
         (lambda state: state.update(extra=torch.zeros(1)), "extra is unknown"),
-        (lambda state: state.update({"norm.weight": torch.zeros(8)}), r"has shape \(8,\), expected \(32,\)"),
-        (lambda state: state.update({"norm.weight": torch.zeros(32).int()}), "has torch.int32 values in norm.weight"),
-        (lambda state: state.pop("head.weight"), "has no classifier"),
-        (lambda state: state.pop("patch_embed.proj.weight"), "not a timm ViT's state dict"),
-        (lambda state: state.update({"pos_embed": torch.zeros(1, 15, 32)}), r"position table of shape \(1, 15, 32\)"),
-        (lambda state: state.update({"pos_embed": torch.zeros(17, 32)}), r"position table of shape \(17, 32\)"),
+        (lambda state: state.update({"norm.weight": torch.zeros(8)}), r"\(8,\), .* \(32,\)"),
+        (lambda state: state.update({"norm.weight": torch.zeros(32).int()}), "int32 .*norm.weight"),
+        (lambda state: state.pop("head.weight"), "head.weight"),
+        (lambda state: state.pop("patch_embed.proj.weight"), "patch_embed.proj.weight"),
+        (lambda state: state.update({"pos_embed": torch.zeros(1, 15, 32)}), r"\(1, 15, 32\)"),
+        (lambda state: state.update({"pos_embed": torch.zeros(17, 32)}), r"\(17, 32\)"),
     ],
 )
-def test_wrong_weights_are_refused(change, words, tmp_path):
+def test_wrong_weights_are_refused(change, identifier, tmp_path):
     vit, path = saved(tmp_path, "small_vit_plain")
     state = dict(vit.state_dict())
     change(state)
     save_file(state, path)
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=identifier) as caught:
         load_timm("small_vit_plain", path)
     assert "\n" not in str(caught.value)
 
@@ -251,25 +251,25 @@ def test_a_truncated_file_is_refused(suffix, kept, tmp_path):
 
 
 def test_a_bundle_or_a_folder_is_refused_where_a_file_is_asked_for(tmp_path, small_bundle):
-    for path, words in (
-        (SHIPPED, "is a bundle.*is loaded without --model"),
-        (tmp_path, "is a folder"),
-        (tmp_path / "nothing.pth", "no checkpoint at"),
+    for path, identifier in (
+        (SHIPPED, "bundle.*--model"),
+        (tmp_path, "folder"),
+        (tmp_path / "nothing.pth", "nothing.pth"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=identifier):
             load_timm("vit_tiny_patch16_224", path)
 
 
 def test_an_illama_s_weights_are_refused(tmp_path):
     model = load_checkpoint(SHIPPED).model
     write_weights(model.state_dict(), model.config, tmp_path / "illama.safetensors")
-    with pytest.raises(UserError, match=r"holds an iLLaMA's weights.*without --model"):
+    with pytest.raises(UserError, match=r"iLLaMA.*--model"):
         load_timm("vit_tiny_patch16_224", tmp_path / "illama.safetensors")
 
 
 def test_timm_s_weights_are_refused_where_an_illama_is_asked_for(tmp_path):
     _, path = saved(tmp_path, "small_vit_plain")
-    with pytest.raises(UserError, match="quantize it as it is with --model timm:NAME"):
+    with pytest.raises(UserError, match="--model timm:NAME"):
         load_checkpoint(path)
 
 

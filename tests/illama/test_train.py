@@ -128,23 +128,23 @@ def test_every_recipe_s_network_can_be_made(name):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "identifier"),
     [
-        ("epochs: many", "epochs must be int, not 'many'"),
-        ("epoch: 3", "no such option: epoch"),
-        ("compile: 1", "compile must be bool"),
-        ("soft_mask: soft", "soft_mask must be"),
-        ("- 3", "must map"),
+        ("epochs: many", "epochs .*'many'"),
+        ("epoch: 3", "epoch;"),
+        ("compile: 1", "compile .*bool"),
+        ("soft_mask: soft", "soft_mask .*linear"),
+        ("- 3", "mine.yaml"),
         ("epochs: [", "not YAML"),
-        ("batch_size: 200", "multiple of --micro-batch"),
-        ("dropout: 2", "in 0..1"),
-        ("recipe: in1k-tiny", "no such option"),
-        ("learning_rate: .nan", "not negative"),
+        ("batch_size: 200", "--micro-batch"),
+        ("dropout: 2", "--dropout .*0..1"),
+        ("recipe: in1k-tiny", ": recipe;"),
+        ("learning_rate: .nan", "--learning-rate"),
     ],
 )
-def test_recipes_that_cannot_be(text, words, tmp_path):
+def test_recipes_that_cannot_be(text, identifier, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=identifier):
         load_recipe(str(tmp_path / "mine.yaml"))
 
 
@@ -357,7 +357,7 @@ def test_sharded_training_without_an_average_goes_on_where_it_was_stopped(own_st
 
 def test_a_restart_that_would_hang_is_refused(training_folder, tmp_path):
     result = run_command(*_torchrun(1, *_arguments(training_folder, tmp_path / "out")))
-    assert "error: restarted workers would not find each other: set TORCH_DISABLE" in result.stderr
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in result.stderr
 
 
 def test_torchrun_restarts_a_killed_worker_which_goes_on(finished, own_store, training_folder, tmp_path):
@@ -423,7 +423,7 @@ def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("option", "identifier"),
     [
         (("--micro-batch", 63), "even"),
         (("--epochs", 0), "at least 1"),
@@ -443,8 +443,8 @@ def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_pat
         (("--init", "/etc/passwd"), "not a checkpoint"),
     ],
 )
-def test_options_that_cannot_be(option, words, training_folder, tmp_path):
-    assert_one_line_error(run_command(*_arguments(training_folder, tmp_path / "out", *option)), words)
+def test_options_that_cannot_be(option, identifier, training_folder, tmp_path):
+    assert_one_line_error(run_command(*_arguments(training_folder, tmp_path / "out", *option)), identifier)
 
 
 def test_a_broken_training_image_is_one_line(image_folder, tmp_path):

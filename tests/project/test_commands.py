@@ -120,7 +120,7 @@ def test_options_that_do_not_fit(small_bundle, image_folder, tmp_path, run_here)
     out = tmp_path / "out"
     assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, "--schemes", "int3"), "unknown scheme 'int3'")
     assert_one_line_error(
-        _ptq(run_here, small_bundle, image_folder, out, "--calibration-images", 25), "25 calibration images"
+        _ptq(run_here, small_bundle, image_folder, out, "--calibration-images", 25), "25 ", "--calibration-images"
     )
     assert_one_line_error(_ptq(run_here, small_bundle, tmp_path / "nowhere", out), "no data at")
     unknown = run_here("quant/ptq.py", "--sheme", "int8")
