@@ -53,7 +53,7 @@ def main(options: RobustnessOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from eval.benchmark.evaluate_split import claim
     from eval.benchmark.open_bundles import open_bundles, open_fitting_data
-    from eval.metrics.corrupted_accuracy import measure_cells, robustness_json, robustness_tables, summarise
+    from eval.metrics.corrupted_accuracy import measure_cells, robustness_json, robustness_tables, summarize
     from eval.metrics.corruptions import check_corruption
     from eval.report.store import write_results
     from illama.atomic_write import lock_folder
@@ -70,7 +70,7 @@ def main(options: RobustnessOptions) -> None:
         settings = {"data": options.data, "images": options.images, "seed": options.seed}
         claim(options.out, {**settings, **bundles.facts})
         measured = measure_cells(bundles, images, cells, options.out, options.seed, options.workers)
-        results = summarise(measured, options.seed)
+        results = summarize(measured, options.seed)
         reference = next(iter(results))
         note = chance_note(reference, results[reference].clean, len(bundles.classes))
         print(f"{options.images} images of {options.data}; severities {' '.join(map(str, options.severities))}\n")

@@ -25,7 +25,7 @@ class SegmentationEvalOptions:
         data: folder of images and annotations; its validation images are used.
         scales: evaluate each image at these multiples of its size, and average the probabilities.
         flip: average with the predictions of the mirrored images.
-        overlap: overlap of neighbouring windows, as a share of a window's side.
+        overlap: overlap of neighboring windows, as a share of a window's side.
         out: path of the results, written as JSON (.json is added) and as a table (.md is added); none if not given.
         seed: random seed of the bootstrap.
     """

@@ -138,7 +138,7 @@ def measure_latency(
         times = _take_turns({name: engines[name] for name in plans}, given, plans, rounds, order, watch, progress)
         joules = _energy(engines, given, {name: m for name, m in (meters or {}).items() if name in plans}, progress)
         for name, values in times.items():
-            timings.latency[name].append(_summarise(values, batch, joules.get(name)))
+            timings.latency[name].append(_summarize(values, batch, joules.get(name)))
     watch.look()
     timings.conditions.update(
         {
@@ -265,7 +265,7 @@ def _energy(
     return found
 
 
-def _summarise(seconds: list[float], batch: int, joules: float | None) -> Latency:
+def _summarize(seconds: list[float], batch: int, joules: float | None) -> Latency:
     times = np.array(seconds) * 1e3
     p50, p90, p99 = (float(value) for value in np.percentile(times, [50, 90, 99]))
     return Latency(batch, float(np.mean(times)), p50, p90, p99, len(times), joules)

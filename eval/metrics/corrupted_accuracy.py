@@ -46,7 +46,7 @@ class Robustness:
     by_corruption: dict[str, float]
 
 
-def summarise(cells: Mapping[Cell, Correct], seed: int = 0) -> dict[str, Robustness]:
+def summarize(cells: Mapping[Cell, Correct], seed: int = 0) -> dict[str, Robustness]:
     """Returns the robustness of each model; the first model is the reference.
 
     Args:

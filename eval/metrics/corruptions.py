@@ -83,10 +83,10 @@ def check_corruption(corruption: str, severity: int) -> None:
 
 
 def corrupt(image: Image.Image, corruption: str, severity: int, seed: int) -> Image.Image:
-    """Returns a square image, grey or RGB, corrupted, in its size and mode; restores NumPy's global generator."""
+    """Returns a square image, gray or RGB, corrupted, in its size and mode; restores NumPy's global generator."""
     size, mode = image.size, image.mode
     if corruption in _EXTENT_IN_PIXELS:
-        image = image.convert("RGB")  # the library would blur single rows of a grey image
+        image = image.convert("RGB")  # the library would blur single rows of a gray image
     if corruption in _EXTENT_IN_PIXELS or image.width > REFERENCE_SIZE:
         image = image.resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
     more = {"seed": seed} if corruption in _TAKES_SEED else {}

@@ -1,6 +1,6 @@
 """Rank of attention maps: over how many directions a head spreads its mixing of the tokens.
 
-The measure of the iLLaMA paper (arXiv 2404.06773, analysis of attention maps): a map's singular values, normalised to
+The measure of the iLLaMA paper (arXiv 2404.06773, analysis of attention maps): a map's singular values, normalized to
 sum to one, in descending order, and the index at which their cumulative sum reaches 0.8. In the paper's curves it is
 about 129 of 197 for iLLaMA-T and about 81 for a bidirectional ViT-T (first layer, first head). The paper's released
 code takes the rank of the MEAN map of 30 images, which differs from the mean of 30 ranks.

@@ -1,7 +1,7 @@
 """``report.html``: a single file that opens from disk and makes no requests.
 
 ``templates/plot.js`` draws the interactive plot instead of plotly, whose script alone has 4.8 MB: the page is mailed
-and opened on phones, and with ten classes and its pictures it has about 250 kB. The plot follows the page's colours
+and opened on phones, and with ten classes and its pictures it has about 250 kB. The plot follows the page's colors
 (dark, print), works with a keyboard and a screen reader, and needs neither ``unsafe-inline`` nor ``unsafe-eval``: the
 content security policy allows only the page's own script and style, by their hashes. Without JavaScript (a preview in
 a mail program) the page shows matplotlib's plot and all tables.

@@ -15,13 +15,13 @@ from eval.report.pareto import choose, pareto_front
 from eval.report.schema import Report, Row
 
 INK, QUIET, FAINT, WARN, DOMINATED = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
-COLOURS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as on the HTML page
+COLORS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as on the HTML page
 MARKS = ("o", "s", "^", "D", "v", "P")
 _DPI = 160
 
 
 def draw_tradeoff(report: Report) -> bytes:
-    """Plots top-1 against latency as PNG: Pareto fronts joined, dominated rows grey, untimed rows as dashed lines.
+    """Plots top-1 against latency as PNG: Pareto fronts joined, dominated rows gray, untimed rows as dashed lines.
 
     Raises:
         ValueError: the report has no rows.
@@ -32,15 +32,15 @@ def draw_tradeoff(report: Report) -> bytes:
     axes = figure.add_subplot()
     batch = report.constraints.batch
     best, chosen = pareto_front(report.rows, batch), choose(report.rows, report.constraints).row
-    styles = {each: i % len(COLOURS) for i, each in enumerate(dict.fromkeys(row.runtime for row in report.rows))}
+    styles = {each: i % len(COLORS) for i, each in enumerate(dict.fromkeys(row.runtime for row in report.rows))}
     for row in report.rows:
         style = styles[row.runtime]
         if latency := row.at(batch):
-            _mark(axes, row, latency.p50, COLOURS[style] if row.name in best else DOMINATED, MARKS[style])
+            _mark(axes, row, latency.p50, COLORS[style] if row.name in best else DOMINATED, MARKS[style])
             if row is chosen:
                 axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="recommended")
         else:
-            axes.axhline(row.top1.percent, ls=(0, (4, 4)), lw=1, color=COLOURS[style], alpha=0.6)
+            axes.axhline(row.top1.percent, ls=(0, (4, 4)), lw=1, color=COLORS[style], alpha=0.6)
     _name_untimed(axes, [row for row in report.rows if not row.at(batch)])
     for device in {row.device for row in report.rows if row.name in best}:
         _join_front(axes, [row for row in report.rows if row.name in best and row.device == device], batch)
@@ -54,20 +54,12 @@ def draw_tradeoff(report: Report) -> bytes:
     return _png(figure)
 
 
-def _mark(axes: Axes, row: Row, p50: float, colour: str, mark: str) -> None:
+def _mark(axes: Axes, row: Row, p50: float, color: str, mark: str) -> None:
     low, high = row.drop.points - row.drop.low, row.drop.high - row.drop.points
     axes.errorbar(
-        p50,
-        row.top1.percent,
-        [[max(high, 0)], [max(low, 0)]],
-        fmt=mark,
-        ms=8,
-        capsize=3,
-        lw=1.2,
-        color=colour,
-        zorder=3,
+        p50, row.top1.percent, [[max(high, 0)], [max(low, 0)]], fmt=mark, ms=8, capsize=3, lw=1.2, color=color, zorder=3
     )
-    below = colour == DOMINATED  # away from the Pareto front
+    below = color == DOMINATED  # away from the Pareto front
     axes.annotate(
         row.scheme,
         (p50, row.top1.percent),
@@ -123,7 +115,7 @@ def _shade_limits(axes: Axes, report: Report) -> None:
 
 def _legend(figure: Figure, axes: Axes, rows: Sequence[Row], styles: dict[str, int], batch: int) -> None:
     for runtime, style in styles.items():
-        axes.plot([], [], MARKS[style], color=COLOURS[style], label=runtime)
+        axes.plot([], [], MARKS[style], color=COLORS[style], label=runtime)
     axes.plot([], [], "o", color=DOMINATED, label="dominated")
     if not all(row.at(batch) for row in rows):
         axes.plot([], [], ls=(0, (4, 4)), color=QUIET, label="not timed")
@@ -154,14 +146,14 @@ def draw_reliability(rows: Sequence[Row]) -> bytes:
 def _reliability_of(axes: Axes, before: Reliability, after: Reliability | None) -> None:
     for each in before.diagram:
         width = each.high - each.low
-        axes.bar(each.low, each.accuracy, 0.92 * width, align="edge", color=COLOURS[0], alpha=0.55, lw=0)
+        axes.bar(each.low, each.accuracy, 0.92 * width, align="edge", color=COLORS[0], alpha=0.55, lw=0)
     axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls=(0, (3, 3)))
     if after:
         confidence, accuracy = ([getattr(each, name) for each in after.diagram] for name in ("confidence", "accuracy"))
         total = sum(each.count for each in after.diagram)
         sizes = [8 + 90 * each.count / total for each in after.diagram]
-        axes.plot(confidence, accuracy, lw=0.8, color=COLOURS[1], alpha=0.5)
-        axes.scatter(confidence, accuracy, sizes, color=COLOURS[1], zorder=3, clip_on=False)
+        axes.plot(confidence, accuracy, lw=0.8, color=COLORS[1], alpha=0.5)
+        axes.scatter(confidence, accuracy, sizes, color=COLORS[1], zorder=3, clip_on=False)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     _plain_axes(axes)
 

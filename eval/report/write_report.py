@@ -69,11 +69,11 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 def summary(report: Report) -> dict[str, Any]:
     """Returns the contents of ``summary.json``: the table alone, in a stable form for scripts."""
-    rows = [_summarise(row, report.constraints.batch) for row in report.rows]
+    rows = [_summarize(row, report.constraints.batch) for row in report.rows]
     return {"rows": rows, "machine": report.machine, "versions": report.versions}
 
 
-def _summarise(row: Row, batch: int) -> dict[str, Any]:
+def _summarize(row: Row, batch: int) -> dict[str, Any]:
     latency = row.at(batch)
     return {
         "scheme": row.scheme,

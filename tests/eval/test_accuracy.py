@@ -62,8 +62,8 @@ def _logits(bundles, split):
 
 def _wilson(share, images):
     z = scipy.stats.norm.ppf(0.975)
-    centre, half = share + z**2 / (2 * images), z * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
-    return (centre - half) / (1 + z**2 / images) * 100, (centre + half) / (1 + z**2 / images) * 100
+    center, half = share + z**2 / (2 * images), z * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    return (center - half) / (1 + z**2 / images) * 100, (center + half) / (1 + z**2 / images) * 100
 
 
 def _best_temperature(logits, labels):

@@ -92,8 +92,8 @@ def test_only_a_result_of_ours_may_be_replaced(tmp_path):
 def test_the_plots_are_pictures_of_a_slide_s_size(folder):
     for name in ("tradeoff.png", "reliability.png"):
         assert min(Image.open(folder / name).size) >= 600
-    colours = Image.open(io.BytesIO((folder / "tradeoff.png").read_bytes())).convert("RGB").getcolors(1 << 24)
-    assert (11, 87, 208) in {colour for _, colour in colours}  # a mark on the Pareto front
+    colors = Image.open(io.BytesIO((folder / "tradeoff.png").read_bytes())).convert("RGB").getcolors(1 << 24)
+    assert (11, 87, 208) in {color for _, color in colors}  # a mark on the Pareto front
 
 
 def test_the_table_is_aligned_and_marks_the_pareto_front():

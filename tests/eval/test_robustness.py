@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from support import assert_one_line_error, write_linear_bundle
 
-from eval.metrics.corrupted_accuracy import CLEAN, mean_drop, summarise
+from eval.metrics.corrupted_accuracy import CLEAN, mean_drop, summarize
 from eval.metrics.corruptions import CORRUPTIONS, CorruptedImages, after_framing, corrupt
 from eval.metrics.paired import paired_drop
 from illama.data.datasets import Preprocessing, TensorImages
@@ -22,7 +22,7 @@ def _photo(size, seed=0):
 
 
 @pytest.fixture
-def grey():
+def gray():
     images = np.stack([np.array(_photo(28, seed).convert("L")) for seed in range(4)])
     return TensorImages(images, np.arange(4)), Preprocessing(28, 1, (0.5,), (0.5,))
 
@@ -40,8 +40,8 @@ def test_the_names_are_imagenet_c_s():
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_images_depend_on_seed_and_index_alone(name, grey):
-    images, preprocessing = grey
+def test_images_depend_on_seed_and_index_alone(name, gray):
+    images, preprocessing = gray
     split = CorruptedImages(images, preprocessing, name, 3)
     np.random.seed(1)
     state = np.random.get_state()[1].copy()
@@ -61,7 +61,7 @@ def test_images_depend_on_seed_and_index_alone(name, grey):
 
 
 def test_strengths_at_28_pixels():
-    """Noise has its full strength on a grey image; a blur covers the same share of the picture as at 224 pixels."""
+    """Noise has its full strength on a gray image; a blur covers the same share of the picture as at 224 pixels."""
     flat = Image.new("L", (28, 28), 128)
     noisy = [np.array(corrupt(flat, "gaussian_noise", 1, seed)).astype(float) for seed in range(20)]
     assert np.std(noisy) == pytest.approx(0.08 * 255, rel=0.03)
@@ -86,7 +86,7 @@ def test_images_larger_than_imagenet_c_s_are_corrupted_at_its_size():
 
 
 def test_framing_comes_first_and_once():
-    """A crop of 32 pixels from 48 x 40: cropped, corrupted, then only normalised."""
+    """A crop of 32 pixels from 48 x 40: cropped, corrupted, then only normalized."""
     photo, preprocessing = _photo(48).crop((0, 0, 48, 40)), Preprocessing(32, 3, (0.0,) * 3, (1.0,) * 3, resize=36)
     split = CorruptedImages([(photo, 5)], preprocessing, "brightness", 1)
     framed = split._frame(photo)
@@ -110,7 +110,7 @@ def test_the_summary_by_hand():
         ("fog", 2): _right([1, 1, 0, 0], [1, 0, 0, 0]),
         ("snow", 1): _right([1, 1, 1, 1], [0, 1, 1, 1]),
     }
-    summary = summarise(cells)
+    summary = summarize(cells)
     a, b = summary["a"], summary["b"]
     assert a.by_corruption == {"fog": 62.5, "snow": 100} and a.corrupted == 81.25 and a.clean == 100
     assert b.by_corruption == {"fog": 37.5, "snow": 75} and b.corrupted == 56.25 and b.kept == 75

@@ -65,7 +65,7 @@ def test_the_bias_by_hand():
 
 @pytest.fixture
 def directions():
-    """A direction in colour space for each class, far from the others: points of a Fibonacci sphere."""
+    """A direction in color space for each class, far from the others: points of a Fibonacci sphere."""
     height = 1 - (2 * np.arange(16) + 1) / 16
     angle = np.pi * (3 - np.sqrt(5)) * np.arange(16)
     around = np.sqrt(1 - height**2)
@@ -74,7 +74,7 @@ def directions():
 
 @pytest.fixture
 def bundle(directions, tmp_path):
-    """A network that recognises each of 16 colours, and predicts all ImageNet classes of its class."""
+    """A network that recognizes each of 16 colors, and predicts all ImageNet classes of its class."""
     weights = np.zeros((3, 8 * 8, 1000))
     for direction, places in zip(directions, FINE_CLASSES.values(), strict=True):
         weights[:, :, list(places)] = direction[:, None, None]
@@ -85,15 +85,15 @@ def bundle(directions, tmp_path):
 
 @pytest.fixture
 def stimuli(directions, tmp_path):
-    """Every shape with every texture. The colour is that of the shape, for each third texture that of the texture, and
+    """Every shape with every texture. The color is that of the shape, for each third texture that of the texture, and
     for each fifth that of a third class."""
     folder = tmp_path / "stimuli"
     for i, shape in enumerate(SHAPE_CLASSES):
         (folder / shape).mkdir(parents=True)
         for j, texture in enumerate(SHAPE_CLASSES):
             seen = (i + j + 1) % 16 if j % 5 == 4 else j if j % 3 == 2 else i
-            colour = tuple(round(127.5 + 100 * part) for part in directions[seen])
-            Image.new("RGB", (12, 12), colour).save(folder / shape / f"{shape}{i + 1}-{texture}{j}.png")
+            color = tuple(round(127.5 + 100 * part) for part in directions[seen])
+            Image.new("RGB", (12, 12), color).save(folder / shape / f"{shape}{i + 1}-{texture}{j}.png")
     return folder
 
 
