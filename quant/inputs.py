@@ -18,10 +18,10 @@ from illama.checkpoints.timm_checkpoint import load_timm
 from illama.data.datasets import ImageData, Preprocessing, Sample, Transformed, open_data
 from illama.errors import UserError
 from illama.inference import load_images
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.input_options import InputOptions
 from quant.quantizers.smoothquant import smooth
-from quant.schemes.scheme import Scheme, find_scheme, read_scheme
+from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
 _BATCH = 64
 
@@ -49,16 +49,16 @@ class Inputs:
         return list(torch.from_numpy(images).split(_BATCH))
 
     @property
-    def model(self) -> SoftMasked:
+    def model(self) -> MaskedNetwork:
         return self.checkpoint.model
 
-    def plain_model(self) -> SoftMasked:
+    def plain_model(self) -> MaskedNetwork:
         """Returns a copy with attention in plain form, which has all tensors that can be quantized."""
         model = copy.deepcopy(self.model)
         model.set_attention_form("plain")
         return model
 
-    def float_model(self, scheme: Scheme) -> SoftMasked:
+    def float_model(self, scheme: Scheme) -> MaskedNetwork:
         """Returns :meth:`plain_model`, rescaled where ``scheme`` smooths, so that every tensor can be compared."""
         model = self.plain_model()
         if scheme.smooth:
@@ -115,13 +115,13 @@ def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> C
     return load_timm(name, path, image_size)
 
 
-def find_schemes(names: Sequence[str], files: Sequence[Path]) -> list[Scheme]:
+def schemes_from_options(names: Sequence[str], files: Sequence[Path]) -> list[Scheme]:
     """Returns the shipped schemes of these names and the schemes of the YAML files.
 
     Raises:
         UserError: a name is unknown, a file cannot be read, or two schemes have one name.
     """
-    schemes = [find_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in files]
+    schemes = [shipped_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in files]
     check_names(schemes)
     return schemes
 
@@ -133,13 +133,13 @@ def check_names(schemes: Sequence[Scheme]) -> None:
         raise UserError(f"two schemes are called {clash!r}: change the name in the scheme file")
 
 
-def scheme_named(name: str) -> Scheme:
+def scheme_from_name_or_file(name: str) -> Scheme:
     """Returns a shipped scheme by its name, or the scheme in a file whose name ends in .yaml or .yml.
 
     Raises:
         UserError: there is none, or its backend is not ONNX.
     """
-    scheme = read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else find_scheme(name)
+    scheme = read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else shipped_scheme(name)
     if scheme.backend != "onnx":
         raise UserError(
             f"scheme {name} has backend {scheme.backend} and cannot be exported to ONNX: choose another scheme"

@@ -37,7 +37,7 @@ class SensitivityOptions(InputOptions):
 def main(options: SensitivityOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from illama.atomic_write import write_folder
-    from quant.inputs import open_inputs, scheme_named
+    from quant.inputs import open_inputs, scheme_from_name_or_file
     from quant.mixed_precision.image_selection import split_images
     from quant.mixed_precision.sensitivity_study import (
         RESULT,
@@ -47,7 +47,7 @@ def main(options: SensitivityOptions) -> None:
     )
 
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
-        inputs, scheme = open_inputs(options), scheme_named(options.scheme)
+        inputs, scheme = open_inputs(options), scheme_from_name_or_file(options.scheme)
         images = split_images(inputs.data, options.split, options.calibration_images, options.images)
         result = {
             "command": command_line(),

@@ -12,7 +12,7 @@ from peers.onnx_peers import ONNX_PEERS
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
 from peers.torch_peers import TORCH_PEERS
 from quant.export.onnx_export import export_onnx
-from quant.schemes.scheme import Scheme, find_scheme
+from quant.schemes.scheme import Scheme, shipped_scheme
 
 _NEEDS = (("quant.quantizers.calibrate", "illama-toolkit"),)
 SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention")
@@ -33,7 +33,7 @@ def ours(task: Task, scheme: Scheme) -> Path:
 def _peer(scheme: str) -> Peer:
     is_fp8 = scheme.startswith("fp8")  # which a CPU can only emulate
     runtimes = (ORT,) if is_fp8 else (ORT, OPENVINO, OPENVINO_F32)
-    make = partial(ours, scheme=find_scheme(scheme))
+    make = partial(ours, scheme=shipped_scheme(scheme))
     return Peer(f"this project, {scheme}", make, runtimes, "docs/quantization.md", _NEEDS, timed=not is_fp8)
 
 

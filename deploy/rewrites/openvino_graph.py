@@ -1,6 +1,6 @@
 """Graph rewrites for OpenVINO's kernels on CPUs (docs/cpu.md has the gain of each).
 
-A rewrite changes the model in memory, never the file. All but :func:`leave_inputs` are exact, up to the rounding of
+A rewrite changes the model in memory, never the file. All but :func:`keep_inputs_float` are exact, up to the rounding of
 float32.
 """
 
@@ -30,7 +30,7 @@ def select_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ModelPr
         bfloat16: whether OpenVINO computes the float32 operators of the graph in bfloat16.
         matrix_unit: see :func:`has_matrix_unit`.
     """
-    return [*([leave_inputs] if bfloat16 else []), split_products, *([fold_zero_points] if matrix_unit else [])]
+    return [*([keep_inputs_float] if bfloat16 else []), split_products, *([fold_zero_points] if matrix_unit else [])]
 
 
 def has_matrix_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -74,7 +74,7 @@ def _find_product(index: Index, value: str) -> _Product | None:
     return _Product(matmul, dequantize, bias) if weight in index.constants else None
 
 
-def leave_inputs(model: ModelProto, outputs: int = _WORTH_QUANTIZING) -> None:
+def keep_inputs_float(model: ModelProto, outputs: int = _WORTH_QUANTIZING) -> None:
     """Leaves the input of products with at most ``outputs`` outputs in floating point; their weights are dequantized.
 
         before   x -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(w))

@@ -16,7 +16,7 @@ from deploy.trt.fusion import (
     count_attentions,
     fused_kernels,
     quantize_softmax_outputs,
-    softmax_outputs,
+    read_softmax_scales,
 )
 from deploy.trt.library import Library, fits_this_gpu
 from illama.atomic_write import read_pinned, write_pinned
@@ -88,7 +88,7 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
 def _prepare_graph(source: Path, options: EngineOptions) -> ModelProto:
     """Returns the graph to parse: as in the file, but for its attentions."""
     model = load_graph(source)
-    if options.weight_stripped and softmax_outputs(model):
+    if options.weight_stripped and read_softmax_scales(model):
         raise UserError(
             f"{source} quantizes the softmax output, whose scale a refit does not restore: omit --weight-stripped"
         )

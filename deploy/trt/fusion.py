@@ -38,7 +38,7 @@ class SoftmaxOutput:
     scale: float
 
 
-def softmax_outputs(model: ModelProto) -> dict[str, SoftmaxOutput]:
+def read_softmax_scales(model: ModelProto) -> dict[str, SoftmaxOutput]:
     """Returns attention -> how its softmax output is quantized, from the metadata that the exporter wrote."""
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     outputs = json.loads(metadata.get(SOFTMAX_OUTPUT, "{}"))
@@ -53,7 +53,7 @@ def quantize_softmax_outputs(model: ModelProto) -> None:
         before   Q/DQ -> Attention(q, k, v, mask)
         after    Q/DQ -> TRT_QuantizedAttention(q, k, v, mask, scale), normalization_quantize_to_type = dtype
     """
-    index, outputs = Index(model), softmax_outputs(model)
+    index, outputs = Index(model), read_softmax_scales(model)
     for node in model.graph.node:
         output = outputs.get(node.name.partition("/")[0])
         if node.op_type == "Attention" and output is not None:

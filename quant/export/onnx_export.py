@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
-from illama.models.attention import Form, MaskedAttention, SoftMasked
+from illama.models.attention import Form, MaskedAttention, MaskedNetwork
 from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
 from quant.quantizers.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize, quantizers
@@ -59,7 +59,7 @@ _RULES = (
 )
 
 
-def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
+def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
     """Exports ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
 
     Args:
@@ -70,7 +70,7 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
     model = copy.deepcopy(model).eval()
     if form == "plain":
         pair_halves(model)
-    notes = softmax_outputs(model) if form == "fused" else {}
+    notes = softmax_scales(model) if form == "fused" else {}
     network = _Casting(model, dtype, fold_zero_points=form == "fused")
     network.model.set_attention_form(form)
     dtypes = {quantizer.dtype.name for _, quantizer in quantizers(network)}
@@ -96,7 +96,7 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
     onnx.checker.check_model(path, full_check=True)
 
 
-def softmax_outputs(model: nn.Module) -> dict[str, dict[str, Any]]:
+def softmax_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns attention -> signed format and scale of its softmax output, wherever a scheme quantizes it.
 
     ONNX's Attention operator computes the softmax inside, where no Q/DQ can be inserted. The engine builder sets this
@@ -114,7 +114,7 @@ def softmax_outputs(model: nn.Module) -> dict[str, dict[str, Any]]:
 class _Casting(nn.Module):
     """A network in another precision, with float32 inputs and outputs."""
 
-    def __init__(self, model: SoftMasked, dtype: torch.dtype, fold_zero_points: bool) -> None:
+    def __init__(self, model: MaskedNetwork, dtype: torch.dtype, fold_zero_points: bool) -> None:
         super().__init__()
         freeze(model, fold_zero_points)
         # Not model.to(dtype), which would also convert the 8-bit floating-point weights.

@@ -9,11 +9,11 @@ from typing import Any
 from illama.bundle import SCHEME, SHIPPED, WEIGHTS, Manifest, sha256
 from illama.checkpoints.load import read_preprocessing
 from illama.errors import UserError
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.export.weights import read_quantized_weights
 from quant.export.write_bundle import SOURCE
 from quant.input_options import InputOptions
-from quant.inputs import Inputs, open_inputs, scheme_named
+from quant.inputs import Inputs, open_inputs, scheme_from_name_or_file
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import Scheme
 
@@ -48,10 +48,10 @@ def bundle_scheme(bundle: Path | None, name: str | None) -> Scheme:
         own = bundle / SCHEME
         name = str(own) if own.exists() else bundle.resolve().name
     name = name or "int8"
-    return Scheme("float") if name in ("fp32", "float") else scheme_named(name)
+    return Scheme("float") if name in ("fp32", "float") else scheme_from_name_or_file(name)
 
 
-def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> SoftMasked:
+def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> MaskedNetwork:
     """Returns the network that the bundle's graph was exported from: read if it was trained, otherwise calibrated."""
     trained = bundle / WEIGHTS if bundle else None
     if trained and trained.exists() and scheme.tensors:

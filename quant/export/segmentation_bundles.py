@@ -16,10 +16,10 @@ from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, sha256
 from illama.data.ade20k import SegmentationFolder
 from illama.errors import UserError
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.models.upernet import fold_batch_norms, load_segmentation
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
-from quant.inputs import check_names, scheme_named
+from quant.inputs import check_names, scheme_from_name_or_file
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import Scheme, resolve
 
@@ -30,7 +30,7 @@ _BATCH = 4  # dense maps of a batch are large
 class SegmentationJob:
     """A segmentation network, its batch norms folded into the convolutions, with schemes and data that fit it."""
 
-    model: SoftMasked
+    model: MaskedNetwork
     schemes: list[Scheme]
     data: SegmentationFolder
     origin: Origin
@@ -61,7 +61,7 @@ def open_segmentation_job(bundle: Path, folder: Path, names: Sequence[str], cali
     data = SegmentationFolder(folder, preprocessing.exif)
     if data.classes != checkpoint.classes:
         raise UserError(f"{folder} has other classes than {bundle}: they must be the same")
-    schemes = [scheme_named(name) for name in dict.fromkeys(names)]
+    schemes = [scheme_from_name_or_file(name) for name in dict.fromkeys(names)]
     check_names(schemes)
     for scheme in schemes:
         resolve(scheme, model)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from illama.errors import UserError
 from illama.graph.session import cpu_session
-from illama.models.attention import MaskedAttention, QuantizerPoint, SoftMasked
+from illama.models.attention import MaskedAttention, MaskedNetwork, QuantizerPoint
 from illama.models.illama import Rotary
 from quant.export.rotary import pair_halves
 from quant.mixed_precision.layer_effects import decibels
@@ -139,7 +139,7 @@ def observable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def local_differences(model: SoftMasked, path: Path, images: np.ndarray) -> dict[str, Difference]:
+def local_differences(model: MaskedNetwork, path: Path, images: np.ndarray) -> dict[str, Difference]:
     """Returns the difference of every tensor that both compute, from the same inputs, in the order of computation.
 
     Args:
@@ -153,7 +153,7 @@ def local_differences(model: SoftMasked, path: Path, images: np.ndarray) -> dict
 
 
 @torch.inference_mode()
-def compare_with_trace(model: SoftMasked, trace: Trace, images: np.ndarray) -> dict[str, Difference]:
+def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -> dict[str, Difference]:
     """Returns the :func:`local_differences` of a file that was run already."""
     model = as_exported(model)
     found: dict[str, Difference] = {}
@@ -172,7 +172,7 @@ def compare_with_trace(model: SoftMasked, trace: Trace, images: np.ndarray) -> d
     return found
 
 
-def largest_step_difference(model: SoftMasked, path: Path, images: np.ndarray) -> float:
+def largest_step_difference(model: MaskedNetwork, path: Path, images: np.ndarray) -> float:
     """Returns the largest of :func:`local_differences` as one number; 1 is within tolerance.
 
     The unit is one step for quantized tensors (2 if the share of differing values exceeds :data:`TIE_TOLERANCE`), and
@@ -239,7 +239,7 @@ def _worse(first: Difference | None, second: Difference) -> Difference:
 
 @torch.inference_mode()
 def accumulated_sqnr(
-    reference: SoftMasked, quantized: SoftMasked, trace: Trace, images: np.ndarray
+    reference: MaskedNetwork, quantized: MaskedNetwork, trace: Trace, images: np.ndarray
 ) -> dict[str, tuple[float, float]]:
     """Returns layer -> SQNR in dB of quantization, against the float network, and of export, against the quantized one.
 
@@ -257,14 +257,14 @@ def accumulated_sqnr(
     }
 
 
-def as_exported(model: SoftMasked) -> SoftMasked:
+def as_exported(model: MaskedNetwork) -> MaskedNetwork:
     """Returns a copy in the layout of the exported file, so that tensors of the same name correspond."""
     model = copy.deepcopy(model)
     pair_halves(model)
     return model
 
 
-def _layer_outputs(model: SoftMasked, images: np.ndarray) -> dict[str, Tensor]:
+def _layer_outputs(model: MaskedNetwork, images: np.ndarray) -> dict[str, Tensor]:
     outputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, command_line, sha256
 from illama.data.datasets import Preprocessing
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
@@ -58,7 +58,7 @@ class Origin:
         )
 
 
-def check_scheme(model: SoftMasked, scheme: Scheme) -> None:
+def check_scheme(model: MaskedNetwork, scheme: Scheme) -> None:
     """Raises UserError if ``scheme`` does not fit ``model``, or its backend does not support it."""
     if scheme.backend == "torchao":
         check(model, scheme)
@@ -66,7 +66,7 @@ def check_scheme(model: SoftMasked, scheme: Scheme) -> None:
         resolve(scheme, model)
 
 
-def quantize(model: SoftMasked, scheme: Scheme, batches: Sequence[Tensor]) -> SoftMasked:
+def quantize(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> MaskedNetwork:
     """Returns a copy of ``model`` quantized by the scheme's backend.
 
     Args:
@@ -76,7 +76,7 @@ def quantize(model: SoftMasked, scheme: Scheme, batches: Sequence[Tensor]) -> So
 
 
 def write_graphs(
-    folder: Path, model: SoftMasked, origin: Origin, files: tuple[str, ...], metrics: Mapping[str, Any]
+    folder: Path, model: MaskedNetwork, origin: Origin, files: tuple[str, ...], metrics: Mapping[str, Any]
 ) -> Path:
     """Exports ``model`` to the ONNX files named in a new folder, with a manifest, and returns the folder.
 
@@ -93,7 +93,12 @@ def write_graphs(
 
 
 def write_quantized(
-    folder: Path, model: SoftMasked, quantized: SoftMasked, scheme: Scheme, origin: Origin, metrics: Mapping[str, Any]
+    folder: Path,
+    model: MaskedNetwork,
+    quantized: MaskedNetwork,
+    scheme: Scheme,
+    origin: Origin,
+    metrics: Mapping[str, Any],
 ) -> Path:
     """Writes the :func:`write_graphs` of a quantized network for the runtimes that support its scheme, and the scheme.
 
@@ -123,7 +128,7 @@ def write_bundles(
     schemes: Sequence[Scheme],
     origin: Origin,
     step: Callable[[str], AbstractContextManager[None]],
-) -> tuple[list[Path], dict[str, SoftMasked]]:
+) -> tuple[list[Path], dict[str, MaskedNetwork]]:
     """Calibrates and exports every scheme, beside the FP32 and FP16 references.
 
     Args:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from illama.errors import UserError
 from illama.graph.layer_times import PRODUCTS
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.quantizers.layers import WeightQuantizer, quantizers
 from quant.quantizers.reconstruction import blocks
 
@@ -116,7 +116,7 @@ def decibels(signal: float, noise: float) -> float:
 
 @torch.inference_mode()
 def measure(
-    model: SoftMasked, subsets: Mapping[str, Collection[str]], batches: Iterable[tuple[Tensor, Tensor]]
+    model: MaskedNetwork, subsets: Mapping[str, Collection[str]], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Effect]:
     """Returns the effect of each subset of quantized tensors, with all others in floating point.
 
@@ -204,7 +204,7 @@ def _resumed(model: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def tensor_sqnr(reference: SoftMasked, quantized: SoftMasked, images: Tensor) -> dict[str, float]:
+def tensor_sqnr(reference: MaskedNetwork, quantized: MaskedNetwork, images: Tensor) -> dict[str, float]:
     """Returns the SQNR of each tensor, its power over that of its own rounding noise, in dB.
 
     Errors do not propagate from one layer to the next: every quantizer gets the float network's values.

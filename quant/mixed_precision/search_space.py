@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes, read_layer_times, time_graphs
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.export.onnx_export import export_onnx
-from quant.inputs import Inputs, scheme_named
+from quant.inputs import Inputs, scheme_from_name_or_file
 from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.layer_effects import Effect, layers_of, measure
 from quant.quantizers.calibrate import calibrate
@@ -75,7 +75,9 @@ def format_schemes(names: Sequence[str]) -> list[Scheme]:
         UserError: a scheme is unknown, there is none, or two have one name.
     """
     schemes = [
-        replace(scheme_named(name), reconstruction_iterations=0) for name in dict.fromkeys(names) if name != FLOAT
+        replace(scheme_from_name_or_file(name), reconstruction_iterations=0)
+        for name in dict.fromkeys(names)
+        if name != FLOAT
     ]
     if not schemes:
         raise UserError("--formats names no scheme: give at least one besides float")
@@ -140,7 +142,7 @@ class SearchSpaceBuilder:
                 export_onnx(quantized, paths[name], "plain")
         return paths
 
-    def _measure_effects(self, name: str, quantized: SoftMasked) -> None:
+    def _measure_effects(self, name: str, quantized: MaskedNetwork) -> None:
         own = {layer: tuple(self._specs(layer, name)) for layer, names in self.distinct.items() if name in names}
         subsets = {**own, _ALL: tuple(self.plans[name])}
         found = measure(quantized, subsets, tqdm(self.images, desc=f"measure {name}"))
@@ -208,7 +210,7 @@ class _Costs:
 
     def __init__(
         self,
-        model: SoftMasked,
+        model: MaskedNetwork,
         times: Mapping[str, GraphTimes],
         sizes: Mapping[str, int],
         plans: Mapping[str, Mapping[str, TensorSpec]],

@@ -15,7 +15,7 @@ from modelopt.torch.quantization.nn import QuantInputBase, QuantLinearConvBase
 from torch import Tensor, nn
 
 from illama.errors import UserError
-from illama.models.attention import QuantizerPoint, SoftMasked
+from illama.models.attention import MaskedNetwork, QuantizerPoint
 from illama.models.illama import Linear
 from illama.quiet import quiet
 from quant.quantizers.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
@@ -49,7 +49,7 @@ def _registered_layers() -> Iterator[None]:
             mtq.unregister(original)
 
 
-def calibrate(model: SoftMasked, scheme: Scheme, batches: Iterable[Tensor]) -> SoftMasked:
+def calibrate(model: MaskedNetwork, scheme: Scheme, batches: Iterable[Tensor]) -> MaskedNetwork:
     """Returns a copy of ``model`` with every tensor quantized that ``scheme`` names, with ranges from ``batches``.
 
     Args:
@@ -70,7 +70,9 @@ def calibrate(model: SoftMasked, scheme: Scheme, batches: Iterable[Tensor]) -> S
     return quantized
 
 
-def observe(model: SoftMasked, plan: Mapping[str, TensorSpec], batches: Iterable[Tensor]) -> dict[str, RangeObserver]:
+def observe(
+    model: MaskedNetwork, plan: Mapping[str, TensorSpec], batches: Iterable[Tensor]
+) -> dict[str, RangeObserver]:
     """Returns the observers of every activation in ``plan`` after ``batches``, by tensor name."""
     observers = {name: RangeObserver(spec) for name, spec in plan.items() if not name.endswith(".weight")}
     if not observers:
@@ -95,8 +97,8 @@ def observe(model: SoftMasked, plan: Mapping[str, TensorSpec], batches: Iterable
 
 
 def quantize_layers(
-    model: SoftMasked, plan: Mapping[str, TensorSpec], observers: Mapping[str, RangeObserver]
-) -> SoftMasked:
+    model: MaskedNetwork, plan: Mapping[str, TensorSpec], observers: Mapping[str, RangeObserver]
+) -> MaskedNetwork:
     """Returns a copy of ``model`` in which the layers and quantizer points of ``plan`` are quantized."""
     quantized = copy.deepcopy(model)
     for name, module in list(quantized.named_modules()):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.training.recipe import TrainingOptions
 from illama.training.trainer import Groups, parameter_groups
 from quant.quantizers.layers import quantizers
@@ -34,7 +34,7 @@ class Distillation:
     """
 
     def __init__(
-        self, teacher: SoftMasked, temperature: float, share: float, recipe: TrainingOptions, device: torch.device
+        self, teacher: MaskedNetwork, temperature: float, share: float, recipe: TrainingOptions, device: torch.device
     ) -> None:
         network = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
         network.soft_mask = 0.0
@@ -53,13 +53,13 @@ class Distillation:
         return self.share * soft + (1 - self.share) * F.cross_entropy(logits, targets)
 
 
-def make_scales_parameters(model: SoftMasked) -> None:
+def make_scales_parameters(model: MaskedNetwork) -> None:
     """Makes every scale of a quantized network a parameter, in place."""
     for _, quantizer in quantizers(model):
         quantizer.make_scale_parameter()
 
 
-def make_scales_buffers(model: SoftMasked) -> None:
+def make_scales_buffers(model: MaskedNetwork) -> None:
     """Makes every scale of a trained network a buffer again, in place, so that the network can be exported."""
     for _, quantizer in quantizers(model):
         quantizer.make_scale_buffer()
@@ -73,7 +73,7 @@ def scale_groups(scale_rate: float) -> Groups:
     scales differ by orders of magnitude. (LSQ's gradient scale cancels out in Adam, and matters for SGD only.)
     """
 
-    def groups(recipe: TrainingOptions, model: SoftMasked) -> list[dict[str, Any]]:
+    def groups(recipe: TrainingOptions, model: MaskedNetwork) -> list[dict[str, Any]]:
         scales = [quantizer.scale for _, quantizer in quantizers(model)]
         own = {id(scale) for scale in scales}
         others = parameter_groups(recipe, model)

@@ -30,7 +30,7 @@ from quant.quantizers.calibrate import calibrate
 from quant.quantizers.distillation import Distillation, make_scales_buffers, make_scales_parameters, scale_groups
 from quant.quantizers.qat_options import QatOptions
 from quant.quantizers.torchao_backend import convert_qat, load_torchao, prepare_qat
-from quant.schemes.scheme import Scheme, find_scheme, read_scheme
+from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
 OpenOnnx = Callable[[Path], Infer]
 """Path to an ONNX file -> a function from images to logits."""
@@ -81,7 +81,7 @@ def open_job(options: QatOptions) -> QatJob:
     """
     if not options.data:
         raise UserError("no training images: give --data (see --help)")
-    scheme = read_scheme(options.scheme_file) if options.scheme_file else find_scheme(options.scheme)
+    scheme = read_scheme(options.scheme_file) if options.scheme_file else shipped_scheme(options.scheme)
     source = InputOptions(
         options.checkpoint, None, options.data, options.calibration_images, options.exif, options.class_order
     )

@@ -47,7 +47,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from illama.bundle import TORCHAO
 from illama.errors import UserError
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA, Linear
 from quant.schemes.formats import TensorSpec
@@ -91,7 +91,7 @@ class SplitLinear(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
 
-def quantize_with_torchao(model: SoftMasked, scheme: Scheme) -> SoftMasked:
+def quantize_with_torchao(model: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
     """Returns a copy of ``model`` in evaluation mode with torchao's quantized weights; it cannot be trained.
 
     Raises:
@@ -104,7 +104,7 @@ def quantize_with_torchao(model: SoftMasked, scheme: Scheme) -> SoftMasked:
     return quantized.requires_grad_(False)
 
 
-def prepare_qat(model: SoftMasked, scheme: Scheme) -> SoftMasked:
+def prepare_qat(model: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
     """Returns a differentiable copy of ``model`` that computes what :func:`convert_qat` will, for training.
 
     Gradients pass straight through the rounding. Raises UserError like :func:`quantize_with_torchao`.
@@ -117,7 +117,7 @@ def prepare_qat(model: SoftMasked, scheme: Scheme) -> SoftMasked:
     return prepared
 
 
-def convert_qat(prepared: SoftMasked, scheme: Scheme) -> SoftMasked:
+def convert_qat(prepared: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
     """Returns a copy of a trained network of :func:`prepare_qat` in the form of :func:`quantize_with_torchao`.
 
     Args:
@@ -129,7 +129,7 @@ def convert_qat(prepared: SoftMasked, scheme: Scheme) -> SoftMasked:
     return converted.requires_grad_(False)
 
 
-def check(model: SoftMasked, scheme: Scheme) -> None:
+def check(model: MaskedNetwork, scheme: Scheme) -> None:
     """Raises UserError if torchao cannot quantize ``model`` by ``scheme``."""
     if scheme.backend != "torchao":
         raise UserError(f"scheme {scheme.name} has backend {scheme.backend}: give one with 'backend: torchao'")
@@ -142,7 +142,7 @@ def check(model: SoftMasked, scheme: Scheme) -> None:
         _recipe(scheme, layer)
 
 
-def write_torchao(model: SoftMasked, folder: Path) -> Path:
+def write_torchao(model: MaskedNetwork, folder: Path) -> Path:
     """Writes a quantized network into a bundle as TORCHAO, and returns its path.
 
     The file has tensors and JSON only, no code. The same network gives the same bytes.
@@ -157,7 +157,7 @@ def write_torchao(model: SoftMasked, folder: Path) -> Path:
     return folder / TORCHAO
 
 
-def load_torchao(folder: Path, network: SoftMasked | None = None) -> SoftMasked:
+def load_torchao(folder: Path, network: MaskedNetwork | None = None) -> MaskedNetwork:
     """Returns the network that :func:`write_torchao` wrote, in evaluation mode, with the same outputs.
 
     Args:
@@ -247,14 +247,14 @@ def _apply(network: nn.Module, config: AOBaseConfig, layers: set[str]) -> None:
     quantize_(network, config, lambda _, name: name in layers)
 
 
-def _split(model: SoftMasked) -> SoftMasked:
+def _split(model: MaskedNetwork) -> MaskedNetwork:
     """Splits, in place, the one Linear that is called for a slice of its outputs: the last block's qkv."""
     if isinstance(model, ILLaMA) and model.readout_only:
         _split_layer(model, f"blocks.{len(model.blocks) - 1}.attn.qkv")
     return model
 
 
-def _split_layer(model: SoftMasked, name: str) -> None:
+def _split_layer(model: MaskedNetwork, name: str) -> None:
     """Splits a qkv into q, for the class token, and k with v, for all tokens."""
     qkv = model.get_submodule(name)
     if isinstance(qkv, nn.Linear):

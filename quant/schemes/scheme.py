@@ -199,7 +199,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 @cache
-def find_scheme(name: str) -> Scheme:
+def shipped_scheme(name: str) -> Scheme:
     """Returns the shipped scheme of that name; UserError if there is none."""
     if name not in SHIPPED_SCHEMES:
         raise UserError(f"unknown scheme {name!r}: choose from {', '.join(SHIPPED_SCHEMES)}")
@@ -229,7 +229,7 @@ def read_scheme(path: Path) -> Scheme:
         values = rename_old_keys(values)
         if unknown := values.keys() - {"base", *known}:
             raise UserError(f"unknown key {sorted(map(str, unknown))[0]!r}; known are base, {', '.join(known)}")
-        base = find_scheme(values.pop("base")) if "base" in values else Scheme(path.stem.lower())
+        base = shipped_scheme(values.pop("base")) if "base" in values else Scheme(path.stem.lower())
         tensors = {str(pattern): _read_spec(value) for pattern, value in values.pop("tensors", {}).items()}
         # The file's patterns come after all patterns of the base, so that they apply.
         kept = {pattern: spec for pattern, spec in base.tensors.items() if pattern not in tensors}

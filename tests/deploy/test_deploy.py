@@ -19,7 +19,7 @@ from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundl
 from deploy.rewrites.openvino_graph import (
     fold_zero_points,
     has_matrix_unit,
-    leave_inputs,
+    keep_inputs_float,
     select_rewrites,
     split_products,
 )
@@ -27,7 +27,7 @@ from deploy.runtimes.open_engine import open_engine
 from deploy.trt.build_bundle import build_bundle, build_supported
 from deploy.trt.builder import _read_timing_cache, build_engine, trtexec_line
 from deploy.trt.engine_options import EngineOptions
-from deploy.trt.fusion import SoftmaxOutput, fused_kernels, quantize_softmax_outputs, softmax_outputs
+from deploy.trt.fusion import SoftmaxOutput, fused_kernels, quantize_softmax_outputs, read_softmax_scales
 from deploy.trt.library import find_library
 from deploy.trt.record import FORMAT, EngineRecord, find_engines
 from illama import ILLaMA, ModelConfig
@@ -37,7 +37,7 @@ from illama.errors import UserError
 from illama.graph.reader import load_graph, precisions
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import find_scheme
+from quant.schemes.scheme import shipped_scheme
 
 library = find_library()
 needs_library = pytest.mark.skipif(library is None, reason="no TensorRT that can build is installed")
@@ -64,7 +64,7 @@ def export_quantized(config, scheme, path, form="fused", dtype=torch.float16):
     model = ILLaMA(config).eval()
     images = torch.randn(2, config.in_channels, config.image_size, config.image_size)
     export_onnx(
-        calibrate(model, replace(find_scheme(scheme), reconstruction_iterations=0), [images]), path, form, dtype
+        calibrate(model, replace(shipped_scheme(scheme), reconstruction_iterations=0), [images]), path, form, dtype
     )
     return model
 
@@ -260,7 +260,7 @@ def test_fp8_attention_is_fused_and_int8_attention_is_rejected_by_rtx(mask, tmp_
     """TensorRT for RTX has no INT8 attention kernel, so the builder rejects the precision of the scheme."""
     config = ModelConfig.preset("tiny", depth=2, num_classes=3, mask=mask)
     export_quantized(config, "fp8-attention", tmp_path / "fp8.onnx")
-    output = softmax_outputs(onnx.load(tmp_path / "fp8.onnx"))["blocks.0.attn.core"]
+    output = read_softmax_scales(onnx.load(tmp_path / "fp8.onnx"))["blocks.0.attn.core"]
     assert output == SoftmaxOutput("fp8", pytest.approx(1 / 448))
     graph = load_graph(tmp_path / "fp8.onnx")
     quantize_softmax_outputs(graph)
@@ -451,8 +451,8 @@ def test_inputs_of_small_products_are_not_quantized(tmp_path):
     network = export_quantized(SMALL, "int8", path, "plain", torch.float32)
     left, all_left = load_graph(path), load_graph(path)
     # proj, q of the last block, and the head; qkv has three times as many outputs, fc2 has an input from a Mul.
-    leave_inputs(left, outputs=SMALL.width)
-    leave_inputs(all_left, outputs=10**9)
+    keep_inputs_float(left, outputs=SMALL.width)
+    keep_inputs_float(all_left, outputs=10**9)
     before = operators(load_graph(path))["QuantizeLinear"]
     assert operators(left)["QuantizeLinear"] == before - SMALL.depth - 2 > operators(all_left)["QuantizeLinear"] > 0
     with torch.no_grad():

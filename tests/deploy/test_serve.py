@@ -70,7 +70,7 @@ from illama.errors import UserError
 from illama.models.timm_vit import to_quantizable
 from quant.export.onnx_export import export_onnx
 from quant.export.write_bundle import Origin, quantize, write_graphs, write_quantized
-from quant.schemes.scheme import find_scheme
+from quant.schemes.scheme import shipped_scheme
 
 INSTALLED = shutil.which("tritonserver") or importlib.util.find_spec("pytriton")
 needs_server = pytest.mark.skipif(not INSTALLED, reason="no tritonserver: pip install --no-deps nvidia-pytriton")
@@ -219,7 +219,7 @@ def _schemes_of_a_color_network(folder):
     return [
         write_quantized(folder / name, model, quantize(model, scheme, images), scheme, origin, {})
         for name in SCHEMES
-        for scheme in [find_scheme(name)]
+        for scheme in [shipped_scheme(name)]
     ]
 
 

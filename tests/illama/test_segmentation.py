@@ -27,7 +27,7 @@ from illama.checkpoints.load import initialize_from, write_weights
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.models.upernet import (
     AdaptiveAvgPool,
     SegmentationConfig,
@@ -46,7 +46,7 @@ from quant.export.onnx_export import export_onnx
 from quant.ptq_segmentation import PtqSegmentationOptions
 from quant.ptq_segmentation import main as quantize
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import find_scheme, resolve, write_scheme
+from quant.schemes.scheme import resolve, shipped_scheme, write_scheme
 
 SHAPES = runpy.run_path(str(ROOT / "benchmarks" / "draw_shapes.py"))
 SHAPE = {"image_size": 64, "patch_size": 16, "width": 64, "depth": 4, "heads": 2, "decoder_channels": 32}
@@ -350,7 +350,7 @@ def test_quantized_files_score_as_the_network_does(trained, shapes, tmp_path, ca
         assert EngineRecord.read(build_bundle(library, int8)).attentions == 4
 
 
-class _Convolutions(SoftMasked):
+class _Convolutions(MaskedNetwork):
     """What a decoder has and a classifier has not: padded, strided and grouped convolutions after a Relu."""
 
     def __init__(self):
@@ -369,8 +369,8 @@ def test_files_with_quantized_convolutions_give_what_pytorch_gives(name, tmp_pat
     torch.manual_seed(0)
     model, images = _Convolutions().eval(), torch.randn(4, 3, 16, 16)
     scheme = replace(
-        find_scheme(name),
-        tensors={"*.weight": find_scheme(name).spec("x.weight"), "*.input": find_scheme(name).spec("x.input")},
+        shipped_scheme(name),
+        tensors={"*.weight": shipped_scheme(name).spec("x.weight"), "*.input": shipped_scheme(name).spec("x.input")},
         smooth={},
     )
     assert len(resolve(scheme, model)) == 6
@@ -391,7 +391,7 @@ def test_files_with_quantized_convolutions_give_what_pytorch_gives(name, tmp_pat
 
 def test_a_scheme_never_takes_another_bundle_s_place(trained, shapes, tmp_path):
     for name, file in (("fp16", "mine"), ("int8", "mine"), ("own", "one"), ("own", "two")):
-        write_scheme(replace(find_scheme("int8"), name=name), tmp_path / f"{file}-{name}.yaml")
+        write_scheme(replace(shipped_scheme("int8"), name=name), tmp_path / f"{file}-{name}.yaml")
     for clash, files in (("fp16", ["mine-fp16"]), ("int8", ["mine-int8"]), ("own", ["one-own", "two-own"])):
         schemes = ("int8", *(str(tmp_path / f"{file}.yaml") for file in files))
         with pytest.raises(UserError, match=f"two schemes are called '{clash}'"):

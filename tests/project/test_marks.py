@@ -11,7 +11,7 @@ from illama.data.datasets import open_data
 from illama.inference import load_images, predict, torch_infer
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import find_scheme
+from quant.schemes.scheme import shipped_scheme
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_what_quantization_loses_and_that_the_file_is_the_network(name, most_los
     """Points of top-1 lost by the file; and PyTorch's quantized network and the file have the same classes."""
     data, transform = open_data("fashion-mnist"), shipped.preprocessing.transform()
     images, _ = load_images(data.calibration(512), transform)
-    quantized = calibrate(shipped.model, find_scheme(name), torch.from_numpy(images).split(64))
+    quantized = calibrate(shipped.model, shipped_scheme(name), torch.from_numpy(images).split(64))
     export_onnx(quantized, tmp_path / "m.onnx", "plain")
     both = {"onnx": OnnxRuntimeEngine(tmp_path / "m.onnx").infer, "torch": torch_infer(quantized)}
     logits, labels = predict(both, data.test(), transform)

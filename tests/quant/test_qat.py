@@ -30,7 +30,7 @@ from quant.quantizers.layers import WeightQuantizer, fake_quantize, lsq_gradient
 from quant.quantizers.qat_run import open_job, start_run, write_qat_bundle
 from quant.quantizers.torchao_backend import load_torchao
 from quant.schemes.formats import FORMATS, TensorSpec
-from quant.schemes.scheme import find_scheme, read_scheme, write_scheme
+from quant.schemes.scheme import read_scheme, shipped_scheme, write_scheme
 from quant.schemes.shipped import SHIPPED_SCHEMES
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -91,7 +91,7 @@ def images():
 
 @pytest.fixture(scope="module", params=["int8", "fp8-attention", "w4a8", "w4a4"])
 def quantized(request, network, images):
-    return calibrate(network, replace(find_scheme(request.param), reconstruction_iterations=0), [images])
+    return calibrate(network, replace(shipped_scheme(request.param), reconstruction_iterations=0), [images])
 
 
 def test_scales_as_parameters_get_gradients_and_change_no_output(quantized, images):

@@ -46,7 +46,7 @@ from quant.quantizers.observers import BINS, RangeObserver, entropy_amax, mse_am
 from quant.quantizers.reconstruction import blocks
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import FORMATS, TensorSpec
-from quant.schemes.scheme import Scheme, find_scheme, resolve, unfit_for_tensorrt
+from quant.schemes.scheme import Scheme, resolve, shipped_scheme, unfit_for_tensorrt
 from quant.schemes.shipped import SHIPPED_SCHEMES
 
 ONNX_TYPES = {
@@ -56,7 +56,7 @@ ONNX_TYPES = {
     "uint4": onnx.TensorProto.UINT4,
     "fp8": onnx.TensorProto.FLOAT8E4M3FN,
 }
-ONNX_SCHEMES = sorted(name for name in SHIPPED_SCHEMES if find_scheme(name).backend == "onnx")
+ONNX_SCHEMES = sorted(name for name in SHIPPED_SCHEMES if shipped_scheme(name).backend == "onnx")
 TENSORRT_SCHEMES = [
     "mixed",
     "int8-attention",
@@ -204,7 +204,7 @@ def batches():
 
 @pytest.fixture(scope="module", params=ONNX_SCHEMES)
 def scheme(request):
-    scheme = find_scheme(request.param)
+    scheme = shipped_scheme(request.param)
     return replace(scheme, reconstruction_iterations=min(scheme.reconstruction_iterations, 4))
 
 
@@ -230,7 +230,7 @@ def _relative(logits, expected):
 
 
 def test_what_is_quantized(shipped, batches):
-    quantized = calibrate(shipped, find_scheme("int8-attention"), batches)
+    quantized = calibrate(shipped, shipped_scheme("int8-attention"), batches)
     kinds = {name: type(module) for name, module in quantized.named_modules()}
     assert not [
         name for name, kind in kinds.items() if issubclass(kind, torch.nn.Linear | torch.nn.Conv2d | QuantizerPoint)
@@ -254,7 +254,7 @@ def test_loggers_warnings_and_modelopt_are_left_as_they_were(short, batches, tmp
         return registered, logging.getLogger("torch.onnx").level, list(warnings.filters)
 
     before = state()
-    export_onnx(calibrate(short, find_scheme("int8"), batches), tmp_path / "model.onnx", "plain")
+    export_onnx(calibrate(short, shipped_scheme("int8"), batches), tmp_path / "model.onnx", "plain")
     assert state() == before and not any(before[0])
 
 
@@ -270,14 +270,14 @@ def test_a_network_is_traced_once(short, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["int8-attention", "fp8-attention"])
 def test_quantizers_agree_with_modelopt_s(short, batches, name):
     """Given the same inputs and range, each quantizer gives the same outputs as ModelOpt's, except at ties."""
-    quantized = calibrate(short, find_scheme(name), batches)
+    quantized = calibrate(short, shipped_scheme(name), batches)
     quantized.readout_only = False  # the last block's weights as a whole
     seen = {}
     for tensor, module in quantizers(quantized):
         module.register_forward_hook(lambda m, i, o, tensor=tensor: seen.__setitem__(tensor, (m, i[0], o)))
     with torch.no_grad():
         quantized(batches[0])
-    assert len(seen) == len(resolve(find_scheme(name), short))
+    assert len(seen) == len(resolve(shipped_scheme(name), short))
     for tensor, (module, x, ours) in seen.items():
         if not module.spec.symmetric:  # ModelOpt has no zero point: the shifted values, as in the graph for TensorRT
             shift = module.fold_zero_point()
@@ -336,7 +336,9 @@ def test_weights_of_4_bits_are_packed(short, batches, tmp_path):
     sizes = {}
     for name in ("w4a16", "int8-weight-only"):
         export_onnx(
-            calibrate(short, replace(find_scheme(name), reconstruction_iterations=0), batches), tmp_path / name, "plain"
+            calibrate(short, replace(shipped_scheme(name), reconstruction_iterations=0), batches),
+            tmp_path / name,
+            "plain",
         )
         sizes[name] = (tmp_path / name).stat().st_size
     weights = [p for name, p in short.named_parameters() if name.startswith("blocks") and p.ndim == 2]
@@ -354,13 +356,13 @@ def test_values_are_named_by_layer(file):
 
 @pytest.mark.parametrize("name", ONNX_SCHEMES)
 def test_schemes_that_tensorrt_supports(name, short):
-    assert (not unfit_for_tensorrt(resolve(find_scheme(name), short))) == (name in TENSORRT_SCHEMES)
+    assert (not unfit_for_tensorrt(resolve(shipped_scheme(name), short))) == (name in TENSORRT_SCHEMES)
 
 
 @pytest.mark.parametrize("name", TENSORRT_SCHEMES)
 def test_the_fused_graph_agrees(name, short, batches, tmp_path, real_images):
     images, _ = real_images
-    quantized = calibrate(short, replace(find_scheme(name), reconstruction_iterations=0), batches)
+    quantized = calibrate(short, replace(shipped_scheme(name), reconstruction_iterations=0), batches)
     export_onnx(quantized, tmp_path / "fused.onnx", "fused", torch.float16)
     fused, expected = _run(tmp_path / "fused.onnx", images), torch_infer(quantized)(images)
     assert (fused.argmax(1) == expected.argmax(1)).mean() > 0.97
@@ -373,7 +375,7 @@ def test_smoothing_does_not_change_the_output(shipped, batches):
     """SmoothQuant rescales channels exactly: in float64 the outputs are equal."""
     exact, smoothed = copy.deepcopy(shipped).double(), copy.deepcopy(shipped).double()
     images = [batch.double() for batch in batches]
-    smooth(smoothed, replace(find_scheme("int8"), smooth={"*": 0.7}), images)
+    smooth(smoothed, replace(shipped_scheme("int8"), smooth={"*": 0.7}), images)
     with torch.no_grad():
         torch.testing.assert_close(smoothed(images[0]), exact(images[0]), rtol=1e-9, atol=1e-9)
     assert not torch.equal(smoothed.blocks[0].mlp.fc2.weight, exact.blocks[0].mlp.fc2.weight)
@@ -383,8 +385,8 @@ def test_smoothing_does_not_change_the_output(shipped, batches):
 def test_block_reconstruction_is_closer_than_rounding_to_nearest(short, batches):
     """The first block's error is smaller on images that were not used."""
     used, unused = batches[:1], batches[1]
-    plain = calibrate(short, replace(find_scheme("w4a8"), reconstruction_iterations=0), used)
-    reconstructed = calibrate(short, replace(find_scheme("w4a8"), reconstruction_iterations=60), used)
+    plain = calibrate(short, replace(shipped_scheme("w4a8"), reconstruction_iterations=0), used)
+    reconstructed = calibrate(short, replace(shipped_scheme("w4a8"), reconstruction_iterations=60), used)
     seen = {}
     for key, model in (("float", short), ("plain", plain), ("reconstructed", reconstructed)):
         first = dict(blocks(model))["blocks.0"]
@@ -450,7 +452,7 @@ def test_entropy_ignores_ranges_with_fewer_bins_than_levels():
 
 
 def test_a_float_layer_stays_float(short, batches):
-    scheme = replace(find_scheme("int8"), tensors={**find_scheme("int8").tensors, "blocks.0.mlp.fc2.*": None})
+    scheme = replace(shipped_scheme("int8"), tensors={**shipped_scheme("int8").tensors, "blocks.0.mlp.fc2.*": None})
     quantized = calibrate(short, scheme, batches)
     assert torch.equal(quantized.blocks[0].mlp.fc2.weight, short.blocks[0].mlp.fc2.weight)
     assert type(quantized.blocks[0].mlp.fc2) is type(short.blocks[0].mlp.fc2)
@@ -484,9 +486,9 @@ def test_other_masks_export(kind, tmp_path):
 
 def test_images_that_are_not_finite_are_refused(shipped):
     with pytest.raises(UserError, match="NaN"):
-        calibrate(shipped, find_scheme("int8"), [torch.full((1, 1, 28, 28), float("nan"))])
+        calibrate(shipped, shipped_scheme("int8"), [torch.full((1, 1, 28, 28), float("nan"))])
 
 
 def test_an_unknown_scheme_is_refused():
     with pytest.raises(UserError, match=r"int3.* int8, int8-attention"):
-        find_scheme("int3")
+        shipped_scheme("int3")

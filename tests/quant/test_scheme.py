@@ -11,7 +11,7 @@ import quant.schemes
 from illama.errors import UserError
 from quant.export.weights import _scheme
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import find_scheme, read_scheme, write_scheme
+from quant.schemes.scheme import read_scheme, shipped_scheme, write_scheme
 from quant.schemes.shipped import SHIPPED_SCHEMES
 from quant.search import SearchOptions
 
@@ -21,12 +21,12 @@ def test_every_shipped_file_is_listed_and_has_a_summary():
     assert files == set(SHIPPED_SCHEMES) and len(SHIPPED_SCHEMES) == len(files)
     result = run_command("quant/list_schemes.py")
     shown = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
-    assert shown == [[name, find_scheme(name).summary] for name in SHIPPED_SCHEMES]
+    assert shown == [[name, shipped_scheme(name).summary] for name in SHIPPED_SCHEMES]
 
 
 @pytest.mark.parametrize("name", SHIPPED_SCHEMES)
 def test_a_written_scheme_is_read_back(name, tmp_path):
-    scheme = replace(find_scheme(name), name="mine")
+    scheme = replace(shipped_scheme(name), name="mine")
     write_scheme(scheme, tmp_path / "other.yaml")
     found = read_scheme(tmp_path / "other.yaml")
     assert found == scheme and list(found.tensors) == list(scheme.tensors)
@@ -41,7 +41,7 @@ def test_a_file_extends_its_base(tmp_path):
     scheme = _read(
         "base: int8\ntensors: {'*.fc2.input': float, '*.weight': {format: int8, calibrator: mse}}\n", tmp_path
     )
-    assert scheme.name == "mine" and scheme.smooth == find_scheme("int8").smooth
+    assert scheme.name == "mine" and scheme.smooth == shipped_scheme("int8").smooth
     assert scheme.spec("blocks.0.mlp.fc2.input") is None
     assert scheme.spec("head.weight") == TensorSpec("int8", calibrator="mse")
     assert list(scheme.tensors)[-1] == "*.weight"  # the file's patterns apply, not the base's

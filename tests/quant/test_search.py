@@ -24,7 +24,7 @@ from quant.mixed_precision.planner import Plan, Planner
 from quant.mixed_precision.search_space import FormatChoice, SearchSpace, format_schemes
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import find_scheme, read_scheme, resolve, tensor_names
+from quant.schemes.scheme import read_scheme, resolve, shipped_scheme, tensor_names
 from quant.search import SearchOptions
 
 
@@ -283,4 +283,6 @@ def test_options_that_do_not_fit(data, tmp_path):
 
 
 def test_formats_are_used_without_block_reconstruction():
-    assert find_scheme("w4a8").reconstruction_iterations and not format_schemes(["w4a8"])[0].reconstruction_iterations
+    assert (
+        shipped_scheme("w4a8").reconstruction_iterations and not format_schemes(["w4a8"])[0].reconstruction_iterations
+    )

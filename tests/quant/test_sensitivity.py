@@ -23,15 +23,15 @@ from illama.models.timm_vit import to_causal, to_quantizable
 from quant import debug_layers
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import first_mismatch, largest_step_difference, local_differences
-from quant.inputs import scheme_named
+from quant.inputs import scheme_from_name_or_file
 from quant.mixed_precision.image_selection import selection_images
 from quant.mixed_precision.layer_effects import Tally, layers_of, measure, tensor_sqnr
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import quantizers
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, find_scheme, tensor_names
+from quant.schemes.scheme import Scheme, shipped_scheme, tensor_names
 
-INT8 = find_scheme("int8-attention")
+INT8 = shipped_scheme("int8-attention")
 PLAIN8 = Scheme("plain", {"*.weight": TensorSpec("int8", "channel"), "*.input": TensorSpec("int8")})
 
 
@@ -239,6 +239,6 @@ def test_the_commands(small_bundle, image_folder, tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json"):
         debug_layers.main(debug_layers.DebugOptions(image_folder))
     with pytest.raises(UserError, match="int3"):
-        scheme_named("int3")
+        scheme_from_name_or_file("int3")
     with pytest.raises(UserError, match="int8-dynamic"):
-        scheme_named("int8-dynamic")
+        scheme_from_name_or_file("int8-dynamic")
