@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
 from quant.quantizers.calibrate import calibrate, mtq
-from quant.schemes.scheme import find_scheme
+from quant.schemes.scheme import shipped_scheme
 
 Outputs = tuple[Tensor, Tensor]
 Infer = Callable[[Tensor], Outputs]
@@ -69,7 +69,7 @@ def settings(name: str) -> dict[str, str]:
     """Returns what a quantizer's result depends on besides its inputs: the hash of a scheme, since schemes change."""
     if name not in SCHEMES:
         return {}
-    return {"scheme": hashlib.sha256(json.dumps(asdict(find_scheme(name))).encode()).hexdigest()[:16]}
+    return {"scheme": hashlib.sha256(json.dumps(asdict(shipped_scheme(name))).encode()).hexdigest()[:16]}
 
 
 def torch_infer(network: nn.Module) -> Infer:
@@ -84,7 +84,7 @@ def torch_infer(network: nn.Module) -> Infer:
 
 def ours(vit: nn.Module, images: Tensor, scheme: str) -> Infer:
     """Quantizes by a scheme of this project; the PyTorch network has the arithmetic of its ONNX file."""
-    quantized = calibrate(to_quantizable(vit), find_scheme(scheme), images.split(_BATCH))  # type: ignore[arg-type]
+    quantized = calibrate(to_quantizable(vit), shipped_scheme(scheme), images.split(_BATCH))  # type: ignore[arg-type]
     assert isinstance(quantized, CausalVisionTransformer)
 
     @torch.inference_mode()

@@ -23,8 +23,9 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from tqdm import tqdm
 
-from deploy.rewrites.openvino_graph import fitting_rewrites, has_matrix_unit
-from deploy.runtimes.open_engine import OnnxRuntimeEngine, OpenVinoEngine, openvino_core
+from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from deploy.runtimes.openvino_engine import OpenVinoEngine, openvino_core
 from eval.benchmark.latency import measure_latency
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
@@ -35,7 +36,7 @@ from illama.graph.reader import load_graph
 from illama.inference import Infer, torch_infer, usable_cores
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import find_scheme
+from quant.schemes.scheme import shipped_scheme
 
 REFERENCE = "ONNX Runtime, FP32"
 OURS = "OpenVINO, INT8 (ours, the default)"
@@ -83,7 +84,7 @@ def contestants(
     fp32, int8, rounded = (folder / f"{name}.onnx" for name in ("fp32", "int8", "int8-attention"))
     export_onnx(model, fp32, "plain")
     for path in (int8, rounded):
-        export_onnx(calibrate(model, find_scheme(path.stem), [images[:16]]), path, "plain")
+        export_onnx(calibrate(model, shipped_scheme(path.stem), [images[:16]]), path, "plain")
     ours = OpenVinoEngine(int8, threads, options.precision)
     found: dict[str, Infer] = {
         REFERENCE: OnnxRuntimeEngine(fp32, threads).infer,
@@ -133,7 +134,7 @@ def _infer_in(dtype: torch.dtype, model: nn.Module) -> Infer:
 
 def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, Infer]:
     """Returns a file in OpenVINO unchanged, and with each rewrite switched: omitted if it is used, else added."""
-    done, every = fitting_rewrites(bfloat16, has_matrix_unit()), fitting_rewrites(bfloat16=True, matrix_unit=True)
+    done, every = select_rewrites(bfloat16, has_matrix_unit()), select_rewrites(bfloat16=True, matrix_unit=True)
     found = {}
     for toggled in (None, *every):
         name = f"{'without' if toggled in done else 'with'} {toggled.__name__}" if toggled else "as it is"

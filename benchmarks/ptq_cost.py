@@ -36,7 +36,7 @@ from illama.errors import UserError
 from illama.inference import load_images
 from quant.export import onnx_export
 from quant.quantizers import calibrate
-from quant.schemes.scheme import find_scheme
+from quant.schemes.scheme import shipped_scheme
 
 MARK = {"seconds": 60.0, "peak_memory_gib": 4.0}
 MARKED = "int8"
@@ -61,7 +61,7 @@ class CostOptions:
     """Measure time and memory of post-training quantization, phase by phase.
 
     Attributes:
-        schemes: names of schemes for ONNX.
+        schemes: names of schemes for ONNX; python quant/list_schemes.py lists them.
         checkpoint: path to a checkpoint. If not given, an iLLaMA of size --model with random weights and 1000 classes.
         model: tiny, small, base or large.
         images: number of calibration images: upscaled Fashion-MNIST with noise, 500 x 375 pixels as common in ImageNet.
@@ -133,7 +133,7 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
         for module, function, name in inside:
             patches.enter_context(mock.patch.object(module, function, clock.timed(name, getattr(module, function))))
         with clock.phase("calibrate"):
-            quantized = calibrate.calibrate(model, find_scheme(scheme), torch.from_numpy(pixels).split(64))
+            quantized = calibrate.calibrate(model, shipped_scheme(scheme), torch.from_numpy(pixels).split(64))
         with clock.phase("rest of export"):
             onnx_export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")
             if fused:
@@ -221,7 +221,7 @@ def mark_verdict(row: dict[str, Any]) -> str:
 
 
 def main(options: CostOptions) -> None:
-    if wrong := [name for name in options.schemes if find_scheme(name).backend != "onnx"]:
+    if wrong := [name for name in options.schemes if shipped_scheme(name).backend != "onnx"]:
         raise UserError(f"scheme {wrong[0]} is not for ONNX: choose another one")
     with tempfile.TemporaryDirectory() as temporary:
         folder, load = Path(temporary), os.getloadavg()[0]

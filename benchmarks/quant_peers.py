@@ -31,7 +31,7 @@ from peers.runtimes import LOADERS, ORT
 from peers.work import LABELS, RESULT, WorkOptions, logits_file, open_both, peer_versions
 
 from eval.benchmark.latency import measure_latency
-from eval.metrics.accuracy_drop import Drop, paired_drop
+from eval.metrics.paired import Drop, paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import SHIPPED, package_versions, sha256

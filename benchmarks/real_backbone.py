@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from tqdm import tqdm
 
-from eval.metrics.accuracy_drop import paired_drop
+from eval.metrics.paired import paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import SHIPPED, sha256

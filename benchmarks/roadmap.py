@@ -17,8 +17,7 @@ from many_runs import compare, final_top1, train_all
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.attention_rank import attention_rank
-from eval.loss_landscape import loss_landscape, sharpness
+from eval.metrics.rank import attention_rank
 from eval.report.store import write_results
 from illama import ILLaMA
 from illama.checkpoints.load import load_checkpoint
@@ -31,7 +30,7 @@ from illama.training.log import read_log
 # The paper's augmentation before and after it is retuned.
 _HEAVY: dict[str, Any] = {"mixup": 0.8, "cutmix": 1.0, "soft_mask": "none"}
 _LIGHT: dict[str, Any] = {"mixup": 0.1, "cutmix": 0.1, "soft_mask": "none"}
-RANK_IMAGES, LANDSCAPE_IMAGES = 30, 500
+RANK_IMAGES = 30
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def measure_ranks(options: RoadmapOptions, path: Path) -> dict[str, list[list[fl
     ranks = {}
     for step in (VIT, LIGHTER, ILLAMA):
         models = [trained(options, step, seed) for seed in range(options.seeds)]
-        ranks[step.name] = np.mean([attention_rank(model, images, of_mean_map=True) for model in models], 0).tolist()
+        ranks[step.name] = np.mean([attention_rank(model, images) for model in models], 0).tolist()
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for name, values in ranks.items():
@@ -216,26 +215,6 @@ def measure_ranks(options: RoadmapOptions, path: Path) -> dict[str, list[list[fl
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     return ranks
-
-
-def measure_landscapes(options: RoadmapOptions, path: Path) -> dict[str, list[float]]:
-    """Plots the loss along a filter-normalized direction per seed, for ViT and iLLaMA; returns the sharpness."""
-    data = open_data("fashion-mnist")
-    arrays = load_images(data.test(), data.preprocessing(28, 1).transform(), LANDSCAPE_IMAGES)
-    images, labels = map(torch.from_numpy, arrays)
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    sharp: dict[str, list[float]] = {}
-    for color, step in (("tab:blue", VIT), ("tab:orange", ILLAMA)):
-        for seed in range(options.seeds):
-            model = trained(options, step, seed)
-            losses = loss_landscape(model, images, labels, radius=0.5, points=21, seed=seed, dimensions=1)
-            axis.plot(np.linspace(-0.5, 0.5, 21), losses, color=color, lw=1.2, label=None if seed else step.name)
-            sharp.setdefault(step.name, []).append(sharpness(losses))
-    axis.set(xlabel="distance along the direction", ylabel="loss on test images", title="Loss landscape, 1-D slices")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    return sharp
 
 
 def main(options: RoadmapOptions) -> None:
@@ -255,7 +234,6 @@ def main(options: RoadmapOptions) -> None:
         "budget": {name: getattr(options, name) for name in ("epochs", "width", "heads", "seeds")},
         "rows": [asdict(row) for row in rows],
         "attention_rank": measure_ranks(options, options.results / "attention-rank.png"),
-        "sharpness_percent": measure_landscapes(options, options.results / "loss-landscape.png"),
     }
     write_results(options.results, "roadmap", content, markdown(rows))
 

@@ -25,14 +25,14 @@ from eval.report.store import write_results
 from illama.bundle import SHIPPED
 from illama.cli import run_command
 from illama.inference import load_images
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.input_options import InputOptions
 from quant.inputs import open_inputs
 from quant.mixed_precision.layer_effects import Tally
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import SCHEMES, Scheme
+from quant.schemes.scheme import Scheme, shipped_scheme
 
 KINDS = {
     "weights": "*.weight",
@@ -73,7 +73,7 @@ def treatments() -> Iterator[tuple[str, str, Scheme]]:
     for kind, pattern in KINDS.items():
         for name, spec in _specs(kind).items():
             yield kind, name, Scheme("one", {pattern: spec})
-    int8 = SCHEMES["int8"]
+    int8 = shipped_scheme("int8")
     for strength in (0.3, 0.5, 0.7, 0.85, 1.0):
         scheme = Scheme("one", {"*.fc2.*": TensorSpec("int8"), "*.fc2.weight": TensorSpec("int8", "channel")})
         yield "SwiGLU product and its weight", f"smoothed {strength}", replace(scheme, smooth={PRODUCT: strength})
@@ -90,7 +90,7 @@ def treatments() -> Iterator[tuple[str, str, Scheme]]:
     yield "int8", "symmetric inputs", replace(symmetric, smooth=int8.smooth)
     yield "int8", "nothing smoothed", bare
     for name in ("int8", "int8-smooth", "int8-attention", "fp8", "fp8-attention"):
-        yield name, "as shipped", SCHEMES[name]
+        yield name, "as shipped", shipped_scheme(name)
 
 
 def _inputs(spec: TensorSpec) -> dict[str, TensorSpec | None]:
@@ -110,7 +110,7 @@ def _specs(kind: str) -> dict[str, TensorSpec]:
 
 
 @torch.inference_mode()
-def measure(model: SoftMasked, batches: list[Tensor], images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+def measure(model: MaskedNetwork, batches: list[Tensor], images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """Returns a row for each treatment."""
     parts = list(zip(images.split(64), labels.split(64), strict=True))
     reference = [model(part) for part, _ in parts]
@@ -148,11 +148,11 @@ def observe_inputs(model: nn.Module, names: Mapping[str, str], images: Tensor) -
     return seen
 
 
-def draw(model: SoftMasked, batches: list[Tensor], path: Path) -> None:
+def draw(model: MaskedNetwork, batches: list[Tensor], path: Path) -> None:
     """Plots histograms of two tensors with outliers, and the channels' ranges before and after smoothing."""
     model.set_attention_form("plain")
     smoothed = calibrate(model, Scheme("none"), batches)
-    smooth(smoothed, SCHEMES["int8"], batches)
+    smooth(smoothed, shipped_scheme("int8"), batches)
     product = f"{max(index for index in range(64) if f'blocks.{index}.mlp.fc2' in dict(model.named_modules())) // 2}"
     names = {"p": "blocks.0.attn.core.p", "product": f"blocks.{product}.mlp.fc2"}
     before, after = (observe_inputs(network, names, batches[0]) for network in (model, smoothed))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from eval.metrics.accuracy_drop import paired_drop
+from eval.metrics.paired import paired_drop
 from eval.report.store import write_results
 from illama.cli import run_command
 from illama.data.datasets import open_data

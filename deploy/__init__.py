@@ -1,0 +1,1 @@
+"""TensorRT engines, one interface to all runtimes, graph rewrites, and serving."""

@@ -44,7 +44,7 @@ class BuildOptions(EngineOptions):
 
 def main(options: BuildOptions) -> None:
     # Imported here, so that --help does not wait for the libraries.
-    from deploy.trt.build_bundle import build_fitting
+    from deploy.trt.build_bundle import build_supported
     from deploy.trt.library import find_library
     from deploy.trt.record import EngineRecord
 
@@ -52,9 +52,9 @@ def main(options: BuildOptions) -> None:
     if library is None:
         raise UserError("no TensorRT that can build here: pip install tensorrt-rtx, or see docs/jetson.md on a Jetson")
     for bundle in options.bundles:
-        path, unfit = build_fitting(library, bundle, options, options.name)
-        if unfit:
-            print(f"{bundle}: not built for {', '.join(unfit)}, which has no FP8; use INT8 there")
+        path, unsupported = build_supported(library, bundle, options, options.name)
+        if unsupported:
+            print(f"{bundle}: not built for {', '.join(unsupported)}, which has no FP8; use INT8 there")
         if path:
             record = EngineRecord.read(path)
             attentions = "fused attentions" if record.fused else "attentions, possibly decomposed"

@@ -1,0 +1,1 @@
+"""Accuracy, latency, metrics and the report."""

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
 
 from illama.errors import UserError
+from illama.quiet import without_noise
 
 Options = TypeVar("Options")
 _CANNOT_WRITE = (
@@ -31,12 +29,6 @@ _CANNOT_WRITE = (
     errno.EBUSY,
     errno.EXDEV,
 )
-# Logger -> a message that is logged on every normal run: that there is no GPU, and that torchao uses a deprecated
-# function of PyTorch.
-_NOISE = {
-    "torch.utils.cpp_extension": "No CUDA runtime is found",
-    "torch.utils._pytree": "Calling register_constant() on Enum subclasses is deprecated",
-}
 
 
 def run_command(
@@ -100,23 +92,6 @@ def option_helps(options: type[Any]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-@contextmanager
-def without_noise() -> Iterator[None]:
-    """Drops the log messages of ``_NOISE`` inside the block."""
-
-    def drop(text: str, record: logging.LogRecord) -> bool:
-        return text not in record.getMessage()
-
-    filters = {name: partial(drop, text) for name, text in _NOISE.items()}
-    for name, each in filters.items():
-        logging.getLogger(name).addFilter(each)
-    try:
-        yield
-    finally:
-        for name, each in filters.items():
-            logging.getLogger(name).removeFilter(each)
 
 
 def _exit(message: str, status: int) -> None:

@@ -1,0 +1,1 @@
+"""Schemes, calibration, quantized layers and the export to ONNX."""

@@ -1,4 +1,4 @@
-"""What the commands that study a quantized network start from: a checkpoint, a scheme and images."""
+"""Inputs of the commands of this package: a checkpoint, images and schemes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from illama.checkpoints.timm_checkpoint import load_timm
 from illama.data.datasets import ImageData, Preprocessing, Sample, Transformed, open_data
 from illama.errors import UserError
 from illama.inference import load_images
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.input_options import InputOptions
 from quant.quantizers.smoothquant import smooth
-from quant.schemes.scheme import Scheme, find_scheme, read_scheme
+from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
-_BATCH = 64  # as `python quant/ptq.py` calibrates
+_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A network and its data, checked to fit each other.
+    """A network and data with the same classes.
 
     Attributes:
-        calibration_images: how many training images the ranges are taken from, as ``python quant/ptq.py`` does.
-        source: what :func:`open_inputs` was given, as JSON has it, for whoever is to open the same again; how images
-            are read is in ``preprocessing``.
+        calibration_images: number of training images for calibration.
+        source: arguments of :func:`open_inputs` for JSON, to open the same inputs again; how images are read is in
+            ``preprocessing``.
     """
 
     checkpoint: Checkpoint
@@ -44,37 +44,40 @@ class Inputs:
 
     @cached_property
     def calibration(self) -> list[Tensor]:
-        """The calibration images in batches (B, C, H, W)."""
+        """Calibration images in batches (B, C, H, W)."""
         images, _ = load_images(self.data.calibration(self.calibration_images), self.preprocessing.transform())
         return list(torch.from_numpy(images).split(_BATCH))
 
     @property
-    def model(self) -> SoftMasked:
+    def model(self) -> MaskedNetwork:
         return self.checkpoint.model
 
-    def plain_model(self) -> SoftMasked:
-        """A copy whose attention has the plain form, whose tensors are those that are quantized."""
+    def plain_model(self) -> MaskedNetwork:
+        """Returns a copy with attention in plain form, which has all tensors that can be quantized."""
         model = copy.deepcopy(self.model)
         model.set_attention_form("plain")
         return model
 
-    def float_model(self, scheme: Scheme) -> SoftMasked:
-        """:meth:`plain_model`, rescaled as ``scheme`` does where it smooths, so that every tensor can be compared."""
+    def float_model(self, scheme: Scheme) -> MaskedNetwork:
+        """Returns :meth:`plain_model`, rescaled where ``scheme`` smooths, so that every tensor can be compared."""
         model = self.plain_model()
         if scheme.smooth:
             smooth(model, scheme, self.calibration)
         return model
 
     def batches(self, images: Dataset[Sample]) -> DataLoader[tuple[Tensor, int]]:
-        """A split as batches of images (B, C, H, W) and labels (B,)."""
+        """Returns a loader of a split with batches of images (B, C, H, W) and labels (B,)."""
         return DataLoader(Transformed(images, self.preprocessing.transform()), batch_size=_BATCH)
 
 
 def open_inputs(options: InputOptions, image_size: int | None = None) -> Inputs:
-    """Open both and check that they have the same classes; UserError if not.
+    """Opens the checkpoint and the data.
 
     Args:
-        image_size: run at another resolution than the checkpoint's.
+        image_size: image size in pixels; defaults to the checkpoint's.
+
+    Raises:
+        UserError: one cannot be opened, or their classes differ.
     """
     checkpoint, data = options.checkpoint, options.data
     loaded = _open_checkpoint(checkpoint, options.model, image_size)
@@ -112,33 +115,33 @@ def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> C
     return load_timm(name, path, image_size)
 
 
-def find_schemes(names: Sequence[str], files: Sequence[Path]) -> list[Scheme]:
-    """The shipped schemes of these names and those of the YAML files.
+def schemes_from_options(names: Sequence[str], files: Sequence[Path]) -> list[Scheme]:
+    """Returns the shipped schemes of these names and the schemes of the YAML files.
 
     Raises:
-        UserError: an unknown name, an unreadable file, or two schemes of one name.
+        UserError: a name is unknown, a file cannot be read, or two schemes have one name.
     """
-    schemes = [find_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in files]
+    schemes = [shipped_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in files]
     check_names(schemes)
     return schemes
 
 
 def check_names(schemes: Sequence[Scheme]) -> None:
-    """UserError unless every scheme's bundle can have a folder of its own, beside those of fp32 and fp16."""
+    """Raises UserError if two schemes have one name, or one is called fp32 or fp16 like the reference bundles."""
     taken = [*(scheme.name for scheme in schemes), "fp32", "fp16"]
     if clash := next((name for name in taken if taken.count(name) > 1), None):
         raise UserError(f"two schemes are called {clash!r}: change the name in the scheme file")
 
 
-def scheme_named(name: str) -> Scheme:
-    """A shipped scheme by its name, or one of the user's own by its file's, which ends in .yaml or .yml.
+def scheme_from_name_or_file(name: str) -> Scheme:
+    """Returns a shipped scheme by its name, or the scheme in a file whose name ends in .yaml or .yml.
 
     Raises:
-        UserError: neither is there, or the scheme runs inside PyTorch only.
+        UserError: there is none, or its backend is not ONNX.
     """
-    scheme = read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else find_scheme(name)
+    scheme = read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else shipped_scheme(name)
     if scheme.backend != "onnx":
         raise UserError(
-            f"scheme {name} quantizes inside PyTorch ({scheme.backend}): there are no layers to switch or export"
+            f"scheme {name} has backend {scheme.backend} and cannot be exported to ONNX: choose another scheme"
         )
     return scheme

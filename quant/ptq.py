@@ -62,11 +62,11 @@ def main(options: PtqOptions) -> None:
     from illama.atomic_write import write_folder
     from illama.steps import Steps
     from quant.export.write_bundle import Origin, check_scheme, write_bundles
-    from quant.inputs import find_schemes, open_inputs
+    from quant.inputs import open_inputs, schemes_from_options
 
     baseline, steps = read_baseline(options), Steps()
     with write_folder(options.out, is_result) as folder:
-        schemes = find_schemes(options.scheme_names, options.scheme_file)
+        schemes = schemes_from_options(options.scheme_names, options.scheme_file)
         inputs = open_inputs(options, options.image_size)
         for scheme in schemes:
             check_scheme(inputs.model, scheme)

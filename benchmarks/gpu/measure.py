@@ -38,7 +38,7 @@ from illama.hardware import describe_machine
 from illama.models.attention import AttentionMask, MaskedAttention
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import find_scheme
+from quant.schemes.scheme import shipped_scheme
 
 LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
 SCHEMES = ("fp16", "int8", "fp8", "fp8-attention", "int8-attention")
@@ -235,7 +235,9 @@ class Exports:
         folder = self.folder / f"{name}-{scheme}-{mask}"
         if not folder.exists():
             model = network(name, mask)
-            quantized = model if scheme == "fp16" else calibrate(model, find_scheme(scheme), [random_images(model, 4)])
+            quantized = (
+                model if scheme == "fp16" else calibrate(model, shipped_scheme(scheme), [random_images(model, 4)])
+            )
             folder.mkdir()
             export_onnx(quantized, folder / FUSED_ONNX, "fused", torch.float16)
             preprocessing = Preprocessing.imagenet(model.config.image_size, model.config.in_channels)

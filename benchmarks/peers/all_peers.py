@@ -12,7 +12,7 @@ from peers.onnx_peers import ONNX_PEERS
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
 from peers.torch_peers import TORCH_PEERS
 from quant.export.onnx_export import export_onnx
-from quant.schemes.scheme import Scheme, find_scheme
+from quant.schemes.scheme import Scheme, shipped_scheme
 
 _NEEDS = (("quant.quantizers.calibrate", "illama-toolkit"),)
 SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention")
@@ -32,7 +32,7 @@ def quantize_by_scheme(task: Task, scheme: Scheme) -> Path:
 def _peer(scheme: str) -> Peer:
     is_fp8 = scheme.startswith("fp8")  # a CPU can only simulate FP8
     runtimes = (ORT,) if is_fp8 else (ORT, OPENVINO, OPENVINO_F32)
-    make = partial(quantize_by_scheme, scheme=find_scheme(scheme))
+    make = partial(quantize_by_scheme, scheme=shipped_scheme(scheme))
     return Peer(f"this project, {scheme}", make, runtimes, "docs/quantization.md", _NEEDS, timed=not is_fp8)
 
 

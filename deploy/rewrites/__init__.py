@@ -1,0 +1,1 @@
+"""Graph rewrites for a runtime or a camera."""

@@ -1,7 +1,7 @@
-"""Rewrites of a graph for OpenVINO's kernels on CPUs (docs/cpu.md has what each gains).
+"""Graph rewrites for OpenVINO's kernels on CPUs (docs/cpu.md has the gain of each).
 
-A rewrite changes the model that it is given; the file stays as it is. All but :func:`leave_inputs` give the same
-numbers, up to the rounding of float32.
+A rewrite changes the model in memory, never the file. All but :func:`keep_inputs_float` are exact, up to the rounding
+of float32.
 """
 
 from __future__ import annotations
@@ -17,35 +17,36 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from illama.graph.reader import Index
 
-# Outputs of the products behind one rounding of their input, from which integers save more than the rounding takes
-# where bfloat16 has matrix units too: measured at widths of 192 and 384, where leaving it gains, and 768, where not.
-_WORTH_ROUNDING = 512
+# Number of outputs of the products of one quantized input from which integer products save more time than quantizing
+# the input takes, compared with bfloat16. Measured: not quantizing is faster at widths of 192 and 384, slower at 768.
+_WORTH_QUANTIZING = 512
 _ELEMENTWISE = ("Add", "Mul")
 
 
-def fitting_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ModelProto], None]]:
-    """Everything that OpenVINO gains from, in the order in which it is done.
+def select_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ModelProto], None]]:
+    """Returns the rewrites that make OpenVINO faster, in the order in which to apply them.
 
     Args:
-        bfloat16: whether it computes in bfloat16 what the graph has in float32.
+        bfloat16: whether OpenVINO computes the float32 operators of the graph in bfloat16.
         matrix_unit: see :func:`has_matrix_unit`.
     """
-    return [*([leave_inputs] if bfloat16 else []), split_products, *([fold_zero_points] if matrix_unit else [])]
+    return [*([keep_inputs_float] if bfloat16 else []), split_products, *([fold_zero_points] if matrix_unit else [])]
 
 
 def has_matrix_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether oneDNN, whose kernels OpenVINO runs, multiplies integers in a matrix unit of this CPU (AMX)."""
+    """Whether oneDNN, which has OpenVINO's kernels, multiplies integers in a matrix unit of this CPU (AMX)."""
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     return (allowed == "DEFAULT" or "AMX" in allowed) and cpuinfo.exists() and "amx_int8" in cpuinfo.read_text()
 
 
 @dataclass(frozen=True)
 class _Product:
-    """A product of a value with constants, and its bias.
+    """A product with a constant weight, and its bias.
 
     Attributes:
-        dequantize: what makes the weight (inputs, outputs), if it is quantized.
-        bias: what adds a constant to the product, if anything.
+        matmul: the MatMul node.
+        dequantize: the DequantizeLinear node of the weight (inputs, outputs), if the weight is quantized.
+        bias: the node that adds a constant to the product, if there is one.
     """
 
     matmul: NodeProto
@@ -61,7 +62,7 @@ class _Product:
 
 
 def _find_product(index: Index, value: str) -> _Product | None:
-    """The product that makes ``value``, bias included, if nothing else reads what lies between."""
+    """Returns the product, with its bias, whose result is ``value``; None if another node reads it before the bias."""
     bias = index.maker(value, "Add")
     if bias is not None and (bias.input[1] not in index.constants or len(index.readers(bias.input[0])) > 1):
         return None
@@ -73,15 +74,15 @@ def _find_product(index: Index, value: str) -> _Product | None:
     return _Product(matmul, dequantize, bias) if weight in index.constants else None
 
 
-def leave_inputs(model: ModelProto, outputs: int = _WORTH_ROUNDING) -> None:
-    """Do not round the input of products with few outputs, and compute them in floating point from integer weights.
+def keep_inputs_float(model: ModelProto, outputs: int = _WORTH_QUANTIZING) -> None:
+    """Leaves the input of products with at most ``outputs`` outputs in floating point; their weights are dequantized.
 
         before   x -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(w))
-        after    x -> MatMul(w), dequantized here
+        after    x -> MatMul(w), where w is a float32 constant
 
-    One rounding of an input serves all its products, and costs a pass over it and back to float32. An input that
-    comes from an element-wise operator is rounded within that, for nothing, and stays.
-    This departs from the file, towards the network that was quantized: it leaves out an error.
+    Quantizing an input, once for all its products, costs a pass over it. It costs nothing after an element-wise
+    operator, which OpenVINO fuses it with; such inputs stay quantized.
+    The result differs from that of the file, by a quantization error that it omits.
     """
     index = Index(model)
     for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
@@ -96,10 +97,10 @@ def leave_inputs(model: ModelProto, outputs: int = _WORTH_ROUNDING) -> None:
 
 
 def split_products(model: ModelProto) -> None:
-    """Compute the parts of a product that is split at once, each by a product of its own.
+    """Replaces a product whose result is split by one product for each part.
 
     before   x -> MatMul(w) [-> Add(b)] -> Split -> q, k, v
-    after    x -> MatMul(w_q) [-> Add(b_q)] -> q, and so on, with the columns of w and b
+    after    x -> MatMul(w_q) [-> Add(b_q)] -> q, and likewise k and v, with the columns of w and b
     """
     index = Index(model)
     replaced: dict[str, list[NodeProto]] = {}
@@ -117,7 +118,7 @@ def split_products(model: ModelProto) -> None:
 
 
 def _splits_evenly(index: Index, split: NodeProto, product: _Product) -> bool:
-    """Whether it is along the last of three axes, into equal parts."""
+    """Whether the split is along the last of three axes, into equal parts."""
     axis = next((helper.get_attribute_value(each) for each in split.attribute if each.name == "axis"), 0)
     sizes = index.array(split.input[1]) if len(split.input) > 1 and split.input[1] in index.constants else None
     even = len(split.input) == 1 or (sizes is not None and len(set(sizes.tolist())) == 1)
@@ -125,7 +126,7 @@ def _splits_evenly(index: Index, split: NodeProto, product: _Product) -> bool:
 
 
 def _columns(index: Index, product: _Product, part: slice, output: str) -> list[NodeProto]:
-    """Nodes that compute some columns of a product."""
+    """Returns nodes that compute some columns of a product."""
 
     def of(name: str) -> str:
         values = index.array(name)
@@ -147,15 +148,14 @@ def _columns(index: Index, product: _Product, part: slice, output: str) -> list[
 
 
 def fold_zero_points(model: ModelProto) -> None:
-    """Make every asymmetric input of a product symmetric, for runtimes whose integer products have no zero point.
+    """Makes every asymmetric input of a product symmetric, for runtimes that are slow with zero points.
 
         before   x -> QuantizeLinear(uint8, zero point z) -> DequantizeLinear -> MatMul(w) [-> Add(bias)]
         after    x -> Add((z - 128) s) -> QuantizeLinear(int8, 0) -> DequantizeLinear -> MatMul(w) -> Add(bias')
 
-    with s the scale, so that the 256 integers are the same ones, each less by 128; and the bias takes back what the
-    shift added, bias' = bias - (z - 128) s sum(w), w as it is dequantized. Graphs for TensorRT are
-    exported so (``quant.quantizers.layers.centre``); OpenVINO's kernels gain from it where the CPU has a matrix unit
-    (docs/cpu.md).
+    s is the scale. The integers are the same, less 128. The bias compensates for the shift of the input:
+    bias' = bias - (z - 128) s sum(w), with the dequantized w. The exporter writes graphs for TensorRT in this form
+    (``quant.quantizers.layers.fold_zero_point``). OpenVINO is faster with it on a CPU with a matrix unit (docs/cpu.md).
     """
     index = Index(model)
     replaced: dict[str, list[NodeProto]] = {}
@@ -165,14 +165,14 @@ def fold_zero_points(model: ModelProto) -> None:
             scale, shift = index.array(quantize.input[1]), int(index.array(quantize.input[2])) - 128
             offset = np.asarray(shift * scale, dtype=scale.dtype)
             for product in products:
-                _take_back(index, product, offset, replaced)
+                _compensate(index, product, offset, replaced)
             _shift(index, quantize, offset, replaced)
     _replace(model, replaced)
     _prune(model)
 
 
 def _products_of(index: Index, quantize: NodeProto) -> list[NodeProto]:
-    """The products with constant weights that read a quantized value, if nothing else reads it."""
+    """Returns the products with constant weights that read a quantized value; none if another node reads it as well."""
     dequantize = index.readers(quantize.output[0])
     readers = [reader for node in dequantize for reader in index.readers(node.output[0])]
     for reader in readers:
@@ -186,17 +186,17 @@ def _shift(index: Index, quantize: NodeProto, offset: np.ndarray, replaced: dict
     base = quantize.output[0]
     if offset:
         constant = index.add_constant(f"{base}.offset", offset)
-        replaced[base] = [helper.make_node("Add", [quantize.input[0], constant], [f"{base}.moved"]), quantize]
-        quantize.input[0] = f"{base}.moved"
+        replaced[base] = [helper.make_node("Add", [quantize.input[0], constant], [f"{base}.shifted"]), quantize]
+        quantize.input[0] = f"{base}.shifted"
     quantize.input[2] = index.add_constant("zero.int8", np.array(0, dtype=np.int8))
     for dequantize in index.readers(base):
         dequantize.input[2] = "zero.int8"
 
 
-def _take_back(index: Index, product: NodeProto, offset: np.ndarray, replaced: dict[str, list[NodeProto]]) -> None:
-    """Subtract from a product with a constant weight what the offset of its input adds to it."""
+def _compensate(index: Index, product: NodeProto, offset: np.ndarray, replaced: dict[str, list[NodeProto]]) -> None:
+    """Subtracts from a product with a constant weight what the offset of its input adds to it."""
     columns = _dequantized(index, index.makers[product.input[1]]).sum(0, dtype=np.float64)
-    moved = (-float(offset) * columns).astype(np.float32)
+    correction = (-float(offset) * columns).astype(np.float32)
     bias = next(
         (
             node
@@ -206,31 +206,31 @@ def _take_back(index: Index, product: NodeProto, offset: np.ndarray, replaced: d
         None,
     )
     if bias is not None:
-        # A name of its own: equal biases are one constant.
-        bias.input[1] = index.add_constant(f"{product.output[0]}.bias", index.array(bias.input[1]) + moved)
+        # A new name, because products with equal biases share one constant.
+        bias.input[1] = index.add_constant(f"{product.output[0]}.bias", index.array(bias.input[1]) + correction)
     elif offset:
         result = product.output[0]
         product.output[0] = f"{result}.product"
-        constant = index.add_constant(f"{result}.bias", moved)
+        constant = index.add_constant(f"{result}.bias", correction)
         replaced[product.output[0]] = [product, helper.make_node("Add", [product.output[0], constant], [result])]
 
 
 def _dequantized(index: Index, dequantize: NodeProto) -> np.ndarray:
-    """A constant weight (inputs, outputs) in float32; its scale is of the tensor, of a column or of a block of rows."""
+    """Returns a constant weight (inputs, outputs) in float32; its scale is per tensor, column or row block."""
     weight, scale = index.array(dequantize.input[0]).astype(np.float32), index.array(dequantize.input[1])
     return weight * (scale if scale.ndim < 2 else scale.repeat(len(weight) // len(scale), axis=0))
 
 
 def _replace(model: ModelProto, replaced: Mapping[str, list[NodeProto]]) -> None:
-    """Put other nodes in the places of those whose first outputs are named."""
+    """Replaces the nodes whose first outputs are the keys of ``replaced``."""
     nodes = [copy.deepcopy(each) for node in model.graph.node for each in replaced.get(node.output[0], [node])]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    del model.graph.value_info[:]  # which says what types the values had
+    del model.graph.value_info[:]  # the types of the values before the rewrite
 
 
 def _prune(model: ModelProto) -> None:
-    """Take out what nothing reads."""
+    """Removes nodes and constants that are not used."""
     graph = model.graph
     used, nodes = {value.name for value in graph.output}, []
     for node in reversed(graph.node):

@@ -1,4 +1,4 @@
-"""Preprocessing as part of a graph: resize, crop and normalisation as matrix products."""
+"""Adds the preprocessing to a graph: resize and crop as matrix products, and normalization."""
 
 from __future__ import annotations
 
@@ -15,49 +15,40 @@ from illama.data.datasets import Preprocessing
 from illama.data.images import bicubic, crop_of_resized
 
 Step = tuple[str, list[str], dict[str, Any]]  # operator, constants, attributes
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R BT.601, in the fractions that Pillow computes with
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R BT.601, in the fractions that Pillow uses
 
 
 def add_preprocessing(model: ModelProto, preprocessing: Preprocessing, frame: tuple[int, int, int]) -> ModelProto:
-    """A graph that takes frames (B, height, width, channels), uint8, in place of the network's input.
+    """Returns a copy of a graph that takes uint8 frames (B, height, width, channels) instead of the network's input.
 
         before   images (B, C, S, S) float32 -> ...
         after    images (B, H, W, c) uint8 -> Cast -> Transpose -> MatMul (columns) -> Round -> Clip
-                 -> MatMul (rows) -> Round -> Clip [-> MatMul (to grey) -> Round] -> Mul -> Add -> ...
+                 -> MatMul (rows) -> Round -> Clip [-> Conv (RGB to gray, or back) -> Round] -> Mul -> Add -> ...
 
-    A resize of a fixed size is a matrix for each axis, and a crop leaves rows of it out, so that no runtime's own idea
-    of bicubic or antialiasing comes in. The passes are in Pillow's order and rounded like Pillow's, which the network's
-    accuracy was measured with: pixels differ by one level at most, where Pillow's fixed point rounds another way.
+    A resize from a fixed size is one matrix product for each axis, and a crop omits rows of the matrix. The result thus
+    does not depend on a runtime's implementation of bicubic interpolation. The order and the rounding of the passes are
+    Pillow's, with which accuracy is measured: pixels differ by at most one level, due to Pillow's fixed-point numbers.
+
+    Args:
+        frame: (height, width, channels).
     """
     model = copy.deepcopy(model)
     graph, image = model.graph, model.graph.input[0]
     height, width, channels = frame
     rows, columns = _resize_and_crop(height, width, preprocessing)
-    constants = {"columns": columns.T, "rows": rows, "low": np.float32(0), "high": np.float32(255)}
     mean, std = (
         np.array(values, dtype=np.float32).reshape(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
     )
+    constants = {"columns": columns.T, "rows": rows, "low": np.float32(0), "high": np.float32(255)}
     constants |= {"scale": 1 / (255 * std), "shift": -mean / std}
-    round_and_clip: list[Step] = [("Round", [], {}), ("Clip", ["low", "high"], {})]
-    passes: list[Step] = [("Columns", ["columns"], {}), ("Rows", ["rows"], {})]
-    first, second = reversed(passes) if _rows_come_first(rows, columns, preprocessing) else passes
-    steps: list[Step] = [
-        ("Cast", [], {"to": TensorProto.FLOAT}),
-        ("Transpose", [], {"perm": [0, 3, 1, 2]}),
-        first,
-        *round_and_clip,
-        second,
-        *round_and_clip,
-    ]
     if channels != preprocessing.in_channels:
         constants["colors"] = _color_weights(channels)
-        steps += [("Conv", ["colors"], {}), ("Round", [], {})]
-    steps += [("Mul", ["scale"], {}), ("Add", ["shift"], {})]
+    steps = _steps(_rows_come_first(rows, columns, preprocessing), "colors" in constants)
     nodes, value = [], image.name
     for index, (kind, extra, attributes) in enumerate(steps):
         result = f"preprocess.{index}" if index < len(steps) - 1 else "preprocessed"
         inputs = [value, *(f"preprocess.{name}" for name in extra)]
-        if kind in ("Columns", "Rows"):  # the matrix of rows stands on the left
+        if kind in ("Columns", "Rows"):  # the matrix of the rows is the left factor
             kind, inputs = "MatMul", inputs[::-1] if kind == "Rows" else inputs
         nodes.append(helper.make_node(kind, inputs, [result], name=f"preprocess/{kind}_{index}", **attributes))
         value = result
@@ -76,8 +67,26 @@ def add_preprocessing(model: ModelProto, preprocessing: Preprocessing, frame: tu
     return model
 
 
+def _steps(rows_first: bool, convert_colors: bool) -> list[Step]:
+    """Returns the operators from frames to the network's input, in order."""
+    round_and_clip: list[Step] = [("Round", [], {}), ("Clip", ["low", "high"], {})]
+    passes: list[Step] = [("Columns", ["columns"], {}), ("Rows", ["rows"], {})]
+    first, second = reversed(passes) if rows_first else passes
+    return [
+        ("Cast", [], {"to": TensorProto.FLOAT}),
+        ("Transpose", [], {"perm": [0, 3, 1, 2]}),
+        first,
+        *round_and_clip,
+        second,
+        *round_and_clip,
+        *([("Conv", ["colors"], {}), ("Round", [], {})] if convert_colors else []),
+        ("Mul", ["scale"], {}),
+        ("Add", ["shift"], {}),
+    ]
+
+
 def _resize_and_crop(height: int, width: int, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices of both axes, (image_size, height) and (image_size, width), as torchvision resizes and crops."""
+    """Returns the matrices of a resize and crop like torchvision's, (image_size, height) and (image_size, width)."""
     size, short = preprocessing.image_size, preprocessing.resize
     axes = ((size, 0), (size, 0)) if short is None else crop_of_resized((height, width), short, size)
     rows, columns = (_matrix(old, new, first, size) for old, (new, first) in zip((height, width), axes, strict=True))
@@ -85,20 +94,20 @@ def _resize_and_crop(height: int, width: int, preprocessing: Preprocessing) -> t
 
 
 def _rows_come_first(rows: np.ndarray, columns: np.ndarray, preprocessing: Preprocessing) -> bool:
-    """Which pass Pillow makes first: it depends on the sizes and its version, so noise is given to it to find out."""
+    """Whether Pillow resizes the rows first, tested with noise: it depends on the sizes and on Pillow's version."""
     frame = np.random.default_rng(0).integers(0, 256, (rows.shape[1], columns.shape[1]), dtype=np.uint8)
-    grey = replace(preprocessing, in_channels=1, mean=(0.0,), std=(1 / 255,))
-    seen = grey.transform()(Image.fromarray(frame))[0].numpy()
+    gray = replace(preprocessing, in_channels=1, mean=(0.0,), std=(1 / 255,))
+    expected = gray.transform()(Image.fromarray(frame))[0].numpy()
 
     def rounded(values: np.ndarray) -> np.ndarray:
         return values.round().clip(0, 255)
 
     orders = rounded(rows @ rounded(frame @ columns.T)), rounded(rounded(rows @ frame) @ columns.T)
-    return bool(np.abs(orders[1] - seen).sum() < np.abs(orders[0] - seen).sum())
+    return bool(np.abs(orders[1] - expected).sum() < np.abs(orders[0] - expected).sum())
 
 
 def _matrix(old: int, new: int, first: int, count: int) -> np.ndarray:
-    """``count`` rows, from ``first`` on, of the matrix (new, old) of an antialiased bicubic resize of one axis."""
+    """Returns ``count`` rows, from ``first``, of the matrix (new, old) of an antialiased bicubic resize of one axis."""
     low, weights = bicubic(old, new, first, count)
     matrix = np.zeros((count, old), np.float32)
     matrix[:, low : low + weights.shape[1]] = weights
@@ -106,6 +115,6 @@ def _matrix(old: int, new: int, first: int, count: int) -> np.ndarray:
 
 
 def _color_weights(channels: int) -> np.ndarray:
-    """A 1x1 convolution from RGB to grey, or from grey to RGB."""
+    """Returns the weights of a 1x1 convolution from RGB to grayscale, or from grayscale to RGB."""
     weights = np.array(LUMA)[None, :] if channels == 3 else np.ones((3, 1))
     return weights[:, :, None, None].astype(np.float32)

@@ -1,0 +1,1 @@
+"""One interface to all runtimes: ``open_engine(path).infer(images)``."""

@@ -1,4 +1,4 @@
-"""From an image file to what a bundle's network takes: one function for predictions and for the server."""
+"""Reads image files as the input of a bundle's network, for predictions and for the server."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from illama.errors import UserError
 
 @dataclass(frozen=True)
 class ImageInput:
-    """How image files become the input of a network.
+    """The input of a bundle's network.
 
     Attributes:
-        preprocessing: of the bundle; part of the graph itself where there is a ``frame``.
+        preprocessing: preprocessing of the bundle; if there is a ``frame``, the graph does it.
         frame: (height, width, channels) of the uint8 frames that a graph of ``deploy/camera.py`` takes.
     """
 
@@ -28,12 +28,12 @@ class ImageInput:
 
     @classmethod
     def of(cls, manifest: Manifest) -> ImageInput:
-        """The input of a bundle; UserError if its preprocessing is damaged."""
+        """Returns the input of a bundle; raises UserError if its preprocessing is damaged."""
         return cls.from_dict({"preprocessing": manifest.preprocessing, FRAME: manifest.metrics.get(FRAME)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageInput:
-        """What :meth:`to_dict` gave, as JSON holds it."""
+        """Inverse of :meth:`to_dict`, also of its JSON."""
         frame = values[FRAME]
         return cls(Preprocessing.from_dict(values["preprocessing"]), tuple(frame) if frame else None)
 
@@ -42,20 +42,24 @@ class ImageInput:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image as the network takes it: (C, H, W), or (H, W, C) for frames."""
+        """Shape of one input without the batch: (C, H, W), or (H, W, C) for frames."""
         size = self.preprocessing.image_size
         return self.frame or (self.preprocessing.in_channels, size, size)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the network's input."""
+        """dtype of the network's input."""
         return np.dtype(np.uint8 if self.frame else np.float32)
 
     def read(self, file: str | BinaryIO, name: Callable[[], str], max_pixels: int | None = None) -> np.ndarray:
-        """An image file as the network takes it, of :attr:`shape` and :attr:`dtype`.
+        """Reads an image file as an input of :attr:`shape` and :attr:`dtype`.
+
+        Args:
+            name: returns the name of the image for error messages.
+            max_pixels: larger images are rejected before they are decoded.
 
         Raises:
-            UserError: with ``name()``, for a file that cannot be read, or a picture that is not of the frame's size.
+            UserError: the file cannot be read, or its size is not the frame's.
         """
         image = decode_image(file, name, self.preprocessing.exif, max_pixels=max_pixels)
         if self.frame is None:
@@ -63,6 +67,6 @@ class ImageInput:
         height, width, channels = self.frame
         if (image.height, image.width) != (height, width):
             raise UserError(
-                f"the image {name()} is {image.height}x{image.width}, and the network takes frames of {height}x{width}"
+                f"the image {name()} is {image.height}x{image.width}, but the network takes frames of {height}x{width}"
             )
         return np.asarray(image.convert("RGB" if channels == 3 else "L")).reshape(self.frame)

@@ -1,4 +1,4 @@
-"""Which file of a bundle to serve on this machine's CPU, and in which runtime: what the report found the fastest."""
+"""Recommends the file and the runtime of a bundle for this CPU: the fastest of its report."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CHOICE = "runtime.json"
 
 @dataclass(frozen=True)
 class RuntimeChoice:
-    """A file, what is to run it, and why.
+    """A file and the runtime for it.
 
     Attributes:
-        reason: ends a sentence such as "int8 runs in openvino, ...".
+        reason: why it was chosen, for the user.
     """
 
     file: Path
@@ -31,46 +31,46 @@ class RuntimeChoice:
     reason: str
 
     def write(self, folder: Path) -> None:
-        """Note it beside a copy of the file."""
+        """Writes the choice into the folder of a copy of the file."""
         (folder / CHOICE).write_text(json.dumps({**asdict(self), "file": self.file.name}) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> RuntimeChoice:
-        """What :meth:`write` noted in a folder."""
+        """Reads what :meth:`write` wrote."""
         values = json.loads((folder / CHOICE).read_text())
         return cls(**{**values, "file": folder / values["file"]})
 
 
 def recommend_runtime(bundle: Path, asked: RuntimeName | None = None) -> RuntimeChoice:
-    """The file and the runtime to serve a bundle with on a CPU.
+    """Returns the file and the runtime with which to serve a bundle on a CPU.
 
-    That is the runtime with the lowest median latency of the report beside the bundle, where the report was measured
-    on a CPU like this one; else what :func:`deploy.runtimes.open_engine.cpu_runtime` prefers.
+    If the report beside the bundle was measured on the same kind of CPU, that is the runtime with the lowest median
+    latency; otherwise it is the result of :func:`deploy.runtimes.open_engine.cpu_runtime`.
 
     Args:
-        asked: a runtime that the user chose.
+        asked: the user's choice of a runtime.
 
     Raises:
-        UserError: the bundle has no file for it.
+        UserError: the bundle has no file for the runtime.
     """
     if asked is not None:
-        return RuntimeChoice(_existing(files_of(bundle, asked)[0], bundle), asked, "as --runtime asks")
+        return RuntimeChoice(_existing(files_of(bundle, asked)[0], bundle), asked, "as --runtime requests")
     if not (bundle / CPU_ONNX).exists() and (bundle / TORCHAO).exists():
-        return RuntimeChoice(bundle / TORCHAO, "torch", "the only runtime of its file")
+        return RuntimeChoice(bundle / TORCHAO, "torch", "the only runtime that supports the file")
     file = _existing(bundle / CPU_ONNX, bundle)
     if fastest := _fastest(bundle.resolve().parent / REPORT, f"{bundle.resolve().name}/{CPU_ONNX}"):
         return RuntimeChoice(file, fastest, f"the fastest in {bundle.parent / REPORT}")
-    return RuntimeChoice(file, cpu_runtime(file), "the usual choice, for want of a report of this CPU beside it")
+    return RuntimeChoice(file, cpu_runtime(file), "the default: there is no report for this CPU beside the bundle")
 
 
 def _existing(file: Path, bundle: Path) -> Path:
     if not file.exists():
-        raise UserError(f"{bundle} has no {file.name}: make one with python quant/ptq.py")
+        raise UserError(f"{bundle} has no {file.name}: run python quant/ptq.py first")
     return file
 
 
 def _fastest(report: Path, file: str) -> RuntimeName | None:
-    """The runtime with the lowest median latency of one file; None without a report of a CPU like this one."""
+    """Returns the runtime with the lowest median latency of one file; None if the report is not of this kind of CPU."""
     try:
         content: dict[str, Any] = json.loads(report.read_text())
         machine = content["machine"]

@@ -1,8 +1,8 @@
-"""The temperature T of a network's probabilities, softmax(logits / T), stored with its engines.
+"""Temperatures T that calibrate a network's probabilities, softmax(logits / T), stored in its bundle.
 
-``temperature.json`` in a bundle holds one for each graph, by the file's name, with the graph's SHA-256: a temperature
-never goes with other weights. An engine takes that of the graph it was built from. What fits one is
-:func:`eval.metrics.calibration.fit_temperature` (Guo et al., arXiv 1706.04599).
+``temperature.json`` holds the temperature of each graph, by file name, with the graph's SHA-256, so that it is never
+used with other weights. An engine uses that of the graph it was built from.
+:func:`eval.metrics.calibration.fit_temperature` fits them (Guo et al., arXiv 1706.04599).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from illama.errors import UserError
 
 @dataclass(frozen=True)
 class StoredTemperature:
-    """A temperature, and what it was fitted on.
+    """A temperature and how it was fitted.
 
     Attributes:
-        temperature: what logits are divided by.
-        images: how many calibration images, of the training split.
-        data: what they are of, as --data names it.
-        fitted_with: the runtime that computed their logits.
-        sha256: of the graph.
+        temperature: divisor of the logits.
+        images: number of calibration images, which are of the training split.
+        data: the data set, as given by --data.
+        fitted_with: the runtime that computed the logits.
+        sha256: SHA-256 of the graph.
     """
 
     temperature: float
@@ -39,27 +39,27 @@ class StoredTemperature:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"a temperature is above 0, not {self.temperature}")
+            raise ValueError(f"the temperature must be above 0, not {self.temperature}")
 
 
 def read_temperature(path: Path) -> float | None:
-    """The temperature stored for a file or an engine of a bundle; None if there is none, or one of other weights.
+    """Returns the temperature of a file or an engine of a bundle; None if none is stored for its weights.
 
     Raises:
-        UserError: a damaged temperature.json, or no file at ``path``.
+        UserError: there is no file at ``path``, or temperature.json is damaged.
     """
     if not path.is_file():
-        raise UserError(f"there is no {path}")
+        raise UserError(f"{path} not found: give a file of a bundle")
     stored = _find(path)
     return stored.temperature if stored else None
 
 
 def store_temperature(path: Path, temperature: float, images: int, data: str, fitted_with: str) -> None:
-    """Store it for the graph of a file or an engine, in its bundle, beside those of the bundle's other graphs.
+    """Stores the temperature of a file's or an engine's graph in its bundle; those of other graphs are kept.
 
     Raises:
-        UserError: a damaged temperature.json.
-        ValueError: a temperature that is not above 0.
+        UserError: temperature.json is damaged.
+        ValueError: the temperature is not above 0.
     """
     name, digest = _graph_of(path)
     target = bundle_of(path) / TEMPERATURE
@@ -69,21 +69,24 @@ def store_temperature(path: Path, temperature: float, images: int, data: str, fi
 
 
 def store_temperatures(fitted: Iterable[tuple[Path, float, str]], images: int, data: str) -> list[str]:
-    """Store those of several files: (file, temperature, runtime that it was fitted with). What could not be, in words.
+    """Stores the temperatures of several files; returns a message for each file for which this failed.
 
-    Of several runtimes of one graph the last one's stays.
+    Args:
+        fitted: (file, temperature, runtime that computed the logits). The last one of each graph is kept.
+        images: number of calibration images.
+        data: the data set.
     """
     failed = {}
     for path, temperature, runtime in fitted:
         try:
             store_temperature(path, temperature, images, data, runtime)
         except OSError as error:
-            failed[path] = f"The temperature of {path} was not stored with it: {error.strerror}."
+            failed[path] = f"The temperature of {path} could not be stored: {error.strerror}."
     return list(failed.values())
 
 
 def copy_temperature(source: Path, target: Path) -> None:
-    """Store for ``target`` what is stored for ``source``, whose logits it gives; nothing if nothing is."""
+    """Stores the temperature of ``source``, if there is one, for ``target``, which computes the same logits."""
     if stored := _find(source):
         store_temperature(target, stored.temperature, stored.images, stored.data, stored.fitted_with)
 
@@ -95,7 +98,7 @@ def _find(path: Path) -> StoredTemperature | None:
 
 
 def _graph_of(path: Path) -> tuple[str, str]:
-    """(name, SHA-256) of the graph that a file is, or that an engine was built from."""
+    """Returns (name, SHA-256) of a graph file, or of the graph that an engine was built from."""
     if path.suffix == ".engine":
         return FUSED_ONNX, EngineRecord.read(path).onnx_sha256
     return path.name, sha256(path)
@@ -107,4 +110,4 @@ def _read(path: Path) -> dict[str, StoredTemperature]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: delete it, and fit again with python eval/accuracy.py --store") from error
+        raise UserError(f"{path} is damaged: delete it, and run python eval/accuracy.py --store") from error

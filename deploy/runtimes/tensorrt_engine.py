@@ -1,4 +1,4 @@
-"""TensorRT's engines on a GPU: pinned buffers, one stream, and each batch size as a CUDA graph of its own."""
+"""TensorRT engines on a GPU, with pinned buffers, one stream, and one CUDA graph for each batch size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES = {"float": torch.float32, "uint8": torch.uint8}
 
 @dataclass
 class _Call:
-    """One batch size: a context, since a CUDA graph holds on to its state, and buffers on both sides."""
+    """The execution context of one batch size, whose state its CUDA graph uses, and its buffers."""
 
     context: tensorrt.IExecutionContext
     pinned_in: Tensor
@@ -37,21 +37,21 @@ class _Call:
 
 
 class TensorRTEngine:
-    """An engine of TensorRT or TensorRT for RTX, whose record has been checked against it.
+    """An engine of TensorRT or TensorRT for RTX.
 
     Args:
-        path: the engine.
-        record: :meth:`deploy.trt.record.EngineRecord.read` of it; nothing is deserialized without.
+        path: path to the engine.
+        record: result of :meth:`deploy.trt.record.EngineRecord.read`, which verifies the engine before it is loaded.
 
     Raises:
-        UserError: no GPU, no such library, an engine for another GPU, or one that the library will not load.
+        UserError: there is no GPU, the library is not installed, or the library cannot load the engine on this GPU.
     """
 
     def __init__(self, path: Path, record: EngineRecord) -> None:
         if not torch.cuda.is_available():
-            raise UserError(f"{path} runs on an NVIDIA GPU, and there is none here: open its model.onnx")
+            raise UserError(f"{path} needs an NVIDIA GPU, and none is available: use the bundle's model.onnx")
         library = find_library(record.library)  # type: ignore[arg-type]
-        assert library is not None  # find_library raises for a name
+        assert library is not None  # find_library raises if a name is given
         self.runtime = f"{TITLES[record.library]} {library.version} {torch.cuda.get_device_name()}"
         self._library, self._record = library, record
         self._engine = library.deserialize(path.read_bytes(), bool(record.options.get("version_compatible")))
@@ -69,15 +69,15 @@ class TensorRTEngine:
         self._calls: dict[int, _Call] = {}
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """Images, of the shape and type that the record names -> logits (B, classes, ...) float32.
+        """Images of the shape and dtype in the record -> logits (B, classes, ...) float32.
 
         Raises:
-            UserError: for another shape or type, or a batch outside the engine's profile.
+            UserError: another shape or dtype, or a batch outside the optimization profile.
         """
         given = torch.from_numpy(np.ascontiguousarray(images))
         if tuple(given.shape[1:]) != self._shape or given.dtype != self._dtype:
             raise UserError(
-                f"the engine takes {self._shape} of {self._dtype} a time, not {tuple(given.shape[1:])} of {given.dtype}"
+                f"the engine takes images {self._shape} {self._dtype}, not {tuple(given.shape[1:])} {given.dtype}"
             )
         call = self._call(len(given))
         call.pinned_in.copy_(given)
@@ -89,16 +89,16 @@ class TensorRTEngine:
         return call.pinned_out.numpy().copy()
 
     def run_on_device(self, batch: int) -> None:
-        """Run the network alone, on what :meth:`infer` left on the GPU, on the current stream; for timing."""
+        """Runs the network on the last input of :meth:`infer`, without copies, on the current stream; for timing."""
         self._run(self._call(batch))
 
     def layers(self) -> str:
-        """What the engine inspector tells of its layers, as JSON."""
+        """Returns the engine inspector's JSON of the layers."""
         inspector = self._engine.create_engine_inspector()
         return str(inspector.get_engine_information(self._library.trt.LayerInformationFormat.JSON))
 
     def close(self) -> None:
-        """Write TensorRT-RTX's cache of compiled kernels beside the engine, with its SHA-256; warn if it cannot be."""
+        """Writes TensorRT-RTX's cache of compiled kernels beside the engine, with its SHA-256; warns on failure."""
         if self._cache is not None:
             try:
                 write_pinned(self._cache_path, bytes(self._cache.serialize()))
@@ -106,15 +106,15 @@ class TensorRTEngine:
                 print(f"warning: {self._cache_path} cannot be written: {error.strerror}", file=sys.stderr)
 
     def _call(self, batch: int) -> _Call:
-        smallest, _, largest = self._record.batch
-        if not smallest <= batch <= largest:
-            raise UserError(f"the engine takes {smallest} to {largest} images at once, not {batch}")
+        min_batch, _, max_batch = self._record.batch
+        if not min_batch <= batch <= max_batch:
+            raise UserError(f"the engine takes batches of {min_batch} to {max_batch} images, not {batch}")
         if batch not in self._calls:
             self._calls[batch] = self._prepare(batch)
         return self._calls[batch]
 
     def _prepare(self, batch: int) -> _Call:
-        """Buffers and a context for one batch size, a warm-up, and a CUDA graph where it is ours to make."""
+        """Creates the context and the buffers of one batch size, warms up, and captures a CUDA graph for TensorRT."""
         arguments = (self._config,) if self._config is not None else ()
         pinned_in = torch.zeros((batch, *self._shape), dtype=self._dtype).pin_memory()
         pinned_out = torch.zeros((batch, *self._out)).pin_memory()
@@ -126,10 +126,10 @@ class TensorRTEngine:
             context.set_tensor_address(self._output, call.device_out.data_ptr()),
         )
         if not all(ready):
-            raise RuntimeError("TensorRT does not take the shapes that the engine's record names")
+            raise RuntimeError("TensorRT rejects the shapes in the engine's record")
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
-            for _ in range(2):  # the first compiles kernels and allocates
+            for _ in range(2):  # the first call compiles kernels and allocates memory
                 self._run(call)
         self._stream.synchronize()
         if self._library.name == "tensorrt":  # TensorRT-RTX captures by itself (Library.runtime_config)
@@ -143,15 +143,15 @@ class TensorRTEngine:
         if call.graph is not None:
             call.graph.replay()
         elif not call.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError("TensorRT could not run the engine")
+            raise RuntimeError("TensorRT failed to run the engine")
 
 
 def _refit(library: Library, engine: tensorrt.ICudaEngine, source: Path, record: EngineRecord) -> None:
-    """Give a weight-stripped engine the weights of the very graph that it was built from."""
+    """Gives a weight-stripped engine the weights of the graph that it was built from."""
     if not source.exists() or sha256(source) != record.onnx_sha256:
-        raise UserError(f"the engine has no weights, and {source} is not the graph that it was built from")
+        raise UserError(f"{source} is not the graph of the weight-stripped engine: build the engine again")
     logger = library.trt.Logger(library.trt.Logger.ERROR)
     refitter: tensorrt.Refitter = library.trt.Refitter(engine, logger)
     parser: tensorrt.OnnxParserRefitter = library.trt.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_file(str(source)) or not refitter.refit_cuda_engine():
-        raise UserError(f"{library.name} could not put the weights of {source} into the engine: build it again")
+        raise UserError(f"{library.name} could not refit the engine with the weights of {source}: build it again")

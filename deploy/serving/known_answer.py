@@ -1,6 +1,6 @@
-"""A picture and the logits that a network gave for it: what tells a server that answers from one that is only there.
+"""Known answers: a synthetic image and its logits, to check whether a server answers correctly.
 
-Imports nothing of this project and no PyTorch, for :mod:`deploy.probe` runs every few seconds.
+Imports neither PyTorch nor other modules of this project, because :mod:`deploy.probe` runs every few seconds.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-TOLERANCE = 0.1  # of the largest logit: another runtime or float type is well within it, and another network is not
+TOLERANCE = 0.1  # of the largest logit; other runtimes and float dtypes differ by much less, other networks by more
 
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """A picture and its logits.
+    """An image and its logits.
 
     Attributes:
-        image: a PNG file, in base64.
+        image: PNG file in base64.
         logits: (classes,).
-        seconds: that the engine took for this one image.
+        seconds: time of the engine for this image.
     """
 
     image: str
@@ -34,34 +34,34 @@ class KnownAnswer:
     seconds: float
 
     @classmethod
-    def ask(
+    def create(
         cls,
         infer: Callable[[np.ndarray], np.ndarray],
         prepare: Callable[[io.BytesIO], np.ndarray],
         size: tuple[int, int],
     ) -> KnownAnswer:
-        """What a network answers to a picture of a fixed pattern.
+        """Runs a network on an image of a fixed pattern.
 
         Args:
             infer: images (1, ...) -> logits (1, classes).
-            prepare: a PNG file -> what the network takes, without the batch.
-            size: (height, width) of the picture.
+            prepare: PNG file -> input of the network, without the batch.
+            size: (height, width) of the image.
         """
         file = _pattern(*size)
         images = prepare(io.BytesIO(file))[None]
-        infer(images)  # the first call prepares kernels
+        infer(images)  # warm-up
         start = time.perf_counter()
         logits = infer(images)[0]
-        taken = time.perf_counter() - start
-        return cls(base64.b64encode(file).decode(), [float(value) for value in logits], taken)
+        seconds = time.perf_counter() - start
+        return cls(base64.b64encode(file).decode(), [float(value) for value in logits], seconds)
 
     @property
     def file(self) -> bytes:
-        """The picture, as a PNG file."""
+        """The image as a PNG file."""
         return base64.b64decode(self.image)
 
     def matches(self, logits: np.ndarray) -> bool:
-        """Whether logits (classes,) are this answer, within :data:`TOLERANCE`."""
+        """Whether logits (classes,) equal the known ones within :data:`TOLERANCE`."""
         expected = np.asarray(self.logits)
         if logits.shape != expected.shape or not np.isfinite(logits).all():
             return False
@@ -72,14 +72,14 @@ class KnownAnswer:
 
     @classmethod
     def read(cls, path: Path) -> KnownAnswer:
-        """What :meth:`write` wrote."""
+        """Reads a file of :meth:`write`."""
         values: dict[str, Any] = json.loads(path.read_text())
         return cls(**values)
 
 
 def _pattern(height: int, width: int) -> bytes:
-    """A PNG file of smooth waves, of another length and direction in each colour."""
-    from PIL import Image  # not where an answer is only read
+    """Returns a PNG file of sine waves, with another wavelength and direction in each channel."""
+    from PIL import Image  # not needed to read an answer
 
     rows, columns = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(2 * np.pi * (a * rows + b * columns)) for a, b in ((1, 2), (3, -1), (-2, 4))]

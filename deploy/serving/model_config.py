@@ -1,4 +1,4 @@
-"""The configs of a served model: three ModelConfigs of Triton's, printed from its own protobuf messages."""
+"""Configuration files of a served model, printed from Triton's own protobuf messages."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from illama.bundle import INPUT, OUTPUT, Manifest
 from illama.errors import UserError
 
 LABELS = "labels.txt"
-ENCODED = "image"  # the ensemble's input: the bytes of an image file
+ENCODED = "image"  # input of the ensemble: the bytes of an image file
 
 
 def config_texts(name: str, manifest: Manifest, options: ServingOptions) -> dict[str, str]:
-    """By path, the text files that say what a model is: three configs, and the classes' names."""
-    takes, classes = ImageInput.of(manifest), len(manifest.classes)
+    """Returns path -> content of the text files of a model: three configurations, and the names of the classes."""
+    image_input, classes = ImageInput.of(manifest), len(manifest.classes)
     configs = {
-        f"{name}-preprocess": _preprocess_config(takes, options),
-        f"{name}-network": _network_config(takes, classes, options),
+        f"{name}-preprocess": _preprocess_config(image_input, options),
+        f"{name}-network": _network_config(image_input, classes, options),
         name: _ensemble_config(name, classes, options),
     }
-    labels = "".join(f"{' '.join(label.split())}\n" for label in manifest.classes)  # a line each
+    labels = "".join(f"{' '.join(label.split())}\n" for label in manifest.classes)  # one line for each class
     texts = {f"{model}/{LABELS}": labels for model in (name, f"{name}-network")}
     for model, config in configs.items():
         texts[f"{model}/{CONFIG}"] = text_format.MessageToString(_messages().ModelConfig(name=model, **config))
     return texts
 
 
-def _preprocess_config(takes: ImageInput, options: ServingOptions) -> dict[str, Any]:
+def _preprocess_config(image_input: ImageInput, options: ServingOptions) -> dict[str, Any]:
     pb = _messages()
-    facts = {
-        "input": takes.to_dict(),
+    parameters = {
+        "input": image_input.to_dict(),
         "max_bytes": int(options.max_file_mb * 1e6),
         "max_pixels": int(options.max_megapixels * 1e6),
     }
@@ -44,21 +44,21 @@ def _preprocess_config(takes: ImageInput, options: ServingOptions) -> dict[str, 
         "backend": "python",
         "max_batch_size": options.max_batch,
         "input": [_encoded(allow_ragged_batch=True)],
-        "output": [pb.ModelOutput(name=INPUT, data_type=_type_of(takes), dims=takes.shape)],
-        "dynamic_batching": pb.ModelDynamicBatching(),  # of what waits already; each request is answered by itself
-        "parameters": {"preprocessing": pb.ModelParameter(string_value=json.dumps(facts))},
+        "output": [pb.ModelOutput(name=INPUT, data_type=_data_type(image_input), dims=image_input.shape)],
+        "dynamic_batching": pb.ModelDynamicBatching(),  # of requests that wait already; each is answered on its own
+        "parameters": {"preprocessing": pb.ModelParameter(string_value=json.dumps(parameters))},
         "instance_group": [pb.ModelInstanceGroup(kind="KIND_CPU", count=options.preprocess_instances)],
     }
 
 
-def _network_config(takes: ImageInput, classes: int, options: ServingOptions) -> dict[str, Any]:
+def _network_config(image_input: ImageInput, classes: int, options: ServingOptions) -> dict[str, Any]:
     pb = _messages()
     cpu = options.device == "cpu"
-    zeros = pb.ModelWarmup.Input(data_type=_type_of(takes), dims=takes.shape, zero_data=True)
+    zeros = pb.ModelWarmup.Input(data_type=_data_type(image_input), dims=image_input.shape, zero_data=True)
     return {
         **({"backend": "python"} if cpu else {"platform": "tensorrt_plan"}),
         "max_batch_size": options.max_batch,
-        "input": [pb.ModelInput(name=INPUT, data_type=_type_of(takes), dims=takes.shape)],
+        "input": [pb.ModelInput(name=INPUT, data_type=_data_type(image_input), dims=image_input.shape)],
         "output": [_logits(classes)],
         "instance_group": [pb.ModelInstanceGroup(kind="KIND_CPU" if cpu else "KIND_GPU", count=options.instances)],
         "dynamic_batching": pb.ModelDynamicBatching(
@@ -103,13 +103,13 @@ def _logits(classes: int) -> Any:
     return _messages().ModelOutput(name=OUTPUT, data_type="TYPE_FP32", dims=[classes], label_filename=LABELS)
 
 
-def _type_of(takes: ImageInput) -> Any:
-    return _messages().TYPE_UINT8 if takes.frame else _messages().TYPE_FP32
+def _data_type(image_input: ImageInput) -> Any:
+    return _messages().TYPE_UINT8 if image_input.frame else _messages().TYPE_FP32
 
 
 def _messages() -> Any:
-    """Triton's protobuf messages of a model's config."""
+    """Returns the module of Triton's protobuf messages for model configurations."""
     try:
         return importlib.import_module("tritonclient.grpc.model_config_pb2")
     except ImportError as error:
-        raise UserError("no tritonclient here: pip install 'tritonclient[http,grpc]'") from error
+        raise UserError("tritonclient is not installed: pip install 'tritonclient[http,grpc]'") from error

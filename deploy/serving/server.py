@@ -1,4 +1,4 @@
-"""Triton Inference Server as a process: found, started, waited for until it answers rightly, watched, and stopped."""
+"""Runs Triton Inference Server: finds it, starts it, waits until it answers correctly, monitors it, and stops it."""
 
 from __future__ import annotations
 
@@ -28,74 +28,95 @@ from deploy.serving.serving_options import ListenOptions
 from illama.atomic_write import file_lock
 from illama.errors import UserError
 
-EXIT_SECONDS = 10  # for requests under way when it is told to stop
+EXIT_SECONDS = 10  # time for running requests when the server is stopped
 WATCH_SECONDS = 2  # between two checks of a running server
-_AGAIN_SECONDS = 0.5  # and after one that failed
-_BACKEND_SECONDS = 30  # without a process of the Python backend, after which none will come
+_RETRY_SECONDS = 0.5  # after a failed check
+_BACKEND_SECONDS = 30  # without a process of the Python backend, after which the start has failed
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "illama_serve_"
-_STACK_BYTES = 256 << 20  # of a thread: Triton 2.51 puts a request's JSON there, and 8 MB of it end the server
-_PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
-_LIBC = ctypes.CDLL(None)  # now: a forked child of a threaded process can no longer load it
+_STACK_BYTES = 256 << 20  # of a thread: Triton 2.51 stores a request's JSON on it, and 8 MB crash the server
+_PR_SET_PDEATHSIG = 1  # from Linux's <sys/prctl.h>
+_LIBC = ctypes.CDLL(None)  # loaded here, because a forked child of a process with threads cannot load it
 
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that was ready to answer.
+    """A server that has started.
 
     Attributes:
-        process: tritonserver's.
-        served: what it serves, to be checked.
+        process: process of tritonserver.
+        served: its repository, for checks.
     """
 
     process: subprocess.Popen[bytes]
     served: ServedRepository
 
     def watch(self) -> None:
-        """Check the server every :data:`WATCH_SECONDS`, for as long as it runs and answers.
+        """Checks the server every :data:`WATCH_SECONDS`.
 
         Raises:
-            UserError: it stopped by itself, a process of its Python backend died, or it does not give its known
-                answers, twice in a row.
+            UserError: the server stopped, or two checks in a row failed: a process of its Python backend died, or its
+                answers are not the known ones.
         """
-        failed, answers_due = False, 0.0
+        failed, next_answers = False, 0.0
         while True:
             with suppress(subprocess.TimeoutExpired):
-                status = self.process.wait(_AGAIN_SECONDS if failed else WATCH_SECONDS)
-                raise UserError(f"tritonserver stopped by itself with status {status}: its log says why")
+                status = self.process.wait(_RETRY_SECONDS if failed else WATCH_SECONDS)
+                raise UserError(f"tritonserver stopped with status {status}: see its log")
             try:
                 self.served.check_models()
-                if (start := time.monotonic()) >= answers_due:
+                if (start := time.monotonic()) >= next_answers:
                     self.served.check_answers()
-                    answers_due = start + 10 * (time.monotonic() - start)  # a tenth of the time, for a slow network
+                    next_answers = start + 10 * (time.monotonic() - start)  # at most a tenth of the time is for checks
                 failed = False
-            except LoadingError:  # again: a file of it changed
+            except LoadingError:  # a polling server loads a changed model
                 pass
             except (UnhealthyError, TimeoutError) as error:
                 if failed:
-                    raise UserError(f"the server no longer answers and is stopped: {error or 'no answer'}") from error
-                failed, answers_due = True, 0.0
+                    raise UserError(
+                        f"the server no longer answers correctly and is stopped: {error or 'no answer'}"
+                    ) from error
+                failed, next_answers = True, 0.0
+
+
+def serve(repository: Path, options: ListenOptions) -> None:
+    """Runs a server until Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: the server does not start or no longer answers.
+    """
+    try:
+        with running_server(repository, options) as server:
+            print(
+                f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "
+                f"{options.metrics_port}; Ctrl-C stops it\n"
+                "Triton has no authentication: everyone who can reach these ports can use it",
+                flush=True,
+            )
+            server.watch()
+    except KeyboardInterrupt:
+        print("stopped")
 
 
 @contextmanager
 def running_server(repository: Path, options: ListenOptions, log: IO[bytes] | None = None) -> Iterator[RunningServer]:
-    """A server that gives its known answers, stopped at the end of the block.
+    """Starts a server, waits until it gives its known answers, and stops it at the end of the block.
 
     Args:
-        log: where its messages go; the terminal's standard error if not given.
+        log: file for its messages. Defaults to standard error.
 
     Raises:
-        UserError: there is no tritonserver here, a port is taken, a model cannot be loaded, or the server stopped
+        UserError: tritonserver is not installed, a port is in use, a model cannot be loaded, or the server stopped
             before it was ready.
     """
     _check_ports(options)
     with private_names() as folder:
         command, environment = _find_server(folder)
         models = folder / "models"
-        models.symlink_to(repository.resolve())  # a path with a space in it would end the Python backend
+        models.symlink_to(repository.resolve())  # a path with a space crashes the Python backend
         command += _arguments(models, f"{folder.name}_", options)
-        # In a session of its own, so that Ctrl-C reaches it through this process alone, once. It ends with this process
-        # even where that is killed.
+        # Ctrl-C does not reach a process in a session of its own; _stop ends it. If this process is killed, the server
+        # ends too (_prepare_process).
         process = subprocess.Popen(
             command,
             env=environment,
@@ -116,14 +137,16 @@ def running_server(repository: Path, options: ListenOptions, log: IO[bytes] | No
 
 
 def _check_ports(options: ListenOptions) -> None:
-    """UserError for an address or a port that nothing can listen on."""
+    """Raises UserError for an address or a port on which the server cannot listen."""
     ports = {options.http_port, options.grpc_port, options.metrics_port}
     if len(ports) < 3 or not all(0 < port < 1 << 16 for port in ports):
-        raise UserError("--http-port, --grpc-port and --metrics-port are three different numbers from 1 to 65535")
+        raise UserError("--http-port, --grpc-port and --metrics-port must be three different numbers from 1 to 65535")
     try:
         ipaddress.IPv4Address(options.address)
     except ValueError as error:
-        raise UserError(f"--address is one of IPv4, such as 127.0.0.1 or 0.0.0.0, not {options.address!r}") from error
+        raise UserError(
+            f"--address must be an IPv4 address, such as 127.0.0.1 or 0.0.0.0, not {options.address!r}"
+        ) from error
     for kind in ("http", "grpc", "metrics"):
         port = getattr(options, f"{kind}_port")
         try:
@@ -138,24 +161,24 @@ def _check_ports(options: ListenOptions) -> None:
 
 @contextmanager
 def private_names() -> Iterator[Path]:
-    """A new temporary folder, whose name is also the prefix of a server's shared memory; both are cleared at the end.
+    """Creates a temporary folder, whose name also prefixes the shared memory of a server; both are deleted at the end.
 
-    Triton leaves shared memory behind where a process of it was killed. What an earlier server of this toolkit left is
-    cleared too, if nobody holds its lock any more.
+    Triton does not delete its shared memory if one of its processes is killed. That of earlier servers of this toolkit
+    is deleted too, unless a running process holds their lock.
 
     Raises:
-        UserError: the folder for temporary files has a name that Triton's Python backend does not take.
+        UserError: Triton's Python backend does not support the path of the folder for temporary files.
     """
     if not re.fullmatch(r"[\w./-]+", tempfile.gettempdir(), re.ASCII):
         raise UserError(
-            f"Triton cannot work in {tempfile.gettempdir()!r}: set TMPDIR to a path without such characters"
+            f"Triton cannot use the folder {tempfile.gettempdir()!r}: set TMPDIR to a path of letters, digits and ._/-"
         )
     for leftover in _SHARED_MEMORY.glob(f"{_PREFIX}*.lock"):
-        with suppress(OSError), file_lock(leftover) as held:  # BlockingIOError: in use
+        with suppress(OSError), file_lock(leftover) as held:  # BlockingIOError: its server runs
             if held:
                 _clear(leftover.stem)
     name = f"{_PREFIX}{secrets.token_hex(8)}"
-    with file_lock(_SHARED_MEMORY / f"{name}.lock", wait=True):  # for a sweep that came before the lock
+    with file_lock(_SHARED_MEMORY / f"{name}.lock", wait=True):  # wait: another process may hold it to clean up
         folder = Path(tempfile.gettempdir()) / name
         folder.mkdir(0o700)
         try:
@@ -171,27 +194,29 @@ def _clear(name: str) -> None:
 
 
 def _prepare_process() -> None:
-    """In a server about to be started: it ends when the process that starts it ends, and has large stacks."""
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)
-    wanted = _STACK_BYTES if most == resource.RLIM_INFINITY else min(_STACK_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_STACK, (wanted, most))
+    """Runs in the child before tritonserver: it gets large stacks, and SIGTERM when the parent process ends."""
+    _, limit = resource.getrlimit(resource.RLIMIT_STACK)
+    size = _STACK_BYTES if limit == resource.RLIM_INFINITY else min(_STACK_BYTES, limit)
+    resource.setrlimit(resource.RLIMIT_STACK, (size, limit))
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _find_server(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) of tritonserver: that on PATH, else the one in the nvidia-pytriton package.
+    """Returns (command, environment) of the tritonserver on PATH, else of that in the package nvidia-pytriton.
 
     Args:
-        folder: takes the package's files that must be executable, which an installer may have left otherwise.
+        folder: folder for copies of the package's programs, which installers may leave without execute permission.
     """
-    # The backend embeds a Python that takes no heed of PYTHONPATH: its packages are those of the first python3 on PATH.
+    # The backend embeds a Python that ignores PYTHONPATH and uses the packages of the first python3 on PATH.
     path = os.environ.get("PATH", os.defpath)
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), path])}
     if found := shutil.which("tritonserver"):
         return [found], environment
     package = importlib.util.find_spec("pytriton")
     if package is None or package.origin is None:
-        raise UserError("no tritonserver here: pip install --no-deps nvidia-pytriton, or use NVIDIA's Triton container")
+        raise UserError(
+            "tritonserver not found: pip install --no-deps nvidia-pytriton, or use NVIDIA's Triton container"
+        )
     root, python = Path(package.origin).parent / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = root / "python_backend_stubs" / python / STUB
     if not stub.exists():
@@ -210,7 +235,7 @@ def _arguments(repository: Path, prefix: str, options: ListenOptions) -> list[st
     return [
         f"--model-repository={repository}",
         "--disable-auto-complete-config",
-        "--exit-on-error=false",  # so that it can be asked why a model was not loaded
+        "--exit-on-error=false",  # so that the server can tell why a model was not loaded
         f"--model-control-mode={'poll' if poll else 'none'}",
         *poll,
         f"--backend-config=python,shm-region-prefix-name={prefix}",
@@ -221,14 +246,14 @@ def _arguments(repository: Path, prefix: str, options: ListenOptions) -> list[st
         f"--metrics-address={options.address}",
         f"--metrics-port={options.metrics_port}",
         f"--exit-timeout-secs={EXIT_SECONDS}",
-        # Nobody registers shared memory here, by which a client could read what the server's processes exchange.
+        # Registered shared memory would let clients read what the server's processes exchange.
         f"--http-restricted-api=shared-memory:key={secrets.token_hex(16)}",
         f"--grpc-restricted-protocol=shared-memory:key={secrets.token_hex(16)}",
     ]
 
 
 def _wait_until_ready(server: RunningServer) -> None:
-    """Until the server has loaded its models, or tried to, and gives its known answers; UserError if it does not."""
+    """Waits until the server gives its known answers; raises UserError if it cannot load its models or stops."""
     served, seen = server.served, time.monotonic()
     while server.process.poll() is None:
         if served.is_live():
@@ -241,18 +266,16 @@ def _wait_until_ready(server: RunningServer) -> None:
         if any(path.resolve().is_relative_to(served.folder.resolve()) for _, path in live_backends()):
             seen = time.monotonic()
         elif time.monotonic() - seen > _BACKEND_SECONDS:
-            raise UserError("no process of Triton's Python backend lives, and it waits for one: its log says why")
+            raise UserError("Triton's Python backend did not start: see the server's log")
         time.sleep(0.1)
-    raise UserError(
-        f"tritonserver stopped with status {server.process.returncode} before it was ready: its log says why"
-    )
+    raise UserError(f"tritonserver stopped with status {server.process.returncode} before it was ready: see its log")
 
 
 def _stop(process: subprocess.Popen[bytes], patience: float) -> None:
-    """Tell the server to stop; kill it and its backends if it takes longer, or at a second Ctrl-C or SIGTERM."""
+    """Stops the server; kills it and its backends after ``patience`` seconds, or at a second Ctrl-C or SIGTERM."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.wait(patience)  # Triton gives its requests EXIT_SECONDS, then it unloads the models
+        process.wait(patience)  # running requests get EXIT_SECONDS, then the models are unloaded
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -8,8 +8,8 @@ from typing import Literal
 from deploy.runtimes.names import TITLES, RuntimeName
 from illama.errors import UserError
 
-MAX_FILE_MB = 2000  # a gRPC message has less than 2^31 bytes
-MAX_MEGAPIXELS = 178  # Pillow itself refuses more than twice its MAX_IMAGE_PIXELS
+MAX_FILE_MB = 2000  # a gRPC message is smaller than 2^31 bytes
+MAX_MEGAPIXELS = 178  # Pillow rejects more than twice its MAX_IMAGE_PIXELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +17,15 @@ class ServingOptions:
     """How Triton runs each model.
 
     Attributes:
-        device: cpu, or gpu for engines that the full TensorRT built on such a GPU.
-        runtime: what runs the network on a CPU: onnxruntime, openvino, ...; if not given, the fastest of the report
-            beside the bundle, where that was measured on a CPU like this one, else the usual choice (docs/cpu.md).
-        max_batch: most images that are computed together, and most files in a request.
-        preferred_batches: batch sizes that are sent at once, without waiting for queue_delay_us; none by default.
-        queue_delay_us: microseconds that an image waits for others to be computed with it.
-        instances: copies of the network, on each GPU or on the CPU, where they share out the cores.
-        preprocess_instances: processes that decode images.
-        live_versions: newest versions that are loaded; older ones stay in the folder.
+        device: cpu, or gpu for engines that the full TensorRT built on the same kind of GPU.
+        runtime: runtime on a CPU: onnxruntime, openvino, ...; if not given, the fastest one in the report beside the
+            bundle if the report is of this kind of CPU, else the default (docs/cpu.md).
+        max_batch: maximum number of images in a batch, and of files in a request.
+        preferred_batches: batch sizes that are computed at once, without waiting for queue_delay_us.
+        queue_delay_us: maximum time in microseconds that an image waits for others to form a batch.
+        instances: number of copies of the network, on each GPU or on the CPU, where they share the cores.
+        preprocess_instances: number of processes that decode images.
+        live_versions: number of newest versions that are loaded; older versions stay in the folder.
         max_file_mb: maximum size of an image file, in 10^6 bytes.
         max_megapixels: maximum size of an image, in 10^6 pixels; a larger one is not decoded.
     """
@@ -51,16 +51,16 @@ class ServingOptions:
         )
         if min(counts) < 1 or self.queue_delay_us < 0 or max(*counts, self.queue_delay_us) >= 1 << 31:
             raise UserError(
-                "batches, instances and versions are 1 or more, a delay is 0 or more, and all are below 2^31"
+                "batches, instances and versions must be 1 or more, a delay 0 or more, and all less than 2^31"
             )
         if self.runtime is not None and self.device == "gpu":
-            raise UserError("Triton's own TensorRT runs what is served on a GPU: leave --runtime out")
+            raise UserError("on a GPU, Triton's own TensorRT is the runtime: omit --runtime")
         if self.device == "cpu" and self.runtime in TITLES:
-            raise UserError(f"--runtime {self.runtime} is for a GPU: give --device gpu in its place")
+            raise UserError(f"--runtime {self.runtime} runs on a GPU only: use --device gpu instead")
         if not (1e-6 <= self.max_file_mb <= MAX_FILE_MB and 1e-6 <= self.max_megapixels <= MAX_MEGAPIXELS):
-            raise UserError(f"--max-file-mb is 1e-6 to {MAX_FILE_MB}, and --max-megapixels 1e-6 to {MAX_MEGAPIXELS}")
+            raise UserError(f"--max-file-mb must be 1e-6 to {MAX_FILE_MB}, --max-megapixels 1e-6 to {MAX_MEGAPIXELS}")
         if max(self.preferred_batches, default=1) > self.max_batch:
-            raise UserError(f"a preferred batch is larger than --max-batch {self.max_batch}")
+            raise UserError(f"--preferred-batches must not exceed --max-batch {self.max_batch}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ class ListenOptions:
     """Where the server listens.
 
     Attributes:
-        address: 127.0.0.1 for this machine alone, 0.0.0.0 for every other too. Triton has no authentication.
-        http_port: of the HTTP protocol.
-        grpc_port: of the gRPC protocol.
-        metrics_port: of Prometheus metrics.
-        poll_seconds: how often the server looks for new versions; 0 for never.
+        address: IPv4 address; 127.0.0.1 for this machine only, 0.0.0.0 for all. Triton has no authentication.
+        http_port: port of the HTTP protocol.
+        grpc_port: port of the gRPC protocol.
+        metrics_port: port of the Prometheus metrics.
+        poll_seconds: interval at which the server looks for new versions; 0 for never.
     """
 
     address: str = "127.0.0.1"
@@ -83,5 +83,5 @@ class ListenOptions:
 
     @property
     def url(self) -> str:
-        """Of the HTTP protocol, from this machine."""
+        """URL of the HTTP protocol, from this machine."""
         return f"http://{'127.0.0.1' if self.address == '0.0.0.0' else self.address}:{self.http_port}"

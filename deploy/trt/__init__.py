@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: options, builder, fused attention, engine records."""

@@ -1,4 +1,4 @@
-"""An engine of a bundle: built unless it is there already, and written with its record."""
+"""Builds the engines of bundles and writes them with their records."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256
 from illama.errors import UserError
 from illama.graph.reader import has_fp8, load_graph, precisions
 
-FP8_OLDEST = 89
+FP8_SINCE = 89  # first compute capability with FP8: 8.9
 
 
 def build_bundle(library: Library, bundle: Path, options: EngineOptions | None = None, name: str | None = None) -> Path:
-    """Build an engine of a bundle into a folder of its own in ``engines/``, unless one was built just so: its file.
-
-    ``options.targets`` are resolved ones (:meth:`deploy.trt.library.Library.resolve_targets`).
+    """Builds an engine of a bundle, unless the bundle has one of the same origin; returns the path of the engine file.
 
     Args:
-        name: of that folder; see :class:`BuildOptions`.
+        options: ``targets`` must be resolved (:meth:`deploy.trt.library.Library.resolve_targets`).
+        name: name of the engine's folder in ``engines/``. Defaults to LIBRARY-TARGETS-BATCH.
 
     Raises:
-        UserError: no fused graph in the bundle, an attention that cannot be fused, or another engine of that name.
+        UserError: the bundle has no fused graph, an attention cannot be fused, or the name is in use.
     """
     options = options or EngineOptions()
-    Manifest.read(bundle)  # before the long work, whether there is one
+    Manifest.read(bundle)  # raises before the long build if the bundle has none
     sweep(bundle / ENGINES)
     if (path := _built_already(library, bundle, options, name)) is not None:
         return path
@@ -52,7 +51,7 @@ def _engine_path(library: Library, bundle: Path, options: EngineOptions, name: s
 def write_engine(
     library: Library, bundle: Path, built: BuiltEngine, options: EngineOptions, name: str | None = None
 ) -> Path:
-    """Write an engine of the bundle's fused graph and its record, as one folder; the engine's file."""
+    """Writes an engine and its record as one folder; returns the path of the engine file."""
     manifest, source = Manifest.read(bundle), bundle / FUSED_ONNX
     path = _engine_path(library, bundle, options, name)
     record = EngineRecord(
@@ -80,45 +79,47 @@ def write_engine(
 
 
 def _built_already(library: Library, bundle: Path, options: EngineOptions, name: str | None) -> Path | None:
-    """The bundle's engine that was built just so; None if there is none; UserError if another one has its name."""
+    """Returns the bundle's engine of the same origin, or None; raises UserError if another engine has its name."""
     path, source = _engine_path(library, bundle, options, name), bundle / FUSED_ONNX
     digest = sha256(source) if source.exists() else ""
     origin = (digest, library.name, library.version, options.targets, options.batch, options.to_json())
     for each in [path] if name else find_engines(bundle, library.name):
         with suppress(UserError):
             if EngineRecord.read(each).origin == origin:
-                print(f"{each} is built already")
+                print(f"{each} exists already")
                 return each
     if path.parent.exists() and not _may_replace(origin, path.parent):
         raise UserError(
-            f"{path.parent} is there, of another graph, library version or options: choose another --name, or delete it"
+            f"{path.parent} exists, with another graph, library version or options: give another --name, or delete it"
         )
     if path.parent.exists():
-        print(f"{path.parent} holds no engine that can be used, and is built again")
+        print(f"{path.parent} has no valid engine and is built again")
     return None
 
 
 def _may_replace(origin: tuple[Any, ...], folder: Path) -> bool:
-    """Whether a folder is of an engine that is refused, or of one that another process built just so."""
+    """Whether a folder holds an invalid engine, or one of the same origin, which another process built meanwhile."""
     try:
         return EngineRecord.read(folder / ENGINE).origin == origin
     except UserError:
         return (folder / ENGINE).exists() or (folder / RECORD).exists()
 
 
-def build_fitting(
+def build_supported(
     library: Library, bundle: Path, options: EngineOptions | None = None, name: str | None = None
 ) -> tuple[Path | None, tuple[str, ...]]:
-    """Build a bundle for the targets that have its number formats: (the engine, the targets left out).
+    """Builds an engine of a bundle for the targets that support its dtypes; returns (its path, the other targets).
 
     Raises:
-        UserError: as :func:`build_bundle` does, and for an impossible target.
+        UserError: see :func:`build_bundle`; or the library cannot build for a target.
     """
     options = options or EngineOptions()
-    wanted = library.resolve_targets(options.targets)
-    unfit = unfit_targets(bundle / FUSED_ONNX, wanted)
-    fit = tuple(target for target in wanted if target not in unfit)
-    return (build_bundle(library, bundle, replace(options, targets=fit), name) if fit or not unfit else None), unfit
+    targets = library.resolve_targets(options.targets)
+    unsupported = unsupported_targets(bundle / FUSED_ONNX, targets)
+    supported = tuple(target for target in targets if target not in unsupported)
+    if unsupported and not supported:
+        return None, unsupported
+    return build_bundle(library, bundle, replace(options, targets=supported), name), unsupported
 
 
 def build_engines(
@@ -127,29 +128,29 @@ def build_engines(
     options: EngineOptions,
     step: Callable[[str], AbstractContextManager[None]],
 ) -> list[str]:
-    """Build an engine of every bundle with a fused graph; the reasons why others were not built.
+    """Builds an engine of every bundle with a fused graph; returns a message for each engine that was not built.
 
     Args:
         library: None if no TensorRT that can build is installed.
-        step: called with the name of each build, which then runs inside the context manager that it returns.
+        step: takes the name of a build, and returns a context manager in which the build runs.
     """
     if library is None:
         return ["No engine was built: no TensorRT that can build is installed here."]
     not_built = []
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
-        unfit: tuple[str, ...] = ()
+        unsupported: tuple[str, ...] = ()
         with step(f"build {bundle.name} engine"):
             try:
-                _, unfit = build_fitting(library, bundle, options)
-            except UserError as error:  # the other engines are worth having without this one
+                _, unsupported = build_supported(library, bundle, options)
+            except UserError as error:  # the other engines are built nevertheless
                 not_built.append(f"No {bundle.name} engine: {error}.")
-        if unfit:
-            not_built.append(f"No {bundle.name} engine for {', '.join(unfit)}: FP8 needs sm89 or newer.")
+        if unsupported:
+            not_built.append(f"No {bundle.name} engine for {', '.join(unsupported)}: FP8 needs sm89 or newer.")
     return not_built
 
 
-def unfit_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The targets whose tensor cores lack a number format of the graph: FP8 came with compute capability 8.9."""
+def unsupported_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the targets that do not support a dtype of the graph: FP8 requires compute capability 8.9."""
     if not has_fp8(load_graph(source)):
         return ()
-    return tuple(target for target in targets if int(target.removeprefix("sm")) < FP8_OLDEST)
+    return tuple(target for target in targets if int(target.removeprefix("sm")) < FP8_SINCE)

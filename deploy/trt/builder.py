@@ -1,4 +1,4 @@
-"""An ONNX file to a serialized engine."""
+"""Builds a serialized engine from an ONNX file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from onnx import ModelProto
 
 from deploy.trt.engine_options import EngineOptions
-from deploy.trt.fusion import allow_decomposition, demand_fusion, find_attentions, fused_kernels, softmax_outputs
+from deploy.trt.fusion import (
+    allow_decomposition,
+    count_attentions,
+    fused_kernels,
+    quantize_softmax_outputs,
+    read_softmax_scales,
+)
 from deploy.trt.library import Library, fits_this_gpu
 from illama.atomic_write import read_pinned, write_pinned
 from illama.errors import UserError
@@ -25,12 +31,14 @@ _VERBOSITIES = {"none": "NONE", "layer-names": "LAYER_NAMES_ONLY", "detailed": "
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine in memory.
+    """A serialized engine.
 
     Attributes:
-        attentions: how many the network has.
-        fused: whether each is proven to be one operator in the precision asked for.
-        inputs, outputs: name -> [type, shape], -1 for the batch.
+        data: the engine.
+        attentions: number of attentions in the network.
+        fused: whether each attention is one operator, in the precision of the scheme.
+        inputs: name -> [dtype, shape], with -1 for the batch.
+        outputs: name -> [dtype, shape], with -1 for the batch.
     """
 
     data: bytes
@@ -41,10 +49,11 @@ class BuiltEngine:
 
 
 def build_engine(library: Library, source: Path, options: EngineOptions | None = None) -> BuiltEngine:
-    """Build an ONNX file with dynamic batch.
+    """Builds an engine from an ONNX file, with a dynamic batch.
 
     Raises:
-        UserError: with the library's own words, if it cannot parse, fuse or build the graph, or lacks an option.
+        UserError: the library cannot parse or build the graph, has no fused kernel for an attention, or lacks an
+            option; the message contains the library's reason.
     """
     options = options or EngineOptions()
     library.check_options(
@@ -53,43 +62,41 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
         version_compatible=options.version_compatible,
         refittable=options.refit or options.weight_stripped,
     )
-    model = load_graph(source)
     messages, logger = _collect_errors(library.trt)
     builder: tensorrt.Builder = library.trt.Builder(logger)
     network = library.create_network(builder)
     parser: tensorrt.OnnxParser = library.trt.OnnxParser(network, logger)
-    # From the file and not from memory, so that weights outside of it are found.
-    if not parser.parse_from_file(str(source)):
+    if not parser.parse(_prepare_graph(source, options).SerializeToString()):
         raise UserError(f"{library.name} cannot parse {source}: {_last(messages)}")
-    if options.weight_stripped and softmax_outputs(model):
+    attentions = count_attentions(library, network)
+    if not attentions and not options.allow_unfused:
         raise UserError(
-            f"{source} rounds the softmax output by a scale that no refit brings back: leave --weight-stripped out"
+            f"{source} has an attention that is not an Attention operator, so it cannot be fused; to build it "
+            "nevertheless, give --allow-unfused"
         )
-    attentions, kept = _prepare_attention(library, network, model, source, options)
     config = _configure(library, builder, network, options)
     data = builder.build_serialized_network(network, config)
-    del kept  # the scales of softmax outputs, which the network reads until here
     if data is None:
         raise UserError(f"{library.name} {library.version} cannot build {source}: {_last(messages)}")
     if options.timing_cache is not None:
         write_pinned(options.timing_cache, bytes(config.get_timing_cache().serialize()))
     inputs = _tensors([network.get_input(index) for index in range(network.num_inputs)])
     outputs = _tensors([network.get_output(index) for index in range(network.num_outputs)])
-    return BuiltEngine(bytes(data), len(attentions), not options.allow_unfused, inputs, outputs)
+    return BuiltEngine(bytes(data), attentions, not options.allow_unfused, inputs, outputs)
 
 
-def _prepare_attention(
-    library: Library, network: tensorrt.INetworkDefinition, model: ModelProto, source: Path, options: EngineOptions
-) -> tuple[dict[str, Any], Any]:
+def _prepare_graph(source: Path, options: EngineOptions) -> ModelProto:
+    """Returns the graph to parse: as in the file, but for its attentions."""
+    model = load_graph(source)
+    if options.weight_stripped and read_softmax_scales(model):
+        raise UserError(
+            f"{source} quantizes the softmax output, whose scale a refit does not restore: omit --weight-stripped"
+        )
     if options.allow_unfused:
-        try:
-            attentions = find_attentions(library, network, str(source))
-        except UserError:
-            return {}, None
-        allow_decomposition(attentions)
-        return attentions, None
-    attentions = find_attentions(library, network, str(source))
-    return attentions, demand_fusion(library, network, attentions, softmax_outputs(model))
+        allow_decomposition(model)
+    else:
+        quantize_softmax_outputs(model)
+    return model
 
 
 def _configure(
@@ -104,12 +111,12 @@ def _configure(
     config.profiling_verbosity = getattr(trt.ProfilingVerbosity, _VERBOSITIES[options.verbosity])
     if options.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
-    for wanted, flag in (
+    for enabled, flag in (
         (options.refit, "REFIT"),
         (options.weight_stripped, "STRIP_PLAN"),
         (options.version_compatible, "VERSION_COMPATIBLE"),
     ):
-        if wanted:
+        if enabled:
             config.set_flag(getattr(trt.BuilderFlag, flag))
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -119,19 +126,19 @@ def _configure(
 
 
 def _read_timing_cache(config: tensorrt.IBuilderConfig, path: Path) -> None:
-    """Take up a timing cache, if the file is there and is what was written, by the SHA-256 beside it."""
+    """Loads a timing cache if the file exists, after verifying it by the SHA-256 beside it."""
     data = read_pinned(path)
     if data is None and path.exists():
-        raise UserError(f"{path} is not what the SHA-256 beside it is of: delete it, to have it made anew")
+        raise UserError(f"{path} does not match the SHA-256 beside it: delete it to create it again")
     if not config.set_timing_cache(config.create_timing_cache(data or b""), ignore_mismatch=False):
-        raise UserError(f"{path} is of another GPU or version: delete it, to have it made anew")
+        raise UserError(f"{path} belongs to another GPU or version: delete it to create it again")
 
 
 def check_kernels(library: Library, built: BuiltEngine, options: EngineOptions) -> None:
-    """Count the fused attention kernels of an engine by its inspector, where this machine's GPU is one that it is for.
+    """Checks that an engine has a fused kernel for each attention, if it has detailed verbosity and runs on this GPU.
 
     Raises:
-        UserError: if there are fewer than attentions.
+        UserError: the engine inspector reports fewer fused kernels than attentions.
     """
     if options.verbosity != "detailed" or not fits_this_gpu(options.targets, options.hardware_compatible):
         return
@@ -140,14 +147,14 @@ def check_kernels(library: Library, built: BuiltEngine, options: EngineOptions) 
     if len(kernels) < built.attentions:
         raise UserError(
             f"the engine has {len(kernels)} fused attention kernels for {built.attentions} attentions; "
-            "--allow-unfused accepts that"
+            "give --allow-unfused to accept it"
         )
 
 
 def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOptions) -> str:
-    """The command of the library's own tool that builds the like, for those who prefer it.
+    """Returns the command of the library's own tool that builds an equivalent engine from the file.
 
-    It cannot demand that attention be fused, nor round a softmax output, which no ONNX operator says.
+    The file does not say how the softmax output is quantized, so the tool leaves it in floating point.
     """
     shape = "x".join(str(size) for size in _image_shape(load_graph(source)))
     parts = [library.trtexec, f"--onnx={os.path.relpath(source)}", f"--saveEngine={os.path.relpath(engine)}"]
@@ -160,14 +167,14 @@ def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOp
         parts.append(f"--computeCapabilities={','.join(f'{t[2:-1]}.{t[-1]}' for t in options.targets)}")
     if options.workspace_gib is not None:
         parts.append(f"--memPoolSize=workspace:{options.workspace_gib * 1024:g}")
-    for wanted, flag in (
+    for enabled, flag in (
         (options.timing_cache, f"--timingCacheFile={options.timing_cache}"),
         (options.refit, "--refit"),
         (options.weight_stripped, "--stripWeights"),
         (options.version_compatible, "--versionCompatible"),
         (options.hardware_compatible, "--hardwareCompatibilityLevel=ampere+"),
     ):
-        if wanted:
+        if enabled:
             parts.append(flag)
     return shlex.join([*parts, f"--profilingVerbosity={_VERBOSITIES[options.verbosity].lower()}"])
 
@@ -195,4 +202,4 @@ def _collect_errors(trt: Any) -> tuple[list[str], Any]:
 
 
 def _last(messages: list[str]) -> str:
-    return messages[-1] if messages else "it gave no reason"
+    return messages[-1] if messages else "no reason given"

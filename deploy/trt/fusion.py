@@ -1,96 +1,94 @@
-"""The fusion gate: an engine whose attention fell apart into pieces is slow, and nothing else would tell."""
+"""Fused attention: an engine whose attention is split into several kernels is slow, so the build must fail instead.
+
+TensorRT's parser imports ONNX's Attention as ``IAttention``, which by default may not be split ("decomposed"). The
+operators and attributes whose names begin with TRT are the parser's own:
+https://github.com/onnx/onnx-tensorrt/blob/main/docs/TRT_custom_ops.md
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from deploy.trt.library import Library
 from illama.bundle import SOFTMAX_OUTPUT
-from illama.errors import UserError
+from illama.graph.reader import Index
 
 if TYPE_CHECKING:
     import tensorrt
 
-_WORDS = ("mha", "attention")
+_KERNELS = ("mha", "attention")  # in the names of fused kernels
+_ONNX_TYPES = {"fp8": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
 
 
 @dataclass(frozen=True)
 class SoftmaxOutput:
-    """How a graph's scheme rounds the softmax output of one attention, which ONNX's Attention has no place for."""
+    """How the scheme quantizes the softmax output of one attention.
 
-    number: str
+    Attributes:
+        dtype: fp8 or int8.
+        scale: quantization scale.
+    """
+
+    dtype: str
     scale: float
 
 
-def softmax_outputs(model: ModelProto) -> dict[str, SoftmaxOutput]:
-    """Attention -> how its softmax output is to be rounded, as the exporter noted it in the file."""
-    notes = {entry.key: entry.value for entry in model.metadata_props}
-    return {name: SoftmaxOutput(**values) for name, values in json.loads(notes.get(SOFTMAX_OUTPUT, "{}")).items()}
+def read_softmax_scales(model: ModelProto) -> dict[str, SoftmaxOutput]:
+    """Returns attention -> how its softmax output is quantized, from the metadata that the exporter wrote."""
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    outputs = json.loads(metadata.get(SOFTMAX_OUTPUT, "{}"))
+    return {name: SoftmaxOutput(values["number"], values["scale"]) for name, values in outputs.items()}
 
 
-def find_attentions(library: Library, network: tensorrt.INetworkDefinition, source: str) -> dict[str, Any]:
-    """Name -> the attentions of a parsed network.
+def quantize_softmax_outputs(model: ModelProto) -> None:
+    """Quantizes the softmax output inside each attention for which the scheme asks for it.
 
-    Raises:
-        UserError: if there is none, or a bare softmax shows that one was exported in pieces.
+    q, k and v have their Q/DQ in the graph. The softmax output is inside the operator, where ONNX has no place for one:
+
+        before   Q/DQ -> Attention(q, k, v, mask)
+        after    Q/DQ -> TRT_QuantizedAttention(q, k, v, mask, scale), normalization_quantize_to_type = dtype
     """
-    trt = library.trt
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    inputs: list[Any] = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-    if any(layer.type == trt.LayerType.SOFTMAX for layer in layers) or not inputs:
-        raise UserError(
-            f"{source} has attention that is not one Attention operator, so it cannot be fused; "
-            "--allow-unfused builds it all the same"
-        )
-    for layer in inputs:
-        layer.__class__ = trt.IAttentionInputLayer  # the bindings hand out the base class; this is their cast
-    return {layer.attention.name.partition("/")[0]: layer.attention for layer in inputs}
+    index, outputs = Index(model), read_softmax_scales(model)
+    for node in model.graph.node:
+        output = outputs.get(node.name.partition("/")[0])
+        if node.op_type == "Attention" and output is not None:
+            scale = index.add_constant(f"{node.name}.softmax_output_scale", np.array(output.scale, dtype=np.float16))
+            node.op_type = "TRT_QuantizedAttention"
+            node.input.extend([*[""] * (4 - len(node.input)), scale])  # "" if there is no mask
+            node.attribute.append(helper.make_attribute("normalization_quantize_to_type", _ONNX_TYPES[output.dtype]))
 
 
-def demand_fusion(
-    library: Library,
-    network: tensorrt.INetworkDefinition,
-    attentions: Mapping[str, Any],
-    outputs: Mapping[str, SoftmaxOutput],
-) -> list[np.ndarray]:
-    """Make every attention one that must not be decomposed, in the precision that the scheme asks for.
+def allow_decomposition(model: ModelProto) -> None:
+    """Lets the builder split attention into several kernels where it has no fused one.
 
-    q, k and v carry their Q/DQ in the graph. The softmax output has its own here:
-
-        before   Q/DQ -> Attention(q, k, v)
-        after    Q/DQ -> Attention(q, k, v, normalization_quantize_to_type, normalization_quantize_scale)
-
-    Returns:
-        The scales, which must outlive the build.
+    before   Attention(q, k, v, mask)
+    after    Attention(q, k, v, mask), TRT_decomposable = 1
     """
-    kept = []
-    for name, attention in attentions.items():
-        attention.decomposable = False
-        if output := outputs.get(name):
-            kept.append(np.array([output.scale], dtype=np.float16))
-            constant = network.add_constant((), library.trt.Weights(kept[-1]))
-            attention.normalization_quantize_to_type = getattr(library.trt, output.number)
-            attention.normalization_quantize_scale = constant.get_output(0)
-    return kept
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
 
 
-def allow_decomposition(attentions: Mapping[str, Any]) -> None:
-    """Let the builder take attention to pieces where it has no fused kernel."""
-    for attention in attentions.values():
-        attention.decomposable = True
+def count_attentions(library: Library, network: tensorrt.INetworkDefinition) -> int:
+    """Returns the number of attentions of a parsed network; 0 if a softmax shows that one is not an Attention."""
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    layers = library.trt.LayerType
+    return 0 if layers.SOFTMAX in kinds else kinds.count(layers.ATTENTION_INPUT)
 
 
 def fused_kernels(information: str) -> list[str]:
-    """The kernels of an engine, by its inspector's JSON in detail, that are fused attention.
+    """Returns the fused attention kernels of an engine.
 
-    By their own names alone: a layer is named after the graph's node, whatever became of it.
+    They are found by their own names (tactics): a layer has the name of its ONNX node, whether it is fused or not.
+
+    Args:
+        information: JSON of the engine inspector, of an engine with detailed profiling verbosity.
     """
     layers = json.loads(information).get("Layers", [])
     tactics = [str(layer.get("TacticName", "")) for layer in layers if isinstance(layer, dict)]
-    return [tactic for tactic in tactics if any(word in tactic.lower() for word in _WORDS)]
+    return [tactic for tactic in tactics if any(word in tactic.lower() for word in _KERNELS)]

@@ -1,4 +1,4 @@
-"""What is written beside an engine, so that it can be trusted, found again and used by those who did not build it.
+"""Records of engines: how each was built, what it takes, and the SHA-256 by which it is verified before it is loaded.
 
 An engine is a folder in its bundle, ``engines/NAME``. Earlier versions wrote ``engines/LIBRARY.engine`` and ``.json``.
 """
@@ -23,18 +23,22 @@ class EngineRecord:
     """The JSON beside an engine.
 
     Attributes:
-        onnx_sha256, engine_sha256: of the file it was built from and of the engine.
-        library, library_version: what built it, and (unless version-compatible) the only version that reads it.
-        targets: compute capabilities; empty for the library's own choice.
-        options: what else it was built with, as :class:`deploy.trt.builder.EngineOptions` has it.
-        precisions: layer -> the type its product is computed in, by the graph.
-        attentions: how many there are.
-        fused: whether each is one operator that could not be decomposed, in the precision asked for.
-        inputs, outputs: name -> [type, shape], -1 for the batch.
-        preprocessing: :class:`illama.data.datasets.Preprocessing` as a dict; the graph's own work if the input is
-            uint8.
+        onnx_sha256: SHA-256 of the graph that it was built from.
+        engine_sha256: SHA-256 of the engine.
+        engine_bytes: size of the engine.
+        library: tensorrt or tensorrt_rtx.
+        library_version: version that built it; unless it is version-compatible, no other version can load it.
+        targets: compute capabilities; empty for the library's default.
+        batch: min, opt and max batch of the optimization profile.
+        options: other options (:meth:`EngineOptions.to_json`).
+        precisions: layer -> dtype of its product in the graph.
+        attentions: number of attentions.
+        fused: whether each attention is one operator, in the precision of the scheme.
+        inputs: name -> [dtype, shape], with -1 for the batch.
+        outputs: name -> [dtype, shape], with -1 for the batch.
+        preprocessing: :class:`illama.data.datasets.Preprocessing` as a dict; part of the engine if its input is uint8.
         classes: names of the classes, in the order of the logits.
-        trtexec: the command that builds the like.
+        trtexec: command of the library's own tool that builds an equivalent engine.
     """
 
     onnx_sha256: str
@@ -57,47 +61,53 @@ class EngineRecord:
 
     @property
     def origin(self) -> tuple[Any, ...]:
-        """What decides an engine; two of one origin do the same."""
+        """Everything that determines an engine; engines with equal origins are interchangeable."""
         return (self.onnx_sha256, self.library, self.library_version, self.targets, self.batch, self.options)
 
     def write(self, engine: Path) -> None:
-        """Write it beside ``engine``."""
+        """Writes the record beside ``engine``."""
         record_path(engine).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, engine: Path) -> EngineRecord:
-        """The record beside an engine, whose bytes are those it speaks of.
+        """Reads the record of an engine, and verifies the engine by its SHA-256.
 
         Raises:
-            UserError: no such engine or record, a damaged one, or another engine's.
+            UserError: the engine or the record is missing, the record is damaged, or it belongs to another engine.
         """
         path = record_path(engine)
         try:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
-                raise UserError(f"{path} is of format {values['format']}, this version reads {FORMAT}: build it again")
+                raise UserError(
+                    f"{path} has format {values['format']}, this version reads {FORMAT}: build the engine again"
+                )
             values |= {key: tuple(values[key]) for key in ("targets", "batch")}
             record = cls(**{field.name: values[field.name] for field in fields(cls)})
             actual = sha256(engine)
         except OSError as error:
-            raise UserError(f"cannot read {error.filename} ({error.strerror}): run python deploy/build.py") from error
+            raise UserError(
+                f"cannot read {error.filename} ({error.strerror}): run python deploy/build.py first"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: build the engine again with python deploy/build.py") from error
         if actual != record.engine_sha256:
-            raise UserError(f"{engine} is not the engine that {path.name} speaks of, and is not loaded: build it again")
+            raise UserError(
+                f"{engine} does not match the SHA-256 in its {path.name} and is not loaded: build the engine again"
+            )
         return record
 
 
 def record_path(engine: Path) -> Path:
-    """Where the record of an engine is."""
+    """Returns the path of the record of an engine."""
     return engine.with_name(RECORD) if engine.name == ENGINE else engine.with_suffix(".json")
 
 
 def find_engines(bundle: Path, library: str | None = None) -> list[Path]:
-    """The engine files of a bundle, in the order of their names.
+    """Returns the engine files of a bundle, sorted by name.
 
     Args:
-        library: tensorrt or tensorrt_rtx, whose engines are wanted. One whose record cannot be read may be of any.
+        library: tensorrt or tensorrt_rtx, to return only its engines and those whose record cannot be read.
     """
     folder = bundle / ENGINES
     paths = [path / ENGINE if path.is_dir() else path for path in list_folder(folder)] if folder.is_dir() else []

@@ -1,0 +1,1 @@
+"""Benchmark targets, their evaluation, latency and sensors."""

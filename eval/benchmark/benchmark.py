@@ -1,4 +1,4 @@
-"""Accuracy and latency of targets, under the same conditions, as the rows of a report."""
+"""Accuracy and latency of benchmark targets, measured under the same conditions, as the rows of a report."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from deploy.runtimes.temperature import store_temperatures
-from eval.accuracy import measure
 from eval.benchmark.evaluate_split import evaluate
 from eval.benchmark.evaluation_images import EvaluationImages
 from eval.benchmark.latency import UNREADABLE, measure_latency
 from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.benchmark.sensors import find_gpu, open_meter
 from eval.benchmark.targets import BenchmarkTarget
-from eval.metrics.accuracy_drop import NO_DROP, paired_drop
 from eval.metrics.calibration import fit_temperatures
+from eval.metrics.measured import measure
+from eval.metrics.paired import NO_DROP, paired_drop
 from eval.metrics.predictions import Predictions
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
@@ -30,19 +30,19 @@ from illama.training.distributed import ALONE, Processes
 UNFINISHED = "unfinished"  # folder of an interrupted evaluation
 SHOWN = 24  # flipped images of each kind that a report may show
 _ELSEWHERE = (
-    "Corrupted images, and images of no class here: eval/robustness.py and eval/out_of_distribution.py "
-    "measure those, and --also shows their results in this report."
+    "Accuracy on corrupted and out-of-distribution images: eval/robustness.py and eval/out_of_distribution.py measure "
+    "it, and --also adds their results to this report."
 )
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Rows in the order of the targets, the first of them the reference.
+    """The rows in the order of the targets; the first is the reference.
 
     Attributes:
-        conditions: under which the latencies were taken.
+        conditions: the conditions during timing, such as threads and clocks.
         notes: what was not measured, and why.
-        layers: scheme -> what it did, in rows of layer, weight, input.
+        layers: scheme -> rows of (layer, format of its weight, format of its input).
     """
 
     rows: list[Row]
@@ -96,7 +96,7 @@ def run_benchmark(
     group.barrier()  # until all have read what the others computed
     if not group.main:
         return BenchmarkResult([], {}, [], {})
-    notes = [f"No temperature of {model}: {reason}." for model, reason in failed.items()]
+    notes = [f"{model} has no temperature: {reason}." for model, reason in failed.items()]
     if execution.store:
         fitted = [
             (each.path, temperatures[first[each.name]], each.engine.runtime)
@@ -160,14 +160,14 @@ def make_report(
 
 
 def _models(targets: Sequence[BenchmarkTarget]) -> tuple[dict[str, Infer], dict[str, str]]:
-    """(what infers, by the name of the first target that it computes; target -> that name)."""
+    """(name of the first target of each engine -> its infer function; target -> that name)."""
     names: dict[int, str] = {}
     first = {each.name: names.setdefault(id(each.engine), each.name) for each in targets}
     return {each.name: each.infer for each in targets if first[each.name] == each.name}, first
 
 
 def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
-    """The row of a target without accuracy drop and latencies."""
+    """The row of a target, without accuracy drop and latencies."""
     built, record = target.built or (None, None)
     files = [target.path, *([built] if built else [])]
     return Row(
@@ -204,16 +204,14 @@ def _flipped(
 def _time(
     targets: Sequence[BenchmarkTarget], rows: Sequence[Row], images: EvaluationImages, options: BenchmarkOptions
 ) -> dict[str, Any]:
-    """Fill in the latencies of what runs here as it would be deployed; the conditions under which they were taken."""
+    """Fill in the latencies of the targets that run here as they would be deployed; return the timing conditions."""
     timed = {each.name: each for each in targets if not each.note}
     gpu, machine = find_gpu(), describe_machine()
     meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
     engines = {name: each.engine.infer for name, each in timed.items()}
     some = min(max(options.batches), len(images.split))  # type: ignore[arg-type]
-    pictures = load_images(images.split, images.preprocessing.transform(), some)[0]
-    found = measure_latency(
-        engines, pictures, options.batches, seconds=options.seconds, meters=meters, seed=options.seed
-    )
+    inputs = load_images(images.split, images.preprocessing.transform(), some)[0]
+    found = measure_latency(engines, inputs, options.batches, seconds=options.seconds, meters=meters, seed=options.seed)
     for row in rows:
         if row.name in timed:
             row.latency = found.latency[row.name]
@@ -229,27 +227,27 @@ def _close(targets: Sequence[BenchmarkTarget]) -> None:
 
 
 def _unread(conditions: Mapping[str, Any]) -> list[str]:
-    """What the machine did not tell while engines were timed, in a line."""
+    """A note on the sensors that could not be read during timing."""
     told = {kind: any(f" {kind}, " in name for name in conditions) for kind in ("temperature", "clock")}
     told["energy"] = conditions["energy"] != UNREADABLE
     missing = ", ".join(kind for kind, is_told in told.items() if not is_told)
-    return [f"Not read while engines were timed, for want of a sensor that can be: {missing}."] if missing else []
+    return [f"No readable sensor during timing for: {missing}."] if missing else []
 
 
 def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
-    """What no figure was measured for, and why, over all targets."""
+    """Notes on what was not measured, over all targets."""
     notes = []
     for bundle, scheme in {each.path.parent: each.scheme for each in targets}.items():
         if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
-            notes.append(f"No graph for TensorRT of {scheme}: {reason}.")
+            notes.append(f"{scheme} has no graph for TensorRT: {reason}.")
     notes += dict.fromkeys(line for each in targets for line in each.left_out)
     engines = [each.built[1] for each in targets if each.built]
     idle = [each.built[1] for each in targets if each.built and each.note]
     if idle:
         proven = " with every attention proven fused" if all(record.fused for record in idle) else ""
         notes.append(
-            f"{len(idle)} of {len(engines)} engines, built{proven}, were not run or timed: that needs an "
-            "NVIDIA GPU that they were built for."
+            f"{len(idle)} of {len(engines)} engines were built{proven} but not run or timed, because this machine "
+            "has no NVIDIA GPU that they were built for."
         )
     if any(record.library == "tensorrt_rtx" for record in engines):
         notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
@@ -257,6 +255,6 @@ def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
 
 
 def _layers_of(targets: Sequence[BenchmarkTarget]) -> dict[str, list[list[str]]]:
-    """Scheme -> what it did, in rows of layer, weight, input; of the bundles that quantization wrote."""
+    """Scheme -> rows of (layer, format of its weight, format of its input), for quantized bundles."""
     found = {each.scheme: Manifest.read(each.path.parent).metrics.get("layers") for each in targets}
     return {scheme: layers for scheme, layers in found.items() if layers}

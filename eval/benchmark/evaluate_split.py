@@ -1,19 +1,19 @@
-"""A whole split through several models: in chunks that are reduced at once, shared out over processes, and resumed.
+"""Evaluates models on a whole split in chunks, which are divided among processes and kept over an interruption.
 
-What is kept of an image is a few numbers (:class:`eval.metrics.predictions.Predictions`), so that memory grows neither
-with the classes nor, but for those, with the images. A chunk is computed in the same way whoever computes it: the
-result is the same to the bit by one process or by many, interrupted or not, as far as a runtime gives an image's logits
-again.
+Each chunk's logits are reduced at once to a few numbers per image (:class:`eval.metrics.predictions.Predictions`), so
+that memory does not grow with the number of classes. Chunks do not depend on the process that computes them: the result
+is bit-identical for one process and for many, interrupted or not, provided that a runtime's logits are reproducible.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,17 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.benchmark.resume import claim
-from eval.metrics.predictions import Predictions, refuse_overflow
-from illama.atomic_write import write_file
+from eval.metrics.predictions import Evaluated, Predictions, refuse_overflow
+from illama.atomic_write import list_folder, make_out, write_file
 from illama.data.datasets import Sample, Transform
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
 from illama.training.distributed import ALONE, Processes
 
+RUN = "run.json"
 CHUNK = 1000  # images
 PATIENCE = 1800.0  # seconds
 _FORMS = ("plain", "scaled")
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Of one model over a split: its predictions as they are, and with its logits divided by its temperature."""
-
-    plain: Predictions
-    scaled: Predictions | None = None
 
 
 def evaluate(
@@ -56,23 +48,23 @@ def evaluate(
     chunk: int = CHUNK,
     patience: float = PATIENCE,
 ) -> dict[str, Evaluated]:
-    """Every model's predictions over a whole split, whose images are read once for all models, with a progress bar.
+    """Returns each model's predictions over a whole split; images are read once for all models.
 
     Args:
-        temperatures: by the model's name, where it has one.
-        work: where finished chunks are kept, and where an interrupted evaluation goes on; a temporary folder if not
-            given. Several processes need one, which they share.
-        workers: processes that read images.
-        batch: images a call of a model.
-        facts: what decides the result and cannot be seen from here, such as the data's name and the files' SHA-256.
-        processes: of :func:`illama.training.distributed.processes`. Each computes every ``count``-th chunk, and has the
-            whole.
-        patience: seconds that a process which is done waits for another chunk of the others.
+        temperatures: model -> its temperature, if it has one.
+        work: folder where finished chunks are stored, and from which an interrupted evaluation continues; a temporary
+            folder if not given. Several processes must share one.
+        workers: number of processes that read images.
+        batch: number of images in a call of a model.
+        facts: everything else that determines the result, such as the name of the data and the files' SHA-256.
+        processes: the group of processes; each computes every ``count``-th chunk and returns the whole result.
+        chunk: number of images in a chunk.
+        patience: seconds that a finished process waits for a new chunk of the others.
 
     Raises:
         UserError: a model's logits are not finite or do not fit the labels; ``work`` holds another evaluation or
-            damaged chunks; other processes ended, or finished no chunk in ``patience`` seconds.
-        ValueError: several processes, and no ``work``.
+            damaged chunks; another process ended, or finished no chunk in ``patience`` seconds.
+        ValueError: there are several processes and no ``work``.
     """
     images = len(split)  # type: ignore[arg-type]
     chunks = [range(start, min(start + chunk, images)) for start in range(0, images, chunk)]
@@ -85,7 +77,7 @@ def evaluate(
         "chunk": chunk,
     }
     if work is None and processes.count > 1:
-        raise ValueError("several processes need a folder to work in")
+        raise ValueError("several processes must share a work folder: give one")
     with nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
         _claim_together(Path(folder), pinned, processes)
         paths = {each: Path(folder) / f"{each.start:09d}.npz" for each in chunks}
@@ -100,6 +92,37 @@ def evaluate(
     return {name: _concatenate([part[name] for part in parts]) for name in models}
 
 
+def claim(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Starts a run in a folder, or continues a run with the same facts there.
+
+    Args:
+        facts: everything that determines the result, as JSON can hold it, such as the files' SHA-256.
+
+    Raises:
+        UserError: the folder holds files but no ``run.json``, or a run with other facts.
+    """
+    path, wanted = folder / RUN, json.loads(json.dumps(facts))
+    make_out(folder)
+    if list_folder(folder):
+        if not path.exists():
+            raise UserError(f"{folder} holds other files: choose another --out")
+        if (stored := _read_run(path)) != wanted:
+            other = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+            raise UserError(
+                f"{folder} holds a run with other {', '.join(other)}: choose another --out, or delete the folder"
+            )
+    else:
+        with write_file(path) as draft:
+            draft.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: delete {path.parent}, or choose another --out") from error
+
+
 def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes) -> None:
     if processes.main:
         claim(work, facts)
@@ -109,17 +132,17 @@ def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes) 
 
 
 def _progress(own: Sequence[range], missing: Sequence[range], processes: Processes) -> tqdm[Any]:
-    """A bar over this process's share, that starts where the run was interrupted."""
+    """Returns a progress bar over this process's share, which starts where the run was interrupted."""
     images, left = (sum(len(each) for each in chunks) for chunks in (own, missing))
     share = f" (1 of {processes.count} shares)" if processes.count > 1 else ""
-    disable = None if processes.main else True  # None: unless it is a terminal
+    disable = None if processes.main else True  # None: shown on a terminal only
     return tqdm(total=images, initial=images - left, desc=f"evaluate{share}", unit="img", disable=disable, leave=False)
 
 
 def _reduce(
     logits: Mapping[str, np.ndarray], labels: np.ndarray, temperatures: Mapping[str, float]
 ) -> dict[str, Evaluated]:
-    """A chunk's predictions by each model; UserError for one whose logits are not finite or do not fit the labels."""
+    """Returns each model's predictions for a chunk; UserError if logits are not finite or do not fit the labels."""
     refuse_overflow(logits)
     reduced = {}
     for name, values in logits.items():
@@ -139,7 +162,7 @@ def _concatenate(parts: Sequence[Evaluated]) -> Evaluated:
 
 
 def _write(path: Path, part: Mapping[str, Evaluated]) -> None:
-    """One chunk: arrays called MODEL/FORM/FIELD, the model by its place among all."""
+    """Writes a chunk as arrays named MODEL/FORM/FIELD, where MODEL is the model's index."""
     arrays = {
         f"{place}/{form}/{field.name}": getattr(predictions, field.name)
         for place, each in enumerate(part.values())
@@ -157,7 +180,7 @@ def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Eva
             return None
         predictions = Predictions(*(stored[f"{prefix}/{field.name}"] for field in fields(Predictions)))
         if len(predictions) != images:
-            raise ValueError(f"{len(predictions)} images in place of {images}")
+            raise ValueError(f"{len(predictions)} images instead of {images}")
         return predictions
 
     try:
@@ -167,13 +190,13 @@ def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Eva
                 for place, name in enumerate(models)
             }
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and start again") from error
+        raise UserError(f"{path} is damaged ({error}): delete it and run the command again") from error
 
 
 def _wait_for(paths: Sequence[Path], patience: float) -> None:
-    """Until all files are there; UserError once none has come for ``patience`` seconds.
+    """Waits until all files exist; raises UserError if no new one appears for ``patience`` seconds.
 
-    This is no barrier, which could not tell a process that is slow from one that is gone.
+    Unlike a barrier, it distinguishes a slow process from one that has ended.
     """
     last, since = len(paths) + 1, time.monotonic()
     while missing := [path for path in paths if not path.exists()]:
@@ -181,8 +204,8 @@ def _wait_for(paths: Sequence[Path], patience: float) -> None:
             last, since = len(missing), time.monotonic()
         elif time.monotonic() - since > patience:
             raise UserError(
-                f"no other process finished a chunk in {patience:g} s, {len(missing)} of {len(paths)} are "
-                f"missing in {missing[0].parent}: see what became of it, and that all share this folder, "
-                "then start all of them again; finished chunks are kept"
+                f"no other process finished a chunk in {patience:g} s, and {len(missing)} of {len(paths)} are missing "
+                f"in {missing[0].parent}: check that all processes run and share this folder, then run the command "
+                "again; finished chunks are kept"
             )
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Latency of several engines under the same conditions, and the energy of a call where the machine tells."""
+"""Latency of several engines under the same conditions, and the energy of a call where it can be measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from illama.inference import Infer, usable_cores
 Item = TypeVar("Item")
 LEAST_TURNS = 3
 UNREADABLE = "not readable here"
-# What the runtimes raise for a batch that they do not take or have no memory for; ONNX Runtime's share no base class.
+# Raised by the runtimes for a batch that they do not take or have no memory for; ONNX Runtime's share no base class.
 _REFUSALS = (
     UserError,
     RuntimeError,
@@ -37,11 +37,11 @@ _REFUSALS = (
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one call with ``batch`` images.
+    """Milliseconds of one call with ``batch`` images.
 
     Attributes:
-        calls: how many were timed.
-        joules: of one call, where the device says what it takes; None elsewhere.
+        calls: number of timed calls.
+        joules: energy of one call; None if the device does not report it.
     """
 
     batch: int
@@ -59,12 +59,12 @@ class Latency:
 
 @dataclass(frozen=True)
 class Timings:
-    """What ``measure_latency`` found.
+    """Result of :func:`measure_latency`.
 
     Attributes:
-        latency: engine -> one for each batch size that it takes, in the order asked for.
-        refused: engine -> batch size -> why there is none.
-        conditions: for a report, in words and numbers.
+        latency: engine -> its latency at each batch size that it takes, in the given order.
+        refused: engine -> batch size -> why it was not timed.
+        conditions: conditions of the measurement, for a report.
     """
 
     latency: dict[str, list[Latency]]
@@ -74,14 +74,14 @@ class Timings:
 
 @dataclass(frozen=True)
 class _Turns:
-    """How often an engine has its turn, and of how many calls, ``settle`` before those that are timed."""
+    """Number of an engine's turns, and of calls in each: ``settle`` untimed ones, then ``calls`` timed ones."""
 
     turns: int
     calls: int
     settle: int
 
     def within(self, seconds: float, a_call: float) -> _Turns:
-        """What fits into ``seconds``: first fewer turns, then shorter ones, of which at most a quarter settles."""
+        """Returns what fits into ``seconds``: first fewer turns, then shorter ones, at most a quarter untimed."""
         affordable = int(seconds / max(a_call, 1e-9))
         turns = min(self.turns, max(LEAST_TURNS, affordable // (self.settle + self.calls)))
         a_turn = affordable // turns
@@ -102,21 +102,23 @@ def measure_latency(
     progress: bool = True,
     root: Path = SYSFS,
 ) -> Timings:
-    """Time all engines in turn, in a new order each round, so that drift and neighbours hit all alike.
+    """Times all engines in turn, in a new random order each round, so that drift and other load affect all equally.
 
-    At each batch size every engine is warmed up until its time settles; then come the rounds. A turn is ``settle``
-    calls that are not counted, while the threads of the engine before go to sleep, and ``calls`` that are. Energy
-    has turns of its own after these, each as long as its meter needs, since sensors are slower than a call.
+    At each batch size every engine is warmed up until its time is stable; then the rounds start. In a turn an engine
+    makes ``settle`` untimed calls, while the threads of the previous engine go to sleep, and ``calls`` timed ones.
+    Energy is measured in separate turns afterwards, each as long as its meter needs, since sensors are slow.
 
     Args:
-        images: (N, C, H, W); repeated where a batch is larger than N. One batch is in memory at a time.
-        seconds: about how long the rounds at one batch size may take, shared alike by the engines; an engine that is
-            too slow for all its turns has fewer, spread over the rounds, but no fewer than 3. None for no limit.
-        meters: engine -> what measures the energy of the device it runs on.
-        root: of sysfs.
+        images: (N, C, H, W); repeated if a batch is larger than N. One batch is in memory at a time.
+        batches: batch sizes.
+        seconds: approximate time for the rounds at one batch size, divided equally among the engines; a slow engine
+            has fewer turns, spread over the rounds, but at least 3. None for no limit.
+        meters: engine -> meter of the energy of the device it runs on.
+        seed: random seed of the order.
+        root: root of sysfs.
 
     Raises:
-        UserError: for no images, or a number that is not positive.
+        UserError: there are no images, or a number is not positive.
     """
     _check(images, batches, rounds, calls, settle, seconds)
     wanted, share = _Turns(rounds, calls, settle), None if seconds is None else seconds / max(1, len(engines))
@@ -136,7 +138,7 @@ def measure_latency(
         times = _take_turns({name: engines[name] for name in plans}, given, plans, rounds, order, watch, progress)
         joules = _energy(engines, given, {name: m for name, m in (meters or {}).items() if name in plans}, progress)
         for name, values in times.items():
-            timings.latency[name].append(_summarise(values, batch, joules.get(name)))
+            timings.latency[name].append(_summarize(values, batch, joules.get(name)))
     watch.look()
     timings.conditions.update(
         {
@@ -157,15 +159,15 @@ def _check(
     images: np.ndarray, batches: Sequence[int], rounds: int, calls: int, settle: int, seconds: float | None
 ) -> None:
     if not len(images):
-        raise UserError("there is no image to time anything with: give one at least")
+        raise UserError("there are no images to time with: give at least one")
     if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
-        raise UserError(f"batch sizes are different numbers of 1 or more, not {list(batches)}")
+        raise UserError(f"--batches must be different numbers of 1 or more, not {list(batches)}")
     if min(rounds, calls, settle) < 1 or (seconds is not None and not seconds > 0):
-        raise UserError("rounds, calls, calls before them and seconds must all be more than zero")
+        raise UserError("rounds, calls, settle and seconds must all be above 0")
 
 
 def _state(root: Path) -> dict[str, Any]:
-    """What the process may use, and who else was at work before it."""
+    """Returns the CPUs that the process may use, and the load before it started."""
     return {
         "threads": usable_cores(),
         "cores": sorted(os.sched_getaffinity(0)),
@@ -175,19 +177,19 @@ def _state(root: Path) -> dict[str, Any]:
 
 
 def _switches() -> int:
-    """How often so far the system took a core from a thread of this process that wanted to go on."""
+    """Returns the number of involuntary context switches of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _bar(items: Iterable[Item], doing: str, unit: str, progress: bool) -> Iterable[Item]:
-    disable = None if progress else True  # None: shown on a terminal
+    disable = None if progress else True  # None: shown on a terminal only
     return tqdm(items, desc=doing, unit=unit, disable=disable, leave=False)
 
 
 def _warm_up(
     engines: Mapping[str, Infer], images: np.ndarray, wanted: _Turns, share: float | None, progress: bool
 ) -> tuple[dict[str, _Turns], dict[str, str]]:
-    """(engine -> how often to call it, engine -> why it does not take this batch)."""
+    """Returns the turns of each engine, and why the other engines do not take this batch."""
     plans, refused = {}, {}
     for name in _bar(engines, f"warm up, batch {len(images)}", "engine", progress):
         try:
@@ -200,9 +202,9 @@ def _warm_up(
 
 
 def _settled(infer: Infer, images: np.ndarray, calls: int, limit: float | None) -> float:
-    """Seconds of a call, once the last ``calls`` of them are no more than 5% faster than any before, or at ``limit``.
+    """Returns the seconds of a call, once the last ``calls`` are at most 5% faster than any before, or at ``limit``.
 
-    The first call counts for nothing: it may compile.
+    The first call is not counted: it may compile.
     """
     infer(images)
     times: list[float] = []
@@ -230,13 +232,14 @@ def _take_turns(
     watch: Watch,
     progress: bool,
 ) -> dict[str, list[float]]:
-    """Engine -> seconds of its timed calls."""
+    """Returns the seconds of each engine's timed calls."""
     times: dict[str, list[float]] = {name: [] for name in engines}
     names = list(engines)
     for index in _bar(range(rounds), f"time, batch {len(images)}", "round", progress):
         for name in (names[place] for place in order.permutation(len(names))):
             plan = plans[name]
-            if (index + 1) * plan.turns // rounds > index * plan.turns // rounds:  # so many turns, evenly spread
+            # The engine's turns are spread evenly over the rounds.
+            if (index + 1) * plan.turns // rounds > index * plan.turns // rounds:
                 for _ in range(plan.settle):
                     engines[name](images)
                 times[name] += [_seconds(engines[name], images) for _ in range(plan.calls)]
@@ -247,7 +250,7 @@ def _take_turns(
 def _energy(
     engines: Mapping[str, Infer], images: np.ndarray, meters: Mapping[str, Meter], progress: bool
 ) -> dict[str, float | None]:
-    """Engine -> joules of a call, over as many calls without a pause as its meter needs."""
+    """Returns the joules of a call of each engine, over as many consecutive calls as its meter needs."""
     found: dict[str, float | None] = {}
     for name in _bar(meters, f"energy, batch {len(images)}", "engine", progress):
         meter, calls = meters[name], 0
@@ -262,7 +265,7 @@ def _energy(
     return found
 
 
-def _summarise(seconds: list[float], batch: int, joules: float | None) -> Latency:
+def _summarize(seconds: list[float], batch: int, joules: float | None) -> Latency:
     times = np.array(seconds) * 1e3
     p50, p90, p99 = (float(value) for value in np.percentile(times, [50, 90, 99]))
     return Latency(batch, float(np.mean(times)), p50, p90, p99, len(times), joules)

@@ -10,28 +10,28 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from illama.errors import UserError
 from illama.inference import usable_cores
 
 
 def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
-    """Keep this process to ``threads`` of its cores, before any engine is opened; returns those it may run on.
+    """Pins this process to ``threads`` of its CPUs, before any engine is opened; returns the CPUs it may run on.
 
-    One hardware thread of each core comes first, where the machine tells which share one. Every runtime here takes
-    its number of threads from what is left. None changes nothing.
+    One hardware thread of each core comes first, where the machine tells which ones share a core. All runtimes take
+    their number of threads from the remaining CPUs. None changes nothing.
 
     Raises:
-        UserError: for no threads, or for more than there are.
+        UserError: ``threads`` is less than 1, or more than there are CPUs.
     """
-    import torch
-
     usable = sorted(os.sched_getaffinity(0))
     if threads is None:
         return usable
     if not 1 <= threads <= len(usable):
-        raise UserError(f"threads must be 1 to {len(usable)}, the cores that this process may use, not {threads}")
+        raise UserError(f"--threads must be 1 to {len(usable)}, the CPUs that this process may use, not {threads}")
     chosen = sorted(_cores_first(usable, sysfs)[:threads])
-    for task in Path("/proc/self/task").iterdir():  # the threads that run already do not follow the first one
+    for task in Path("/proc/self/task").iterdir():  # running threads do not follow the first one
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(task.name), chosen)
     torch.set_num_threads(threads)
@@ -40,9 +40,7 @@ def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:
 
 @contextlib.contextmanager
 def torch_on_all_cores() -> Iterator[None]:
-    """Let PyTorch compute with one thread for each usable core, as the other runtimes do, and give it its own back."""
-    import torch
-
+    """Lets PyTorch use one thread per usable core inside the block, as the other runtimes do."""
     before = torch.get_num_threads()
     torch.set_num_threads(usable_cores())
     try:
@@ -52,12 +50,10 @@ def torch_on_all_cores() -> Iterator[None]:
 
 
 def share_of_cores() -> int:
-    """How many threads each of torchrun's processes on this machine has to itself; all cores, without it.
+    """Returns the number of threads for each process of torchrun on this machine; all cores without torchrun.
 
-    PyTorch is told, to which torchrun leaves one thread.
+    Sets PyTorch's number of threads too, which torchrun sets to one.
     """
-    import torch
-
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = max(1, usable_cores() // processes)
     if processes > 1:
@@ -66,7 +62,7 @@ def share_of_cores() -> int:
 
 
 def _cores_first(usable: list[int], sysfs: Path) -> list[int]:
-    """One hardware thread of every core, then the second ones, and so on."""
+    """Returns the first hardware thread of every core, then the second of each, and so on."""
     seen: Counter[str] = Counter()
     ranks = {}
     for cpu in usable:
@@ -78,9 +74,9 @@ def _cores_first(usable: list[int], sysfs: Path) -> list[int]:
 
 
 def peak_memory_gib() -> float:
-    """The most memory that this process has held so far.
+    """Returns the peak memory of this process so far.
 
-    On Linux not getrusage's figure, which starts at that of the process that started this one.
+    On Linux it is not from getrusage, whose figure includes the process that started this one.
     """
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):

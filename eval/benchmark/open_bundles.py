@@ -1,4 +1,4 @@
-"""Bundles opened side by side, to be given the same images."""
+"""Opens bundles that take the same images and name the same classes, and the data they were trained on."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class OpenBundles:
     """Bundles, or files of them, that take the same images and name the same classes.
 
     Attributes:
-        models: name of a bundle or file -> images (B, C, H, W) to logits (B, classes).
-        paths: name -> the file that is run.
+        models: name of a bundle or file -> function from images (B, C, H, W) to logits (B, classes).
+        paths: name -> path of the file that runs.
         files: name -> SHA-256 of that file.
-        runtimes: name -> what runs it, with its version, device and precision.
-        preprocessing, classes: of them all.
+        runtimes: name -> its runtime, with version, device and precision.
+        preprocessing: preprocessing of all of them.
+        classes: names of the classes of all of them.
     """
 
     models: dict[str, Infer]
@@ -42,19 +43,20 @@ class OpenBundles:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What of them decides a result, as JSON can hold it."""
+        """Everything about them that determines a result, as JSON can hold it."""
         return {"files": self.files, "preprocessing": asdict(self.preprocessing), "classes": self.classes}
 
 
 def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxruntime", threads: int = 0) -> OpenBundles:
-    """Open the file of each bundle that ``runtime`` takes, under the folder's own name, or the very files given.
+    """Opens the file of each bundle that ``runtime`` runs, under the folder's name; or the files themselves if given.
 
     Args:
+        given: bundles, or files or engines of them.
         runtime: None for the best of each, as :func:`deploy.runtimes.open_engine.open_engine` chooses.
-        threads: on a CPU; 0 for one a core.
+        threads: number of CPU threads; 0 for one per core.
 
     Raises:
-        UserError: none given, one given twice, one that the runtime does not take, takes a camera's frames, or takes
+        UserError: no path is given; a path is given twice, does not run in the runtime, takes camera frames, or takes
             other images than the first.
     """
     manifest = check_alike(given)
@@ -70,40 +72,48 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
 
 
 def check_alike(given: Sequence[Path]) -> Manifest:
-    """The first bundle's manifest; UserError unless all classify the same images into the same classes."""
+    """Returns the first bundle's manifest, after checking that all bundles take the same images and name its classes.
+
+    Raises:
+        UserError: a bundle takes other images, or names other classes.
+    """
     if not given:
-        raise UserError("give at least one bundle, such as runs/ptq/fp32")
+        raise UserError("no bundles given: give at least one, such as runs/ptq/fp32")
     manifests = [Manifest.read(bundle_of(path)) for path in given]
     expected = read_preprocessing(manifests[0])
     for path, manifest in zip(given, manifests, strict=True):
         refuse_frames(path, manifest)
         if "decoder_channels" in manifest.config:
-            raise UserError(f"{path} is of a segmentation network: judge it with python eval/segmentation.py")
+            raise UserError(f"{path} holds a segmentation network: evaluate it with python eval/segmentation.py")
         if manifest.classes != manifests[0].classes or read_preprocessing(manifest) != expected:
-            raise UserError(f"{path} takes other images or names other classes than {given[0]}: give bundles alike")
+            raise UserError(f"{path} takes other images or names other classes than {given[0]}: leave one of them out")
     return manifests[0]
 
 
 def _names(given: Sequence[Path]) -> list[str]:
-    """A name for each: the bundle's, and the file's within it if it is a file; the paths if two have the same."""
+    """Returns the bundle's name for each path, with the file's within it if it is a file; the paths if names repeat."""
     whole = [path.resolve() for path in given]
     bundles = [bundle_of(path) for path in whole]
     names = [(bundle.name / path.relative_to(bundle)).as_posix() for bundle, path in zip(bundles, whole, strict=True)]
     if len(set(names)) < len(names):
         names = [os.path.relpath(path) for path in given]
-    if len(set(names)) < len(names):
-        raise UserError("the same bundle was given twice: give each once")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twice[0]} was given twice: give each path once")
     return names
 
 
 def refuse_frames(bundle: Path, manifest: Manifest) -> None:
-    """UserError for a bundle of deploy/camera.py, whose graphs take no preprocessed images."""
+    """Raises UserError for a bundle of deploy/camera.py, whose graphs do not take preprocessed images."""
     if FRAME in manifest.metrics:
         raise UserError(f"{bundle} takes camera frames: give the bundle that it was made from")
 
 
 def open_fitting_data(spec: str, classes: Sequence[str], preprocessing: Preprocessing) -> ImageData:
-    """The data set that ``spec`` names, read as the bundles say; UserError unless its classes are theirs."""
+    """Opens the data set that ``spec`` names, read as the bundles' preprocessing says.
+
+    Raises:
+        UserError: its classes are not those of the bundles.
+    """
     data = open_data(spec, preprocessing.exif, preprocessing.class_order)
     if tuple(data.classes) != tuple(classes):
         raise UserError(
@@ -116,7 +126,11 @@ def open_fitting_data(spec: str, classes: Sequence[str], preprocessing: Preproce
 def predict_checked(
     bundles: OpenBundles, images: Dataset[Sample], transform: Transform, workers: int = 0
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """:func:`illama.inference.predict` with every bundle; UserError for one whose logits are not finite."""
+    """Returns the logits (n, classes) of each bundle and the labels (n,), from :func:`illama.inference.predict`.
+
+    Raises:
+        UserError: a bundle has logits that are not finite.
+    """
     logits, labels = predict(bundles.models, images, transform, workers=workers)
     refuse_overflow(logits)
     return logits, labels

@@ -1,7 +1,7 @@
-"""What the machine is like while engines are timed (temperatures, clocks) and the energy that they take.
+"""Temperatures and clocks of the machine while engines are timed, and the energy that the engines take.
 
-Everything is read from Linux's sysfs or from NVML (``nvidia-ml-py``). What cannot be read is left out or None: many
-machines, and most virtual ones, show nothing, and RAPL is readable by root alone since Linux 5.10.
+Everything is read from Linux's sysfs or from NVML (``nvidia-ml-py``). What cannot be read is left out or None: most
+virtual machines report nothing, and since Linux 5.10 only root can read RAPL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GPU_CLOCKS = ("*.gpu", "*.ga10b", "gpu-gpc-*", "*.gv11b")  # devfreq: Orin from
 def _text(path: Path) -> str | None:
     try:
         return path.read_text().strip()
-    except (OSError, ValueError):  # absent, for root alone, of a part that is switched off, or no text
+    except (OSError, ValueError):  # missing, not readable, switched off, or not text
         return None
 
 
@@ -46,7 +46,7 @@ def _numbers(paths: Sequence[Path]) -> list[float]:
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU as NVML knows it; every reading is None where the driver does not give it."""
+    """An NVIDIA GPU by its NVML handle; a reading is None if the driver does not report it."""
 
     handle: Any
 
@@ -54,7 +54,7 @@ class Gpu:
         return self._ask(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU)
 
     def megahertz(self) -> float | None:
-        """Of the streaming multiprocessors."""
+        """Clock of the streaming multiprocessors."""
         return self._ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM)
 
     def watts(self) -> float | None:
@@ -62,7 +62,7 @@ class Gpu:
         return None if milliwatts is None else milliwatts / 1e3
 
     def joules(self) -> float | None:
-        """Since the driver was loaded; GPUs from Volta on count them."""
+        """Energy since the driver was loaded; reported by Volta and later GPUs."""
         millijoules = self._ask(pynvml.nvmlDeviceGetTotalEnergyConsumption)
         return None if millijoules is None else millijoules / 1e3
 
@@ -75,7 +75,7 @@ class Gpu:
 
 @functools.cache
 def find_gpu() -> Gpu | None:
-    """The GPU that PyTorch computes on, whatever CUDA_VISIBLE_DEVICES says; without CUDA the first; None without."""
+    """Returns the GPU that PyTorch uses, also under CUDA_VISIBLE_DEVICES; the first without CUDA; None without GPU."""
     try:
         pynvml.nvmlInit()
         if torch.cuda.is_available():
@@ -86,7 +86,7 @@ def find_gpu() -> Gpu | None:
 
 
 def read_cpu(root: Path = SYSFS) -> dict[str, float]:
-    """Temperature of the hottest part of the CPU and mean clock of the usable cores, where readable."""
+    """Returns the highest temperature of the CPU and the mean clock of the usable cores, if readable."""
     cores = [root / f"devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in os.sched_getaffinity(0)]
     clocks = _numbers(cores)
     chips = [name.parent for name in (root / "class/hwmon").glob("hwmon*/name") if _text(name) in _CPU_CHIPS]
@@ -96,7 +96,7 @@ def read_cpu(root: Path = SYSFS) -> dict[str, float]:
 
 
 def read_gpu(root: Path = SYSFS, gpu: Gpu | None = None) -> dict[str, float]:
-    """Temperature, clock and power of the GPU: NVML's where it gives them, else a Jetson's in sysfs."""
+    """Returns the temperature, clock and power of the GPU, from NVML, or from sysfs on a Jetson."""
     devices = [path for pattern in _GPU_CLOCKS for path in (root / "class/devfreq").glob(f"{pattern}/cur_freq")]
     clock = [hertz / 1e6 for hertz in _numbers(devices)]
     heat = [millidegrees / 1e3 for millidegrees in _zones(root, "gpu")]
@@ -108,46 +108,46 @@ def read_gpu(root: Path = SYSFS, gpu: Gpu | None = None) -> dict[str, float]:
 
 
 def _zones(root: Path, *parts: str) -> list[float]:
-    """Millidegrees of the thermal zones whose type has one of ``parts`` in it."""
+    """Returns the temperatures, in millidegrees, of the thermal zones whose type contains one of ``parts``."""
     kinds = [(path, (_text(path) or "").lower()) for path in (root / "class/thermal").glob("thermal_zone*/type")]
     return _numbers([path.with_name("temp") for path, kind in kinds if any(part in kind for part in parts)])
 
 
 def read_governor(root: Path = SYSFS) -> str | None:
-    """What sets the clock of the usable cores, such as "performance"; None where it cannot be read."""
+    """Returns the clock governor of the usable cores, such as "performance"; None if it cannot be read."""
     cores = os.sched_getaffinity(0)
     found = {_text(root / f"devices/system/cpu/cpu{core}/cpufreq/scaling_governor") for core in cores} - {None}
     return ", ".join(sorted(name for name in found if name)) or None
 
 
 class Watch:
-    """What is read of the machine again and again while it works."""
+    """Readings of the machine's sensors, repeated while engines are timed."""
 
     def __init__(self, root: Path = SYSFS, gpu: Gpu | None = None) -> None:
         self._root, self._gpu, self._seen = root, gpu, dict[str, list[float]]()
         self._next = 0.0
 
     def look(self, now: bool = True) -> None:
-        """Read everything; unless ``now``, at most once a second, so that reading stays out of what is timed."""
+        """Reads all sensors; unless ``now``, at most once per second, so that reading hardly affects the timing."""
         if now or time.monotonic() >= self._next:
             for name, value in (read_cpu(self._root) | read_gpu(self._root, self._gpu)).items():
                 self._seen.setdefault(name, []).append(round(value, 1))
             self._next = time.monotonic() + 1
 
     def summary(self) -> dict[str, str]:
-        """Of each reading, the first, the last and the range."""
+        """Returns the first, the last and the range of each reading."""
         return {
-            name: f"{values[0]:g} at first, {values[-1]:g} at last, {min(values):g} to {max(values):g}"
+            name: f"{values[0]:g} at the start, {values[-1]:g} at the end, {min(values):g} to {max(values):g}"
             for name, values in self._seen.items()
         }
 
 
 class Meter(Protocol):
-    """Joules that a part of the machine takes from ``start`` to ``stop``, whatever it does meanwhile.
+    """Measures the energy that a part of the machine takes between ``start`` and ``stop``.
 
     Attributes:
-        covers: which part, and how it is known.
-        shortest: seconds below which the figure says little, since sensors are behind by a part of that.
+        covers: the part of the machine, and how its energy is measured.
+        shortest: shortest useful measurement in seconds, given the delay of the sensor.
     """
 
     covers: str
@@ -156,19 +156,19 @@ class Meter(Protocol):
     def start(self) -> None: ...
 
     def stop(self) -> float | None:
-        """Joules since ``start``; None if a reading failed."""
+        """Returns the joules since ``start``; None if a reading failed."""
 
 
 @dataclass(frozen=True)
 class Counter:
-    """Joules since some moment; after ``wraps`` of them it begins at zero again."""
+    """A counter of joules, which restarts at zero after ``wraps`` joules."""
 
     read: Callable[[], float | None]
     wraps: float = math.inf
 
 
 class CountingMeter(Meter):
-    """Energy by counters, added up; each may wrap around once between start and stop."""
+    """Energy as the sum of counters; each may wrap around once between start and stop."""
 
     def __init__(self, covers: str, counters: Sequence[Counter], shortest: float) -> None:
         self.covers, self.shortest, self._counters = covers, shortest, counters
@@ -188,7 +188,7 @@ class CountingMeter(Meter):
 
 
 class SamplingMeter(Meter):
-    """Energy by reading the power every ``period`` seconds in a thread, joined by straight lines."""
+    """Energy as the integral of the power, sampled every ``period`` seconds by a thread (trapezoidal rule)."""
 
     def __init__(self, covers: str, watts: Callable[[], float | None], shortest: float, period: float = 0.02) -> None:
         self.covers, self.shortest, self._watts, self._period = covers, shortest, watts, period
@@ -217,16 +217,16 @@ class SamplingMeter(Meter):
 
 
 def open_meter(on_gpu: bool, root: Path = SYSFS, gpu: Gpu | None = None) -> Meter | None:
-    """What measures the energy of an engine on the CPU or on the GPU; None where nothing can be read.
+    """Returns the meter for the energy of an engine on the CPU or the GPU; None if nothing can be read.
 
-    A Jetson's board if it is one, else the CPU's packages or the GPU alone. All of them count what is spent idle.
+    On a Jetson it covers the board; elsewhere the CPU packages or the GPU alone. All of them include idle power.
     """
     board = _board_meter(root)
     return board or (_gpu_meter(gpu) if on_gpu else _package_meter(root))
 
 
 def _package_meter(root: Path) -> Meter | None:
-    """Intel's and AMD's RAPL: microjoules of each package (not its parts, which it contains), renewed every ms."""
+    """RAPL of Intel and AMD: microjoules of each package, which include its parts; updated every ms."""
     counters = []
     for path in sorted((root / "class/powercap").glob("intel-rapl:*")):
         if path.name.count(":") == 1 and (_text(path / "name") or "").startswith("package"):
@@ -254,7 +254,7 @@ def _gpu_meter(gpu: Gpu | None) -> Meter | None:
 
 
 def _board_meter(root: Path) -> Meter | None:
-    """A Jetson's power monitors: the rail that feeds the module, or where none does, all that are there, added up."""
+    """A Jetson's power monitors: the rail that feeds the module, or the sum of all rails if there is no such rail."""
     rails = _rails(root)
     total = [name for name in _BOARD_RAILS if name in rails][:1] or sorted(rails)
     if not total or any(rails[name]() is None for name in total):
@@ -268,7 +268,7 @@ def _board_meter(root: Path) -> Meter | None:
 
 
 def _rails(root: Path) -> dict[str, Callable[[], float | None]]:
-    """Name -> what reads its watts: INA3221 (three rails each, V and A) and Thor's INA238 (one, V and A)."""
+    """Returns, by rail, a function that reads its watts: INA3221 (three rails each) and Thor's INA238 (one)."""
     found: dict[str, Callable[[], float | None]] = {}
     for folder in sorted((root / "bus/i2c/drivers").glob("ina*/*/hwmon/hwmon*")):
         labels = {channel: _text(folder / f"in{channel}_label") for channel in (1, 2, 3)}

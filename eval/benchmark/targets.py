@@ -1,4 +1,4 @@
-"""What there is to weigh in bundles: every file in every runtime that it is for here."""
+"""Benchmark targets of bundles: every file in every runtime of this machine that it is for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES
-from deploy.runtimes.open_engine import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, cpu_runtime, open_engine
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from deploy.runtimes.open_engine import cpu_runtime, open_engine
+from deploy.runtimes.openvino_engine import OpenVinoEngine
+from deploy.runtimes.torch_engine import TorchEngine
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from eval.benchmark.open_bundles import check_alike
 from illama.atomic_write import list_folder
@@ -22,19 +26,19 @@ from illama.inference import Infer
 
 @dataclass(frozen=True)
 class BenchmarkTarget:
-    """A file and what runs it.
+    """A file in a runtime.
 
     Attributes:
-        name: unlike any other's.
-        scheme: of its bundle.
-        path: the graph, or PyTorch's weights.
-        engine: what computes its logits here; one that several targets share is one object.
-        runtime: what the file is for, in words.
-        runtime_id: the same, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
-        built: the TensorRT engine built from the graph, if this is one, and its record, read once: that hashes it.
-        on_gpu: whether it runs on one.
-        note: why it is not timed here; None where it is.
-        left_out: engines of its bundle that were refused, and why.
+        name: unique name.
+        scheme: scheme of its bundle.
+        path: the ONNX file, or PyTorch's weights.
+        engine: engine that computes its logits on this machine; targets may share one.
+        runtime: title of the runtime that the file is for.
+        runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
+        built: TensorRT engine built from the ONNX file, with its record (read once, since that hashes the engine).
+        on_gpu: whether it runs on a GPU.
+        note: why it is not timed; None if it is.
+        left_out: messages about refused engines of its bundle.
     """
 
     name: str
@@ -49,19 +53,22 @@ class BenchmarkTarget:
     left_out: tuple[str, ...] = ()
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """Logits of any number of images, in calls that the engine takes."""
+        """Returns the logits of any number of images, in calls of batch sizes that the engine takes."""
         if self.built is None or self.note:
             return self.engine.infer(images)
-        least, _, most = self.built[1].batch
-        return in_calls_of(self.engine.infer, images, least, most)
+        min_batch, _, max_batch = self.built[1].batch
+        return in_calls_of(self.engine.infer, images, min_batch, max_batch)
 
 
-def in_calls_of(infer: Infer, images: np.ndarray, least: int, most: int) -> np.ndarray:
-    """Logits of images (n, C, H, W) from calls of ``least`` to ``most`` images; a short last one repeats an image."""
+def in_calls_of(infer: Infer, images: np.ndarray, min_batch: int, max_batch: int) -> np.ndarray:
+    """Returns the logits of images (n, C, H, W), in calls of ``min_batch`` to ``max_batch`` images.
+
+    The last call repeats its last image if it would be too small.
+    """
     parts = []
-    for start in range(0, len(images), most):
-        part = images[start : start + most]
-        padded = np.concatenate([part, np.repeat(part[-1:], max(0, least - len(part)), axis=0)])
+    for start in range(0, len(images), max_batch):
+        part = images[start : start + max_batch]
+        padded = np.concatenate([part, np.repeat(part[-1:], max(0, min_batch - len(part)), axis=0)])
         parts.append(infer(padded)[: len(part)])
     return np.concatenate(parts)
 
@@ -69,15 +76,15 @@ def in_calls_of(infer: Infer, images: np.ndarray, least: int, most: int) -> np.n
 def find_targets(
     given: Sequence[Path], networks: Mapping[str, nn.Module] | None = None, threads: int = 0
 ) -> list[BenchmarkTarget]:
-    """Every file of the bundles in every runtime that it is for here: CPU files first, then PyTorch's, then TensorRT's.
+    """Returns the targets of bundles: files for CPUs first, then those for PyTorch, then those for TensorRT.
 
     Args:
         given: bundles, or single files or engines of them.
-        networks: by the name of a bundle, those that run inside PyTorch, where they are at hand already.
-        threads: of ONNX Runtime and OpenVINO on the CPU; 0 for one a core.
+        networks: bundle's name -> its network for PyTorch, if it is in memory already.
+        threads: number of CPU threads of ONNX Runtime and OpenVINO; 0 for one per core.
 
     Raises:
-        UserError: one given twice, with nothing to run, that cannot be run or takes other images than the first.
+        UserError: a path is given twice, has nothing to run, cannot run, or takes other images than the first.
     """
     check_alike(given)
     by_path = [
@@ -91,36 +98,38 @@ def find_targets(
     for path, kinds in zip(given, by_path, strict=True):
         if not any(kinds):
             raise UserError(
-                f"{path} has no graph to run, nor one that an engine was built from: make some with python "
-                "quant/ptq.py, or leave it out"
+                f"{path} has no {CPU_ONNX}, {FUSED_ONNX} or {TORCHAO}: run python quant/ptq.py first, or leave it out"
             )
     found = [each for kind in zip(*by_path, strict=True) for targets in kind for each in targets]
     names = [each.name for each in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{twice[0]} was given twice, by its bundle and by itself: give each once")
+        raise UserError(f"{twice[0]} was given twice, by its bundle and by its file: give it once")
     return found
 
 
 def expand(given: Sequence[Path]) -> list[Path]:
-    """Folders of bundles as those that have graphs, of engines as their files, the rest as it is; float networks first.
+    """Expands folders of bundles to the bundles that can run, and folders of engines to their files.
+
+    Returns:
+        The paths, with the bundles of float networks first.
 
     Raises:
-        UserError: a folder without such a bundle, or nothing at a path.
+        UserError: a path does not exist, or is a folder without such bundles.
     """
     paths: list[Path] = []
     for path in given:
         if not path.exists():
-            raise UserError(f"there is no {path}: name a bundle, a folder of bundles, or a file of one")
+            raise UserError(f"{path} not found: give a bundle, a folder of bundles, or a file of a bundle")
         if not path.is_dir() or (path / MANIFEST).exists() or bundle_of(path) != path:
             paths.append(path / ENGINE if path.is_dir() and bundle_of(path) != path else path)
             continue
         bundles = [each for each in list_folder(path) if (each / MANIFEST).exists() and _has_graphs(each)]
         if not bundles:
-            raise UserError(f"{path} is no bundle and holds none with graphs: make some with python quant/ptq.py")
+            raise UserError(f"{path} is not a bundle and holds none that can run: run python quant/ptq.py first")
         paths += bundles
     if not paths:
-        raise UserError("give at least one bundle, such as runs/ptq/fp32, or a folder of them")
-    return sorted(paths, key=lambda path: (bundle_of(path) / SCHEME).exists())  # which keeps the order otherwise
+        raise UserError("no bundles given: give at least one, such as runs/ptq/fp32, or a folder of them")
+    return sorted(paths, key=lambda path: (bundle_of(path) / SCHEME).exists())  # the sort is stable
 
 
 def _has_graphs(bundle: Path) -> bool:
@@ -128,9 +137,9 @@ def _has_graphs(bundle: Path) -> bool:
 
 
 def _schemes(given: Sequence[Path]) -> list[str]:
-    """The names of the bundles, or their paths where two have the same."""
+    """Returns the names of the bundles, or their paths if names repeat."""
     if len({path.resolve() for path in given}) < len(given):
-        raise UserError("the same path was given twice: give each once")
+        raise UserError("a path was given twice: give each path once")
     folders = [bundle_of(path) for path in given]
     names = {folder: folder.resolve().name for folder in folders}
     ambiguous = len(set(names.values())) < len(names)
@@ -166,23 +175,25 @@ def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Ite
 
 
 def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
-    """The engines built from a fused graph that run here; for the others the graph itself, in ONNX Runtime."""
+    """Yields the engines built from a fused graph; ONNX Runtime runs the graph for engines that cannot run here."""
     graph = bundle_of(path) / FUSED_ONNX
     whole = path.is_dir() or path.name == FUSED_ONNX
     if not graph.exists() or not (whole or path.suffix == ".engine"):
         return
     usable, left_out = _engines_of(graph)
     engines = usable if whole else [(path, _read_record(path, graph))]
-    in_its_stead = None
+    substitute = None
     for built, record in engines:
         title = TITLES.get(record.library, record.library)
         if sum(each.library == record.library for _, each in usable) > 1:
             title += f", {built.parent.name if built.name == ENGINE else built.stem}"
         try:
             engine, note = open_engine(built), None
-        except UserError as error:  # no GPU, or another than it was built for: the rest of the table is worth having
-            engine = in_its_stead = in_its_stead or OnnxRuntimeEngine(graph, threads)
-            note = f"Accuracy is of the graph that the engine was built from: {str(error).replace(str(built), 'it')}"
+        except UserError as error:  # no GPU, or another than it was built for
+            engine = substitute = substitute or OnnxRuntimeEngine(graph, threads)
+            note = (
+                f"Accuracy is that of the ONNX file the engine was built from: {str(error).replace(str(built), 'it')}"
+            )
         name = f"{scheme}, {title}"
         yield BenchmarkTarget(
             name,
@@ -197,7 +208,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
             left_out if whole else (),
         )
     if not engines:
-        note = "No engine was built from it, or none that can be used"
+        note = "No engine was built from it, or none can be used"
         engine = OnnxRuntimeEngine(graph, threads)
         yield BenchmarkTarget(
             f"{scheme}, TensorRT", scheme, graph, engine, "TensorRT", "tensorrt", note=note, left_out=left_out
@@ -205,7 +216,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
 
 
 def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:
-    """The engines built from a bundle's graph with their records, and why others were left out."""
+    """Returns the engines built from a bundle's graph, with their records, and messages about those left out."""
     engines, left_out = [], []
     for path in find_engines(graph.parent):
         try:
@@ -218,5 +229,5 @@ def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str
 def _read_record(engine: Path, graph: Path) -> EngineRecord:
     record = EngineRecord.read(engine)
     if record.onnx_sha256 != sha256(graph):
-        raise UserError(f"{engine} was built from another {graph.name} than lies there now: build it again")
+        raise UserError(f"{engine} was built from another {graph.name}: run python deploy/build.py again")
     return record

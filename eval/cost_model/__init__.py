@@ -1,0 +1,1 @@
+"""Predicted cost and latency of a network."""

@@ -1,10 +1,9 @@
-"""Published peak rates of machines that engines run on; dense rates throughout, never those with sparsity.
+"""Published dense peak rates of devices that engines run on. Imports nothing slow.
 
-A rate is in 10^12 operations a second, two to a multiply-accumulate; memory in 10^9 bytes a second. ``fp32`` is the
-CUDA cores' rate, since TF32 is not FP32; 16 and 8 bits are the tensor cores', with the accumulator that is fastest,
-since what is predicted from them is a floor. A format that the tensor cores lack is left out.
-
-A maker's figure "with sparsity" is halved.
+A rate is in 10^12 operations per second, two per multiply-accumulate; memory bandwidth is in 10^9 bytes per second.
+``fp32`` is the rate of the CUDA cores, since TF32 is not FP32; 16-bit and 8-bit rates are those of the tensor cores
+with their fastest accumulator, since a lower bound is predicted from them. A format that the tensor cores lack is left
+out. Where a vendor publishes a figure with sparsity, it is halved.
 """
 
 from __future__ import annotations
@@ -16,20 +15,21 @@ from typing import Literal
 from illama.errors import UserError
 
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
+CPU = "cpu"  # name of this machine, whose peak rates are measured
 
 
 class LacksPrecisionError(UserError):
-    """The device has no such arithmetic."""
+    """The device does not compute in a precision."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a machine can do at most.
+    """Peak rates of a device.
 
     Attributes:
-        bandwidth: of memory, 10^9 bytes a second.
-        peaks: 10^12 operations a second in each precision that it has.
-        source: where the figures are from.
+        bandwidth: memory bandwidth, 10^9 bytes per second.
+        peaks: 10^12 operations per second in each precision that the device computes in.
+        source: where the figures are published.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Device:
     source: str
 
     def peak(self, precision: Precision) -> float:
-        """Operations a second; LacksPrecisionError where the device has no such arithmetic."""
+        """Returns operations per second; raises LacksPrecisionError if the device does not compute in ``precision``."""
         if precision not in self.peaks:
             raise LacksPrecisionError(
                 f"{self.name} does not compute in {precision}: choose another bundle or another --device"
@@ -109,7 +109,7 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """A device by its name; UserError lists them for another."""
+    """Returns a device by its name; raises UserError, which lists the names, if there is no such device."""
     if name not in DEVICES:
-        raise UserError(f"unknown device {name!r}: choose cpu (this one, measured) or {', '.join(DEVICES)}")
+        raise UserError(f"unknown device {name!r}: choose {CPU} (this machine, measured) or {', '.join(DEVICES)}")
     return DEVICES[name]

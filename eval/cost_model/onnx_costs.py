@@ -1,11 +1,10 @@
-"""What the products of an ONNX graph cost: operations, bytes, and the precision that they run in.
+"""Cost of the products of an ONNX graph: operations, bytes, and the precision they run in.
 
-The products are all that is counted: matrix products, convolutions and attention. A good runtime fuses the rest
-(norms, activations, quantization, copies) into them or hides it behind them, so leaving it out keeps to a floor.
+Only products are counted: matrix products, convolutions and attention. A good runtime fuses everything else (norms,
+activations, quantization, copies) into them or overlaps it with them, so the cost without it is a lower bound.
 
-A product runs in 8 bits where both of its operands come from DequantizeLinear: the graph says so, and TensorRT and
-ONNX Runtime then multiply the integers. With one operand dequantized it runs in floating point, and reads that
-operand as narrow as it is stored.
+A product runs in 8 bits if both of its operands come from DequantizeLinear: TensorRT and ONNX Runtime then multiply
+the integers. With one operand dequantized it runs in floating point, and reads that operand in its stored format.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from eval.cost_model.devices import Precision
 from illama.errors import UserError
 from illama.graph.layer_times import layer_of_node
 
-# Bits of the types that graphs here hold; onnx keeps no such table for those narrower than a byte.
+# Bits of the data types in the graphs; onnx has no table that covers the types narrower than a byte.
 _BITS: dict[int, int] = {
     **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), 4),
     **dict.fromkeys((TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL), 8),
@@ -50,13 +49,13 @@ _UNCOUNTED = (
 
 @dataclass(frozen=True)
 class ProductCost:
-    """One product of a graph.
+    """Cost of one product of a graph.
 
     Attributes:
-        layer: the layer it belongs to, by the names of the network; several products may be of one.
-        operations: two to a multiply-accumulate.
-        weight_bytes: of constant operands, as stored, with their scales.
-        activation_bytes: of the other operands and the result.
+        layer: name of the layer in the network; a layer may have several products.
+        operations: number of operations, two per multiply-accumulate.
+        weight_bytes: size of the constant operands as they are stored, with their scales.
+        activation_bytes: size of the other operands and of the result.
     """
 
     layer: str
@@ -83,7 +82,7 @@ class _Graph:
         return self.elements(tensor) * _BITS[self.types[tensor]] / 8
 
     def stored(self, tensor: str) -> tuple[str, float]:
-        """The tensor as it lies in memory before it is dequantized or viewed otherwise; bytes of what scales it."""
+        """Returns the tensor before views and DequantizeLinear, and the bytes of its scale and zero point."""
         node = self.producers.get(tensor)
         if node is not None and node.op_type == "DequantizeLinear":
             return node.input[0], sum(self.bytes(name) for name in node.input[1:] if name in self.constants)
@@ -93,10 +92,10 @@ class _Graph:
 
 
 def product_costs(path: Path, batch: int = 1) -> list[ProductCost]:
-    """The products of an ONNX file, for ``batch`` images, in the order of the graph.
+    """Returns the products of an ONNX file, for ``batch`` images, in the order of the graph.
 
     Raises:
-        UserError: it is no ONNX file, its shapes cannot be inferred, or it holds a product that is not counted here.
+        UserError: it is not an ONNX file, its shapes cannot be inferred, or it has an operator that cannot be counted.
     """
     model = _with_shapes(path, batch)
     graph = _read(model)
@@ -105,7 +104,9 @@ def product_costs(path: Path, batch: int = 1) -> list[ProductCost]:
     costs = []
     for node in model.graph.node:
         if node.op_type in _UNCOUNTED:
-            raise UserError(f"{path} holds {node.op_type}, whose cost is not counted: give a file of this project's")
+            raise UserError(
+                f"{path} has the operator {node.op_type}, which cannot be counted: give a file of this project"
+            )
         if node.op_type in _COUNTED:
             layer = layer_of_node(node.name, layers) or node.name.partition("/")[0] or node.output[0]
             costs += _attention(graph, node, layer) if node.op_type == "Attention" else [_product(graph, node, layer)]
@@ -120,8 +121,8 @@ def _with_shapes(path: Path, batch: int) -> onnx.ModelProto:
             images[0].dim_value = batch
         return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except Exception as error:  # protobuf's and onnx's exceptions share no base class but this one
+        raise UserError(f"{path} not found: run python quant/ptq.py first") from error
+    except Exception as error:  # the exceptions of protobuf and onnx share no other base class
         raise UserError(f"{path} cannot be read as ONNX: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -148,7 +149,7 @@ def _read(model: onnx.ModelProto) -> _Graph:
 
 
 def _product(graph: _Graph, node: onnx.NodeProto, layer: str) -> ProductCost:
-    """MatMul, Gemm or Conv: every output is a sum over as many terms as the weight, or the left operand, has."""
+    """Cost of a MatMul, Gemm or Conv: each output element is a sum of products along the reduced dimensions."""
     left, right = node.input[0], node.input[1]
     if node.op_type == "Conv":
         terms = math.prod(graph.shapes[right][1:])
@@ -161,9 +162,9 @@ def _product(graph: _Graph, node: onnx.NodeProto, layer: str) -> ProductCost:
 
 
 def _attention(graph: _Graph, node: onnx.NodeProto, layer: str) -> list[ProductCost]:
-    """Both products of an Attention operator; the probabilities between them never leave the chip.
+    """Costs of the two products of an Attention operator; the probabilities between them stay on the chip.
 
-    The second runs in 8 bits only with the first: the graph cannot quantize the probabilities, the kernel does.
+    The second runs in 8 bits only if the first does: the kernel, not the graph, quantizes the probabilities.
     """
     q, k, v = node.input[:3]
     result, keys = node.output[0], graph.shapes[k][-2]
@@ -185,7 +186,7 @@ def _precision(graph: _Graph, operands: tuple[str, ...], result: str) -> Precisi
 
 
 def _bytes(graph: _Graph, inputs: list[str], outputs: list[str]) -> tuple[float, float]:
-    """Bytes of constant operands and of all others; the same tensor twice is read once."""
+    """Returns the bytes of constant operands and of all other tensors; a tensor that occurs twice is read once."""
     weights, activations = 0.0, sum(graph.bytes(name) for name in outputs)
     for name in dict.fromkeys(name for name in inputs if name):
         tensor, scales = graph.stored(name)

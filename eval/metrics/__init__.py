@@ -1,0 +1,1 @@
+"""Accuracy drop, calibration, robustness and other metrics of predictions."""

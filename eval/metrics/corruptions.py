@@ -1,15 +1,15 @@
 """The 15 corruptions of ImageNet-C at their 5 severities (Hendrycks and Dietterich, arXiv 1903.12261), at any size.
 
-They are those of imagecorruptions, in the fork that is maintained (imagecorruptions-imaug): the original code, with
-the frost pictures in the package, and working with NumPy 2. The original package has not changed since 2020;
-albumentations and torchvision have no such set with these strengths.
+The implementation is the maintained fork of imagecorruptions, imagecorruptions-imaug: the original code, which works
+with NumPy 2 and includes the frost pictures. The original package has not changed since 2020; albumentations and
+torchvision have no set of corruptions with these strengths.
 
-ImageNet-C's strengths are set for images of 224 pixels. What has an extent in pixels there (blurs, weather, elastic
-waves) is done at 224 pixels here too, whatever the size of the image, and so covers the same share of the picture;
-that is where images larger than 224 pixels are corrupted in any case, as they are when ImageNet-C's files are
-enlarged. What changes pixels one by one (noise, brightness, contrast), by a share of the size (pixelate) or in blocks
-of 8 (JPEG) is done at the image's own size. At 28 pixels the result is neither ImageNet-C nor CIFAR-10-C, whose noise
-is milder: it compares models with each other, and not with published tables.
+ImageNet-C's strengths are set for images of 224 pixels. Corruptions with an extent in pixels (blurs, weather, elastic
+transforms) are applied at 224 pixels for images of any size, so that they cover the same share of the picture. All
+corruptions of larger images are applied at 224 pixels too, as when ImageNet-C's files are enlarged. Corruptions of
+single pixels (noise, brightness, contrast), by a share of the size (pixelate) or in blocks of 8 (JPEG) are applied at
+the image's own size. At 28 pixels the result is neither ImageNet-C nor CIFAR-10-C, whose noise is weaker: use it to
+compare models with each other, not with published tables.
 """
 
 from __future__ import annotations
@@ -23,27 +23,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
 from illama.data.datasets import Preprocessing, Sample
 from illama.errors import UserError
 
-CORRUPTIONS = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
-SEVERITIES = (1, 2, 3, 4, 5)
 REFERENCE_SIZE = 224
 _EXTENT_IN_PIXELS = frozenset(
     ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog", "elastic_transform")
@@ -52,19 +35,20 @@ _TAKES_SEED = frozenset(("impulse_noise", "glass_blur"))
 
 
 class CorruptedImages(Dataset[Sample]):
-    """A split with every image brought to the network's size and corrupted there.
+    """A split whose images are resized and cropped to the network's size, and then corrupted.
 
-    An image's corruption depends on the seed, the corruption, the severity and the image's index alone, so any
-    number of loader workers makes the same images.
+    The corruption of an image depends only on the seed, the corruption, the severity and the image's index, not on the
+    number of loader workers.
 
     Args:
         images: the split.
-        preprocessing: what frames the images; :func:`after_framing` is the transform for the rest.
-        corruption: one of :data:`CORRUPTIONS`.
+        preprocessing: resizes and crops the images; :func:`after_framing` is the rest of it.
+        corruption: one of :data:`eval.metrics.corruption_names.CORRUPTIONS`.
         severity: 1 to 5.
+        seed: random seed.
 
     Raises:
-        UserError: another corruption or severity, or the library is not installed.
+        UserError: there is no such corruption or severity, or the library is not installed.
     """
 
     def __init__(
@@ -85,24 +69,24 @@ class CorruptedImages(Dataset[Sample]):
 
 
 def after_framing(preprocessing: Preprocessing) -> v2.Transform:
-    """The transform of images that :class:`CorruptedImages` has brought to the network's size already."""
+    """Returns the transform for images that :class:`CorruptedImages` has resized and cropped."""
     return v2.Compose(preprocessing.to_input())
 
 
 def check_corruption(corruption: str, severity: int) -> None:
-    """UserError unless there is such a corruption, such a severity, and the library that makes it."""
+    """Raises UserError if there is no such corruption or severity, or the library is not installed."""
     if corruption not in CORRUPTIONS:
         raise UserError(f"unknown corruption {corruption!r}: choose from {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
-        raise UserError(f"severity must be 1 to 5, not {severity}")
+        raise UserError(f"--severities must be 1 to 5, not {severity}")
     _functions()
 
 
 def corrupt(image: Image.Image, corruption: str, severity: int, seed: int) -> Image.Image:
-    """A square image, grey or RGB, corrupted; the same size and mode. NumPy's global generator is left as it was."""
+    """Returns a square image, gray or RGB, corrupted, in its size and mode; restores NumPy's global generator."""
     size, mode = image.size, image.mode
     if corruption in _EXTENT_IN_PIXELS:
-        image = image.convert("RGB")  # of a grey image the library would blur single rows
+        image = image.convert("RGB")  # the library would blur single rows of a gray image
     if corruption in _EXTENT_IN_PIXELS or image.width > REFERENCE_SIZE:
         image = image.resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
     more = {"seed": seed} if corruption in _TAKES_SEED else {}
@@ -114,7 +98,7 @@ def corrupt(image: Image.Image, corruption: str, severity: int, seed: int) -> Im
 
 def _functions() -> dict[str, Any]:
     try:
-        import imagecorruptions  # only here, since it is an extra, and numba takes a while
+        import imagecorruptions  # an optional extra, and numba is slow to import
     except ImportError as error:
         raise UserError(f"corruptions need the extra 'robustness' ({error}): pip install -e '.[robustness]'") from error
     return imagecorruptions.corruption_dict

@@ -1,0 +1,1 @@
+"""The report: schema, Pareto front, page, plots, regressions."""

@@ -1,4 +1,4 @@
-"""Markdown tables of other commands as HTML that fits into the report: no markup of theirs, no links, no pictures."""
+"""Converts Markdown tables of other commands to HTML for the report, without raw HTML, links or pictures."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+\s*(%|×|\(.*\))?|-?|reference")  # noqa: RUF001
-_LEVEL = 4  # headings in it stand below the section's own
+_LEVEL = 4  # of headings, below that of the section
 
 
 def markdown_to_html(text: str) -> str:
-    """GitHub's Markdown with tables as HTML, everything else in it escaped.
+    """Converts Markdown with tables to HTML.
 
-    Columns of numbers get the class ``number``. Raw HTML comes out as the text that it is; links and images do too,
-    since a report makes no requests.
+    Columns of numbers get the class ``number``. Raw HTML, links and images are rendered as text, since a report makes
+    no requests.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
     tokens = parser.parse(text)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{_LEVEL}"
-    _dress_tables(tokens)
+    _format_tables(tokens)
     page = parser.renderer.render(tokens, parser.options, {})
     return page.replace("<table>", '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>').replace(
         "</table>", "</table></div>"
     )
 
 
-def _dress_tables(tokens: list[Token]) -> None:
-    """Headings with their scope, alignment by what a column holds and not by a style, which the page forbids."""
+def _format_tables(tokens: list[Token]) -> None:
+    """Sets the scope of headings and the class of numeric columns; the page's policy forbids inline styles."""
     starts = [i for i, token in enumerate(tokens) if token.type == "table_open"]
     for start in starts:
         columns: dict[int, list[tuple[Token, str]]] = {}

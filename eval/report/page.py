@@ -1,10 +1,10 @@
-"""``report.html``: one file that opens anywhere, from disk, without a single request.
+"""``report.html``: a single file that opens from disk and makes no requests.
 
-The interactive plot is drawn by ``templates/plot.js`` and not by plotly, whose script alone is 4.8 MB: this page is
-sent by mail and opened on phones, and all of it, for ten classes and with its pictures, is some 250 kB. Own marks also
-take the page's colours (dark, print), can be reached by keyboard and read aloud, and need no ``unsafe-inline`` or
-``unsafe-eval``: the page's policy admits its own script and style by their hashes, and no network. Where no script runs
-(a preview in a mail program), matplotlib's picture stands in the plot's place and every table is there all the same.
+``templates/plot.js`` draws the interactive plot instead of plotly, whose script alone has 4.8 MB: the page is mailed
+and opened on phones, and with ten classes and its pictures it has about 250 kB. The plot follows the page's colors
+(dark, print), works with a keyboard and a screen reader, and needs neither ``unsafe-inline`` nor ``unsafe-eval``: the
+content security policy allows only the page's own script and style, by their hashes. Without JavaScript (a preview in
+a mail program) the page shows matplotlib's plot and all tables.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from eval.report.table import HEADINGS, MISSING, TIMED, Cell, cells, not_measure
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("report.js", "plot.js")
-SHOWN_CLASSES = 40  # the largest losses and gains, half each; a filter finds the others
-SHOWN_FLIPS = 24  # a row
+SHOWN_CLASSES = 40  # the largest losses and gains, half each; the filter shows the others
+SHOWN_FLIPS = 24  # for each row
 _THUMBNAIL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 
 
 def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -> str:
-    """The report as one HTML page.
+    """Returns the report as an HTML page.
 
     Args:
-        picture: of the tradeoff, PNG; shown where no script runs.
-        thumbnails: see :func:`eval.report.write_report.write_report`.
+        picture: plot of accuracy and latency as PNG, shown without JavaScript.
+        thumbnails: as :func:`eval.report.write_report.write_report`.
 
     Raises:
-        ValueError: for a thumbnail that is no data URI of a PNG or JPEG.
+        ValueError: a thumbnail is not a data URI of a PNG or JPEG.
     """
     for image, uri in thumbnails.items():
         if not _THUMBNAIL.fullmatch(uri):
-            raise ValueError(f"the thumbnail of image {image} is no data URI of a PNG or JPEG: {uri[:40]!r}")
+            raise ValueError(f"the thumbnail of image {image} is not a data URI of a PNG or JPEG: {uri[:40]!r}")
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     style = _inline(["report.css"])
@@ -61,7 +61,7 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
         choice=choice,
         figures=key_figures(report, choice.row),
         reference=_reference(report.rows),
-        rejected={name: constraints for name, constraints in choice.reasons.items() if constraints},
+        rejected={name: violations for name, violations in choice.violations.items() if violations},
         headings=HEADINGS + tuple(name for name in TIMED if name not in HEADINGS),
         table=[table_row(report, row, plot["batch"]) for row in report.rows],
         plot=plot,
@@ -76,12 +76,12 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
 
 
 def _inline(names: Sequence[str]) -> Markup:
-    """Files of the templates, to stand in the page as they are."""
+    """Returns the text of template files, to be inserted without escaping."""
     return Markup("\n".join((TEMPLATES / name).read_text() for name in names))
 
 
 def content_policy(style: str, script: str) -> str:
-    """A Content-Security-Policy: this style, this script and inlined pictures, and nothing from anywhere."""
+    """Returns a Content-Security-Policy that allows this style, this script and inline pictures only."""
     hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
     style_hash, script_hash = hashes
     return (
@@ -96,7 +96,7 @@ def _reference(rows: Sequence[Row]) -> Row | None:
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """A figure in large type, what it is of, and what it is to be held against."""
+    """A headline figure, with its unit and a comparison."""
 
     title: str
     value: str
@@ -105,7 +105,7 @@ class KeyFigure:
 
 
 def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
-    """Of the row that was chosen: accuracy, latency, size, and how many images it names alike; none without one."""
+    """Returns the accuracy, latency, size and agreement of the chosen row; an empty list without one."""
     reference, batch = _reference(report.rows), report.constraints.batch
     if row is None:
         return []
@@ -122,18 +122,18 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
     if row.change:
         flips = row.change.flips
         changed = len(flips.lost) + len(flips.gained) + len(flips.moved)
-        remark = f"{changed:,} of {row.images:,} images named otherwise"
-        found.append(KeyFigure("Same answer", f"{row.change.agreement:.2f}", "%", remark))
+        remark = f"{changed:,} of {row.images:,} predictions differ"
+        found.append(KeyFigure("Agreement", f"{row.change.agreement:.2f}", "%", remark))
     return found
 
 
 def table_row(report: Report, row: Row, batch: int) -> dict[str, Cell]:
-    """A row of the table, under every heading of the page."""
+    """Returns the cells of a row under all headings of the page."""
     return {**cells(row, batch), **timed_cells(row, batch, _reference(report.rows), pareto_front(report.rows, batch))}
 
 
 def plot_data(report: Report) -> dict[str, Any]:
-    """What the script draws and puts into the table, for every batch size that was timed."""
+    """Returns what the script draws and puts into the table, for every timed batch size."""
     batches = sorted({each.batch for row in report.rows for each in row.latency})
     fronts = {batch: pareto_front(report.rows, batch) for batch in batches}
     reference = _reference(report.rows)
@@ -149,7 +149,7 @@ def plot_data(report: Report) -> dict[str, Any]:
             "drop": "the reference" if row.reference else f"drop {row.drop} points",
             "megabytes": row.megabytes,
             "p50": {each.batch: each.p50 for each in row.latency},
-            "front": [batch for batch in batches if row.name in fronts[batch]],
+            "pareto": [batch for batch in batches if row.name in fronts[batch]],
             "cells": {
                 batch: {name: [cell.text, cell.value] for name, cell in timed.items()}
                 for batch in batches
@@ -159,7 +159,7 @@ def plot_data(report: Report) -> dict[str, Any]:
         for row in report.rows
     ]
     constraints, chosen = report.constraints, choose(report.rows, report.constraints).row
-    floor = reference.top1.percent - constraints.drop if reference and constraints.drop is not None else None
+    least = reference.top1.percent - constraints.drop if reference and constraints.drop is not None else None
     return {
         "rows": rows,
         "batches": batches,
@@ -169,14 +169,14 @@ def plot_data(report: Report) -> dict[str, Any]:
         "constraints": {
             "batch": constraints.batch,
             "latency": constraints.latency_ms,
-            "top1": floor,
+            "top1": least,
             "drop": constraints.drop,
         },
     }
 
 
 def _span(rows: Sequence[Row]) -> tuple[float, float]:
-    """The drops, with their intervals, that all rows lie within; zero always does."""
+    """Returns the range of the drops of all rows with their intervals, which includes zero."""
     low, high = min(0.0, *(row.drop.low for row in rows)), max(0.0, *(row.drop.high for row in rows))
     margin = 0.08 * (high - low) or 1.0
     return low - margin, high + margin
@@ -184,7 +184,7 @@ def _span(rows: Sequence[Row]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ClassLine:
-    """A class in all rows: its change in points under each, with McNemar's p and whether that is significant."""
+    """A class, with its change in points in each row, the p-value of McNemar's test, and whether it is significant."""
 
     name: str
     images: int
@@ -194,7 +194,7 @@ class ClassLine:
 
 
 def class_changes(report: Report) -> list[ClassLine]:
-    """Every class of the test images, by its largest change in any row, worst first."""
+    """Returns all classes of the test images, sorted by their largest change in any row, worst first."""
     changed = [row.change for row in report.rows if row.change]
     if not changed:
         return []
@@ -211,22 +211,22 @@ def class_changes(report: Report) -> list[ClassLine]:
 
 
 def shown_flips(row: Row) -> list[tuple[str, FlippedImage]]:
-    """The flipped images of a row that are shown, some of each kind, those that it loses first, with their kinds."""
+    """Returns the flipped images of a row that are shown, with their kinds; some of each kind, lost ones first."""
     kinds: dict[str, list[FlippedImage]] = {"right to wrong": [], "wrong to right": [], "wrong to wrong": []}
     for flip in row.flipped:
         now_right = flip.after == flip.label
         kind = "right to wrong" if flip.before == flip.label else "wrong to right" if now_right else "wrong to wrong"
         kinds[kind].append(flip)
     first = {kind: flips[: SHOWN_FLIPS // len(kinds)] for kind, flips in kinds.items()}
-    room = SHOWN_FLIPS - sum(map(len, first.values()))
-    for kind, flips in kinds.items():  # what the others leave goes to those lost first
-        more = flips[len(first[kind]) :][:room]
-        first[kind], room = first[kind] + more, room - len(more)
+    left = SHOWN_FLIPS - sum(map(len, first.values()))
+    for kind, flips in kinds.items():  # the remaining places go to lost images first
+        more = flips[len(first[kind]) :][:left]
+        first[kind], left = first[kind] + more, left - len(more)
     return [(kind, flip) for kind, flips in first.items() for flip in flips]
 
 
 def list_files(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every file once: its path, size in bytes, SHA-256, and what computed the accuracies of its rows."""
+    """Returns all files: path, size in bytes, SHA-256, and the runtimes that computed the accuracies of its rows."""
     files: dict[str, dict[str, Any]] = {}
     for row in rows:
         for path, size in ((row.onnx, row.onnx_bytes), (row.engine, row.engine_bytes)):

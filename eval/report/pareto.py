@@ -1,15 +1,57 @@
-"""Which engine to deploy: the Pareto front, the constraints, and the choice in two sentences."""
+"""Which engine to deploy: the Pareto front, the constraints, and a summary of the choice in two sentences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from eval.report.schema import Row
 from illama.options import Constraints, check_constraints
 
-_ALIKE = 1.05  # times of a call that are as good as equal: what they differ by from run to run
+_TIE = 1.05  # latencies whose ratio is smaller count as equal: runs differ by as much
+Rule = Literal["fastest", "smallest of the fastest", "most accurate", "smallest"]
+_RULES: dict[Rule, str] = {
+    "fastest": "the fastest of",
+    "smallest of the fastest": "the smallest of those within 5% of the fastest of",
+    "most accurate": "the most accurate of",
+    "smallest": "the smallest of",
+}
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A constraint that a row violates.
+
+    Attributes:
+        constraint: which one.
+        value: the row's p50 in ms, the upper end of its drop's interval in points, or its size in MB; None if the
+            row was not timed.
+        limit: the constraint, in the same unit.
+        batch: batch size of the latency.
+    """
+
+    constraint: Literal["latency", "drop", "size"]
+    value: float | None
+    limit: float
+    batch: int = 1
+
+    @property
+    def excess(self) -> float:
+        """By what share of the limit the value exceeds it; for a drop, at least 0.1 points count as the limit."""
+        if self.value is None:
+            return math.inf
+        return (self.value - self.limit) / (max(abs(self.limit), 0.1) if self.constraint == "drop" else self.limit)
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"was not timed at batch {self.batch}"
+        if self.constraint == "latency":
+            return f"takes {self.value:.4g} ms at batch {self.batch}, more than {self.limit:g}"
+        if self.constraint == "drop":
+            return f"may lose {self.value:.2f} points of top-1, more than {self.limit:g}"
+        return f"takes {self.value:.4g} MB, more than {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -17,113 +59,90 @@ class Choice:
     """The engine that was chosen.
 
     Attributes:
-        row: None where no engine keeps to the constraints, or nothing was measured to choose by.
-        sentence: which, by what rule, and what it gives and costs against the reference; for a headline.
-        reasons: row's name -> the constraints that it breaks, in words; empty for one that keeps to all.
+        row: None if no engine satisfies the constraints, or if there is nothing to choose by.
+        sentence: the row, the rule, and its figures compared with the reference; for a headline.
+        rule: how it was chosen; None without a row.
+        among: number of engines that the rule was applied to.
+        violations: row's name -> the constraints that it violates.
     """
 
     row: Row | None
     sentence: str
-    reasons: dict[str, list[str]] = field(default_factory=dict)
+    rule: Rule | None = None
+    among: int = 0
+    violations: dict[str, list[Violation]] = field(default_factory=dict)
 
 
 def pareto_front(rows: Sequence[Row], batch: int = 1) -> set[str]:
-    """Names of the rows timed at ``batch`` that no other row of the same device beats.
+    """Returns the names of the Pareto-optimal rows, among the rows of each device that were timed at ``batch``.
 
-    One beats another that is at least as fast (p50) and at least as accurate (top-1), and is better in one of them.
+    A row dominates another if it is at least as fast (p50) and at least as accurate (top-1), and better in one of them.
     """
     timed = [(row, latency.p50) for row in rows if (latency := row.at(batch))]
 
-    def beats(one: tuple[Row, float], other: tuple[Row, float]) -> bool:
+    def dominates(one: tuple[Row, float], other: tuple[Row, float]) -> bool:
         (a, fast), (b, slow) = one, other
         no_worse = a.device == b.device and fast <= slow and a.top1.percent >= b.top1.percent
         return no_worse and (fast < slow or a.top1.percent > b.top1.percent)
 
-    return {each[0].name for each in timed if not any(beats(other, each) for other in timed)}
+    return {each[0].name for each in timed if not any(dominates(other, each) for other in timed)}
 
 
-def fits(row: Row, constraints: Constraints) -> list[str]:
-    """The constraints that a row breaks, in words; a row that was not timed at the batch breaks one on latency."""
-    return [reason for _, reason in _broken(row, constraints)]
-
-
-def _broken(row: Row, constraints: Constraints) -> list[tuple[float, str]]:
-    """(by what share of the limit, in words) for each limit that is broken."""
-    broken = []
-    if constraints.latency_ms is not None:
-        if (latency := row.at(constraints.batch)) is None:
-            broken.append((math.inf, f"was not timed at batch {constraints.batch}"))
-        elif latency.p50 > constraints.latency_ms:
-            excess = latency.p50 / constraints.latency_ms - 1
-            words = f"takes {latency.p50:.4g} ms at batch {constraints.batch}, more than {constraints.latency_ms:g}"
-            broken.append((excess, words))
-    if constraints.drop is not None and row.drop.high > constraints.drop:
-        excess = (row.drop.high - constraints.drop) / max(
-            abs(constraints.drop), 0.1
-        )  # of a limit of 0, by tenths of a point
-        broken.append((excess, f"may lose {row.drop.high:.2f} points of top-1, more than {constraints.drop:g}"))
-    if constraints.megabytes is not None and row.megabytes > constraints.megabytes:
-        excess = row.megabytes / constraints.megabytes - 1
-        broken.append((excess, f"takes {row.megabytes:.4g} MB, more than {constraints.megabytes:g}"))
-    return broken
+def find_violations(row: Row, constraints: Constraints) -> list[Violation]:
+    """Returns the constraints that a row violates; a row that was not timed violates one on latency."""
+    latency, batch = row.at(constraints.batch), constraints.batch
+    measured = {
+        "latency": (latency.p50 if latency else None, constraints.latency_ms),
+        "drop": (row.drop.high, constraints.drop),
+        "size": (row.megabytes, constraints.megabytes),
+    }
+    return [
+        Violation(name, value, limit, batch)  # type: ignore[arg-type]
+        for name, (value, limit) in measured.items()
+        if limit is not None and (value is None or value > limit)
+    ]
 
 
 def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choice:
-    """The engine to deploy.
+    """Chooses the engine to deploy.
 
-    With a limit on the drop, or with none at all, it is the fastest of those that keep to the constraints; of several
-    within 5% of it, the smallest. With constraints on latency and size alone, it is the most accurate of them (ties:
-    the faster, then the smaller). Where none of those that keep to the constraints was timed, the smallest stands in
-    for the fastest.
+    With a limit on the drop, or without constraints, it is the fastest engine that satisfies the constraints; of those
+    within 5% of the fastest, the smallest. With constraints on latency or size alone, it is the most accurate (ties:
+    the faster, then the smaller). If none of them was timed, it is the smallest instead of the fastest.
 
     Raises:
-        UserError: for a limit that nothing could keep to.
+        UserError: a limit is not a number, or one on latency or size is not positive.
     """
     constraints = constraints or Constraints()
     check_constraints(constraints)
-    reasons = {row.name: fits(row, constraints) for row in rows}
-    kept = [row for row in rows if not reasons[row.name]]
-    within = _in_words(constraints)
-    if not kept:
-        return Choice(None, _nearest(rows, constraints, within), reasons)
-    timed = [row for row in kept if row.at(constraints.batch)]
-    if not timed and not within:
-        return Choice(
-            None, f"Nothing was timed at batch {constraints.batch}, and no limit was given to choose by.", reasons
-        )
-    pool, rule = kept, "the smallest"
-    if within and constraints.drop is None:
-        rule = "the most accurate"
-        row = min(kept, key=lambda row: (-row.top1.percent, _p50(row, constraints.batch), row.megabytes))
+    violations = {row.name: find_violations(row, constraints) for row in rows}
+    satisfying = [row for row in rows if not violations[row.name]]
+    timed = [row for row in satisfying if row.at(constraints.batch)]
+    if not satisfying:
+        return Choice(None, _closest(rows, violations, constraints), violations=violations)
+    if not timed and not _limits(constraints):
+        sentence = f"Nothing was timed at batch {constraints.batch}, and there are no constraints to choose by."
+        return Choice(None, sentence, violations=violations)
+    rule: Rule
+    if constraints.drop is None and _limits(constraints):
+        row, rule, pool = _most_accurate(satisfying, constraints.batch), "most accurate", satisfying
     elif timed:
-        pool, fastest = timed, min(_p50(row, constraints.batch) for row in timed)
-        alike = [row for row in timed if _p50(row, constraints.batch) <= fastest * _ALIKE]
-        row = min(alike, key=lambda row: (row.megabytes, _p50(row, constraints.batch), -row.top1.percent))
-        fast = _p50(row, constraints.batch) == fastest
-        rule = "the fastest" if fast else "as fast as any (within 5%), and then the smallest,"
+        (row, rule), pool = _fastest(timed, constraints.batch), timed
     else:
-        row = min(kept, key=lambda row: (row.megabytes, -row.top1.percent))
-    what = f"engine{'s' * (len(pool) > 1)}" + (f" timed at batch {constraints.batch}" if pool is timed else "")
-    place = f"{rule} of the {len(pool)} {what}" if len(pool) > 1 else f"the only {what}"
-    gap = "" if row.at(constraints.batch) else f"; it was not timed at batch {constraints.batch}"
-    if not any(each.at(constraints.batch) for each in rows):
-        gap = f"; nothing was timed at batch {constraints.batch}"
-    name = f"{row.name}, the reference itself," if row.reference else row.name
-    return Choice(row, f"{name} is {place}{within}{gap}. {_figures(row, rows, constraints.batch)}", reasons)
+        row, rule, pool = min(satisfying, key=lambda row: (row.megabytes, -row.top1.percent)), "smallest", satisfying
+    sentence = f"{_sentence(row, rule, pool, rows, constraints)} {_figures(row, rows, constraints.batch)}"
+    return Choice(row, sentence, rule, len(pool), violations)
 
 
-def _in_words(constraints: Constraints) -> str:
-    """Such as " within 3 ms at batch 1 and 2 MB"; empty without constraints."""
-    parts = (
-        [f"{constraints.latency_ms:g} ms at batch {constraints.batch}"] if constraints.latency_ms is not None else []
-    )
-    parts += [f"a loss of {constraints.drop:g} points of top-1"] if constraints.drop is not None else []
-    parts += [f"{constraints.megabytes:g} MB"] if constraints.megabytes is not None else []
-    return f" within {_listed(parts)}" if parts else ""
+def _most_accurate(rows: Sequence[Row], batch: int) -> Row:
+    return min(rows, key=lambda row: (-row.top1.percent, _p50(row, batch), row.megabytes))
 
 
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+def _fastest(timed: Sequence[Row], batch: int) -> tuple[Row, Rule]:
+    fastest = min(_p50(row, batch) for row in timed)
+    tied = [row for row in timed if _p50(row, batch) <= fastest * _TIE]
+    row = min(tied, key=lambda row: (row.megabytes, _p50(row, batch), -row.top1.percent))
+    return row, "fastest" if _p50(row, batch) == fastest else "smallest of the fastest"
 
 
 def _p50(row: Row, batch: int) -> float:
@@ -131,28 +150,59 @@ def _p50(row: Row, batch: int) -> float:
     return latency.p50 if latency else math.inf
 
 
-def _nearest(rows: Sequence[Row], constraints: Constraints, within: str) -> str:
-    """What to say where no row keeps to the constraints: which breaks the fewest, by the least."""
+def _limits(constraints: Constraints) -> str:
+    """Returns the constraints as text, such as " within 3 ms at batch 1 and 2 MB"; empty without constraints."""
+    parts = []
+    if constraints.latency_ms is not None:
+        parts.append(f"{constraints.latency_ms:g} ms at batch {constraints.batch}")
+    if constraints.drop is not None:
+        parts.append(f"a drop of {constraints.drop:g} points of top-1")
+    if constraints.megabytes is not None:
+        parts.append(f"{constraints.megabytes:g} MB")
+    return f" within {_listed(parts)}" if parts else ""
+
+
+def _listed(parts: Sequence[object]) -> str:
+    *first, last = map(str, parts)
+    return " and ".join(filter(None, [", ".join(first), last]))
+
+
+def _sentence(row: Row, rule: Rule, pool: Sequence[Row], rows: Sequence[Row], constraints: Constraints) -> str:
+    """Returns the sentence that names the chosen row and the rule."""
+    batch = constraints.batch
+    engines = "engines" if len(pool) > 1 else "engine"
+    if rule in ("fastest", "smallest of the fastest"):
+        engines += f" timed at batch {batch}"
+    place = f"{_RULES[rule]} the {len(pool)} {engines}" if len(pool) > 1 else f"the only {engines}"
+    untimed = "" if row.at(batch) else f"; it was not timed at batch {batch}"
+    if not any(each.at(batch) for each in rows):
+        untimed = f"; nothing was timed at batch {batch}"
+    name = f"{row.name}, the reference itself," if row.reference else row.name
+    return f"{name} is {place}{_limits(constraints)}{untimed}."
+
+
+def _closest(rows: Sequence[Row], violations: dict[str, list[Violation]], constraints: Constraints) -> str:
+    """Returns the text where no row satisfies the constraints: which row violates the fewest, by the least."""
     if not rows:
         return "Nothing was measured."
-    broken = {row.name: _broken(row, constraints) for row in rows}
-    name = min(broken, key=lambda name: (len(broken[name]), max(excess for excess, _ in broken[name])))
-    return f"No engine is{within}. {name} comes nearest: it {_listed([reason for _, reason in broken[name]])}."
+    name = min(violations, key=lambda name: (len(violations[name]), max(each.excess for each in violations[name])))
+    return f"No engine is{_limits(constraints)}. {name} is the closest: it {_listed(violations[name])}."
 
 
 def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
-    """A sentence of what a row gives and costs against the reference, or of its own figures where it is that."""
+    """Returns a sentence that compares a row with the reference; for the reference, one with its own figures."""
     latency = row.at(batch)
     reference = next((each for each in rows if each.reference), None)
     if reference is None or row is reference:
-        speed = f"takes {latency.p50:.2f} ms a call at batch {batch}, " if latency else ""
-        return f"It {speed}has {row.megabytes:.2f} MB and is right on {row.top1.percent:.2f}% of {row.images:,} images."
+        speed = f"It takes {latency.p50:.2f} ms per call at batch {batch}, its" if latency else "Its"
+        accuracy = f"its top-1 is {row.top1.percent:.2f}% ({row.images:,} images)"
+        return f"{speed} file has {row.megabytes:.2f} MB and {accuracy}."
     parts = []
     if latency and (other := reference.at(batch)):
-        where = "" if row.device == reference.device else f", on {row.device} against {reference.device}"
+        devices = "" if row.device == reference.device else f", on {row.device} against {reference.device}"
         parts.append(
             f"it is {_speed(other.p50 / latency.p50)} {reference.name} at batch {batch} "
-            f"({latency.p50:.2f} against {other.p50:.2f} ms{where})"
+            f"({latency.p50:.2f} against {other.p50:.2f} ms{devices})"
         )
     parts.append(
         f"its file is {_size(row.megabytes / reference.megabytes)} "
@@ -171,8 +221,8 @@ def _speed(ratio: float) -> str:
 
 def _size(ratio: float) -> str:
     if 0.95 < ratio < 1.05:
-        return "as big"
-    return f"{ratio:.1f} times as big" if ratio > 1 else f"{1 / ratio:.1f} times smaller"
+        return "as large"
+    return f"{ratio:.1f} times as large" if ratio > 1 else f"{1 / ratio:.1f} times smaller"
 
 
 def _loss(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The plots of a report as PNG, for slides and for readers whose mail program runs no JavaScript."""
+"""The plots of a report as PNG, for slides and for pages without JavaScript."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from eval.metrics.calibration import Reliability
 from eval.report.pareto import choose, pareto_front
 from eval.report.schema import Report, Row
 
-INK, QUIET, FAINT, WARN, BEATEN = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
-COLOURS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as in the page
+INK, QUIET, FAINT, WARN, DOMINATED = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
+COLORS = ("#0b57d0", "#b54708", "#0f766e", "#7a3fc4", "#b4236a", "#4d5b12")  # of runtimes, as on the HTML page
 MARKS = ("o", "s", "^", "D", "v", "P")
 _DPI = 160
 
 
 def draw_tradeoff(report: Report) -> bytes:
-    """Top-1 against latency as PNG: the front joined, what it beats in grey, what was not timed as dashed lines.
+    """Plots top-1 against latency as PNG: Pareto fronts joined, dominated rows gray, untimed rows as dashed lines.
 
     Raises:
-        ValueError: for a report without rows.
+        ValueError: the report has no rows.
     """
     if not report.rows:
-        raise ValueError("there is nothing to draw in a report without rows")
+        raise ValueError("a report without rows cannot be drawn")
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.add_subplot()
     batch = report.constraints.batch
     best, chosen = pareto_front(report.rows, batch), choose(report.rows, report.constraints).row
-    styles = {each: i % len(COLOURS) for i, each in enumerate(dict.fromkeys(row.runtime for row in report.rows))}
+    styles = {each: i % len(COLORS) for i, each in enumerate(dict.fromkeys(row.runtime for row in report.rows))}
     for row in report.rows:
         style = styles[row.runtime]
         if latency := row.at(batch):
-            _mark(axes, row, latency.p50, COLOURS[style] if row.name in best else BEATEN, MARKS[style])
+            _mark(axes, row, latency.p50, COLORS[style] if row.name in best else DOMINATED, MARKS[style])
             if row is chosen:
-                axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="to deploy")
+                axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="recommended")
         else:
-            axes.axhline(row.top1.percent, ls=(0, (4, 4)), lw=1, color=COLOURS[style], alpha=0.6)
+            axes.axhline(row.top1.percent, ls=(0, (4, 4)), lw=1, color=COLORS[style], alpha=0.6)
     _name_untimed(axes, [row for row in report.rows if not row.at(batch)])
     for device in {row.device for row in report.rows if row.name in best}:
         _join_front(axes, [row for row in report.rows if row.name in best and row.device == device], batch)
@@ -54,20 +54,12 @@ def draw_tradeoff(report: Report) -> bytes:
     return _png(figure)
 
 
-def _mark(axes: Axes, row: Row, p50: float, colour: str, mark: str) -> None:
+def _mark(axes: Axes, row: Row, p50: float, color: str, mark: str) -> None:
     low, high = row.drop.points - row.drop.low, row.drop.high - row.drop.points
     axes.errorbar(
-        p50,
-        row.top1.percent,
-        [[max(high, 0)], [max(low, 0)]],
-        fmt=mark,
-        ms=8,
-        capsize=3,
-        lw=1.2,
-        color=colour,
-        zorder=3,
+        p50, row.top1.percent, [[max(high, 0)], [max(low, 0)]], fmt=mark, ms=8, capsize=3, lw=1.2, color=color, zorder=3
     )
-    below = colour == BEATEN  # out of the way of what beats it
+    below = color == DOMINATED  # away from the Pareto front
     axes.annotate(
         row.scheme,
         (p50, row.top1.percent),
@@ -87,7 +79,7 @@ def _join_front(axes: Axes, rows: Sequence[Row], batch: int) -> None:
 
 
 def _name_untimed(axes: Axes, rows: Sequence[Row]) -> None:
-    """The schemes beside their lines, those of lines too close together in one text."""
+    """Labels the lines of untimed rows with their schemes; lines that are close together share a label."""
     bottom, top = axes.get_ylim()
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: row.top1.percent):
@@ -111,7 +103,7 @@ def _name_untimed(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _shade_limits(axes: Axes, report: Report) -> None:
-    """A shade over what the limits rule out, within the axes as they are."""
+    """Shades the area that violates the constraints, within the limits of the axes."""
     reference = next((row for row in report.rows if row.reference), None)
     (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     if report.constraints.latency_ms is not None and report.constraints.latency_ms < right:
@@ -123,17 +115,17 @@ def _shade_limits(axes: Axes, report: Report) -> None:
 
 def _legend(figure: Figure, axes: Axes, rows: Sequence[Row], styles: dict[str, int], batch: int) -> None:
     for runtime, style in styles.items():
-        axes.plot([], [], MARKS[style], color=COLOURS[style], label=runtime)
-    axes.plot([], [], "o", color=BEATEN, label="beaten by another")
+        axes.plot([], [], MARKS[style], color=COLORS[style], label=runtime)
+    axes.plot([], [], "o", color=DOMINATED, label="dominated")
     if not all(row.at(batch) for row in rows):
         axes.plot([], [], ls=(0, (4, 4)), color=QUIET, label="not timed")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False, labelcolor=INK)
 
 
 def draw_reliability(rows: Sequence[Row]) -> bytes:
-    """Reliability diagrams of all rows as PNG: bars as the probabilities are, dots as the temperature makes them.
+    """Plots reliability diagrams of all rows as PNG: bars without temperature scaling, dots with it.
 
-    The area of a dot grows with the images in its bin.
+    The area of a dot grows with the number of images in its bin.
     """
     columns = min(4, len(rows))
     lines = math.ceil(len(rows) / columns)
@@ -154,14 +146,14 @@ def draw_reliability(rows: Sequence[Row]) -> bytes:
 def _reliability_of(axes: Axes, before: Reliability, after: Reliability | None) -> None:
     for each in before.diagram:
         width = each.high - each.low
-        axes.bar(each.low, each.accuracy, 0.92 * width, align="edge", color=COLOURS[0], alpha=0.55, lw=0)
+        axes.bar(each.low, each.accuracy, 0.92 * width, align="edge", color=COLORS[0], alpha=0.55, lw=0)
     axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls=(0, (3, 3)))
     if after:
         confidence, accuracy = ([getattr(each, name) for each in after.diagram] for name in ("confidence", "accuracy"))
         total = sum(each.count for each in after.diagram)
         sizes = [8 + 90 * each.count / total for each in after.diagram]
-        axes.plot(confidence, accuracy, lw=0.8, color=COLOURS[1], alpha=0.5)
-        axes.scatter(confidence, accuracy, sizes, color=COLOURS[1], zorder=3, clip_on=False)
+        axes.plot(confidence, accuracy, lw=0.8, color=COLORS[1], alpha=0.5)
+        axes.scatter(confidence, accuracy, sizes, color=COLORS[1], zorder=3, clip_on=False)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     _plain_axes(axes)
 

@@ -1,4 +1,4 @@
-"""What became worse since an earlier ``report.json``, for a continuous build: it fails, or a pull request says so."""
+"""Regressions of a report compared with a baseline, an earlier ``report.json``; for continuous integration."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from eval.report.table import MISSING, escape
 from illama.errors import UserError
 from illama.markdown_table import markdown
 
-_SAME = ("data", "classes")  # without which no figure of one report can be held against the other's
+_SAME = ("data", "classes")  # must be equal in both reports
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How much worse than the baseline a file may be.
+    """Tolerances of the comparison with the baseline.
 
     Attributes:
-        drop: points of top-1 that its drop may grow by; more than noise allows is always needed besides.
-        latency: share that its p50, over the reference row's of the same report, may grow by.
-        size: share that its files may grow by.
-        nll: nats that its negative log-likelihood may grow by.
-        ece: its calibration error, in 0..1.
+        drop: increase of the drop, in points of top-1; a regression must also exceed the noise.
+        latency: relative increase of the p50 divided by the reference row's of the same report.
+        size: relative increase of the size of a file.
+        nll: increase of the negative log-likelihood, in nats.
+        ece: increase of the calibration error, in [0, 1].
     """
 
     drop: float = 0.1
@@ -35,23 +35,24 @@ class Tolerances:
 
 
 def find_regressions(baseline: Mapping[str, Any], report: Report, tolerances: Tolerances | None = None) -> list[str]:
-    """What is worse than in ``baseline``, a line each; rows are the same by their names.
+    """Returns the regressions compared with ``baseline``, a line for each; rows are matched by their names.
 
-    * The drop of top-1 grew by more than the tolerance, and so much that chance does not explain it: the 95% interval
-      of the growth, put together from those of the two drops, lies above zero (Zou and Donner, Statistics in Medicine
-      27, 2008). It takes the two for independent; they are of the same images, so that it is rather too wide.
-    * The reference's own top-1 lies below the baseline's 95% interval of it.
-    * p50 grew over the reference row's of the same report, so that the speed of the machine cancels; on the same device
-      it must have grown by itself as well, lest a faster reference make all others slower. Where calls vary more than
-      the tolerance, by their p90 over p50 in either report, so much is allowed.
-    * A batch size is not timed any longer; a file grew; a row is gone; attention is not fused any longer; negative
-      log-likelihood or calibration error grew.
+    * The drop of top-1 increased by more than the tolerance, and significantly: the 95% interval of the increase,
+      from those of the two drops, lies above zero (Zou and Donner, Statistics in Medicine 27, 2008). The interval
+      assumes independent drops; these are of the same images, so it is too wide rather than too narrow.
+    * The reference's top-1 lies below its 95% interval in the baseline.
+    * The p50 divided by the reference row's increased, so that the speed of the machine cancels out. On the same
+      device the p50 itself must have increased too, so that a faster reference is not a regression of the others. If
+      p90 / p50 in either report exceeds the tolerance, it is the tolerance.
+    * A batch size is no longer timed, a file is larger, a row is missing, attention is no longer fused, or the negative
+      log-likelihood or the calibration error increased.
 
     Args:
-        baseline: of :func:`eval.report.schema.read_report`.
+        baseline: contents of a ``report.json``, from :func:`eval.report.schema.read_report`.
+        tolerances: defaults to :class:`Tolerances`.
 
     Raises:
-        UserError: if the two are not of the same data, images, classes and reference, or ``baseline`` lacks fields.
+        UserError: the data, images, classes or reference differ, or ``baseline`` lacks fields.
     """
     now = report.to_json()
     limits = tolerances or Tolerances()
@@ -64,34 +65,34 @@ def find_regressions(baseline: Mapping[str, Any], report: Report, tolerances: To
                 found += _of_row(old, new, limits)
                 found += _of_latency(_ratios(baseline, old), _ratios(now, new), old, new, limits.latency)
                 found += [
-                    f"{old['name']}: it is not timed at batch {batch} any longer"
+                    f"{old['name']}: it is no longer timed at batch {batch}"
                     for batch in _p50(old).keys() - _p50(new).keys()
                 ]
             else:
-                found.append(f"{old['name']}: it is in the baseline and not in this report")
+                found.append(f"{old['name']}: it is in the baseline but not in this report")
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the baseline is damaged, at {error}: make it again") from error
+        raise UserError(f"the baseline is damaged, at {error}: make it again with eval/tradeoff.py") from error
     return found
 
 
 def check_images(baseline: Mapping[str, Any], data: str, classes: Sequence[str], images: int) -> None:
-    """UserError, before the long work, for a baseline of other data, classes or number of images."""
+    """Raises UserError if a baseline is of other data, classes or number of images; checked before the evaluation."""
     try:
         before = (baseline["data"], list(baseline["classes"]), {row["images"] for row in baseline["rows"]})
     except (KeyError, TypeError) as error:
-        raise UserError(f"the baseline is damaged, at {error}: make it again") from error
+        raise UserError(f"the baseline is damaged, at {error}: make it again with eval/tradeoff.py") from error
     if before != (data, list(classes), {images}):
         was = f"{_listed(before[2])} images of {before[0]}, {len(before[1])} classes"
         raise UserError(
-            f"the baseline is of {was}, and this of {images} of {data}, {len(classes)} classes: give one alike"
+            f"the baseline is of {was}, not of {images} images of {data}, {len(classes)} classes: give another one"
         )
 
 
 def check_comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """UserError unless two reports are of the same data, classes, number of images and reference row."""
+    """Raises UserError if two reports are of other data, classes, numbers of images or reference rows."""
     for name in _SAME:
         if old[name] != new[name]:
-            raise UserError(f"the baseline has other {name} than this report: give one of the same {name}")
+            raise UserError(f"the baseline has other {name} than this report: give a baseline of the same {name}")
     kinds = {
         "numbers of images": [{row["images"] for row in report["rows"]} for report in (old, new)],
         "reference rows": [{row["name"] for row in report["rows"] if row["reference"]} for report in (old, new)],
@@ -99,7 +100,7 @@ def check_comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     for name, (before, after) in kinds.items():
         if before != after:
             raise UserError(
-                f"the baseline has other {name} ({_listed(before)} against {_listed(after)}): give one alike"
+                f"the baseline has other {name} ({_listed(before)}, not {_listed(after)}): give another one"
             )
 
 
@@ -108,26 +109,26 @@ def _listed(values: set[Any]) -> str:
 
 
 def _of_row(old: Mapping[str, Any], new: Mapping[str, Any], limits: Tolerances) -> Iterator[str]:
-    """The regressions of one row, but for latency."""
+    """Yields the regressions of a row, except those of latency."""
     name, before, after = old["name"], old["drop"], new["drop"]
     growth = after["points"] - before["points"]
     noise = math.hypot(after["points"] - after["low"], before["high"] - before["points"])
     if growth > limits.drop and growth > noise:
         yield (
-            f"{name}: top-1 drops by {after['points']:+.2f} points against the reference, and by "
-            f"{before['points']:+.2f} before: {growth:.2f} more, of which chance explains {noise:.2f}"
+            f"{name}: the drop of top-1 is {after['points']:+.2f} points, and was {before['points']:+.2f}: "
+            f"an increase of {growth:.2f} points, with noise of up to {noise:.2f}"
         )
     if new["reference"] and new["top1"]["percent"] < old["top1"]["low"]:
         yield (
-            f"{name}: top-1 is {new['top1']['percent']:.2f}%, and was {old['top1']['percent']:.2f}% (95% interval "
-            f"from {old['top1']['low']:.2f}%)"
+            f"{name}: top-1 is {new['top1']['percent']:.2f}%, and was {old['top1']['percent']:.2f}%: it is below the "
+            f"95% interval, which starts at {old['top1']['low']:.2f}%"
         )
     for kind in ("onnx", "engine"):
         small, large = old[f"{kind}_bytes"], new[f"{kind}_bytes"]
         if small and large and large > small * (1 + limits.size):
-            yield f"{name}: {new[kind]} has {large:,} bytes, and {small:,} before: {large / small - 1:.1%} more"
+            yield f"{name}: {new[kind]} has {large:,} bytes, and had {small:,}: {large / small - 1:.1%} more"
     if old["fused"] and not new["fused"]:
-        yield f"{name}: its attention is not fused any longer"
+        yield f"{name}: its attention is no longer fused"
     for kind, title, limit in (
         ("nll", "negative log-likelihood", limits.nll),
         ("ece", "calibration error", limits.ece),
@@ -144,7 +145,7 @@ def _of_latency(
     after: Mapping[str, Any],
     limit: float,
 ) -> Iterator[str]:
-    """The regressions of one row in latency, of batch size -> p50 over the reference row's."""
+    """Yields the regressions of a row in latency, given batch size -> p50 divided by the reference row's."""
     same = before["device"] == after["device"]
     other = "" if same else f" (on {after['device']}; the baseline on {before['device']})"
     for batch in old.keys() & new.keys():
@@ -166,22 +167,22 @@ def _spread(row: Mapping[str, Any], batch: int) -> float:
 
 
 def _ratios(report: Mapping[str, Any], row: Mapping[str, Any]) -> dict[int, float]:
-    """Batch size -> p50 of a row over the reference row's, where both were timed."""
+    """Returns, by batch size, the p50 of a row divided by the reference row's, if both were timed."""
     references = [each for each in report["rows"] if each["reference"]]
     base = _p50(references[0]) if references else {}
     return {batch: p50 / base[batch] for batch, p50 in _p50(row).items() if base.get(batch)}
 
 
 def compare_markdown(baseline: Mapping[str, Any], report: Report, regressions: list[str]) -> str:
-    """What :func:`find_regressions` found and the figures of both, for a comment on a pull request."""
+    """Returns the regressions and the figures of both reports, for a comment on a pull request."""
     now, batch = report.to_json(), report.constraints.batch
     old = {row["name"]: row for row in baseline["rows"]}
     lines = []
     for row in now["rows"]:
         pairs = zip(_figures(baseline, old.get(row["name"]), batch), _figures(now, row, batch), strict=True)
         lines.append([escape(row["name"]), *(f"{_text(before)} → {_text(after)}" for before, after in pairs)])
-    headings = ("file", "top-1 %", "drop", f"p50, batch {batch}, of the reference's", "MB", "NLL")
-    listed = [f"- {escape(line)}" for line in regressions] or ["Nothing is worse than it may be."]
+    headings = ("file", "top-1 %", "drop", f"p50, batch {batch}, relative to the reference", "MB", "NLL")
+    listed = [f"- {escape(line)}" for line in regressions] or ["No regressions."]
     return "\n".join(["### Compared with the baseline", "", *listed, "", markdown(headings, lines)]) + "\n"
 
 

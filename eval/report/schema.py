@@ -1,7 +1,6 @@
-"""What is measured of every file and engine: the rows of a report, and what they were measured under.
+"""Schema of a report: a row for each file in a runtime, and the conditions of the measurement.
 
-``eval/tradeoff.py`` fills these in, ``eval/report/write_report.py`` draws them, and ``report.json`` holds them as they
-stand here.
+``eval/tradeoff.py`` fills it in, ``eval/report/write_report.py`` renders it, and ``report.json`` holds these fields.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from eval.benchmark.latency import Latency
-from eval.metrics.accuracy_change import Change, Share
-from eval.metrics.accuracy_drop import Drop
-from eval.metrics.calibration import Reliability
+from eval.metrics.measured import Measured
+from eval.metrics.paired import Drop
 from illama.errors import UserError
 from illama.options import Constraints
 
@@ -26,11 +24,13 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class FlippedImage:
-    """An image whose top-1 class is another than the reference row's.
+    """An image whose predicted class differs from the reference row's.
 
     Attributes:
         image: index in the test split.
-        label, before, after: class of the image, as the reference row names it, and as this row does; indices.
+        label: index of its class.
+        before: index of the class that the reference row predicts.
+        after: index of the class that this row predicts.
     """
 
     image: int
@@ -40,45 +40,27 @@ class FlippedImage:
 
 
 @dataclass(kw_only=True)
-class Measured:
-    """What the predictions of one model say.
-
-    Attributes:
-        images: how many test images they cover.
-        change: from the reference model; None for that one itself.
-        reliability: of the probabilities as they come out.
-        temperature: fitted on calibration images; None where none was.
-        scaled: reliability with the logits divided by it.
-    """
-
-    images: int
-    top1: Share
-    top5: Share
-    change: Change | None = None
-    reliability: Reliability
-    temperature: float | None = None
-    scaled: Reliability | None = None
-
-
-@dataclass(kw_only=True)
 class Row(Measured):
-    """One deployable file in one runtime, and what was measured of it.
+    """A deployable file in a runtime, with its measurements.
 
     Attributes:
-        name: unlike any other row's, such as "int8, OpenVINO, CPU (bf16)".
-        scheme: number format: fp32, fp16 or a quantization scheme.
-        runtime: what the file is for, in words.
-        runtime_id: the same, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
-        evaluated_with: what computed the logits that the accuracies come from.
+        name: unique name, such as "int8, OpenVINO, CPU (bf16)".
+        scheme: fp32, fp16 or a quantization scheme.
+        runtime: title of the runtime that the file is for.
+        runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
+        evaluated_with: runtime that computed the logits, with version, device and precision.
         drop: points of top-1 lost against the reference row on the same images.
-        flipped: some of the images whose class changes, to be looked at.
-        onnx, engine: paths, relative to the report where they lie beside it; None where there is no such file.
-        sha256: path of each of these files -> its hash.
-        fused: False for an engine whose attention may be in pieces.
-        reference: the row that drops are against.
-        latency: one for each batch size; empty where the runtime could not run here, or only emulates the format.
-        device: what it was timed on; None where it was not.
-        note: why something is missing.
+        flipped: some of the images whose predicted class changes.
+        onnx: path of the ONNX file, or of PyTorch's weights, relative to the report.
+        onnx_bytes: its size.
+        engine: path of the TensorRT engine, relative to the report; None if there is none.
+        engine_bytes: its size.
+        sha256: path of each of these files -> its SHA-256.
+        fused: whether attention is fused in an engine; True for other files.
+        reference: whether it is the row that drops are measured against.
+        latency: latency at each batch size; empty if the file was not timed.
+        device: device that it was timed on; None if it was not timed.
+        note: why a measurement is missing.
     """
 
     name: str
@@ -101,21 +83,22 @@ class Row(Measured):
 
     @property
     def megabytes(self) -> float:
-        """Of the file that is deployed: the engine if there is one, else the ONNX file; 10^6 bytes."""
+        """Size of the deployed file, the engine if there is one and else the ONNX file, in 10^6 bytes."""
         return (self.engine_bytes or self.onnx_bytes) / 1e6
 
     def at(self, batch: int) -> Latency | None:
-        """The latency at a batch size, if it was measured."""
+        """Returns the latency at a batch size; None if it was not measured."""
         return next((each for each in self.latency if each.batch == batch), None)
 
 
 @dataclass(frozen=True)
 class OtherResult:
-    """Tables of another command that belong into the same report.
+    """Results of another command, shown in the same report.
 
     Attributes:
-        source: the file they were read from.
-        command, machine: that made them; empty where the file does not say.
+        source: path of the results.
+        command: command that wrote them.
+        machine: machine that it ran on; empty if the results do not say.
         markdown: the tables.
     """
 
@@ -128,14 +111,15 @@ class OtherResult:
 
 @dataclass
 class Report:
-    """All that ``report.html`` shows and ``report.json`` holds.
+    """Everything that ``report.html`` shows and ``report.json`` holds.
 
     Attributes:
-        classes: names, in the order of the logits.
-        conditions: under what the latencies were taken, such as threads, rounds, temperatures and clocks.
-        layers: what each scheme did, in rows of layer, weight, input.
-        seconds: of the steps, without Python's imports.
-        not_run: what was not measured, and why.
+        classes: names of the classes, in the order of the logits.
+        conditions: conditions of the latency measurement, such as threads, rounds, temperatures and clocks.
+        seconds: step -> its duration, without Python's imports.
+        not_run: messages about what was not measured, and why.
+        layers: scheme -> rows of layer, format of its weight, format of its input.
+        others: results of other commands.
     """
 
     rows: list[Row]
@@ -155,7 +139,7 @@ class Report:
     others: list[OtherResult] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as ``report.json`` holds it."""
+        """Returns the contents of ``report.json``."""
         content = {"schema_version": SCHEMA_VERSION, **plain(asdict(self))}
         for row, written in zip(self.rows, content["rows"], strict=True):
             for latency, figures in zip(row.latency, written["latency"], strict=True):
@@ -164,7 +148,7 @@ class Report:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with lists in place of arrays and tuples."""
+    """Returns ``value`` with lists instead of arrays and tuples."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -173,16 +157,16 @@ def plain(value: Any) -> Any:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The contents of a ``report.json``.
+    """Reads a ``report.json``.
 
     Raises:
-        UserError: if there is none, or one of another schema.
+        UserError: it cannot be read, or has another schema version.
     """
     try:
         content = json.loads(path.read_text())
         version = content["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no report.json of python eval/tradeoff.py: {error}") from error
+        raise UserError(f"{path} is not a report.json of eval/tradeoff.py ({error}): give another file") from error
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema {version}, and this reads {SCHEMA_VERSION}: make it again")
+        raise UserError(f"{path} has schema version {version}, not {SCHEMA_VERSION}: run python eval/tradeoff.py again")
     return content

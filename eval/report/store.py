@@ -1,4 +1,4 @@
-"""Results on disk: a table to read, and the figures with what made them."""
+"""Results of a command on disk: a Markdown table, and the figures in JSON with the command, machine and versions."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from illama.bundle import command_line, package_versions
 from illama.errors import UserError
 from illama.hardware import describe_machine
 
-# What a reader is told of results, by their name or that of their folder.
+# Titles of results in a report, by the name of the results or of their folder.
 _TITLES = {
-    "robustness": "Corrupted images",
-    "out-of-distribution": "Images of another kind",
-    "shape-bias": "Shape or texture",
+    "robustness": "Robustness to corrupted images",
+    "out-of-distribution": "Out-of-distribution detection",
+    "shape-bias": "Shape bias",
     "segmentation": "Segmentation",
-    "sensitivity": "What quantizing each layer alone costs",
+    "sensitivity": "Sensitivity of each layer to quantization",
     "flops": "Operations",
     "roofline": "Predicted latency",
-    "accuracy": "What changes behind a top-1",
+    "accuracy": "Accuracy, changes and calibration",
 }
 
 
 def write_results(folder: Path, name: str, content: Mapping[str, Any], table: str) -> None:
-    """Print a Markdown table, and write it and ``content`` with the command, machine and versions beside it."""
+    """Prints a Markdown table, and writes it and ``content``, with the command, machine and versions, into a folder."""
     make_out(folder)
     facts = {"command": command_line(), "machine": describe_machine(), "versions": package_versions()}
     for suffix, text in ((".json", json.dumps({**content, **facts}, indent=2) + "\n"), (".md", f"{table.rstrip()}\n")):
@@ -37,10 +37,10 @@ def write_results(folder: Path, name: str, content: Mapping[str, Any], table: st
 
 
 def read_results(folder: Path) -> list[OtherResult]:
-    """Every result that :func:`write_results` or python quant/sensitivity.py wrote into a folder, by their names.
+    """Reads all results that :func:`write_results` or python quant/sensitivity.py wrote into a folder, by name.
 
     Raises:
-        UserError: there is none, or one that is damaged.
+        UserError: there are no results, or some are damaged.
     """
     pairs = [(path, path.with_suffix(".json")) for path in sorted(folder.glob("*.md"))]
     results = []
@@ -48,12 +48,12 @@ def read_results(folder: Path) -> list[OtherResult]:
         try:
             facts = json.loads(figures.read_text())
             command, machine, text = facts["command"], facts.get("machine", {}), table.read_text()
-        except FileNotFoundError:  # a text beside the results
+        except FileNotFoundError:  # a Markdown file that is not a result
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{figures} is no result of a command in eval/: make it again") from error
+            raise UserError(f"{figures} is damaged: run the command that wrote it again") from error
         title = _TITLES.get(table.stem) or _TITLES.get(folder.resolve().name) or table.stem.replace("-", " ")
         results.append(OtherResult(title, str(table), command, machine, text))
     if not results:
-        raise UserError(f"{folder} holds no results: a NAME.md with its NAME.json, as python eval/robustness.py writes")
+        raise UserError(f"{folder} holds no results: give a folder with NAME.md and NAME.json, such as runs/robustness")
     return results

@@ -1,4 +1,4 @@
-"""The table of accuracy against latency, cell by cell: what a page shows and sorts, and a terminal prints."""
+"""The table of accuracy and latency: its cells, for the HTML page and for Markdown."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from eval.report.schema import Report, Row
 
 MISSING = "-"
+PARETO = "Pareto"  # heading: whether the row is Pareto-optimal
 HEADINGS = ("scheme", "runs in", "top-1 %", "drop (95% interval)", "file MB", "engine MB", "p50 ms", "p99 ms")
-TIMED = ("p50 ms", "p99 ms", "speed", "front")  # those that are of one batch size
+TIMED = ("p50 ms", "p99 ms", "speed", PARETO)  # columns that depend on the batch size
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure as text, and what it is sorted by; None where it was not measured."""
+    """Text of a cell, and the value it is sorted by; None if it was not measured."""
 
     text: str
     value: float | str | None
 
 
 def cells(row: Row, batch: int) -> dict[str, Cell]:
-    """A row under each of ``HEADINGS``, with latencies at ``batch`` images; a dash stands for what was not measured."""
+    """Returns the cells of a row under ``HEADINGS``, with latencies at ``batch``; a dash if not measured."""
     latency = row.at(batch)
     drop = "reference" if row.reference else str(row.drop)
     runtime = row.runtime if row.fused else f"{row.runtime}, unfused"
@@ -38,33 +39,34 @@ def cells(row: Row, batch: int) -> dict[str, Cell]:
     }
 
 
-def timed_cells(row: Row, batch: int, reference: Row | None, front: Collection[str]) -> dict[str, Cell]:
-    """The cells under ``TIMED``: speed is the reference row's p50 over this one's, where both were timed."""
+def timed_cells(row: Row, batch: int, reference: Row | None, pareto: Collection[str]) -> dict[str, Cell]:
+    """Returns the cells of a row under ``TIMED``; speed is the reference row's p50 divided by this row's.
+
+    Args:
+        pareto: names of the Pareto-optimal rows at ``batch``.
+    """
     latency, base = row.at(batch), reference.at(batch) if reference else None
     speed = base.p50 / latency.p50 if base and latency else None
-    of_all = cells(row, batch)
+    all_cells = cells(row, batch)
+    optimal = float(row.name in pareto) if row.latency else None
     return {
-        "p50 ms": of_all["p50 ms"],
-        "p99 ms": of_all["p99 ms"],
+        "p50 ms": all_cells["p50 ms"],
+        "p99 ms": all_cells["p99 ms"],
         "speed": Cell(f"{speed:.2f}×" if speed else MISSING, speed),  # noqa: RUF001
-        "front": Cell("yes" if row.name in front else "no" if latency else MISSING, _rank(row, front)),
+        PARETO: Cell("yes" if row.name in pareto else "no" if latency else MISSING, optimal),
     }
-
-
-def _rank(row: Row, front: Collection[str]) -> float | None:
-    return float(row.name in front) if row.latency else None
 
 
 def _number(value: float | None) -> Cell:
     return Cell(MISSING if value is None else f"{value:.2f}", value)
 
 
-def markdown_table(rows: Sequence[Row], batch: int = 1, front: Collection[str] = ()) -> str:
-    """The table in Markdown, its columns aligned so that it reads well on a terminal too; rows of ``front`` in bold."""
+def markdown_table(rows: Sequence[Row], batch: int = 1, pareto: Collection[str] = ()) -> str:
+    """Returns the table in Markdown, with aligned columns for terminals; rows named in ``pareto`` are bold."""
     lines = [list(HEADINGS)]
     for row in rows:
         texts = [escape(cell.text) for cell in cells(row, batch).values()]
-        lines.append([f"**{texts[0]}**" if row.name in front else texts[0], *texts[1:]])
+        lines.append([f"**{texts[0]}**" if row.name in pareto else texts[0], *texts[1:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     aligned = [
         "| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) + " |" for line in lines
@@ -74,12 +76,12 @@ def markdown_table(rows: Sequence[Row], batch: int = 1, front: Collection[str] =
 
 
 def escape(text: str) -> str:
-    """``text`` in one line, without a meaning to Markdown."""
+    """Returns ``text`` in one line, with Markdown's special characters escaped."""
     return re.sub(r"([\\|<`*\[])", r"\\\1", " ".join(text.split()))
 
 
 def not_measured(report: Report) -> list[str]:
-    """What was not measured and why: of the whole run, and of rows, those with one reason together."""
+    """Returns what was not measured, and why; rows with the same reason share a message."""
     names: dict[str, list[str]] = {}
     for row in report.rows:
         if row.note:

@@ -1,4 +1,4 @@
-"""Small pictures of a data set's images, to stand in a page."""
+"""Thumbnails of a data set's images, for the HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIDE = 96  # pixels
 
 
 def draw_thumbnails(split: Dataset[Sample], indices: Iterable[int], side: int = SIDE) -> dict[int, str]:
-    """Index -> its image as a data URI: JPEG, or PNG where it is no larger than a thumbnail already."""
+    """Returns, by index, the image as a data URI: JPEG, or PNG if it is no larger than a thumbnail."""
     return {index: _data_uri(split[index][0], side) for index in sorted(set(indices))}
 
 

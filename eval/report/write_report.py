@@ -1,4 +1,4 @@
-"""A report on disk: a page, a summary for pull requests, plots, and the figures for scripts. It only draws."""
+"""Writes a report: an HTML page, a summary in Markdown, plots, and the figures in JSON."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FILES = (SUMMARY, FIGURES, PAGE, MARKDOWN, TRADEOFF, RELIABILITY)
 
 
 def write_report(report: Report, folder: Path, thumbnails: Mapping[int, str] | None = None) -> None:
-    """Write each of ``FILES`` into an existing folder.
+    """Writes each of ``FILES`` into an existing folder.
 
     Args:
-        thumbnails: data URIs (PNG or JPEG) of the images that flip, by their index in the test split.
+        thumbnails: data URIs (PNG or JPEG) of flipped images, by their index in the test split.
 
     Raises:
-        ValueError: for a report without rows, and for a thumbnail that is no such URI.
+        ValueError: the report has no rows, or a thumbnail is not such a URI.
     """
     picture = draw_tradeoff(report)
     contents = {
@@ -68,12 +68,12 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """What ``summary.json`` holds: the table alone, in a form that stays for scripts to read."""
-    rows = [_summarise(row, report.constraints.batch) for row in report.rows]
+    """Returns the contents of ``summary.json``: the table alone, in a stable form for scripts."""
+    rows = [_summarize(row, report.constraints.batch) for row in report.rows]
     return {"rows": rows, "machine": report.machine, "versions": report.versions}
 
 
-def _summarise(row: Row, batch: int) -> dict[str, Any]:
+def _summarize(row: Row, batch: int) -> dict[str, Any]:
     latency = row.at(batch)
     return {
         "scheme": row.scheme,
@@ -92,7 +92,7 @@ def _summarise(row: Row, batch: int) -> dict[str, Any]:
 
 
 def is_result(folder: Path) -> bool:
-    """Whether a folder holds what :func:`write_report` and the bundles of its rows put there, and nothing else."""
+    """Returns whether a folder holds only the files of :func:`write_report` and the bundles of its rows."""
     try:
         rows = json.loads((folder / SUMMARY).read_text())["rows"]
         ours = {*FILES, *(Path(row["onnx"]).parts[0] for row in rows)}
@@ -102,18 +102,18 @@ def is_result(folder: Path) -> bool:
 
 
 def markdown_summary(report: Report) -> str:
-    """What was found, short enough for a comment on a pull request."""
+    """Returns a summary, short enough for a comment on a pull request."""
     batch, images = report.constraints.batch, report.rows[0].images
-    on_front = pareto_front(report.rows, batch)
+    pareto = pareto_front(report.rows, batch)
     devices = ", ".join(dict.fromkeys(row.device for row in report.rows if row.at(batch) and row.device))
     lines = [
         f"**{escape(choose(report.rows, report.constraints).sentence)}**",
         "",
-        markdown_table(report.rows, batch, on_front),
+        markdown_table(report.rows, batch, pareto),
         "",
         f"{escape(report.checkpoint)} on {escape(report.data)}: {images:,} test images"
         + (f"; latency of one call at batch {batch}, on {escape(devices)}." if devices else ".")
-        + (" Bold: no other file is both at least as fast and at least as accurate." if on_front else ""),
+        + (" Bold: on the Pareto front." if pareto else ""),
     ]
     if reasons := not_measured(report):
         lines += ["", "Not measured:", "", *(f"- {escape(reason)}" for reason in reasons)]

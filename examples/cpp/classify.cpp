@@ -1,8 +1,8 @@
-// One image through a TensorRT engine: classify ENGINE LABELS IMAGE.ppm
+// Classifies one image with a TensorRT engine: classify ENGINE LABELS IMAGE.ppm
 //
-// Prints the five most probable classes. The engine's own input decides what it is given: float32 (B, C, H, W),
-// normalised here, or uint8 (B, H, W, C), a camera's frame as it is, normalised inside the engine. Source for
-// TensorRT 10 and 11 and for TensorRT for RTX, whose C++ interfaces are the same in all that is used here.
+// Prints the five most probable classes. The engine's input is either float32 (B, C, H, W), which this program
+// normalizes, or uint8 (B, H, W, C), a camera frame that the engine normalizes itself. The source compiles with
+// TensorRT 10 and 11 and with TensorRT for RTX; it uses only what their C++ interfaces have in common.
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
@@ -22,14 +22,14 @@ using nvinfer1::TensorIOMode;
 constexpr const char* kInput = "images";
 constexpr const char* kOutput = "logits";
 
-// Keeps the first thing that went wrong, for the one line that is printed when a call fails. Any thread may log.
+// Stores the first error, which is printed when a call fails. Any thread may log.
 class Logger : public nvinfer1::ILogger {
 public:
     void log(Severity severity, const char* message) noexcept override {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (severity <= Severity::kERROR && reason_.empty()) reason_ = message;
     }
-    std::string reason() const { return reason_.empty() ? "it gave no reason" : reason_; }
+    std::string reason() const { return reason_.empty() ? "no reason given" : reason_; }
 
 private:
     std::mutex mutex_;
@@ -41,12 +41,12 @@ void check(cudaError_t status, const char* what) {
 }
 
 template <typename T>
-std::unique_ptr<T> own(T* made, const char* what, const Logger& logger) {
-    if (!made) fail(std::string(what) + ": " + logger.reason());
-    return std::unique_ptr<T>(made);
+std::unique_ptr<T> own(T* object, const char* what, const Logger& logger) {
+    if (!object) fail(std::string(what) + ": " + logger.reason());
+    return std::unique_ptr<T>(object);
 }
 
-// Memory on the GPU, freed when it leaves its scope.
+// Memory on the GPU, freed by the destructor.
 class DeviceBuffer {
 public:
     explicit DeviceBuffer(std::size_t bytes) { check(cudaMalloc(&data_, bytes), "cannot allocate on the GPU"); }
@@ -65,7 +65,7 @@ std::string text(const Dims& shape) {
     return "(" + sizes + ")";
 }
 
-// The shape that this image has as the engine's input, the batch being 1; -1 in the engine's own shape is any size.
+// Returns the shape of this image as the engine's input, with batch 1. -1 in the engine's shape is any size.
 Dims input_shape(const nvinfer1::ICudaEngine& engine, const Image& image, bool is_frame) {
     const Dims taken = engine.getTensorShape(kInput);
     const Dims given = is_frame ? Dims{4, {1, image.height, image.width, image.channels}}
@@ -73,13 +73,13 @@ Dims input_shape(const nvinfer1::ICudaEngine& engine, const Image& image, bool i
     bool fits = taken.nbDims == 4;
     for (int i = 0; fits && i < 4; ++i) fits = taken.d[i] == -1 || taken.d[i] == given.d[i];
     if (!fits) {
-        fail("the engine takes " + text(taken) + (is_frame ? " (B, H, W, C)" : " (B, C, H, W)") + ", -1 being any, " +
-             "but the image is " + text(given) + ": resize it first, or build another engine");
+        fail("the engine takes " + text(taken) + (is_frame ? " (B, H, W, C)" : " (B, C, H, W)") + " (-1: any size), " +
+             "but the image is " + text(given) + ": resize it, or build another engine");
     }
     return given;
 }
 
-// The logits, one a class. Throws std::runtime_error if the engine, the image and the labels do not fit together.
+// Returns the logits (classes). Throws std::runtime_error if the engine, the image and the labels do not match.
 std::vector<float> infer(nvinfer1::ICudaEngine& engine, const Image& image, const Labels& labels,
                          const Logger& logger) {
     const DataType type = engine.getTensorDataType(kInput);
@@ -87,25 +87,25 @@ std::vector<float> infer(nvinfer1::ICudaEngine& engine, const Image& image, cons
     if (engine.getTensorIOMode(kInput) != TensorIOMode::kINPUT || (type != DataType::kFLOAT && !is_frame) ||
         engine.getTensorIOMode(kOutput) != TensorIOMode::kOUTPUT ||
         engine.getTensorDataType(kOutput) != DataType::kFLOAT) {
-        fail("the engine needs an input `images`, float32 or uint8, and an output `logits`, float32");
+        fail("the engine must have an input `images`, float32 or uint8, and an output `logits`, float32");
     }
-    const auto context = own(engine.createExecutionContext(), "cannot make an execution context", logger);
+    const auto context = own(engine.createExecutionContext(), "cannot create an execution context", logger);
     if (!context->setInputShape(kInput, input_shape(engine, image, is_frame))) {
-        fail("the engine refuses the image's shape: " + logger.reason());
+        fail("the engine rejects the image's shape: " + logger.reason());
     }
     const Dims output = context->getTensorShape(kOutput);
     if (output.nbDims != 2 || output.d[1] != static_cast<std::int64_t>(labels.classes.size())) {
         fail("the engine's output is " + text(output) + ", but there are " + std::to_string(labels.classes.size()) +
-             " labels: they are another network's");
+             " labels: use the labels of this network");
     }
-    const std::vector<float> planes = is_frame ? std::vector<float>() : normalise(image, labels);
+    const std::vector<float> planes = is_frame ? std::vector<float>() : normalize(image, labels);
     const void* source = is_frame ? static_cast<const void*>(image.pixels.data()) : planes.data();
     const std::size_t bytes = is_frame ? image.pixels.size() : planes.size() * sizeof(float);
     std::vector<float> logits(labels.classes.size());
 
     const DeviceBuffer images(bytes), results(logits.size() * sizeof(float));
     cudaStream_t stream = nullptr;
-    check(cudaStreamCreate(&stream), "cannot make a stream");
+    check(cudaStreamCreate(&stream), "cannot create a stream");
     const std::unique_ptr<CUstream_st, cudaError_t (*)(cudaStream_t)> owner(stream, cudaStreamDestroy);
     check(cudaMemcpyAsync(images.data(), source, bytes, cudaMemcpyHostToDevice, stream), "cannot copy the image");
     if (!context->setTensorAddress(kInput, images.data()) || !context->setTensorAddress(kOutput, results.data()) ||

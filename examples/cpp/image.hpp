@@ -1,5 +1,5 @@
-// What classify.cpp does before and after the network: read an image, make it the network's input, rank the classes.
-// The standard library alone, so that it can be tested without a GPU.
+// Preprocessing and postprocessing of classify.cpp: reads an image, normalizes it, and ranks the classes.
+// Uses only the standard library, so that it can be tested without a GPU.
 #pragma once
 
 #include <algorithm>
@@ -17,21 +17,21 @@
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
 
-// A whole file. Throws std::runtime_error if it cannot be read.
+// Returns the content of a file. Throws std::runtime_error if it cannot be read.
 inline std::string read_file(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     std::ostringstream bytes;
-    if (!(bytes << file.rdbuf())) fail("cannot read " + path + ", or it is empty");
+    if (!(bytes << file.rdbuf())) fail("cannot read " + path + ": it is empty or does not exist");
     return bytes.str();
 }
 
-// Pixels 0..255, row by row, channels interleaved: height x width x channels.
+// Pixels from 0 to 255 in the layout (height, width, channels).
 struct Image {
     std::int64_t height, width, channels;
     std::vector<std::uint8_t> pixels;
 };
 
-// A binary PPM (P6, three channels) or PGM (P5, one) of 8 bits. Throws std::runtime_error on anything else.
+// Reads a binary 8-bit PPM (P6, three channels) or PGM (P5, one). Throws std::runtime_error for any other file.
 inline Image read_image(const std::string& path) {
     const std::string bytes = read_file(path);
     std::istringstream in(bytes);
@@ -45,25 +45,25 @@ inline Image read_image(const std::string& path) {
     };
     const std::string kind = bytes.substr(0, 2);
     in.ignore(2);
-    const std::int64_t width = number(), height = number(), largest = number();
-    in.get();  // the one white space before the pixels
-    const std::int64_t channels = kind == "P6" ? 3 : 1, most = 1 << 15;
-    if ((kind != "P6" && kind != "P5") || !in || largest != 255 || width < 1 || height < 1 || width > most ||
-        height > most) {
+    const std::int64_t width = number(), height = number(), max_value = number();
+    in.get();  // the whitespace before the pixels
+    const std::int64_t channels = kind == "P6" ? 3 : 1, max_side = 1 << 15;
+    if ((kind != "P6" && kind != "P5") || !in || max_value != 255 || width < 1 || height < 1 || width > max_side ||
+        height > max_side) {
         fail(path + " is not a binary 8-bit PPM or PGM image");
     }
     const auto start = bytes.begin() + in.tellg();
-    if (bytes.end() - start < height * width * channels) fail(path + " is cut short");
+    if (bytes.end() - start < height * width * channels) fail(path + " is truncated");
     return {height, width, channels, std::vector<std::uint8_t>(start, start + height * width * channels)};
 }
 
-// What the engine's JSON says, as plain text: a line of means, a line of standard deviations, then a class a line.
+// Part of the engine's record as plain text: a line of means, a line of standard deviations, and a line per class.
 struct Labels {
     std::vector<float> mean, deviation;
     std::vector<std::string> classes;
 };
 
-// Throws std::runtime_error if the two lines of numbers are not there.
+// Throws std::runtime_error if the two lines of numbers are missing.
 inline Labels read_labels(const std::string& path) {
     std::istringstream in(read_file(path));
     std::string line;
@@ -80,9 +80,9 @@ inline Labels read_labels(const std::string& path) {
     return labels;
 }
 
-// height x width x channels of 0..255 -> channels x height x width of (value / 255 - mean) / deviation.
-// Throws std::runtime_error if the labels are for another number of channels.
-inline std::vector<float> normalise(const Image& image, const Labels& labels) {
+// Converts (height, width, channels) from 0 to 255 to (channels, height, width), as (value / 255 - mean) / deviation.
+// Throws std::runtime_error if the labels have another number of channels.
+inline std::vector<float> normalize(const Image& image, const Labels& labels) {
     if (static_cast<std::int64_t>(labels.mean.size()) != image.channels) {
         fail("the labels have " + std::to_string(labels.mean.size()) + " mean(s), the image " +
              std::to_string(image.channels) + " channel(s)");
@@ -98,13 +98,13 @@ inline std::vector<float> normalise(const Image& image, const Labels& labels) {
     return planes;
 }
 
-// The most probable classes, best first: (index, probability), by softmax over all logits.
+// Returns (index, probability) of the most probable classes, in descending order, with a softmax over all logits.
 inline std::vector<std::pair<std::size_t, float>> top(const std::vector<float>& logits, std::size_t count) {
-    const float largest = *std::max_element(logits.begin(), logits.end());
+    const float max_logit = *std::max_element(logits.begin(), logits.end());
     std::vector<std::pair<std::size_t, float>> ranked;
     float total = 0;
     for (const float logit : logits) {
-        ranked.emplace_back(ranked.size(), std::exp(logit - largest));
+        ranked.emplace_back(ranked.size(), std::exp(logit - max_logit));
         total += ranked.back().second;
     }
     for (auto& entry : ranked) entry.second /= total;

@@ -23,7 +23,7 @@ from torch import Tensor
 from illama.bundle import MANIFEST, TORCHAO, WEIGHTS, Manifest
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.models.config import ClassToken, ModelConfig
 from illama.models.illama import ILLaMA
 
@@ -46,7 +46,7 @@ class Checkpoint:
         weights: path to the file of the weights.
     """
 
-    model: SoftMasked
+    model: MaskedNetwork
     preprocessing: Preprocessing | None
     classes: tuple[str, ...]
     weights: Path
@@ -94,7 +94,7 @@ def load_checkpoint(path: Path, config: ModelConfig | None = None, image_size: i
     return ILLaMACheckpoint(model.eval(), stored.preprocessing, stored.classes, stored.weights)
 
 
-def load_network(path: Path) -> SoftMasked:
+def load_network(path: Path) -> MaskedNetwork:
     """Loads the network of a bundle or of one of its files, in evaluation mode; also files that ``quant`` wrote.
 
     Raises:
@@ -102,7 +102,7 @@ def load_network(path: Path) -> SoftMasked:
     """
     if path.name in _READERS:
         module, _, function = _READERS[path.name].partition(":")
-        reader: Callable[[Path], SoftMasked] = getattr(importlib.import_module(module), function)
+        reader: Callable[[Path], MaskedNetwork] = getattr(importlib.import_module(module), function)
         return reader(path.parent)
     return load_checkpoint(path.parent if path.name == WEIGHTS else path).model
 

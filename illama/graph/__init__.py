@@ -1,0 +1,1 @@
+"""Reading, running and timing ONNX files."""

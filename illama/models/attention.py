@@ -120,7 +120,7 @@ class MaskedAttention(nn.Module):
         return fused[..., :rows, :]
 
 
-class SoftMasked(nn.Module):
+class MaskedNetwork(nn.Module):
     """Base class of networks with one soft mask for all of their attentions.
 
     Attributes:

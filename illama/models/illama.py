@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from illama.models.attention import AttentionMask, MaskedAttention, SoftMasked
+from illama.models.attention import AttentionMask, MaskedAttention, MaskedNetwork
 from illama.models.config import ModelConfig
 from illama.models.norms import make_norm
 
@@ -128,7 +128,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
-class ILLaMA(SoftMasked):
+class ILLaMA(MaskedNetwork):
     """The whole network: float images (B, C, H, W) to logits (B, num_classes).
 
     Attributes:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from illama.errors import UserError
-from illama.models.attention import AttentionMask, MaskedAttention, SoftMasked
+from illama.models.attention import AttentionMask, MaskedAttention, MaskedNetwork
 from illama.models.config import MaskKind, TimmConfig
 from illama.models.norms import widened
 
@@ -59,7 +59,7 @@ def to_quantizable(vit: VisionTransformer) -> CausalVisionTransformer:
     return CausalVisionTransformer(copy.deepcopy(vit), "bidirectional")
 
 
-class CausalVisionTransformer(SoftMasked):
+class CausalVisionTransformer(MaskedNetwork):
     """A timm ViT with this project's attention: float images (B, C, H, W) to the output of the original's head.
 
     Under a causal mask, the blocks get the patches in raster order, then the registers (or the distillation token),
@@ -75,7 +75,7 @@ class CausalVisionTransformer(SoftMasked):
             normalization, and :class:`LatentPool` a latent attention pooling.
         config: the original configuration; timm's methods on ``vit`` do not change it.
         mask: ``post_softmax``, ``pre_softmax``, or ``bidirectional`` for timm's network unchanged.
-        soft_mask: alpha, see :class:`illama.models.attention.SoftMasked`. It is not saved; a new network has 0.
+        soft_mask: alpha, see :class:`illama.models.attention.MaskedNetwork`. It is not saved; a new network has 0.
     """
 
     config: TimmConfig

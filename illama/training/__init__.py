@@ -1,0 +1,1 @@
+"""Recipes, schedules, the trainer and its processes."""

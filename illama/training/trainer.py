@@ -26,7 +26,7 @@ from illama.data.augmentation import Augmented, MicroBatches, make_mixup, traini
 from illama.data.datasets import ImageData, Preprocessing, Sample
 from illama.errors import UserError
 from illama.inference import predict, torch_infer
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.randomness import isolated_randomness
 from illama.training.distributed import Processes, gradient_sync
 from illama.training.log import Log
@@ -41,7 +41,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images (B, C, H, W), logits (B, classes) float32, targets (B, classes)) -> scalar."""
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(images (B, C, H, W), labels) of a micro-batch -> (images for the network, targets for the loss)."""
-Groups = Callable[[TrainingOptions, SoftMasked], list[dict[str, Any]]]
+Groups = Callable[[TrainingOptions, MaskedNetwork], list[dict[str, Any]]]
 """(recipe, network) -> the optimizer's parameter groups."""
 
 
@@ -50,7 +50,7 @@ def label_loss(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets)
 
 
-def parameter_groups(recipe: TrainingOptions, model: SoftMasked) -> list[dict[str, Any]]:
+def parameter_groups(recipe: TrainingOptions, model: MaskedNetwork) -> list[dict[str, Any]]:
     """Returns timm's parameter groups: no weight decay of norms, biases, position embedding and class token.
 
     The learning rate of a group is the schedule's times its ``lr_scale``, which is ``layer_decay`` to the power of the
@@ -91,7 +91,7 @@ class Run:
     recipe: TrainingOptions
     data: ImageData
     preprocessing: Preprocessing
-    model: SoftMasked
+    model: MaskedNetwork
     processes: Processes
     images: Dataset[Sample] = field(init=False)
     validation: Dataset[Sample] = field(init=False)
@@ -138,9 +138,9 @@ class Run:
         return evaluate(self, split)
 
     @property
-    def kept(self) -> SoftMasked:
+    def kept(self) -> MaskedNetwork:
         """The network to evaluate and write to the bundle: the moving average if there is one, else the model."""
-        return cast(SoftMasked, self.average.module) if self.average else self.model
+        return cast(MaskedNetwork, self.average.module) if self.average else self.model
 
     @property
     def checkpoint(self) -> Path:
@@ -205,7 +205,7 @@ class Run:
 
 
 def make_optimizer(
-    recipe: TrainingOptions, model: SoftMasked, groups: Groups = parameter_groups
+    recipe: TrainingOptions, model: MaskedNetwork, groups: Groups = parameter_groups
 ) -> torch.optim.Optimizer:
     """Returns timm's optimizer of the recipe's name; raises UserError if there is none."""
     fused: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" and not recipe.sharded else {}

@@ -1,0 +1,1 @@
+"""ONNX graphs and bundles of quantized networks, and their comparison with PyTorch."""

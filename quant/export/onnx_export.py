@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import json
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -24,13 +22,14 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
-from illama.models.attention import Form, MaskedAttention, SoftMasked
+from illama.models.attention import Form, MaskedAttention, MaskedNetwork
+from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
 from quant.quantizers.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize, quantizers
 from quant.schemes.formats import FORMATS
 
 OPSET = 23
-# ONNX's type of a number format; it has none of 6 bits.
+# Number format -> ONNX type; 6-bit formats use 8 bits.
 _TYPES = {
     "int8": onnx.TensorProto.INT8,
     "uint8": onnx.TensorProto.UINT8,
@@ -40,8 +39,8 @@ _TYPES = {
     "uint4": onnx.TensorProto.UINT4,
     "fp8": onnx.TensorProto.FLOAT8E4M3FN,
 }
-# Of onnxscript's 45 the ones that a transformer can meet. One of the others, which turns pairs of Slices into a
-# Split, takes time that grows with the square of the network: half of the whole export for 12 blocks.
+# Those of onnxscript's 45 rules that apply to a transformer. One of the others, which turns pairs of Slices into a
+# Split, takes time quadratic in the size of the network: half of the export for 12 blocks.
 _RULES = (
     rules.materialize_reshape_shape_rule,
     rules.squeeze_reshape_1d_rule,
@@ -60,30 +59,27 @@ _RULES = (
 )
 
 
-def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
+def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
+    """Exports ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
 
     Args:
         form: ``plain`` for CPUs, ``fused`` (one Attention operator per block) for TensorRT.
-        dtype: float16 computes everything but the normalisations in half precision, as TensorRT's fused
-            attention demands; inputs and outputs stay float32.
+        dtype: float16 computes everything except normalisations in half precision, as TensorRT's fused attention
+            demands; inputs and outputs stay float32.
     """
     model = copy.deepcopy(model).eval()
     if form == "plain":
         pair_halves(model)
-    notes = softmax_outputs(model) if form == "fused" else {}
+    notes = softmax_scales(model) if form == "fused" else {}
     network = _Casting(model, dtype, fold_zero_points=form == "fused")
     network.model.set_attention_form(form)
     dtypes = {quantizer.dtype.name for _, quantizer in quantizers(network)}
     config = model.config
     images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with quiet("torch.onnx"), torch.no_grad():
         traced = torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch")},))
-        lower(traced)
         program = torch.onnx.export(
-            traced,
+            lower(traced),
             dynamo=True,
             opset_version=OPSET,
             optimize=False,
@@ -100,10 +96,11 @@ def export_onnx(model: SoftMasked, path: Path, form: Form, dtype: torch.dtype = 
     onnx.checker.check_model(path, full_check=True)
 
 
-def softmax_outputs(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Attention -> the signed format and scale of its softmax output, for TensorRT, where a scheme rounds it.
+def softmax_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns attention -> signed format and scale of its softmax output, wherever a scheme quantizes it.
 
-    ONNX's Attention computes it inside and has no place for a Q/DQ, so whoever builds an engine sets this by hand.
+    ONNX's Attention operator computes the softmax inside, where no Q/DQ can be inserted. The engine builder sets this
+    scale through TensorRT's API.
     """
     found = {}
     for name, module in model.named_modules():
@@ -115,12 +112,12 @@ def softmax_outputs(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 class _Casting(nn.Module):
-    """A network in another precision behind float32 inputs and outputs."""
+    """A network in another precision, with float32 inputs and outputs."""
 
-    def __init__(self, model: SoftMasked, dtype: torch.dtype, fold_zero_points: bool) -> None:
+    def __init__(self, model: MaskedNetwork, dtype: torch.dtype, fold_zero_points: bool) -> None:
         super().__init__()
         freeze(model, fold_zero_points)
-        # Not model.to(dtype): that would turn the 8-bit floating-point weights into wide ones too.
+        # Not model.to(dtype), which would also convert the 8-bit floating-point weights.
         self.model = model._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)  # type: ignore[no-untyped-call]
         self.dtype = dtype
 
@@ -128,23 +125,39 @@ class _Casting(nn.Module):
         return self.model(images.to(self.dtype)).to(torch.float32)
 
 
-def lower(program: ExportedProgram) -> None:
-    """Replace the operators that torch.onnx cannot translate by ones that it can, in place.
+class _LoweredProgram(ExportedProgram):
+    """An exported program that is not traced again if nothing in it has to be decomposed."""
 
-    For their sake it would have the whole network traced a second time (``run_decompositions``), which takes longer
-    than all the rest. A network with others than those known here still gets that.
+    def run_decompositions(
+        self, decomp_table: dict[Any, Any] | None = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
+        """Returns the program itself if the table has none of its operators and none of them mutates its inputs."""
+        targets = [node.target for node in self.graph.nodes if node.op == "call_function"]
+        if decomp_table is None or any(target in decomp_table or _mutates(target) for target in targets):
+            return super().run_decompositions(decomp_table, decompose_custom_triton_ops)
+        return self
+
+
+def lower(program: ExportedProgram) -> ExportedProgram:
+    """Returns ``program``, which is changed, with operators that torch.onnx can translate in place of others.
+
+    torch.onnx decomposes the others by tracing the whole network again, which takes longer than the rest of the
+    export. It still does so for a network with operators that are not known here.
     """
     for node in list(program.graph.nodes):
         _lower(node)
     program.graph.eliminate_dead_code()
-    decompose = program.run_decompositions
-
-    def run_decompositions(table: dict[Any, Any]) -> ExportedProgram:
-        targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
-        done = not any(target in table or _mutates(target) for target in targets)
-        return program if done else decompose(table)
-
-    program.run_decompositions = run_decompositions  # type: ignore[method-assign, assignment]
+    return _LoweredProgram(
+        program.graph_module,
+        program.graph,
+        program.graph_signature,
+        program.state_dict,
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def _mutates(target: Any) -> bool:
@@ -152,7 +165,7 @@ def _mutates(target: Any) -> bool:
 
 
 def _lower(node: fx.Node) -> None:
-    """Replace one node, if it is one of those and has nothing unusual; shapes are known but for the batch."""
+    """Replaces one node if its operator and arguments are known; all sizes except the batch are constants."""
     aten = torch.ops.aten
     if node.target in (aten.flatten.using_ints, aten.unflatten.int):
         shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
@@ -174,11 +187,11 @@ def _lower(node: fx.Node) -> None:
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """Name every layer's nodes by the layer, fold every constant but Q/DQ, and drop the exporter's own notes."""
+    """Names nodes by layer, folds all constants except Q/DQ, and removes the exporter's metadata; in place."""
     name_by_layer(model)
     limit = 2**40
     passes.InlinePass()(model)
-    for _ in range(2):  # what the rules leave behind can be folded again
+    for _ in range(2):  # the rules can produce constants to fold
         fold_constants(model, onnx_shape_inference=True, input_size_limit=limit, output_size_limit=limit)
         rewrite(model, _RULES)
     ir.passes.Sequential(
@@ -196,10 +209,10 @@ def simplify(model: ir.Model) -> ir.Model:
 
 
 def name_by_layer(model: ir.Model) -> None:
-    """Name nodes, and the values that layers give, by the network's modules, as far as they do not share them.
+    """Names nodes and values by the network's modules, in place. A value of several modules is named by the innermost.
 
-    A node becomes ``blocks.0.attn.qkv/MatMul``; what the module gives becomes ``blocks.0.attn.qkv``, and what it
-    multiplies ``blocks.0.attn.qkv.input``. So engines, profiles and :mod:`quant.debug_layers` speak of layers.
+    A node becomes ``blocks.0.attn.qkv/MatMul``, the module's output ``blocks.0.attn.qkv``, and its quantized input
+    ``blocks.0.attn.qkv.input``. Engines, profiles and :mod:`quant.debug_layers` show these names.
     """
     results: dict[str, ir.Value] = {}
     counts: Counter[str] = Counter()
@@ -218,20 +231,20 @@ def name_by_layer(model: ir.Model) -> None:
 
 
 def translations(form: Form, dtypes: Collection[str] = ()) -> dict[Any, Any]:
-    """What our two operators are in ONNX; activations only, since weights are dequantized and nothing else.
+    """Returns the translations of our custom operators to ONNX, for torch.onnx.export.
 
     Args:
-        dtypes: names of the quantized dtypes in the network.
+        dtypes: names of the dtypes of quantized activations in the network.
     """
 
     def to_onnx_quantize_dequantize(x: Any, scale: Any, dtype: str, zero_point: int = 0) -> Any:
         limits, kind = FORMATS[dtype], _TYPES[dtype]
-        if limits.bits == 6:  # saturated by hand, for its type does not
+        if limits.bits == 6:  # the 8-bit type does not saturate at 6 bits
             ends: list[Any] = [op.Constant(value_float=end - zero_point) for end in (limits.low, limits.high)]
             x = op.Clip(x, *(op.Mul(scale, op.CastLike(end, scale)) for end in ends))
         if form == "plain" and kind == onnx.TensorProto.INT8:
-            # The same numbers in the type that the products of x86 CPUs take on the left; left to itself,
-            # ONNX Runtime converts some of them and runs the others several times slower.
+            # The same values as uint8, which integer products on x86 CPUs take as their left operand. ONNX Runtime
+            # converts only some int8 operands by itself, and runs the others several times slower.
             kind, zero_point = onnx.TensorProto.UINT8, 128
         zero: Any = op.Constant(value=onnx.helper.make_tensor(f"zero_{dtype}", kind, [], [zero_point]))
         quantized: Any = op.QuantizeLinear(x, scale, zero)
@@ -255,7 +268,7 @@ def translations(form: Form, dtypes: Collection[str] = ()) -> dict[Any, Any]:
         dequantize._opoverload: to_onnx_dequantize,
     }
     if form == "plain" and "fp8" in dtypes:
-        # A Relu before a QuantizeLinear of zero point 0 is one that ONNX Runtime takes out, since bytes have no sign;
-        # FP8 has.
+        # ONNX Runtime removes a Relu before a QuantizeLinear with zero point 0. This is right for unsigned integers
+        # only, and FP8 is signed: Max is kept.
         table[torch.ops.aten.relu.default] = to_onnx_relu
     return table

@@ -1,4 +1,4 @@
-"""RoPE as ONNX's own operator, for CPUs."""
+"""RoPE as ONNX's RotaryEmbedding operator, for CPUs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from quant.quantizers.layers import QuantizedLinear
 
 @torch.library.custom_op("illama::rotary_embedding", mutates_args=())
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """The pairs (x[i], x[i + d / 2]) of (B, H, N, d), rotated by the angles whose cosines and sines are (N, d / 2).
+    """Rotates the pairs (x[i], x[i + d / 2]) of (B, H, N, d) by angles with cosines and sines (N, d / 2).
 
-    ``positions`` (B, N), which ONNX's operator wants besides, are rows of these tables; here all 0..N-1.
+    ``positions`` (B, N) are the rows of these tables that ONNX's operator uses, here always 0..N-1.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -25,7 +25,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 
 
 class HalvesRotary(Rotary):
-    """The rotation of heads whose dimensions are in another order: even ones first, then odd ones."""
+    """RoPE for heads whose dimensions are reordered: even ones first, then odd ones."""
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         cos, sin = rotation.to(x.dtype)
@@ -34,15 +34,15 @@ class HalvesRotary(Rotary):
 
 
 def pair_halves(model: nn.Module) -> None:
-    """Rotate by one operator, and in the layout that runtimes have kernels for; in place, and not undone.
+    """Replaces the rotation by one operator, in the layout that runtimes have kernels for. In place, not undone.
 
         before   qkv, Split, Reshape, Transpose, [Split, 2 Squeeze, 4 Mul, Sub, Add, 2 Unsqueeze, Concat, 2 Reshape]
         after    qkv', Split, Reshape, Transpose, RotaryEmbedding
 
     The released weights rotate interleaved pairs. qkv' has the outputs of each head of q and k in the order 0, 2, 4,
-    ..., 1, 3, 5, ..., so that the pairs are an element of the first and one of the second half. Scores are sums over
-    a head's dimensions, so they stay what they were, and so does all behind them. A quantized layer keeps its
-    integers, in the new order.
+    ..., 1, 3, 5, ..., so that a pair is an element of the first and one of the second half. Scores are sums over a
+    head's dimensions, so they and the network's outputs do not change. A quantized layer keeps its integers, in the
+    new order.
     """
     for module in model.modules():
         if isinstance(module, Attention):
@@ -51,7 +51,7 @@ def pair_halves(model: nn.Module) -> None:
 
 
 def _halves(attention: Attention) -> Tensor:
-    """Indices into the outputs of ``qkv``: even, then odd, within each head of q and of k; v as it is."""
+    """Returns indices into the outputs of ``qkv``: even, then odd, in each head of q and of k; v in order."""
     outputs = torch.arange(3 * attention.width)
     heads = outputs[: 2 * attention.width].reshape(2 * attention.heads, -1)
     return torch.cat([torch.cat([heads[:, ::2], heads[:, 1::2]], dim=1).flatten(), outputs[2 * attention.width :]])

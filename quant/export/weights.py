@@ -1,11 +1,11 @@
-"""A quantized network in a file: its float weights and its scales, with the scheme that says what they are."""
+"""Files of quantized networks: float weights, scales, and the scheme in the metadata."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,14 +19,14 @@ from quant.quantizers.calibrate import quantize_layers
 from quant.quantizers.layers import QuantizeDequantize, quantizers
 from quant.quantizers.observers import RangeObserver
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, resolve
+from quant.schemes.scheme import Scheme, rename_old_keys, resolve
 
 SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file; the values are JSON
 ZERO_POINTS_METADATA = "quant_zero_points"
 
 
 def write_quantized_weights(model: ILLaMA, scheme: Scheme, path: Path) -> None:
-    """Write a quantized network, as ``scheme`` made it of an iLLaMA."""
+    """Writes an iLLaMA that was quantized by ``scheme``."""
     metadata = {
         CONFIG_METADATA: json.dumps(model.config.to_dict()),
         SCHEME_METADATA: json.dumps(asdict(scheme)),
@@ -37,10 +37,10 @@ def write_quantized_weights(model: ILLaMA, scheme: Scheme, path: Path) -> None:
 
 
 def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
-    """The network in a file of :func:`write_quantized_weights`, in evaluation mode, and its scheme.
+    """Returns the network in a file of :func:`write_quantized_weights`, in evaluation mode, and its scheme.
 
     Raises:
-        UserError: missing, damaged, or no such file.
+        UserError: the file is missing, damaged, or of another kind.
     """
     state = read_state(path)
     try:
@@ -49,9 +49,11 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
         config, scheme = ModelConfig.from_dict(notes[CONFIG_METADATA]), _scheme(notes[SCHEME_METADATA])
         zero_points = notes[ZERO_POINTS_METADATA]
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no quantized network, or a damaged one") from error
+        raise UserError(
+            f"{path} is damaged or has no quantized network: make the bundle again with python quant/qat.py"
+        ) from error
     plan = resolve(scheme, model := ILLaMA(config))
-    # Ranges are in the file; these only give the quantizers their shapes.
+    # The ranges are in the file; these observers only determine the quantizers' shapes.
     observers = {name: RangeObserver(spec) for name, spec in plan.items()}
     for observer in observers.values():
         observer.collect(torch.tensor([0.0, 1.0]))
@@ -59,7 +61,9 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path} holds other tensors than its scheme says: write it again") from error
+        raise UserError(
+            f"{path} does not fit its own scheme: make the bundle again with python quant/qat.py"
+        ) from error
     for name, quantizer in quantizers(model):
         if isinstance(quantizer, QuantizeDequantize):
             quantizer.zero_point = zero_points.get(name, 0)
@@ -75,7 +79,8 @@ def _zero_points(model: ILLaMA) -> dict[str, int]:
     }
 
 
-def _scheme(values: dict[str, object]) -> Scheme:
-    tensors: dict[str, dict[str, object] | None] = values.pop("tensors")  # type: ignore[assignment]
-    specs = {pattern: None if spec is None else TensorSpec(**spec) for pattern, spec in tensors.items()}  # type: ignore[arg-type]
-    return Scheme(tensors=specs, **values)  # type: ignore[arg-type]
+def _scheme(values: dict[str, Any]) -> Scheme:
+    values = rename_old_keys(values)
+    tensors: dict[str, dict[str, Any] | None] = values.pop("tensors")
+    specs = {pattern: None if spec is None else TensorSpec(**spec) for pattern, spec in tensors.items()}
+    return Scheme(tensors=specs, **values)

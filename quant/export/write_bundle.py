@@ -1,4 +1,4 @@
-"""Bundles of quantized networks: the ONNX graphs of a network, and what was done to it."""
+"""Bundles of quantized networks: ONNX graphs, manifest and scheme."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, command_line, sha256
 from illama.data.datasets import Preprocessing
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
@@ -26,10 +26,10 @@ SOURCE = "source"  # key in a manifest's metrics: what the bundle was made from
 
 @dataclass(frozen=True)
 class Origin:
-    """What every bundle made from one checkpoint has in common; see :class:`illama.bundle.Manifest`.
+    """The parts of the manifest that all bundles of one checkpoint share; see :class:`illama.bundle.Manifest`.
 
     Attributes:
-        source: what it was made from, as :func:`quant.inputs.open_inputs` takes it.
+        source: arguments of :func:`quant.inputs.open_inputs` that open the same inputs again.
     """
 
     preprocessing: Preprocessing
@@ -40,13 +40,13 @@ class Origin:
 
     @classmethod
     def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
-        """That of a checkpoint and its data; ``files``: SHA-256 of whatever else was read, by path."""
+        """Returns the origin of a checkpoint and its data; ``files``: SHA-256 of other input files, by path."""
         weights = inputs.checkpoint.weights
         hashes = {str(weights): sha256(weights), **(files or {})}
         return cls(inputs.preprocessing, tuple(inputs.data.classes), hashes, inputs.source, seed)
 
     def manifest(self, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Manifest:
-        """The manifest of a bundle of a network with that config."""
+        """Returns the manifest of a bundle of a network with that config."""
         return Manifest(
             command_line(),
             dict(config),
@@ -58,30 +58,30 @@ class Origin:
         )
 
 
-def check_scheme(model: SoftMasked, scheme: Scheme) -> None:
-    """UserError if ``scheme`` does not fit ``model``, or asks for what its backend cannot do."""
+def check_scheme(model: MaskedNetwork, scheme: Scheme) -> None:
+    """Raises UserError if ``scheme`` does not fit ``model``, or its backend does not support it."""
     if scheme.backend == "torchao":
         check(model, scheme)
     else:
         resolve(scheme, model)
 
 
-def quantize(model: SoftMasked, scheme: Scheme, batches: Sequence[Tensor]) -> SoftMasked:
-    """A quantized copy of ``model``, by whatever the scheme's backend is.
+def quantize(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> MaskedNetwork:
+    """Returns a copy of ``model`` quantized by the scheme's backend.
 
     Args:
-        batches: calibration images (B, C, H, W); torchao takes none.
+        batches: calibration images (B, C, H, W); torchao uses none.
     """
     return quantize_with_torchao(model, scheme) if scheme.backend == "torchao" else calibrate(model, scheme, batches)
 
 
 def write_graphs(
-    folder: Path, model: SoftMasked, origin: Origin, files: tuple[str, ...], metrics: Mapping[str, Any]
+    folder: Path, model: MaskedNetwork, origin: Origin, files: tuple[str, ...], metrics: Mapping[str, Any]
 ) -> Path:
-    """Export ``model`` as the ONNX files named into a new folder, with a manifest; the folder.
+    """Exports ``model`` to the ONNX files named in a new folder, with a manifest, and returns the folder.
 
     Args:
-        files: CPU_ONNX and FUSED_ONNX, either or both; the fused graph is in half precision.
+        files: CPU_ONNX, FUSED_ONNX or both; the fused graph is in half precision.
     """
     folder.mkdir(exist_ok=True)
     if CPU_ONNX in files:
@@ -93,24 +93,29 @@ def write_graphs(
 
 
 def write_quantized(
-    folder: Path, model: SoftMasked, quantized: SoftMasked, scheme: Scheme, origin: Origin, metrics: Mapping[str, Any]
+    folder: Path,
+    model: MaskedNetwork,
+    quantized: MaskedNetwork,
+    scheme: Scheme,
+    origin: Origin,
+    metrics: Mapping[str, Any],
 ) -> Path:
-    """:func:`write_graphs` of a quantized network, in the forms that have a runtime for its scheme.
+    """Writes the :func:`write_graphs` of a quantized network for the runtimes that support its scheme, and the scheme.
 
-    The manifest's metrics say what the scheme did: ``layers`` (:func:`quant.schemes.scheme.describe`), ``no_tensorrt``
-    and ``not_timed``, the reasons why there is no fused graph and why a CPU's clock says nothing; empty where there are
-    none.
+    The manifest's metrics describe the scheme: ``layers`` (:func:`quant.schemes.scheme.describe`), ``no_tensorrt``, the
+    reason why there is no fused graph, and ``not_timed``, the reason why a CPU's latency is meaningless. Reasons that
+    do not apply are empty.
 
     Args:
-        model: the network in floating point that ``quantized`` was made from.
+        model: the floating-point network that ``quantized`` was made from.
     """
     plan = resolve(scheme, model)
     no_tensorrt = unfit_for_tensorrt(plan) if scheme.backend == "onnx" else "it runs inside PyTorch"
     files: tuple[str, ...] = (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
-    done = {"layers": describe(plan, model), "no_tensorrt": no_tensorrt, "not_timed": emulated_on_cpus(plan)}
+    facts = {"layers": describe(plan, model), "no_tensorrt": no_tensorrt, "not_timed": emulated_on_cpus(plan)}
     if scheme.backend == "torchao":
-        files, done["not_timed"] = (), ""
-    write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **done, **metrics})
+        files, facts["not_timed"] = (), ""
+    write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **facts, **metrics})
     if scheme.backend == "torchao":
         write_torchao(quantized, folder)
     write_scheme(scheme, folder / SCHEME)
@@ -123,15 +128,15 @@ def write_bundles(
     schemes: Sequence[Scheme],
     origin: Origin,
     step: Callable[[str], AbstractContextManager[None]],
-) -> tuple[list[Path], dict[str, SoftMasked]]:
-    """Calibrate and export every scheme, beside the FP32 and FP16 references.
+) -> tuple[list[Path], dict[str, MaskedNetwork]]:
+    """Calibrates and exports every scheme, beside the FP32 and FP16 references.
 
     Args:
-        folder: where each bundle becomes a folder of the scheme's name.
-        step: called with the name of each step, which then runs inside the context manager that it returns.
+        folder: folder for the bundles, each in a folder with the scheme's name.
+        step: called with the name of each step; the step runs inside the context manager that it returns.
 
     Returns:
-        The bundles, and the networks that run inside PyTorch, by the name of their bundle.
+        The bundles, and the networks that run inside PyTorch by the name of their bundle.
     """
     model, networks = inputs.model, {}
     with step("read calibration images"):
@@ -153,6 +158,6 @@ def write_bundles(
 
 
 def print_layers(bundle: Path) -> None:
-    """Print what a scheme did to each layer."""
+    """Prints how a scheme quantized each layer."""
     for layer, weight, activation in Manifest.read(bundle).metrics["layers"]:
         print(f"  {layer:<26} {f'weight {weight}, ' if weight else ''}{'input ' if weight else ''}{activation}")

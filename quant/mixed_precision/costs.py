@@ -1,4 +1,4 @@
-"""Bytes of a layer in each number format."""
+"""Size of a layer in each number format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quant.schemes.formats import TensorSpec
 
 
 def weight_bytes(layer: nn.Module, spec: TensorSpec | None) -> int:
-    """What a layer's weight and its scales take in the exported file; biases are the same in every format."""
+    """Returns the bytes of a layer's weight and scales in the exported file; the bias is the same in every format."""
     weight: Any = layer.weight
     if spec is None:
         return 4 * weight.numel()

@@ -1,7 +1,7 @@
-"""What each layer's quantization costs: the logits' noise, the change of the output distribution, images lost.
+"""The effect of quantizing each layer: SQNR of the logits, KL divergence of the output distribution, accuracy drop.
 
-A layer is a Linear or the patch convolution with its weight and its input, or one product of an attention with both
-of its operands: ``blocks.0.attn.core.qk`` of q and k, ``blocks.0.attn.core.pv`` of p and v.
+A layer is a Linear or the patch convolution with its weight and its input, or one product of attention with both
+operands: ``blocks.0.attn.core.qk`` with q and k, ``blocks.0.attn.core.pv`` with p and v.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
 
-from illama.data.datasets import ImageData, Sample
 from illama.errors import UserError
 from illama.graph.layer_times import PRODUCTS
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from quant.quantizers.layers import WeightQuantizer, quantizers
 from quant.quantizers.reconstruction import blocks
 
 
 def layer_of(tensor: str) -> str:
-    """The layer that a tensor belongs to: ``blocks.0.attn.qkv.weight`` -> ``blocks.0.attn.qkv``."""
+    """Returns the layer of a tensor: ``blocks.0.attn.qkv.weight`` -> ``blocks.0.attn.qkv``."""
     layer, _, part = tensor.rpartition(".")
     return f"{layer}.{PRODUCTS[part]}" if part in PRODUCTS else layer
 
 
 def layers_of(tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Layer -> its tensors, in the order of the names given."""
+    """Returns layer -> its tensors, in the given order."""
     layers: dict[str, tuple[str, ...]] = {}
     for tensor in tensors:
         layers[layer_of(tensor)] = (*layers.get(layer_of(tensor), ()), tensor)
@@ -43,14 +40,14 @@ def layers_of(tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Effect:
-    """What some quantized tensors do to a network's logits.
+    """The effect of quantized tensors on a network's logits.
 
     Attributes:
         sqnr_db: power of the float logits over that of the change, in dB; infinite for no change.
-        kl: Kullback-Leibler divergence of the output distribution from the float network's, mean, in nats.
-        lost, gained: how many images only the float network has right, and only the other.
-        images: how many there were.
-        right: how many of them the float network has right.
+        kl: mean Kullback-Leibler divergence of the output distribution from the float network's, in nats.
+        lost, gained: number of images that only the float network classifies correctly, and only the other network.
+        images: number of all images.
+        right: number of images that the float network classifies correctly.
     """
 
     sqnr_db: float
@@ -62,29 +59,29 @@ class Effect:
 
     @property
     def drop(self) -> float:
-        """Points of top-1 lost; negative: gained."""
+        """Accuracy drop in points of top-1; negative for a gain."""
         return (self.lost - self.gained) / self.images * 100
 
     @property
     def drop_at_most(self) -> float:
-        """What the drop does not exceed with 95% confidence: one-sided, of a normal distribution."""
+        """Upper end of the one-sided 95% confidence interval of :attr:`drop`, from a normal distribution."""
         return self.drop + 1.645 * self.drop_error
 
     @property
     def drop_error(self) -> float:
-        """Standard error of :attr:`drop`, of a paired comparison; one image is the least that can be told."""
+        """Standard error of :attr:`drop` in a paired comparison; at least that of one differing image."""
         return math.sqrt(max(self.lost + self.gained, 1)) / self.images * 100
 
 
 class Tally:
-    """Adds up an :class:`Effect` batch by batch."""
+    """Accumulates an :class:`Effect` over batches."""
 
     def __init__(self) -> None:
         self._signal = self._noise = self._kl = 0.0
         self._lost = self._gained = self._images = self._right = 0
 
     def add(self, reference: Tensor, other: Tensor, labels: Tensor) -> None:
-        """Take in logits (n, classes) of the float network and of the other, and labels (n,)."""
+        """Adds logits (n, classes) of the float network and of the other network, and labels (n,)."""
         exact, noisy = reference.double(), other.double()
         self._signal += float(exact.square().sum())
         self._noise += float((noisy - exact).square().sum())
@@ -97,9 +94,9 @@ class Tally:
         self._right += int(right.sum())
 
     def effect(self) -> Effect:
-        """The effect over all batches; UserError if one of the networks gave NaN or infinity."""
+        """Returns the effect over all batches; UserError if a network gave NaN or infinity."""
         if not math.isfinite(self._kl):
-            raise UserError("a quantized network gives NaN or infinite logits: its ranges do not fit its values")
+            raise UserError("NaN or infinite logits of a quantized network: check the checkpoint and the scheme")
         return Effect(
             decibels(self._signal, self._noise),
             max(0.0, self._kl / self._images),
@@ -111,7 +108,7 @@ class Tally:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Ratio of two powers in dB; infinite without noise, minus infinity for noise without a signal."""
+    """Returns the ratio of two powers in dB; infinity without noise, minus infinity for noise without a signal."""
     if not noise:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
@@ -119,26 +116,26 @@ def decibels(signal: float, noise: float) -> float:
 
 @torch.inference_mode()
 def measure(
-    model: SoftMasked, choices: Mapping[str, Collection[str]], batches: Iterable[tuple[Tensor, Tensor]]
+    model: MaskedNetwork, subsets: Mapping[str, Collection[str]], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Effect]:
-    """The effect of each choice of quantized tensors, all others being left in floating point.
+    """Returns the effect of each subset of quantized tensors, with all others in floating point.
 
-    The network is run once per batch without quantizers, and for each choice from the first block that it touches.
-    Every quantizer is switched on again at the end.
+    For each batch, the network is run once without quantizers, and once for each subset from the first block with one
+    of its tensors. Every quantizer is enabled again at the end.
 
     Args:
-        model: calibrated by a scheme without learned rounding, which would have changed the weights for good.
-        choices: name -> tensors to quantize, as :func:`quant.quantizers.layers.quantizers` names them.
-        batches: images (B, C, H, W) and labels (B,); gone through once.
+        model: calibrated by a scheme without block reconstruction, which changes the weights.
+        subsets: name -> tensors to quantize, with the names of :func:`quant.quantizers.layers.quantizers`.
+        batches: images (B, C, H, W) and labels (B,); iterated once.
     """
     acting = dict(quantizers(model))
-    starts = {name: _first_block(model, tensors) for name, tensors in choices.items()}
-    tallies = {name: Tally() for name in choices}
+    starts = {name: _first_block(model, tensors) for name, tensors in subsets.items()}
+    tallies = {name: Tally() for name in subsets}
     try:
         for images, labels in batches:
             _enable(acting, ())
             reference, outputs = _run_noting_blocks(model, images)
-            for name, tensors in choices.items():
+            for name, tensors in subsets.items():
                 _enable(acting, tensors)
                 with _resumed(model, outputs[: starts[name]]):
                     tallies[name].add(reference, model(images), labels)
@@ -149,7 +146,7 @@ def measure(
 
 @torch.inference_mode()
 def compare_logits(reference: nn.Module, other: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Effect:
-    """The effect of going from one network to another, over images (B, C, H, W) and labels (B,)."""
+    """Returns the effect of ``other`` against ``reference`` over images (B, C, H, W) and labels (B,)."""
     tally = Tally()
     for images, labels in batches:
         tally.add(reference(images), other(images), labels)
@@ -162,7 +159,7 @@ def _enable(acting: Mapping[str, Any], tensors: Collection[str]) -> None:
 
 
 def _first_block(model: nn.Module, tensors: Collection[str]) -> int:
-    """How many blocks come before the first of ``tensors``."""
+    """Returns the number of blocks before the first of ``tensors``."""
     order = [name for name, _ in model.named_modules()]
     names = [name for name, _ in blocks(model)]
     first = len(names)
@@ -182,8 +179,8 @@ def _run_noting_blocks(model: nn.Module, images: Tensor) -> tuple[Tensor, list[T
         return model(images), outputs
 
 
-class _Given(nn.Module):
-    """Stands in for a block and returns what the block gave before."""
+class _StoredOutput(nn.Module):
+    """Replaces a block, and returns the block's stored output, or its input if there is none."""
 
     def __init__(self, output: Tensor | None) -> None:
         super().__init__()
@@ -195,11 +192,11 @@ class _Given(nn.Module):
 
 @contextmanager
 def _resumed(model: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
-    """The first ``len(outputs)`` blocks do nothing, and the last of them gives its output."""
+    """Replaces the first ``len(outputs)`` blocks inside the block: the last of them returns its stored output."""
     replaced = blocks(model)[: len(outputs)]
     try:
         for index, (name, _) in enumerate(replaced):
-            model.set_submodule(name, _Given(outputs[-1] if index == len(outputs) - 1 else None))
+            model.set_submodule(name, _StoredOutput(outputs[-1] if index == len(outputs) - 1 else None))
         yield
     finally:
         for name, block in replaced:
@@ -207,19 +204,18 @@ def _resumed(model: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def tensor_sqnr(reference: SoftMasked, quantized: SoftMasked, images: Tensor) -> dict[str, float]:
-    """How hard each tensor is to round: its power over that of its own rounding noise, in dB.
+def tensor_sqnr(reference: MaskedNetwork, quantized: MaskedNetwork, images: Tensor) -> dict[str, float]:
+    """Returns the SQNR of each tensor, its power over that of its own rounding noise, in dB.
 
-    No error is carried from one layer to the next: every quantizer gets the float network's values.
+    Errors do not propagate from one layer to the next: every quantizer gets the float network's values.
 
     Args:
-        reference: the network in floating point, rescaled where the scheme smooths
-            (:meth:`quant.inputs.Inputs.float_model`).
+        reference: the float network, rescaled where the scheme smooths (:meth:`quant.inputs.Inputs.float_model`).
         images: (B, C, H, W).
     """
     acting = dict(quantizers(quantized))
     reference = copy.deepcopy(reference)
-    reference.set_attention_form("plain")  # the fused form has no softmax output to look at
+    reference.set_attention_form("plain")  # the fused form has no softmax output
     powers: dict[str, tuple[float, float]] = {}
 
     def note(name: str, x: Tensor) -> None:
@@ -241,42 +237,14 @@ def tensor_sqnr(reference: SoftMasked, quantized: SoftMasked, images: Tensor) ->
     return {name: decibels(*powers[name]) for name in acting}
 
 
-def selection_images(data: ImageData, calibration_images: int, count: int) -> Dataset[Sample]:
-    """``count`` images, evenly spaced, of the training split that calibration does not see.
-
-    Raises:
-        UserError: if there are fewer.
-    """
-    rest = uncalibrated_images(data, calibration_images)
-    if not 1 <= count <= len(rest):
-        raise UserError(
-            f"{count} images asked for, 1 to {len(rest)} can be had beside {calibration_images} for calibration: "
-            "change --images"
-        )
-    return Subset(rest.dataset, [rest.indices[index * len(rest) // count] for index in range(count)])
-
-
-def uncalibrated_images(data: ImageData, calibration_images: int) -> Subset[Sample]:
-    """The images of the training split that calibration does not see."""
-    taken: Any = data.calibration(calibration_images)
-    return Subset(taken.dataset, np.setdiff1d(np.arange(len(taken.dataset)), taken.indices).tolist())
-
-
-def split_selection(selection: Dataset[Sample], count: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
-    """``count`` images, evenly spaced, and all the others."""
-    total = len(selection)  # type: ignore[arg-type]
-    first = [index * total // count for index in range(count)]
-    return Subset(selection, first), Subset(selection, sorted(set(range(total)) - set(first)))
-
-
 def block_number(layer: str) -> int | None:
-    """The block that a layer stands in; None for those outside of all."""
+    """Returns the number of a layer's block; None if it is outside all blocks."""
     found = re.search(r"(?:^|\.)blocks\.(\d+)\.", layer)
     return int(found[1]) if found else None
 
 
 def kind_of(layer: str) -> str:
-    """What sort of layer it is, in a word: ``qkv``, ``qk``, ``pv``, ``proj``, ``fc1`` ..., ``patches`` or ``head``."""
+    """Returns the kind of a layer: ``qkv``, ``qk``, ``pv``, ``proj``, ``fc1`` ..., ``patches`` or ``head``."""
     if "patch_embed" in layer:
         return "patches"
     return layer.rpartition(".")[2]

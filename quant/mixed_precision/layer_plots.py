@@ -1,4 +1,4 @@
-"""Pictures of what quantization costs, layer by layer."""
+"""Charts of the effect of quantization, layer by layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MARKS = {"weight": "o", "input": "v", "q": "v", "k": "^", "p": "v", "v": "^"}
 
 
 def draw_sensitivity(result: dict[str, Any], path: Path) -> None:
-    """Bars of each layer's KL divergence, coloured by kind and ordered by block; below them each tensor's SQNR.
+    """Draws the KL divergence of each layer as bars, coloured by kind and ordered by block, above each tensor's SQNR.
 
     Args:
         result: the contents of sensitivity.json.
@@ -36,11 +36,13 @@ def draw_sensitivity(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(max(8.0, 2.5 + 0.13 * len(layers)), 5.6), layout="constrained")
     bars, dots = figure.subplots(2, 1, sharex=True)
     values = [row["kl"] for row in result["layers"]]
-    floor = min((value for value in values if value > 0), default=1e-9) / 2
+    bottom = min((value for value in values if value > 0), default=1e-9) / 2
     bars.bar(
-        range(len(layers)), [max(value, floor) for value in values], 0.85, color=[_colour(layer) for layer in layers]
+        range(len(layers)), [max(value, bottom) for value in values], 0.85, color=[_colour(layer) for layer in layers]
     )
-    bars.set(yscale="log", ylabel="KL of the output (nats)", ylim=(floor, 4 * max(*values, result["all"]["kl"], floor)))
+    bars.set(
+        yscale="log", ylabel="KL of the output (nats)", ylim=(bottom, 4 * max(*values, result["all"]["kl"], bottom))
+    )
     bars.axhline(result["all"]["kl"], color="black", linewidth=1, linestyle="--")
     bars.annotate("all together", (len(layers) - 0.5, result["all"]["kl"]), ha="right", va="bottom", fontsize=8)
     bars.set_title(
@@ -69,7 +71,7 @@ def _colour(layer: str) -> str:
 
 
 def _mark_blocks(axes: Axes, layers: list[str]) -> None:
-    """A shade behind every other block, and the blocks' numbers below."""
+    """Shades every other block, and shows the blocks' numbers."""
     places: dict[int, list[int]] = {}
     for index, layer in enumerate(layers):
         if (block := block_number(layer)) is not None:

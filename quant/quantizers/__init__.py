@@ -1,0 +1,1 @@
+"""Calibration, quantized layers, SmoothQuant, block reconstruction, QAT and torchao."""

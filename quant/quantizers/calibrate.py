@@ -1,21 +1,23 @@
-"""From a float network to a quantized one: nvidia-modelopt observes activations, quantized layers hold the result."""
+"""Post-training quantization: nvidia-modelopt observes activations, and quantized layers hold the result."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
-import logging
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.quantization.nn import QuantInputBase, QuantLinearConvBase
 from torch import Tensor, nn
 
 from illama.errors import UserError
-from illama.models.attention import QuantizerPoint, SoftMasked
+from illama.models.attention import MaskedNetwork, QuantizerPoint
 from illama.models.illama import Linear
+from illama.quiet import quiet
 from quant.quantizers.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
 from quant.quantizers.observers import RangeObserver, weight_amax
 from quant.quantizers.reconstruction import reconstruct
@@ -23,33 +25,38 @@ from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import Scheme, resolve
 
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a GPU is not missed here
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns of optional packages that nothing here needs
-    import modelopt.torch.quantization as mtq
-    from modelopt.torch.quantization.nn import QuantInputBase, QuantLinearConvBase
-
 
 class _ObservedLinear(QuantLinearConvBase):
-    """ModelOpt's quantized form of our sliceable Linear."""
+    """ModelOpt's quantized version of our Linear."""
 
 
 class _ObservedPoint(QuantInputBase):
-    """ModelOpt's quantized form of an operand of an attention product."""
+    """ModelOpt's quantized version of an operand of an attention product."""
 
 
-mtq.register(original_cls=Linear, quantized_cls=_ObservedLinear)
-mtq.register(original_cls=QuantizerPoint, quantized_cls=_ObservedPoint)
+_OBSERVED: dict[Any, Any] = {Linear: _ObservedLinear, QuantizerPoint: _ObservedPoint}
 
 
-def calibrate(model: SoftMasked, scheme: Scheme, batches: Iterable[Tensor]) -> SoftMasked:
-    """A copy of ``model`` with every tensor that ``scheme`` names quantized, its ranges from ``batches``.
+@contextmanager
+def _registered_layers() -> Iterator[None]:
+    """Registers our layers with ModelOpt inside the block; it finds a layer by its exact class."""
+    for original, observed in _OBSERVED.items():
+        mtq.register(original_cls=original, quantized_cls=observed)
+    try:
+        yield
+    finally:
+        for original in _OBSERVED:
+            mtq.unregister(original)
+
+
+def calibrate(model: MaskedNetwork, scheme: Scheme, batches: Iterable[Tensor]) -> MaskedNetwork:
+    """Returns a copy of ``model`` with every tensor quantized that ``scheme`` names, with ranges from ``batches``.
 
     Args:
-        batches: images (B, C, H, W) as the network takes them; gone through more than once.
+        batches: images (B, C, H, W), preprocessed; iterated more than once.
 
     Raises:
-        UserError: if the scheme does not fit the network, or the images drive an activation to NaN or infinity.
+        UserError: the scheme does not fit the network, or an activation is NaN or infinite.
     """
     plan = resolve(scheme, model)
     batches = list(batches)
@@ -58,40 +65,41 @@ def calibrate(model: SoftMasked, scheme: Scheme, batches: Iterable[Tensor]) -> S
     if scheme.smooth:
         smooth(reference, scheme, batches)
     quantized = quantize_layers(reference, plan, observe(reference, plan, batches))
-    if scheme.learned:
-        reconstruct(reference, quantized, batches, scheme.learned)
+    if scheme.reconstruction_iterations:
+        reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)
     return quantized
 
 
-def observe(model: SoftMasked, plan: Mapping[str, TensorSpec], batches: Iterable[Tensor]) -> dict[str, RangeObserver]:
-    """What every activation in ``plan`` looked like over ``batches``, by the tensor's name."""
-    activations = {name: spec for name, spec in plan.items() if not name.endswith(".weight")}
+def observe(
+    model: MaskedNetwork, plan: Mapping[str, TensorSpec], batches: Iterable[Tensor]
+) -> dict[str, RangeObserver]:
+    """Returns the observers of every activation in ``plan`` after ``batches``, by tensor name."""
+    observers = {name: RangeObserver(spec) for name, spec in plan.items() if not name.endswith(".weight")}
+    if not observers:
+        return {}
     config: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for name, spec in activations.items():
+    for name in observers:
         quantizer = f"{name.removesuffix('.input')}.input_quantizer"
-        config.append({"quantizer_name": quantizer, "cfg": {"num_bits": 8, "calibrator": (RangeObserver, (spec,), {})}})
+        # ModelOpt calls a constructor for its calibrator; this one returns our observer.
+        config.append(
+            {"quantizer_name": quantizer, "cfg": {"num_bits": 8, "calibrator": (observers.__getitem__, (name,), {})}}
+        )
 
     def run(network: nn.Module) -> None:
         with torch.inference_mode():
             for images in batches:
                 network(images)
 
-    if not activations:
-        return {}
-    # It prints how many quantizers it made, and warns of packages that nothing here needs.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        observed = mtq.quantize(copy.deepcopy(model), {"quant_cfg": config, "algorithm": "max"}, run)
-    return {
-        name: observed.get_submodule(f"{name.removesuffix('.input')}.input_quantizer")._calibrator
-        for name in activations
-    }
+    # ModelOpt prints the number of quantizers, and warns of quantizers that it leaves disabled.
+    with _registered_layers(), quiet(), contextlib.redirect_stdout(io.StringIO()):
+        mtq.quantize(copy.deepcopy(model), {"quant_cfg": config, "algorithm": "max"}, run)
+    return observers
 
 
 def quantize_layers(
-    model: SoftMasked, plan: Mapping[str, TensorSpec], observers: Mapping[str, RangeObserver]
-) -> SoftMasked:
-    """A copy of ``model`` with the layers and operands of ``plan`` replaced by quantized ones."""
+    model: MaskedNetwork, plan: Mapping[str, TensorSpec], observers: Mapping[str, RangeObserver]
+) -> MaskedNetwork:
+    """Returns a copy of ``model`` in which the layers and quantizer points of ``plan`` are quantized."""
     quantized = copy.deepcopy(model)
     for name, module in list(quantized.named_modules()):
         if name in plan and isinstance(module, QuantizerPoint):
@@ -108,7 +116,7 @@ def quantize_layers(
 def _activation(name: str, spec: TensorSpec, observer: RangeObserver) -> QuantizeDequantize:
     if spec.symmetric and not spec.dtype.signed and observer.low < 0:
         raise UserError(
-            f"{name} has negative values, which {spec.format} cuts off: choose a signed format, or symmetric: false"
+            f"{name} has negative values, which {spec.format} cannot represent: use a signed one, or symmetric: false"
         )
     return QuantizeDequantize(spec, observer.low, observer.compute_amax() if spec.symmetric else observer.high)
 

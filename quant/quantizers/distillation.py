@@ -1,7 +1,7 @@
-"""Quantization-aware training's own parts: what the quantized network learns from, and how its scales are learned.
+"""The loss and the parameter groups of quantization-aware training.
 
-The rounding and its gradients are :mod:`quant.quantizers.layers`'; the training itself is
-:mod:`illama.training.trainer`'s.
+Fake quantization and its gradients are in :mod:`quant.quantizers.layers`, the trainer in
+:mod:`illama.training.trainer`.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.training.recipe import TrainingOptions
 from illama.training.trainer import Groups, parameter_groups
 from quant.quantizers.layers import quantizers
 
 
 class Distillation:
-    """A loss that pulls the logits towards those of the network in floating point (Hinton et al., arXiv 1503.02531).
+    """Distillation from the floating-point network (Hinton et al., arXiv 1503.02531).
 
     share * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - share) * cross entropy with the labels
 
-    T^2 keeps the soft part's gradients as large as the hard part's (section 2 there). Both networks see the same
-    augmented and mixed images, and the teacher always masks hard: it is what the student shall be at the end.
+    T^2 gives the gradients of both parts the same magnitude (section 2 of the paper). Both networks get the same
+    augmented and mixed images. The teacher always uses the hard mask, which is also the student's at the end.
 
     Args:
-        teacher: in floating point; copied, never trained.
-        share: of the soft targets, 0..1; the rest is the labels'.
-        recipe: gives the precision that the teacher computes in, and whether it is compiled.
+        teacher: floating-point network; it is copied, and not trained.
+        share: weight of the distillation loss, 0..1; the label loss has the rest.
+        recipe: determines the teacher's precision, and whether it is compiled.
     """
 
     def __init__(
-        self, teacher: SoftMasked, temperature: float, share: float, recipe: TrainingOptions, device: torch.device
+        self, teacher: MaskedNetwork, temperature: float, share: float, recipe: TrainingOptions, device: torch.device
     ) -> None:
         network = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
         network.soft_mask = 0.0
@@ -45,41 +45,41 @@ class Distillation:
         )
 
     def __call__(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """images (B, C, H, W), logits and targets (B, classes) -> a scalar."""
+        """Images (B, C, H, W), logits and targets (B, classes) -> a scalar."""
         with torch.no_grad(), self.autocast:
-            wanted = self.teacher(images).float()
-        student, teacher = ((x / self.temperature).log_softmax(1) for x in (logits, wanted))
+            expected = self.teacher(images).float()
+        student, teacher = ((x / self.temperature).log_softmax(1) for x in (logits, expected))
         soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
         return self.share * soft + (1 - self.share) * F.cross_entropy(logits, targets)
 
 
-def learn_scales(model: SoftMasked) -> None:
-    """Make every scale of a quantized network a parameter, in place."""
+def make_scales_parameters(model: MaskedNetwork) -> None:
+    """Makes every scale of a quantized network a parameter, in place."""
     for _, quantizer in quantizers(model):
-        quantizer.learn_scale()
+        quantizer.make_scale_parameter()
 
 
-def settle_scales(model: SoftMasked) -> None:
-    """Make a trained network again what calibration gives: exportable, every scale a constant."""
+def make_scales_buffers(model: MaskedNetwork) -> None:
+    """Makes every scale of a trained network a buffer again, in place, so that the network can be exported."""
     for _, quantizer in quantizers(model):
-        quantizer.settle_scale()
+        quantizer.make_scale_buffer()
 
 
 def scale_groups(scale_rate: float) -> Groups:
-    """Parameter groups in which no scale decays and each moves in proportion to its size.
+    """Returns a function that makes parameter groups, with a group of its own for each scale tensor.
 
-    Adam moves a value by its learning rate whatever the size of its gradient (so that LSQ's gradient scale cancels
-    out, and matters to SGD alone), and a network's scales lie orders of magnitude apart. So the learning rate of a
-    scale tensor is the network's times ``scale_rate`` times the tensor's calibrated mean.
+    Scales have no weight decay, and their learning rate is the network's times ``scale_rate`` times the tensor's
+    calibrated mean: Adam changes a value by about its learning rate whatever the size of the gradient, but a network's
+    scales differ by orders of magnitude. (LSQ's gradient scale cancels out in Adam, and matters for SGD only.)
     """
 
-    def groups(recipe: TrainingOptions, model: SoftMasked) -> list[dict[str, Any]]:
+    def groups(recipe: TrainingOptions, model: MaskedNetwork) -> list[dict[str, Any]]:
         scales = [quantizer.scale for _, quantizer in quantizers(model)]
         own = {id(scale) for scale in scales}
         others = parameter_groups(recipe, model)
         for group in others:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-        # The scales come first: the log shows the last group's learning rate.
+        # The scales come first, because the log shows the last group's learning rate.
         return [
             {"params": [scale], "weight_decay": 0.0, "lr_scale": scale_rate * float(scale.detach().mean())}
             for scale in scales

@@ -1,13 +1,13 @@
-"""Quantized layers: float weights and scales behind the arithmetic of ONNX's Q/DQ operators.
+"""Quantized layers: float weights and scales with the arithmetic of ONNX's Q/DQ operators.
 
-Their forward pass rounds as the exported file will. Two custom operators carry it, which torch.onnx.export turns
-into the standard ones:
+The forward pass rounds as the exported file does. It uses two custom operators, which torch.onnx.export translates to
+standard ones:
 
     illama::quantize_dequantize(x, scale)   ->   QuantizeLinear, DequantizeLinear
     illama::dequantize(weight, scale)       ->   DequantizeLinear of an initializer of 8 bits or fewer
 
-so the exported file has its Q/DQ where this model has its layers, by construction. In training the same rounding is
-made of differentiable operations, and scales are learned as LSQ does (Esser et al., arXiv 1902.08153).
+so the exported file has a Q/DQ pair wherever the network has a quantizer. In training the same rounding is made of
+differentiable operations, and scales are trained as in LSQ (Esser et al., arXiv 1902.08153).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from quant.schemes.formats import FORMATS, QuantDtype, TensorSpec
 
 @torch.library.custom_op("illama::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor, dtype: str, zero_point: int = 0) -> Tensor:
-    """x rounded to a number format with one scale: what QuantizeLinear and DequantizeLinear do together."""
+    """Quantizes x with one scale and dequantizes it, as QuantizeLinear and DequantizeLinear do."""
     integers = FORMATS[dtype].quantize(x, scale, zero_point).to(scale.dtype)
     return (integers - zero_point if zero_point else integers) * scale
 
 
 @torch.library.custom_op("illama::dequantize", mutates_args=())
 def dequantize(weight: Tensor, scale: Tensor, dtype: str, axis: int, group_size: int = 0) -> Tensor:
-    """A weight of few bits times its scales.
+    """Returns a quantized weight times its scales.
 
-    ``scale`` has one value per index of ``axis`` or, for groups, the weight's shape but for groups along ``axis``.
+    ``scale`` has one value for each index of ``axis``; for groups, the weight's shape with groups along ``axis``.
     """
     if group_size:
         scale = scale.repeat_interleave(group_size, axis)
@@ -52,34 +52,34 @@ def _(weight: Tensor, scale: Tensor, dtype: str, axis: int, group_size: int = 0)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, dtype: QuantDtype, zero_point: int = 0) -> Tensor:
-    """:func:`quantize_dequantize` that can be differentiated, with a scale of any shape that broadcasts.
+    """A differentiable :func:`quantize_dequantize`, with a scale of any shape that broadcasts.
 
     The gradient passes straight through the rounding, which gives x the straight-through estimator and the scale
-    LSQ's gradient (arXiv 1902.08153, equations 3 and 5). It computes in float32 whatever x is: bfloat16 has no room
-    for 8 bits and a fraction.
+    LSQ's gradient (arXiv 1902.08153, equations 3 and 5). The computation is in float32 or wider, because bfloat16
+    cannot represent 8 bits and a fraction.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     clamped = (wide / scale).clamp(dtype.low - zero_point, dtype.high - zero_point)
-    inert = clamped.detach()
-    rounded = inert.round() if dtype.rounds else inert.to(dtype.storage).to(inert.dtype)
-    return ((clamped + (rounded - inert)) * scale).to(x.dtype)
+    values = clamped.detach()
+    rounded = values.round() if dtype.rounds else values.to(dtype.storage).to(values.dtype)
+    return ((clamped + (rounded - values)) * scale).to(x.dtype)
 
 
 def lsq_gradient(scale: Tensor, shared_by: int, dtype: QuantDtype) -> Tensor:
-    """``scale`` itself, its gradient multiplied by LSQ's 1 / sqrt(n * Q_p) (arXiv 1902.08153, section 2.2).
+    """Returns ``scale`` with its gradient multiplied by LSQ's 1 / sqrt(n * Q_p) (arXiv 1902.08153, section 2.2).
 
     Args:
-        shared_by: n, how many values one scale serves: weights, or features of one image.
+        shared_by: n, the number of values with one scale: weights, or features of one image.
     """
     return scale.detach() + (scale - scale.detach()) * (shared_by * dtype.high) ** -0.5
 
 
-class _Scaled(nn.Module):
-    """Whatever has a scale: how it is trained, and when it acts.
+class Quantizer(nn.Module):
+    """Base class of quantizers, with a scale that can be trained.
 
     Attributes:
-        enabled: False lets everything pass unrounded, to see what this one tensor costs.
-        differentiable: round by :func:`fake_quantize`. Training sets it; the exporter needs it off.
+        enabled: if False, the tensor passes in floating point.
+        differentiable: if True, rounds by :func:`fake_quantize`, for training. Export needs False.
     """
 
     scale: Tensor
@@ -90,45 +90,45 @@ class _Scaled(nn.Module):
         self.enabled, self.differentiable = True, False
         self.register_buffer("scale", scale)
 
-    def learn_scale(self) -> None:
-        """Make the scale a parameter, and the rounding differentiable."""
+    def make_scale_parameter(self) -> None:
+        """Makes the scale a parameter, and the rounding differentiable."""
         scale = self.scale.detach()
         del self.scale
         self.scale = nn.Parameter(scale)
         self.differentiable = True
 
-    def settle_scale(self) -> None:
-        """Undo :meth:`learn_scale`; what was learned stays."""
+    def make_scale_buffer(self) -> None:
+        """Undoes :meth:`make_scale_parameter`, with the trained value."""
         scale = self.positive_scale().detach().clone()
         del self.scale
         self.register_buffer("scale", scale)
         self.differentiable = False
 
     def positive_scale(self) -> Tensor:
-        """The scale, kept from vanishing or changing sign while it is learned."""
+        """Returns the scale, clamped to a positive minimum in training."""
         return self.scale.clamp(min=torch.finfo(torch.float16).tiny) if self.differentiable else self.scale
 
     def extra_repr(self) -> str:
         return str(self.spec)
 
 
-class QuantizeDequantize(_Scaled):
-    """Rounds an activation to a number format with one scale.
+class QuantizeDequantize(Quantizer):
+    """Quantizes and dequantizes an activation with one scale.
 
     Args:
-        low, high: the range to be represented, scalars; low is used by asymmetric specs alone.
+        low, high: the range to represent, scalars; low is used for asymmetric specs only.
     """
 
     def __init__(self, spec: TensorSpec, low: Tensor, high: Tensor) -> None:
         dtype = spec.dtype
         if spec.symmetric:
-            scale, self_zero = dtype.scale(high.float().reshape(())), 0
+            scale, zero_point = dtype.scale(high.float().reshape(())), 0
         else:
             low, high = low.float().clamp(max=0).reshape(()), high.float().clamp(min=0).reshape(())
             scale = torch.where(high > low, (high - low) / dtype.high, torch.ones_like(high))
-            self_zero = int((-low / scale).round().clamp(dtype.low, dtype.high))
+            zero_point = int((-low / scale).round().clamp(dtype.low, dtype.high))
         super().__init__(spec, scale)
-        self.zero_point = self_zero
+        self.zero_point = zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -141,21 +141,21 @@ class QuantizeDequantize(_Scaled):
         return quantize_dequantize(x, self.scale, self.dtype.name, self.zero_point)
 
     def fold_zero_point(self) -> Tensor:
-        """Make the format signed and the zero point 0; what is to be added to x for the same steps, a scalar."""
+        """Makes the format signed and the zero point 0; returns the scalar to add to x for the same integers."""
         half = int(self.dtype.high + 1) // 2
         shift = (self.zero_point - half) * self.scale
         self.dtype, self.zero_point = FORMATS[self.dtype.name.removeprefix("u")], 0
         return shift
 
 
-class WeightQuantizer(_Scaled):
-    """Rounds a weight (out, ...) with a scale per output channel, or per group of inputs of one.
+class WeightQuantizer(Quantizer):
+    """Quantizes and dequantizes a weight (out, ...) with one scale per output channel or per group of its inputs.
 
     Args:
-        amax: the largest magnitude, (out, 1, ...) or, for groups, (out, groups, 1).
+        amax: the largest magnitude, (out, 1, ...), or (out, groups, 1) for groups.
 
     Attributes:
-        offset: what is added to the weight before it is rounded, in steps; None but while rounding is learned.
+        offset: added to the weight before rounding, in steps, during block reconstruction; otherwise None.
     """
 
     def __init__(self, spec: TensorSpec, amax: Tensor) -> None:
@@ -163,7 +163,7 @@ class WeightQuantizer(_Scaled):
         self.offset: Tensor | None = None
 
     def forward(self, weight: Tensor, outputs: slice | None = None) -> Tensor:
-        """The rounded weight; ``outputs`` says which output channels ``weight`` consists of."""
+        """Returns the rounded weight; ``outputs`` are the output channels that ``weight`` consists of, if not all."""
         if not self.enabled:
             return weight
         rows, scale = split_groups(weight, self.spec), self.positive_scale()
@@ -176,17 +176,17 @@ class WeightQuantizer(_Scaled):
         return fake_quantize(rows, scale, self.dtype).reshape(weight.shape)
 
     def integers(self, weight: Tensor) -> Tensor:
-        """The weight as it will be stored, in its own shape."""
+        """Returns the quantized weight as it is stored, in the weight's shape."""
         return self.dtype.quantize(split_groups(weight, self.spec), self.scale).reshape(weight.shape)
 
 
 def split_groups(weight: Tensor, spec: TensorSpec) -> Tensor:
-    """(out, in) -> (out, groups, group_size) where the spec has groups; any other weight as it is."""
+    """(out, in) -> (out, groups, group_size) if the spec has groups; returns any other weight unchanged."""
     return weight.unflatten(-1, (-1, spec.group_size)) if spec.granularity == "group" else weight
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear whose weight and input are rounded; either may be left in floating point.
+    """A Linear with a quantized weight and input; either may stay in floating point.
 
     :meth:`freeze` replaces the float weight by its integers, (in, out), so that the exported graph needs no Transpose.
     """
@@ -207,7 +207,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("frozen_scale", None)
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
-        """(..., in) -> (..., out), or the outputs named by the slice."""
+        """(..., in) -> (..., out), or only the outputs in the slice."""
         x = _rounded_input(self, x)
         bias = self.bias if self.bias is None or outputs is None else self.bias[outputs]
         if self.frozen is not None and self.frozen_scale is not None and self.weight_quantizer is not None:
@@ -224,7 +224,7 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, weight, bias)
 
     def freeze(self) -> None:
-        """Keep the integers of the weight alone."""
+        """Replaces the float weight by its integers."""
         if self.weight_quantizer is not None:
             scale = self.weight_quantizer.scale.detach()
             grouped = self.weight_quantizer.spec.granularity == "group"
@@ -236,7 +236,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedConv2d(nn.Module):
-    """A convolution, padded by zeros if at all, whose weight and input are rounded; either may be left in float."""
+    """A convolution with a quantized weight and input; either may stay in floating point. Padding is with zeros."""
 
     weight: Tensor
     shift: Tensor | None
@@ -252,7 +252,7 @@ class QuantizedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         padding = self.padding
-        if self.shift is not None and any(padding):  # the zeros around the input have to be shifted with it
+        if self.shift is not None and any(padding):  # the zeros are shifted with the input
             x, padding = F.pad(x, [size for size in reversed(padding) for _ in range(2)]), (0, 0)  # type: ignore[misc]
         x = _rounded_input(self, x)
         if self.frozen is not None and self.weight_quantizer is not None:
@@ -263,7 +263,7 @@ class QuantizedConv2d(nn.Module):
         return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def freeze(self) -> None:
-        """Keep the integers of the weight alone."""
+        """Replaces the float weight by its integers."""
         if self.weight_quantizer is not None:
             self.frozen = self.weight_quantizer.integers(self.weight.detach())
             del self.weight
@@ -280,31 +280,31 @@ def _rounded_input(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fold_zero_point(layer: QuantizedLayer) -> None:
-    """Shift an asymmetric input to where its zero point is 0, which TensorRT demands; the layer gives what it gave.
+    """Shifts an asymmetric input so that its zero point is 0, as TensorRT demands, without changing the output.
 
-    With w the rounded weight and x the rounded input, w (x + shift) = w x + shift * sum(w): the rounded values are the
-    same integers, less a constant, and the bias takes back what they are moved by. For export and not undone.
+    With the rounded weight w and the rounded input x, w (x + shift) = w x + shift * sum(w). The input has the same
+    integers less a constant, and the second term is subtracted from the bias. For export; it cannot be undone.
     """
     if layer.input is None or layer.input.spec.symmetric:
         return
     weight = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
     layer.shift = layer.input.fold_zero_point()
-    moved = layer.shift * weight.flatten(1).sum(1)
-    layer.bias = nn.Parameter(-moved if layer.bias is None else layer.bias - moved)
+    excess = layer.shift * weight.flatten(1).sum(1)
+    layer.bias = nn.Parameter(-excess if layer.bias is None else layer.bias - excess)
 
 
-def quantizers(model: nn.Module) -> Iterator[tuple[str, _Scaled]]:
-    """Every quantizer of a network with the name of its tensor, as :mod:`quant.schemes.scheme` spells it."""
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Yields every quantizer of a network with its tensor's name, as in :mod:`quant.schemes.scheme`."""
     for name, module in model.named_modules():
-        if isinstance(module, _Scaled):
+        if isinstance(module, Quantizer):
             yield name.replace(".weight_quantizer", ".weight"), module
 
 
 def freeze(model: nn.Module, fold_zero_points: bool = False) -> None:
-    """Replace every quantized layer's float weight by its integers; for export and not undone.
+    """Replaces every quantized layer's float weight by its integers. For export; it cannot be undone.
 
     Args:
-        fold_zero_points: first make every asymmetric input symmetric (:func:`fold_zero_point`).
+        fold_zero_points: if True, first applies :func:`fold_zero_point` to every layer.
     """
     for module in model.modules():
         if isinstance(module, QuantizedLayer):

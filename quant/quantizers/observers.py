@@ -1,13 +1,12 @@
-"""What a tensor's values looked like over the calibration images, and the range that is chosen from it.
+"""Statistics of a tensor over the calibration images, and the range that is chosen from them.
 
-A :class:`RangeObserver` is a calibrator of nvidia-modelopt's: its quantizers feed it. ModelOpt's own histogram keeps
-as many bins as the largest value needs and searches them one by one (minutes for a small network); this one has a
-fixed number of bins, doubles their width when a value does not fit, and judges all candidate ranges in one pass.
+A :class:`RangeObserver` has the methods of nvidia-modelopt's calibrators, so that ModelOpt's quantizers feed it.
+ModelOpt's own histogram keeps as many bins as the largest value needs and searches them one by one, which takes
+minutes for a small network. This one has a fixed number of bins, doubles their width if a value does not fit, and
+evaluates all ranges in one pass.
 """
 
 from __future__ import annotations
-
-import warnings
 
 import numpy as np
 import torch
@@ -16,37 +15,33 @@ from torch import Tensor
 from illama.errors import UserError
 from quant.schemes.formats import QuantDtype, TensorSpec
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it warns of optional packages that nothing here needs
-    from modelopt.torch.quantization.calib.calibrator import _Calibrator
-
 BINS = 4096
-_SHARES = 100  # candidate ranges that mse and entropy compare: 1/100, 2/100 ... of the largest magnitude
+_SHARES = 100  # mse and entropy compare the ranges 1/100, 2/100 ... of the largest magnitude
 
 
-class RangeObserver(_Calibrator):
+class RangeObserver:
     """Smallest and largest value of a tensor, and a histogram of its magnitudes if the spec needs one.
 
     Attributes:
-        low, high: over everything seen; scalars.
-        counts: how many magnitudes fell into each of BINS equal bins of 0..``limit``; zeros are left out, since every
-            format represents them exactly, so that percentiles are those of the other values.
+        low, high: smallest and largest value; scalars.
+        counts: number of magnitudes in each of BINS equal bins of 0..``limit``. Zeros are not counted, because every
+            format represents them exactly: percentiles are those of the other values.
     """
 
     def __init__(self, spec: TensorSpec) -> None:
-        super().__init__(8, None, False)
         self.spec = spec
         self.reset()
 
     def reset(self) -> None:
+        """Forgets all values."""
         self.low, self.high = torch.tensor(float("inf")), torch.tensor(float("-inf"))
         self.counts, self.limit = torch.zeros(BINS), 0.0
 
     def collect(self, x: Tensor) -> None:
-        """Take in the values of one batch. UserError for NaN or infinity."""
+        """Adds the values of one batch; UserError for NaN or infinity."""
         low, high = x.detach().float().aminmax()
         if not (low.isfinite() and high.isfinite()):
-            raise UserError("a calibration image gives NaN or infinite activations: check the images and the weights")
+            raise UserError("NaN or infinite activations in calibration: check the images and the weights")
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         if self.spec.calibrator != "max" and self.spec.symmetric:
             self._count(x.detach().float().abs(), float(torch.maximum(-low, high)))
@@ -63,9 +58,9 @@ class RangeObserver(_Calibrator):
         self.counts += counts
 
     def compute_amax(self) -> Tensor:
-        """The largest magnitude to be represented, by the spec's calibrator."""
+        """Returns the largest magnitude to represent, by the spec's calibrator; UserError without any value."""
         if self.low > self.high:
-            raise UserError("a tensor to be quantized never got a value: the calibration images do not reach it")
+            raise UserError("a tensor got no value in calibration: give images, or leave it in floating point")
         if self.spec.amax is not None:
             return torch.tensor(self.spec.amax)
         largest = torch.maximum(-self.low, self.high)
@@ -82,32 +77,33 @@ class RangeObserver(_Calibrator):
 
 
 def percentile_amax(counts: np.ndarray, limit: float, percentile: float) -> float:
-    """The magnitude that ``percentile`` percent of the counted values do not exceed, to within a bin."""
+    """Returns the magnitude that ``percentile`` percent of the counted values do not exceed, to within a bin."""
     cumulative = counts.cumsum()
     return float((np.searchsorted(cumulative, percentile / 100 * cumulative[-1]) + 1) * limit / len(counts))
 
 
 def mse_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
-    """The range with the least squared error of rounding and clamping together."""
-    centres = torch.from_numpy((np.arange(len(counts)) + 0.5) * limit / len(counts)).float()
+    """Returns the range with the smallest squared error of rounding and clamping together."""
+    magnitudes = torch.from_numpy((np.arange(len(counts)) + 0.5) * limit / len(counts)).float()
     errors = []
-    for amax in _candidates(limit):
+    for amax in _ranges(limit):
         scale = torch.tensor(amax / dtype.high)
-        rounded = dtype.quantize(centres, scale).float() * scale
-        errors.append(float(((rounded - centres).double().square().numpy() * counts).sum()))
-    return _candidates(limit)[int(np.argmin(errors))]
+        rounded = dtype.quantize(magnitudes, scale).float() * scale
+        errors.append(float(((rounded - magnitudes).double().square().numpy() * counts).sum()))
+    return _ranges(limit)[int(np.argmin(errors))]
 
 
 def entropy_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
-    """The range whose rounded distribution diverges least from the one seen (Kullback-Leibler), as TensorRT's did.
+    """Returns the range whose quantized distribution has the smallest KL divergence from the observed one.
 
-    (Migacz, "8-bit inference with TensorRT", GTC 2017.) What lies beyond a candidate is clamped to it in both. A
-    candidate of fewer bins than the format has levels would be represented without loss, and is none.
+    This is TensorRT's entropy calibration (Migacz, "8-bit inference with TensorRT", GTC 2017). Values beyond a range
+    are clamped to it in both distributions. Ranges of fewer bins than the format has levels are left out: they would
+    be represented without loss.
     """
     levels = int(dtype.high) + 1
     divergences = []
-    candidates = [amax for amax in _candidates(limit) if amax / limit * len(counts) >= levels]
-    for amax in candidates:
+    ranges = [amax for amax in _ranges(limit) if amax / limit * len(counts) >= levels]
+    for amax in ranges:
         kept = round(amax / limit * len(counts))
         seen = counts[:kept].copy()
         level = (np.arange(kept) * levels // kept).astype(np.intp)
@@ -115,21 +111,20 @@ def entropy_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
         occupied = np.bincount(level, weights=seen > 0, minlength=levels)
         rounded = np.where(seen > 0, (mass / np.maximum(occupied, 1))[level], 0.0)
         seen[-1] += counts[kept:].sum()
-        rounded[-1] = max(rounded[-1], 1e-3)  # the last bin has mass in one distribution: it must not be infinite
+        rounded[-1] = max(rounded[-1], 1e-3)  # the last bin has mass in p: KL must stay finite
         p, q = seen / seen.sum(), rounded / rounded.sum()
         divergences.append(float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum()))
-    return candidates[int(np.argmin(divergences))]
+    return ranges[int(np.argmin(divergences))]
 
 
-def _candidates(limit: float) -> list[float]:
+def _ranges(limit: float) -> list[float]:
     return [limit * share / _SHARES for share in range(1, _SHARES + 1)]
 
 
 def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
-    """The range of every channel or group of a weight (out, ...), by the spec's calibrator.
+    """Returns the range of every channel or group of a weight (out, ...), by the spec's calibrator.
 
-    Returns:
-        (out, 1, ...), (out, groups, 1) for a weight in groups, or (1, 1, ...) for one scale in all.
+    The shape is (out, 1, ...), (out, groups, 1) for a weight in groups, or (1, 1, ...) for one scale per tensor.
     """
     rows = weight.detach().flatten(1)
     rows = rows.unflatten(1, (-1, spec.group_size)) if spec.granularity == "group" else rows

@@ -1,9 +1,9 @@
-"""Rounding and scales learned block by block, so that each block gives what it gave in floating point.
+"""Block reconstruction: optimizes the rounding and the scales of each block against its floating-point output.
 
-Every weight gets an offset of up to half a step before it is rounded, and every scale a factor; both are moved by the
-sign of the gradient of the block's squared error (SignRound: Cheng et al., arXiv 2309.05516), which settles in a few
-hundred steps where AdaRound's (arXiv 2004.10568) takes tens of thousands. As in BRECQ (arXiv 2102.05426), a block is
-the unit, and it sees the inputs that the quantized blocks before it give. Only images are needed, no labels.
+Every weight gets an offset of up to half a step before rounding, and every scale a factor. Both follow the sign of the
+gradient of the block's squared error (SignRound: Cheng et al., arXiv 2309.05516), which converges in a few hundred
+iterations; AdaRound (arXiv 2004.10568) needs tens of thousands. As in BRECQ (arXiv 2102.05426), blocks are optimized
+one after another, with the inputs that the quantized blocks before them give. Only images are needed, no labels.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from quant.quantizers.layers import QuantizedLinear, WeightQuantizer, quantizers
 
-_TOKENS = 800  # of a step, in as many images as that takes, 4 at least
-_SCALE_RATE = 0.5  # how far a scale's logarithm moves in all steps, beside an offset's full rate of 1
+_TOKENS = 800  # of an iteration, in at least 4 images
+_SCALE_RATE = 0.5  # learning rate of a scale's logarithm, relative to an offset's
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a block is called with besides its input: mask and positions, none of them per image."""
+    """The arguments of a block besides its input: mask and positions, the same for all images."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -35,27 +35,27 @@ class _Call:
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The transformer blocks of a network with their names, in order."""
+    """Returns the transformer blocks of a network with their names, in order."""
     named = {name: module for name, module in model.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)}
-    first = next(iter(named), "").rpartition(".")[0]  # a decoder may have blocks too, which come after
+    first = next(iter(named), "").rpartition(".")[0]  # excludes the blocks of a decoder, which come later
     return [(name, module) for name, module in named.items() if name.rpartition(".")[0] == first]
 
 
-def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor], steps: int) -> None:
-    """Learn the rounding and the scales of ``quantized`` in place; what quantizes nothing is left as it is.
+def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor], iterations: int) -> None:
+    """Optimizes the rounding and the scales of ``quantized`` in place. Blocks without quantizers are not changed.
 
     Args:
-        reference: the network in floating point, otherwise the same.
+        reference: the floating-point network.
         batches: images (B, C, H, W); a few hundred in all.
-        steps: per block.
+        iterations: number of iterations for each block.
     """
     exact, calls = _block_inputs(reference, batches)
     inputs, _ = _block_inputs(quantized, batches)
     pairs = list(zip(blocks(reference), blocks(quantized), calls, strict=True))
-    for (_, float_block), (_, block), call in tqdm(pairs, desc="learn rounding", unit="block", leave=False):
+    for (_, float_block), (_, block), call in tqdm(pairs, desc="reconstruct blocks", unit="block", leave=False):
         with torch.no_grad():
             targets = torch.cat([call.run(float_block, part) for part in exact.split(64)])
-        _learn(block, call, inputs, targets, steps)
+        _reconstruct_block(block, call, inputs, targets, iterations)
         with torch.no_grad():
             inputs = torch.cat([call.run(block, part) for part in inputs.split(64)])
         exact = targets
@@ -63,7 +63,7 @@ def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor
 
 @torch.no_grad()
 def _block_inputs(model: nn.Module, batches: list[Tensor]) -> tuple[Tensor, list[_Call]]:
-    """What the first block is given for all images, (images, N, width), and how each block is called."""
+    """Returns the first block's inputs for all images, (images, N, width), and how each block is called."""
     calls: list[_Call] = []
     first: list[Tensor] = []
 
@@ -85,8 +85,8 @@ def _block_inputs(model: nn.Module, batches: list[Tensor]) -> tuple[Tensor, list
     return torch.cat(first), calls
 
 
-def _learn(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor, steps: int) -> None:
-    """Sign gradient descent with a falling rate; the best of start and end is kept."""
+def _reconstruct_block(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor, iterations: int) -> None:
+    """Sign gradient descent with a linearly falling rate. The start is restored if the end has a larger error."""
     acting = [quantizer for _, quantizer in quantizers(block)]
     weights = _weights(block)
     if not acting:
@@ -96,7 +96,7 @@ def _learn(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor, steps
     offsets = [torch.zeros_like(weight).requires_grad_() for _, weight in weights]
     before = _error(block, call, inputs, targets)
 
-    def place(with_gradient: bool) -> None:
+    def set_parameters(with_gradient: bool) -> None:
         for quantizer, scale, factor in zip(acting, scales, factors, strict=True):
             quantizer.differentiable = with_gradient
             quantizer.scale = scale * (factor if with_gradient else factor.detach()).exp()
@@ -105,27 +105,27 @@ def _learn(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor, steps
 
     generator, batch = torch.Generator().manual_seed(0), max(4, _TOKENS // inputs.shape[1])
     parameters, rates = [*factors, *offsets], [_SCALE_RATE] * len(factors) + [1.0] * len(offsets)
-    for step in range(steps):
-        place(with_gradient=True)
+    for iteration in range(iterations):
+        set_parameters(with_gradient=True)
         chosen = torch.randint(len(inputs), (batch,), generator=generator)
         with torch.enable_grad():
             loss = F.mse_loss(call.run(block, inputs[chosen]), targets[chosen])
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        rate = (1 - step / steps) / steps
+        rate = (1 - iteration / iterations) / iterations
         for parameter, gradient, share in zip(parameters, gradients, rates, strict=True):
             if gradient is not None:
                 parameter.data.add_(gradient.sign(), alpha=-rate * share).clamp_(-0.5, 0.5)
-    place(with_gradient=False)
+    set_parameters(with_gradient=False)
     if _error(block, call, inputs, targets) > before:
         for quantizer, scale in zip(acting, scales, strict=True):
             quantizer.scale = scale
         for quantizer, _ in weights:
             quantizer.offset = None
-    _settle(weights)
+    _round_in_place(weights)
 
 
 def _weights(block: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
-    """Weight quantizers of integer formats with their weights; a float format's steps are not all alike."""
+    """Weight quantizers of integer formats with their weights; the steps of a float format are not uniform."""
     layers = [module for module in block.modules() if isinstance(module, QuantizedLinear)]
     return [(q, layer.weight) for layer in layers if (q := layer.weight_quantizer) is not None and q.dtype.rounds]
 
@@ -137,8 +137,8 @@ def _error(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor) -> fl
 
 
 @torch.no_grad()
-def _settle(weights: list[tuple[WeightQuantizer, Tensor]]) -> None:
-    """Put every weight where it was rounded to, so that plain rounding finds it again."""
+def _round_in_place(weights: list[tuple[WeightQuantizer, Tensor]]) -> None:
+    """Sets every weight to its rounded value, so that rounding to nearest gives the same value again."""
     for quantizer, weight in weights:
         weight.copy_(quantizer(weight))
         quantizer.offset = None

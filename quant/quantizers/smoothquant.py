@@ -1,13 +1,13 @@
-"""SmoothQuant: outliers of an activation's channels moved into the weights that make them (arXiv 2211.10438).
+"""SmoothQuant: migrates outliers of activation channels into weights (arXiv 2211.10438).
 
-A Linear's input channel j is divided by s_j and its weight's column j multiplied by it: nothing changes but how hard
-each is to round. The division costs nothing where it can be folded into whatever made the channel:
+Input channel j of a Linear is divided by s_j, and column j of its weight is multiplied by it. The output stays the
+same, but the input is easier to quantize. The division is folded into the operator that computes the channel:
 
     attn.qkv, mlp.fc1, mlp.fc3   into the weight (and bias) of the norm before them
     mlp.fc2 of a SwiGLU          into fc3, whose output is a factor of the product
-    attn.proj                    into the rows of qkv that make v: attention mixes tokens and leaves channels alone
+    attn.proj                    into the rows of qkv that compute v: attention mixes tokens, not channels
 
-A GELU stands between fc1 and fc2 of a ViT's MLP, and it is not linear, so that fc2 is left as it is.
+fc2 of a ViT's MLP is not rescaled, because the GELU between fc1 and fc2 is not linear.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quant.schemes.scheme import Scheme
 
 @dataclass(frozen=True)
 class _Site:
-    """Linears that share an input, and how to divide the channels of that input where they are made."""
+    """Linears that share an input, and a function that divides the channels of that input."""
 
     linears: tuple[str, ...]
     divide: Callable[[Tensor], None]
@@ -33,9 +33,9 @@ class _Site:
 
 @torch.no_grad()
 def smooth(model: nn.Module, scheme: Scheme, batches: Iterable[Tensor]) -> None:
-    """Rescale ``model`` in place, exactly but for rounding, wherever the scheme smooths and quantizes an input.
+    """Rescales ``model`` in place wherever the scheme smooths and quantizes an input; the output stays the same.
 
-    Its strength is alpha of equation 4: 0 makes all channels of the weights equal, 1 all those of the input.
+    The strength is alpha of equation 4: 0 equalizes the channels of the weights, 1 those of the input.
     """
     sites = [
         site
@@ -57,13 +57,13 @@ def smooth(model: nn.Module, scheme: Scheme, batches: Iterable[Tensor]) -> None:
 
 
 def _strength(scheme: Scheme, site: _Site) -> float | None:
-    """Of the first of a site's Linears that the scheme smooths; they share an input, so one strength is all's."""
+    """The strength of the first Linear of a site that the scheme smooths; it applies to all, which share an input."""
     strengths = [scheme.strength(linear) for linear in site.linears]
     return next((strength for strength in strengths if strength is not None), None)
 
 
 def _channel_ranges(model: nn.Module, linears: list[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The largest magnitude of every input channel of the Linears named."""
+    """Returns the largest magnitude of every input channel of the Linears named."""
     ranges: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -82,12 +82,12 @@ def _channel_ranges(model: nn.Module, linears: list[str], batches: Iterable[Tens
 
 
 def _sites(name: str, block: Any) -> Iterator[_Site]:
-    """The places of one block, ours or timm's, where a division can be folded."""
+    """Yields the Linears of one block, ours or timm's, whose input can be divided."""
     if not all(hasattr(block, part) for part in ("norm1", "attn", "norm2", "mlp")):
         return
     attn, mlp = block.attn, block.mlp
     gated = isinstance(getattr(mlp, "fc3", None), nn.Linear)
-    before = not isinstance(block, ResPostBlock)  # its norms come after attention and MLP
+    before = not isinstance(block, ResPostBlock)  # has its norms after attention and MLP
     if before and _scales(block.norm1) and getattr(attn, "gate", None) is None:  # a gate reads the norm's output too
         yield _Site((f"{name}.attn.qkv",), _divide_parameters(block.norm1))
     if isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity) and getattr(attn, "gate", None) is None:

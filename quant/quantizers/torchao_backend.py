@@ -1,7 +1,7 @@
-"""Deployment inside PyTorch, by torchao: weights of 8 or 4 bits, activations quantized on the fly, per token.
+"""Deployment inside PyTorch with torchao: weights of 8 or 4 bits, dynamically quantized activations, per token.
 
-A scheme with ``backend: torchao`` names its tensors as any other does, and each Linear gets the torchao config that
-its two specs amount to:
+A scheme with ``backend: torchao`` names tensors like any other scheme. Each Linear gets the torchao config for its two
+specs:
 
     weight                  input                   torchao
     int8 per channel        float                   Int8WeightOnlyConfig
@@ -10,9 +10,10 @@ its two specs amount to:
     int4 per group          uint8 per token          Int8DynamicActivationIntxWeightConfig
     fp8 per channel         float                   Float8WeightOnlyConfig
 
-Nothing is calibrated: a weight's range is its own largest magnitude, and an activation's is each token's, found while
-the network runs. Convolutions and attention stay in floating point. CPUs keep 4 bits in 8: torchao's packed kernels are
-for other machines. :func:`prepare_qat` and :func:`convert_qat` are torchao's training with the rounding in place.
+There is no calibration: a weight's range is its largest magnitude, and an activation's is computed for each token at
+run time. Convolutions and attention stay in floating point. On CPUs 4-bit weights are stored in 8 bits, because
+torchao's packed kernels need other hardware. :func:`prepare_qat` and :func:`convert_qat` use torchao's
+quantization-aware training.
 """
 
 from __future__ import annotations
@@ -46,24 +47,25 @@ from torchao.utils import TorchAOBaseTensor
 
 from illama.bundle import TORCHAO
 from illama.errors import UserError
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA, Linear
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import PER_TOKEN, Scheme, resolve
+from quant.schemes.scheme import Scheme, resolve
 
 _METADATA = "illama_torchao"  # one key only: safetensors writes several in no fixed order
 _PART = re.compile(r"(.*)\.parts\.0\.")  # of a name in a state dict
+_PER_TOKEN = TensorSpec("uint8", "token", symmetric=False)  # the one spec of inputs
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 
 
 class SplitLinear(nn.Module):
-    """A Linear cut into several by its outputs, so that a call which asks for some computes only those.
+    """A Linear split into several by its outputs, so that a call for some outputs computes only those.
 
-    torchao's weights are sliced anew at every call, and not at all in inference mode; whole ones need neither.
+    A torchao weight would be sliced at every call, which inference mode does not support.
 
     Args:
-        sizes: outputs of each part.
+        sizes: number of outputs of each part.
     """
 
     def __init__(self, linear: nn.Linear, sizes: list[int]) -> None:
@@ -80,7 +82,7 @@ class SplitLinear(nn.Module):
         self.bounds = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
-        """(..., in) -> (..., out), or the outputs of the whole parts that the slice names; ValueError for others."""
+        """(..., in) -> (..., out), or only the outputs in the slice; ValueError if it is not made of whole parts."""
         start, stop, _ = (outputs or slice(None)).indices(self.bounds[-1][1])
         chosen = [index for index, (first, end) in enumerate(self.bounds) if start <= first and end <= stop]
         if not chosen or (self.bounds[chosen[0]][0], self.bounds[chosen[-1]][1]) != (start, stop):
@@ -89,11 +91,11 @@ class SplitLinear(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
 
-def quantize_with_torchao(model: SoftMasked, scheme: Scheme) -> SoftMasked:
-    """A copy of ``model`` in evaluation mode whose Linears hold torchao's quantized weights; it cannot be trained.
+def quantize_with_torchao(model: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+    """Returns a copy of ``model`` in evaluation mode with torchao's quantized weights; it cannot be trained.
 
     Raises:
-        UserError: the scheme is of another backend, does not fit the network, or asks for what torchao cannot do.
+        UserError: the scheme has another backend, does not fit the network, or is not supported by torchao.
     """
     check(model, scheme)
     quantized = _split(copy.deepcopy(model)).eval()
@@ -102,10 +104,10 @@ def quantize_with_torchao(model: SoftMasked, scheme: Scheme) -> SoftMasked:
     return quantized.requires_grad_(False)
 
 
-def prepare_qat(model: SoftMasked, scheme: Scheme) -> SoftMasked:
-    """A copy of ``model`` to be trained: it computes what :func:`convert_qat` will, and is differentiable.
+def prepare_qat(model: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+    """Returns a differentiable copy of ``model`` that computes what :func:`convert_qat` will, for training.
 
-    Gradients pass straight through the rounding. Raises UserError as :func:`quantize_with_torchao`.
+    Gradients pass straight through the rounding. Raises UserError like :func:`quantize_with_torchao`.
     """
     check(model, scheme)
     prepared = _split(copy.deepcopy(model))
@@ -115,11 +117,11 @@ def prepare_qat(model: SoftMasked, scheme: Scheme) -> SoftMasked:
     return prepared
 
 
-def convert_qat(prepared: SoftMasked, scheme: Scheme) -> SoftMasked:
-    """What :func:`prepare_qat` made and training changed, as :func:`quantize_with_torchao` leaves a network.
+def convert_qat(prepared: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+    """Returns a copy of a trained network of :func:`prepare_qat` in the form of :func:`quantize_with_torchao`.
 
     Args:
-        scheme: the one that it was prepared for.
+        scheme: the scheme that it was prepared for.
     """
     converted = copy.deepcopy(prepared).eval()
     for recipe, layers in _recipes(converted, scheme):
@@ -127,23 +129,23 @@ def convert_qat(prepared: SoftMasked, scheme: Scheme) -> SoftMasked:
     return converted.requires_grad_(False)
 
 
-def check(model: SoftMasked, scheme: Scheme) -> None:
-    """UserError if torchao cannot quantize ``model`` by ``scheme``, in the words of what to change."""
+def check(model: MaskedNetwork, scheme: Scheme) -> None:
+    """Raises UserError if torchao cannot quantize ``model`` by ``scheme``."""
     if scheme.backend != "torchao":
-        raise UserError(f"scheme {scheme.name} is for ONNX: torchao takes one with 'backend: torchao'")
-    if scheme.smooth or scheme.learned:
-        raise UserError(f"scheme {scheme.name}: torchao neither smooths nor learns rounding; leave both out")
+        raise UserError(f"scheme {scheme.name} has backend {scheme.backend}: give one with 'backend: torchao'")
+    if scheme.smooth or scheme.reconstruction_iterations:
+        raise UserError(f"scheme {scheme.name}: torchao has no smooth and no reconstruction_iterations; leave them out")
     for name in resolve(scheme, model):
         layer = name.removesuffix(".weight").removesuffix(".input")
         if not isinstance(model.get_submodule(layer), nn.Linear):
-            raise UserError(f"scheme {scheme.name}: torchao quantizes Linears alone; leave {name} in floating point")
+            raise UserError(f"scheme {scheme.name}: torchao quantizes Linears only; leave {name} in floating point")
         _recipe(scheme, layer)
 
 
-def write_torchao(model: SoftMasked, folder: Path) -> Path:
-    """Write a quantized network into a bundle as TORCHAO, and return its path: tensors and JSON, nothing that is run.
+def write_torchao(model: MaskedNetwork, folder: Path) -> Path:
+    """Writes a quantized network into a bundle as TORCHAO, and returns its path.
 
-    The same network gives the same bytes.
+    The file has tensors and JSON only, no code. The same network gives the same bytes.
     """
     state = model.state_dict()
     packed = {name: value for name, value in state.items() if isinstance(value, TorchAOBaseTensor)}
@@ -155,25 +157,25 @@ def write_torchao(model: SoftMasked, folder: Path) -> Path:
     return folder / TORCHAO
 
 
-def load_torchao(folder: Path, network: SoftMasked | None = None) -> SoftMasked:
-    """The network that :func:`write_torchao` wrote, in evaluation mode, giving the same numbers.
+def load_torchao(folder: Path, network: MaskedNetwork | None = None) -> MaskedNetwork:
+    """Returns the network that :func:`write_torchao` wrote, in evaluation mode, with the same outputs.
 
     Args:
-        network: the same network with any weights, which are replaced; an iLLaMA is made from the file's config.
+        network: the same architecture, whose weights are replaced; if None, an iLLaMA is made from the file's config.
 
     Raises:
-        UserError: no such file, a damaged one, or one of another network.
+        UserError: the file is missing, damaged, or of another network.
     """
     path = folder / TORCHAO
     if not path.exists():
-        raise UserError(f"{folder} holds no network quantized by torchao: it has no {TORCHAO}")
+        raise UserError(f"{path} not found: quantize by a scheme with 'backend: torchao' first")
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()[_METADATA])
         packed, plain = unflatten_tensor_state_dict(safetensors.torch.load_file(path), facts["tensors"])
         network = network or ILLaMA(ModelConfig.from_dict(facts["config"]))
     except UserError as error:
-        raise UserError(f"{path} is not an iLLaMA's: give load_torchao the network, {facts['config']}") from error
+        raise UserError(f"{path} is not of an iLLaMA: give load_torchao the network, {facts['config']}") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or not written by this toolkit: make the bundle again") from error
     state = packed | plain
@@ -184,13 +186,13 @@ def load_torchao(folder: Path, network: SoftMasked | None = None) -> SoftMasked:
             _split_layer(network, name)
         network.load_state_dict(state, assign=True)
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit the network that it names: make the bundle again") from error
+        raise UserError(f"{path} does not fit its own config: make the bundle again") from error
     return network.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What torchao is told of a Linear: how to deploy it, and how to imitate that in training."""
+    """The torchao configs of a Linear: for deployment, and for fake quantization in training."""
 
     deployed: AOBaseConfig
     weight: Any
@@ -198,7 +200,7 @@ class _Recipe:
 
 
 def _recipes(network: nn.Module, scheme: Scheme) -> list[tuple[_Recipe, set[str]]]:
-    """Every kind of quantized Linear with the names of those in ``network``, parts of split ones included."""
+    """Returns each recipe with the names of its Linears in ``network``, parts of split ones included."""
     kinds: dict[tuple[TensorSpec | None, TensorSpec | None], set[str]] = {}
     for name, module in network.named_modules():
         layer = _whole(name)
@@ -209,21 +211,21 @@ def _recipes(network: nn.Module, scheme: Scheme) -> list[tuple[_Recipe, set[str]
 
 
 def _whole(name: str) -> str:
-    """The layer that a part of it belongs to; any other name as it is."""
+    """Returns the layer that a part belongs to; any other name unchanged."""
     return re.sub(r"\.parts\.\d+$", "", name)
 
 
 def _recipe(scheme: Scheme, layer: str) -> _Recipe:
-    """What a scheme means for one Linear; UserError if torchao has nothing that does it."""
+    """Returns the recipe of one Linear; UserError if torchao has none."""
     weight, activation = scheme.spec(f"{layer}.weight"), scheme.spec(f"{layer}.input")
     place, dynamic = f"scheme {scheme.name}, {layer}", activation is not None
-    if weight is None or weight.calibrator != "max" or activation not in (None, PER_TOKEN):
+    if weight is None or weight.calibrator != "max" or activation not in (None, _PER_TOKEN):
         raise UserError(
-            f"{place}: torchao takes weights by max, and inputs in asymmetric uint8 per token, or in floating point"
+            f"{place}: torchao needs weights with calibrator max, and inputs in float or asymmetric uint8 per token"
         )
     per_token = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if dynamic else None
     kind = (weight.format, weight.granularity)
-    # set_inductor_config would change torch.compile, and the precision of products, for the whole process.
+    # set_inductor_config would change torch.compile and the matmul precision of the whole process.
     if kind == ("int8", "channel"):
         deployed: AOBaseConfig = Int8WeightOnlyConfig(set_inductor_config=False)
         if dynamic:
@@ -245,15 +247,15 @@ def _apply(network: nn.Module, config: AOBaseConfig, layers: set[str]) -> None:
     quantize_(network, config, lambda _, name: name in layers)
 
 
-def _split(model: SoftMasked) -> SoftMasked:
-    """Split, in place, the one Linear that is called for a slice of its outputs: the last block's qkv."""
+def _split(model: MaskedNetwork) -> MaskedNetwork:
+    """Splits, in place, the one Linear that is called for a slice of its outputs: the last block's qkv."""
     if isinstance(model, ILLaMA) and model.readout_only:
         _split_layer(model, f"blocks.{len(model.blocks) - 1}.attn.qkv")
     return model
 
 
-def _split_layer(model: SoftMasked, name: str) -> None:
-    """Split a qkv into q, for the class token, and k with v, for all."""
+def _split_layer(model: MaskedNetwork, name: str) -> None:
+    """Splits a qkv into q, for the class token, and k with v, for all tokens."""
     qkv = model.get_submodule(name)
     if isinstance(qkv, nn.Linear):
         model.set_submodule(name, SplitLinear(qkv, [qkv.out_features // 3, qkv.out_features // 3 * 2]))

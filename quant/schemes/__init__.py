@@ -1,0 +1,1 @@
+"""Quantization schemes: number formats, and the shipped schemes as YAML files."""

@@ -1,4 +1,4 @@
-"""Number formats of 8 bits or fewer, and how one tensor is rounded to one of them."""
+"""Number formats of 8 bits or fewer, and the quantization of one tensor."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class QuantDtype:
     """A number format of 8 bits or fewer.
 
     Attributes:
-        name: ``fp8`` is ONNX's float8e4m3fn; 6 bits have no type of their own and are kept in 8.
-        storage: the torch type that stores it; torch has none of 4 bits that computes.
-        low, high: smallest and largest value before scaling; values beyond are clamped to them.
+        name: ``fp8`` is ONNX's float8e4m3fn. 6-bit formats have no ONNX type and are stored in 8 bits.
+        storage: torch dtype that stores the values; 4 bits are stored in 8, because torch cannot compute with int4.
+        low, high: smallest and largest value before scaling; values beyond are clamped.
     """
 
     name: FormatName
@@ -36,15 +36,15 @@ class QuantDtype:
 
     @property
     def rounds(self) -> bool:
-        """Whether the values are integers."""
+        """True if the values are integers."""
         return self.storage != torch.float8_e4m3fn
 
     def scale(self, amax: torch.Tensor) -> torch.Tensor:
-        """The scale that maps ``amax``, the largest magnitude, to the largest value; 1 for an all-zero tensor."""
+        """Returns the scale that maps the largest magnitude ``amax`` to the largest value; 1 for an all-zero tensor."""
         return torch.where(amax > 0, amax / self.high, torch.ones_like(amax))
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor, zero_point: int = 0) -> torch.Tensor:
-        """x / scale, rounded half to even, moved by the zero point and clamped, as ONNX QuantizeLinear (opset 23)."""
+        """Returns x / scale, rounded half to even, plus the zero point, clamped, as ONNX QuantizeLinear (opset 23)."""
         scaled = x / scale
         if self.rounds:
             scaled = scaled.round() + zero_point
@@ -67,16 +67,19 @@ class TensorSpec:
     """How one tensor is quantized.
 
     Attributes:
-        format: a name in :data:`FORMATS`.
-        granularity: one scale per ``tensor``; of a weight also per output ``channel`` or per ``group`` of consecutive
-            inputs of an output channel (a convolution's has no groups); of an activation that torchao quantizes
-            while the network runs, per ``token``.
-        group_size: inputs in a group.
-        symmetric: 0 is the integer 0. Otherwise the format must be unsigned, and range and zero point are those of the
-            smallest and the largest value seen.
-        calibrator: how the range is chosen from the values seen; see :mod:`quant.quantizers.observers`.
-        percentile: of the magnitudes other than 0, in percent, for that calibrator.
-        amax: the largest magnitude, given instead of calibrated.
+        format: name of a format in :data:`FORMATS`.
+        granularity: one scale per ``tensor``; for a weight also per output ``channel``, or per ``group`` of consecutive
+            inputs of an output channel (Linears only); for an activation in torchao, which quantizes it at run time,
+            per ``token``.
+        group_size: number of inputs in a group.
+        symmetric: if True, the zero point is 0. Otherwise the format must be unsigned, and range and zero point are
+            those of the smallest and the largest value in calibration.
+        calibrator: how the range is chosen; see :mod:`quant.quantizers.observers`.
+        percentile: percentage of the nonzero magnitudes within the range, for that calibrator.
+        amax: the largest magnitude, used instead of calibration.
+
+    Raises:
+        UserError: a value is invalid, or does not fit another.
     """
 
     format: FormatName
@@ -88,32 +91,32 @@ class TensorSpec:
     amax: float | None = None
 
     def __post_init__(self) -> None:
-        choices = {"format": FORMATS, "granularity": get_args(Granularity), "calibrator": get_args(Calibrator)}
-        for name, known in choices.items():
+        allowed = {"format": FORMATS, "granularity": get_args(Granularity), "calibrator": get_args(Calibrator)}
+        for name, known in allowed.items():
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}")
         if not self.symmetric and (self.dtype.signed or self.granularity not in ("tensor", "token")):
             raise UserError("an asymmetric tensor needs an unsigned format (uint8) and one scale per tensor")
         if not self.symmetric and (self.calibrator != "max" or self.amax is not None):
             raise UserError(
-                "an asymmetric tensor's range is from the smallest to the largest value: no calibrator, no amax"
+                "an asymmetric tensor's range is from the smallest to the largest value: leave out calibrator and amax"
             )
         if self.calibrator == "entropy" and not self.dtype.rounds:
-            raise UserError(f"entropy calibration is of integers: choose another calibrator for {self.format}")
+            raise UserError(f"entropy calibration is for integers: choose another calibrator for {self.format}")
         if (
             not isinstance(self.group_size, int)
             or self.group_size < 1
             or not 50 <= self.percentile <= 100
             or (self.amax is not None and not self.amax > 0)
         ):
-            raise UserError("group_size must be a whole number from 1, percentile within 50 and 100, and amax positive")
+            raise UserError("group_size must be an integer from 1, percentile within 50 and 100, and amax positive")
 
     @property
     def dtype(self) -> QuantDtype:
         return FORMATS[self.format]
 
     def __str__(self) -> str:
-        """In a few words, for a table: ``int4 per group of 64, mse``."""
+        """A short description for tables: ``int4 per group of 64, mse``."""
         words: list[str] = [self.format]
         if self.granularity != "tensor":
             words.append(

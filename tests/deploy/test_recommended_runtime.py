@@ -1,4 +1,4 @@
-"""What a bundle is served with: the fastest runtime of the report beside it, where that speaks of this CPU."""
+"""The recommended runtime: the fastest one in the report beside the bundle, if the report is of this kind of CPU."""
 
 import json
 
@@ -37,28 +37,28 @@ def test_the_fastest_runtime_of_the_report_is_chosen(bundle, fastest):
     assert "report.json" in choice.reason
 
 
-def test_a_report_of_another_cpu_or_none_leaves_the_usual_choice(bundle):
-    usual = cpu_runtime(bundle / "model.onnx")
-    other = "onnxruntime" if usual == "openvino" else "openvino"
-    assert recommend_runtime(bundle).runtime == usual
+def test_a_report_of_another_cpu_or_none_leaves_the_default(bundle):
+    default = cpu_runtime(bundle / "model.onnx")
+    other = "onnxruntime" if default == "openvino" else "openvino"
+    assert recommend_runtime(bundle).runtime == default
     for changes in ({"cpu": "another"}, {"cores": 1000}):
         write_report(bundle.parent, other, **changes)
-        assert recommend_runtime(bundle).runtime == usual
+        assert recommend_runtime(bundle).runtime == default
     (bundle.parent / "report.json").write_text("[")
-    assert recommend_runtime(bundle).runtime == usual
+    assert recommend_runtime(bundle).runtime == default
 
 
-def test_a_runtime_that_was_asked_for_comes_first(bundle):
+def test_the_users_choice_takes_precedence(bundle):
     write_report(bundle.parent, "openvino")
     assert recommend_runtime(bundle, "onnxruntime").runtime == "onnxruntime"
-    with pytest.raises(UserError, match=r"no model\.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         recommend_runtime(bundle, "torch")
     (bundle / "model.onnx").unlink()
-    with pytest.raises(UserError, match=r"no model\.onnx"):
+    with pytest.raises(UserError, match=r"model\.onnx"):
         recommend_runtime(bundle)
 
 
-def test_a_choice_is_kept_beside_a_copy_of_the_file(bundle, tmp_path):
+def test_a_choice_is_read_as_it_was_written(bundle, tmp_path):
     choice = recommend_runtime(bundle)
     choice.write(tmp_path)
     assert RuntimeChoice.read(tmp_path) == RuntimeChoice(tmp_path / "model.onnx", choice.runtime, choice.reason)

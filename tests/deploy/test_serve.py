@@ -1,4 +1,4 @@
-"""Serving: a real Triton server, real test images over HTTP and gRPC, against the engine itself."""
+"""Serving: a real Triton server and real test images over HTTP and gRPC, compared with the engine itself."""
 
 import importlib.util
 import io
@@ -51,15 +51,14 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as TritonConfig
 
 import deploy.serving.health
 import deploy.serving.server
-from deploy.camera import CameraOptions
-from deploy.camera import main as camera_main
+from deploy.rewrites.camera_bundle import write_camera_bundle
 from deploy.runtimes.image_input import ImageInput
 from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.recommended_runtime import recommend_runtime
-from deploy.serve import ServeOptions, main, name_models
+from deploy.serve import ServeOptions, main
 from deploy.serving.health import ServedRepository, UnhealthyError, live_backends
 from deploy.serving.known_answer import KnownAnswer
-from deploy.serving.repository import add_versions, write_repository
+from deploy.serving.repository import add_versions, name_models, write_repository
 from deploy.serving.server import private_names, running_server
 from deploy.serving.serving_options import ListenOptions, ServingOptions
 from deploy.trt.record import EngineRecord
@@ -71,10 +70,10 @@ from illama.errors import UserError
 from illama.models.timm_vit import to_quantizable
 from quant.export.onnx_export import export_onnx
 from quant.export.write_bundle import Origin, quantize, write_graphs, write_quantized
-from quant.schemes.scheme import find_scheme
+from quant.schemes.scheme import shipped_scheme
 
-HERE = shutil.which("tritonserver") or importlib.util.find_spec("pytriton")
-needs_server = pytest.mark.skipif(not HERE, reason="no tritonserver: pip install --no-deps nvidia-pytriton")
+INSTALLED = shutil.which("tritonserver") or importlib.util.find_spec("pytriton")
+needs_server = pytest.mark.skipif(not INSTALLED, reason="no tritonserver: pip install --no-deps nvidia-pytriton")
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
@@ -90,7 +89,7 @@ def clothes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_clothes(clothes):
-    """The same network but for its last bias, so that it answers otherwise."""
+    """The same network with another last bias, so that its answers differ."""
     folder = shutil.copytree(clothes, clothes.with_name("other"))
     graph = onnx.load(folder / CPU_ONNX)
     biases = [tensor for tensor in graph.graph.initializer if list(tensor.dims) == [10]]
@@ -111,7 +110,7 @@ def _command(listen, *arguments):
 
 @contextmanager
 def started(log, *arguments):
-    """(where it listens, the command as a user types it, once its server is ready)."""
+    """Runs the command as a user does; yields (where it listens, its process) when its server is ready."""
     listen = free_ports()
     with log.open("wb") as errors:
         process = subprocess.Popen(
@@ -133,7 +132,7 @@ def started(log, *arguments):
 
 @contextmanager
 def served(log, *arguments):
-    """Where a server listens, until Ctrl-C; then it must have ended well."""
+    """Yields where a server listens; then sends Ctrl-C, after which it must have ended without an error."""
     with started(log, *arguments) as (listen, process):
         yield listen
         process.send_signal(signal.SIGINT)
@@ -158,7 +157,7 @@ def _padded(files):
 
 
 def _infer(protocol, listen, tensor, model="served", version="", name="image", **output):
-    """An answer's logits or classes over "http" or "grpc"."""
+    """Returns the logits or classes of an answer over "http" or "grpc"."""
     triton, port = {"http": (tritonclient.http, listen.http_port), "grpc": (tritonclient.grpc, listen.grpc_port)}[
         protocol
     ]
@@ -171,7 +170,7 @@ def _infer(protocol, listen, tensor, model="served", version="", name="image", *
 
 @needs_server
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_an_image_is_answered_as_the_engine_answers_it(protocol, server, questions):
+def test_the_server_gives_the_engines_logits(protocol, server, questions):
     for question in questions[:8]:
         np.testing.assert_array_equal(_infer(protocol, server[0], _padded([question.file]))[0], question.logits)
 
@@ -186,7 +185,7 @@ def test_several_files_in_a_request_and_the_classes_by_name(server, questions):
 
 
 @needs_server
-def test_a_jpeg_of_another_size_goes_through_the_bundle_s_own_preprocessing(server, clothes):
+def test_a_jpeg_of_another_size_is_preprocessed_as_in_the_bundle(server, clothes):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(file, "JPEG")
     transform = Preprocessing(**json.loads((clothes / MANIFEST).read_text())["preprocessing"]).transform()
@@ -201,9 +200,9 @@ def test_a_jpeg_of_another_size_goes_through_the_bundle_s_own_preprocessing(serv
 
 
 @needs_server
-def test_what_is_no_image_fails_alone(server, questions):
+def test_an_invalid_image_does_not_affect_others(server, questions):
     for junk in (b"no picture", questions[0].file[:100]):
-        with pytest.raises(tritonclient.grpc.InferenceServerException, match="cannot read the image number 1"):
+        with pytest.raises(tritonclient.grpc.InferenceServerException, match="number 1"):
             _infer("grpc", server[0], _padded([questions[0].file, junk]))
     np.testing.assert_array_equal(_infer("grpc", server[0], _padded([questions[0].file]))[0], questions[0].logits)
 
@@ -211,8 +210,8 @@ def test_what_is_no_image_fails_alone(server, questions):
 SCHEMES = ("int8", "fp8", "w4a8-dynamic")  # in OpenVINO, ONNX Runtime, and PyTorch
 
 
-def _schemes_of_a_colour_network(folder):
-    """Bundles of one network that takes RGB, each quantized by another scheme."""
+def _schemes_of_a_color_network(folder):
+    """Returns bundles of one RGB network, each with another scheme."""
     torch.manual_seed(0)
     model, images = ILLaMA(SMALL).eval(), [torch.randn(8, 3, 32, 32)]
     origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), {}, {})
@@ -220,7 +219,7 @@ def _schemes_of_a_colour_network(folder):
     return [
         write_quantized(folder / name, model, quantize(model, scheme, images), scheme, origin, {})
         for name in SCHEMES
-        for scheme in [find_scheme(name)]
+        for scheme in [shipped_scheme(name)]
     ]
 
 
@@ -230,14 +229,14 @@ def _timm_bundle(folder):
     return write_graphs(folder, to_quantizable(vit.eval()), origin, (CPU_ONNX,), {})
 
 
-def _pictures(height, width, count, seed=0):
-    """PNG files of noise and what is in them."""
+def _noise_images(height, width, count, seed=0):
+    """Returns PNG files of noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     return [as_png(Image.fromarray(each)) for each in pixels]
 
 
 def _post(listen, model, file):
-    """(HTTP status, logits or message) of one file, sent as curl --data-binary sends it."""
+    """Returns (HTTP status, logits or message) of one file, sent like curl --data-binary."""
     url = f"http://127.0.0.1:{listen.http_port}/v2/models/{model}/infer"
     headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
     try:
@@ -249,15 +248,15 @@ def _post(listen, model, file):
 
 
 def _assert_close(actual, expected):
-    """Within what a float type of 8 bits of mantissa may differ by in another batch."""
+    """Within the difference that another batch size causes in bfloat16."""
     np.testing.assert_allclose(actual, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
 def _assert_answered(listen, model, bundle):
-    """One file, and several in a request, as the bundle itself answers them."""
-    takes, choice = ImageInput.of(Manifest.read(bundle)), recommend_runtime(bundle)
-    files = _pictures(*(takes.frame or (40, 60))[:2], 3)
-    inputs = np.stack([takes.read(io.BytesIO(file), str) for file in files])
+    """The answers to one file and to several in one request must be those of the bundle."""
+    image_input, choice = ImageInput.of(Manifest.read(bundle)), recommend_runtime(bundle)
+    files = _noise_images(*(image_input.frame or (40, 60))[:2], 3)
+    inputs = np.stack([image_input.read(io.BytesIO(file), str) for file in files])
     expected = open_engine(choice.file, choice.runtime).infer(inputs)
     status, logits = _post(listen, model, files[0])
     assert status == 200, logits
@@ -265,11 +264,11 @@ def _assert_answered(listen, model, bundle):
     _assert_close(_infer("grpc", listen, _padded(files), model), expected)
 
 
-def _assert_bad_requests_fail_alone(listen, bundle):
-    """Requests at once, of which the server batches what it can: each gets its own answer or its own error."""
-    takes = ImageInput.of(Manifest.read(bundle))
-    (good,) = _pictures(16, 16, 1)
-    expected = open_engine(bundle / CPU_ONNX).infer(takes.read(io.BytesIO(good), str)[None])[0]
+def _assert_bad_requests_do_not_affect_others(listen, bundle):
+    """Each of several simultaneous requests, which the server batches, must get its own answer or its own error."""
+    image_input = ImageInput.of(Manifest.read(bundle))
+    (good,) = _noise_images(16, 16, 1)
+    expected = open_engine(bundle / CPU_ONNX).infer(image_input.read(io.BytesIO(good), str)[None])[0]
     white, large = as_png(Image.new("RGB", (16, 16), "white")), as_png(Image.new("RGB", (101, 100)))
     kinds = {good: 200, b"no picture": 400, b"": 400, white: 500, large: 400, good + bytes(10**5): 400}
     files = [file for file in kinds for _ in range(8)]
@@ -284,7 +283,7 @@ def _assert_bad_requests_fail_alone(listen, bundle):
 
 
 def _backend(version):
-    """(process, its argument) of the Python backend that runs a version of a model."""
+    """Returns (process id, path of model.py) of the Python backend of a version of a model."""
     return next(each for each in live_backends() if each[1].parent.resolve() == version.resolve())
 
 
@@ -293,7 +292,7 @@ def _is_live(version):
 
 
 def _private_name(version):
-    """The name under which a server that runs a version of a model keeps its own files."""
+    """Returns the name of the temporary files of the server that runs a version of a model."""
     return _backend(version)[1].parents[3].name
 
 
@@ -303,46 +302,46 @@ def _probe(repository, listen):
 
 @needs_server
 def test_every_kind_of_bundle_is_served_and_a_dead_backend_ends_the_server(tmp_path):
-    schemes = _schemes_of_a_colour_network(tmp_path / "schemes")
-    colours = {"timm": _timm_bundle(tmp_path / "timm"), "camera": tmp_path / "camera"}
-    camera_main(CameraOptions(schemes[0], "40x50", out=colours["camera"]))
-    # Finite logits for noise and for the known answer's waves, whose pixels are 0 in the mean, and none for white.
+    schemes = _schemes_of_a_color_network(tmp_path / "schemes")
+    color_bundles = {"timm": _timm_bundle(tmp_path / "timm"), "camera": tmp_path / "camera"}
+    write_camera_bundle(schemes[0], (40, 50, 3), color_bundles["camera"])
+    # Its logits are finite for noise and for the known answer, whose mean pixel is 0, and infinite for white.
     linear = write_linear_bundle(tmp_path / "linear", np.full((768, 3), 1e36) * [1, 0.5, 0.1], 16, ["a", "b", "c"])
     out, log = tmp_path / "with space", tmp_path / "log"
     options = ServingOptions(live_versions=3, max_megapixels=0.01, max_file_mb=0.1, queue_delay_us=20_000)
-    singles = {name: [bundle] for name, bundle in {**colours, "linear": linear}.items()}
-    write_repository(out, {"colour": schemes, **singles}, options)
+    singles = {name: [bundle] for name, bundle in {**color_bundles, "linear": linear}.items()}
+    write_repository(out, {"color": schemes, **singles}, options)
     with started(log, "--out", out) as (listen, process):
-        for model, bundle in {**colours, "colour": schemes[-1]}.items():
+        for model, bundle in {**color_bundles, "color": schemes[-1]}.items():
             _assert_answered(listen, model, bundle)
         images = torch.randn(2, 3, 32, 32).numpy()
         for version, bundle in enumerate(schemes, 1):
             choice = recommend_runtime(bundle)
             expected = open_engine(choice.file, choice.runtime).infer(images)
-            _assert_close(_infer("grpc", listen, images, "colour-network", str(version), "images"), expected)
-        _assert_bad_requests_fail_alone(listen, linear)
-        assert "frames of 40x50" in _post(listen, "camera", _pictures(50, 40, 1)[0])[1]
+            _assert_close(_infer("grpc", listen, images, "color-network", str(version), "images"), expected)
+        _assert_bad_requests_do_not_affect_others(listen, linear)
+        assert "40x50" in _post(listen, "camera", _noise_images(50, 40, 1)[0])[1]
         assert _probe(out, listen).returncode == 0
         other = shutil.copytree(out, tmp_path / "other")
         known = KnownAnswer.read(out / "timm-network" / "1" / "known_answer.json")
         replace(known, logits=known.logits[::-1]).write(other / "timm-network" / "1" / "known_answer.json")
-        with pytest.raises(UnhealthyError, match="timm gives other logits"):
+        with pytest.raises(UnhealthyError, match="timm"):
             ServedRepository(listen.url, other).check_answers()
         served = ServedRepository(listen.url, out)
         served.check()
-        out.rename(tmp_path / "away")  # as where it is written anew: the server has what it loaded
+        out.rename(tmp_path / "away")  # as if it was replaced: the server has what it loaded
         served.check()
         (tmp_path / "away").rename(out)
         name = _private_name(out / "timm-network" / "1")
-        os.kill(_backend(out / "colour-network" / "2")[0], signal.SIGKILL)
+        os.kill(_backend(out / "color-network" / "2")[0], signal.SIGKILL)
         assert process.wait(60) == 2
-        assert "died" in log.read_text().splitlines()[-1]
-        assert not _left_of(name)
+        assert "color-network" in log.read_text().splitlines()[-1]
+        assert not _leftovers(name)
     assert _probe(out, listen).returncode == 1
 
 
-def test_a_probe_fails_without_a_model_and_where_another_server_answers(tmp_path):
-    """In each case with one line, as for all mistakes of a user."""
+def test_a_probe_fails_without_a_model_and_for_another_server(tmp_path):
+    """Each error is one line."""
     (tmp_path / "rgb").mkdir()
     (tmp_path / "rgb" / "config.pbtxt").touch()
     with socketserver.TCPServer(("127.0.0.1", 0), _OtherServer) as other:
@@ -354,7 +353,7 @@ def test_a_probe_fails_without_a_model_and_where_another_server_answers(tmp_path
         served = ServedRepository(url, tmp_path)
         for _OtherServer.answer in (b"<html>", b"5", b"[1]", b'[{"state": "READY"}]', b'{"status": "ok"}'):
             _OtherServer.answer = b"HTTP/1.0 200 OK\r\n\r\n" + _OtherServer.answer
-            with pytest.raises(UnhealthyError, match="not Triton"):
+            with pytest.raises(UnhealthyError, match="Triton"):
                 served.check_models()
         other.shutdown()
 
@@ -369,7 +368,7 @@ class _OtherServer(socketserver.StreamRequestHandler):
 
 
 @needs_server
-def test_many_clients_at_once_lose_nothing_and_mistakes_are_counted(server, questions):
+def test_many_clients_get_all_answers_and_errors_are_counted(server, questions):
     url = f"127.0.0.1:{server[0].grpc_port}"
     answers = load(url, questions, 8, 1.0)
     assert (answers.lost, answers.wrong) == (0, 0)
@@ -391,8 +390,8 @@ def test_a_busy_server_is_healthy_and_one_that_hangs_is_not(server, questions, m
         start = time.monotonic()
         served.check()
         assert time.monotonic() - start > 0.5 and not large.done()
-        monkeypatch.setattr(deploy.serving.health, "BUSY_SECONDS", 0.5)  # nothing has ended for longer
-        with pytest.raises(UnhealthyError, match="does not answer"):
+        monkeypatch.setattr(deploy.serving.health, "BUSY_SECONDS", 0.5)  # no request has finished for longer
+        with pytest.raises(UnhealthyError, match="served"):
             served.check()
         assert not large.done()
         large.result()
@@ -400,7 +399,7 @@ def test_a_busy_server_is_healthy_and_one_that_hangs_is_not(server, questions, m
     process, _ = _backend(repository / "served-network" / "1")
     os.kill(process, signal.SIGSTOP)
     try:
-        with pytest.raises(UnhealthyError, match="does not answer"):
+        with pytest.raises(UnhealthyError, match="served"):
             served.check()
     finally:
         os.kill(process, signal.SIGCONT)
@@ -408,8 +407,8 @@ def test_a_busy_server_is_healthy_and_one_that_hangs_is_not(server, questions, m
 
 
 @needs_server
-def test_a_request_that_is_no_json_ends_nothing(server):
-    """Triton 2.51 holds a request's JSON on the stack."""
+def test_an_invalid_request_does_not_end_the_server(server):
+    """Triton 2.51 stores a request's JSON on the stack."""
     listen, _ = server
     for body in (b"x" * 12_000_000, b"[" * 400_000):
         request = urllib.request.Request(f"{listen.url}/v2/models/served/infer", body)
@@ -424,7 +423,7 @@ def test_a_request_that_is_no_json_ends_nothing(server):
 
 
 @needs_server
-def test_a_version_added_and_taken_away_while_the_server_runs(server, clothes, other_clothes, questions):
+def test_versions_are_added_and_deleted_while_the_server_runs(server, clothes, other_clothes, questions):
     listen, repository = server
     main(ServeOptions(bundles=(other_clothes,), name="served", out=repository, add=True, poll_seconds=1))
     image = _padded([questions[0].file])
@@ -451,7 +450,7 @@ def test_a_version_added_and_taken_away_while_the_server_runs(server, clothes, o
 
 
 def _python_model(repository, name, code):
-    """A model of Triton's Python backend that holds the code alone."""
+    """Writes a model for Triton's Python backend that consists of the code."""
     (repository / name / "1").mkdir(parents=True)
     (repository / name / "1" / "model.py").write_text(code)
     (repository / name / "config.pbtxt").write_text(
@@ -463,18 +462,18 @@ def _python_model(repository, name, code):
 
 @needs_server
 @pytest.mark.parametrize("polled", [0, 1])
-def test_a_model_that_cannot_be_loaded_ends_the_wait_with_its_reason(polled, tmp_path):
+def test_a_model_that_cannot_be_loaded_ends_the_start_with_its_reason(polled, tmp_path):
     models = _python_model(tmp_path / "models", "broken", "raise OSError('there is no disk')\n")
     with (
         (tmp_path / "log").open("wb") as log,
-        pytest.raises(UserError, match=r"broken is not loaded.*there is no disk"),
+        pytest.raises(UserError, match=r"broken.*there is no disk"),
         running_server(models, replace(free_ports(), poll_seconds=polled), log),
     ):
         pass
 
 
 @needs_server
-def test_a_model_without_a_config_that_can_be_read(tmp_path):
+def test_a_model_with_an_invalid_config(tmp_path):
     (tmp_path / "models" / "broken").mkdir(parents=True)
     (tmp_path / "models" / "broken" / "config.pbtxt").write_text("not a config")
     with (
@@ -485,7 +484,7 @@ def test_a_model_without_a_config_that_can_be_read(tmp_path):
         pass
 
 
-def test_a_port_that_is_taken_is_named():
+def test_ports_in_use_and_invalid_addresses_are_rejected():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="--grpc-port"):
         listen = replace(free_ports(), grpc_port=taken.getsockname()[1])
         with running_server(Path(), listen):
@@ -495,14 +494,14 @@ def test_a_port_that_is_taken_is_named():
             pass
 
 
-def _left_of(name):
+def _leftovers(name):
     return [*Path("/dev/shm").glob(f"{name}*"), *Path(tempfile.gettempdir()).glob(f"{name}*")]
 
 
 @needs_server
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
-    """Told to end it says one line; killed, it leaves nothing that the next start does not clear."""
+    """It prints one line if it is terminated. If it is killed, the next start deletes its temporary files."""
     models = _python_model(tmp_path / "models", "slow", "import time\ntime.sleep(600)\n")
     (models / "repository.json").write_text('{"format": 2}')
     log = tmp_path / "log"
@@ -513,7 +512,7 @@ def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
     name = _private_name(version)
-    assert _left_of(name)
+    assert _leftovers(name)
     process.send_signal(end)
     assert process.wait(60) == (0 if end == signal.SIGTERM else -end)
     if end == signal.SIGTERM:
@@ -523,12 +522,12 @@ def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
         time.sleep(0.1)
     assert not _is_live(version)
     with private_names() as theirs, private_names():
-        assert not _left_of(name)
-        assert len(_left_of(theirs.name)) == 2  # of a server that runs: its folder and its lock
+        assert not _leftovers(name)
+        assert len(_leftovers(theirs.name)) == 2  # the folder and the lock of a running server
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_a_command_that_is_still_importing_says_that_it_stops(end, tmp_path):
+def test_signals_stop_a_command_that_is_still_importing(end, tmp_path):
     command = [sys.executable, "-X", "importtime", "deploy/serve.py", "--out", tmp_path, "--run"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert any(line.endswith(" numpy\n") for line in process.stderr)
@@ -537,19 +536,16 @@ def test_a_command_that_is_still_importing_says_that_it_stops(end, tmp_path):
     assert (process.returncode, output) == (0, "stopped\n")
 
 
-def test_no_server_at_all(monkeypatch, tmp_path):
+def test_tritonserver_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(deploy.serving.server.importlib.util, "find_spec", lambda name: None)
-    with (
-        pytest.raises(UserError, match="pip install --no-deps nvidia-pytriton"),
-        running_server(tmp_path, ListenOptions()),
-    ):
+    with pytest.raises(UserError, match="nvidia-pytriton"), running_server(tmp_path, ListenOptions()):
         pass
 
 
 @pytest.fixture(scope="module")
 def small_onnx(tmp_path_factory):
-    """A small bundle with a model.onnx, and a made-up engine file with a JSON that describes it."""
+    """A small bundle with a model.onnx, and a mock engine with its record."""
     folder = write_bundle(tmp_path_factory.mktemp("small") / "small", SMALL)
     torch.manual_seed(0)
     export_onnx(ILLaMA(SMALL), folder / CPU_ONNX, "plain")
@@ -569,8 +565,8 @@ def _configs(repository):
     }
 
 
-def test_a_repository_for_gpus_is_valid_and_says_what_was_asked(small, tmp_path):
-    """Parsed as Triton parses it; there is no GPU here to run it on."""
+def test_a_repository_for_gpus_is_valid_and_has_the_options(small, tmp_path):
+    """Parsed as Triton does; running it would need a GPU."""
     main(
         ServeOptions(
             bundles=(small,),
@@ -604,51 +600,51 @@ def test_a_repository_for_gpus_is_valid_and_says_what_was_asked(small, tmp_path)
     assert (tmp_path / "models" / "small" / "labels.txt").read_text() == "class0\nclass1\nclass2\n"
 
 
-def test_an_engine_that_is_not_the_one_described_is_not_served(small, tmp_path):
+def test_an_engine_that_does_not_match_its_record_is_not_served(small, tmp_path):
     gpu, engine = ServingOptions(device="gpu"), small / "engines" / "tensorrt.engine"
 
-    def refused(match, options=gpu):
+    def assert_rejected(match, options=gpu):
         with pytest.raises(UserError, match=match):
             write_repository(tmp_path / "models", {"small": [small]}, options)
 
-    refused("batches of 1 to 64", ServingOptions(device="gpu", max_batch=65))
+    assert_rejected("1 to 64.*1 to 65", ServingOptions(device="gpu", max_batch=65))
     record = EngineRecord.read(engine)
-    unfit = {
-        "batches of 8 to 64": {"batch": (8, 8, 64)},
-        "without --weight-stripped": {"options": {**record.options, "weight_stripped": True}},
-        "takes {'images': ..uint8'": {"inputs": {"images": ["uint8", [-1, 480, 640, 3]]}},
-        "and gives {'logits': ..half'": {"outputs": {"logits": ["half", [-1, 3]]}},
-        r"and gives {'logits': ..float', .-1, 3, 32, 32": {"outputs": {"logits": ["float", [-1, 3, 32, 32]]}},
+    changes = {
+        "8 to 64": {"batch": (8, 8, 64)},
+        "--weight-stripped": {"options": {**record.options, "weight_stripped": True}},
+        "{'images': ..uint8'": {"inputs": {"images": ["uint8", [-1, 480, 640, 3]]}},
+        "{'logits': ..half'": {"outputs": {"logits": ["half", [-1, 3]]}},
+        r"{'logits': ..float', .-1, 3, 32, 32": {"outputs": {"logits": ["float", [-1, 3, 32, 32]]}},
     }
-    for message, values in unfit.items():
+    for match, values in changes.items():
         replace(record, **values).write(engine)
-        refused(message)
+        assert_rejected(match)
     record.write(engine)
     engine.write_bytes(b"another")
-    refused("is not the engine that")
+    assert_rejected(r"SHA-256.*tensorrt\.json")
     engine.with_suffix(".json").write_text("{}")
-    refused("is damaged")
+    assert_rejected(r"tensorrt\.json")
     engine.unlink()
     engine.with_suffix(".json").unlink()
-    refused("no engine of the full TensorRT")
+    assert_rejected("small.*deploy/build.py")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
 
 
 def test_bundles_that_cannot_be_served(small, tmp_path):
     out = tmp_path / "models"
 
-    def refused(match, *bundles, **more):
+    def assert_rejected(match, *bundles, **more):
         with pytest.raises(UserError, match=match):
             main(ServeOptions(bundles=bundles, out=out, **more))
 
-    refused("no bundles")
-    refused("no repository", small, add=True)
-    refused("--version is 1 or more", small, version=0)
+    assert_rejected("--out")
+    assert_rejected("models", small, add=True)
+    assert_rejected("--version", small, version=0)
     manifest = json.loads((small / MANIFEST).read_text())
     (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["one", "two"]}))
-    refused("gives 3 classes, its manifest names 2", small)
+    assert_rejected("3 classes.* 2", small)
     (small / MANIFEST).write_text(json.dumps({**manifest, "preprocessing": {"image_size": 32}}))
-    refused("preprocessing is damaged", small)
+    assert_rejected("preprocessing", small)
     (small / MANIFEST).write_text(json.dumps(manifest))
     graph = onnx.load(small / CPU_ONNX)
     shape = numpy_helper.from_array(np.array([-1, 3, 1, 1]), "map_shape")
@@ -657,54 +653,54 @@ def test_bundles_that_cannot_be_served(small, tmp_path):
     graph.graph.node.append(onnx.helper.make_node("Reshape", ["flat", "map_shape"], ["logits"]))
     graph.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", 1, ["batch", 3, 1, 1]))
     onnx.save(graph, small / CPU_ONNX)
-    refused(r"answers an image with \(3, 1, 1\)", small)
+    assert_rejected(r"\(3, 1, 1\)", small)
     (small / CPU_ONNX).write_bytes(b"not a graph")
-    refused("is not an ONNX file", small)
+    assert_rejected(r"model\.onnx", small)
     (small / CPU_ONNX).unlink()
     assert not out.exists()
     out.mkdir()
     (out / "mine").write_text("in the way")
-    refused("other files", small)
-    assert_one_line_error(run_command("deploy/serve.py", small, "--out", tmp_path / "new"), "has no model.onnx")
+    assert_rejected("models", small)
+    assert_one_line_error(run_command("deploy/serve.py", small, "--out", tmp_path / "new"), "model.onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "small"]
     assert [path.name for path in out.iterdir()] == ["mine"]
 
 
-def test_options_that_cannot_be():
-    with pytest.raises(UserError, match="preferred batch"):
+def test_options_that_are_rejected():
+    with pytest.raises(UserError, match="--preferred-batches"):
         ServingOptions(preferred_batches=(64,), max_batch=32)
-    with pytest.raises(UserError, match="1 or more"):
+    with pytest.raises(UserError, match="instances"):
         ServingOptions(preprocess_instances=0)
     with pytest.raises(UserError, match="--device gpu"):
         ServingOptions(runtime="tensorrt_rtx")
-    with pytest.raises(UserError, match="below"):
+    with pytest.raises(UserError, match="versions"):
         ServingOptions(live_versions=1 << 31)
     for limit in ({"max_megapixels": 179}, {"max_megapixels": 1e-7}, {"max_file_mb": float("inf")}, {"max_file_mb": 0}):
         with pytest.raises(UserError, match="--max-megapixels"):
             ServingOptions(**limit)
 
 
-def test_versions_of_a_model_and_what_cannot_be_one(small, tmp_path):
+def test_versions_of_a_model_and_those_that_are_rejected(small, tmp_path):
     out, options = tmp_path / "models", ServingOptions()
     write_repository(out, {"m": [small, small]}, options)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="has version 2 of m"):
+    with pytest.raises(UserError, match="2 of m"):
         add_versions(out, {"m": [small]}, options, 2)
-    with pytest.raises(UserError, match=r"config\.pbtxt differs"):
+    with pytest.raises(UserError, match=r"config\.pbtxt"):
         add_versions(out, {"m": [small]}, ServingOptions(max_batch=4))
-    with pytest.raises(UserError, match="no model 'other'"):
+    with pytest.raises(UserError, match="'other'"):
         add_versions(out, {"other": [small]}, options)
     manifest = json.loads((small / MANIFEST).read_text())
     (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["x", "y", "z"]}))
-    with pytest.raises(UserError, match=r"labels\.txt differs"):
+    with pytest.raises(UserError, match=r"labels\.txt"):
         add_versions(out, {"m": [small]}, options)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (small / MANIFEST).write_text(json.dumps(manifest))
     record = (out / "repository.json").read_text()
     (out / "repository.json").write_text(json.dumps({"command": "of an earlier version"}))
-    with pytest.raises(UserError, match="write it again"):
+    with pytest.raises(UserError, match="models"):
         add_versions(out, {"m": [small]}, options)
-    with pytest.raises(UserError, match="write it again"):
+    with pytest.raises(UserError, match="models"):
         main(ServeOptions(out=out, run=True))
     (out / "repository.json").write_text(record)
     assert add_versions(out, {"m": [small]}, options) == {"m": [3]}
@@ -714,24 +710,24 @@ def test_versions_of_a_model_and_what_cannot_be_one(small, tmp_path):
 def test_names_of_models():
     assert name_models((Path("a/int8"), Path("a/fp8")), None).keys() == {"int8", "fp8"}
     assert name_models((Path("a/int8"), Path("b/int8")), "m") == {"m": (Path("a/int8"), Path("b/int8"))}
-    with pytest.raises(UserError, match="same folder name"):
+    with pytest.raises(UserError, match="--name"):
         name_models((Path("a/int8"), Path("b/int8")), None)
-    with pytest.raises(UserError, match="'m-network' cannot be"):
+    with pytest.raises(UserError, match="'m-network'"):
         name_models((Path("m"), Path("m-network")), None)
-    with pytest.raises(UserError, match="cannot be"):
+    with pytest.raises(UserError, match=r"'\.\./m'"):
         name_models((Path("m"),), "../m")
-    with pytest.raises(UserError, match="cannot be"):
+    with pytest.raises(UserError, match="--name"):
         name_models((Path("m"),), "m" * 200)
 
 
-def test_png_files_become_the_very_inputs_that_accuracy_is_measured_on():
+def test_png_files_become_the_inputs_of_the_evaluation():
     test, transform = open_data("fashion-mnist").test(), open_data("fashion-mnist").preprocessing(28, 1).transform()
     for index in range(0, len(test), 500):
         image = Image.open(io.BytesIO(as_png(test[index][0]))).convert("RGB")
         torch.testing.assert_close(transform(image), transform(test[index][0]), rtol=0, atol=0)
 
 
-def test_machines_for_a_load(tmp_path):
+def test_number_of_machines_for_a_load(tmp_path):
     row = {"clients": 4, "p99_ms": 20.0, "server_cpu_ms": 3.0}
     content = {
         "rows": [row, {**row, "p99_ms": 90.0, "server_cpu_ms": 1.0}],
@@ -744,21 +740,21 @@ def test_machines_for_a_load(tmp_path):
         serve_sizing.main(serve_sizing.SizingOptions(measured, images_per_second=1000, p99_ms=p99, out=tmp_path))
         return json.loads((tmp_path / "serve-sizing.json").read_text())["machines"]
 
-    assert machines(50) == 3  # 1000 x 3 ms are 3 cores; 4 cores at 60% are 2.4; so two, and one to spare
+    assert machines(50) == 3  # 1000 x 3 ms are 3 cores, 4 cores at 60% are 2.4: two machines, and one as a reserve
     assert machines(100) == 2
-    with pytest.raises(UserError, match="no row has a p99"):
+    with pytest.raises(UserError, match="p99"):
         machines(10)
-    with pytest.raises(UserError, match="no result of"):
+    with pytest.raises(UserError, match=r"README\.md"):
         machines(10, ROOT / "README.md")
     (tmp_path / "coreless.json").write_text(json.dumps({**content, "machine": {"cpu": "a processor"}}))
-    with pytest.raises(UserError, match="no result of"):
+    with pytest.raises(UserError, match=r"coreless\.json"):
         machines(50, tmp_path / "coreless.json")
-    with pytest.raises(UserError, match="finite"):
+    with pytest.raises(UserError, match="--busy"):
         serve_sizing.main(serve_sizing.SizingOptions(tmp_path / "m.json", images_per_second=math.inf))
 
 
-def test_every_request_is_counted_once_when_things_go_wrong():
-    """Requests 0 and 5 are the broken ones."""
+def test_every_request_is_counted_once_when_some_fail():
+    """Requests 0 and 5 are broken."""
     right, wrong = np.array([0.0, 9.0]), np.array([9.0, 0.0])
     refused, unavailable = (
         tritonclient.grpc.InferenceServerException("", status=f"StatusCode.{status}")
@@ -770,22 +766,22 @@ def test_every_request_is_counted_once_when_things_go_wrong():
     assert (faults.broken, faults.refused, faults.broken_lost, faults.mistaken) == (2, 1, 0, 2)
 
 
-def test_loads_that_cannot_be(clothes):
+def test_loads_that_are_rejected(clothes):
     for values in ({"clients": ()}, {"clients": (0,)}, {"images": 0}, {"seconds": math.inf}):
-        with pytest.raises(UserError, match="more than 0"):
+        with pytest.raises(UserError, match="--clients"):
             LoadOptions(bundle=clothes, **values)
     with pytest.raises(UserError, match="--faults"):
         LoadOptions(bundle=clothes, faults=-1)
-    with pytest.raises(UserError, match="leave --device gpu out"):
+    with pytest.raises(UserError, match="--device gpu"):
         LoadOptions(bundle=clothes, device="gpu")
 
 
-def test_a_load_that_fails_leaves_the_server_s_log(clothes, tmp_path, monkeypatch):
+def test_a_load_that_fails_keeps_the_servers_log(clothes, tmp_path, monkeypatch):
     program = tmp_path / "bin" / "tritonserver"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho no memory\nexit 3\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    with pytest.raises(UserError, match=r"status 3 .*out/clothes\.log"):
+    with pytest.raises(UserError, match=r"status 3.*out/clothes\.log"):
         serve_load.main(LoadOptions(bundle=clothes, images=1, out=tmp_path / "out"))
     assert (tmp_path / "out" / "clothes.log").read_text() == "no memory\n"

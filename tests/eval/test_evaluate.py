@@ -1,4 +1,4 @@
-"""Predictions in chunks, over processes and after an interruption: to the bit those of one go; stored temperatures."""
+"""Predictions in chunks, by several processes and after an interruption, bit-identical; stored temperatures."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from PIL import Image
 from support import assert_one_line_error, run_command, write_images, write_linear_bundle, write_made_up_engine
 from torch.utils.data import Dataset
 
-from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature, store_temperature
 from eval.benchmark.evaluate_split import _wait_for, evaluate
 from eval.metrics.predictions import Predictions
@@ -41,7 +41,7 @@ def _same_bits(one, other):
 @given(st.data(), st.integers(1, 60), st.integers(2, 40), st.sampled_from([0.3, 1.0, 2.0]))
 def test_any_split_concatenates_to_the_whole(data, images, classes, temperature):
     generator = np.random.default_rng(images * classes)
-    logits = generator.integers(-3, 4, (images, classes)).astype(np.float32)  # with many that are equal
+    logits = generator.integers(-3, 4, (images, classes)).astype(np.float32)  # with many ties
     logits[::2] += generator.normal(size=logits[::2].shape).astype(np.float32)
     labels = generator.integers(0, classes, images)
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, images - 1)), max_size=5)) - {images})
@@ -68,7 +68,7 @@ def test_what_is_kept_is_torch_s():
 
 
 class Read(Dataset):
-    """A split that notes which images were read."""
+    """A split that records which images were read."""
 
     def __init__(self, split):
         self.split, self.indices = split, []
@@ -127,10 +127,10 @@ def test_it_is_what_whole_logits_say(task, tmp_path):
 
 
 def test_interrupted_it_goes_on_where_it_was(task, tmp_path):
-    """Ctrl-C in the second of three chunks; then only what is missing is read."""
+    """Ctrl-C in the second of three chunks; then only the missing images are read."""
     whole, work, calls = task.evaluate(), tmp_path / "work", []
     work.mkdir()
-    (work / ".run.json.draft-0123456789abcdef").touch()  # killed before anything was there
+    (work / ".run.json.draft-0123456789abcdef").touch()  # left by a process killed at the start
 
     def interrupted(images):
         calls.append(len(images))
@@ -152,44 +152,44 @@ def test_a_folder_of_another_evaluation_is_refused(task, tmp_path):
     work = tmp_path / "work"
     task.evaluate(work)
     for other, words in (
-        ({"facts": {"data": "other"}}, "other data:"),
-        ({"facts": {}}, "other data:"),
-        ({"temperatures": {}}, "other temperatures:"),
-        ({"batch": 4}, "other batch:"),
-        ({"models": {"two": task.models["two"]}, "temperatures": {"two": 0.5}}, "other models:"),
+        ({"facts": {"data": "other"}}, "data"),
+        ({"facts": {}}, "data"),
+        ({"temperatures": {}}, "temperatures"),
+        ({"batch": 4}, "batch"),
+        ({"models": {"two": task.models["two"]}, "temperatures": {"two": 0.5}}, "models"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=rf"\b{words}\b"):
             task.evaluate(work, **other)
     shutil.copyfile(work / "000000014.npz", work / "000000000.npz")  # 4 images in place of 7
-    with pytest.raises(UserError, match="4 images in place of 7"):
+    with pytest.raises(UserError, match=r"000000000.npz.*\b4\b.*\b7\b"):
         task.evaluate(work)
     (work / "000000000.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"000000000.npz is damaged"):
+    with pytest.raises(UserError, match=r"000000000\.npz"):
         task.evaluate(work)
     (work / "run.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"run.json is damaged"):
+    with pytest.raises(UserError, match=r"run\.json"):
         task.evaluate(work)
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match=str(task.images)):
         task.evaluate(task.images)
-    with pytest.raises(ValueError, match="a folder to work in"):
+    with pytest.raises(ValueError, match="work"):
         task.evaluate(processes=Processes(0, 2, torch.device("cpu")))
 
 
 def test_a_model_that_overflows_leaves_nothing(task, overflow, tmp_path):
     models = {**task.models, "broken": OnnxRuntimeEngine(overflow / "model.onnx").infer}
-    with pytest.raises(UserError, match="broken: 7 of 7 images have logits not finite: leave it out"):
+    with pytest.raises(UserError, match="broken: 7 of 7"):
         task.evaluate(tmp_path / "work", models)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["run.json"]
 
 
 def test_waiting_ends_when_no_chunk_comes(tmp_path):
-    """Each new chunk renews the patience; none at all ends it."""
+    """Each new chunk restarts the wait; without one it ends."""
     paths = [tmp_path / str(index) for index in range(5)]
     timers = [threading.Timer(0.2 * index, path.touch) for index, path in enumerate(paths)]
     for timer in timers[:4]:
         timer.start()
     _wait_for(paths[:4], patience=0.5)
-    with pytest.raises(UserError, match=r"no other process finished a chunk in 0.3 s, 1 of 5 are missing"):
+    with pytest.raises(UserError, match=r"0\.3 s.*1 of 5"):
         _wait_for(paths, patience=0.3)
 
 
@@ -248,9 +248,9 @@ def test_a_temperature_stays_with_its_weights(bundle, tmp_path):
     assert read_temperature(onnx) is None and read_temperature(bundle / FUSED_ONNX) == 0.6
     for damage in ("{", "[]", '{"model.onnx": {}}', '{"model.onnx": 1}'):
         (bundle / TEMPERATURE).write_text(damage)
-        with pytest.raises(UserError, match=r"temperature.json is damaged"):
+        with pytest.raises(UserError, match=r"temperature\.json"):
             read_temperature(onnx)
-    with pytest.raises(UserError, match="there is no"):
+    with pytest.raises(UserError, match=r"nowhere\.onnx"):
         read_temperature(tmp_path / "nowhere.onnx")
 
 
@@ -272,7 +272,7 @@ def test_predictions_are_calibrated_by_it(bundle, tmp_path, run_here):
     plain = run_here(*command)
     store_temperature(bundle / "model.onnx", 0.25, 512, "noise", "onnxruntime")
     calibrated = run_here(*command)
-    assert "not calibrated" in plain.stdout and "are calibrated (temperature 0.250)" in calibrated.stdout
+    assert "0.250" in calibrated.stdout and "0.250" not in plain.stdout
     image = read_preprocessing(Manifest.read(bundle)).transform()(Image.open(photo))[None].numpy()
     logits = torch.from_numpy(OnnxRuntimeEngine(bundle / "model.onnx").infer(image))[0].double()
     for result, temperature in ((plain, 1), (calibrated, 0.25)):
@@ -284,4 +284,4 @@ def test_predictions_are_calibrated_by_it(bundle, tmp_path, run_here):
     assert frames.returncode == 0, frames.stderr
     assert read_temperature(tmp_path / "camera" / "model.onnx") == 0.25
     (bundle / TEMPERATURE).write_text("{")
-    assert_one_line_error(run_here(*command), "temperature.json is damaged")
+    assert_one_line_error(run_here(*command), "temperature.json")

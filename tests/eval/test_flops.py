@@ -1,4 +1,4 @@
-"""MACs against torch's own counter on the real network, the paper's formulas and its table."""
+"""MACs against torch's counter on the real network, and against the paper's formulas and table."""
 
 import json
 
@@ -8,7 +8,7 @@ from support import assert_one_line_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.flops import count_macs, paper_attention_macs, preset_named, visible_pairs
+from eval.cost_model.macs import count_macs, paper_attention_macs, preset_named, visible_pairs
 from illama import ILLaMA, ModelConfig
 from illama.models.config import VARIANTS
 
@@ -23,7 +23,7 @@ def test_the_count_is_torch_s_on_the_real_network(variant, form, readout_only):
     model = ILLaMA(config).eval()
     model.readout_only = readout_only
     model.set_attention_form(form)
-    # torch's counter knows no kernel of the CPU's fused attention: the same products as plain ones, then.
+    # torch's counter does not count the CPU's fused attention kernel, so the same products run as plain ones.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 3, 32, 32))
     assert count_macs(config, form, readout_only).flops == counter.get_total_flops()
@@ -42,7 +42,7 @@ def test_tiny_at_full_size_under_every_mask(mask):
 
 @pytest.mark.parametrize("size", ["nano", "tiny", "base", "base@384", "large"])
 def test_the_papers_formulas(size):
-    """Bidirectional to the digit; causal but for its floor(N^2/2) + 1 where the triangle has N (N + 1) / 2."""
+    """Bidirectional exactly; causal except for floor(N^2/2) + 1, where the triangle has N (N + 1) / 2 elements."""
     for mask, form, causal in (("bidirectional", "plain", False), ("post_softmax", "needed", True)):
         config = preset_named(size, mask)
         macs, n = count_macs(config, form, readout_only=False), config.tokens
@@ -57,7 +57,7 @@ def test_the_papers_formulas(size):
     [("tiny", 1.3), ("small", 4.6), ("base", 17.6), ("base@384", 55.5), ("large", 62.8), ("large@384", 194.7)],
 )
 def test_the_paper_s_table_of_macs(size, paper):
-    """To its last digit, if every score and every value counts, masked or not."""
+    """To its last digit, if all scores and values are counted, masked or not."""
     assert round(count_macs(preset_named(size), "plain").total / 1e9, 1) == paper
 
 
@@ -73,5 +73,5 @@ def test_the_command_prints_the_presets(run_here, tmp_path):
     rows = [line for line in result.stdout.splitlines() if line.startswith(("| tiny", "| base@384"))]
     assert json.loads((tmp_path / "flops.json").read_text())["macs"]["tiny"]["post, plain"]["head"] == 192 * 1000
     assert len(rows) == 2 and "| 197 | 1.254 (0.527) |" in rows[0] and "| 577 | 55.484 (22.472) |" in rows[1]
-    assert_one_line_error(run_here("eval/flops.py", "--sizes", "huge"), "unknown model size")
-    assert_one_line_error(run_here("eval/flops.py", "--sizes", "tiny@large"), "not a size")
+    assert_one_line_error(run_here("eval/flops.py", "--sizes", "huge"), "huge")
+    assert_one_line_error(run_here("eval/flops.py", "--sizes", "tiny@large"), "tiny@large")

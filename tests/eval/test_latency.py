@@ -1,7 +1,8 @@
-"""Turns of engines, batches that they refuse, made-up sysfs trees of the documented layouts, pinned threads."""
+"""Turns of engines, refused batches, sensors in made-up sysfs trees of the documented layouts, pinned threads."""
 
 import contextlib
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -14,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from deploy.runtimes.open_engine import OnnxRuntimeEngine
-from eval.benchmark.latency import _Turns, measure_latency
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from eval.benchmark.latency import UNREADABLE, _Turns, measure_latency
 from eval.benchmark.machine import _cores_first, pin_threads
 from eval.benchmark.sensors import Gpu, Watch, find_gpu, open_meter, read_cpu, read_governor, read_gpu
 from illama.errors import UserError
@@ -25,7 +26,7 @@ IMAGES = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
 
 
 def plant(root: Path, files: dict[str, object]) -> None:
-    """Write files of a tree, each with the newline that sysfs ends them with."""
+    """Writes files of a tree, each with a final newline, as in sysfs."""
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def test_engines_take_turns_in_a_new_order_each_round():
     (latency,) = timings.latency["a"]
     assert (latency.batch, latency.calls, latency.joules) == (1, 40, None) and 0 < latency.p50 <= latency.p99
     assert latency.images_per_second == pytest.approx(1e3 / latency.mean)
-    assert timings.conditions["energy"] == "not readable here" and timings.conditions["threads"] == usable_cores()
+    assert timings.conditions["energy"] == UNREADABLE and timings.conditions["threads"] == usable_cores()
     assert timings.conditions["involuntary context switches a second"] >= 0
 
 
@@ -85,9 +86,9 @@ def test_a_refused_batch_leaves_the_others(tmp_path):
         "any": [1, 2],
         "torch": [1],
     }
-    assert "Got: 2 Expected: 1" in timings.refused["static"][2]
+    assert list(timings.refused["static"]) == list(timings.refused["torch"]) == [2]
     assert timings.refused["two"] == {1: "the engine takes 2 images at once"}
-    assert "cannot be multiplied" in timings.refused["torch"][2] and timings.refused["any"] == {}
+    assert timings.refused["any"] == {}
 
 
 def test_a_defect_is_not_taken_for_a_refusal():
@@ -99,7 +100,7 @@ def test_a_slow_engine_has_fewer_calls_and_costs_no_other_its_own():
     engines = {"slow": lambda images: time.sleep(0.05) or images, "fast": lambda images: images}
     start = time.perf_counter()
     timings = measure_latency(engines, IMAGES, rounds=20, seconds=0.4, progress=False)
-    assert time.perf_counter() - start < 3  # 20 rounds of all calls would take 13
+    assert time.perf_counter() - start < 3  # 20 rounds of all calls would take 13 s
     (slow,), (fast,) = timings.latency["slow"], timings.latency["fast"]
     assert 3 <= slow.calls <= 4 and fast.calls == 200
 
@@ -236,7 +237,8 @@ def test_a_desktop_s_clock_temperature_and_governor(tmp_path):
     plant(tmp_path, {"class/hwmon/hwmon2/temp1_input": 70_000})
     watch.look(now=False)  # too soon
     watch.look()
-    assert watch.summary()["CPU temperature, C"] == "61.2 at first, 70 at last, 61.2 to 70"
+    numbers = re.findall(r"[\d.]+", watch.summary()["CPU temperature, C"])
+    assert numbers == ["61.2", "70", "61.2", "70"]  # first, last, lowest, highest
 
 
 def test_what_cannot_be_read_is_left_out(tmp_path):

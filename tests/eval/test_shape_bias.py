@@ -1,4 +1,4 @@
-"""The published mapping against timm's list of WordNet IDs, and a network whose every decision is known."""
+"""The published class mapping against timm's list of WordNet IDs, and a network whose decisions are known."""
 
 import json
 
@@ -8,7 +8,7 @@ from PIL import Image
 from support import assert_one_line_error, write_linear_bundle
 from timm.data import ImageNetInfo
 
-from eval.shape_bias import FINE_CLASSES, SHAPE_CLASSES, Stimuli, decide, shape_bias
+from eval.metrics.cue_conflict import FINE_CLASSES, SHAPE_CLASSES, Stimuli, decide, shape_bias
 
 # The authors' WordNet IDs of these classes, those that are in ImageNet-1k.
 WORDNET = {
@@ -37,7 +37,7 @@ def test_the_mapping_is_the_published_one():
         assert [wordnet[index] for index in FINE_CLASSES[name]] == published.split()
     for name, low, high in (("bird", "n01514668", "n02056570"), ("dog", "n02085620", "n02113978")):
         assert all(low <= wordnet[index] <= high for index in FINE_CLASSES[name])
-    # As many as the authors list of both, and what they leave out: hens and toys among others.
+    # The authors' numbers of both, and some ImageNet classes that they leave out, such as hens and toy breeds.
     assert (len(FINE_CLASSES["bird"]), len(FINE_CLASSES["dog"])) == (49, 109)
     assert not {9, 17, 21, 84, 97, 134} & set(FINE_CLASSES["bird"])
     assert not {151, 192, 204, 227, 242, 251, 258, 260, 264} & set(FINE_CLASSES["dog"])
@@ -51,7 +51,7 @@ def test_the_mean_of_the_fine_classes_decides_and_not_their_sum_or_maximum():
     logits[0, FINE_CLASSES["truck"][0]] = 2.0  # a larger maximum
     logits[0, FINE_CLASSES["knife"][0]] = 1.5  # the largest mean
     assert decide(logits) == ["knife"]
-    with pytest.raises(ValueError, match="1,000"):
+    with pytest.raises(ValueError, match="1000"):
         decide(np.zeros((1, 10), np.float32))
 
 
@@ -65,7 +65,7 @@ def test_the_bias_by_hand():
 
 @pytest.fixture
 def directions():
-    """A direction of colour for each class, far from the others: points of a Fibonacci sphere."""
+    """A direction in color space for each class, far from the others: points of a Fibonacci sphere."""
     height = 1 - (2 * np.arange(16) + 1) / 16
     angle = np.pi * (3 - np.sqrt(5)) * np.arange(16)
     around = np.sqrt(1 - height**2)
@@ -74,7 +74,7 @@ def directions():
 
 @pytest.fixture
 def bundle(directions, tmp_path):
-    """A network that sees the one of 16 colours in a picture, and names every fine class of its class."""
+    """A network that recognizes each of 16 colors, and predicts all ImageNet classes of its class."""
     weights = np.zeros((3, 8 * 8, 1000))
     for direction, places in zip(directions, FINE_CLASSES.values(), strict=True):
         weights[:, :, list(places)] = direction[:, None, None]
@@ -85,15 +85,15 @@ def bundle(directions, tmp_path):
 
 @pytest.fixture
 def stimuli(directions, tmp_path):
-    """Every shape by every texture. The colour is the shape's, but the texture's for each third texture and a third
-    class's for each fifth."""
+    """Every shape with every texture. The color is that of the shape, for each third texture that of the texture, and
+    for each fifth that of a third class."""
     folder = tmp_path / "stimuli"
     for i, shape in enumerate(SHAPE_CLASSES):
         (folder / shape).mkdir(parents=True)
         for j, texture in enumerate(SHAPE_CLASSES):
             seen = (i + j + 1) % 16 if j % 5 == 4 else j if j % 3 == 2 else i
-            colour = tuple(round(127.5 + 100 * part) for part in directions[seen])
-            Image.new("RGB", (12, 12), colour).save(folder / shape / f"{shape}{i + 1}-{texture}{j}.png")
+            color = tuple(round(127.5 + 100 * part) for part in directions[seen])
+            Image.new("RGB", (12, 12), color).save(folder / shape / f"{shape}{i + 1}-{texture}{j}.png")
     return folder
 
 
@@ -122,18 +122,16 @@ def test_the_command_on_a_set_whose_answer_is_known(bundle, stimuli, tmp_path, r
 def test_mistakes_are_one_line(bundle, stimuli, small_bundle, tmp_path, run_here):
     assert len(Stimuli(stimuli)) == 256
     few = write_linear_bundle(tmp_path / "few", np.zeros((3 * 64, 3)), 8, ["a", "b", "c"])
-    assert_one_line_error(run_here("eval/shape_bias.py", few, "--stimuli", stimuli), "1,000 classes", "has 3")
+    assert_one_line_error(run_here("eval/shape_bias.py", few, "--stimuli", stimuli), str(few), "1,000", "3")
     mixed = write_linear_bundle(
         tmp_path / "mixed", np.zeros((3 * 64, 1000)), 8, [f"n{index:08}" for index in range(1000, 0, -1)]
     )
-    assert_one_line_error(run_here("eval/shape_bias.py", mixed, "--stimuli", stimuli), "not in the order")
+    assert_one_line_error(run_here("eval/shape_bias.py", mixed, "--stimuli", stimuli), str(mixed), "WordNet")
     infinite = write_linear_bundle(
         tmp_path / "infinite", np.full((3 * 64, 1000), np.inf), 8, [str(i) for i in range(1000)]
     )
-    assert_one_line_error(run_here("eval/shape_bias.py", infinite, "--stimuli", stimuli), "infinite: 256 of 256 images")
-    assert_one_line_error(run_here("eval/shape_bias.py", bundle, "--stimuli", tmp_path / "no"), "no pictures")
-    assert_one_line_error(
-        run_here("eval/shape_bias.py", small_bundle, "--stimuli", stimuli), "holds weights for PyTorch"
-    )
+    assert_one_line_error(run_here("eval/shape_bias.py", infinite, "--stimuli", stimuli), "infinite: 256 of 256")
+    assert_one_line_error(run_here("eval/shape_bias.py", bundle, "--stimuli", tmp_path / "no"), str(tmp_path / "no"))
+    assert_one_line_error(run_here("eval/shape_bias.py", small_bundle, "--stimuli", stimuli), "quant/ptq.py")
     (stimuli / "cat" / "cat1-house2.png").write_bytes(b"")
     assert_one_line_error(run_here("eval/shape_bias.py", bundle, "--stimuli", stimuli), "cat1-house2.png", "elephant")

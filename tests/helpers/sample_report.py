@@ -1,4 +1,4 @@
-"""A report with all optional content, and with strings that would break a page without escaping."""
+"""A report with all fields set, and strings that would break a page that did not escape them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 
 from eval.benchmark.latency import Latency
-from eval.metrics.accuracy_change import Change, ClassChange, Flips, McNemar, Share
-from eval.metrics.accuracy_drop import Drop
 from eval.metrics.calibration import Bin, Reliability
+from eval.metrics.paired import Change, ClassChange, Drop, Flips, McNemar, Share
 from eval.report.schema import FlippedImage, OtherResult, Report, Row
 from illama.options import Constraints
 

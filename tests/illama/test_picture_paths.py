@@ -16,8 +16,8 @@ from PIL import Image
 from support import SMALL, assert_one_line_error, write_bundle
 
 from eval.benchmark.open_bundles import check_alike
-from eval.out_of_distribution import open_outside
-from eval.shape_bias import Stimuli
+from eval.metrics.cue_conflict import Stimuli
+from eval.metrics.separation import open_outside
 from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED, Manifest
 from illama.checkpoints.load import load_checkpoint, read_preprocessing
 from illama.data.ade20k import SegmentationFolder

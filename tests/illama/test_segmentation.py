@@ -14,11 +14,12 @@ from PIL import Image
 from support import ROOT, SMALL, assert_one_line_error, run_command
 from torch import nn
 
-from deploy.runtimes.open_engine import OnnxRuntimeEngine
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.trt.build_bundle import build_bundle
 from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord
-from eval.segmentation import SegmentationEvalOptions, miou_drop
+from eval.metrics.miou import miou_drop
+from eval.segmentation import SegmentationEvalOptions
 from eval.segmentation import main as evaluate
 from illama import ILLaMA, ModelConfig
 from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
@@ -26,7 +27,7 @@ from illama.checkpoints.load import initialize_from, write_weights
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
-from illama.models.attention import SoftMasked
+from illama.models.attention import MaskedNetwork
 from illama.models.upernet import (
     AdaptiveAvgPool,
     SegmentationConfig,
@@ -45,7 +46,7 @@ from quant.export.onnx_export import export_onnx
 from quant.ptq_segmentation import PtqSegmentationOptions
 from quant.ptq_segmentation import main as quantize
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import SCHEMES, resolve, write_scheme
+from quant.schemes.scheme import resolve, shipped_scheme, write_scheme
 
 SHAPES = runpy.run_path(str(ROOT / "benchmarks" / "draw_shapes.py"))
 SHAPE = {"image_size": 64, "patch_size": 16, "width": 64, "depth": 4, "heads": 2, "decoder_channels": 32}
@@ -349,7 +350,7 @@ def test_quantized_files_have_the_scores_of_the_network(trained, shapes, tmp_pat
         assert EngineRecord.read(build_bundle(library, int8)).attentions == 4
 
 
-class _Convolutions(SoftMasked):
+class _Convolutions(MaskedNetwork):
     """Padded, strided and grouped convolutions after a Relu, as in a decoder."""
 
     def __init__(self):
@@ -368,8 +369,8 @@ def test_files_with_quantized_convolutions_equal_pytorch(name, tmp_path):
     torch.manual_seed(0)
     model, images = _Convolutions().eval(), torch.randn(4, 3, 16, 16)
     scheme = replace(
-        SCHEMES[name],
-        tensors={"*.weight": SCHEMES[name].spec("x.weight"), "*.input": SCHEMES[name].spec("x.input")},
+        shipped_scheme(name),
+        tensors={"*.weight": shipped_scheme(name).spec("x.weight"), "*.input": shipped_scheme(name).spec("x.input")},
         smooth={},
     )
     assert len(resolve(scheme, model)) == 6
@@ -390,7 +391,7 @@ def test_files_with_quantized_convolutions_equal_pytorch(name, tmp_path):
 
 def test_schemes_need_different_names(trained, shapes, tmp_path):
     for name, file in (("fp16", "mine"), ("int8", "mine"), ("own", "one"), ("own", "two")):
-        write_scheme(replace(SCHEMES["int8"], name=name), tmp_path / f"{file}-{name}.yaml")
+        write_scheme(replace(shipped_scheme("int8"), name=name), tmp_path / f"{file}-{name}.yaml")
     for clash, files in (("fp16", ["mine-fp16"]), ("int8", ["mine-int8"]), ("own", ["one-own", "two-own"])):
         schemes = ("int8", *(str(tmp_path / f"{file}.yaml") for file in files))
         with pytest.raises(UserError, match=f"two schemes are called '{clash}'"):
@@ -405,7 +406,7 @@ def test_errors_are_one_line(shapes, small_bundle, tmp_path):
         SegmentationEvalOptions((small_bundle,), shapes, seed=-1)
     with pytest.raises(UserError, match=r"train_segmentation\.py"):
         quantize(PtqSegmentationOptions(small_bundle, shapes, out=tmp_path / "ptq"))
-    with pytest.raises(UserError, match="does not have the classes"):
+    with pytest.raises(UserError, match="classes"):
         evaluate(SegmentationEvalOptions((small_bundle,), shapes))
     with pytest.raises(UserError, match="no pixel"):
         Scores.of(np.zeros((3, 4), int))

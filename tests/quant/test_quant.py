@@ -1,6 +1,8 @@
-"""Quantization against independent references: ONNX's own arithmetic, ModelOpt's, ONNX Runtime's."""
+"""Quantization against independent references: the arithmetic of ONNX, ModelOpt and ONNX Runtime."""
 
 import copy
+import logging
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from modelopt.torch.quantization.calib import HistogramCalibrator
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
-from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch.export import ExportedProgram
 
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
@@ -23,6 +26,7 @@ from illama.errors import UserError
 from illama.graph.session import cpu_session
 from illama.inference import load_images, torch_infer
 from illama.models.attention import QuantizerPoint
+from illama.models.illama import Linear
 from illama.models.norms import RMSNorm
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import largest_step_difference
@@ -42,7 +46,8 @@ from quant.quantizers.observers import BINS, RangeObserver, entropy_amax, mse_am
 from quant.quantizers.reconstruction import blocks
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import FORMATS, TensorSpec
-from quant.schemes.scheme import SCHEMES, Scheme, find_scheme, resolve, unfit_for_tensorrt
+from quant.schemes.scheme import Scheme, resolve, shipped_scheme, unfit_for_tensorrt
+from quant.schemes.shipped import SHIPPED_SCHEMES
 
 ONNX_TYPES = {
     "int8": onnx.TensorProto.INT8,
@@ -51,7 +56,7 @@ ONNX_TYPES = {
     "uint4": onnx.TensorProto.UINT4,
     "fp8": onnx.TensorProto.FLOAT8E4M3FN,
 }
-ONNX_SCHEMES = sorted(name for name, scheme in SCHEMES.items() if scheme.backend == "onnx")
+ONNX_SCHEMES = sorted(name for name in SHIPPED_SCHEMES if shipped_scheme(name).backend == "onnx")
 TENSORRT_SCHEMES = [
     "mixed",
     "int8-attention",
@@ -89,14 +94,14 @@ def test_the_arithmetic_is_onnx_s(values, amax, dtype, zero_point):
     scale = FORMATS[dtype].scale(torch.tensor(amax, dtype=torch.float32))
     expected = _onnx_quantize_dequantize(x.numpy(), scale.numpy(), dtype, zero_point)
     np.testing.assert_array_equal(quantize_dequantize(x, scale, dtype, zero_point).numpy(), expected)
-    # What training computes is the same, but for the last bit of a sum.
+    # Training computes the same but for the last bit of a sum.
     trained = fake_quantize(x, scale, FORMATS[dtype], zero_point).numpy()
     np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-5 * scale.item())
 
 
 @pytest.mark.parametrize("dtype", sorted(FORMATS))
-def test_whatever_is_too_large_saturates(dtype):
-    """ONNX's QuantizeLinear says so; 1e30 steps do not fit into any integer on the way."""
+def test_values_out_of_range_saturate(dtype):
+    """As ONNX's QuantizeLinear specifies; 1e30 steps do not fit into any integer type."""
     limits, amax = FORMATS[dtype], torch.tensor(2.0**-10)
     x = torch.tensor([-1e30, -8225.0, 8225.0, 1e30])
     top, bottom = amax.item(), amax.item() * limits.low / limits.high
@@ -153,7 +158,7 @@ def _histogram(values):
 
 
 def test_calibrators_against_numpy_and_modelopt():
-    """Percentile against numpy's and ModelOpt's, mse against a search over the values themselves."""
+    """Percentile against numpy's and ModelOpt's, mse against a search over the values."""
     values = np.random.default_rng(0).standard_t(3, 50_000).astype(np.float32)
     counts, limit = _histogram(values)
     chosen = percentile_amax(counts, limit, 99.9)
@@ -179,7 +184,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def short(shipped):
-    """The first and the last block of the shipped network: trained weights, and both forms of attention's rows."""
+    """The first and the last block of the shipped network: trained weights, all tokens and the class token only."""
     model = ILLaMA(replace(shipped.config, depth=2)).eval()
     state = {
         name.replace("blocks.5.", "blocks.1."): value
@@ -199,8 +204,8 @@ def batches():
 
 @pytest.fixture(scope="module", params=ONNX_SCHEMES)
 def scheme(request):
-    scheme = SCHEMES[request.param]
-    return replace(scheme, learned=min(scheme.learned, 4))
+    scheme = shipped_scheme(request.param)
+    return replace(scheme, reconstruction_iterations=min(scheme.reconstruction_iterations, 4))
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +215,7 @@ def quantized(short, batches, scheme):
 
 @pytest.fixture(scope="module")
 def file(quantized, tmp_path_factory, scheme):
-    """The CPU's graph of the quantized network."""
+    """The quantized network's graph for CPUs."""
     path = tmp_path_factory.mktemp(scheme.name) / "plain.onnx"
     export_onnx(quantized, path, "plain")
     return path
@@ -225,7 +230,7 @@ def _relative(logits, expected):
 
 
 def test_what_is_quantized(shipped, batches):
-    quantized = calibrate(shipped, SCHEMES["int8-attention"], batches)
+    quantized = calibrate(shipped, shipped_scheme("int8-attention"), batches)
     kinds = {name: type(module) for name, module in quantized.named_modules()}
     assert not [
         name for name, kind in kinds.items() if issubclass(kind, torch.nn.Linear | torch.nn.Conv2d | QuantizerPoint)
@@ -243,19 +248,38 @@ def test_the_plan_and_the_network_agree(short, quantized, scheme):
     assert {name: module.spec for name, module in quantizers(quantized)} == plan
 
 
+def test_loggers_warnings_and_modelopt_are_left_as_they_were(short, batches, tmp_path):
+    def state():
+        registered = [cls in QuantModuleRegistry for cls in (Linear, QuantizerPoint)]
+        return registered, logging.getLogger("torch.onnx").level, list(warnings.filters)
+
+    before = state()
+    export_onnx(calibrate(short, shipped_scheme("int8"), batches), tmp_path / "model.onnx", "plain")
+    assert state() == before and not any(before[0])
+
+
+def test_a_network_is_traced_once(short, monkeypatch, tmp_path):
+    """Tracing again, to decompose operators, would take longer than the rest of the export."""
+    decomposed = []
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *_: decomposed.append(1))
+    for form in ("plain", "fused"):
+        export_onnx(short, tmp_path / "model.onnx", form)
+    assert not decomposed
+
+
 @pytest.mark.parametrize("name", ["int8-attention", "fp8-attention"])
 def test_quantizers_agree_with_modelopt_s(short, batches, name):
-    """Fed with the same inputs, each of our quantizers gives what ModelOpt's does with that range, but for ties."""
-    quantized = calibrate(short, SCHEMES[name], batches)
+    """Given the same inputs and range, each quantizer gives the same outputs as ModelOpt's, except at ties."""
+    quantized = calibrate(short, shipped_scheme(name), batches)
     quantized.readout_only = False  # the last block's weights as a whole
     seen = {}
     for tensor, module in quantizers(quantized):
         module.register_forward_hook(lambda m, i, o, tensor=tensor: seen.__setitem__(tensor, (m, i[0], o)))
     with torch.no_grad():
         quantized(batches[0])
-    assert len(seen) == len(resolve(SCHEMES[name], short))
+    assert len(seen) == len(resolve(shipped_scheme(name), short))
     for tensor, (module, x, ours) in seen.items():
-        if not module.spec.symmetric:  # it has no zero point either: the shifted values, as in the graph for TensorRT
+        if not module.spec.symmetric:  # ModelOpt has no zero point: the shifted values, as in the graph for TensorRT
             shift = module.fold_zero_point()
             x, ours = x + shift, ours + shift
         config = {
@@ -273,7 +297,7 @@ def has_rounded_inputs(quantized):
 
 
 def test_exported_graph_equals_the_quantized_model(quantized, file, real_images):
-    """But for values that fall on different sides of a tie, which a sum in another order is enough for."""
+    """Except for values at a tie, which a sum in another order can round to the other side."""
     images, _ = real_images
     expected = torch_infer(quantized)(images)
     logits = _run(file, images)
@@ -283,7 +307,7 @@ def test_exported_graph_equals_the_quantized_model(quantized, file, real_images)
 
 
 def test_every_tensor_of_the_file_is_within_one_step(quantized, file, real_images):
-    """Of the network that it was exported from, given the same numbers before it (quant/export/verify.py)."""
+    """Compared with the network that it was exported from, given the same inputs (quant/export/verify.py)."""
     images, _ = real_images
     quantized = copy.deepcopy(quantized)
     quantized.set_attention_form("plain")
@@ -311,7 +335,11 @@ def test_graphs_are_standard_and_hold_few_bits(file, scheme, short, quantized):
 def test_weights_of_4_bits_are_packed(short, batches, tmp_path):
     sizes = {}
     for name in ("w4a16", "int8-weight-only"):
-        export_onnx(calibrate(short, replace(SCHEMES[name], learned=0), batches), tmp_path / name, "plain")
+        export_onnx(
+            calibrate(short, replace(shipped_scheme(name), reconstruction_iterations=0), batches),
+            tmp_path / name,
+            "plain",
+        )
         sizes[name] = (tmp_path / name).stat().st_size
     weights = [p for name, p in short.named_parameters() if name.startswith("blocks") and p.ndim == 2]
     saved = sum(
@@ -321,20 +349,20 @@ def test_weights_of_4_bits_are_packed(short, batches, tmp_path):
 
 
 def test_values_are_named_by_layer(file):
-    """Every layer's output and every quantizer's, so that a person and quant.debug_layers find them."""
+    """The output of every layer and every quantizer, for users and quant.debug_layers."""
     values = {output for node in onnx.load(file).graph.node for output in node.output}
     assert {"patch_embed.proj", "blocks.0", "blocks.0.attn.qkv", "blocks.1.mlp.fc2", "norm", "logits"} <= values
 
 
 @pytest.mark.parametrize("name", ONNX_SCHEMES)
-def test_what_tensorrt_takes(name, short):
-    assert (not unfit_for_tensorrt(resolve(SCHEMES[name], short))) == (name in TENSORRT_SCHEMES)
+def test_schemes_that_tensorrt_supports(name, short):
+    assert (not unfit_for_tensorrt(resolve(shipped_scheme(name), short))) == (name in TENSORRT_SCHEMES)
 
 
 @pytest.mark.parametrize("name", TENSORRT_SCHEMES)
 def test_the_fused_graph_agrees(name, short, batches, tmp_path, real_images):
     images, _ = real_images
-    quantized = calibrate(short, replace(SCHEMES[name], learned=0), batches)
+    quantized = calibrate(short, replace(shipped_scheme(name), reconstruction_iterations=0), batches)
     export_onnx(quantized, tmp_path / "fused.onnx", "fused", torch.float16)
     fused, expected = _run(tmp_path / "fused.onnx", images), torch_infer(quantized)(images)
     assert (fused.argmax(1) == expected.argmax(1)).mean() > 0.97
@@ -343,53 +371,53 @@ def test_the_fused_graph_agrees(name, short, batches, tmp_path, real_images):
     assert kinds.count("Attention") == 2 and "Softmax" not in kinds
 
 
-def test_smoothing_changes_nothing_but_rounding(shipped, batches):
-    """SmoothQuant rescales channels exactly: in float64 the smoothed network is the network."""
+def test_smoothing_does_not_change_the_output(shipped, batches):
+    """SmoothQuant rescales channels exactly: in float64 the outputs are equal."""
     exact, smoothed = copy.deepcopy(shipped).double(), copy.deepcopy(shipped).double()
     images = [batch.double() for batch in batches]
-    smooth(smoothed, replace(SCHEMES["int8"], smooth={"*": 0.7}), images)
+    smooth(smoothed, replace(shipped_scheme("int8"), smooth={"*": 0.7}), images)
     with torch.no_grad():
         torch.testing.assert_close(smoothed(images[0]), exact(images[0]), rtol=1e-9, atol=1e-9)
     assert not torch.equal(smoothed.blocks[0].mlp.fc2.weight, exact.blocks[0].mlp.fc2.weight)
     assert not torch.equal(smoothed.blocks[0].attn.proj.weight, exact.blocks[0].attn.proj.weight)
 
 
-def test_learned_rounding_is_nearer_than_the_nearest(short, batches):
-    """Each block's output comes nearer to the float network's on images that it has not learned from."""
-    learn, test = batches[:1], batches[1]
-    plain = calibrate(short, replace(SCHEMES["w4a8"], learned=0), learn)
-    learned = calibrate(short, replace(SCHEMES["w4a8"], learned=60), learn)
+def test_block_reconstruction_is_closer_than_rounding_to_nearest(short, batches):
+    """The first block's error is smaller on images that were not used."""
+    used, unused = batches[:1], batches[1]
+    plain = calibrate(short, replace(shipped_scheme("w4a8"), reconstruction_iterations=0), used)
+    reconstructed = calibrate(short, replace(shipped_scheme("w4a8"), reconstruction_iterations=60), used)
     seen = {}
-    for key, model in (("float", short), ("plain", plain), ("learned", learned)):
+    for key, model in (("float", short), ("plain", plain), ("reconstructed", reconstructed)):
         first = dict(blocks(model))["blocks.0"]
         hook = first.register_forward_hook(lambda m, i, o, key=key: seen.__setitem__(key, o))
         with torch.no_grad():
-            model(test)
+            model(unused)
         hook.remove()
-    error = {key: float((seen[key] - seen["float"]).square().mean()) for key in ("plain", "learned")}
-    assert error["learned"] < 0.8 * error["plain"]
-    weight = learned.blocks[0].mlp.fc1
-    freeze(learned)
-    assert weight.frozen.abs().max() <= 8  # what was learned is still on the grid of 4 bits
+    error = {key: float((seen[key] - seen["float"]).square().mean()) for key in ("plain", "reconstructed")}
+    assert error["reconstructed"] < 0.8 * error["plain"]
+    weight = reconstructed.blocks[0].mlp.fc1
+    freeze(reconstructed)
+    assert weight.frozen.abs().max() <= 8  # the weights are still on the grid of 4 bits
 
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 99), low=st.floats(-8, 0, width=32), dtype=st.sampled_from(["uint8", "uint6", "uint4"]))
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_centred_layer_gives_the_same(bias, seed, low, dtype):
-    """Its integers too, less the constant: without zero points, as TensorRT demands."""
+def test_zero_point_folding_does_not_change_a_layer_s_output(bias, seed, low, dtype):
+    """The integers are the same less a constant, with zero point 0 as TensorRT demands."""
     torch.manual_seed(seed)
     x = torch.cat([torch.rand(40, 6, dtype=torch.float64) * (8 - low) + low, torch.full((1, 6), 8.0)])
     spec = TensorSpec(dtype, symmetric=False)
     linear = torch.nn.Linear(6, 3, bias=bias).double()
     weight = WeightQuantizer(TensorSpec("int8", "channel"), weight_amax(linear.weight, TensorSpec("int8", "channel")))
     layer = QuantizedLinear(linear, weight, QuantizeDequantize(spec, x.min(), x.max())).double()
-    expected, codes = layer(x), (layer.input(x) / layer.input.scale).round() + layer.input.zero_point
+    expected, integers = layer(x), (layer.input(x) / layer.input.scale).round() + layer.input.zero_point
     fold_zero_point(layer)
     assert layer.input.dtype.signed and layer.input.zero_point == 0
     torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
-    moved = (layer.input(x + layer.shift) / layer.input.scale).round()
-    assert torch.equal(moved + 2 ** (FORMATS[dtype].bits - 1), codes)
+    folded = (layer.input(x + layer.shift) / layer.input.scale).round()
+    assert torch.equal(folded + 2 ** (FORMATS[dtype].bits - 1), integers)
 
 
 def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_images):
@@ -408,23 +436,23 @@ def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_image
     assert zeros == {0}
 
 
-def test_a_format_without_a_sign_for_values_with_one_is_refused(short, batches):
-    with pytest.raises(UserError, match=r"blocks.0.mlp.fc2.input has negative values, which uint8 cuts off"):
+def test_an_unsigned_format_for_negative_values_is_refused(short, batches):
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc2\.input .* uint8"):
         calibrate(short, Scheme("mine", {"*.fc2.input": TensorSpec("uint8")}), batches)
 
 
-def test_entropy_judges_no_range_that_holds_every_bin():
-    """A range of fewer bins than levels would diverge by nothing and win, however much it clips."""
+def test_entropy_ignores_ranges_with_fewer_bins_than_levels():
+    """Such a range has no divergence, and would be chosen however much it clips."""
     values = np.append(np.random.default_rng(0).standard_normal(200_000), 100.0)
     for dtype in ("int8", "uint8"):
         chosen = entropy_amax(*_histogram(values), FORMATS[dtype])
         assert (np.abs(values) > chosen).mean() < 0.02
-    with pytest.raises(UserError, match="entropy calibration is of integers"):
+    with pytest.raises(UserError, match="entropy"):
         TensorSpec("fp8", calibrator="entropy")
 
 
 def test_a_float_layer_stays_float(short, batches):
-    scheme = replace(SCHEMES["int8"], tensors={**SCHEMES["int8"].tensors, "blocks.0.mlp.fc2.*": None})
+    scheme = replace(shipped_scheme("int8"), tensors={**shipped_scheme("int8").tensors, "blocks.0.mlp.fc2.*": None})
     quantized = calibrate(short, scheme, batches)
     assert torch.equal(quantized.blocks[0].mlp.fc2.weight, short.blocks[0].mlp.fc2.weight)
     assert type(quantized.blocks[0].mlp.fc2) is type(short.blocks[0].mlp.fc2)
@@ -457,10 +485,10 @@ def test_other_masks_export(kind, tmp_path):
 
 
 def test_images_that_are_not_finite_are_refused(shipped):
-    with pytest.raises(UserError, match="NaN or infinite activations"):
-        calibrate(shipped, SCHEMES["int8"], [torch.full((1, 1, 28, 28), float("nan"))])
+    with pytest.raises(UserError, match="NaN"):
+        calibrate(shipped, shipped_scheme("int8"), [torch.full((1, 1, 28, 28), float("nan"))])
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(UserError, match="unknown scheme 'int3': choose from int8, int8-attention"):
-        find_scheme("int3")
+    with pytest.raises(UserError, match=r"int3.* int8, int8-attention"):
+        shipped_scheme("int3")

@@ -1,4 +1,4 @@
-// Accuracy against latency, in SVG. It is drawn in pixels of the screen, so that its type is as large on a phone.
+// Plot of accuracy against latency, in SVG. It is drawn in screen pixels, so that text is not smaller on a phone.
 const MARKS = ["M-5.5 0a5.5 5.5 0 1 0 11 0a5.5 5.5 0 1 0-11 0", "M-5-5H5V5H-5Z", "M0-6.5L6.3 5H-6.3Z",
                "M0-7L7 0L0 7L-7 0Z", "M0 6.5L6.3-5H-6.3Z", "M-2-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z"];
 const LABEL_HEIGHT = 14;
@@ -6,7 +6,7 @@ const host = byId("plot");
 const runtimes = [...new Set(report.rows.map((row) => row.runtime))];
 const style = (row) => runtimes.indexOf(row.runtime) % MARKS.length;
 const state = { batch: report.batch, logX: false, logY: false, view: null };
-let shown = null; // scales and size of what is drawn
+let shown = null; // scales and size of the current plot
 
 function svg(name, attributes = {}, parent = null, text = null) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -16,8 +16,8 @@ function svg(name, attributes = {}, parent = null, text = null) {
   return element;
 }
 
-// An axis turns a figure into a place along it. The other axis of accuracy is the logarithm of the error, where a
-// halving of the errors is as long anywhere; less than half an image is not told apart.
+// An axis maps a value to a position. The logarithmic axis of accuracy shows the logarithm of the error, so that halving
+// the error is the same distance everywhere; errors below half an image are drawn as half an image.
 const leastError = 50 / report.images;
 const linear = { to: (value) => value, from: (place) => place };
 const logarithmic = { to: (value) => Math.log10(value), from: (place) => 10 ** place };
@@ -112,21 +112,21 @@ function drawUntimed(root, labels, scale, size) {
   }
 }
 
-// One line for each device, in steps: between two files there is nothing to be had.
-function drawFront(root, scale, rows) {
-  const best = rows.filter((row) => row.front.includes(state.batch)).sort((a, b) => a.p50[state.batch] - b.p50[state.batch]);
+// One step line for each device: there are no files between two steps.
+function drawParetoFront(root, scale, rows) {
+  const best = rows.filter((row) => row.pareto.includes(state.batch)).sort((a, b) => a.p50[state.batch] - b.p50[state.batch]);
   for (const points of Map.groupBy(best, (row) => row.device).values()) {
     const steps = points.map((row, i) => `${i ? "H" : "M"}${scale.x(row.p50[state.batch])}${i ? "V" : " "}${scale.y(row.top1)}`);
-    if (points.length > 1) svg("path", { class: "front", d: steps.join("") }, root);
+    if (points.length > 1) svg("path", { class: "pareto-front", d: steps.join("") }, root);
   }
 }
 
 function drawPoint(root, row, scale) {
   const [x, y] = [scale.x(row.p50[state.batch]), scale.y(row.top1)];
-  const onFront = row.front.includes(state.batch);
+  const optimal = row.pareto.includes(state.batch);
   const text = describe(row);
   const chosen = row.name === report.chosen;
-  const group = svg("g", { class: `point r${style(row)}${onFront || chosen ? " on-front" : ""}`, tabindex: 0, role: "img",
+  const group = svg("g", { class: `point r${style(row)}${optimal || chosen ? " optimal" : ""}`, tabindex: 0, role: "img",
                            "aria-label": text.join(", "), "data-name": row.name }, root);
   const [low, high] = [scale.y(row.low), scale.y(row.high)];
   if (low - high > 1) svg("path", { class: "bars", d: `M${x} ${low}V${high}M${x - 4} ${low}h8M${x - 4} ${high}h8` }, group);
@@ -140,14 +140,14 @@ function drawPoint(root, row, scale) {
 
 function describe(row) {
   return [row.name, `${row.p50[state.batch].toFixed(2)} ms at batch ${state.batch}`, `${row.top1.toFixed(2)}% top-1, ${row.drop}`,
-          `${row.megabytes.toFixed(2)} MB`, row.front.includes(state.batch) ? "on the front" : "beaten by another",
-          ...(row.name === report.chosen ? ["to deploy"] : [])];
+          `${row.megabytes.toFixed(2)} MB`, row.pareto.includes(state.batch) ? "Pareto-optimal" : "dominated",
+          ...(row.name === report.chosen ? ["recommended"] : [])];
 }
 
-// Each label goes to the first place beside its mark where it covers neither a mark nor another label; else nowhere.
+// Puts each label at the first position beside its mark where it covers no mark and no label; leaves it out otherwise.
 function placeLabels(points, size) {
   const taken = points.map(({ x, y }) => [x - 8, y - 8, x + 8, y + 8]);
-  const ordered = [...points].sort((a, b) => b.row.front.includes(state.batch) - a.row.front.includes(state.batch));
+  const ordered = [...points].sort((a, b) => b.row.pareto.includes(state.batch) - a.row.pareto.includes(state.batch));
   for (const { group, row, x, y } of ordered) {
     const text = svg("text", { class: "label" }, group, row.scheme);
     const width = text.getComputedTextLength();
@@ -173,7 +173,7 @@ function draw() {
   const along = ([low, high], from, to) => (place) => from + ((place - low) / (high - low)) * (to - from);
   const [placeX, placeY] = [along(view.x, size.left, size.right), along(view.y, size.bottom, size.top)];
   const scale = { axes, view, x: (value) => placeX(axes.x.to(value)), y: (value) => placeY(axes.y.to(value)) };
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Top-1 against latency; the table below holds the same figures" });
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Top-1 against latency; the table below has the same figures" });
   const clip = svg("clipPath", { id: "inside" }, svg("defs", {}, root));
   svg("rect", { x: size.left, y: size.top, width: size.right - size.left, height: size.bottom - size.top }, clip);
   drawAxes(root, scale, size);
@@ -182,7 +182,7 @@ function draw() {
   drawLimits(inside, scale, size);
   drawUntimed(inside, labels, scale, size);
   const timed = report.rows.filter((row) => row.p50[state.batch] !== undefined);
-  drawFront(inside, scale, timed);
+  drawParetoFront(inside, scale, timed);
   const within = ({ x, y }) => x >= size.left - 1 && x <= size.right + 1 && y >= size.top - 1 && y <= size.bottom + 1;
   const points = timed.map((row) => drawPoint(inside, row, scale));
   for (const point of points.filter((each) => !within(each))) point.group.remove();
@@ -195,7 +195,7 @@ function draw() {
 
 const tip = document.createElement("div");
 tip.className = "tip";
-tip.setAttribute("aria-hidden", "true"); // the mark's own label says the same
+tip.setAttribute("aria-hidden", "true"); // the mark has the same text as its label
 
 function showTip([name, ...lines], x, y) {
   const title = document.createElement("b");
@@ -211,7 +211,7 @@ function hideTip() {
   tip.hidden = true;
 }
 
-// Drag over a part of the plot to look closer; fingers scroll the page, and have the buttons.
+// Dragging with a mouse zooms in; touch scrolls the page, and has the buttons.
 function startZoom(start) {
   if (start.pointerType !== "mouse" || start.button !== 0) return;
   const { root, size, scale } = shown;
@@ -266,8 +266,8 @@ function drawLegend() {
     return item;
   };
   const entries = runtimes.map((runtime, i) => entry(runtime, { class: `mark filled r${i % MARKS.length}` }, MARKS[i % MARKS.length]));
-  if (report.chosen) entries.push(entry("to deploy", { class: "ring" }, MARKS[0]));
-  entries.push(entry("beaten by another", { class: "mark" }, MARKS[0]));
+  if (report.chosen) entries.push(entry("recommended", { class: "ring" }, MARKS[0]));
+  entries.push(entry("dominated", { class: "mark" }, MARKS[0]));
   if (report.rows.some((row) => !report.batches.every((batch) => row.p50[batch] !== undefined))) {
     entries.push(entry("not timed", { class: "mark", "stroke-dasharray": "5 3" }, "M-11 0H11"));
   }

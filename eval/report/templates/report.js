@@ -1,5 +1,5 @@
 "use strict";
-// Tables that sort, filter and copy; the theme; printing. Without it the page holds the same, unsorted.
+// Sorting, filtering and copying of tables; the theme; printing. Without this script the page has the same content, unsorted.
 const byId = (id) => document.getElementById(id);
 const report = JSON.parse(byId("data").textContent);
 
@@ -19,7 +19,7 @@ function sortRows(column, direction) {
   const sign = direction === "descending" ? -1 : 1;
   const rows = bodyRows().sort((a, b) => {
     const order = compareCells(cellOf(a, column), cellOf(b, column));
-    return Number.isFinite(order) ? sign * order : order; // what was not measured stays at the end
+    return Number.isFinite(order) ? sign * order : order; // rows without a value stay at the end
   });
   table.tBodies[0].append(...rows);
 }
@@ -47,13 +47,13 @@ function filterRows() {
   const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   for (const row of bodyRows()) {
     const text = row.textContent.toLowerCase();
-    const onFront = cellOf(row, "front").textContent === "yes";
-    row.hidden = !words.every((word) => text.includes(word)) || (byId("front-only").checked && !onFront);
+    const optimal = cellOf(row, "Pareto").textContent === "yes";
+    row.hidden = !words.every((word) => text.includes(word)) || (byId("pareto-only").checked && !optimal);
   }
   say(`${shownRows().length} of ${bodyRows().length} files`);
 }
 
-// The latencies of another batch size into the table, sorted and filtered as it is.
+// Puts the latencies of another batch size into the table, and sorts and filters it again.
 function showBatch(batch) {
   for (const row of bodyRows()) {
     const cells = report.rows.find((each) => each.name === row.dataset.name).cells[batch];
@@ -80,13 +80,13 @@ function asMarkdown(lines) {
 }
 
 function asCsv(lines) {
-  // A spreadsheet takes a cell that begins so for a formula, unless it is a number or an apostrophe stands before it.
+  // A spreadsheet evaluates a cell that starts like this as a formula, unless it is a number or starts with an apostrophe.
   const plain = (text) => (/^[=+\-@]/.test(text) && text.length > 1 && isNaN(text) ? `'${text}` : text);
   const quote = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
   return lines.map((line) => line.map((text) => quote(plain(text))).join(",")).join("\r\n") + "\r\n";
 }
 
-// A page that is opened from disk may have no clipboard of its own; an old way to copy then serves.
+// A page opened from disk may have no clipboard API; document.execCommand works there.
 async function copy(text, form) {
   try {
     await navigator.clipboard.writeText(text);
@@ -99,7 +99,7 @@ async function copy(text, form) {
     const done = document.execCommand("copy");
     area.remove();
     focused?.focus();
-    if (!done) return say("this browser does not let a page copy");
+    if (!done) return say("this browser does not allow copying");
   }
   say(`copied ${shownRows().length} files as ${form}`);
 }
@@ -141,7 +141,7 @@ function openFoldsToPrint() {
 
 makeSortable();
 byId("filter").addEventListener("input", filterRows);
-byId("front-only").addEventListener("change", filterRows);
+byId("pareto-only").addEventListener("change", filterRows);
 byId("copy-markdown").addEventListener("click", () => copy(asMarkdown(tableText()), "Markdown"));
 byId("copy-csv").addEventListener("click", () => copy(asCsv(tableText()), "CSV"));
 byId("table-tools").hidden = false;

@@ -1,4 +1,4 @@
-"""Attention rank and loss landscape, against numpy and on cases with a known answer."""
+"""Rank of attention maps, against numpy and on cases with a known answer."""
 
 import json
 import math
@@ -8,8 +8,7 @@ import pytest
 import torch
 from support import assert_one_line_error
 
-from eval.attention_rank import attention_rank, map_rank
-from eval.loss_landscape import filter_normalised_direction, loss_landscape, sharpness
+from eval.metrics.rank import attention_rank, map_rank
 from illama import ILLaMA, ModelConfig
 from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import evenly_spaced, open_data
@@ -48,12 +47,10 @@ def test_attention_rank_is_numpy_s(kind, alpha):
     normed = []
     for block in model.blocks:
         block.norm1.register_forward_hook(lambda _, __, x: normed.append(x.detach().double().numpy()))
-    ranks = attention_rank(model, images)
-    expected, maps = np.zeros((len(images), 3, 2)), np.zeros((3, 2, 17, 17))
+    ranks, maps = attention_rank(model, images), np.zeros((3, 2, 17, 17))
     seen = alpha + (1 - alpha) * np.tril(np.ones((17, 17)))
-    starts = (0, 8)  # the model may take the images in batches
     for call, x in enumerate(normed):
-        layer, start = call % 3, starts[call // 3]
+        layer = call % 3  # the model may take the images in batches
         qkv = model.blocks[layer].attn.qkv
         flat = x @ qkv.weight.detach().double().numpy().T + qkv.bias.detach().double().numpy()
         parts = flat.reshape(len(x), 17, 3, 2, 16)
@@ -64,13 +61,9 @@ def test_attention_rank_is_numpy_s(kind, alpha):
         weights /= weights.sum(-1, keepdims=True)
         if kind == "post_softmax":
             weights = weights * seen
-        for image, head in np.ndindex(len(x), 2):
-            expected[start + image, layer, head] = _rank(weights[image, head])
         maps[layer] += weights.sum(0) / len(images)
     assert ranks.shape == (3, 2)
-    np.testing.assert_allclose(ranks, expected.mean(0))
-    of_mean = attention_rank(model, images, of_mean_map=True)
-    np.testing.assert_allclose(of_mean, [[_rank(one) for one in layer] for layer in maps])
+    np.testing.assert_array_equal(ranks, [[_rank(one) for one in layer] for layer in maps])
     assert 1 < ranks.min() < ranks.max() <= 17
 
 
@@ -104,56 +97,8 @@ def test_the_rank_of_a_checkpoint_by_its_command(run_here, small_bundle, image_f
     found = json.loads((tmp_path / "out" / "attention-rank.json").read_text())
     loaded, data = load_checkpoint(small_bundle), open_data(str(image_folder))
     images, _ = load_images(evenly_spaced(data.test(), 4), loaded.preprocessing.transform())
-    expected = attention_rank(loaded.model, torch.from_numpy(images), of_mean_map=True)
+    expected = attention_rank(loaded.model, torch.from_numpy(images))
     np.testing.assert_array_equal(found["ranks"], expected)
     assert found["tokens"] == 17 and f"| all | {expected.mean():.1f} |" in result.stdout
     assert_one_line_error(run_here(*command, "--threshold", "0"), "--threshold")
     assert_one_line_error(run_here(*command, "--images", "0"), "--images")
-
-
-@pytest.mark.parametrize("dimensions", [1, 2])
-def test_landscape_of_a_linear_softmax_model_is_numpy_s(dimensions):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)).double()
-    images, labels = torch.randn(300, 3, 2, 2, dtype=torch.float64), torch.randint(4, (300,))
-    losses = loss_landscape(model, images, labels, radius=0.7, points=5, seed=3, dimensions=dimensions)
-    generator = torch.Generator().manual_seed(3)
-    changes = [filter_normalised_direction(model, generator)["1.weight"].numpy() for _ in range(dimensions)]
-    weight, bias = model[1].weight.detach().numpy(), model[1].bias.detach().numpy()
-    steps = (-0.7, -0.35, 0.0, 0.35, 0.7)
-    expected = np.zeros((5,) * dimensions)
-    for index in np.ndindex(expected.shape):
-        moved = weight + sum(steps[i] * change for i, change in zip(index, changes, strict=True))
-        logits = images.flatten(1).numpy() @ moved.T + bias
-        likelihood = np.exp(logits)[range(300), labels] / np.exp(logits).sum(1)
-        expected[index] = -np.log(likelihood).mean()
-    np.testing.assert_allclose(losses, expected, rtol=1e-12)
-    middle = expected[(2,) * dimensions]
-    assert sharpness(losses) == pytest.approx((expected.max() - middle) / (1 + middle) * 100)
-
-
-def test_directions_have_the_norms_of_the_filters_and_spare_norms_and_biases():
-    model = random_model()
-    one, other = (filter_normalised_direction(model, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    weights = dict(model.named_parameters())
-    assert {name for name, weight in weights.items() if weight.ndim > 1} == set(one)
-    assert not any("norm" in name or "bias" in name for name in one)
-    for name, change in one.items():
-        torch.testing.assert_close(change.flatten(1).norm(dim=1), weights[name].flatten(1).norm(dim=1))
-        assert not torch.equal(change, other[name])
-
-
-def test_landscape_is_repeatable_and_leaves_the_weights_alone():
-    model = ILLaMA(CONFIG, drop_path=0.5).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    images, labels = torch.randn(4, 3, 32, 32), torch.randint(5, (4,))
-    one, same, other = (loss_landscape(model, images, labels, points=3, seed=seed) for seed in (0, 0, 1))
-    assert (one == same).all() and not np.allclose(one, other)
-    assert one[1, 1] == other[1, 1]  # the network itself
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.training and all(p.grad is None for p in model.parameters())
-    soft = torch.nn.functional.one_hot(labels, 5).double()
-    np.testing.assert_allclose(loss_landscape(model, images, soft, points=3), one)
-    for points, count in ((4, 4), (0, 4), (3, 3), (3, 0)):
-        with pytest.raises(ValueError):
-            loss_landscape(model, images[:count], labels, points=points)

@@ -1,16 +1,17 @@
-"""Accuracy, McNemar's test and what changes between two models, against torch, exact sums and known answers."""
+"""Accuracy, McNemar's test, changes and drops, against torchmetrics, scipy, exact sums and known answers."""
 
 from fractions import Fraction
 from math import comb
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from eval.metrics.accuracy_change import compare_predictions, mcnemar, top_k_accuracy
+from eval.metrics.paired import compare_predictions, mcnemar, paired_drop, top_k_accuracy
 from eval.metrics.predictions import Predictions
 
 
@@ -91,19 +92,58 @@ def test_predictions_that_do_not_fit_are_refused():
     broken = logits.copy()
     broken[2, 1] = np.nan
     for bad, words in (
-        ((logits[:5], labels), "one set"),
-        ((logits[:0], labels[:0]), "one set"),
+        ((logits[:5], labels), r"\(5, 3\).*\(6,\)"),
+        ((logits[:0], labels[:0]), r"\(0, 3\)"),
         ((broken, labels), "1 of 6"),
-        ((logits, labels + 3), "labels from"),
+        ((logits, labels + 3), "3 classes"),
     ):
         with pytest.raises(ValueError, match=words):
             Predictions.of(*bad)
     whole = Predictions.of(logits, labels)
     for other in (Predictions.of(logits[:5], labels[:5]), Predictions.of(logits, (labels + 1) % 3)):
-        with pytest.raises(ValueError, match="not of the same ones"):
+        with pytest.raises(ValueError, match="6"):
             compare_predictions(whole, other)
     for temperature in (0, -1, np.inf, np.nan):
-        with pytest.raises(ValueError, match="temperature is above 0"):
+        with pytest.raises(ValueError, match="temperature"):
             Predictions.of(logits, labels, temperature)
-    with pytest.raises(ValueError, match="same images"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4,\)"):
         mcnemar(np.ones(3, bool), np.ones(4, bool))
+
+
+def _right(seed, count=500, accuracy=0.9):
+    return np.random.default_rng(seed).random(count) < accuracy
+
+
+def test_the_interval_is_a_paired_bootstrap_s():
+    reference, other = _right(0), _right(0) & _right(1, accuracy=0.97)
+    drop = paired_drop(reference, other, resamples=40_000)
+    expected = scipy.stats.bootstrap(
+        (reference.astype(float), other.astype(float)),
+        lambda a, b: (a.mean() - b.mean()) * 100,
+        paired=True,
+        vectorized=False,
+        n_resamples=4000,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    assert drop.points == pytest.approx((reference.mean() - other.mean()) * 100)
+    assert (drop.low, drop.high) == pytest.approx((expected.low, expected.high), abs=0.2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=50))
+def test_drops_mirror_each_other_and_lie_in_their_interval(pairs):
+    one, other = np.array(pairs).T
+    drop, mirror = paired_drop(one, other), paired_drop(other, one)
+    assert drop.points == -mirror.points
+    assert drop.low - 1e-9 <= drop.points <= drop.high + 1e-9
+    bound = scipy.stats.binomtest(0, len(one)).proportion_ci(method="exact").high * 100
+    alike = paired_drop(one, one)
+    assert alike.points == 0.0 and (-alike.low, alike.high) == pytest.approx((bound, bound))
+
+
+def test_arrays_that_are_not_pairs_are_refused():
+    with pytest.raises(ValueError):
+        paired_drop(np.ones(3, bool), np.ones(4, bool))
+    with pytest.raises(ValueError):
+        paired_drop(np.ones(0, bool), np.ones(0, bool))

@@ -1,0 +1,86 @@
+"""Classification of image files: the five most probable classes of each, and the images that appear in a folder."""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from deploy.runtimes.engine import Engine
+from deploy.runtimes.image_input import ImageInput
+from illama.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SETTLED = 0.2  # seconds without a change after which a file in a watched folder is complete
+
+
+def top5(logits: np.ndarray, classes: list[str], temperature: float = 1.0) -> list[tuple[str, float]]:
+    """Returns (class, probability) of the five most probable classes of one image, in descending order.
+
+    Args:
+        logits: (classes,).
+        classes: names of the classes, in the order of the logits.
+        temperature: divides the logits.
+    """
+    wide = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    order = np.argsort(-logits, kind="stable")[:5]
+    return [(classes[index], float(wide[index] / wide.sum())) for index in order]
+
+
+def new_images(folder: Path, until: float | None) -> Iterator[Path]:
+    """Yields the images in a folder, and then every new or changed image once it is complete.
+
+    Args:
+        until: time of ``time.monotonic()`` at which to stop; None for never.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} not found: --watch takes a folder that exists")
+    seen: set[tuple[Path, int]] = set()
+    while until is None or time.monotonic() < until:
+        for path in sorted(folder.iterdir()):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # the writer renamed its temporary file
+                continue
+            version = (path, status.st_mtime_ns)
+            is_image = stat.S_ISREG(status.st_mode) and path.suffix.lower() in SUFFIXES
+            if is_image and version not in seen and time.time() - status.st_mtime > SETTLED:
+                seen.add(version)
+                yield path
+        time.sleep(0.02)
+
+
+def classify(
+    engine: Engine,
+    image_input: ImageInput,
+    classes: list[str],
+    temperature: float,
+    paths: Iterable[Path],
+    skip_broken: bool,
+) -> None:
+    """Prints one line for each image: its five most probable classes, and the milliseconds from file to result.
+
+    Args:
+        skip_broken: print a line for an image that cannot be read, and continue.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    for path in paths:
+        start = time.perf_counter()
+        try:
+            logits = engine.infer(image_input.read(str(path), path.__str__)[None])[0]
+        except UserError as error:
+            if not skip_broken:
+                raise
+            print(f"{path}: skipped, {error}", flush=True)
+            continue
+        milliseconds = (time.perf_counter() - start) * 1e3
+        result = ", ".join(f"{name} {probability:.1%}" for name, probability in top5(logits, classes, temperature))
+        print(f"{path}: {result} ({milliseconds:.1f} ms)", flush=True)

@@ -1,0 +1,50 @@
+"""Everything that is measured of the predictions of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from eval.metrics.calibration import Reliability, reliability
+from eval.metrics.paired import Change, Share, compare_predictions, top_k_accuracy
+from eval.metrics.predictions import Evaluated
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Measurements of the predictions of one model.
+
+    Attributes:
+        images: number of test images.
+        top1: share of images whose label is the predicted class.
+        top5: share of images whose label is among the five largest logits.
+        change: changes from the reference model's predictions; None for the reference itself.
+        reliability: calibration of the probabilities as they are.
+        temperature: temperature fitted on calibration images; None if there is none.
+        scaled: calibration with the logits divided by the temperature; None if there is none.
+    """
+
+    images: int
+    top1: Share
+    top5: Share
+    change: Change | None = None
+    reliability: Reliability
+    temperature: float | None = None
+    scaled: Reliability | None = None
+
+
+def measure(results: Mapping[str, Evaluated], temperatures: Mapping[str, float]) -> dict[str, Measured]:
+    """Returns the measurements of each model's predictions; the first model is the reference."""
+    reference = next(iter(results.values())).plain
+    return {
+        name: Measured(
+            images=len(each.plain),
+            top1=top_k_accuracy(each.plain),
+            top5=top_k_accuracy(each.plain, 5),
+            change=None if each.plain is reference else compare_predictions(reference, each.plain),
+            reliability=reliability(each.plain),
+            temperature=temperatures.get(name),
+            scaled=reliability(each.scaled) if each.scaled else None,
+        )
+        for name, each in results.items()
+    }

@@ -1,0 +1,54 @@
+"""Context managers that drop messages of libraries, and restore loggers and warning filters at the end."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+# Messages of every normal run: logger -> part of the message, and starts of warnings.
+_LOGS = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "torch.utils._pytree": "Calling register_constant() on Enum subclasses is deprecated",  # by torchao
+}
+_WARNINGS = (
+    "Cannot find transformers package",  # by nvidia-modelopt, on import
+    r"`torch\.jit\.script` is deprecated",  # by nvidia-modelopt, on import
+)
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Drops the messages that PyTorch, torchao and nvidia-modelopt give on every normal run, and no others."""
+
+    def drop(text: str, record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    filters = {name: partial(drop, text) for name, text in _LOGS.items()}
+    for name, each in filters.items():
+        logging.getLogger(name).addFilter(each)
+    try:
+        with warnings.catch_warnings():
+            for message in _WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for name, each in filters.items():
+            logging.getLogger(name).removeFilter(each)
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Drops all warnings, and the records below ERROR of the loggers named."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in loggers:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,59 @@
+"""The inputs, the scheme and the quantized network that a bundle was exported from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from illama.bundle import SCHEME, SHIPPED, WEIGHTS, Manifest, sha256
+from illama.checkpoints.load import read_preprocessing
+from illama.errors import UserError
+from illama.models.attention import MaskedNetwork
+from quant.export.weights import read_quantized_weights
+from quant.export.write_bundle import SOURCE
+from quant.input_options import InputOptions
+from quant.inputs import Inputs, open_inputs, scheme_from_name_or_file
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import Scheme
+
+
+def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
+    """Opens the checkpoint and the images that a bundle was made from.
+
+    Args:
+        bundle: if None, the defaults of :class:`quant.input_options.InputOptions` are used.
+        given: ``checkpoint``, ``model``, ``data`` and ``calibration_images``; values that are not None take precedence
+            over the bundle's manifest.
+
+    Raises:
+        UserError: ``bundle`` is not a bundle, or was made from another checkpoint.
+    """
+    manifest = Manifest.read(bundle) if bundle else None
+    source = dict(manifest.metrics.get(SOURCE, {})) if manifest else {}
+    source |= {name: value for name, value in given.items() if value is not None}
+    image_size, checkpoint = source.pop("image_size", None), Path(source.pop("checkpoint", SHIPPED))
+    if manifest:
+        preprocessing = read_preprocessing(manifest)
+        source |= {"exif": preprocessing.exif, "class_order": preprocessing.class_order}
+    inputs = open_inputs(InputOptions(checkpoint, **source), image_size)
+    if manifest and sha256(inputs.checkpoint.weights) not in manifest.inputs.values():
+        raise UserError(f"{bundle} was not made from {checkpoint}: give the right --checkpoint")
+    return inputs
+
+
+def bundle_scheme(bundle: Path | None, name: str | None) -> Scheme:
+    """Returns the scheme called ``name``; if not given, the bundle's own."""
+    if bundle and not name:
+        own = bundle / SCHEME
+        name = str(own) if own.exists() else bundle.resolve().name
+    name = name or "int8"
+    return Scheme("float") if name in ("fp32", "float") else scheme_from_name_or_file(name)
+
+
+def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> MaskedNetwork:
+    """Returns the network that the bundle's graph was exported from: read if it was trained, otherwise calibrated."""
+    trained = bundle / WEIGHTS if bundle else None
+    if trained and trained.exists() and scheme.tensors:
+        return read_quantized_weights(trained)[0]
+    return calibrate(inputs.model, scheme, inputs.calibration)

@@ -1,0 +1,83 @@
+"""Bundles of a quantized segmentation network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, sha256
+from illama.data.ade20k import SegmentationFolder
+from illama.errors import UserError
+from illama.models.attention import MaskedNetwork
+from illama.models.upernet import fold_batch_norms, load_segmentation
+from quant.export.write_bundle import Origin, write_graphs, write_quantized
+from quant.inputs import check_names, scheme_from_name_or_file
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import Scheme, resolve
+
+_BATCH = 4  # dense maps of a batch are large
+
+
+@dataclass(frozen=True)
+class SegmentationJob:
+    """A segmentation network, its batch norms folded into the convolutions, with schemes and data that fit it."""
+
+    model: MaskedNetwork
+    schemes: list[Scheme]
+    data: SegmentationFolder
+    origin: Origin
+    calibration_images: int
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        """The centre crops of evenly spaced training images, in batches (B, C, H, W)."""
+        count, transform = self.calibration_images, self.origin.preprocessing.transform()
+        images = cast(Any, self.data.calibration(count))
+        bar = tqdm(range(count), "read", unit="img", leave=False)
+        return list(torch.stack([transform(images[i][0]).as_subclass(Tensor) for i in bar]).split(_BATCH))
+
+
+def open_segmentation_job(bundle: Path, folder: Path, names: Sequence[str], calibration_images: int) -> SegmentationJob:
+    """Opens and checks everything before any work is done.
+
+    Args:
+        folder: images in ADE20K's layout.
+        names: schemes by name or YAML file.
+
+    Raises:
+        UserError: network, images and schemes do not fit each other, or one cannot be read.
+    """
+    checkpoint = load_segmentation(bundle)
+    model, preprocessing = fold_batch_norms(checkpoint.model), checkpoint.preprocessing
+    assert preprocessing is not None  # load_segmentation reads bundles only
+    data = SegmentationFolder(folder, preprocessing.exif)
+    if data.classes != checkpoint.classes:
+        raise UserError(f"{folder} has other classes than {bundle}: they must be the same")
+    schemes = [scheme_from_name_or_file(name) for name in dict.fromkeys(names)]
+    check_names(schemes)
+    for scheme in schemes:
+        resolve(scheme, model)
+    source = {"checkpoint": str(bundle), "data": str(folder), "calibration_images": calibration_images}
+    origin = Origin(preprocessing, data.classes, {str(checkpoint.weights): sha256(checkpoint.weights)}, source)
+    return SegmentationJob(model, schemes, data, origin, calibration_images)
+
+
+def write_segmentation_bundles(job: SegmentationJob, out: Path) -> None:
+    """Writes bundles of the float references and of every scheme into ``out``, each atomically."""
+    batches = job.calibration
+    for name, file in (("fp32", CPU_ONNX), ("fp16", FUSED_ONNX)):
+        print(f"export {name} ...", flush=True)
+        with write_folder(out / name) as draft:
+            write_graphs(draft, job.model, job.origin, (file,), {})
+    for scheme in job.schemes:
+        print(f"quantize and export {scheme.name} ...", flush=True)
+        with write_folder(out / scheme.name) as draft:
+            write_quantized(draft, job.model, calibrate(job.model, scheme, batches), scheme, job.origin, {})

@@ -1,0 +1,84 @@
+"""Images for measuring the effects of quantization: training images that calibration does not use."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from illama.data.datasets import ImageData, Sample
+from illama.errors import UserError
+from quant.inputs import Inputs
+from quant.mixed_precision.budget import Budget
+from quant.mixed_precision.layer_effects import Effect
+
+Batches = DataLoader[tuple[Tensor, int]]
+_CHECK_IMAGES = 10_000
+
+
+def selection_images(data: ImageData, calibration_images: int, count: int) -> Dataset[Sample]:
+    """Returns ``count`` evenly spaced images of the training split that calibration does not use.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    rest = uncalibrated_images(data, calibration_images)
+    if not 1 <= count <= len(rest):
+        raise UserError(
+            f"{count} images asked for, but 1 to {len(rest)} are left beside {calibration_images} for calibration: "
+            "change --images"
+        )
+    return Subset(rest.dataset, [rest.indices[index * len(rest) // count] for index in range(count)])
+
+
+def uncalibrated_images(data: ImageData, calibration_images: int) -> Subset[Sample]:
+    """Returns the images of the training split that calibration does not use."""
+    taken: Any = data.calibration(calibration_images)
+    return Subset(taken.dataset, np.setdiff1d(np.arange(len(taken.dataset)), taken.indices).tolist())
+
+
+def split_images(data: ImageData, split: Literal["train", "test"], calibration_images: int, count: int) -> Any:
+    """Returns ``count`` evenly spaced images of the test split, or :func:`selection_images` of the training split.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if split == "train":
+        return selection_images(data, calibration_images, count)
+    test: Any = data.test()
+    if not 1 <= count <= len(test):
+        raise UserError(f"{count} test images asked for, but there are 1 to {len(test)}: change --images")
+    return Subset(test, [index * len(test) // count for index in range(count)])
+
+
+def search_batches(inputs: Inputs, budget: Budget, images: int, check_images: int | None) -> tuple[Batches, Batches]:
+    """Returns the batches that measure layers, and other batches that check whole assignments.
+
+    Args:
+        images: number of images that measure layers.
+        check_images: number of the others; if None, 10,000 or all that are left.
+
+    Raises:
+        UserError: there are fewer images, or too few for the limit on the drop to be verified.
+    """
+    left = len(uncalibrated_images(inputs.data, inputs.calibration_images)) - images
+    checked = max(1, min(left, _CHECK_IMAGES) if check_images is None else check_images)
+    pool = selection_images(inputs.data, inputs.calibration_images, images + checked)
+    nothing_lost = Effect(math.inf, 0.0, 0, 0, checked)
+    if budget.kind == "drop" and nothing_lost.drop_at_most > budget.limit:
+        raise UserError(
+            f"{checked} images cannot verify {budget}: even a loss of none could be {nothing_lost.drop_at_most:.2f} "
+            "points; raise --check-images or --max-drop, or lower --images"
+        )
+    measured, others = split_selection(pool, images)
+    return inputs.batches(measured), inputs.batches(others)
+
+
+def split_selection(selection: Dataset[Sample], count: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
+    """Returns ``count`` evenly spaced images, and all the others."""
+    total = len(selection)  # type: ignore[arg-type]
+    first = [index * total // count for index in range(count)]
+    return Subset(selection, first), Subset(selection, sorted(set(range(total)) - set(first)))

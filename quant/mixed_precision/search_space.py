@@ -1,0 +1,257 @@
+"""The formats that a mixed-precision search can choose for each layer, with the cost and the effect of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from illama.errors import UserError
+from illama.graph.layer_times import GraphTimes, read_layer_times, time_graphs
+from illama.models.attention import MaskedNetwork
+from quant.export.onnx_export import export_onnx
+from quant.inputs import Inputs, scheme_from_name_or_file
+from quant.mixed_precision.costs import weight_bytes
+from quant.mixed_precision.layer_effects import Effect, layers_of, measure
+from quant.quantizers.calibrate import calibrate
+from quant.schemes.formats import TensorSpec
+from quant.schemes.scheme import FLOAT, Scheme, resolve, tensor_names
+
+_ALL = "all layers"
+
+
+@dataclass(frozen=True)
+class FormatChoice:
+    """One format for one layer.
+
+    Attributes:
+        scheme: name of the scheme that it belongs to, or ``float``.
+        specs: the layer's quantized tensors; empty for float.
+        smooth: SmoothQuant's migration strength for this layer; None for no smoothing.
+        kl: KL divergence of the output distribution, in nats, if only this layer is quantized.
+        bytes: size of the layer's weight, scales and quantizer nodes in the exported file.
+        ms: milliseconds of the layer's own nodes.
+    """
+
+    scheme: str
+    specs: Mapping[str, TensorSpec]
+    smooth: float | None
+    kl: float
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All format choices, and the effects of whole networks of one scheme.
+
+    Attributes:
+        layers: layer -> its choices, float first; schemes that treat a layer alike share one choice.
+        whole: scheme -> effect of quantizing all layers by it, and the sum of its layers' own KL divergences.
+        fixed_bytes: size of an exported file besides the layers: biases, norms, positions, the graph.
+        fixed_ms: milliseconds of a call besides the layers' nodes.
+        fit_ms: scheme -> milliseconds of a whole network's call that fixed_ms and its layers' times do not explain.
+        rest_ms: scheme -> milliseconds of nodes that belong to no layer; the excess over float's is spread over the
+            layers.
+    """
+
+    layers: Mapping[str, Sequence[FormatChoice]]
+    whole: Mapping[str, tuple[Effect, float]]
+    fixed_bytes: int
+    fixed_ms: float
+    fit_ms: Mapping[str, float]
+    rest_ms: Mapping[str, float]
+
+
+def format_schemes(names: Sequence[str]) -> list[Scheme]:
+    """Returns the schemes of ``--formats``, without block reconstruction.
+
+    Raises:
+        UserError: a scheme is unknown, there is none, or two have one name.
+    """
+    schemes = [
+        replace(scheme_from_name_or_file(name), reconstruction_iterations=0)
+        for name in dict.fromkeys(names)
+        if name != FLOAT
+    ]
+    if not schemes:
+        raise UserError("--formats names no scheme: give at least one besides float")
+    if len({scheme.name for scheme in schemes}) < len(schemes):
+        raise UserError("two of --formats have the same name: change it in the scheme file")
+    return schemes
+
+
+class SearchSpaceBuilder:
+    """Calibrates, evaluates, exports and times every scheme, and float.
+
+    Args:
+        images: batches for the effects.
+        threads: threads of ONNX Runtime, if it is timed; 0 for one for each core.
+    """
+
+    def __init__(self, inputs: Inputs, schemes: Sequence[Scheme], images: DataLoader[Any], threads: int = 0) -> None:
+        self.inputs, self.images, self.threads = inputs, images, threads
+        self.schemes = {FLOAT: Scheme(FLOAT), **{scheme.name: scheme for scheme in schemes}}
+        self.plans = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
+        self.layers = layers_of(tensor_names(inputs.model))
+        self.distinct = {layer: self._distinct_schemes(layer) for layer in self.layers}
+        self.effects: dict[tuple[str, str], Effect] = {}
+        self.whole: dict[str, Effect] = {}
+
+    def build(self, folder: Path, profiles: Mapping[str, Path]) -> SearchSpace:
+        """Returns every choice with its cost and effect.
+
+        Args:
+            folder: folder for temporary exported files.
+            profiles: scheme -> TensorRT layer profile, including float's; if empty, ONNX Runtime is timed.
+
+        Raises:
+            UserError: a scheme has no profile, or a profile does not fit the network.
+        """
+        paths = self._export_all(folder)
+        times = self._times(paths, profiles)
+        first = {name: self._first_with_same_operators(name) for name in self.schemes}
+        sizes = {name: paths[first[name]].stat().st_size for name in first}
+        costs = _Costs(self.inputs.model, {name: times[first[name]] for name in first}, sizes, self.plans, self.layers)
+        layers = {layer: [self._choice(layer, name, costs) for name in names] for layer, names in self.distinct.items()}
+        sums = {name: sum(self._kl(layer, self._same_choice(layer, name)) for layer in layers) for name in self.whole}
+        return SearchSpace(
+            layers,
+            {name: (effect, sums[name]) for name, effect in self.whole.items()},
+            costs.fixed_bytes,
+            costs.fixed_ms,
+            costs.fit_ms,
+            {name: each.rest for name, each in times.items()},
+        )
+
+    def _export_all(self, folder: Path) -> dict[str, Path]:
+        """Measures every scheme's effects, and exports one file for all schemes with the same operators."""
+        paths: dict[str, Path] = {}
+        for name, scheme in self.schemes.items():
+            quantized = calibrate(self.inputs.model, scheme, self.inputs.calibration)
+            if name != FLOAT:
+                self._measure_effects(name, quantized)
+            if self._first_with_same_operators(name) == name:
+                tqdm.write(f"export {name} ...")
+                paths[name] = folder / f"{name}.onnx"
+                export_onnx(quantized, paths[name], "plain")
+        return paths
+
+    def _measure_effects(self, name: str, quantized: MaskedNetwork) -> None:
+        own = {layer: tuple(self._specs(layer, name)) for layer, names in self.distinct.items() if name in names}
+        subsets = {**own, _ALL: tuple(self.plans[name])}
+        found = measure(quantized, subsets, tqdm(self.images, desc=f"measure {name}"))
+        self.whole[name] = found.pop(_ALL)
+        self.effects.update({(layer, name): effect for layer, effect in found.items()})
+
+    def _times(self, paths: Mapping[str, Path], profiles: Mapping[str, Path]) -> dict[str, GraphTimes]:
+        if profiles:
+            if missing := paths.keys() - profiles.keys():
+                raise UserError(f"--layer-times has no {min(missing)}: give a profile for each format and for float")
+            return {name: read_layer_times(profiles[name], self.layers) for name in paths}
+        return time_graphs(paths, _one_image(self.inputs), self.layers, self.threads)
+
+    def _choice(self, layer: str, name: str, costs: _Costs) -> FormatChoice:
+        specs, strength = self._specs(layer, name), self._strength(layer, name)
+        return FormatChoice(name, specs, strength, self._kl(layer, name), *costs.of(layer, name))
+
+    def _kl(self, layer: str, name: str) -> float:
+        return 0.0 if name == FLOAT else self.effects[layer, name].kl
+
+    def _specs(self, layer: str, name: str) -> dict[str, TensorSpec]:
+        return {tensor: self.plans[name][tensor] for tensor in self.layers[layer] if tensor in self.plans[name]}
+
+    def _strength(self, layer: str, name: str) -> float | None:
+        smoothed = f"{layer}.weight" in self.layers[layer] and f"{layer}.input" in self.plans[name]
+        return self.schemes[name].strength(layer) if smoothed else None
+
+    def _distinct_schemes(self, layer: str) -> list[str]:
+        """The schemes that treat this layer as no scheme before them does, float first."""
+        return [name for name in self.schemes if self._same_choice(layer, name) == name]
+
+    def _same_choice(self, layer: str, name: str) -> str:
+        """The first scheme that treats this layer as scheme ``name`` does."""
+        wanted = self._specs(layer, name), self._strength(layer, name)
+        return next(each for each in self.schemes if (self._specs(layer, each), self._strength(layer, each)) == wanted)
+
+    def _first_with_same_operators(self, name: str) -> str:
+        """The first scheme whose file has the same operators: ranges and calibrators do not change the speed."""
+        return next(each for each in self.schemes if self._operators(each) == self._operators(name))
+
+    def _operators(self, name: str) -> dict[str, tuple[Any, ...]]:
+        return {
+            tensor: (spec.format, spec.granularity, spec.group_size, spec.symmetric)
+            for tensor, spec in self.plans[name].items()
+        }
+
+
+def time_call(inputs: Inputs, threads: int, path: Path) -> float:
+    """Returns the median milliseconds of one call of an ONNX file in ONNX Runtime, with one image."""
+    return time_graphs({"file": path}, _one_image(inputs), {}, threads)["file"].call
+
+
+def _one_image(inputs: Inputs) -> np.ndarray:
+    """The image that calls are timed with, (1, C, H, W) float32."""
+    return np.ascontiguousarray(inputs.calibration[0][:1].numpy())
+
+
+class _Costs:
+    """Bytes and milliseconds of each choice.
+
+    Some time of a file is spent in nodes of no layer, because ONNX Runtime names some QuantizeLinear nodes that it
+    moves after values. A scheme's excess over float's is spread evenly over the layers that the scheme quantizes.
+    The bytes of its quantizer nodes are spread evenly over its tensors.
+    """
+
+    def __init__(
+        self,
+        model: MaskedNetwork,
+        times: Mapping[str, GraphTimes],
+        sizes: Mapping[str, int],
+        plans: Mapping[str, Mapping[str, TensorSpec]],
+        layers: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.model, self.times, self.plans, self.layers = model, times, plans, layers
+        self._extra = {}
+        for name, each in times.items():
+            quantized = sum(any(tensor in plans[name] for tensor in tensors) for tensors in layers.values())
+            self._extra[name] = (each.rest - times[FLOAT].rest) / quantized if quantized else 0.0
+        sums = {name: sum(self._ms(layer, name) for layer in layers) for name in times}
+        # A call takes longer than its nodes. The difference is taken to be the same for all files.
+        self.fixed_ms = float(np.mean([each.call - sums[name] for name, each in times.items()]))
+        self.fit_ms = {name: each.call - sums[name] - self.fixed_ms for name, each in times.items()}
+        weights = {name: sum(self._weight_bytes(layer, name) for layer in layers) for name in times}
+        self.fixed_bytes = sizes[FLOAT] - weights[FLOAT]
+        self._node_bytes = {
+            name: (sizes[name] - self.fixed_bytes - weights[name]) // max(1, len(plans[name])) for name in times
+        }
+
+    def of(self, layer: str, name: str) -> tuple[int, float]:
+        """Returns (bytes, ms) of a layer under a scheme."""
+        nodes = self._node_bytes[name] * sum(tensor in self.plans[name] for tensor in self.layers[layer])
+        return self._weight_bytes(layer, name) + nodes, max(0.0, self._ms(layer, name))
+
+    def _ms(self, layer: str, name: str) -> float:
+        quantized = any(tensor in self.plans[name] for tensor in self.layers[layer])
+        return self.times[name].layers.get(layer, 0.0) + (self._extra[name] if quantized else 0.0)
+
+    def _weight_bytes(self, layer: str, name: str) -> int:
+        if layer.endswith((".qk", ".pv")):
+            return 0  # a product has no weight
+        return weight_bytes(self.model.get_submodule(layer), self.plans[name].get(f"{layer}.weight"))
+
+
+def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], iterations: int, summary: str) -> Scheme:
+    """Returns an assignment, layer -> index of its choice, as a scheme with every quantized tensor by its full name."""
+    tensors: dict[str, TensorSpec | None] = {}
+    smooth: dict[str, float] = {}
+    for layer, index in chosen.items():
+        choice = space.layers[layer][index]
+        tensors.update(choice.specs)
+        smooth.update({layer: choice.smooth} if choice.smooth is not None else {})
+    return Scheme("searched", tensors, smooth, iterations, summary=summary)

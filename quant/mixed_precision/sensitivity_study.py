@@ -1,0 +1,96 @@
+"""The effect of quantizing each layer alone: measured, and written as a table, JSON, CSV and a chart."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from illama.errors import UserError
+from illama.inference import chance_note
+from illama.markdown_table import markdown
+from quant.inputs import Inputs
+from quant.mixed_precision.layer_effects import Effect, block_number, kind_of, layers_of, measure, tensor_sqnr
+from quant.mixed_precision.layer_plots import draw_sensitivity
+from quant.quantizers.calibrate import calibrate
+from quant.quantizers.layers import quantizers
+from quant.schemes.scheme import Scheme
+
+RESULT = "sensitivity.json"
+_ALL = "all layers"
+_TENSOR_IMAGES = 64  # enough for a tensor's SQNR: each image has thousands of its values
+
+
+def measure_sensitivity(inputs: Inputs, scheme: Scheme, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Returns the part of sensitivity.json that is measured: each layer, all layers together, each tensor's SQNR.
+
+    Block reconstruction is left out, because it adapts a whole block to one scheme.
+
+    Raises:
+        UserError: the scheme quantizes no tensor of the network, or does not fit it.
+    """
+    scheme = replace(scheme, reconstruction_iterations=0)
+    quantized = calibrate(inputs.model, scheme, inputs.calibration)
+    layers = layers_of(name for name, _ in quantizers(quantized))
+    if not layers:
+        raise UserError(f"scheme {scheme.name} quantizes no tensor: there is nothing to measure")
+    everything = [tensor for tensors in layers.values() for tensor in tensors]
+    effects = measure(quantized, {**layers, _ALL: everything}, tqdm(batches, desc="quantize one layer at a time"))
+    tensors = tensor_sqnr(inputs.float_model(scheme), quantized, torch.cat(inputs.calibration)[:_TENSOR_IMAGES])
+    return {
+        "classes": len(inputs.data.classes),
+        "all": _record(effects.pop(_ALL)),
+        "layers": [
+            {"layer": layer, "block": block_number(layer), "kind": kind_of(layer), **_record(effect)}
+            for layer, effect in effects.items()
+        ],
+        "tensor_sqnr_db": {name: _finite(value) for name, value in tensors.items()},
+    }
+
+
+def _record(effect: Effect) -> dict[str, Any]:
+    values = {**asdict(effect), "drop": effect.drop, "drop_error": effect.drop_error}
+    return {**values, "sqnr_db": _finite(effect.sqnr_db)}
+
+
+def _finite(decibels: float) -> float | None:
+    """JSON has no infinity: null stands for no noise at all."""
+    return round(decibels, 2) if math.isfinite(decibels) else None
+
+
+def write_sensitivity(result: dict[str, Any], folder: Path) -> None:
+    """Writes sensitivity.json, .csv, .md and .png."""
+    (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    with (folder / "sensitivity.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, result["layers"][0])
+        writer.writeheader()
+        writer.writerows(result["layers"])
+    (folder / "sensitivity.md").write_text(sensitivity_table(result))
+    draw_sensitivity(result, folder / "sensitivity.png")
+
+
+def sensitivity_table(result: dict[str, Any]) -> str:
+    """Returns a Markdown table of the layers, by descending KL divergence, and the tensors of the lowest SQNR."""
+    rows = [
+        (
+            row["layer"],
+            "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+            f"{row['kl']:.2e}",
+            f"{row['drop']:+.2f}",
+            f"-{row['lost']} +{row['gained']}",
+        )
+        for row in [*sorted(result["layers"], key=lambda row: -row["kl"]), {"layer": _ALL, **result["all"]}]
+    ]
+    headings = ("quantized alone", f"logits SQNR dB, {result['scheme']}", "KL nats", "top-1 lost", "of them")
+    hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
+    tensors = ", ".join(f"{name} {value:.1f} dB" for value, name in hardest)
+    note = chance_note("the float network", result["all"]["right"] / result["all"]["images"] * 100, result["classes"])
+    return f"{markdown(headings, rows)}\n\nThe hardest tensors to round: {tensors}.\n{note}"

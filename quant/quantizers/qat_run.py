@@ -1,0 +1,163 @@
+"""One run of quantization-aware training: calibrate, train, and write the result as a bundle."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sized
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, sha256
+from illama.errors import UserError
+from illama.hardware import describe_machine
+from illama.inference import Infer, predict, top1, torch_infer
+from illama.models.illama import ILLaMA
+from illama.training.distributed import Processes
+from illama.training.log import plot_curve, read_log
+from illama.training.trainer import CHECKPOINT, Run
+from quant.export.weights import write_quantized_weights
+from quant.export.write_bundle import Origin, check_scheme, write_quantized
+from quant.input_options import InputOptions
+from quant.inputs import Inputs, open_inputs
+from quant.quantizers.calibrate import calibrate
+from quant.quantizers.distillation import Distillation, make_scales_buffers, make_scales_parameters, scale_groups
+from quant.quantizers.qat_options import QatOptions
+from quant.quantizers.torchao_backend import convert_qat, load_torchao, prepare_qat
+from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
+
+OpenOnnx = Callable[[Path], Infer]
+"""Path to an ONNX file -> a function from images to logits."""
+Drop = Callable[[np.ndarray, np.ndarray, int], Any]
+"""Correctness (n,) of the reference and of another model, and a seed -> the accuracy drop as a dataclass."""
+
+
+@dataclass(frozen=True)
+class QatJob:
+    """The checked inputs of a run."""
+
+    options: QatOptions
+    scheme: Scheme
+    inputs: Inputs
+    origin: Origin
+
+    @property
+    def trained(self) -> ILLaMA:
+        """The floating-point network."""
+        return cast(ILLaMA, self.inputs.model)
+
+    @cached_property
+    def untrained(self) -> ILLaMA:
+        """The network after post-training quantization, including block reconstruction, with stochastic depth."""
+        return self.quantize(self.scheme)
+
+    def quantize(self, scheme: Scheme) -> ILLaMA:
+        """Returns the checkpoint's network quantized by ``scheme``, ready for training."""
+        model = ILLaMA(self.trained.config, self.options.drop_path, self.options.dropout)
+        model.load_state_dict(self.trained.state_dict())
+        if scheme.backend == "torchao":
+            return cast(ILLaMA, prepare_qat(model, scheme))
+        return cast(ILLaMA, calibrate(model, scheme, self.inputs.calibration))
+
+    def deploy(self, trained: ILLaMA) -> ILLaMA:
+        """Returns the network to export, from a trained network that :meth:`quantize` made."""
+        if self.scheme.backend == "torchao":
+            return cast(ILLaMA, convert_qat(trained, self.scheme))
+        make_scales_buffers(trained)
+        return trained
+
+
+def open_job(options: QatOptions) -> QatJob:
+    """Loads and checks all inputs before any work is done.
+
+    Raises:
+        UserError: the checkpoint, the scheme and the data do not fit each other, or one cannot be read.
+    """
+    if not options.data:
+        raise UserError("no training images: give --data (see --help)")
+    scheme = read_scheme(options.scheme_file) if options.scheme_file else shipped_scheme(options.scheme)
+    source = InputOptions(
+        options.checkpoint, None, options.data, options.calibration_images, options.exif, options.class_order
+    )
+    inputs = open_inputs(source, options.image_size)
+    check_scheme(inputs.model, scheme)
+    files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
+    # The hash of the scheme itself keeps a run from resuming under a changed scheme of the same name.
+    files[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()
+    return QatJob(options, scheme, inputs, Origin.of(inputs, options.seed, files))
+
+
+def start_run(job: QatJob, group: Processes) -> Run:
+    """Quantizes the network and returns its training run, resumed if ``out`` holds an unfinished one."""
+    options = job.options
+    # A resumed run loads its weights from the training checkpoint: block reconstruction, minutes of work, is skipped.
+    interrupted = (options.out / CHECKPOINT).exists()
+    quantized = (
+        job.quantize(replace(job.scheme, reconstruction_iterations=0)) if interrupted else copy.deepcopy(job.untrained)
+    )
+    make_scales_parameters(quantized)
+    loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
+    return Run(
+        options,
+        job.inputs.data,
+        job.origin.preprocessing,
+        quantized,
+        group,
+        dict(job.origin.inputs),
+        loss,
+        scale_groups(options.scale_rate),
+    )
+
+
+def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: Drop) -> Path:
+    """Writes a finished run as a bundle, atomically: weights, scales, graphs, scheme, log and learning curve.
+
+    Args:
+        open_onnx: opens the exported files for the evaluation.
+        drop: computes accuracy drops.
+
+    Returns:
+        Path to the bundle, a folder named after the scheme.
+    """
+    options, folder = job.options, job.options.out / f"{job.scheme.name}-qat"
+    trained = cast(ILLaMA, copy.deepcopy(run.kept).cpu().eval())
+    trained.soft_mask = 0.0
+    trained = job.deploy(trained)
+    with write_folder(folder) as draft:
+        facts = {"epochs": options.epochs, "machine": describe_machine()}
+        write_quantized(draft, job.trained, trained, job.scheme, job.origin, facts)
+        if job.scheme.backend == "onnx":
+            write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
+        (draft / "log.csv").write_text((options.out / "log.csv").read_text())
+        plot_curve(read_log(options.out / "log.csv"), draft / "curve.png")
+        manifest = Manifest.read(draft)
+        manifest.metrics |= _evaluate(job, trained, draft, open_onnx, drop)
+        manifest.write(draft)
+    return folder
+
+
+def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, drop: Drop) -> dict[str, Any]:
+    """Top-1 in percent and accuracy drops from FP32 over the test split: before training, after it, and of the files.
+
+    There is no file for TensorRT where it has no kernels: see :func:`quant.export.write_bundle.write_quantized`.
+    """
+    test = job.inputs.data.test()
+    models = {"fp32": torch_infer(job.trained), "ptq": torch_infer(job.untrained), "qat": torch_infer(trained)}
+    files = {"onnx": folder / CPU_ONNX, "fused_onnx": folder / FUSED_ONNX}
+    models |= {name: open_onnx(path) for name, path in files.items() if path.exists()}
+    if (folder / TORCHAO).exists():
+        models["torchao"] = torch_infer(load_torchao(folder))
+    logits, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
+    correct = {name: values.argmax(1) == labels for name, values in logits.items()}
+    drops = {name: asdict(drop(correct["fp32"], correct[name], job.options.seed)) for name in correct}
+    return {
+        **{f"{name}_top1": top1(values, labels) for name, values in logits.items()},
+        **{f"{name}_drop": values for name, values in drops.items() if name != "fp32"},
+        "test_images": len(cast(Sized, test)),
+    }

@@ -1,0 +1,37 @@
+"""The shipped schemes: YAML files in this folder. Imports nothing slow, so that listing them is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+# In the order of python quant/list_schemes.py.
+SHIPPED_SCHEMES = (
+    "int8",
+    "int8-attention",
+    "int8-smooth",
+    "int8-weight-only",
+    "fp8",
+    "fp8-attention",
+    "mixed",
+    "w4a8",
+    "w4a16",
+    "w6a6",
+    "w4a4",
+    "int8-dynamic",
+    "int8-weight-only-torchao",
+    "fp8-weight-only-torchao",
+    "w4a8-dynamic",
+    "w4a16-torchao",
+)
+
+
+def shipped_path(name: str) -> Path:
+    """Returns the path to the file of a shipped scheme."""
+    return Path(__file__).parent / f"{name}.yaml"
+
+
+def summaries() -> dict[str, str]:
+    """Returns the summary of every shipped scheme, by name."""
+    return {name: yaml.safe_load(shipped_path(name).read_text())["summary"] for name in SHIPPED_SCHEMES}
