@@ -31,7 +31,8 @@ class PtqOptions(InputOptions, BenchmarkOptions):
         out: folder of the bundles and the report; an earlier result there is replaced.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
-        targets: compute capabilities of the engines, such as sm86 sm89; if not given, the library's portable default.
+        targets: compute capabilities of the engines, such as sm86 sm89. Defaults to this GPU for
+            tensorrt, and to Ampere and newer for tensorrt_rtx.
     """
 
     schemes: tuple[str, ...] | None = None

@@ -140,7 +140,10 @@ class Planner:
         self.known.append((plan.kl, plan.effect))
 
     def holds(self, plan: Plan) -> bool:
-        """Whether a plan satisfies the budget, a drop with 95% confidence; predictions are used where nothing was measured."""
+        """Whether a plan satisfies the budget, a drop with 95% confidence.
+
+        The prediction is used where nothing was measured.
+        """
         value = plan.measured["drop_at_most" if self.budget.kind == "drop" else self.budget.kind]
         return (plan.predicted[self.budget.kind] if value is None else value) <= self.budget.limit
 

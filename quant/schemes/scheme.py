@@ -153,7 +153,7 @@ def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> str:
         bits = spec.dtype.bits
         if not name.endswith(".weight"):
             if bits < 8 or not (spec.symmetric or name.endswith(".input")):
-                return "TensorRT needs symmetric 8-bit activations; only the zero point of a layer's input can be folded"
+                return "TensorRT needs symmetric 8-bit activations; only a layer's input can have its zero point folded"
         elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in plan):
             return "TensorRT multiplies 4-bit weights by half-precision inputs only, and no weights of 6 bits"
     return ""
