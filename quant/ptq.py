@@ -25,14 +25,14 @@ class PtqOptions(InputOptions, BenchmarkOptions):
     """Quantize a trained vision transformer, build engines, and report accuracy against latency.
 
     Attributes:
-        schemes: names of shipped schemes (python quant/list_schemes.py). Defaults to int8 and fp8, or to none if
-            --scheme-file is given.
+        schemes: names of shipped schemes (python quant/list_schemes.py). Defaults to int8 and fp8, unless --scheme-file
+            is given.
         scheme_file: paths to schemes in YAML, your own or those of python quant/search.py.
         out: folder of the bundles and the report; an earlier result there is replaced.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
-        targets: compute capabilities of the engines, such as sm86 sm89. Defaults to this GPU for
-            tensorrt, and to Ampere and newer for tensorrt_rtx.
+        targets: compute capabilities of the engines, such as sm86 sm89. Defaults to this GPU for tensorrt,
+            and to Ampere and newer for tensorrt_rtx.
     """
 
     schemes: tuple[str, ...] | None = None

@@ -40,13 +40,13 @@ class EngineOptions:
     """How to build an engine.
 
     Attributes:
-        targets: compute capabilities, such as sm86,sm89. Defaults to this GPU for tensorrt, and to Ampere and
-            newer for tensorrt_rtx.
+        targets: compute capabilities, such as sm86,sm89. Defaults to this GPU for tensorrt, and to Ampere and newer
+            for tensorrt_rtx.
         batch: min, opt and max batch of the optimization profile.
         workspace_gib: maximum workspace memory of a layer in GiB; defaults to the library's limit.
         timing_cache: path to a file of kernel timings, which is read if it exists, and updated (full TensorRT only).
         refit: allow replacing the weights of the built engine.
-        weight_stripped: build without weights; when the engine is loaded, it gets those of the ONNX file (refit).
+        weight_stripped: build without weights; they are read from the ONNX file when the engine is loaded (refit).
         version_compatible: allow newer versions of the library to run the engine (full TensorRT only).
         hardware_compatible: allow all GPUs from Ampere on to run the engine, at a lower speed (full TensorRT only).
         verbosity: how much the engine reports about its layers; detailed also checks that every attention has a fused

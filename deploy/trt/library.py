@@ -1,4 +1,4 @@
-"""One interface to TensorRT and TensorRT-RTX (TensorRT for RTX GPUs): all their differences are handled here.
+"""One interface to TensorRT and TensorRT-RTX (NVIDIA's TensorRT for RTX): all their differences are handled here.
 
 Their Python modules have the same interface. A test checks this project's calls against the package tensorrt-stubs,
 except for constants and for functions that are newer than the stubs.
@@ -91,7 +91,7 @@ class Library:
     def check_options(
         self, *, timing_cache: bool, hardware_compatible: bool, version_compatible: bool, refittable: bool
     ) -> None:
-        """Raises UserError for options that TensorRT-RTX does not support, or only with a GPU if there is none."""
+        """Raises UserError for options that TensorRT-RTX does not support at all, or not without a GPU."""
         if self.name == "tensorrt":
             return
         no_gpu = refittable and not torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Records of engines: how each was built, its inputs, and the SHA-256 that is verified before it is loaded.
+"""Records of engines: how each was built, its inputs, and the SHA-256 that is checked before it is loaded.
 
 An engine is a folder in its bundle, ``engines/NAME``. Earlier versions wrote ``engines/LIBRARY.engine`` and ``.json``.
 """
