@@ -48,7 +48,7 @@ def read_softmax_scales(model: ModelProto) -> dict[str, SoftmaxOutput]:
 def quantize_softmax_outputs(model: ModelProto) -> None:
     """Quantizes the softmax output inside each attention for which the scheme specifies it.
 
-    q, k and v have their Q/DQ in the graph. The softmax output is inside the operator, where ONNX cannot represent Q/DQ:
+    q, k and v have their Q/DQ in the graph. The softmax output is inside the operator, where ONNX cannot have Q/DQ:
 
         before   Q/DQ -> Attention(q, k, v, mask)
         after    Q/DQ -> TRT_QuantizedAttention(q, k, v, mask, scale), normalization_quantize_to_type = dtype
