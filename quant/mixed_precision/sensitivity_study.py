@@ -93,4 +93,4 @@ def sensitivity_table(result: dict[str, Any]) -> str:
     hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
     tensors = ", ".join(f"{name} {value:.1f} dB" for value, name in hardest)
     note = chance_note("the float network", result["all"]["right"] / result["all"]["images"] * 100, result["classes"])
-    return f"{markdown(headings, rows)}\n\nThe tensors with the lowest SQNR: {tensors}.\n{note}"
+    return f"{markdown(headings, rows)}\n\nThe hardest tensors to round: {tensors}.\n{note}"

@@ -109,7 +109,7 @@ class TensorSpec:
             or not 50 <= self.percentile <= 100
             or (self.amax is not None and not self.amax > 0)
         ):
-            raise UserError("group_size must be 1 or more, percentile 50 to 100, and amax above 0")
+            raise UserError("group_size must be an integer of 1 or more, percentile 50 to 100, and amax above 0")
 
     @property
     def dtype(self) -> QuantDtype:
