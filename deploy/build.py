@@ -1,7 +1,7 @@
 """Build TensorRT engines from bundles: python deploy/build.py runs/ptq/int8 --targets sm86,sm89 --batch 1:8:64
 
 With tensorrt-rtx installed, no GPU is needed. The build fails unless every attention becomes one fused operator in the
-precision that the scheme asks for (deploy/trt/fusion.py).
+precision of the scheme (deploy/trt/fusion.py).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class BuildOptions(EngineOptions):
     An engine that was built from the same graph, by the same library and with the same options, is kept.
 
     Attributes:
-        bundles: folders with a model.fused.onnx.
-        library: tensorrt or tensorrt_rtx; if not given, the first of the two that can build here.
-        name: folder name of the engine in the bundle's engines/; if not given, LIBRARY-TARGETS-BATCH.
+        bundles: paths to bundles with a model.fused.onnx.
+        library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
+        name: name of the engine's folder in the bundle's engines/. Defaults to LIBRARY-TARGETS-BATCH.
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()

@@ -25,11 +25,11 @@ class PredictOptions:
     Probabilities are calibrated if a temperature is stored with the engine (python eval/accuracy.py --store).
 
     Attributes:
-        images: image files.
+        images: paths to image files.
         engine: path to a bundle, to an engine (its folder or its .engine file), or to an .onnx file.
         runtime: openvino, onnxruntime, tensorrt, torch, ...; if not given, the preferred runtime for the engine.
-        watch: path to a folder; classifies every image that appears in it, until Ctrl-C.
-        seconds: stop watching after this time.
+        watch: path to a folder; every image that appears in it is classified.
+        seconds: time after which --watch stops; if not given, it runs until Ctrl-C.
         threads: number of threads on a CPU; 0 for one per core.
     """
 

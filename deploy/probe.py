@@ -19,7 +19,10 @@ def main() -> None:
     parser.add_argument("repository", type=Path, help="path to the model repository that python deploy/serve.py wrote")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the server's HTTP protocol")
     parser.add_argument(
-        "--timeout", type=float, default=3.0, help="maximum seconds of an answer, beside 10 times the network's"
+        "--timeout",
+        type=float,
+        default=3.0,
+        help="seconds to wait for an answer, in addition to 10 times the network's own time",
     )
     options = parser.parse_args()
     try:

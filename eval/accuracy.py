@@ -1,4 +1,4 @@
-"""Accuracy, changes of predictions and calibration of models on the same images:
+"""Compare accuracy, predictions and calibration of models on the same images:
 
 python eval/accuracy.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
 torchrun --nproc-per-node 2 eval/accuracy.py runs/ptq/fp32 runs/ptq/int8 --data parquet:imagenet
@@ -32,12 +32,12 @@ class AccuracyOptions:
         images: number of test images, evenly spaced; all if not given.
         calibration_images: number of training images that temperatures are fitted on; 0 to use stored temperatures.
         store: store each temperature with its file, for deploy/predict.py.
-        runtime: openvino, onnxruntime, tensorrt, torch, ...; the best for each file if not given.
-        threads: number of CPU threads of each process; 0 to share the cores of the machine among its processes.
-        workers: number of processes that read images, for each process that computes.
+        runtime: openvino, onnxruntime, tensorrt, torch, ... Defaults to the preferred runtime for each file.
+        threads: number of CPU threads of each process; 0 divides the cores of the machine among its processes.
+        workers: number of processes that read images, for each process that runs the models.
         batch: number of images in a call.
-        patience: seconds that a finished process waits for a new chunk of the others before it gives up.
-        out: folder for the results, where an interrupted run continues; several machines share it.
+        patience: seconds that a finished process waits for the next chunk of another one before it gives up.
+        out: folder for the results, from which an interrupted run continues; several machines must share it.
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]

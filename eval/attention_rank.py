@@ -1,7 +1,7 @@
 """Rank of a checkpoint's attention maps, layer by layer: python eval/attention_rank.py --checkpoint CHECKPOINT
 
-The rank is that of the mean map of some test images, as the iLLaMA paper (arXiv 2404.06773) takes it.
-eval/metrics/rank.py defines it.
+The rank is that of the mean map of some test images, as the released code of the iLLaMA paper (arXiv
+2404.06773) takes it. eval/metrics/rank.py defines it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class RankOptions:
     """Measure the rank of the attention maps of a checkpoint, layer by layer.
 
     Attributes:
-        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
+        checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
         data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
         images: number of test images, evenly spaced, whose mean map is measured.
         threshold: share of the sum of the singular values that defines the rank, above 0 and at most 1.

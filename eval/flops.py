@@ -1,7 +1,7 @@
 """Multiply-accumulates (MACs) of the published sizes: python eval/flops.py
 
-Counts from the config alone, under every attention mask and for every form of computing attention. What is counted,
-and the formulas, are in eval/cost_model/macs.py.
+Counts from the config alone, under every attention mask and for every form of attention. eval/cost_model/macs.py
+defines the forms, what is counted, and the formulas.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class OutsideOptions:
 
     Attributes:
         bundles: bundles of python quant/ptq.py.
-        outside: images of another data set: a folder of pictures at any depth, or anything that --data takes.
+        outside: another data set: a folder of pictures at any depth, or a value that --data takes.
         data: data set that the bundles were trained on; its test split is used.
         images: number of images of each data set, evenly spaced; all if not given.
         out: folder for the results.

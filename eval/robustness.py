@@ -1,7 +1,7 @@
 """Top-1 on corrupted images, as in ImageNet-C: python eval/robustness.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
 
 The first bundle is the reference. The results of every corruption and severity are stored in the output folder as they
-are measured: an interrupted run continues from there, and more of them can be added later.
+are measured: an interrupted run continues from there, and further ones can be added later.
 eval/metrics/corruptions.py describes how images are corrupted.
 """
 
@@ -25,12 +25,12 @@ class RobustnessOptions:
     Attributes:
         bundles: bundles of python quant/ptq.py; the first is the reference.
         data: data set that they were trained on; its test split is corrupted.
-        corruptions: any of the 15 corruptions of ImageNet-C.
-        severities: any of 1 to 5.
+        corruptions: names of corruptions of ImageNet-C; defaults to all 15.
+        severities: severities from 1 to 5; defaults to all.
         images: number of test images, evenly spaced.
         seed: random seed of the corruptions and of the intervals.
         workers: number of processes that corrupt images.
-        out: folder for the results, where an interrupted run continues.
+        out: folder for the results, from which an interrupted run continues.
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]

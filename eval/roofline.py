@@ -22,7 +22,7 @@ class RooflineOptions:
 
     Attributes:
         bundles: bundles of python quant/ptq.py.
-        device: such as orin-nano, agx-orin, thor, rtx-4090, l4, h100; cpu is this machine, measured.
+        device: names such as orin-nano, agx-orin, thor, rtx-4090, l4 or h100; cpu is this machine, measured.
         batch: number of images in a call.
         out: folder for the results.
     """
@@ -38,7 +38,7 @@ class RooflineOptions:
         if not self.bundles or not self.device:
             raise UserError("no bundle or no device: give at least one bundle and one --device")
         if len({bundle.name for bundle in self.bundles}) < len(self.bundles):
-            raise UserError("two bundles have the same name: run the command for one after the other")
+            raise UserError("two bundles have the same name: give one of them at a time")
 
 
 def main(options: RooflineOptions) -> None:

@@ -1,7 +1,7 @@
 """mIoU of segmentation networks: python eval/segmentation.py runs/ptq-segmentation/* --data FOLDER
 
 Runs every ONNX file of the bundles in ONNX Runtime on the CPU, over the whole validation split. The first bundle with a
-``model.onnx`` is the reference that the drops are measured against.
+``model.onnx`` is the reference of the drops.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Shape bias of networks trained on ImageNet-1k: python eval/shape_bias.py BUNDLE --stimuli DIR
 
-Whether a network decides by shape or by texture where the two disagree: the cue-conflict protocol of Geirhos et al.
-(arXiv 1811.12231). eval/metrics/cue_conflict.py describes it and says where the pictures are published.
+Measures whether a network decides by shape or by texture if the two disagree, by the cue-conflict protocol of Geirhos
+et al. (arXiv 1811.12231). eval/metrics/cue_conflict.py describes it and says where the pictures are published.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ShapeBiasOptions:
 
     Attributes:
         bundles: bundles of python quant/ptq.py, with ImageNet's 1,000 classes in the order of their WordNet IDs.
-        stimuli: the folder that holds the 16 folders of cue-conflict pictures.
+        stimuli: path to the folder with the 16 folders of cue-conflict pictures.
         out: folder for the results.
     """
 

@@ -1,4 +1,4 @@
-"""Accuracy against latency of every file and engine, under the same conditions, and the one to deploy:
+"""Compare accuracy and latency of files and engines under the same conditions, and choose one to deploy:
 
 python eval/tradeoff.py runs/ptq --max-drop 0.2
 torchrun --nproc-per-node 8 eval/tradeoff.py runs/base --data /data/imagenet    # one process measures latency
@@ -26,8 +26,8 @@ class TradeoffOptions(BenchmarkOptions):
     """Benchmark any number of bundles and engines: accuracy, calibration, latency, size.
 
     Attributes:
-        paths: bundles, folders of bundles such as runs/ptq, or single files or engines.
-        data: the data set that they were trained on; its test split is evaluated.
+        paths: paths to bundles, folders of bundles such as runs/ptq, or single files or engines.
+        data: data set that they were trained on; its test split is evaluated.
         images: number of test images, evenly spaced; all if not given.
         calibration_images: number of training images that temperatures are fitted on; 0 for none.
         workers: number of processes that read images.

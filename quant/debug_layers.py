@@ -1,9 +1,9 @@
-"""Mismatches between an exported file and its PyTorch network, layer by layer:
+"""Find mismatches between an exported file and its PyTorch network, layer by layer:
 
 python quant/debug_layers.py runs/ptq/int8
 
-The first two columns accumulate errors from the images on and normally fall from layer to layer. The third column
-feeds each layer with the file's own values, so that it locates a fault: see quant/export/verify.py.
+The first two columns are SQNR in dB and normally fall, because errors accumulate. The third column compares each layer
+given the file's own inputs, so it locates a fault: see quant/export/verify.py.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class DebugOptions:
     bundle. Options that are not given are read from the bundle's manifest.
 
     Attributes:
-        bundle: folder with a model.onnx; if not given, --scheme is exported for the comparison.
+        bundle: path to a bundle with a model.onnx; if not given, --scheme is exported for the comparison.
         scheme: name of a shipped scheme, or path to a YAML file; defaults to the bundle's own.
-        checkpoint: checkpoint that the bundle was made from.
+        checkpoint: path to the checkpoint that the bundle was made from.
         model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
         data: images, as for python quant/ptq.py.
         calibration_images: number of training images for calibration.
-        images: number of images to compare, none of them a calibration image.
+        images: number of images to compare; calibration images are not used.
     """
 
     bundle: Annotated[Path | None, tyro.conf.Positional] = None
@@ -82,8 +82,8 @@ def main(options: DebugOptions) -> None:
         print(f"\nThe first mismatch is in {mismatch}: given the same inputs, the file and PyTorch differ there.")
     else:
         print(
-            "\nNo mismatch: given the same inputs, each layer gives the same outputs but for float rounding and ties. "
-            "Accumulated errors are these, amplified."
+            "\nNo mismatch: given the same inputs, each layer gives the same outputs up to rounding and ties. "
+            "The accumulated errors come from these small differences."
         )
 
 

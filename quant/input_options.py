@@ -14,14 +14,14 @@ class InputOptions:
     """Where a network and its images come from.
 
     Attributes:
-        checkpoint: a bundle folder, a .safetensors or a released .pth; the shipped nano if not given.
-        model: timm:NAME where the checkpoint is that of a timm ViT; an iLLaMA's says itself what it is.
+        checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
+        model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
         data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
-        calibration_images: how many training images the ranges are taken from.
-        exif: apply the orientation that image files declare, or ignore it; what the checkpoint's bundle says if not
-            given, and apply without a bundle.
-        class_order: of class folders, words (1 10 2) or natural (1 2 10); what the checkpoint's bundle says if not
-            given, and without a bundle natural for a timm ViT and words for an iLLaMA.
+        calibration_images: number of training images that ranges are calibrated on.
+        exif: apply or ignore the orientation that image files declare. Defaults to the value in the checkpoint's
+            bundle, or to apply without a bundle.
+        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Defaults to the
+            value in the checkpoint's bundle; without a bundle, natural for a timm ViT and words for an iLLaMA.
     """
 
     checkpoint: Path = SHIPPED

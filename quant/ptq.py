@@ -1,4 +1,4 @@
-"""From a trained checkpoint to INT8 and FP8, to engines, to a report of accuracy against latency:
+"""Quantize a checkpoint to INT8 and FP8, build engines, and report accuracy against latency:
 
 python quant/ptq.py
 python quant/ptq.py --checkpoint runs/train/bundle --data /data/imagenet --schemes int8 fp8 --targets sm87
@@ -25,13 +25,14 @@ class PtqOptions(InputOptions, BenchmarkOptions):
     """Quantize a trained vision transformer, build engines, and report accuracy against latency.
 
     Attributes:
-        schemes: schemes by name; python quant/list_schemes.py lists them. If not given, int8 and fp8, or those of
-            --scheme-file alone.
-        scheme_file: YAML files with schemes of your own, or of python quant/search.py.
+        schemes: names of shipped schemes (python quant/list_schemes.py). Defaults to int8 and fp8, unless --scheme-file
+            is given.
+        scheme_file: paths to schemes in YAML, your own or those of python quant/search.py.
         out: folder of the bundles and the report; an earlier result there is replaced.
-        image_size: side of the input in pixels, if another than the checkpoint's; position embeddings are interpolated.
-        library: tensorrt or tensorrt_rtx; if not given, the first of the two that can build here.
-        targets: compute capabilities of the engines, such as sm86 sm89; if not given, the library's portable default.
+        image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
+        library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
+        targets: compute capabilities of the engines, such as sm86 sm89. Defaults to this GPU for tensorrt,
+            and to Ampere and newer for tensorrt_rtx.
     """
 
     schemes: tuple[str, ...] | None = None

@@ -1,6 +1,6 @@
 """Post-training quantization of an UperNet: python quant/ptq_segmentation.py runs/segmentation/bundle --data FOLDER
 
-Writes a bundle for each scheme beside the float references, as ``python quant/ptq.py`` does for classifiers. Then
+Writes a bundle for each scheme and for the float references, as ``python quant/ptq.py`` does for classifiers.
 ``python eval/segmentation.py`` compares them, and ``python deploy/build.py`` builds their engines.
 """
 
@@ -17,7 +17,7 @@ from illama.cli import run_command
 
 @dataclass(frozen=True)
 class PtqSegmentationOptions:
-    """Calibrate and export a segmentation network, its batch norms folded into the convolutions.
+    """Calibrate and export a segmentation network; batch norms are folded into the convolutions.
 
     Attributes:
         bundle: bundle written by python illama/train_segmentation.py.

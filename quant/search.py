@@ -1,11 +1,11 @@
-"""Mixed-precision search, a format for each layer under one budget:
+"""Mixed-precision search: finds a format for each layer under one budget:
 
 python quant/search.py --max-drop 0.1
 python quant/search.py --max-megabytes 1.5
 
 Measures the effect and the cost of each layer in each format, and finds the best assignment exactly
-(quant/mixed_precision/knapsack.py). The assignment is then quantized and measured, and the limit is tightened if it
-breaks the budget.
+(quant/mixed_precision/knapsack.py). The network is then quantized by it and measured. If it exceeds the budget, the
+limit on the next prediction is tightened.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class SearchOptions(InputOptions):
         max_ms: largest time of a call with one image, in milliseconds; the objective is the accuracy drop.
         max_megabytes: largest size of model.onnx, in 10^6 bytes; the objective is the accuracy drop.
         minimise: the objective under --max-drop.
-        formats: schemes to choose from for each layer, by name or YAML file; float is always among them.
+        formats: schemes whose formats each layer can take, by name or YAML file; float is always added.
         layer_times: SCHEME=FILE of TensorRT layer profiles (trtexec --exportProfile), one for each format and for
             float; if not given, ONNX Runtime is timed on this machine's CPU.
-        images: number of images that measure the layers.
-        check_images: number of other images that measure the drop of whole assignments; defaults to 10,000 or all that
-            are left. --max-drop must hold with 95% confidence, which needs many images.
-        reconstruction_iterations: iterations of block reconstruction of the assignment, as in a scheme.
-        rounds: largest number of assignments to check.
-        threads: threads of ONNX Runtime, if it is timed; 0 for one for each core.
+        images: number of images on which the layers are measured.
+        check_images: number of other images on which the drop of whole assignments is measured; defaults to 10,000, or
+            to all that are left. --max-drop must hold with 95% confidence, which needs many images.
+        reconstruction_iterations: number of iterations of block reconstruction for each assignment, as in a scheme.
+        rounds: maximum number of assignments to check.
+        threads: number of threads of ONNX Runtime, if it is timed; 0 for one per core.
         out: folder for scheme.yaml, model.onnx and search.json; an earlier result is replaced.
     """
 
@@ -61,7 +61,7 @@ class SearchOptions(InputOptions):
     out: Path = Path("runs/search")
 
     def budget(self) -> Budget:
-        """Returns the one budget; UserError for none, several, or a number that is too small."""
+        """Returns the one budget; raises UserError for none, several, or a value that is too small."""
         given = {"drop": self.max_drop, "ms": self.max_ms, "megabytes": self.max_megabytes}
         values = [(kind, value) for kind, value in given.items() if value is not None]
         if len(values) != 1 or values[0][1] <= 0 or self.rounds < 1 or self.reconstruction_iterations < 0:
@@ -106,10 +106,10 @@ def main(options: SearchOptions) -> None:
         print(f"\n{note}")
     if best is None:
         raise UserError(
-            f"none of {len(plans)} assignments holds {budget}; the last one is in {options.out}: "
+            f"none of {len(plans)} assignments satisfies {budget}; the last one is in {options.out}: "
             "raise the budget, or give other --formats"
         )
-    print(f"\nmeasured within {budget}; {options.out / SCHEME} holds the scheme, {CPU_ONNX} the network")
+    print(f"\nmeasured within {budget}; {options.out / SCHEME} contains the scheme, {CPU_ONNX} the network")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The effect of quantizing each layer alone, on real images:
+"""Measure the effect of quantizing each layer alone, on real images:
 
 python quant/sensitivity.py --scheme w4a8
 

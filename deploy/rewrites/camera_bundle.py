@@ -17,7 +17,7 @@ from illama.graph.reader import load_graph
 
 
 def write_camera_bundle(bundle: Path, frame: tuple[int, int, int], out: Path) -> None:
-    """Writes a copy of a bundle whose graphs do the preprocessing, as one atomic write.
+    """Writes a copy of a bundle whose graphs do the preprocessing, in one atomic write.
 
     Args:
         frame: (height, width, channels) of the uint8 frames.

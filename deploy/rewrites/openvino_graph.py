@@ -1,7 +1,7 @@
 """Graph rewrites for OpenVINO's kernels on CPUs (docs/cpu.md has the gain of each).
 
-A rewrite changes the model in memory, never the file. All but :func:`keep_inputs_float` are exact, up to the rounding
-of float32.
+A rewrite changes the model in memory, never the file. All except :func:`keep_inputs_float` are exact, up to float32
+rounding.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from illama.graph.reader import Index
 
-# Number of outputs of the products of one quantized input from which integer products save more time than quantizing
-# the input takes, compared with bfloat16. Measured: not quantizing is faster at widths of 192 and 384, slower at 768.
+# If the products of one input have fewer outputs than this in total, quantizing the input costs more time than it
+# saves. Measured, compared with bfloat16: not quantizing is faster at widths of 192 and 384, slower at 768.
 _WORTH_QUANTIZING = 512
 _ELEMENTWISE = ("Add", "Mul")
 
@@ -34,7 +34,7 @@ def select_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ModelPr
 
 
 def has_matrix_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether oneDNN, which has OpenVINO's kernels, multiplies integers in a matrix unit of this CPU (AMX)."""
+    """Whether oneDNN, whose kernels OpenVINO uses, multiplies integers in a matrix unit of this CPU (AMX)."""
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     return (allowed == "DEFAULT" or "AMX" in allowed) and cpuinfo.exists() and "amx_int8" in cpuinfo.read_text()
 
@@ -80,9 +80,9 @@ def keep_inputs_float(model: ModelProto, outputs: int = _WORTH_QUANTIZING) -> No
         before   x -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(w))
         after    x -> MatMul(w), where w is a float32 constant
 
-    Quantizing an input, once for all its products, costs a pass over it. It costs nothing after an element-wise
-    operator, which OpenVINO fuses it with; such inputs stay quantized.
-    The result differs from that of the file, by a quantization error that it omits.
+    Quantizing an input, once for all its products, costs a pass over it. After an element-wise operator, with which
+    OpenVINO fuses it, it costs nothing: such inputs stay quantized.
+    The result differs from that of the file, because one rounding is left out.
     """
     index = Index(model)
     for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:

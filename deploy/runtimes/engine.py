@@ -20,5 +20,5 @@ class Engine(Protocol):
         """Images (B, C, H, W) float32, or the model's own input -> logits (B, classes) float32."""
 
     def close(self) -> None:
-        """Stores what makes the next start faster, for runtimes that have such a cache."""
+        """Stores the runtime's cache of compiled kernels, if it has one, so that the next start is faster."""
         return None

@@ -19,7 +19,7 @@ class ImageInput:
     """The input of a bundle's network.
 
     Attributes:
-        preprocessing: preprocessing of the bundle; if there is a ``frame``, the graph does it.
+        preprocessing: preprocessing of the bundle; if ``frame`` is given, it is part of the graph.
         frame: (height, width, channels) of the uint8 frames that a graph of ``deploy/camera.py`` takes.
     """
 

@@ -1,11 +1,15 @@
 """Opens a model in any runtime: ``open_engine(path).infer(images) -> logits``.
 
-| path                              | runtime                                                            |
-|-----------------------------------|--------------------------------------------------------------------|
-| a bundle                          | of an engine for this GPU if there is one, else of its CPU file     |
-| an engine's folder, ``*.engine``  | ``tensorrt`` or ``tensorrt_rtx``, as its record says                |
-| ``*.onnx``                        | ``openvino`` or ``onnxruntime``, or one of its GPU providers        |
-| ``*.safetensors`` or its bundle   | ``torch`` or ``torch-compile``                                      |
+| path                              | runtime                                                              |
+|-----------------------------------|----------------------------------------------------------------------|
+| a bundle                          | of its engine for this GPU, else of its model.onnx, else of its      |
+|                                   | weights                                                              |
+| an engine's folder, ``*.engine``  | ``tensorrt`` or ``tensorrt_rtx``, as its record says                 |
+| ``*.onnx``                        | OpenVINO if it is installed and supports the graph (no FP8, no 4-bit |
+|                                   | activations), else ONNX Runtime                                      |
+| ``*.safetensors``                 | ``torch``                                                            |
+
+``runtime`` chooses another one, such as ``torch-compile`` or one of ONNX Runtime's providers for GPUs.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ def _open(path: Path, runtime: RuntimeName | None, threads: int) -> Engine:
 def cpu_runtime(path: Path) -> RuntimeName:
     """Returns the preferred runtime for an ONNX file on a CPU (docs/cpu.md).
 
-    Only ONNX Runtime supports FP8 and activations of 4 bits.
+    OpenVINO if it is installed and supports the graph (no FP8, no 4-bit activations), else ONNX Runtime.
     """
     try:
         import openvino  # noqa: F401

@@ -1,4 +1,4 @@
-"""Recommends the file and the runtime of a bundle for this CPU: the fastest of its report."""
+"""Recommends the file and the runtime for serving a bundle on this CPU: first the fastest of its report."""
 
 from __future__ import annotations
 

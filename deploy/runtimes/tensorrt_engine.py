@@ -37,7 +37,7 @@ class _Call:
 
 
 class TensorRTEngine:
-    """An engine of TensorRT or TensorRT for RTX.
+    """An engine of TensorRT or TensorRT-RTX.
 
     Args:
         path: path to the engine.
@@ -147,7 +147,7 @@ class TensorRTEngine:
 
 
 def _refit(library: Library, engine: tensorrt.ICudaEngine, source: Path, record: EngineRecord) -> None:
-    """Gives a weight-stripped engine the weights of the graph that it was built from."""
+    """Refits a weight-stripped engine with the weights of the graph that it was built from."""
     if not source.exists() or sha256(source) != record.onnx_sha256:
         raise UserError(f"{source} is not the graph of the weight-stripped engine: build the engine again")
     logger = library.trt.Logger(library.trt.Logger.ERROR)

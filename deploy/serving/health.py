@@ -1,6 +1,6 @@
 """Checks whether a Triton server answers correctly. Triton itself reports "ready" even while every request fails.
 
-Imports neither PyTorch nor other modules of this project but :mod:`deploy.serving.known_answer`, because
+Imports neither PyTorch nor modules of this project other than :mod:`deploy.serving.known_answer`, because
 :mod:`deploy.probe` runs every few seconds.
 """
 
@@ -48,7 +48,7 @@ class ServedRepository:
         url: URL of the server, such as http://127.0.0.1:8000.
         folder: path to the repository. Its files are read once, because the repository may be replaced while the server
             still serves what it loaded.
-        timeout: maximum time of an answer in seconds, beside that of the network.
+        timeout: seconds to wait for an answer, in addition to 10 times the network's own time.
     """
 
     url: str

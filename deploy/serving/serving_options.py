@@ -18,14 +18,14 @@ class ServingOptions:
 
     Attributes:
         device: cpu, or gpu for engines that the full TensorRT built on the same kind of GPU.
-        runtime: runtime on a CPU: onnxruntime, openvino, ...; if not given, the fastest one in the report beside the
-            bundle if the report is of this kind of CPU, else the default (docs/cpu.md).
-        max_batch: maximum number of images in a batch, and of files in a request.
-        preferred_batches: batch sizes that are computed at once, without waiting for queue_delay_us.
-        queue_delay_us: maximum time in microseconds that an image waits for others to form a batch.
-        instances: number of copies of the network, on each GPU or on the CPU, where they share the cores.
+        runtime: runtime on a CPU: onnxruntime, openvino, ... Defaults to the fastest in the report beside the bundle if
+            the report was measured on this kind of CPU, else to OpenVINO or ONNX Runtime (docs/cpu.md).
+        max_batch: maximum number of images in a batch and in a request.
+        preferred_batches: batch sizes that run at once, without waiting for queue_delay_us.
+        queue_delay_us: maximum time that an image waits for others to form a batch, in microseconds.
+        instances: number of copies of the network on each GPU or on the CPU; on the CPU they share the cores.
         preprocess_instances: number of processes that decode images.
-        live_versions: number of newest versions that are loaded; older versions stay in the folder.
+        live_versions: number of newest versions to load; older versions stay in the folder.
         max_file_mb: maximum size of an image file, in 10^6 bytes.
         max_megapixels: maximum size of an image, in 10^6 pixels; a larger one is not decoded.
     """

@@ -35,8 +35,8 @@ class BuiltEngine:
 
     Attributes:
         data: the engine.
-        attentions: number of attentions in the network.
-        fused: whether each attention is one operator, in the precision of the scheme.
+        attentions: result of :func:`deploy.trt.fusion.count_attentions`.
+        fused: whether each attention is one operator in the scheme's precision; False if --allow-unfused was given.
         inputs: name -> [dtype, shape], with -1 for the batch.
         outputs: name -> [dtype, shape], with -1 for the batch.
     """
@@ -86,7 +86,7 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
 
 
 def _prepare_graph(source: Path, options: EngineOptions) -> ModelProto:
-    """Returns the graph to parse: as in the file, but for its attentions."""
+    """Returns the graph of the file with its attentions prepared for the parser."""
     model = load_graph(source)
     if options.weight_stripped and read_softmax_scales(model):
         raise UserError(

@@ -40,16 +40,18 @@ class EngineOptions:
     """How to build an engine.
 
     Attributes:
-        targets: compute capabilities, such as sm86,sm89; if not given, the library's portable default.
+        targets: compute capabilities, such as sm86,sm89. Defaults to this GPU for tensorrt, and to Ampere and newer
+            for tensorrt_rtx.
         batch: min, opt and max batch of the optimization profile.
-        workspace_gib: maximum memory of layers beside weights and activations, in GiB; defaults to the library's limit.
-        timing_cache: path to a file of kernel timings, which is read if it exists and then updated (full TensorRT).
+        workspace_gib: maximum workspace memory of a layer in GiB; defaults to the library's limit.
+        timing_cache: path to a file of kernel timings, which is read if it exists, and updated (full TensorRT only).
         refit: allow replacing the weights of the built engine.
-        weight_stripped: build without weights; the engine is refitted from the ONNX file when it is loaded.
-        version_compatible: allow newer versions of the library to run the engine (full TensorRT).
-        hardware_compatible: allow all GPUs of Ampere and newer, at a lower speed (full TensorRT).
-        verbosity: how much the engine reports about its layers.
-        allow_unfused: build even if attention cannot be fused.
+        weight_stripped: build without weights; they are read from the ONNX file when the engine is loaded (refit).
+        version_compatible: allow newer versions of the library to run the engine (full TensorRT only).
+        hardware_compatible: allow all GPUs from Ampere on to run the engine, at a lower speed (full TensorRT only).
+        verbosity: how much the engine reports about its layers; detailed also checks that every attention has a fused
+            kernel (on a GPU that the engine is for).
+        allow_unfused: build even if an attention cannot be fused.
     """
 
     targets: tuple[str, ...] = ()

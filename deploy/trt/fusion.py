@@ -46,9 +46,9 @@ def read_softmax_scales(model: ModelProto) -> dict[str, SoftmaxOutput]:
 
 
 def quantize_softmax_outputs(model: ModelProto) -> None:
-    """Quantizes the softmax output inside each attention for which the scheme asks for it.
+    """Quantizes the softmax output inside each attention for which the scheme specifies it.
 
-    q, k and v have their Q/DQ in the graph. The softmax output is inside the operator, where ONNX has no place for one:
+    q, k and v have their Q/DQ in the graph. The softmax output is inside the operator, where ONNX cannot have Q/DQ:
 
         before   Q/DQ -> Attention(q, k, v, mask)
         after    Q/DQ -> TRT_QuantizedAttention(q, k, v, mask, scale), normalization_quantize_to_type = dtype
@@ -64,7 +64,7 @@ def quantize_softmax_outputs(model: ModelProto) -> None:
 
 
 def allow_decomposition(model: ModelProto) -> None:
-    """Lets the builder split attention into several kernels where it has no fused one.
+    """Lets the builder split attention into several kernels if it has no fused one.
 
     before   Attention(q, k, v, mask)
     after    Attention(q, k, v, mask), TRT_decomposable = 1
@@ -75,7 +75,7 @@ def allow_decomposition(model: ModelProto) -> None:
 
 
 def count_attentions(library: Library, network: tensorrt.INetworkDefinition) -> int:
-    """Returns the number of attentions of a parsed network; 0 if a softmax shows that one is not an Attention."""
+    """Returns the number of ``IAttention`` in a parsed network; 0 if a softmax shows that an attention is not one."""
     kinds = [network.get_layer(index).type for index in range(network.num_layers)]
     layers = library.trt.LayerType
     return 0 if layers.SOFTMAX in kinds else kinds.count(layers.ATTENTION_INPUT)

@@ -1,4 +1,4 @@
-"""One interface to TensorRT and TensorRT for RTX: all their differences are handled here.
+"""One interface to TensorRT and TensorRT-RTX (NVIDIA's TensorRT for RTX): all their differences are handled here.
 
 Their Python modules have the same interface. A test checks this project's calls against the package tensorrt-stubs,
 except for constants and for functions that are newer than the stubs.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import tensorrt
 
 
-# Compute capabilities for which TensorRT for RTX builds ahead of time; tensorrt builds for the GPU it runs on.
+# Compute capabilities for which TensorRT-RTX builds ahead of time; tensorrt builds for the GPU it runs on.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 FUSED_ATTENTION_SINCE = (10, 14)  # first version of TensorRT with the Attention operator
 
@@ -91,7 +91,7 @@ class Library:
     def check_options(
         self, *, timing_cache: bool, hardware_compatible: bool, version_compatible: bool, refittable: bool
     ) -> None:
-        """Raises UserError for options that TensorRT-RTX does not support, or not on a machine without a GPU."""
+        """Raises UserError for options that TensorRT-RTX does not support at all, or not without a GPU."""
         if self.name == "tensorrt":
             return
         no_gpu = refittable and not torch.cuda.is_available()
@@ -123,7 +123,7 @@ class Library:
     def runtime_config(self, engine: tensorrt.ICudaEngine) -> tuple[Any, Any]:
         """Returns (configuration of execution contexts, its cache of compiled kernels); None for the full TensorRT.
 
-        TensorRT for RTX compiles kernels for each shape at its first call, and captures a CUDA graph itself.
+        TensorRT-RTX compiles kernels for each shape at its first call, and captures a CUDA graph itself.
         """
         if self.name == "tensorrt":
             return None, None
@@ -146,7 +146,7 @@ def fits_this_gpu(targets: tuple[str, ...], hardware_compatible: bool = False) -
 def find_library(name: LibraryName | None = None) -> Library | None:
     """Returns the installed TensorRT that can build here, preferably the full library; None if there is none.
 
-    The full library builds on the GPU it builds for; TensorRT for RTX needs no GPU.
+    The full library must run on the GPU that the engine is for; TensorRT-RTX needs no GPU.
 
     Raises:
         UserError: a ``name`` is given, and that library cannot build here.
@@ -178,5 +178,5 @@ def _problem(library: Library | None, name: LibraryName) -> str:
     if name == "tensorrt" and tuple(int(part) for part in library.version.split(".")[:2]) < FUSED_ATTENTION_SINCE:
         return f"tensorrt {library.version} has no fused Attention operator: install 10.14 or newer, or {instead}"
     if name == "tensorrt" and not torch.cuda.is_available():
-        return f"tensorrt builds on the GPU it builds for, and none is available: {instead}"
+        return f"tensorrt must run on the GPU that the engine is for, and none is available: {instead}"
     return ""

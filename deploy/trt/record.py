@@ -1,4 +1,4 @@
-"""Records of engines: how each was built, what it takes, and the SHA-256 by which it is verified before it is loaded.
+"""Records of engines: how each was built, its inputs, and the SHA-256 that is checked before it is loaded.
 
 An engine is a folder in its bundle, ``engines/NAME``. Earlier versions wrote ``engines/LIBRARY.engine`` and ``.json``.
 """
@@ -33,7 +33,7 @@ class EngineRecord:
         options: other options (:meth:`EngineOptions.to_json`).
         precisions: layer -> dtype of its product in the graph.
         attentions: number of attentions.
-        fused: whether each attention is one operator, in the precision of the scheme.
+        fused: whether each attention is one operator in the scheme's precision; False if --allow-unfused was given.
         inputs: name -> [dtype, shape], with -1 for the batch.
         outputs: name -> [dtype, shape], with -1 for the batch.
         preprocessing: :class:`illama.data.datasets.Preprocessing` as a dict; part of the engine if its input is uint8.

@@ -75,7 +75,7 @@ class Execution:
 def run_benchmark(
     targets: Sequence[BenchmarkTarget], images: EvaluationImages, options: BenchmarkOptions, execution: Execution
 ) -> BenchmarkResult:
-    """Evaluate every target, and measure the latency of those that run here as they would be deployed.
+    """Evaluates every target, and measures the latency of those that run here as they would be deployed.
 
     Raises:
         UserError: logits that are not finite, or do not fit the images.
@@ -133,7 +133,7 @@ def make_report(
     seconds: Mapping[str, float],
     not_run: Sequence[str] = (),
 ) -> Report:
-    """The report of a benchmark.
+    """Returns the report of a benchmark.
 
     Args:
         checkpoint: path of the checkpoint that was quantized.
@@ -160,14 +160,14 @@ def make_report(
 
 
 def _models(targets: Sequence[BenchmarkTarget]) -> tuple[dict[str, Infer], dict[str, str]]:
-    """(name of the first target of each engine -> its infer function; target -> that name)."""
+    """Returns (name of the first target of each engine -> its infer function; target -> that name)."""
     names: dict[int, str] = {}
     first = {each.name: names.setdefault(id(each.engine), each.name) for each in targets}
     return {each.name: each.infer for each in targets if first[each.name] == each.name}, first
 
 
 def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
-    """The row of a target, without accuracy drop and latencies."""
+    """Returns the row of a target, without accuracy drop and latencies."""
     built, record = target.built or (None, None)
     files = [target.path, *([built] if built else [])]
     return Row(
@@ -204,7 +204,7 @@ def _flipped(
 def _time(
     targets: Sequence[BenchmarkTarget], rows: Sequence[Row], images: EvaluationImages, options: BenchmarkOptions
 ) -> dict[str, Any]:
-    """Fill in the latencies of the targets that run here as they would be deployed; return the timing conditions."""
+    """Fills in the latencies of the targets that run here as they would be deployed; returns the timing conditions."""
     timed = {each.name: each for each in targets if not each.note}
     gpu, machine = find_gpu(), describe_machine()
     meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
@@ -227,7 +227,7 @@ def _close(targets: Sequence[BenchmarkTarget]) -> None:
 
 
 def _unread(conditions: Mapping[str, Any]) -> list[str]:
-    """A note on the sensors that could not be read during timing."""
+    """Returns a note on the sensors that could not be read during timing."""
     told = {kind: any(f" {kind}, " in name for name in conditions) for kind in ("temperature", "clock")}
     told["energy"] = conditions["energy"] != UNREADABLE
     missing = ", ".join(kind for kind, is_told in told.items() if not is_told)
@@ -235,7 +235,7 @@ def _unread(conditions: Mapping[str, Any]) -> list[str]:
 
 
 def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
-    """Notes on what was not measured, over all targets."""
+    """Returns notes on what was not measured, over all targets."""
     notes = []
     for bundle, scheme in {each.path.parent: each.scheme for each in targets}.items():
         if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
@@ -255,6 +255,6 @@ def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
 
 
 def _layers_of(targets: Sequence[BenchmarkTarget]) -> dict[str, list[list[str]]]:
-    """Scheme -> rows of (layer, format of its weight, format of its input), for quantized bundles."""
+    """Returns scheme -> rows of (layer, format of its weight, format of its input), for quantized bundles."""
     found = {each.scheme: Manifest.read(each.path.parent).metrics.get("layers") for each in targets}
     return {scheme: layers for scheme, layers in found.items() if layers}

@@ -21,7 +21,7 @@ class EvaluationImages:
     Attributes:
         name: the data set, as the user named it.
         split: the images; a part of ``data``'s test split.
-        preprocessing: the one that all targets share.
+        preprocessing: preprocessing that all targets share.
         calibration: number of images of the training split that temperatures are fitted on; 0 for none.
         indices: index of each image of ``split`` in the whole test split; None if ``split`` is the whole of it.
     """
@@ -35,7 +35,7 @@ class EvaluationImages:
 
     @classmethod
     def open(cls, name: str, manifest: Manifest, images: int | None, calibration: int) -> EvaluationImages:
-        """The test split of the data set ``name``, read as a bundle's manifest says.
+        """Returns the test split of the data set ``name``, read as a bundle's manifest says.
 
         Args:
             images: number of images, evenly spaced over the split; None for all.
@@ -50,5 +50,5 @@ class EvaluationImages:
         return cls(name, data, split, preprocessing, calibration, indices)
 
     def index_in_test_split(self, index: int) -> int:
-        """The index in the whole test split of an image of ``split``."""
+        """Returns the index in the whole test split of an image of ``split``."""
         return index if self.indices is None else self.indices[index]

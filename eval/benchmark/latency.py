@@ -21,7 +21,7 @@ from illama.inference import Infer, usable_cores
 Item = TypeVar("Item")
 LEAST_TURNS = 3
 UNREADABLE = "not readable here"
-# Raised by the runtimes for a batch that they do not take or have no memory for; ONNX Runtime's share no base class.
+# Raised by runtimes for a batch that they reject or have no memory for; those of ONNX Runtime share no base class.
 _REFUSALS = (
     UserError,
     RuntimeError,

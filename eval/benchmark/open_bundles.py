@@ -52,7 +52,7 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
 
     Args:
         given: bundles, or files or engines of them.
-        runtime: None for the best of each, as :func:`deploy.runtimes.open_engine.open_engine` chooses.
+        runtime: None for the preferred one of each, as :func:`deploy.runtimes.open_engine.open_engine` chooses.
         threads: number of CPU threads; 0 for one per core.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Benchmark targets of bundles: every file in every runtime of this machine that it is for."""
+"""Benchmark targets of bundles: each file paired with each runtime that can run it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class BenchmarkTarget:
         engine: engine that computes its logits on this machine; targets may share one.
         runtime: title of the runtime that the file is for.
         runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
-        built: TensorRT engine built from the ONNX file, with its record (read once, since that hashes the engine).
+        built: TensorRT engine built from the ONNX file, with its record (read once, because reading hashes the whole
+            engine).
         on_gpu: whether it runs on a GPU.
         note: why it is not timed; None if it is.
-        left_out: messages about refused engines of its bundle.
+        left_out: messages about rejected engines of its bundle.
     """
 
     name: str

@@ -8,7 +8,7 @@ difference.
 The cost of attention depends on the mask. With N tokens of width D, one block takes 4 N D^2 MACs for qkv and proj, and
 
     bidirectional   2 N^2 D                  every query with every key, for the scores and for the values
-    post_softmax    N^2 D + T D              every score is part of a denominator; values only up to the diagonal
+    post_softmax    N^2 D + T D              scores of all pairs for the denominators; values up to the diagonal
     pre_softmax     2 T D                    scores and values up to the diagonal
 
 where T = N (N + 1) / 2. The iLLaMA paper (arXiv 2404.06773, complexity of causal attention) writes floor(N^2 / 2) + 1
@@ -66,8 +66,8 @@ def count_macs(config: ModelConfig, form: Form = "needed", readout_only: bool = 
     """Returns the MACs of a network for one image.
 
     Args:
-        form: ``needed`` counts the products that the mask does not zero; ``plain`` and ``fused`` count what the two
-            forms of :class:`illama.models.attention.MaskedAttention` compute, masked or not.
+        form: ``needed`` is the lower bound for any form: the products that the mask does not zero. ``plain`` and
+            ``fused`` count what these forms of :class:`illama.models.attention.MaskedAttention` compute.
         readout_only: whether the last block is computed for the class token alone, as in :class:`illama.ILLaMA`.
     """
     tokens, width, depth = config.tokens, config.width, config.depth

@@ -149,7 +149,7 @@ def _read(model: onnx.ModelProto) -> _Graph:
 
 
 def _product(graph: _Graph, node: onnx.NodeProto, layer: str) -> ProductCost:
-    """Cost of a MatMul, Gemm or Conv: each output element is a sum of products along the reduced dimensions."""
+    """Returns the cost of a MatMul, Gemm or Conv: each output element is a sum of products over the reduced axes."""
     left, right = node.input[0], node.input[1]
     if node.op_type == "Conv":
         terms = math.prod(graph.shapes[right][1:])
@@ -162,7 +162,7 @@ def _product(graph: _Graph, node: onnx.NodeProto, layer: str) -> ProductCost:
 
 
 def _attention(graph: _Graph, node: onnx.NodeProto, layer: str) -> list[ProductCost]:
-    """Costs of the two products of an Attention operator; the probabilities between them stay on the chip.
+    """Returns the costs of the two products of an Attention operator; the probabilities between them stay on the chip.
 
     The second runs in 8 bits only if the first does: the kernel, not the graph, quantizes the probabilities.
     """

@@ -3,7 +3,7 @@
 A layer takes the longer of two times: its products' operations at the device's peak rates, and the transfer of their
 operands and results from and to memory. Layers run one after another. The bound is a PREDICTION from published figures,
 and an optimistic one: kernels reach only part of a peak, launches take time, and everything that is not a product is
-taken to be free. A device can be faster only where a network stays in the cache between calls.
+assumed to be free. A device can be faster only if a network stays in the cache between calls.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def summarize(cells: Mapping[Cell, Correct], seed: int = 0) -> dict[str, Robustn
 def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> Drop:
     """Returns the mean of paired differences (images,), in points, with a 95% percentile bootstrap interval.
 
-    Where no difference is positive, or none is negative, the interval is widened as in
+    If no difference is positive, or none is negative, the interval is widened as in
     :func:`eval.metrics.paired.paired_drop`, by the ``largest`` difference that an image may have.
     """
     points = float(differences.mean() * 100)

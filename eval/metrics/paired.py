@@ -1,6 +1,6 @@
 """Accuracy of a model, and its changes from a reference on the same images, with intervals and tests.
 
-Top-1 alone hides changes: two models can be equally accurate and be right on different images.
+Top-1 alone hides changes: two models can be equally accurate, but right on different images.
 """
 
 from __future__ import annotations
@@ -161,8 +161,9 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
     outcomes is drawn (only the reference right, only the other right, no difference). These counts are multinomial, so
     they are drawn directly.
 
-    An outcome that did not occur cannot be drawn, however few images there are. On its side the interval is widened to
-    that of Clopper and Pearson (1934) for 0 of n: by 1 - 0.025^(1 / n), which is 0.04 points for 10,000 images.
+    An outcome that did not occur cannot be drawn. If no image was lost, the upper end is raised to the exact bound for
+    0 of n, 1 - 0.025^(1 / n) (Clopper and Pearson, 1934); if none was gained, the lower end is lowered likewise. For
+    10,000 images the bound is 0.04 points.
 
     Raises:
         ValueError: the arrays differ in length or are empty.
@@ -178,12 +179,12 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
 
 
 def unseen_points(count: int) -> float:
-    """Returns the upper end of the exact 95% interval of a share, in percent, that is 0 of ``count`` images."""
+    """Returns the upper end of the exact 95% interval of a share of 0 of ``count`` images, in percent."""
     return (1 - 0.025 ** (1 / count)) * 100
 
 
 def widened(points: float, low: float, high: float, lost: bool, gained: bool, unseen: float) -> Drop:
-    """Returns a drop with its bootstrap interval, widened to ``unseen`` points where no image was lost or gained."""
+    """Returns a drop with its bootstrap interval, widened by ``unseen`` points if no image was lost or gained."""
     return Drop(
         float(points),
         float(low if gained else min(low, points - unseen)),

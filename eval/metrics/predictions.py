@@ -98,7 +98,7 @@ def check_predictions(logits: np.ndarray, labels: np.ndarray) -> None:
 
 
 def check_finite(logits: np.ndarray) -> None:
-    """Raises ValueError if a logit of (images, ...) is not finite, as when a model overflows."""
+    """Raises ValueError if a logit of (images, ...) is not finite, for example because a model overflows."""
     broken = ~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
     if broken.any():
         raise ValueError(f"{int(broken.sum())} of {len(logits)} images have logits that are not finite")

@@ -1,4 +1,4 @@
-"""Rank of attention maps: over how many directions a head spreads its mixing of the tokens.
+"""Rank of attention maps: the number of directions over which a head mixes the tokens.
 
 The measure of the iLLaMA paper (arXiv 2404.06773, analysis of attention maps): a map's singular values, normalized to
 sum to one, in descending order, and the index at which their cumulative sum reaches 0.8. In the paper's curves it is

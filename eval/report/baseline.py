@@ -14,12 +14,12 @@ from illama.options import BenchmarkOptions
 
 
 def read_baseline(options: BenchmarkOptions) -> Mapping[str, Any] | None:
-    """The report that ``--fail-on-regression`` names; None if it names none.
+    """Returns the report that ``--fail-on-regression`` names; None if it is not given.
 
-    It is read before the long work, and before a new report replaces it. So are the results that ``--also`` names.
+    It is read before the long work, and before a new report replaces it; so are the results that ``--also`` names.
 
     Raises:
-        UserError: a baseline, or results of another command, that cannot be read.
+        UserError: the baseline, or results of another command, cannot be read.
     """
     for folder in options.also:
         read_results(folder)
@@ -33,7 +33,7 @@ def check_baseline(baseline: Mapping[str, Any] | None, images: EvaluationImages)
 
 
 def exit_on_regression(baseline: Mapping[str, Any] | None, report: Report) -> None:
-    """Print the differences from the baseline, if there is one, and exit with status 1 after a regression."""
+    """Prints the differences from the baseline, if there is one, and exits with status 1 after a regression."""
     if baseline is not None:
         regressions = find_regressions(baseline, report)
         print(f"\n{compare_markdown(baseline, report, regressions)}")

@@ -1,4 +1,4 @@
-"""Which engine to deploy: the Pareto front, the constraints, and a summary of the choice in two sentences."""
+"""Which row of a report to deploy: the Pareto front, the constraints, and a summary of the choice in two sentences."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Violation:
 
     @property
     def excess(self) -> float:
-        """By what share of the limit the value exceeds it; for a drop, at least 0.1 points count as the limit."""
+        """The excess over the limit as a share of the limit; for a drop, of at least 0.1 points."""
         if self.value is None:
             return math.inf
         return (self.value - self.limit) / (max(abs(self.limit), 0.1) if self.constraint == "drop" else self.limit)
@@ -56,13 +56,13 @@ class Violation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine that was chosen.
+    """The row that was chosen.
 
     Attributes:
-        row: None if no engine satisfies the constraints, or if there is nothing to choose by.
+        row: None if no row satisfies the constraints, or if nothing was timed and there are no constraints.
         sentence: the row, the rule, and its figures compared with the reference; for a headline.
         rule: how it was chosen; None without a row.
-        among: number of engines that the rule was applied to.
+        among: number of rows that the rule was applied to.
         violations: row's name -> the constraints that it violates.
     """
 
@@ -104,9 +104,9 @@ def find_violations(row: Row, constraints: Constraints) -> list[Violation]:
 
 
 def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choice:
-    """Chooses the engine to deploy.
+    """Chooses the row to deploy.
 
-    With a limit on the drop, or without constraints, it is the fastest engine that satisfies the constraints; of those
+    With a limit on the drop, or without constraints, it is the fastest row that satisfies the constraints; of those
     within 5% of the fastest, the smallest. With constraints on latency or size alone, it is the most accurate (ties:
     the faster, then the smaller). If none of them was timed, it is the smallest instead of the fastest.
 
@@ -170,10 +170,10 @@ def _listed(parts: Sequence[object]) -> str:
 def _sentence(row: Row, rule: Rule, pool: Sequence[Row], rows: Sequence[Row], constraints: Constraints) -> str:
     """Returns the sentence that names the chosen row and the rule."""
     batch = constraints.batch
-    engines = "engines" if len(pool) > 1 else "engine"
+    files = "files" if len(pool) > 1 else "file"
     if rule in ("fastest", "smallest of the fastest"):
-        engines += f" timed at batch {batch}"
-    place = f"{_RULES[rule]} the {len(pool)} {engines}" if len(pool) > 1 else f"the only {engines}"
+        files += f" timed at batch {batch}"
+    place = f"{_RULES[rule]} the {len(pool)} {files}" if len(pool) > 1 else f"the only {files}"
     untimed = "" if row.at(batch) else f"; it was not timed at batch {batch}"
     if not any(each.at(batch) for each in rows):
         untimed = f"; nothing was timed at batch {batch}"
@@ -182,11 +182,11 @@ def _sentence(row: Row, rule: Rule, pool: Sequence[Row], rows: Sequence[Row], co
 
 
 def _closest(rows: Sequence[Row], violations: dict[str, list[Violation]], constraints: Constraints) -> str:
-    """Returns the text where no row satisfies the constraints: which row violates the fewest, by the least."""
+    """Returns the text if no row satisfies the constraints: the row that violates the fewest, by the least."""
     if not rows:
         return "Nothing was measured."
     name = min(violations, key=lambda name: (len(violations[name]), max(each.excess for each in violations[name])))
-    return f"No engine is{_limits(constraints)}. {name} is the closest: it {_listed(violations[name])}."
+    return f"No file is{_limits(constraints)}. {name} is the closest: it {_listed(violations[name])}."
 
 
 def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:

@@ -47,11 +47,11 @@ def write_report(report: Report, folder: Path, thumbnails: Mapping[int, str] | N
 
 
 def write_and_print(report: Report, split: Dataset[Sample], folder: Path, shown_as: Path) -> None:
-    """Write a report with thumbnails of the images that flip, and print its table and its choice.
+    """Writes a report with thumbnails of flipped images, and prints its table and its choice.
 
     Args:
         split: the whole test split.
-        folder: where the report is written, which may be a draft of the folder that is printed, ``shown_as``.
+        folder: folder of the report; may be a temporary one that is later renamed to ``shown_as``, which is printed.
     """
     flipped = [flip.image for row in report.rows for flip in row.flipped]
     write_report(report, folder, draw_thumbnails(split, flipped))

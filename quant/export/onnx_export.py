@@ -39,8 +39,8 @@ _TYPES = {
     "uint4": onnx.TensorProto.UINT4,
     "fp8": onnx.TensorProto.FLOAT8E4M3FN,
 }
-# Those of onnxscript's 45 rules that apply to a transformer. One of the others, which turns pairs of Slices into a
-# Split, takes time quadratic in the size of the network: half of the export for 12 blocks.
+# Those of onnxscript's 45 rules that apply to a transformer. One of the other rules turns pairs of Slices into a Split,
+# in time quadratic in the size of the network: half of the export time for 12 blocks.
 _RULES = (
     rules.materialize_reshape_shape_rule,
     rules.squeeze_reshape_1d_rule,
@@ -62,10 +62,12 @@ _RULES = (
 def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
     """Exports ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
 
+    Quantizers become Q/DQ operators through :func:`translations`.
+
     Args:
         form: ``plain`` for CPUs, ``fused`` (one Attention operator per block) for TensorRT.
-        dtype: float16 computes everything except normalisations in half precision, as TensorRT's fused attention
-            demands; inputs and outputs stay float32.
+        dtype: float16 computes everything except normalizations in half precision, as TensorRT's fused attention
+            requires; inputs and outputs stay float32.
     """
     model = copy.deepcopy(model).eval()
     if form == "plain":
@@ -97,10 +99,10 @@ def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype
 
 
 def softmax_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Returns attention -> signed format and scale of its softmax output, wherever a scheme quantizes it.
+    """Returns attention -> signed format and scale of its softmax output, for each that the scheme quantizes.
 
-    ONNX's Attention operator computes the softmax inside, where no Q/DQ can be inserted. The engine builder sets this
-    scale through TensorRT's API.
+    ONNX's Attention operator computes the softmax inside, where no Q/DQ can be inserted. The engine builder replaces
+    the operator by TRT_QuantizedAttention, which takes this scale.
     """
     found = {}
     for name, module in model.named_modules():
@@ -139,10 +141,10 @@ class _LoweredProgram(ExportedProgram):
 
 
 def lower(program: ExportedProgram) -> ExportedProgram:
-    """Returns ``program``, which is changed, with operators that torch.onnx can translate in place of others.
+    """Replaces operators that torch.onnx cannot translate, in place, and returns the program.
 
-    torch.onnx decomposes the others by tracing the whole network again, which takes longer than the rest of the
-    export. It still does so for a network with operators that are not known here.
+    Otherwise torch.onnx decomposes them by tracing the whole network again, which takes longer than the rest of the
+    export. It still does so for operators that are not known here.
     """
     for node in list(program.graph.nodes):
         _lower(node)

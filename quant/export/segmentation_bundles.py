@@ -28,7 +28,7 @@ _BATCH = 4  # dense maps of a batch are large
 
 @dataclass(frozen=True)
 class SegmentationJob:
-    """A segmentation network, its batch norms folded into the convolutions, with schemes and data that fit it."""
+    """A segmentation network with its batch norms folded into the convolutions, and schemes and data that fit it."""
 
     model: MaskedNetwork
     schemes: list[Scheme]
@@ -38,7 +38,7 @@ class SegmentationJob:
 
     @cached_property
     def calibration(self) -> list[Tensor]:
-        """The centre crops of evenly spaced training images, in batches (B, C, H, W)."""
+        """The center crops of evenly spaced training images, in batches (B, C, H, W)."""
         count, transform = self.calibration_images, self.origin.preprocessing.transform()
         images = cast(Any, self.data.calibration(count))
         bar = tqdm(range(count), "read", unit="img", leave=False)

@@ -1,13 +1,13 @@
 """Comparison of an exported file with the PyTorch network that it was exported from, tensor by tensor.
 
-Two runs of one quantized network never agree to the bit. Sums in another order round a few values to the other side
-of a tie, one step away, and these errors grow from block to block. Even PyTorch in float32 and in float64 end some
-tenths of a percent apart without any fault. Therefore, a difference at the end of a network, or at a layer inside,
-shows neither where a fault is nor whether there is one.
+Two runtimes never compute one quantized network to the same bits. They add in another order, so a few values near a tie
+round to the next step, and these errors grow from block to block. Even PyTorch in float32 and in float64 differ by some
+tenths of a percent without any fault. Therefore, a difference at the end of a network, or at a layer inside, shows
+neither where a fault is nor whether there is one.
 
 :func:`local_differences` keeps errors from growing. PyTorch runs the same images, and every tensor that the file
 computes too is compared and then *replaced* by the file's. So every section between two such tensors gets the same
-inputs on both sides, and must give the same outputs, but for float rounding and ties. The fault is in the first
+inputs on both sides, and must give the same outputs, up to float rounding and ties. The fault is in the first
 section that does not.
 """
 
@@ -154,7 +154,7 @@ def local_differences(model: MaskedNetwork, path: Path, images: np.ndarray) -> d
 
 @torch.inference_mode()
 def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -> dict[str, Difference]:
-    """Returns the :func:`local_differences` of a file that was run already."""
+    """Returns the :func:`local_differences` from the trace of a file."""
     model = as_exported(model)
     found: dict[str, Difference] = {}
     quantized = {name: list(arrays) for name, arrays in trace.quantized.items()}
@@ -243,7 +243,7 @@ def accumulated_sqnr(
 ) -> dict[str, tuple[float, float]]:
     """Returns layer -> SQNR in dB of quantization, against the float network, and of export, against the quantized one.
 
-    No tensor is replaced here. Both accumulate errors from the images on, and fall from layer to layer without a fault.
+    No tensor is replaced here. Both fall from layer to layer even without a fault, because errors accumulate.
 
     Args:
         reference: the float network in plain attention form, rescaled where the scheme smooths.

@@ -100,7 +100,7 @@ def write_quantized(
     origin: Origin,
     metrics: Mapping[str, Any],
 ) -> Path:
-    """Writes the :func:`write_graphs` of a quantized network for the runtimes that support its scheme, and the scheme.
+    """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme.
 
     The manifest's metrics describe the scheme: ``layers`` (:func:`quant.schemes.scheme.describe`), ``no_tensorrt``, the
     reason why there is no fused graph, and ``not_timed``, the reason why a CPU's latency is meaningless. Reasons that

@@ -70,8 +70,8 @@ def search_batches(inputs: Inputs, budget: Budget, images: int, check_images: in
     nothing_lost = Effect(math.inf, 0.0, 0, 0, checked)
     if budget.kind == "drop" and nothing_lost.drop_at_most > budget.limit:
         raise UserError(
-            f"{checked} images cannot verify {budget}: even a loss of none could be {nothing_lost.drop_at_most:.2f} "
-            "points; raise --check-images or --max-drop, or lower --images"
+            f"{checked} images cannot verify {budget}: if none is lost, the drop may still be "
+            f"{nothing_lost.drop_at_most:.2f} points; raise --check-images or --max-drop, or lower --images"
         )
     measured, others = split_selection(pool, images)
     return inputs.batches(measured), inputs.batches(others)

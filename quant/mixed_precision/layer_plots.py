@@ -27,7 +27,7 @@ _MARKS = {"weight": "o", "input": "v", "q": "v", "k": "^", "p": "v", "v": "^"}
 
 
 def draw_sensitivity(result: dict[str, Any], path: Path) -> None:
-    """Draws the KL divergence of each layer as bars, coloured by kind and ordered by block, above each tensor's SQNR.
+    """Draws the KL divergence of each layer as bars, colored by kind and ordered by block, above each tensor's SQNR.
 
     Args:
         result: the contents of sensitivity.json.

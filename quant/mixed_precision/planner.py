@@ -1,4 +1,4 @@
-"""Assignments under a budget: predict from the layers, solve, quantize, measure, and tighten until the budget holds."""
+"""Assignments under a budget: predict, solve, quantize, measure, and tighten until one satisfies the budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quant.mixed_precision.layer_effects import Effect, compare_logits
 from quant.mixed_precision.search_space import SearchSpace, assignment_scheme
 from quant.quantizers.calibrate import calibrate
 
-_TIGHTEN = 0.8  # factor on the drop that the next assignment may predict, after one that broke the budget
+_TIGHTEN = 0.8  # factor on the drop allowed in the next prediction, after an assignment that exceeds the budget
 
 
 @dataclass
@@ -46,15 +46,15 @@ class Plan:
 class Planner:
     """Searches the assignments of one search space under one budget.
 
-    The predicted drop is the sum of the layers' KL divergences times one slope. The divergences of small, independent
-    disturbances add up. The slope, points per nat, is fitted to whole networks that were measured: each format
-    throughout, and every assignment that was checked.
+    The predicted drop is the sum of the layers' KL divergences, which add up for small, independent errors, times one
+    slope in points per nat. The slope is fitted to whole networks that were measured: those quantized in one format,
+    and every assignment that was checked.
 
     Args:
-        images: batches for the measured drops. They must be other images than those of the search space: among many
-            assignments, the search would select one that chance favours on its own images.
+        images: batches for the measured drops. They must be other images than those of the search space, because the
+            search would select an assignment that is better by chance on its own images.
         iterations: iterations of block reconstruction for each assignment.
-        time_call: path to an exported file -> milliseconds of a call; if None, the predicted time counts.
+        time_call: path to an exported file -> milliseconds of a call; if None, the prediction is used.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Planner:
         return max(float((weights * kls * drops).sum()) / power, power**-0.5)
 
     def search(self, rounds: int, path: Path) -> tuple[list[Plan], Plan | None]:
-        """Makes at most ``rounds`` assignments, and stops at the first one that holds the budget.
+        """Makes at most ``rounds`` assignments, and stops at the first one that satisfies the budget.
 
         Returns:
-            All assignments, and the one that holds the budget or None. The file of the last one is at ``path``.
+            All assignments, and the one that satisfies the budget or None. The file of the last one is at ``path``.
 
         Raises:
-            UserError: no assignment is predicted to hold the budget.
+            UserError: no assignment is predicted to satisfy the budget.
         """
         plans: list[Plan] = []
         for _ in range(rounds):
@@ -106,11 +106,11 @@ class Planner:
                 return plans, plan
             self.tighten(plan)
         if not plans:
-            raise UserError(f"no assignment of these formats can hold {self.budget}: {self._least()}")
+            raise UserError(f"no assignment of these formats can satisfy {self.budget}: {self._least()}")
         return plans, None
 
     def solve(self) -> Plan | None:
-        """Returns the best assignment by the figures known so far; None if there is none."""
+        """Returns the best assignment by the current predictions; None if there is none within the budget."""
         if self.budget.kind == "drop":
             costs = self.ms if self.budget.minimise == "ms" else self.bytes
             chosen = assign(costs, self.kl, self._drop_slack * self.budget.limit / self.slope())
@@ -125,7 +125,7 @@ class Planner:
         return Plan(chosen, kl, {"drop": kl * self.slope(), "kl": kl, "ms": ms, "megabytes": megabytes})
 
     def check(self, plan: Plan, path: Path) -> None:
-        """Quantizes the network by the assignment, exports it to ``path``, and measures both."""
+        """Quantizes the network by the assignment, exports it to ``path``, and measures the network and the file."""
         scheme = assignment_scheme(self.space, plan.chosen, self.iterations, "")
         quantized = calibrate(self.inputs.model, scheme, self.inputs.calibration)
         plan.effect = compare_logits(self.inputs.plain_model(), quantized, self.images)
@@ -140,18 +140,21 @@ class Planner:
         self.known.append((plan.kl, plan.effect))
 
     def holds(self, plan: Plan) -> bool:
-        """Whether the budget holds, a drop with 95% confidence. A value that is not measured counts as predicted."""
+        """Whether a plan satisfies the budget, a drop with 95% confidence.
+
+        The prediction is used where nothing was measured.
+        """
         value = plan.measured["drop_at_most" if self.budget.kind == "drop" else self.budget.kind]
         return (plan.predicted[self.budget.kind] if value is None else value) <= self.budget.limit
 
     def tighten(self, plan: Plan) -> None:
-        """Lowers the limit for the next prediction below that of an assignment that broke the budget."""
+        """Lowers the limit on the next prediction below the prediction of an assignment that exceeds the budget."""
         if self.budget.kind == "drop":
             self._drop_slack = _TIGHTEN * min(1.0, plan.kl * self.slope() / self.budget.limit)
         else:
             limit, value = self.budget.limit, plan.measured[self.budget.kind]
             excess = 0.0 if value is None else value - limit
-            # At least a thousandth less, so that the same assignment cannot be found again.
+            # Lowered by at least a thousandth, so that the same assignment cannot be found again.
             self._cost_limit = plan.predicted[self.budget.kind] - max(excess, limit / 1000)
 
     def _least(self) -> str:

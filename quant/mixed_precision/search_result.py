@@ -18,7 +18,7 @@ RESULT = "search.json"
 
 
 def write_search(folder: Path, planner: Planner, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
-    """Writes the best plan, or the last one if none holds the budget, beside its exported file.
+    """Writes the best plan, or the last one if none satisfies the budget, beside its exported file.
 
     Returns:
         The contents of search.json.
@@ -32,7 +32,7 @@ def write_search(folder: Path, planner: Planner, plans: list[Plan], best: Plan |
 
 
 def search_result(budget: Budget, space: SearchSpace, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
-    """Returns the contents of search.json; ``best`` is the plan that holds the budget, if any."""
+    """Returns the contents of search.json; ``best`` is the plan that satisfies the budget, if any."""
     choices = {
         layer: [{**asdict(each), "specs": {name: str(spec) for name, spec in each.specs.items()}} for each in found]
         for layer, found in space.layers.items()

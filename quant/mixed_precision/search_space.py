@@ -171,11 +171,11 @@ class SearchSpaceBuilder:
         return self.schemes[name].strength(layer) if smoothed else None
 
     def _distinct_schemes(self, layer: str) -> list[str]:
-        """The schemes that treat this layer as no scheme before them does, float first."""
+        """Returns the schemes that treat this layer as no scheme before them does, float first."""
         return [name for name in self.schemes if self._same_choice(layer, name) == name]
 
     def _same_choice(self, layer: str, name: str) -> str:
-        """The first scheme that treats this layer as scheme ``name`` does."""
+        """Returns the first scheme that treats this layer as scheme ``name`` does."""
         wanted = self._specs(layer, name), self._strength(layer, name)
         return next(each for each in self.schemes if (self._specs(layer, each), self._strength(layer, each)) == wanted)
 
@@ -196,7 +196,7 @@ def time_call(inputs: Inputs, threads: int, path: Path) -> float:
 
 
 def _one_image(inputs: Inputs) -> np.ndarray:
-    """The image that calls are timed with, (1, C, H, W) float32."""
+    """Returns the image that calls are timed with, (1, C, H, W) float32."""
     return np.ascontiguousarray(inputs.calibration[0][:1].numpy())
 
 
@@ -222,7 +222,7 @@ class _Costs:
             quantized = sum(any(tensor in plans[name] for tensor in tensors) for tensors in layers.values())
             self._extra[name] = (each.rest - times[FLOAT].rest) / quantized if quantized else 0.0
         sums = {name: sum(self._ms(layer, name) for layer in layers) for name in times}
-        # A call takes longer than its nodes. The difference is taken to be the same for all files.
+        # A call takes longer than its nodes. The difference is assumed to be the same for all files.
         self.fixed_ms = float(np.mean([each.call - sums[name] for name, each in times.items()]))
         self.fit_ms = {name: each.call - sums[name] - self.fixed_ms for name, each in times.items()}
         weights = {name: sum(self._weight_bytes(layer, name) for layer in layers) for name in times}

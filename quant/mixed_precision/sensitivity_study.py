@@ -30,7 +30,7 @@ _TENSOR_IMAGES = 64  # enough for a tensor's SQNR: each image has thousands of i
 
 
 def measure_sensitivity(inputs: Inputs, scheme: Scheme, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Returns the part of sensitivity.json that is measured: each layer, all layers together, each tensor's SQNR.
+    """Returns the measured part of sensitivity.json: each layer, all layers together, each tensor's SQNR.
 
     Block reconstruction is left out, because it adapts a whole block to one scheme.
 
@@ -62,7 +62,7 @@ def _record(effect: Effect) -> dict[str, Any]:
 
 
 def _finite(decibels: float) -> float | None:
-    """JSON has no infinity: null stands for no noise at all."""
+    """Returns None instead of infinity, which JSON does not have; it means no noise."""
     return round(decibels, 2) if math.isfinite(decibels) else None
 
 

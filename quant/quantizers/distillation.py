@@ -29,7 +29,7 @@ class Distillation:
 
     Args:
         teacher: floating-point network; it is copied, and not trained.
-        share: weight of the distillation loss, 0..1; the label loss has the rest.
+        share: weight of the distillation loss, 0 to 1; the weight of the label loss is 1 - share.
         recipe: determines the teacher's precision, and whether it is compiled.
     """
 

@@ -236,7 +236,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedConv2d(nn.Module):
-    """A convolution with a quantized weight and input; either may stay in floating point. Padding is with zeros."""
+    """A zero-padded convolution with a quantized weight and input; either may stay in floating point."""
 
     weight: Tensor
     shift: Tensor | None
@@ -280,7 +280,7 @@ def _rounded_input(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fold_zero_point(layer: QuantizedLayer) -> None:
-    """Shifts an asymmetric input so that its zero point is 0, as TensorRT demands, without changing the output.
+    """Shifts an asymmetric input so that its zero point is 0, as TensorRT requires, without changing the output.
 
     With the rounded weight w and the rounded input x, w (x + shift) = w x + shift * sum(w). The input has the same
     integers less a constant, and the second term is subtracted from the bias. For export; it cannot be undone.

@@ -1,5 +1,8 @@
 """Statistics of a tensor over the calibration images, and the range that is chosen from them.
 
+Symmetric tensors use the calibrator's largest magnitude, asymmetric ones the minimum and maximum. calibrate.py turns
+them into scale and zero point.
+
 A :class:`RangeObserver` has the methods of nvidia-modelopt's calibrators, so that ModelOpt's quantizers feed it.
 ModelOpt's own histogram keeps as many bins as the largest value needs and searches them one by one, which takes
 minutes for a small network. This one has a fixed number of bins, doubles their width if a value does not fit, and
@@ -24,7 +27,7 @@ class RangeObserver:
 
     Attributes:
         low, high: smallest and largest value; scalars.
-        counts: number of magnitudes in each of BINS equal bins of 0..``limit``. Zeros are not counted, because every
+        counts: number of magnitudes in each of BINS equal bins of [0, ``limit``]. Zeros are not counted, because every
             format represents them exactly: percentiles are those of the other values.
     """
 

@@ -24,8 +24,8 @@ class QatOptions(TrainingOptions):
         scheme_file: path to a scheme in YAML, used instead of --scheme.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         calibration_images: number of training images for calibration.
-        distillation: weight, 0..1, of the distillation loss against the unquantized network; the label loss has the
-            rest.
+        distillation: weight, 0 to 1, of the distillation loss against the unquantized network; the weight of the label
+            loss is 1 minus this.
         temperature: temperature of the distillation loss.
         scale_rate: learning rate of the scales, relative to their size and to --learning-rate.
     """

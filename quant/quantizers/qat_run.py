@@ -145,7 +145,7 @@ def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: Drop) -> 
 def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, drop: Drop) -> dict[str, Any]:
     """Top-1 in percent and accuracy drops from FP32 over the test split: before training, after it, and of the files.
 
-    There is no file for TensorRT where it has no kernels: see :func:`quant.export.write_bundle.write_quantized`.
+    There is no file for TensorRT if it cannot run the scheme: see :func:`quant.export.write_bundle.write_quantized`.
     """
     test = job.inputs.data.test()
     models = {"fp32": torch_infer(job.trained), "ptq": torch_infer(job.untrained), "qat": torch_infer(trained)}

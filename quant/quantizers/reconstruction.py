@@ -3,7 +3,7 @@
 Every weight gets an offset of up to half a step before rounding, and every scale a factor. Both follow the sign of the
 gradient of the block's squared error (SignRound: Cheng et al., arXiv 2309.05516), which converges in a few hundred
 iterations; AdaRound (arXiv 2004.10568) needs tens of thousands. As in BRECQ (arXiv 2102.05426), blocks are optimized
-one after another, with the inputs that the quantized blocks before them give. Only images are needed, no labels.
+one after another, with the outputs of the quantized blocks before them as inputs. Only images are needed, no labels.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _block_inputs(model: nn.Module, batches: list[Tensor]) -> tuple[Tensor, list
 
 
 def _reconstruct_block(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor, iterations: int) -> None:
-    """Sign gradient descent with a linearly falling rate. The start is restored if the end has a larger error."""
+    """Runs sign gradient descent with a linearly falling rate. The start is restored if the end has a larger error."""
     acting = [quantizer for _, quantizer in quantizers(block)]
     weights = _weights(block)
     if not acting:

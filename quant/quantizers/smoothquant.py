@@ -57,7 +57,7 @@ def smooth(model: nn.Module, scheme: Scheme, batches: Iterable[Tensor]) -> None:
 
 
 def _strength(scheme: Scheme, site: _Site) -> float | None:
-    """The strength of the first Linear of a site that the scheme smooths; it applies to all, which share an input."""
+    """Returns the strength of a site's first Linear that the scheme smooths; it applies to all of the site."""
     strengths = [scheme.strength(linear) for linear in site.linears]
     return next((strength for strength in strengths if strength is not None), None)
 

@@ -21,7 +21,7 @@ class QuantDtype:
     Attributes:
         name: ``fp8`` is ONNX's float8e4m3fn. 6-bit formats have no ONNX type and are stored in 8 bits.
         storage: torch dtype that stores the values; 4 bits are stored in 8, because torch cannot compute with int4.
-        low, high: smallest and largest value before scaling; values beyond are clamped.
+        low, high: smallest and largest value before scaling; values outside are clamped.
     """
 
     name: FormatName
@@ -109,7 +109,7 @@ class TensorSpec:
             or not 50 <= self.percentile <= 100
             or (self.amax is not None and not self.amax > 0)
         ):
-            raise UserError("group_size must be an integer from 1, percentile within 50 and 100, and amax positive")
+            raise UserError("group_size must be an integer of 1 or more, percentile 50 to 100, and amax above 0")
 
     @property
     def dtype(self) -> QuantDtype:

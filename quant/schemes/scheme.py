@@ -8,7 +8,7 @@ The names are the network's own:
     blocks.0.attn.core.q        operands of attention's two products: q, k, v and p, the masked softmax output
     blocks.0.mlp.fc2.input      the SwiGLU product, or a GELU's output
 
-A tensor that no pattern matches stays in floating point. Residual additions and normalisations have no name, so they
+A tensor that no pattern matches stays in floating point. Residual additions and normalizations have no name, so they
 are never quantized. :func:`resolve` applies a scheme to a network.
 """
 
@@ -65,11 +65,11 @@ class Scheme:
                 f"a scheme's name may have lower-case letters, digits, '.', '_' and '-' only: change {self.name!r}"
             )
         if not isinstance(self.smooth, Mapping) or not all(0 <= strength <= 1 for strength in self.smooth.values()):
-            raise UserError(f"scheme {self.name}: smooth must map patterns of Linears to strengths within 0 and 1")
+            raise UserError(f"scheme {self.name}: smooth must map patterns of Linears to strengths from 0 to 1")
         iterations = self.reconstruction_iterations
         if not isinstance(iterations, int) or iterations < 0:
             raise UserError(
-                f"scheme {self.name}: reconstruction_iterations must be an integer from 0, not {iterations!r}"
+                f"scheme {self.name}: reconstruction_iterations must be an integer of 0 or more, not {iterations!r}"
             )
         if self.backend not in ("onnx", "torchao"):
             raise UserError(f"scheme {self.name}: backend must be onnx or torchao, not {self.backend!r}")
@@ -136,7 +136,7 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
         if spec.granularity == "token":
             trouble = "only an activation has one scale per token"
         elif not spec.dtype.signed or spec.calibrator not in ("max", "mse") or spec.amax is not None:
-            trouble = "a weight needs a signed format, and calibrator max or mse without amax"
+            trouble = "a weight needs a signed format, calibrator max or mse, and no amax"
         elif spec.granularity == "group" and isinstance(layer, nn.Conv2d):
             trouble = "a convolution's weight has one scale per channel: groups are for Linears"
         elif spec.granularity == "group" and layer.in_features % spec.group_size:  # type: ignore[operator]
@@ -155,19 +155,19 @@ def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> str:
             if bits < 8 or not (spec.symmetric or name.endswith(".input")):
                 return "TensorRT needs symmetric 8-bit activations; only a layer's input can have its zero point folded"
         elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in plan):
-            return "TensorRT has no 6-bit weights, and 4-bit weights with half-precision inputs only"
+            return "TensorRT multiplies 4-bit weights by half-precision inputs only, and no weights of 6 bits"
     return ""
 
 
 def emulated_on_cpus(plan: Mapping[str, TensorSpec]) -> str:
-    """Returns why a CPU's latency is meaningless for a resolved scheme, in one sentence; empty if it is not."""
+    """Returns why the latency on a CPU is meaningless for a resolved scheme, in one sentence; empty if it is not."""
     formats = {spec.format for spec in plan.values()}
     if "fp8" in formats:
-        return "CPUs have no FP8 products, and ONNX Runtime emulates them"
+        return "no CPU multiplies FP8, and ONNX Runtime only emulates it"
     if any(FORMATS[name].bits == 6 for name in formats):
         return "6-bit formats are simulated"
     if any(spec.dtype.bits == 4 and not name.endswith(".weight") for name, spec in plan.items()):
-        return "CPUs have no products of 4-bit activations, and ONNX Runtime emulates them"
+        return "no CPU multiplies 4-bit activations, and ONNX Runtime only emulates it"
     return ""
 
 
