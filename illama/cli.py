@@ -17,18 +17,8 @@ from illama.errors import UserError
 from illama.quiet import without_noise
 
 Options = TypeVar("Options")
-_CANNOT_WRITE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EROFS,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EBUSY,
-    errno.EXDEV,
-)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 
 
 def run_command(
@@ -52,7 +42,7 @@ def run_command(
     except KeyboardInterrupt:
         _exit("interrupted; no incomplete files were left", 130)
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in (*_DISK_FULL, *_NOT_WRITABLE):
             raise
         _exit(f"cannot use {error.filename or 'the output folder'}: {os.strerror(error.errno)}", 2)
 

@@ -172,18 +172,6 @@ def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -
     return found
 
 
-def largest_step_difference(model: MaskedNetwork, path: Path, images: np.ndarray) -> float:
-    """Returns the largest of :func:`local_differences` as one number; 1 is within tolerance.
-
-    The unit is one step for quantized tensors (2 if the share of differing values exceeds :data:`TIE_TOLERANCE`), and
-    :data:`FLOAT_TOLERANCE` times the largest magnitude for float tensors.
-    """
-    return max(
-        max(float(each.steps), 2.0 * (each.differing > TIE_TOLERANCE), each.relative / FLOAT_TOLERANCE)
-        for each in local_differences(model, path, images).values()
-    )
-
-
 def first_mismatch(differences: Mapping[str, Difference]) -> str | None:
     """Returns the first tensor with a mismatch, or None: the fault is between the tensor before it and this one."""
     return next((name for name, difference in differences.items() if difference.mismatch), None)

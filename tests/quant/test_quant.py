@@ -16,6 +16,7 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from step_difference import largest_step_difference
 from torch.export import ExportedProgram
 
 from illama import ILLaMA, ModelConfig
@@ -29,7 +30,6 @@ from illama.models.attention import QuantizerPoint
 from illama.models.illama import Linear
 from illama.models.norms import RMSNorm
 from quant.export.onnx_export import export_onnx
-from quant.export.verify import largest_step_difference
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import (
     QuantizedConv2d,
