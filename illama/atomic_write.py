@@ -1,7 +1,7 @@
 """Atomic writes: a file or folder is replaced completely or not at all, even if its writer is killed.
 
 The writer fills a draft, ``.NAME.draft-RANDOM`` in the same folder, and renames it to NAME at the end. Meanwhile it
-holds the lock ``.NAME.draft-RANDOM.lock``, which the kernel releases when the process ends, for whatever reason. A
+holds the lock ``.NAME.draft-RANDOM.lock``, which the kernel releases when the process ends in any way. A
 draft whose lock is free was left by a killed process; the next write of NAME removes it.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from illama.bundle import is_bundle
 from illama.errors import UserError
 
-LOCK = ".lock"  # in a folder that a process uses
+LOCK = ".lock"  # name of the lock file in a folder that a process uses
 _LOST_RACE = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -37,11 +37,11 @@ def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> I
     """Yields a temporary folder that replaces ``folder`` if the block succeeds and is removed if it fails.
 
     Args:
-        is_ours: returns whether an existing folder may be replaced; an empty one always may.
+        is_ours: returns whether an existing folder may be replaced. An empty folder is always replaced.
 
     Raises:
-        UserError: ``folder`` cannot be written, is in use (:func:`lock_folder`), or must not be replaced. Checked
-            before the block and again after it.
+        UserError: ``folder`` cannot be written, is in use (:func:`lock_folder`), or has content and
+            ``is_ours(folder)`` is False. Checked at the start and again before the replacement.
     """
     folder = folder.resolve()
     _refuse_foreign(folder, is_ours)
@@ -69,7 +69,7 @@ def write_file(path: Path) -> Iterator[Path]:
 def write_pinned(path: Path, data: bytes) -> None:
     """Writes a file, and its SHA-256 to ``NAME.sha256`` in the format of sha256sum."""
     old, new = ("" if content is None else _pin_line(path, content) for content in (read_pinned(path), data))
-    # Between the steps, the file is the old or the new one, and NAME.sha256 lists both.
+    # Until the last step, NAME.sha256 lists the old and the new file, so that either is accepted.
     for target, content in ((_pin(path), (new + old).encode()), (path, data), (_pin(path), new.encode())):
         with write_file(target) as draft:
             draft.write_bytes(content)
@@ -106,7 +106,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 @cache
 def _register_fork_handler() -> None:
-    """Makes forked children close locked files; else a data loader's worker would keep a killed parent's locks."""
+    """Makes forked children close locked files, so that a worker does not keep its killed parent's locks."""
     os.register_at_fork(after_in_child=_close_held)
 
 
@@ -166,7 +166,8 @@ def lock_folder(folder: Path, main: bool = True) -> Iterator[None]:
 
 def sweep(folder: Path, name: str | None = None) -> None:
     """Removes the drafts of ``name`` that killed processes left in a folder, or all drafts if no name is given."""
-    # Earlier versions put the process's number into a draft's name; without a known name, any number could match.
+    # Draft names of older versions end in a process ID. They are matched for a known name only, because other files may
+    # end in numbers too.
     pattern = _temporary(re.escape(name), r"[0-9a-f]{16}|\d{1,10}") if name else _temporary()
     found = [pattern.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
     for place, token in {(folder / match["name"], match["token"]) for match in found if match}:
@@ -174,7 +175,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         # A draft that is in use (BlockingIOError) or belongs to another user is kept.
         with suppress(OSError), file_lock(draft.with_name(f"{draft.name}.lock")) as held:
             if held and old.is_dir() and not place.exists():
-                old.rename(place)  # killed between the two renames of _exchange
+                old.rename(place)  # the writer was killed between the two renames of _exchange
             for leftover in (draft, old) if held else ():
                 _remove(leftover)
 
@@ -236,7 +237,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Returns a value that changes when a path's folder is replaced by another; None if nothing is there."""
+    """Returns inode and change time, to notice that a folder was replaced; None if it does not exist."""
     try:
         facts = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -250,7 +251,7 @@ def _beside(place: Path, kind: str, token: str) -> Path:
 
 @contextmanager
 def _draft_of(place: Path) -> Iterator[Path]:
-    """Yields a path beside ``place`` that only this process uses, and removes what is there at the end."""
+    """Yields a path beside ``place`` that only this process uses, and removes its content at the end."""
     sweep(place.parent, place.name)
     draft = _beside(place, "draft", secrets.token_hex(8))
     with file_lock(draft.with_name(f"{draft.name}.lock"), wait=True):  # another process's sweep may hold it
@@ -268,7 +269,7 @@ def _remove(path: Path) -> None:
 
 
 def _take_place(draft: Path, folder: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Renames a draft to its place; an earlier folder there gets the draft's name."""
+    """Renames a draft to ``folder``; an existing folder gets the draft's name."""
     while True:
         try:
             if folder.exists():
@@ -283,7 +284,7 @@ def _take_place(draft: Path, folder: Path, is_ours: Callable[[Path], bool]) -> N
 
 
 def _exchange(draft: Path, folder: Path) -> None:
-    """Swaps two folders by one system call, or by two renames where the kernel or file system does not have it."""
+    """Swaps two folders by one system call, or replaces the second by two renames where it is not supported."""
     try:
         _renameat2(draft, folder)
         return

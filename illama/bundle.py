@@ -1,6 +1,6 @@
-"""A bundle: the folder that every step reads and writes. Nothing else passes between steps.
+"""A bundle is a folder that every step reads or writes. Steps exchange data in no other way.
 
-    manifest.json        the command that made it, its inputs (SHA-256), versions, seed, config, metrics
+    manifest.json        the command line, input files (SHA-256), versions, seed, config, metrics
     model.safetensors    the weights
     model.onnx           after quantization: the graph for CPUs
     model.fused.onnx     after quantization: the graph for TensorRT
@@ -31,13 +31,13 @@ WEIGHTS = "model.safetensors"
 CPU_ONNX = "model.onnx"
 FUSED_ONNX = "model.fused.onnx"
 TORCHAO = "model.torchao.safetensors"
-SCHEME = "scheme.yaml"  # the scheme that quantized it
+SCHEME = "scheme.yaml"  # the scheme of the quantization
 ENGINES = "engines"
 INPUT, OUTPUT = "images", "logits"  # names in every graph: (B, C, H, W) float32 and (B, classes, ...) float32
 SHIPPED = Path(__file__).parent / "weights" / "nano-fashion-mnist"  # the checkpoint in this repository
 TEMPERATURE = "temperature.json"
 FRAME = "frame"  # key in a manifest's metrics: (height, width, channels) of the input of graphs with preprocessing
-SOFTMAX_OUTPUT = "softmax_output"  # key in a fused graph's metadata: how attention's softmax output is rounded
+SOFTMAX_OUTPUT = "softmax_output"  # key in the metadata of FUSED_ONNX: how attention's softmax output is rounded
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -56,7 +56,7 @@ _PACKAGES = (
 
 @dataclass
 class Manifest:
-    """The content of a bundle's ``manifest.json``.
+    """Metadata of a bundle, stored as ``manifest.json``.
 
     Attributes:
         made_by: command line that wrote the bundle.
@@ -65,7 +65,7 @@ class Manifest:
         classes: class names in the order of the logits.
         seed: seed of the command.
         inputs: path of each input file -> its SHA-256.
-        metrics: measured values, in no fixed form.
+        metrics: measured values, under any keys.
         versions: package -> its version.
         format: version of this format.
     """
@@ -104,7 +104,7 @@ def command_line() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the installed versions of the packages that results depend on."""
+    """Returns the versions of installed packages that affect results."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -121,7 +121,7 @@ def sha256(path: Path) -> str:
 
 
 def bundle_of(path: Path) -> Path:
-    """Returns the bundle that a file, an engine or an engine's folder belongs to; ``path`` itself may be the bundle."""
+    """Returns the bundle that contains a file, an engine or an engine's folder; ``path`` may be the bundle itself."""
     folder = path if path.is_dir() else path.parent
     if not (folder / MANIFEST).exists():
         for each in (folder, folder.parent):

@@ -1,4 +1,4 @@
-"""What every command does with its options and errors. Imports no large library, so that ``--help`` is fast."""
+"""Runs a command: parses its options and reports errors. Imports no large library, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_command(
         # A data loader's worker wraps its error in a traceback, whose last line is the error.
         _exit(str(error).strip().splitlines()[-1].removeprefix("illama.errors.UserError: "), 2)
     except KeyboardInterrupt:
-        _exit("interrupted; no incomplete files were left", 130)
+        _exit("interrupted; no incomplete file was left behind", 130)
     except OSError as error:
         if error.errno not in (*_DISK_FULL, *_NOT_WRITABLE):
             raise
@@ -48,9 +48,9 @@ def run_command(
 
 
 def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
-    """Parses the command line and returns only the options that it gives: field -> value.
+    """Returns only the options that the command line gives: field -> value.
 
-    For commands whose defaults come from a file that one of the options names.
+    For commands that read their defaults from a file, whose path is itself an option.
 
     Args:
         options: a dataclass; it is not instantiated.
@@ -72,7 +72,7 @@ def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
 
 
 def option_helps(options: type[Any]) -> dict[str, str]:
-    """Returns field -> help text of an options dataclass, from the ``Attributes`` in its and its bases' docstrings."""
+    """Returns field -> help text of an options dataclass, from ``Attributes`` in its and its bases' docstrings."""
     found = {}
     for each in reversed(options.__mro__):
         for entry in docstring_parser.parse(each.__doc__ or "").params:

@@ -24,7 +24,7 @@ class ConvertOptions:
         classes: path to a text file with one class name per line, in the order of the logits. If not given, the
             checkpoint's own names, ImageNet's WordNet IDs for 1000 classes, or numbers for any other count.
         exif: whether to apply the orientation that image files declare or to ignore it, as published results did. If
-            not given, as the bundle says, and apply for other files.
+            not given, the bundle's setting, or apply for other files.
         half: store the weights in float16, at half the size; they are loaded as float32.
     """
 

@@ -1,4 +1,4 @@
-"""Errors and warnings of one line for the user."""
+"""One-line errors and warnings for the user."""
 
 from __future__ import annotations
 

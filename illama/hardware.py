@@ -1,4 +1,4 @@
-"""Description of this machine, for reports."""
+"""Describes this machine, for reports and for choices based on a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from illama.inference import usable_cores
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns processor, cores, memory in GiB, operating system, Python version and GPU."""
+    """Returns the processor, cores, memory in GiB, operating system, Python version and GPU."""
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),

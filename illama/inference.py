@@ -1,4 +1,4 @@
-"""Logits of whole splits, and their top-1 accuracy."""
+"""Computes the logits of whole splits, and their top-1 accuracy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from illama.data.datasets import Sample, Transform, Transformed
 
-Infer = Callable[[np.ndarray], np.ndarray]
-_CALLS = 10  # consecutive calls of one model
+Infer = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) float32 -> logits
+_CALLS = 10  # number of consecutive calls of one model
 
 
 def usable_cores() -> int:
@@ -73,7 +73,7 @@ def predict_chunks(
         chunks: image indices; no chunk is empty.
         batch: images per call of a model, all from the same chunk.
         workers: number of processes that read images in advance.
-        advance: called with the number of images that are done since the last call.
+        advance: called with the number of images finished since the last call.
     """
     calls = [[list(chunk[start : start + batch]) for start in range(0, len(chunk), batch)] for chunk in chunks]
     in_order = [call for each in calls for call in each]
@@ -107,10 +107,10 @@ def top1(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def chance_note(name: str, percent: float, classes: int) -> str:
-    """Returns a note if a float network's top-1 is at chance level, and an empty string if it is not.
+    """Returns a warning if a float network's top-1 is near chance, and an empty string otherwise.
 
     Args:
-        percent: its top-1. Up to a tenth of the way from chance to 100% counts as chance level.
+        percent: the network's top-1; near chance means below chance + (100 - chance) / 10.
     """
     chance = 100 / classes
     if percent >= chance + (100 - chance) / 10:

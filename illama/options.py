@@ -15,13 +15,13 @@ ClassOrder = Literal["words", "natural"]
 
 @dataclass(frozen=True)
 class Constraints:
-    """Limits on the engine to deploy; None for no limit.
+    """Limits that the chosen engine must satisfy; None for no limit.
 
     Attributes:
-        batch: images per call.
-        latency_ms: median latency (p50) of one call of ``batch`` images.
-        drop: accuracy drop in points of top-1, at the upper end of its 95% confidence interval.
-        megabytes: size of the deployed file in 10^6 bytes.
+        batch: batch size that the latency limit applies to.
+        latency_ms: limit on the median latency (p50) of one call, in milliseconds.
+        drop: limit on the accuracy drop in points of top-1, at the upper end of its 95% confidence interval.
+        megabytes: limit on the size of the deployed file, in 10^6 bytes.
     """
 
     batch: int = 1
@@ -49,14 +49,14 @@ class BenchmarkOptions:
 
     Attributes:
         batches: batch sizes to time; --max-latency-ms applies to the first.
-        seconds: approximate time in seconds to spend on each batch size.
+        seconds: approximate duration of the benchmark of each batch size, in seconds.
         threads: number of CPU threads. If not given, one per core.
         max_latency_ms: largest acceptable median latency of one call, in milliseconds.
         max_drop: largest acceptable accuracy drop in points of top-1, at the upper end of its 95% confidence interval.
         max_megabytes: largest acceptable size of the deployed file, in 10^6 bytes.
         also: folders with results of other commands, such as runs/robustness, to include in the report.
-        fail_on_regression: path to an earlier report.json; exit with status 1 if anything is worse than in it.
-        seed: seed of the confidence intervals and of the order in which engines are timed.
+        fail_on_regression: path to an earlier report.json; exit with status 1 if any result is worse.
+        seed: random seed of the confidence intervals and of the order in which engines are timed.
         out: folder of the report.
     """
 

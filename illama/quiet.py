@@ -1,4 +1,4 @@
-"""Context managers that drop messages of libraries, and restore loggers and warning filters at the end."""
+"""Context managers that hide messages of libraries, and restore loggers and warning filters at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-# Messages of every normal run: logger -> part of the message, and starts of warnings.
+# Messages that every normal run gives: logger -> part of its message, and regular expressions of warnings.
 _LOGS = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     "torch.utils._pytree": "Calling register_constant() on Enum subclasses is deprecated",  # by torchao
@@ -21,7 +21,7 @@ _WARNINGS = (
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Drops the messages that PyTorch, torchao and nvidia-modelopt give on every normal run, and no others."""
+    """Hides the messages that PyTorch, torchao and nvidia-modelopt give on every normal run, and no others."""
 
     def drop(text: str, record: logging.LogRecord) -> bool:
         return text not in record.getMessage()
@@ -41,7 +41,7 @@ def without_noise() -> Iterator[None]:
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """Drops all warnings, and the records below ERROR of the loggers named."""
+    """Hides all warnings, and the given loggers' records below ERROR."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone, and leave the process's global generators as they were."""
+"""Random numbers that depend only on a key; the process's global generators keep their states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions of a segmentation network for whole images, by a sliding window, and their scores."""
+"""Predictions for whole images by a segmentation network in a sliding window, and their scores."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from illama.data.datasets import Preprocessing
 from illama.errors import UserError
 from illama.inference import Infer
 
-_WINDOWS = 8  # per call
+_WINDOWS = 8  # number of windows per call
 
 
 @dataclass(frozen=True)
 class Views:
-    """The scaled and mirrored views of an image whose predictions are averaged.
+    """How an image is presented to the network: scaled, mirrored, and in windows. Predictions are averaged.
 
     Attributes:
-        scales: factors on the preprocessing's length of the shorter side; probabilities are averaged over them.
-        flip: whether to add each view's mirror image.
-        overlap: overlap of neighboring windows as a fraction of their side; logits are averaged there.
+        scales: each scale multiplies the preprocessing's resize of the shorter side; probabilities are averaged.
+        flip: whether to add the mirror image at each scale.
+        overlap: overlap of neighboring windows as a fraction of a window's side; logits are averaged there.
 
     Raises:
         UserError: there is no scale, a scale is not positive, or the overlap is outside 0..1.
@@ -50,10 +50,10 @@ class Scores:
     """Scores in percent over all pixels that belong to a class.
 
     Attributes:
-        miou: mean intersection over union of the classes that occur in the annotations or the predictions.
+        miou: mean intersection over union of the classes that are in the labels or predicted.
         pixel_accuracy: share of correct pixels (aAcc).
-        mean_accuracy: share of correct pixels of each annotated class, averaged over these classes (mAcc).
-        iou: intersection over union of each class; None for one that does not occur.
+        mean_accuracy: share of correct pixels of each class in the labels, averaged over these classes (mAcc).
+        iou: intersection over union of each class; None if it is neither in the labels nor predicted.
     """
 
     miou: float
@@ -63,7 +63,7 @@ class Scores:
 
     @classmethod
     def of(cls, counts: np.ndarray) -> Scores:
-        """Returns the scores of :func:`count_pixels`'s result (3, classes), summed over images.
+        """Returns the scores from the sums of :func:`count_pixels` over images, (3, classes).
 
         Raises:
             UserError: no pixel belongs to a class.
@@ -83,18 +83,18 @@ class Scores:
 
 
 def class_ious(counts: np.ndarray) -> np.ndarray:
-    """Returns the IoU per class in percent, (..., classes), from counts (..., 3, classes); NaN for an empty union."""
+    """Returns each IoU in percent, (..., classes), from counts (..., 3, classes); NaN if the union is empty."""
     right, true, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
     union = true + predicted - right
     return 100 * np.divide(right, union, out=np.full_like(union, np.nan), where=union > 0)
 
 
 def count_pixels(predicted: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
-    """Returns one image's numbers of correct, annotated and predicted pixels of each class, (3, classes).
+    """Returns the numbers of correct, labeled and predicted pixels of each class in one image, (3, classes).
 
     Args:
         predicted: class indices.
-        true: annotated class indices of the same shape; pixels that are IGNORED here are not counted.
+        true: class indices of the labels, of the same shape; pixels with the index IGNORED are not counted.
     """
     counted = true != IGNORED
     predicted, true = predicted[counted], true[counted]
@@ -111,7 +111,7 @@ def score_images(
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Returns :func:`count_pixels` of each model for every image, (n, 3, classes); each image is read once.
+    """Returns the :func:`count_pixels` of every image for each model, (n, 3, classes). Each image is read once.
 
     Args:
         images: a :class:`illama.data.ade20k.LabelMaps`.
@@ -169,7 +169,7 @@ def _slide(infer: Infer, pixels: Tensor, size: int, overlap: float) -> Tensor:
 
 
 def window_starts(length: int, size: int, overlap: float) -> Sequence[int]:
-    """Returns the evenly spaced first pixels of windows along a side; the last window ends with the side."""
+    """Returns the first pixel of each window along a side, in even steps; the last window ends where the side ends."""
     step = max(1, round(size * (1 - overlap)))
     rest = max(0, length - size)
     return [min(position, rest) for position in range(0, rest + step, step)]

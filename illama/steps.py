@@ -1,4 +1,4 @@
-"""The duration of each step of a command."""
+"""Measures the duration of each step of a command."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 
 class Steps:
-    """Measures the steps of a command.
+    """Durations of the steps of a command.
 
     Attributes:
-        seconds: step -> its duration so far, the current step included.
+        seconds: step -> its duration in seconds so far, including the current step.
     """
 
     def __init__(self) -> None:

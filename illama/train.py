@@ -1,4 +1,4 @@
-"""Train an iLLaMA by a recipe: python illama/train.py --recipe in1k-tiny --data /imagenet
+"""Train an iLLaMA from a recipe: python illama/train.py --recipe in1k-tiny --data /imagenet
 
 On several GPUs: torchrun --nproc-per-node 8 illama/train.py --recipe in1k-tiny --data /imagenet
 

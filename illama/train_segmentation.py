@@ -1,6 +1,6 @@
 """Train a UperNet on an iLLaMA: python illama/train_segmentation.py --init runs/illama-tiny --data ADEChallengeData2016
 
-The trainer is that of illama/train.py: the same command resumes an interrupted run, and torchrun starts it on several
+It uses the trainer of illama/train.py: the same command resumes an interrupted run, and torchrun starts it on several
 GPUs.
 """
 
@@ -24,7 +24,7 @@ _NotApplicable = Annotated[Value, tyro.conf.Fixed, tyro.conf.Suppress]
 
 @dataclass(frozen=True)
 class SegmentationOptions(Recipe):
-    """Train a UperNet, whose backbone starts from --init, on a folder in ADE20K's layout.
+    """Train a UperNet, whose backbone is initialized from --init, on a folder in ADE20K's layout.
 
     Image size, optimizer, learning rate and weight decay are the paper's. The paper gives no batch size, epochs or
     warm-up: those here amount to the usual 160,000 steps of 16 images, of which 1,500 are warm-up, on ADE20K.

@@ -1,4 +1,4 @@
-"""From a loaded checkpoint to the content of a bundle."""
+"""Converts a loaded checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from illama.options import Exif
 def write_converted(
     checkpoint: ILLaMACheckpoint, classes: Sequence[str], folder: Path, exif: Exif | None = None, half: bool = False
 ) -> None:
-    """Writes manifest and weights of a checkpoint into the folder of a bundle.
+    """Writes a checkpoint's manifest and weights into the folder of a bundle.
 
     Args:
         classes: class names in the order of the logits.
-        exif: how orientations are read; if not given, as the checkpoint says, and ``apply`` if it does not.
+        exif: see :class:`Preprocessing`. If not given, the checkpoint's, or ``apply`` if it has none.
         half: whether weights are stored in float16; raises UserError for a value outside its range.
     """
     config = checkpoint.model.config
@@ -45,8 +45,8 @@ def write_converted(
 def class_names(file: Path | None, checkpoint: ILLaMACheckpoint) -> list[str]:
     """Returns the class names in the order of the logits.
 
-    They are the lines of ``file``. If it is not given: the checkpoint's own names, ImageNet's WordNet IDs for 1000
-    classes (n01440764, the folder names that data sets in ImageNet's layout are compared with), or numbers.
+    They are the lines of ``file``. If it is not given, they are the checkpoint's own names, ImageNet's WordNet IDs for
+    1000 classes (such as n01440764, the folder names in ImageNet's layout), or numbers.
 
     Raises:
         UserError: the file cannot be read, or does not have a name for each class.

@@ -8,10 +8,10 @@ without regard to their structure. Here the layers are evenly spaced, too, and t
 - Whole heads are selected, and inside a head whole RoPE pairs, the same ones for q, k, v and the output projection.
   Pair j of a head of size D rotates at theta^(-2j/D). Every second pair of D = 128 therefore rotates at
   theta^(-4j/128) = theta^(-2j/64), which are the frequencies of a head of size 64, so each pair keeps its frequency.
-  (This holds for theta = 10000, as in LLaMA 1 and 2; a LLaMA with another theta is used all the same.)
+  (This holds for theta = 10000, as in LLaMA 1 and 2; another theta is not refused.)
 - Hugging Face stores pair j of a head in rows j and j + D/2, and this project in rows 2j and 2j + 1.
 
-A LLaMA has no biases, patch embedding, position embedding, class token or head, so these are not changed.
+A LLaMA has no biases, patch embedding, position embedding, class token or head, so the model's are not changed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def initialize_from_llama(model: ILLaMA, folder: Path) -> None:
     with the LLaMA.
 
     Args:
-        model: network with RMSNorm and SwiGLU, in no dimension larger than the LLaMA.
+        model: network with RMSNorm and SwiGLU; none of its dimensions may exceed the LLaMA's.
         folder: folder with ``config.json`` and ``model.safetensors``, or shards and ``model.safetensors.index.json``.
             With grouped-query attention, each selected query head uses the keys and values of its group.
 
@@ -77,7 +77,7 @@ class LlamaConfig:
 
     @classmethod
     def read(cls, folder: Path) -> LlamaConfig:
-        """Reads the sizes; raises UserError if the file is missing, damaged or of another type of network."""
+        """Reads the sizes; raises UserError if the file is missing, damaged or describes another network."""
         values = _read_json(folder / "config.json")
         if values.get("model_type") != "llama":
             raise UserError(f"{folder} contains a model of type {values.get('model_type')!r}, not 'llama'")
@@ -97,7 +97,7 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The rows and columns to select from one tensor; a vector has no columns. ``shape`` is the whole tensor's."""
+    """The rows and columns to select from one tensor of shape ``shape``; a vector has no columns."""
 
     name: str
     shape: tuple[int, ...]
@@ -106,7 +106,7 @@ class _Piece:
 
 
 def evenly_spaced(count: int, of: int) -> Tensor:
-    """Returns ``count`` indices out of 0..of - 1, int64, as weight selection does.
+    """Returns the ``count`` indices out of 0..of - 1 that weight selection takes, int64.
 
     If ``count`` divides ``of``, they have a constant step from 0 on; otherwise they are rounded from 0 to of - 1.
     """
@@ -128,7 +128,7 @@ def _check_sizes(llama: LlamaConfig, model: ModelConfig) -> None:
 
 
 def _mapping(llama: LlamaConfig, model: ModelConfig) -> Iterator[tuple[str, list[_Piece]]]:
-    """Yields the name of each parameter and the selections whose concatenation along the rows is its value."""
+    """Yields each parameter's name, and the selections whose concatenation along the rows is its value."""
     residual = evenly_spaced(model.width, llama.width)
     hidden = evenly_spaced(model.hidden, llama.hidden)
     query, key = _head_rows(llama, model)
@@ -153,7 +153,7 @@ def _head_rows(llama: LlamaConfig, model: ModelConfig) -> tuple[Tensor, Tensor]:
     """Returns the rows of q_proj, and of k_proj and v_proj, in the order of the model's rows: (model.width,) each."""
     heads = evenly_spaced(model.heads, llama.heads)
     pairs = evenly_spaced(model.head_dim // 2, llama.head_dim // 2)
-    within = torch.stack([pairs, pairs + llama.head_dim // 2], dim=1).flatten()  # half-split rows, interleaved
+    within = torch.stack([pairs, pairs + llama.head_dim // 2], dim=1).flatten()  # from half-split to interleaved rows
     shared = heads // (llama.heads // llama.key_value_heads)
     query, key = ((which[:, None] * llama.head_dim + within).flatten() for which in (heads, shared))
     return query, key
@@ -179,8 +179,7 @@ def _files(folder: Path) -> dict[str, str]:
 def _select(folder: Path, files: dict[str, str], piece: _Piece) -> Tensor:
     """Returns the selected rows and columns in float32.
 
-    The file is opened for each tensor: it is mapped into memory, and its pages count as this process's memory as long
-    as it is open.
+    The file is opened anew for each tensor: while it is open, its mapped pages count as memory of this process.
     """
     if piece.name not in files:
         raise UserError(f"{folder} has no tensor {piece.name}: it is not a LLaMA in Hugging Face's format")
@@ -196,8 +195,8 @@ def _select(folder: Path, files: dict[str, str], piece: _Piece) -> Tensor:
         raise _damaged(path) from error
     if tuple(whole.shape) != piece.shape or not whole.is_floating_point():
         raise UserError(
-            f"{path}: {piece.name} is {whole.dtype} of shape {tuple(whole.shape)}, and by config.json it must be float "
-            f"of shape {piece.shape}"
+            f"{path}: {piece.name} is {whole.dtype} of shape {tuple(whole.shape)}, but config.json requires "
+            f"float of shape {piece.shape}"
         )
     selected = whole[piece.rows]
     selected = (selected if piece.columns is None else selected[:, piece.columns]).float()

@@ -1,4 +1,4 @@
-"""Loads an iLLaMA's weights from a bundle, a .safetensors or a .pth file, checks them, and writes them.
+"""Writes an iLLaMA's weights with their config, and loads them from a bundle, a .safetensors or a .pth file.
 
 Weights of timm's ViTs are loaded by :mod:`illama.checkpoints.timm_checkpoint`.
 """
@@ -30,19 +30,19 @@ from illama.models.illama import ILLaMA
 CONFIG_METADATA = "illama_config"  # key in the metadata of a .safetensors file; the value is JSON
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 _NOT_IN_SHAPES = ("mask", "class_token", "position", "class_sees_all")
-# File name -> "module:function" that loads it from its bundle. Given by name, so that this package imports no higher
-# layer.
+# File name -> "module:function" that loads it from its bundle. Named as strings, to avoid importing packages that
+# depend on this one.
 _READERS = {TORCHAO: "quant.quantizers.torchao_backend:load_torchao"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network and what is needed to use it.
+    """A trained network with its preprocessing and class names.
 
     Attributes:
         model: the network, in evaluation mode, on the CPU, in float32.
-        preprocessing: preprocessing of its training, at the model's image size; None if the file does not have it.
-        classes: class names in the order of the logits; empty if the file does not have them.
+        preprocessing: preprocessing used in training, at the model's image size; None if the file has none.
+        classes: class names in the order of the logits; empty if the file has none.
         weights: path to the file of the weights.
     """
 
@@ -61,7 +61,7 @@ class ILLaMACheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class _Stored:
-    """The checked content of a file: a float32 state dict that is finite and fits the config."""
+    """The checked content of a file: a finite float32 state dict that matches the config."""
 
     state: dict[str, Tensor]
     config: ModelConfig
@@ -74,17 +74,17 @@ def load_checkpoint(path: Path, config: ModelConfig | None = None, image_size: i
     """Loads a bundle, a .safetensors file, or a .pth file of the released code (key ``model``).
 
     A bundle contains its config, and so does a file of :func:`write_weights`. For any other .safetensors file, the
-    config is inferred from the shapes, with a head dimension of 64 and the released code's mask and positions; if that
-    is wrong, pass ``config``. A .pth file is assumed to be a released one, which fixes its mask and layout.
+    config is inferred from the shapes, assuming a head dimension of 64 and the released code's mask and positions; if
+    that is wrong, pass ``config``. A .pth file is assumed to be a released one, with the released mask and layout.
 
     Args:
-        config: config that the file must have; it is used where the file contains none.
+        config: expected config; needed only if the file has none and the inferred one would be wrong.
         image_size: side length of the input in pixels, a multiple of the patch size. Position embeddings are
             interpolated (:func:`resize_positions`), and the preprocessing is adapted. Defaults to the file's own.
 
     Raises:
-        UserError: the file is missing or truncated, has values that are not finite, has another config or is of
-            another network, or is a pickle with more than tensors.
+        UserError: the file is missing or truncated, has values that are not finite, has another config, belongs
+            to another network, or is a pickle with more than tensors.
     """
     stored = _read(Path(path), config)
     if image_size is not None:
@@ -95,7 +95,7 @@ def load_checkpoint(path: Path, config: ModelConfig | None = None, image_size: i
 
 
 def load_network(path: Path) -> MaskedNetwork:
-    """Loads the network of a bundle or of one of its files, in evaluation mode; also files that ``quant`` wrote.
+    """Loads the network of a bundle or of one of its files, in evaluation mode, including files of ``quant``.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -111,22 +111,22 @@ def initialize_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:
     """Loads a checkpoint's weights into ``model`` for fine-tuning; returns the names of parameters that are not loaded.
 
     The image size (position embeddings are interpolated), the color channels and, with ``new_head``, the classes may
-    differ from the checkpoint's. A patch kernel for 1 channel is distributed over 3, and one for 3 is summed into 1, so
-    that gray images give the same result.
+    differ from the checkpoint's. A patch kernel of 1 channel is divided among 3, and one of 3 is summed into 1, so that
+    gray images give the same result.
 
     Args:
         path: path to anything that :func:`load_checkpoint` accepts.
-        new_head: whether to leave the head as it is.
+        new_head: whether to keep the head of ``model`` instead of loading the checkpoint's.
 
     Raises:
-        UserError: see :func:`load_checkpoint`; or the configs differ in anything else.
+        UserError: see :func:`load_checkpoint`; also if the configs differ in anything else.
     """
     stored = _read(Path(path))
     must_agree = stored.config.to_dict().keys() - {"image_size", "in_channels", "num_classes" if new_head else ""}
     differences = _differences(stored.config, model.config, must_agree)
     if differences:
         hint = "; different classes need --new-head" if differences.startswith("num_classes") else ""
-        raise UserError(f"{path} cannot start this network: it has {differences}{hint}")
+        raise UserError(f"{path} cannot initialize this network: it has {differences}{hint}")
     state = dict(_resize(stored, model.config.image_size).state)
     state[PATCHES] = _match_channels(state[PATCHES], model.config.in_channels, path)
     left = [name for name in model.state_dict() if new_head and name.startswith("head.")]
@@ -140,7 +140,7 @@ def write_weights(state: Mapping[str, Tensor], config: ModelConfig, path: Path) 
     The same weights and config give the same bytes.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    # A single key, since safetensors writes several in no fixed order.
+    # Only one key, since safetensors writes several keys in no fixed order.
     content = safetensors.torch.save(tensors, {CONFIG_METADATA: json.dumps(config.to_dict())})
     path.write_bytes(content)
 
@@ -164,7 +164,7 @@ def resize_positions(table: Tensor, side: int, class_token: ClassToken = "last")
 
     Bicubic, ``align_corners=False``, without antialiasing, as the released code and DeiT do before fine-tuning at
     another resolution. (timm now antialiases, which changes the kernel when enlarging, too.) The class token's row is
-    not changed. If S is ``side``, the table itself is returned.
+    not changed. If S equals ``side``, returns ``table`` itself.
     """
     at = table.shape[1] - 1 if class_token == "last" else 0
     patches, row = torch.cat([table[:, :at], table[:, at + 1 :]], dim=1), table[:, at : at + 1]
@@ -190,7 +190,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
             if {"model", "average", "step"} <= content.keys():
                 raise UserError(f"{path} is the state of a training run, without its config: use the run's bundle")
-            state = content.get("model", content.get("state_dict", content))  # the released code and DeiT, timm
+            state = content.get("model", content.get("state_dict", content))  # of the released code and DeiT; of timm
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} contains more than tensors and was not loaded: save only its state dict") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError, LookupError, OSError) as error:
@@ -207,7 +207,7 @@ def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
     """Infers the config of a released state dict: class token last, mask after the softmax, RoPE.
 
     Raises:
-        UserError: names or shapes are another network's, or the position table is missing or does not fit a square
+        UserError: names or shapes do not match an iLLaMA's, or the position table is missing or does not fit a square
             grid and a class token.
     """
     _refuse_timm_vit(state, path)
@@ -216,7 +216,7 @@ def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         num_classes = len(state["head.weight"])
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is not an iLLaMA checkpoint: its parameters have other names or shapes") from error
+        raise UserError(f"{path} is not an iLLaMA checkpoint: parameter names or shapes do not match") from error
     return ModelConfig(
         image_size=_grid_side(state, path) * patch_size,
         patch_size=patch_size,
@@ -266,7 +266,7 @@ def _stored_config(weights: Path, manifest: Manifest | None) -> ModelConfig | No
 
 
 def _refuse_unreleased(asked: ModelConfig, released: ModelConfig, path: Path) -> None:
-    """Raises UserError for differences that do not show in the shapes."""
+    """Raises UserError for config values that shapes cannot reveal."""
     differences = _differences(released, asked, _NOT_IN_SHAPES)
     if differences:
         raise UserError(
@@ -298,7 +298,7 @@ def _grid_side(state: Mapping[str, Tensor], path: Path) -> int:
 
 
 def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, what: str) -> None:
-    """Raises UserError for a state dict whose names, shapes or dtypes do not fit ``what``."""
+    """Raises UserError for a state dict whose names, shapes or dtypes do not match ``what``."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
             raise UserError(f"{path} does not fit {what}: {name} is {'missing' if name in expected else 'unknown'}")
@@ -310,7 +310,7 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pat
 
 
 def _resize(stored: _Stored, image_size: int) -> _Stored:
-    """Returns the same weights for another image size; tensors that do not depend on it are shared."""
+    """Adapts the weights to another image size; shares the tensors that do not depend on it."""
     if image_size == stored.config.image_size:
         return stored
     config = replace(stored.config, image_size=image_size)
@@ -323,7 +323,10 @@ def _resize(stored: _Stored, image_size: int) -> _Stored:
 
 
 def _resize_preprocessing(old: Preprocessing, image_size: int) -> Preprocessing:
-    """Adapts a preprocessing: ImageNet's stays ImageNet's; others keep the crop's share, and warp from 384 pixels."""
+    """Returns a preprocessing for another image size.
+
+    ImageNet's is computed anew. Any other keeps the ratio of resize to crop; from 384 pixels on, it has no crop.
+    """
     if old == replace(Preprocessing.imagenet(old.image_size, old.in_channels), exif=old.exif):
         return replace(old, image_size=image_size, resize=Preprocessing.imagenet(image_size).resize)
     crops = old.resize is not None and image_size < 384

@@ -33,23 +33,23 @@ class TimmCheckpoint(Checkpoint):
 def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheckpoint:
     """Loads a timm ViT's weights from a .safetensors or .pth file in timm's format.
 
-    The network is that of ``timm.create_model(name)``, with the classes, channels and image size of the shapes;
-    nothing is downloaded. Other options of ``create_model`` change names or shapes, which are checked, except for a few
-    that only change the computation (another ``global_pool`` without its own norm).
+    The network is ``timm.create_model(name)``, with classes, channels and image size inferred from the shapes; nothing
+    is downloaded. Most other options of ``create_model`` change names or shapes, so weights that need them are refused.
+    A few change only the computation and cannot be noticed (such as another ``global_pool`` without its own norm).
 
-    The preprocessing is timm's for the name and its tag, but always bicubic (two of timm's ViTs are bilinear), and
-    warped to the image size where timm squashes. Class folders are in timm's natural order.
+    The preprocessing is timm's for the name and its tag, but resizing is always bicubic (two of timm's ViTs use
+    bilinear), and images are warped where timm's crop mode is ``squash``. Class folders are in timm's natural order.
 
     Args:
         name: timm's name of the model, with or without a tag.
         path: path to the state dict, or to a ``.pth`` file with the key ``model`` or ``state_dict``. It must contain a
             classifier.
         image_size: side length of the input in pixels, a multiple of the patch size; position embeddings are
-            interpolated as timm does. Defaults to the file's own, and without a position table to timm's.
+            interpolated as timm does. Defaults to the file's own, or to timm's if it has no position table.
 
     Raises:
-        UserError: the file is missing or truncated, has values that are not finite, or is of another network; or the
-            name is not that of a timm ViT that :func:`illama.models.timm_vit.to_quantizable` accepts.
+        UserError: the file is missing or truncated, has values that are not finite, or belongs to another network; or
+            the name is not that of a timm ViT that :func:`illama.models.timm_vit.to_quantizable` accepts.
     """
     path = Path(path)
     _refuse_ours(path, name)
@@ -82,7 +82,7 @@ def _refuse_ours(path: Path, name: str) -> None:
 
 
 def _timm_outline(name: str) -> VisionTransformer:
-    """Returns timm's network of that name, without memory; raises UserError if it is not one of timm's ViTs."""
+    """Returns timm's network ``name`` on the meta device; raises UserError if it is not one of timm's ViTs."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists them"
@@ -123,7 +123,7 @@ def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Pat
 
 
 def _timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) -> Preprocessing:
-    """Returns timm's preprocessing for the network; gray images get the means of the color channels' values."""
+    """Returns timm's preprocessing for the network; for gray images, mean and std are averaged over the colors."""
     timm_s = resolve_model_data_config(vit)
     mean, std = (tuple(timm_s[key]) for key in ("mean", "std"))
     if channels == 1:

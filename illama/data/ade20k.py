@@ -28,7 +28,7 @@ from illama.errors import UserError
 from illama.options import Exif
 from illama.randomness import isolated_randomness
 
-LONGEST = 32  # largest ratio of an image's sides
+LONGEST = 32  # maximum ratio of an image's longer side to its shorter side
 IGNORED = 255  # class index of pixels without a class
 _IMAGES = (".jpg", ".jpeg", ".png")
 
@@ -48,7 +48,7 @@ class SegmentationFolder(ImageSplits):
         self._test = LabelMaps(folder, "validation", len(self.classes), exif)
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
-        """Returns ImageNet's preprocessing; the shorter side is resized to ``image_size``, the side of a window."""
+        """Returns ImageNet's preprocessing, with the shorter side resized to ``image_size``, the side of a window."""
         return replace(super().preprocessing(image_size, in_channels), resize=image_size)
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
@@ -58,8 +58,8 @@ class SegmentationFolder(ImageSplits):
 class LabelMaps(Dataset[Any]):
     """A split of (image (3, H, W), classes (H, W)), both uint8, as torchvision's Image and Mask.
 
-    Reading an item raises UserError with its path if the image is broken or does not fit its annotation, or if one side
-    is more than LONGEST times the other: resizing its shorter side would take gigabytes.
+    Reading an item raises UserError with its path if the image is broken or does not match its annotation, or if one
+    side is more than LONGEST times the other, since resizing its shorter side would take gigabytes.
     """
 
     def __init__(self, folder: Path, split: str, classes: int, exif: Exif = "apply") -> None:
@@ -98,8 +98,8 @@ class LabelMaps(Dataset[Any]):
 class AugmentedMaps(Augmented):
     """Augmented images and their label maps, see :class:`Augmented`.
 
-    The shorter side is resized to 1/2 to 2 times the network's input, then cropped (and padded with the mean color and
-    ignored pixels where it is smaller), flipped, and distorted in color as in SSD (arXiv 1512.02325).
+    An image is resized so that its shorter side is 1/2 to 2 times the network's input. It is then cropped (padded with
+    the mean color and ignored pixels if too small), flipped, and distorted in color as in SSD (arXiv 1512.02325).
     """
 
     def __init__(self, images: Dataset[Sample], preprocessing: Preprocessing, seed: int) -> None:

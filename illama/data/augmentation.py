@@ -27,7 +27,7 @@ from illama.training.recipe import TrainingOptions
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
-    """Augmented images. The key is (epoch, index), which determines the augmentation together with the seed."""
+    """Augmented images. The key (epoch, index) and the seed determine the augmentation."""
 
     def __init__(self, images: Dataset[Sample], transform: Transform, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
@@ -42,11 +42,11 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
     """The micro-batches of one process, as lists of (epoch, index) keys, step by step.
 
     Args:
-        images: number of images; an epoch leaves out images that do not fill a step.
-        recipe: options of the run, which have the seed and the sizes of a micro-batch and a step.
+        images: number of images; in each epoch, images that do not fill a step are left out.
+        recipe: options of the run: seed, batch size and micro-batch size.
         start: first step.
-        stop: end of the steps.
-        rank: first micro-batch of this process in a step; the others follow at distances of ``processes``.
+        stop: last step, exclusive.
+        rank: rank of this process; it gets every ``processes``-th micro-batch of a step, from this one on.
         processes: number of processes.
 
     Raises:
@@ -108,10 +108,10 @@ def training_transform(recipe: TrainingOptions, preprocessing: Preprocessing) ->
 
 
 def _rand_augment(setting: str, preprocessing: Preprocessing) -> Any:
-    grey = tuple(round(255 * value) for value in (preprocessing.mean * 3)[:3])
+    mean_color = tuple(round(255 * value) for value in (preprocessing.mean * 3)[:3])
     try:
         translation = int(preprocessing.image_size * 0.45)  # as in timm
-        options = {"translate_const": translation, "img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
+        options = {"translate_const": translation, "img_mean": mean_color, "interpolation": Image.Resampling.BICUBIC}
         augment = rand_augment_transform(setting, options)
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(
@@ -129,5 +129,5 @@ def _one_bit_at_least(bits: Callable[..., tuple[int]], *level: Any) -> tuple[int
 
 
 def _as_rgb_picture(image: Any) -> Any:
-    """Converts to an RGB image of Pillow, which timm's RandAugment needs."""
+    """Converts an image to Pillow's RGB image, which timm's RandAugment needs."""
     return (v2.functional.to_pil_image(image) if isinstance(image, Tensor) else image).convert("RGB")

@@ -56,18 +56,18 @@ Transform = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image file becomes the network's input, and in which order class folders are read.
+    """How an image file is converted to the network's input, and in which order class folders are read.
 
     Attributes:
         image_size: side length of the network's input in pixels.
         in_channels: 1 (gray) or 3 (RGB).
         mean: mean per channel of pixels scaled to 0..1.
         std: standard deviation per channel of pixels scaled to 0..1.
-        resize: length to which the shorter side is resized (bicubic) before a center crop; None warps the image to
-            ``image_size`` without a crop, as the paper does from 384 pixels on.
+        resize: length to which the shorter side is resized (bicubic) before a center crop. If None, the image is warped
+            to ``image_size`` without a crop, as in the paper from 384 pixels on.
         exif: whether to apply the orientation that an image file declares.
-        class_order: order of class folders, as words (1, 10, 2) or natural (1, 2, 10) as in timm. It is not compared,
-            since it does not change the input.
+        class_order: order of class folders, as words (1, 10, 2) or natural (1, 2, 10) as in timm. It does not affect
+            images, so it is ignored in comparisons.
 
     Raises:
         UserError: a value is not supported, or resize is smaller than the image size.
@@ -92,10 +92,10 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Returns the preprocessing in a manifest; raises UserError if its fields are wrong.
+        """Builds a preprocessing from a manifest's JSON; raises UserError for missing or unknown fields.
 
-        A manifest without exif and class_order is older than these fields: it means exif ``ignore`` and class_order
-        ``words``.
+        A manifest without exif and class_order was written by a version without these fields, whose behavior was
+        ``ignore`` and ``words``.
         """
         try:
             fields = {"exif": "ignore", "class_order": "words", **values}
@@ -105,7 +105,7 @@ class Preprocessing:
 
     @classmethod
     def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:
-        """Returns the released code's: resize to 256/224 of the size and crop, or warp up to 32 and from 384."""
+        """Returns the released code's: resize to 256/224 and crop; without a crop up to 32 and from 384 pixels."""
         mean: tuple[float, ...] = (0.449,) if in_channels == 1 else (0.485, 0.456, 0.406)
         std: tuple[float, ...] = (0.226,) if in_channels == 1 else (0.229, 0.224, 0.225)
         return cls(
@@ -117,7 +117,7 @@ class Preprocessing:
         )
 
     def framing(self) -> list[Callable[[Any], Any]]:
-        """Returns the steps that bring an image to the network's size; the last is a resize to exactly this size."""
+        """Returns the steps that bring an image to the network's size; the last does nothing if the size is right."""
         bicubic = InterpolationMode.BICUBIC
         crop = [ResizeAndCrop(self.resize, self.image_size)] if self.resize else []
         return [*crop, v2.Resize([self.image_size, self.image_size], bicubic)]
@@ -135,14 +135,14 @@ class Preprocessing:
         """Returns a function from a PIL image or uint8 tensor (C, H, W) to a float tensor (in_channels, size, size).
 
         Args:
-            augment: steps that replace the crop; they come first and must return a square image.
+            augment: steps to use instead of the crop; they come first and must return a square image.
         """
         *crop, resize = self.framing()
         return v2.Compose([*(augment or crop), resize, *self.to_input()])
 
 
 class ImageData(Protocol):
-    """A data set; the items of its splits are (image, label) pairs, without any transform.
+    """A data set. Items of its splits are (image, label) pairs, without any transform.
 
     Attributes:
         name: name of the data set.
@@ -289,7 +289,7 @@ class ImageFolder(ImageSplits):
 
 
 class _ClassFolders(datasets.ImageFolder):
-    """One split of an image folder, decoded by :func:`decode_image`, with its classes in the given order."""
+    """A split of an image folder, with images read by :func:`decode_image` and classes in the given order."""
 
     def __init__(self, folder: Path, exif: Exif, class_order: ClassOrder) -> None:
         self.class_order = class_order
@@ -333,8 +333,8 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
     Args:
         spec: fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER or a folder in
             ImageNet's layout, see the docstring of this module.
-        exif: see :class:`Preprocessing`; for a trained network, use its bundle's.
-        class_order: see :class:`Preprocessing`; for a trained network, use its bundle's.
+        exif: see :class:`Preprocessing`; for a trained network, pass its bundle's setting.
+        class_order: see :class:`Preprocessing`; for a trained network, pass its bundle's setting.
 
     Raises:
         UserError: the data set is missing, or its files are incomplete, damaged or inconsistent.
@@ -359,7 +359,7 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
-    """A split with a transform; a broken image raises UserError with its path."""
+    """Applies a transform to a split; reading a broken image raises UserError with its path."""
 
     def __init__(self, images: Dataset[Sample], transform: Transform) -> None:
         self.images, self.transform = images, transform
@@ -377,7 +377,7 @@ def _load_image(path: str, exif: Exif) -> Image.Image:
 
 
 def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "images") -> Dataset[Sample]:
-    """Returns ``count`` evenly spaced images, or all for None; raises UserError, with ``what``, if there are fewer."""
+    """Returns ``count`` evenly spaced images, or all if None; raises UserError that names ``what`` if too few."""
     total = len(images)  # type: ignore[arg-type]
     if count is None:
         return images

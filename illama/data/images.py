@@ -1,4 +1,4 @@
-"""Decodes image files to upright images of 8 bits, and resizes and crops them within bounded memory."""
+"""Decodes image files to upright 8-bit images, and resizes and crops them in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from illama.options import Exif
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # a phone's MPO is opened as a JPEG
 MAX_SIDE = 1_000_000  # pixels; Pillow's table for a resize takes 32 bytes per pixel of a side
-MAX_RESIZED = 64_000_000  # pixels; of a larger resized image, only the crop is computed
+MAX_RESIZED = 64_000_000  # pixels; if a resized image would be larger, only its crop is computed
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _SIGNED, _WHITE_IS_ZERO = 2, 0  # values of _SAMPLE_FORMAT and _PHOTOMETRIC
 _AT_ONCE = 1 << 20  # pixels that are scaled in float64 at a time
@@ -33,19 +33,19 @@ def decode_image(
     mode: str | None = "RGB",
     max_pixels: int | None = None,
 ) -> Image.Image:
-    """Decodes an image file in one of :data:`FORMATS`, with any name, to 8 bits; of several frames, the first.
+    """Decodes an image file of one of :data:`FORMATS`, whatever its name, to 8 bits; only its first frame.
 
     Gray values of other depths are scaled to 8 bits by the depth that the file declares, and rounded: unsigned integers
     of n bits by 255 / (2^n - 1); signed ones by 255 / (2^(n - 1) - 1), negative values to 0; floats by 255, clipped to
-    0..1 first. Of 16-bit colors, Pillow keeps the upper 8 bits.
+    0..1 first. For 16-bit colors, Pillow keeps the upper 8 bits.
 
     Args:
         file: path or open file.
         name: returns the name of the image for messages.
-        exif: whether to apply the orientation that the file declares. Pillow always applies that of a TIFF.
-        mode: Pillow's mode; None for the file's values, neither scaled nor rotated. Then a file whose values Pillow
-            would scale (gray of 2 or 4 bits) counts as broken.
-        max_pixels: largest width times height. Defaults to Pillow's MAX_IMAGE_PIXELS. This and MAX_SIDE are checked
+        exif: whether to apply the orientation that the file declares. Pillow always applies a TIFF's.
+        mode: Pillow's mode of the result. If None, the file's values are neither scaled nor rotated, and a file whose
+            values Pillow would scale (gray of 2 or 4 bits) counts as broken.
+        max_pixels: limit on width times height. Defaults to Pillow's MAX_IMAGE_PIXELS. This and MAX_SIDE are checked
             before decoding.
 
     Raises:
@@ -85,7 +85,7 @@ def _read(file: str | BinaryIO, mode: str | None, limit: float) -> tuple[Image.I
 def _misread(image: Image.Image, mode: str | None) -> bool:
     """Returns whether Pillow would decode wrong values, or would scale values that must not be scaled."""
     tiles = str(getattr(image, "tile", ""))
-    swapped = "libtiff" in tiles and any(kind in tiles for kind in (";16BS", ";32BS", ";32BF"))  # by libtiff already
+    swapped = "libtiff" in tiles and any(kind in tiles for kind in (";16BS", ";32BS", ";32BF"))  # libtiff has done it
     return swapped or (mode is None and "L;" in tiles)
 
 
@@ -99,7 +99,7 @@ def _turn(picture: Image.Image, orientation: int) -> Image.Image:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Returns the FORMATS that this Pillow was built with; it raises KeyError for others."""
+    """Returns the FORMATS that this Pillow was built with; for others, Pillow raises KeyError."""
     Image.init()
     return tuple(each for each in FORMATS if each in Image.OPEN)
 
@@ -137,7 +137,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def crop_of_resized(old: tuple[int, int], short: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the place of a center crop in an image whose shorter side is resized, with torchvision's rounding.
+    """Returns the position of a center crop in an image whose shorter side is resized, rounded as in torchvision.
 
     Args:
         old: height and width in pixels.
@@ -162,7 +162,7 @@ def bicubic(old: int, new: int, first: int, count: int) -> tuple[int, np.ndarray
         count: number of pixels of the result to compute.
 
     Returns:
-        The first pixel that they depend on, and the weights (count, n) of the n pixels from it on, float64.
+        The first pixel of the input that is used, and the weights (count, n) of the n pixels from there on, float64.
     """
     scale = old / new
     reach = max(scale, 1.0)
@@ -180,8 +180,8 @@ class ResizeAndCrop:
     """Resizes the shorter side to ``short`` pixels, bicubic, then crops the center to ``size`` pixels.
 
     Takes a gray or RGB image, or a uint8 tensor (C, H, W), and returns what torchvision's Resize and CenterCrop return.
-    If the resized image would have more than :data:`MAX_RESIZED` pixels, only the crop is computed, and returned as an
-    image that is equal up to one gray level: so memory does not depend on the ratio of an image's sides.
+    If the resized image would have more than :data:`MAX_RESIZED` pixels, only the crop is computed, so that
+    memory does not depend on the ratio of an image's sides. The result then equals torchvision's up to one gray level.
     """
 
     short: int

@@ -47,7 +47,7 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 
 
 class ParquetImages(Dataset[Sample]):
-    """The images of a split's parquet shards, in the order of the shards; fast to read in order, slow at random.
+    """The images of a split's parquet shards, in the order of the shards; fast to read in order, slow in random order.
 
     Attributes:
         labels: labels of all images, (N,) int32.
@@ -80,7 +80,7 @@ class ParquetImages(Dataset[Sample]):
         return decode_image(content, lambda: self.describe(index), self.exif), int(self.labels[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": -1, "_rows": None}  # workers do not get the row group
+        return {**self.__dict__, "_group": -1, "_rows": None}  # the row group is not copied to workers
 
     def read(self, index: int) -> bytes:
         """Returns the encoded image file in a row."""
@@ -139,7 +139,7 @@ class UnpackedParquet(PackedImages):
 class ParquetFolder:
     """A folder in the layout of the datasets library and of Hugging Face.
 
-    Class names are those of the ClassLabel in the first test shard, or numbers if it has none.
+    Class names are taken from the ClassLabel in the first test shard; if it has none, they are numbers.
     """
 
     def __init__(self, folder: Path, exif: Exif = "apply") -> None:
@@ -197,7 +197,7 @@ def _cache_folder(images: ParquetImages) -> Path:
 
 
 def _unpack(images: ParquetImages, folder: Path) -> None:
-    """Writes all image files into one file, and an index of their positions, unless they are there already."""
+    """Writes all image files into one file, and an index of their positions, unless the folder exists."""
     needed = sum(path.stat().st_size for path in images.paths)
     advice = f"training needs {needed / 1e9:.1f} GB there to unpack the images; set XDG_CACHE_HOME to another folder"
     with ExitStack() as stack:

@@ -1,9 +1,9 @@
-"""WebDataset's tar shards, and what they share with parquet folders.
+"""Reads WebDataset's tar shards, and contains the functions that parquet folders share.
 
 The split of a shard is part of its path: train-0000.tar, train/0000.tar and imagenet1k-train-0000.tar belong to the
-training split. Images are read by index in any order, since each epoch's order is drawn from a seed. (WebDataset's own
-reader streams.) So all tar headers are scanned once, and the position of every image is kept: 20 bytes per image (26 MB
-for ImageNet), measured at 27 us per member (4 s for ImageNet's validation images, 100 s for its training images).
+training split. Images must be readable by index in any order, since a seed determines each epoch's order (WebDataset's
+own reader streams). So all tar headers are scanned once, and the position of every image is kept. This takes 20 bytes
+per image (26 MB for ImageNet) and 27 us per member (4 s for ImageNet's validation split, 100 s for its training split).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def find_shards(folder: Path, suffix: str) -> dict[str, list[Path]]:
     """Returns split ("train", "validation", ...) -> its shards under ``folder``, sorted by name.
 
     Raises:
-        UserError: there is no folder or no shard, or fewer shards than "-of-00010" in their names says.
+        UserError: there is no folder or no shard, or fewer shards than their names (as in "-of-00010") say.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
@@ -71,8 +71,8 @@ def train_shards(shards: dict[str, list[Path]], folder: Path) -> list[Path]:
 
 
 def name_classes(names: Sequence[str] | None, labels: np.ndarray, folder: Path) -> tuple[str, ...]:
-    """Returns the names, or numbers if there are none; raises UserError if they do not fit the labels."""
-    check_labels(labels, int(labels.max(initial=0)) + 1, folder)  # none is negative
+    """Returns ``names``, or numbers if there are none; raises UserError if they do not match the labels."""
+    check_labels(labels, int(labels.max(initial=0)) + 1, folder)  # refuses negative labels
     classes = tuple(names or (str(label) for label in range(int(labels.max()) + 1)))
     if len(classes) < 2:
         raise UserError(f"{folder} has one class only ({', '.join(classes)}): a classifier needs two or more")
@@ -107,7 +107,7 @@ def read_class_names(folder: Path) -> list[str] | None:
 class PackedImages(Dataset[Sample]):
     """Images at known positions in larger files, which can be read in any order by any number of workers.
 
-    A file is opened for each image, so that workers inherit no open files. This takes 35 us, and decoding milliseconds.
+    A file is opened for each image, so that workers inherit no open files. Opening takes 35 us, decoding milliseconds.
 
     Attributes:
         paths: paths to the files.
@@ -133,7 +133,7 @@ class PackedImages(Dataset[Sample]):
         return decode_image(content, lambda: self.describe(index), self.exif), int(place["label"])
 
     def describe(self, index: int) -> str:
-        """Returns where an image comes from, for messages."""
+        """Returns a description of where an image is stored, for messages."""
         raise NotImplementedError
 
 
@@ -189,7 +189,7 @@ def _scan(path: Path, number: int) -> Iterator[tuple[int, int, int, int]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise, it keeps all members in memory
                 folder, _, name = member.name.rpartition("/")
                 key, _, suffix = name.partition(".")
                 if suffix.lower() in IMAGE_SUFFIXES:
@@ -209,7 +209,7 @@ def _scan(path: Path, number: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _ends_here(path: Path, offset: int) -> bool:
-    """Returns whether zeros follow; tarfile does not notice if a file is cut or damaged between two members."""
+    """Returns whether a block of zeros follows; tarfile does not notice damage between two members."""
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)

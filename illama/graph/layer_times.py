@@ -66,13 +66,13 @@ def time_graphs(
     rounds: int = 10,
     calls: int = 10,
 ) -> dict[str, GraphTimes]:
-    """Times files in ONNX Runtime on the CPU. Every round runs each file, so that drift affects all alike.
+    """Times files in ONNX Runtime on the CPU. Every round runs each file, so that drift affects all files alike.
 
     Whole calls are timed without a profiler, and nodes with one. Times are medians over calls.
 
     Args:
         images: input of a call, (B, C, H, W) float32.
-        layers: layers that nodes are attributed to.
+        layers: layers to attribute nodes to.
         threads: number of threads; 0 for one per core.
     """
     plain, times = {name: cpu_session(path, threads) for name, path in paths.items()}, {name: [] for name in paths}  # type: ignore[var-annotated]
@@ -105,8 +105,8 @@ def _attribute(events: list[dict[str, Any]], call: float, layers: Mapping[str, A
 def read_layer_times(path: Path, layers: Mapping[str, Any]) -> GraphTimes:
     """Reads a TensorRT engine's layer times: a file of ``trtexec --exportProfile=FILE`` or of the profiler, in JSON.
 
-    The time of an engine's layer is divided equally among the layers that its name contains; a fused attention
-    contains both of its products. If the name contains no layer, the time is part of ``rest``.
+    The time of an engine's layer is divided equally among the layers that its name contains; that of a fused attention
+    kernel belongs to both of its products. If the name contains no layer, the time is part of ``rest``.
 
     Raises:
         UserError: the file is not a profile, or contains no layer of this network.

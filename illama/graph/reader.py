@@ -32,7 +32,7 @@ def load_graph(path: Path) -> ModelProto:
 
 
 class Index:
-    """The node that makes each value, the nodes that read it, and the constants of a graph."""
+    """Looks up the node that makes a value, the nodes that read it, and the constants of a graph."""
 
     def __init__(self, model: ModelProto) -> None:
         self.graph = model.graph
@@ -57,7 +57,7 @@ class Index:
 
 
 def precisions(model: ModelProto) -> dict[str, str]:
-    """Returns layer -> dtype of its product: ``int8``, ``fp8``, or the float dtype, with that of quantized weights."""
+    """Returns layer -> dtype of its product: ``int8``, ``fp8``, or the float dtype and that of quantized weights."""
     index = Index(model)
     shapes = onnx.shape_inference.infer_shapes(model).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*shapes.value_info, *shapes.input)}

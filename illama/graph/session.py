@@ -14,7 +14,7 @@ def cpu_session(
 ) -> onnxruntime.InferenceSession:
     """Returns a session that computes exactly what the graph specifies.
 
-    By default, ONNX Runtime rounds the float inputs of weights of 8 or 4 bits to 8 bits
+    By default, ONNX Runtime rounds the float inputs of layers with 8- or 4-bit weights to 8 bits
     (``session.qdq_matmulnbits_accuracy_level`` 4 in its documentation of session options). Level 1 keeps them in
     float32.
 
@@ -22,8 +22,8 @@ def cpu_session(
         model: path to the file, or its content.
         threads: number of threads within an operator; 0 for one per core.
         profile: prefix of the file that ``end_profiling`` writes.
-        fused: whether the graph is one for TensorRT. Then two optimizations of ONNX Runtime are disabled: one rounds a
-            quantized convolution's bias to integers that exceed half precision, the other removes a Relu before a
+        fused: whether the graph is one for TensorRT. If so, two optimizations of ONNX Runtime are disabled: one rounds
+            a quantized convolution's bias to integers that exceed half precision, the other removes a Relu before a
             QuantizeLinear to FP8.
     """
     options = onnxruntime.SessionOptions()

@@ -1,14 +1,14 @@
-"""Attention with iLLaMA's causal mask, in a plain and a fused form.
+"""Attention with iLLaMA's causal mask, which is easily confused with a language model's.
 
 The paper's equation 2 multiplies the mask AFTER the softmax and does not renormalize:
 
     O = (softmax(q k^T / sqrt(d)) * S) v        S = alpha * ones + (1 - alpha) * tril
 
 So the denominator of every row still sums over future tokens. The causal mask of a language model (equation 1,
-``is_causal=True``) is a different function on every row but the last. A checkpoint that was trained with one of them
-gives wrong results with the other, without any error. ``docs/attention-mask.md`` has a figure.
+``is_causal=True``) gives other results on every row but the last. A checkpoint that was trained with one mask gives
+wrong results with the other, without an error. ``docs/attention-mask.md`` has a figure.
 
-Fused kernels can compute the same function as a single scaled-dot-product attention over 2N keys with a boolean
+A fused kernel can compute the same function as a single scaled-dot-product attention over 2N keys with a boolean
 pre-softmax mask:
 
     K' = [K ; K]        V' = [V ; alpha V]        allowed = [ tril | not tril ]      (N x 2N)
@@ -40,9 +40,9 @@ class AttentionMask:
     """The mask of one forward pass, for M query rows and N keys.
 
     Attributes:
-        kind: which of the three masks; ``bidirectional`` if nothing is masked.
+        kind: one of the three masks; ``bidirectional`` masks nothing.
         causal: (M, N) boolean, true where the query may attend to the key.
-        alpha: the soft mask's weight of future keys, a scalar tensor; None means 0 (hard mask).
+        alpha: weight of future keys in the soft mask, a scalar tensor; None means 0 (hard mask).
     """
 
     kind: MaskKind
@@ -68,8 +68,8 @@ class MaskedAttention(nn.Module):
     """Attention of q, k and v with any of the masks. Has no parameters.
 
     Attributes:
-        form: ``plain`` (MatMul, softmax, mask, MatMul), for quantizers, which need the softmax output, and for ONNX
-            Runtime on CPUs; ``fused`` (one scaled-dot-product attention), for GPUs and TensorRT; or None for
+        form: ``plain`` (MatMul, softmax, mask, MatMul) is for quantizers, which need the softmax output, and for ONNX
+            Runtime on CPUs. ``fused`` (one scaled-dot-product attention) is for GPUs and TensorRT. None selects
             :func:`fastest_form`.
     """
 
@@ -82,7 +82,7 @@ class MaskedAttention(nn.Module):
         """Computes attention: q (B, H, M, d), k and v (B, H, N, d) -> (B, H, M, d).
 
         Args:
-            dropout: dropout rate of the attention weights, in training and evaluation mode alike.
+            dropout: dropout rate of the attention weights, applied in evaluation mode too.
         """
         form = self.form or fastest_form(q, mask)
         return (self._fused if form == "fused" else self._plain)(q, k, v, mask, dropout)
@@ -101,7 +101,7 @@ class MaskedAttention(nn.Module):
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float) -> Tensor:
         allowed: Tensor | None = None
-        # Not scaled by the operator, since TensorRT's fused attention has no scale, and a quantizer of q must get the
+        # q is scaled here, since TensorRT's fused attention operator has no scale, and a quantizer of q must get the
         # same tensor in both forms.
         q = q * q.shape[-1] ** -0.5
         if mask.kind == "pre_softmax":
@@ -121,11 +121,11 @@ class MaskedAttention(nn.Module):
 
 
 class MaskedNetwork(nn.Module):
-    """Base class of networks with one soft mask for all of their attentions.
+    """Base class of every network. All of its attentions share one soft mask.
 
     Attributes:
         config: the network's configuration.
-        soft_mask: alpha of the soft mask, 0..1, or ValueError. Training changes it; it is 0 in inference.
+        soft_mask: alpha of the soft mask, in 0..1 (else ValueError). Training changes it; inference uses 0.
     """
 
     config: NetworkConfig
@@ -152,7 +152,7 @@ class MaskedNetwork(nn.Module):
         self.alpha.fill_(alpha)
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the parameters without weight decay, besides norms and biases (timm's convention)."""
+        """Returns the parameters excluded from weight decay in addition to norms and biases (timm's convention)."""
         return set()
 
     def attention_mask(self, kind: MaskKind, causal: Tensor) -> AttentionMask:
@@ -169,10 +169,10 @@ class MaskedNetwork(nn.Module):
 
 
 def fastest_form(q: Tensor, mask: AttentionMask) -> Form:
-    """Returns the faster form for these queries: measured on CPUs (``docs/attention-mask.md``), assumed on GPUs."""
+    """Returns the faster form for these queries: measured on CPUs (``docs/attention-mask.md``), assumed for GPUs."""
     if q.device.type != "cpu":
         return "fused"
-    # A CPU's fused kernel does not skip masked keys, so twice the keys are twice the work. In 16 bits its backward pass
-    # is slower than the plain form, for a single query up to 20 times.
+    # On a CPU, the fused kernel does not skip masked keys, so twice the keys are twice the work. In 16 bits, its
+    # backward pass is slower than the plain form's, by up to 20 times for a single query.
     slow_backward = q.requires_grad and q.dtype in (torch.bfloat16, torch.float16)
     return "plain" if mask.kind != "bidirectional" or slow_backward else "fused"

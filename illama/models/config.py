@@ -30,9 +30,10 @@ _PRESETS: dict[str, dict[str, int]] = {
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }
 
-# The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17; each changes one thing in the step before.
-# "causal-collapse" has the usual causal mask, before the softmax. With the paper's mask, after the softmax, a class
-# token at the front still depends on the other tokens through the denominators (docs/reproduction.md).
+# The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17. Each changes the previous one in one
+# respect, except that "causal" moves the class token to the end, where it attends to every token without
+# class_sees_all. With the paper's mask, later tokens still enter the softmax denominators, so a first class token gets
+# a little information from them. "causal-collapse" has the usual causal mask, so it gets none (docs/reproduction.md).
 _VIT: dict[str, Any] = {
     "norm": "layer",
     "mlp": "gelu",
@@ -55,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class NetworkConfig(Protocol):
-    """The settings that every network has; see :class:`ModelConfig` for their meanings."""
+    """The settings that every network has, as described in :class:`ModelConfig`."""
 
     @property
     def image_size(self) -> int: ...
@@ -74,7 +75,7 @@ class TimmConfig:
     """Configuration of a timm ViT with one of this project's masks.
 
     Attributes:
-        name: model name for ``timm.create_model``; the name of the class for a network that was made without it.
+        name: model name for ``timm.create_model``; the class name if the network was created without it.
         image_size: side length of the input in pixels.
         in_channels: number of color channels of the input.
         num_classes: number of outputs of the head.
@@ -89,7 +90,7 @@ class TimmConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TimmConfig:
-        """Returns the config that :meth:`to_dict` wrote; raises UserError for unknown or missing names."""
+        """Returns the config with the values of :meth:`to_dict`; raises UserError for unknown or missing names."""
         wrong = set(values) ^ {field.name for field in fields(cls)}
         if wrong:
             raise UserError(f"unknown or missing settings of a timm network: {', '.join(sorted(wrong))}")
@@ -114,7 +115,7 @@ class ModelConfig:
         class_token: position of the class token, ``last`` (the paper's "PS [cls]") or ``first`` (as in ViT).
         mask: ``post_softmax`` (equation 2: multiplied after the softmax, not renormalized; used by all released
             weights), ``pre_softmax`` (equation 1) or ``bidirectional`` (as in ViT).
-        position: position embedding, ``learnable``, ``rope`` (rotary) or ``both`` (the paper's).
+        position: position embedding, ``learnable``, ``rope`` (rotary) or ``both`` (as in the paper).
         norm: ``rms`` (RMSNorm) or ``layer`` (LayerNorm, as in ViT).
         mlp: ``swiglu``, or ``gelu`` (two Linears with biases and a hidden width of 4 x width, as in ViT).
         class_sees_all: whether the class token attends to every token in any position; in the last position it always
@@ -154,7 +155,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, variant: str = "illama", **overrides: Any) -> Self:
-        """Returns a published size (``tiny``, ``small``, ``base``, ``large``) or ``nano``, with fields overridden.
+        """Returns the config of a size (``nano``, ``tiny``, ``small``, ``base``, ``large``), with fields overridden.
 
         Args:
             variant: a step on the way from ViT to iLLaMA, one of :data:`VARIANTS`.
@@ -167,7 +168,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Returns the config that :meth:`to_dict` wrote; raises UserError for unknown names."""
+        """Returns the config with the values of :meth:`to_dict`; raises UserError for unknown names."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"unknown model settings: {', '.join(sorted(unknown))}")
@@ -186,7 +187,7 @@ class ModelConfig:
 
     @property
     def tokens(self) -> int:
-        """N, the number of patches and the class token."""
+        """Number of tokens N: the patches and the class token."""
         return self.patches + 1
 
     @property
@@ -195,7 +196,7 @@ class ModelConfig:
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the MLP; SwiGLU's is two thirds of 4 x width, rounded up to a multiple of 256."""
+        """Hidden width of the MLP; for SwiGLU, two thirds of 4 x width, rounded up to a multiple of 256."""
         if self.mlp == "gelu":
             return 4 * self.width
         return 256 * -(-int(8 * self.width / 3) // 256)

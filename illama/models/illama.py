@@ -1,6 +1,6 @@
 """The network of "Adapting LLaMA Decoder to Vision Transformer" (arXiv 2404.06773), section 3.
 
-Parameters have the names of the authors' released code, so its checkpoints can be loaded.
+Parameters have the same names as in the authors' released code, so that its checkpoints can be loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from illama.models.norms import make_norm
 
 
 class Linear(nn.Linear):
-    """A Linear that can compute a slice of its outputs."""
+    """A Linear that can compute only a slice of its outputs."""
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         """(..., in) -> (..., out), or only the outputs in the slice."""
@@ -46,7 +46,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions around a :class:`illama.models.attention.MaskedAttention`."""
+    """Multi-head attention with rotary positions, computed by :class:`illama.models.attention.MaskedAttention`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
         Args:
             rotation: cosines and sines, (2, N, head_dim / 2); None without RoPE.
-            row: compute only this query; the output is (B, 1, width).
+            row: index of the only query to compute; the output is then (B, 1, width).
         """
         if row is None:
             q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
@@ -129,16 +129,16 @@ class Block(nn.Module):
 
 
 class ILLaMA(MaskedNetwork):
-    """The whole network: float images (B, C, H, W) to logits (B, num_classes).
+    """The whole network. Maps float images (B, C, H, W) to logits (B, num_classes).
 
     Attributes:
         config: the network's :class:`ModelConfig`.
-        soft_mask: alpha of the soft mask, 0..1, or ValueError. Training changes it; it is 0 in inference.
-        readout_only: whether the last block computes only the class token, since no other output of it is used.
-            This is exact, in training as well. If False, it computes every token, as the released code does.
+        soft_mask: alpha of the soft mask, in 0..1 (else ValueError). Training changes it; inference uses 0.
+        readout_only: whether the last block computes only the class token. This is exact, in training too, since no
+            other output of that block is used. If False, it computes every token, as the released code does.
 
     Args:
-        drop_path: stochastic depth rate of the last block; it rises linearly from 0 in the first.
+        drop_path: stochastic depth rate of the last block; rates rise linearly from 0 in the first block.
         dropout: dropout rate after the position embedding and in every residual branch.
     """
 
@@ -171,18 +171,18 @@ class ILLaMA(MaskedNetwork):
                 nn.init.trunc_normal_(table, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the parameters without weight decay, besides norms and biases (timm's convention)."""
+        """Returns the parameters excluded from weight decay in addition to norms and biases (timm's convention)."""
         return {"cls_token", "pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns the layer of each parameter, for layer-wise learning rate decay (timm's convention)."""
+        """Returns patterns that map parameters to layers, for layer-wise learning rate decay (timm's convention)."""
         return {
             "stem": r"^(?:cls_token|pos_embed|patch_embed)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def embed(self, images: Tensor) -> Tensor:
-        """Returns the input of the first block, patches and class token with positions, (B, N, width)."""
+        """Returns the input of the first block: patches and class token with position embeddings, (B, N, width)."""
         x = self.patch_embed(images)
         class_token = self.cls_token.expand(x.shape[0], -1, -1)
         x = torch.cat([x, class_token] if self.config.class_token == "last" else [class_token, x], dim=1)
@@ -221,7 +221,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     Hugging Face's LLaMA pairs x[i] with x[i + d / 2] instead; its weights must be permuted first.
     """
-    if torch.compiler.is_compiling():  # compilers and exporters do not support complex numbers, nor need them for speed
+    if torch.compiler.is_compiling():  # compilers and exporters do not support complex numbers, and are fast without
         cos, sin = rotation.to(x.dtype)
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

@@ -19,7 +19,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide, weight = _widen(x), _widen(self.weight)
-        # PyTorch's own makes a dozen passes over memory when it trains on a CPU without compiling.
+        # In uncompiled training on a CPU, PyTorch's RMSNorm makes a dozen passes over memory.
         by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         norm = _TrainedRMSNorm.apply if by_hand else _rms_norm
         return norm(wide, weight, self.eps).to(x.dtype)
@@ -60,10 +60,10 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 class _TrainedRMSNorm(torch.autograd.Function):
-    """RMSNorm with its backward pass in two passes over memory; first derivatives only."""
+    """RMSNorm whose backward pass reads memory twice; supports first derivatives only."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # not in autocast's 16 bits
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # float32 under autocast, too
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = (torch.linalg.vecdot(x, x) / x.shape[-1] + eps).rsqrt().unsqueeze(-1)
         unit = x * scale

@@ -1,10 +1,10 @@
-"""A timm VisionTransformer with this project's attention, either unchanged, for quantization, or causal.
+"""A timm VisionTransformer with this project's attention: unchanged for quantization, or made causal.
 
 :func:`to_quantizable` does not change what the network computes. It adds quantizer insertion points, the two forms of
 attention and float32 normalization. :func:`to_causal` gives the network of a bidirectional checkpoint the paper's mask.
-At alpha = 1 nothing is masked, so the causal network computes what the original does, up to the order of sums, since
-self-attention does not depend on the class token's place once positions have been added. Fine-tuning then lowers alpha
-to 0, as training from scratch does (arXiv 2404.06773, section 3).
+At alpha = 1 nothing is masked, so the causal network gives the original's results, up to the order of sums:
+self-attention does not depend on the order of tokens once position embeddings have been added. Fine-tuning then lowers
+alpha to 0, as training from scratch does (arXiv 2404.06773, section 3).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
 
 
 def to_causal(vit: VisionTransformer, mask: MaskKind = "post_softmax") -> CausalVisionTransformer:
-    """Returns a causal copy of ``vit``, which is not changed and shares nothing with the copy.
+    """Returns a causal copy of ``vit``, with parameters of its own; ``vit`` is not changed.
 
-    The copy has the hard mask, as for deployment. To fine-tune it, lower its ``soft_mask`` from 1.
+    The copy starts with the hard mask, as in deployment. To fine-tune it, lower its ``soft_mask`` from 1 to 0.
 
     Args:
         vit: any timm ``VisionTransformer`` or its distilled DeiT variant, with any pooling, with or without class token
@@ -37,8 +37,8 @@ def to_causal(vit: VisionTransformer, mask: MaskKind = "post_softmax") -> Causal
         mask: ``post_softmax`` (the paper's equation 2) or ``pre_softmax``.
 
     Raises:
-        UserError: ``mask`` is neither, or a part of the network cannot be made causal exactly: another class (EVA,
-            BEiT, relative or rotary positions), other blocks, another attention, or images that are not square.
+        UserError: ``mask`` is neither of these, or a part of the network cannot be made causal exactly: another class
+            (EVA, BEiT, relative or rotary positions), other blocks, another attention, or images that are not square.
     """
     if mask not in ("post_softmax", "pre_softmax"):
         raise UserError(f"mask must be post_softmax or pre_softmax, not {mask!r}")
@@ -47,10 +47,10 @@ def to_causal(vit: VisionTransformer, mask: MaskKind = "post_softmax") -> Causal
 
 
 def to_quantizable(vit: VisionTransformer) -> CausalVisionTransformer:
-    """Returns a copy of ``vit`` that computes the same, for quantization and export; without mask or reordering.
+    """Returns a copy of ``vit`` with the same results, for quantization and export; nothing is masked or reordered.
 
     Accepts the networks that :func:`to_causal` accepts, except hybrids, whose patches come from a convolutional
-    network. Attention, normalization and code path are those of the causal networks.
+    network. The copy has the attention, normalization and code path of the causal networks.
     """
     refusal = f"cannot quantize a {type(vit).__name__}"
     _check(vit, refusal)
@@ -60,20 +60,20 @@ def to_quantizable(vit: VisionTransformer) -> CausalVisionTransformer:
 
 
 class CausalVisionTransformer(MaskedNetwork):
-    """A timm ViT with this project's attention: float images (B, C, H, W) to the output of the original's head.
+    """A timm ViT with this project's attention. Maps float images (B, C, H, W) to the output of timm's head.
 
     Under a causal mask, the blocks get the patches in raster order, then the registers (or the distillation token),
     then the class token. Outside the blocks, and without a mask, the order is timm's, so pooling, final norm and head
-    are the original's. An attention pooling (``map``, ``prr``) reads all tokens and is not masked.
+    are unchanged. An attention pooling (``map``, ``prr``) reads all tokens and is not masked.
 
-    Names in the state dict are timm's after ``vit.``, and ``model.vit.state_dict()`` can be loaded into the original
+    The state dict has timm's names with the prefix ``vit.``, and ``model.vit.state_dict()`` can be loaded into timm's
     class. Pass ``model.vit`` to timm for ``reset_classifier``, ``set_input_size``, ``set_grad_checkpointing``, or an
     optimizer's parameter groups, but do not call it.
 
     Attributes:
-        vit: timm's network, in which :class:`CausalAttention` replaces each attention, a float32 version each
-            normalization, and :class:`LatentPool` a latent attention pooling.
-        config: the original configuration; timm's methods on ``vit`` do not change it.
+        vit: timm's network, with each attention replaced by :class:`CausalAttention`, each normalization by a float32
+            version, and a latent attention pooling by :class:`LatentPool`.
+        config: configuration at the time of conversion; timm's methods on ``vit`` do not change it.
         mask: ``post_softmax``, ``pre_softmax``, or ``bidirectional`` for timm's network unchanged.
         soft_mask: alpha, see :class:`illama.models.attention.MaskedNetwork`. It is not saved; a new network has 0.
     """
@@ -98,7 +98,7 @@ class CausalVisionTransformer(MaskedNetwork):
         self.to(next(vit.parameters()).device)  # moves alpha, which stays in float32
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the original's parameters without weight decay, under their names here."""
+        """Returns timm's parameters excluded from weight decay, with the prefix ``vit.``."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class CausalVisionTransformer(MaskedNetwork):
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         """Runs all blocks on the tokens, which are in the mask's order: (B, N, width) -> (B, N, width)."""
-        # Not stored, since dropped patches and dynamic image sizes change the number of tokens.
+        # The mask is not stored, since dropped patches and dynamic image sizes change the number of tokens.
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         mask = self.attention_mask(self.mask, causal)
         for block in self.vit.blocks:
@@ -147,10 +147,10 @@ class CausalAttention(nn.Module):
         self.train(attention.training)
 
     def forward(self, x: Tensor, attn_mask: AttentionMask, is_causal: bool = False) -> Tensor:
-        """(B, N, width) -> (B, N, width); timm's blocks pass both keywords, and ``is_causal`` is not used.
+        """(B, N, width) -> (B, N, width); ``is_causal``, which timm's blocks pass, is ignored.
 
         Raises:
-            UserError: there is no :class:`AttentionMask`, as when ``vit`` itself is called.
+            UserError: ``attn_mask`` is no :class:`AttentionMask`, as when ``vit`` itself is called.
         """
         if not isinstance(attn_mask, AttentionMask):
             raise UserError("the blocks of a CausalVisionTransformer need a mask: call the model, not its .vit")
@@ -184,7 +184,7 @@ class LatentPool(nn.Module):
         self.train(pool.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, width) -> (B, out), or (B, latents, out) if the latents are not pooled."""
+        """(B, N, width) -> (B, out), or (B, latents, out) if the latents are not pooled."""
         if self.pos_embed is not None:
             x = x + self.pos_embed
         latent = self.latent.expand(x.shape[0], -1, -1)
@@ -217,12 +217,12 @@ def _reverse_parts(x: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _attentions(blocks: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """Returns every module with a child ``attn``, timm's name in all of its blocks, and that child."""
+    """Returns every module with a child ``attn`` (as timm's blocks name their attention), and that child."""
     return [(parent, parent.attn) for parent in blocks.modules() if hasattr(parent, "attn")]
 
 
 def _check(vit: nn.Module, refusal: str) -> None:
-    """Raises UserError for a network that would be computed wrongly."""
+    """Raises UserError for a network that this module would compute wrongly."""
     kind = type(vit)
     if not isinstance(vit, VisionTransformer):
         raise UserError(f"{refusal}: give a timm VisionTransformer, such as vit_tiny_patch16_224 or a deit_*")

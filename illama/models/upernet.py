@@ -33,11 +33,11 @@ class SegmentationConfig(ModelConfig):
 
     Attributes:
         image_size: side length of the square input in pixels.
-        num_classes: number of classes of a pixel.
+        num_classes: number of classes.
         decoder_channels: number of channels of every feature map in the decoder.
 
     Raises:
-        UserError: see :class:`ModelConfig`; or there are too few blocks or patches.
+        UserError: see :class:`ModelConfig`; also if there are too few blocks or patches.
     """
 
     image_size: int = 512
@@ -56,17 +56,17 @@ class SegmentationConfig(ModelConfig):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """Indices of the blocks whose outputs the decoder gets."""
+        """Indices of the blocks whose outputs go to the decoder."""
         return tuple(self.depth * (level + 1) // LEVELS - 1 for level in range(LEVELS))
 
 
 class UperNet(ILLaMA):
-    """Float images (B, C, H, W) to logits (B, num_classes, H, W), where H = W = ``config.image_size``.
+    """Maps float images (B, C, H, W) to logits (B, num_classes, H, W), where H = W = ``config.image_size``.
 
     The parameters of the :class:`ILLaMA` keep their names, so that its checkpoints can initialize them
     (:func:`illama.checkpoints.load.initialize_from`). Every block computes every token; ``readout_only`` has no effect.
-    The class token stays last, as in the training of the blocks: no patch attends to its value, but it is part of
-    every softmax (docs/attention-mask.md).
+    The class token stays last, as when the blocks were trained: no patch receives its value, but it is part of every
+    softmax (docs/attention-mask.md).
 
     Args:
         drop_path: see :class:`ILLaMA`.
@@ -114,7 +114,7 @@ def _make_decoder(config: SegmentationConfig) -> nn.Module:
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
     except ImportError as missing:
         raise UserError("segmentation needs one more package: pip install -e '.[segmentation]'") from missing
-    # Its first two levels, the image and half of its resolution, are not used.
+    # The decoder's first two levels, the image and half of its resolution, are not used.
     decoder: nn.Module = UPerNetDecoder((0, 0, *[config.width] * LEVELS), decoder_channels=config.decoder_channels)
     for name, module in list(decoder.named_modules()):
         if isinstance(module, nn.ReLU):
@@ -125,7 +125,7 @@ def _make_decoder(config: SegmentationConfig) -> nn.Module:
 
 
 class TransposedConv(nn.Module):
-    """A transposed convolution of 2 x 2 with stride 2, computed by an equivalent Linear, which can be quantized."""
+    """A 2 x 2 transposed convolution with stride 2, computed by an equivalent Linear, which can be quantized."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -133,14 +133,14 @@ class TransposedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, width) -> (B, 2H, 2W, width)."""
-        x = self.linear(x).unflatten(-1, (2, 2, -1))  # the rows and columns of each pixel
+        x = self.linear(x).unflatten(-1, (2, 2, -1))  # the 2 x 2 pixels that replace each pixel
         return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
 class AdaptiveAvgPool(nn.Module):
     """``nn.AdaptiveAvgPool2d(bins)`` of maps of ``side`` x ``side``, as two matrix products.
 
-    If the side is not a multiple of the bins, the exporter writes the original as a dozen Gather operators.
+    If the side is not a multiple of the bins, the exporter writes PyTorch's module as a dozen Gather operators.
     """
 
     shares: Tensor
@@ -178,7 +178,7 @@ class SegmentationCheckpoint(Checkpoint):
 
 
 def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
-    """Loads a bundle of ``illama/train_segmentation.py``; raises UserError for anything else."""
+    """Loads a bundle written by ``illama/train_segmentation.py``; raises UserError for anything else."""
     manifest, weights = Manifest.read(bundle), bundle / WEIGHTS
     if "decoder_channels" not in manifest.config:
         raise UserError(f"{bundle} has no segmentation network: train one with python illama/train_segmentation.py")

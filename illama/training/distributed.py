@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: one per GPU, or several on CPUs. Without torchrun, a single process."""
+"""Processes that torchrun starts: one per GPU, or several on CPUs. Without torchrun, there is a single process."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class Processes:
     def share(self, total: int) -> tuple[list[int], int]:
         """Returns this process's indices out of ``total``, and how many of them count.
 
-        Every process gets the same number of indices, since all must gather sharded weights at the same time. Where
-        the last index is a repetition, it does not count.
+        Every process gets the same number of indices, since all must gather sharded weights at the same time. An index
+        that was repeated for this purpose does not count.
         """
         positions = range(self.rank, -(-total // self.count) * self.count, self.count)
         return [position % total for position in positions], sum(position < total for position in positions)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Returns ``model`` with its gradients averaged over the processes."""
+        """Returns ``model``, wrapped so that its gradients are averaged over the processes."""
         if self.count == 1 or isinstance(model, FSDPModule):
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -80,7 +80,7 @@ class Processes:
             raise UserError("--fsdp needs the processes of torchrun: start with torchrun, or add --no-fsdp")
         mesh = init_device_mesh(self.device.type, (self.count,))
         for module in (*blocks, model):
-            # The root is resharded after a forward pass, too, since an evaluation may precede an average.
+            # The root is resharded after a forward pass, too: the moving average may be updated after an evaluation.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
@@ -92,11 +92,11 @@ def processes(apart: bool = False, timeout: timedelta | None = None) -> Iterator
     """Joins the processes that torchrun started; without torchrun, yields a single process.
 
     Args:
-        apart: whether the processes compute independently; then they communicate on the CPU and may share a GPU.
-        timeout: how long a process waits for another. Defaults to PyTorch's own.
+        apart: whether the processes compute independently; they then communicate on the CPU and may share a GPU.
+        timeout: how long a process waits for another. Defaults to PyTorch's timeout.
 
     Raises:
-        UserError: torchrun may restart workers, but with a store that has the addresses of dead workers
+        UserError: torchrun was told to restart workers, but its store would keep the addresses of dead workers
             (github.com/pytorch/pytorch/issues/135712).
     """
     launched = dist.is_torchelastic_launched()

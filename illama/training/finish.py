@@ -1,4 +1,4 @@
-"""The end of a training run: its bundle."""
+"""Ends a training run: writes its bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log of a training run: CSV files, TensorBoard, and a plot at the end."""
+"""Writes the log of a training run: CSV files, TensorBoard, and a plot at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Log:
     """Writes a row per epoch to log.csv, the loss of every few steps to losses.csv, and both to TensorBoard.
 
     Args:
-        step: the resumed step; later rows are removed.
+        step: step at which the run is resumed; rows of later steps are removed.
         score: name of the validation score.
     """
 
@@ -46,7 +46,7 @@ class Log:
         self.board.add_scalar("loss", loss, step)
 
     def write_epoch(self, *values: float) -> None:
-        """Appends one value for each column."""
+        """Appends a row to log.csv, with one value for each column."""
         _append(self.epochs, *values)
         _, step, *rest = values
         for name, value in zip(self.columns[2:], rest, strict=True):
@@ -60,7 +60,7 @@ def _append(path: Path, *values: float) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a log.csv or losses.csv, without an incomplete last line, as a full disk leaves it."""
+    """Returns the rows of a log.csv or losses.csv, without an incomplete last line (after a full disk)."""
     whole, _, _ = path.read_text().rpartition("\n")
     return list(csv.DictReader(whole.splitlines()))
 

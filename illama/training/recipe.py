@@ -40,38 +40,38 @@ class TrainingOptions:
     Attributes:
         data: fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a folder
             with train/ and val/.
-        exif: whether to apply the orientation that image files declare or to ignore it. If not given, as the
-            quantized bundle says in quantization-aware training, and apply otherwise.
-        class_order: order of class folders, words (1 10 2) or natural (1 2 10). If not given, as the quantized bundle
-            says in quantization-aware training, and words otherwise.
+        exif: whether to apply the orientation that image files declare or to ignore it. If not given, the
+            quantized bundle's setting in quantization-aware training, and apply otherwise.
+        class_order: order of class folders, words (1 10 2) or natural (1 2 10). If not given, the quantized bundle's
+            setting in quantization-aware training, and words otherwise.
         out: folder of the checkpoint, the log and, at the end, the bundle; an unfinished run there is resumed.
         epochs: number of passes over the training images.
         batch_size: images per optimizer step, summed over processes and accumulated micro-batches.
         micro_batch: images per forward pass. Mixup, dropout and stochastic depth are drawn per micro-batch, so
             the result does not depend on the number of processes.
         optimizer: name of a timm optimizer that needs first derivatives only; adamw has betas (0.9, 0.999).
-        learning_rate: peak of the cosine schedule at the given batch size (not scaled).
+        learning_rate: peak learning rate of the cosine schedule; it is not scaled with the batch size.
         weight_decay: weight decay of matrices and kernels; norms, biases, position embedding and class token have none.
         warmup_epochs: number of epochs of linear warm-up.
-        layer_decay: factor between the learning rates of a block and the block after it.
+        layer_decay: layer-wise learning rate decay: ratio of a block's learning rate to that of the next block.
         soft_mask: schedule of the soft mask's alpha over the steps.
-        soft_mask_epochs: number of epochs until alpha is 0.
-        drop_path: stochastic depth rate of the last block; it rises linearly from 0 in the first.
+        soft_mask_epochs: number of epochs after which alpha is 0.
+        drop_path: stochastic depth rate of the last block; rates rise linearly from 0 in the first block.
         dropout: dropout rate after the embedding and in every residual branch.
-        crop_padding: padding in pixels of random crops, for small images; 0 takes random resized crops instead, for
-            photographs.
-        rand_augment: RandAugment setting of timm, such as rand-m9-mstd0.5-inc1; empty for none.
-        erasing: probability of random erasing with random pixels.
+        crop_padding: padding of random crops in pixels, for small images. If 0, random resized crops are used instead,
+            for photographs.
+        rand_augment: timm's RandAugment setting, such as rand-m9-mstd0.5-inc1; empty for none.
+        erasing: probability of random erasing; erased pixels get random values.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of cutmix; 0 for none.
         mixup_probability: probability that a batch gets mixup or cutmix.
         label_smoothing: label smoothing factor.
-        ema_decay: decay of the exponential moving average of the weights, which the bundle gets; 0 for no average.
+        ema_decay: decay of the exponential moving average of the weights, which is written to the bundle; 0 for none.
         autocast: dtype of the forward pass; with float16, the loss is scaled.
         compile: compile the network with torch.compile (needs a C++ compiler on a CPU).
         workers: number of image-reading processes per training process.
         checkpoint_steps: number of steps between checkpoints.
-        seed: seed of all random numbers.
+        seed: random seed.
     """
 
     data: str = ""
@@ -151,10 +151,10 @@ class Recipe(TrainingOptions):
         depth: number of blocks. If not given, the preset's.
         heads: number of attention heads per block. If not given, the preset's.
         mask: post_softmax (the paper's equation 2), pre_softmax or bidirectional. If not given, the variant's.
-        init: initial weights: a bundle, a .safetensors file or a released .pth file; position embeddings are resized
-            to --image-size.
-        new_head: with --init, initialize the classifier randomly; needed where the classes differ.
-        init_llama: folder of a LLaMA in Hugging Face's format, for initial weights by weight selection.
+        init: path to initial weights: a bundle, a .safetensors file or a released .pth file; position embeddings are
+            resized to --image-size.
+        new_head: with --init, initialize the classifier randomly instead of loading it; needed if the classes differ.
+        init_llama: path to a LLaMA's folder in Hugging Face's format; initial weights are selected from its weights.
         fsdp: under torchrun, shard weights and optimizer state over the processes (FSDP2).
     """
 
@@ -234,7 +234,7 @@ def recipe_of_command_line(kind: type[Options], folder: Path, default: str) -> O
 
 
 def _checked(path: Path, name: str, value: Any, hints: dict[str, Any]) -> Any:
-    """Returns a YAML value as its option's type."""
+    """Returns a YAML value, converted to its option's type; raises UserError if it does not fit."""
     hint = hints.get(name)
     if hint is None or name == "recipe":
         raise UserError(f"{path} has no such option: {name}; options are named as in --help")

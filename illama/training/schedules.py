@@ -20,7 +20,7 @@ def soft_mask_alpha(schedule: SoftMaskSchedule, step: int, cutoff_step: int) -> 
 
 
 def cosine_with_warmup(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 1e-6) -> float:
-    """Returns the learning rate at a step: it rises linearly to ``peak``, then falls by half a cosine to ``floor``."""
+    """Returns the learning rate at a step. It rises linearly to ``peak``, then falls to ``floor`` by half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

@@ -1,4 +1,4 @@
-"""A training run of a UperNet on images with a class for every pixel."""
+"""Training runs of a UperNet on images with a class for every pixel."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SegmentationRun(Run):
 
 
 def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) -> SegmentationRun:
-    """Opens the data, makes the network, and resumes from the checkpoint in ``recipe.out``, if there is one.
+    """Opens the data, creates the network, and resumes from the checkpoint in ``recipe.out``, if there is one.
 
     Raises:
         UserError: ``recipe.data`` is not given, or the data, the initial weights or the checkpoint cannot be used.
@@ -73,7 +73,7 @@ def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) 
 
 
 def map_loss(images: Tensor, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy with label smoothing, averaged over the pixels that belong to a class; 0 without such pixels.
+    """Returns the cross entropy with label smoothing, averaged over pixels that belong to a class; 0 if there are none.
 
     Args:
         logits: (B, classes, H, W).

@@ -1,4 +1,4 @@
-"""The start of a training run: its data, its network with the initial weights, and its last checkpoint, if any."""
+"""Starts a training run: opens the data, creates the network with its initial weights, and resumes a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MODEL_OPTIONS = ("image_size", "patch_size", "in_channels", "width", "depth", "
 
 
 def start_run(recipe: Recipe, group: Processes) -> Run:
-    """Opens the data, makes the network, and resumes from the checkpoint in ``recipe.out``, if there is one.
+    """Opens the data, creates the network, and resumes from the checkpoint in ``recipe.out``, if there is one.
 
     Raises:
         UserError: ``recipe.data`` is not given, or the data, the initial weights or the checkpoint cannot be used.
@@ -73,7 +73,7 @@ def check_class_order(init: Path, classes: Sequence[str]) -> None:
 
 
 def hash_inputs(recipe: Recipe) -> dict[str, str]:
-    """Returns the SHA-256 of the files of the initial weights, by path; of a LLaMA, of its config and index."""
+    """Returns path -> SHA-256 of the files of the initial weights; for a LLaMA, only of its config and index."""
     files = []
     if recipe.init:
         files = [recipe.init / WEIGHTS if recipe.init.is_dir() else recipe.init]

@@ -35,7 +35,7 @@ from illama.training.schedules import cosine_with_warmup, soft_mask_alpha
 
 CHECKPOINT = "checkpoint.pt"  # file name in a run's folder
 _WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-_LOGGED_EVERY = 10  # steps, since reading the loss makes a GPU wait
+_LOGGED_EVERY = 10  # steps; reading the loss makes a GPU wait
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(images (B, C, H, W), logits (B, classes) float32, targets (B, classes)) -> scalar."""
@@ -46,14 +46,14 @@ Groups = Callable[[TrainingOptions, MaskedNetwork], list[dict[str, Any]]]
 
 
 def label_loss(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy with the mixed and smoothed labels."""
+    """Returns the cross entropy with the mixed and smoothed labels."""
     return F.cross_entropy(logits, targets)
 
 
 def parameter_groups(recipe: TrainingOptions, model: MaskedNetwork) -> list[dict[str, Any]]:
-    """Returns timm's parameter groups: no weight decay of norms, biases, position embedding and class token.
+    """Returns timm's parameter groups; norms, biases, position embedding and class token have no weight decay.
 
-    The learning rate of a group is the schedule's times its ``lr_scale``, which is ``layer_decay`` to the power of the
+    The learning rate of a group is the schedule's value times its ``lr_scale``: ``layer_decay`` to the power of the
     number of layers above it.
     """
     spared = model.no_weight_decay()
@@ -67,15 +67,15 @@ class Run:
     """A training run of a classifier. Subclasses for other tasks override its methods.
 
     Attributes:
-        score_name: name of the value of :meth:`score`.
+        score_name: name of the score that :meth:`score` returns.
         recipe: options of the run.
         data: data set of the run.
-        preprocessing: preprocessing of the evaluation.
-        model: an ILLaMA, or another network with a soft mask, such as one of illama.models.timm_vit; on its device, and
-            sharded over the processes if the recipe says so.
+        preprocessing: preprocessing for the evaluation.
+        model: an ILLaMA or another network with a soft mask, such as one of illama.models.timm_vit. It is on the device
+            of the process, and sharded over the processes if the recipe says so.
         processes: the processes of the run.
-        images: training images, of the training split.
-        validation: validation images, of the training split.
+        images: training images, without those held out for validation.
+        validation: images of the training split that are held out for validation.
         average: moving average of the weights; None without one.
         inputs: path of each file of the initial weights -> its SHA-256.
         loss: loss function.
@@ -130,7 +130,7 @@ class Run:
         return Augmented(self.images, training_transform(self.recipe, self.preprocessing), self.recipe.seed)
 
     def mixer(self) -> Mix:
-        """Returns the function that mixes a micro-batch."""
+        """Returns the function that applies mixup to a micro-batch."""
         return make_mixup(self.recipe, len(self.data.classes))
 
     def score(self, split: Dataset[Sample]) -> float:
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def kept(self) -> MaskedNetwork:
-        """The network to evaluate and write to the bundle: the moving average if there is one, else the model."""
+        """Network that is evaluated and written to the bundle: the moving average if there is one, else the model."""
         return cast(MaskedNetwork, self.average.module) if self.average else self.model
 
     @property
@@ -148,7 +148,7 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """Everything that must be the same when the run is resumed, as JSON."""
+        """Options, classes and inputs that must be the same when the run is resumed, as JSON."""
         free = {"recipe", "out", "workers", "checkpoint_steps", "fsdp"}
         facts = {name: value for name, value in asdict(self.recipe).items() if name not in free}
         facts |= {"classes": self.data.classes, "images": len(cast(Sized, self.images)), "inputs": self.inputs}
@@ -172,7 +172,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
         }
         if self.processes.main:
-            buffer = io.BytesIO()  # with a path, torch.save hides the reason why writing fails
+            buffer = io.BytesIO()  # with a path, torch.save hides the reason of a failed write
             torch.save(content, buffer)
             with write_file(self.checkpoint) as draft:
                 draft.write_bytes(buffer.getbuffer())
@@ -207,7 +207,7 @@ class Run:
 def make_optimizer(
     recipe: TrainingOptions, model: MaskedNetwork, groups: Groups = parameter_groups
 ) -> torch.optim.Optimizer:
-    """Returns timm's optimizer of the recipe's name; raises UserError if there is none."""
+    """Returns the recipe's optimizer; raises UserError if it is not an optimizer of timm."""
     fused: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" and not recipe.sharded else {}
     try:
         return create_optimizer_v2(
@@ -247,7 +247,7 @@ def fit(run: Run) -> None:
 
 
 def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps_per_epoch: int) -> None:
-    """Runs one optimizer step: forward and backward of every micro-batch, then weights and moving average."""
+    """Runs one optimizer step: forward and backward of every micro-batch, then the update of weights and average."""
     recipe, device = run.recipe, run.processes.device
     run.model.train()
     run.model.soft_mask = soft_mask_alpha(recipe.soft_mask, run.step, int(recipe.soft_mask_epochs * steps_per_epoch))
@@ -275,7 +275,7 @@ def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps
 
 
 def log_loss(run: Run, log: Log | None) -> None:
-    """Adds the losses since the last call to the epoch's and logs their mean; raises UserError if not finite."""
+    """Adds the losses since the last call to the epoch's sum and logs their mean; UserError if they are not finite."""
     (total,) = run.processes.sum(run.loss_share.item())
     run.loss_share.zero_()
     if not math.isfinite(total):
