@@ -16,7 +16,8 @@ class InputOptions:
     Attributes:
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
         model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
-        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
+        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a folder with
+            train/ and val/.
         calibration_images: number of training images that ranges are calibrated on.
         exif: apply or ignore the orientation that image files declare. Defaults to the value in the checkpoint's
             bundle, or to apply without a bundle.

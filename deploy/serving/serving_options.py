@@ -21,7 +21,7 @@ class ServingOptions:
         runtime: runtime on a CPU: onnxruntime, openvino, ... Defaults to the fastest in the report beside the bundle if
             the report was measured on this kind of CPU, else to OpenVINO or ONNX Runtime (docs/cpu.md).
         max_batch: maximum number of images in a batch and in a request.
-        preferred_batches: batch sizes that run at once, without waiting for queue_delay_us.
+        preferred_batches: batch sizes that run at once, without waiting for --queue-delay-us.
         queue_delay_us: maximum time that an image waits for others to form a batch, in microseconds.
         instances: number of copies of the network on each GPU or on the CPU; on the CPU they share the cores.
         preprocess_instances: number of processes that decode images.

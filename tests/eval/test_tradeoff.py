@@ -176,7 +176,7 @@ def test_a_regression_fails_the_build(tradeoff, tmp_path):
         (("--threads", "99"), "99"),
         (("--images", "1000"), "--images"),
         (("--max-latency-ms", "0"), "latency"),
-        (("--max-drop", "nan"), "top-1"),
+        (("--max-drop", "nan"), "drop"),
         (("--seconds", "inf"), "--seconds"),
         (("--seed", "-1"), "--seed"),
         (("--workers", "-1"), "--workers"),
