@@ -27,11 +27,11 @@ class TradeoffOptions(BenchmarkOptions):
 
     Attributes:
         paths: paths to bundles, folders of bundles such as runs/ptq, or single files or engines.
-        data: data set that they were trained on; its test split is evaluated.
+        data: data set that the models were trained on; its test split is evaluated.
         images: number of test images, evenly spaced; all if not given.
         calibration_images: number of training images that temperatures are fitted on; 0 for none.
         workers: number of processes that read images.
-        store: store each temperature beside its file, for deploy/predict.py.
+        store: store each model's calibration temperature beside its file, for deploy/predict.py.
         out: folder of the report; an interrupted evaluation resumes from it.
     """
 

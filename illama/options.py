@@ -55,8 +55,8 @@ class BenchmarkOptions:
         max_drop: largest acceptable accuracy drop in points of top-1, at the upper end of its 95% confidence interval.
         max_megabytes: largest acceptable size of the deployed file, in 10^6 bytes.
         also: folders with results of other commands, such as runs/robustness, to include in the report.
-        fail_on_regression: path to an earlier report.json; exit with status 1 if any result is worse.
-        seed: random seed of the confidence intervals and of the order in which engines are timed.
+        fail_on_regression: path to an earlier report.json; exit with status 1 after a regression (docs/evaluation.md).
+        seed: random seed of the confidence intervals and of the order in which targets are timed.
         out: folder of the report.
     """
 

@@ -38,12 +38,12 @@ class TrainingOptions:
     """Options of every training run.
 
     Attributes:
-        data: fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a folder
-            with train/ and val/.
-        exif: whether to apply the orientation that image files declare or to ignore it. If not given, the
-            quantized bundle's setting in quantization-aware training, and apply otherwise.
-        class_order: order of class folders, words (1 10 2) or natural (1 2 10). If not given, the quantized bundle's
-            setting in quantization-aware training, and words otherwise.
+        data: fashion-mnist or fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER,
+            parquet:FOLDER, or a folder with train/ and val/.
+        exif: apply or ignore the orientation that image files declare. Defaults to apply; quant/qat.py defaults to the
+            setting in the checkpoint's bundle.
+        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Default: words;
+            quant/qat.py defaults to the setting in the checkpoint's bundle.
         out: folder of the checkpoint, the log and, at the end, the bundle; an unfinished run there is resumed.
         epochs: number of passes over the training images.
         batch_size: images per optimizer step, summed over processes and accumulated micro-batches.
@@ -54,8 +54,8 @@ class TrainingOptions:
         weight_decay: weight decay of matrices and kernels; norms, biases, position embedding and class token have none.
         warmup_epochs: number of epochs of linear warm-up.
         layer_decay: layer-wise learning rate decay: ratio of a block's learning rate to that of the next block.
-        soft_mask: schedule of the soft mask's alpha over the steps.
-        soft_mask_epochs: number of epochs after which alpha is 0.
+        soft_mask: schedule of the soft mask's alpha. none: 0; constant: 1; linear: falls from 1 to 0.
+        soft_mask_epochs: number of epochs after which alpha is 0; unused with none.
         drop_path: stochastic depth rate of the last block; rates rise linearly from 0 in the first block.
         dropout: dropout rate after the embedding and in every residual branch.
         crop_padding: padding of random crops in pixels, for small images. If 0, random resized crops are used instead,
