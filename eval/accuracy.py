@@ -60,7 +60,7 @@ class AccuracyOptions:
 def main(options: AccuracyOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from deploy.runtimes.temperature import store_temperatures
-    from eval.benchmark.evaluate_split import evaluate
+    from eval.benchmark.evaluate_split import UNFINISHED, evaluate
     from eval.benchmark.machine import share_of_cores
     from eval.benchmark.open_bundles import open_bundles, open_fitting_data
     from eval.metrics.calibration import fit_temperatures, stored_temperatures
@@ -70,7 +70,7 @@ def main(options: AccuracyOptions) -> None:
     from illama.data.datasets import evenly_spaced
     from illama.training.distributed import processes
 
-    work, images = options.out / "unfinished", options.calibration_images
+    work, images = options.out / UNFINISHED, options.calibration_images
     with (
         processes(apart=True, timeout=timedelta(seconds=options.patience)) as group,
         lock_folder(options.out, group.main),

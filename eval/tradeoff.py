@@ -50,7 +50,8 @@ class TradeoffOptions(BenchmarkOptions):
 
 def main(options: TradeoffOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from eval.benchmark.benchmark import UNFINISHED, Execution, make_report, run_benchmark
+    from eval.benchmark.benchmark import Execution, make_report, run_benchmark
+    from eval.benchmark.evaluate_split import UNFINISHED
     from eval.benchmark.evaluation_images import EvaluationImages
     from eval.benchmark.machine import pin_threads, share_of_cores
     from eval.benchmark.open_bundles import check_alike

@@ -21,10 +21,8 @@ def isolated_randomness(*key: int) -> Iterator[None]:
         key: non-negative integers, such as (seed, epoch, index).
     """
     cuda = torch.cuda.is_initialized()
-    torch_state, cuda_states = (
-        torch.random.default_generator.get_state(),
-        torch.cuda.get_rng_state_all() if cuda else [],
-    )
+    torch_state = torch.random.default_generator.get_state()
+    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         seeds = np.random.SeedSequence(key).generate_state(3)

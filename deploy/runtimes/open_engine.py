@@ -21,7 +21,7 @@ from typing import get_args
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES, RuntimeName
 from deploy.runtimes.onnxruntime_engine import PROVIDERS, OnnxRuntimeEngine
-from deploy.runtimes.openvino_engine import OpenVinoEngine, has_4bit_activations
+from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.runtimes.torch_engine import TorchEngine
 from deploy.trt.library import fits_this_gpu
@@ -29,7 +29,7 @@ from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of, is_bundle
 from illama.checkpoints.load import load_network
 from illama.errors import UserError
-from illama.graph.reader import has_fp8, load_graph
+from illama.graph.reader import has_4bit_activations, has_fp8, load_graph
 
 
 def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:

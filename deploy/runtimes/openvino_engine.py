@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto
 
 from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.engine import Engine
 from illama.errors import UserError
-from illama.graph.reader import load_graph
+from illama.graph.reader import has_4bit_activations, load_graph
 from illama.inference import usable_cores
 
 
@@ -30,13 +29,6 @@ def openvino_core() -> Any:
     import openvino
 
     return openvino.Core()
-
-
-def has_4bit_activations(model: ModelProto) -> bool:
-    """Whether a graph quantizes activations to 4 bits; OpenVINO 2026.4 corrupts its memory while it compiles them."""
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    zero_points = [node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2:]]
-    return any(types.get(name) in (TensorProto.INT4, TensorProto.UINT4) for name in zero_points)
 
 
 class OpenVinoEngine(Engine):
@@ -66,7 +58,7 @@ class OpenVinoEngine(Engine):
         if precision:
             settings["INFERENCE_PRECISION_HINT"] = precision
         model, core = load_graph(path), openvino_core()
-        if has_4bit_activations(model):
+        if has_4bit_activations(model):  # OpenVINO 2026.4 corrupts its memory while it compiles them
             raise UserError(f"OpenVINO cannot run the 4-bit activations of {path}: use --runtime onnxruntime")
         floats = precision or core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
         for rewrite in select_rewrites(floats == "bf16", has_matrix_unit()):

@@ -27,7 +27,6 @@ from illama.inference import Infer, chance_note, load_images, usable_cores
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 
-UNFINISHED = "unfinished"  # folder of an interrupted evaluation
 SHOWN = 24  # flipped images of each kind that a report may show
 _ELSEWHERE = (
     "Accuracy on corrupted and out-of-distribution images: eval/robustness.py and eval/out_of_distribution.py measure "

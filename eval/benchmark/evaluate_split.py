@@ -29,6 +29,7 @@ from illama.inference import Infer, predict_chunks
 from illama.training.distributed import ALONE, Processes
 
 RUN = "run.json"
+UNFINISHED = "unfinished"  # folder of an interrupted evaluation, beside its results
 CHUNK = 1000  # images
 PATIENCE = 1800.0  # seconds
 _FORMS = ("plain", "scaled")

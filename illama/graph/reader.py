@@ -86,3 +86,10 @@ def _quantized_type(index: Index, name: str) -> str | None:
 def has_fp8(model: ModelProto) -> bool:
     """Returns whether any tensor is FP8."""
     return any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)
+
+
+def has_4bit_activations(model: ModelProto) -> bool:
+    """Whether any activation is quantized to 4 bits."""
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    zero_points = [node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2:]]
+    return any(types.get(name) in (TensorProto.INT4, TensorProto.UINT4) for name in zero_points)

@@ -71,30 +71,13 @@ def test_the_command_tells_the_bright_from_the_dark(image_folder, tmp_path, run_
     Image.new("L", (30, 20), 255).save(outside / "b.JPG")
     (outside / "notes.txt").write_text("no picture")
     assert len(Pictures(tmp_path / "outside")) == 2
-    result = run_here(
-        "eval/out_of_distribution.py",
-        bundle,
-        "--outside",
-        tmp_path / "outside",
-        "--data",
-        image_folder,
-        "--out",
-        tmp_path / "out",
-    )
+    command = ["eval/out_of_distribution.py", bundle, "--outside", outside, "--data", image_folder]
+    result = run_here(*command, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "| bundle | 0.0000 | 100.0% | 0.0000 | 100.0% |" in result.stdout
     for picture in outside.glob("[ab].*"):
         Image.new("RGB", (20, 30)).save(picture)
-    result = run_here(
-        "eval/out_of_distribution.py",
-        bundle,
-        "--outside",
-        tmp_path / "outside",
-        "--data",
-        image_folder,
-        "--out",
-        tmp_path / "out",
-    )
+    result = run_here(*command, "--out", tmp_path / "out")
     assert result.stdout.strip().splitlines()[-1].split(" | ")[3:5] == ["1.0000", "0.0%"]  # by the largest logit
     figures = json.loads((tmp_path / "out" / "out-of-distribution.json").read_text())
     assert figures["models"]["bundle"]["max logit"] == {"auroc": 1.0, "fpr_at_95": 0.0}

@@ -43,6 +43,8 @@ def test_the_whole_path(small_bundle, image_folder, tmp_path):
     out = tmp_path / "out"
     result = _ptq(run_command, small_bundle, image_folder, out)
     assert result.returncode == 0, result.stderr
+    # PyTorch logs as "W1128 ... No CUDA runtime is found", and Python warns as "file.py:1: FutureWarning".
+    assert not re.search(r"^[WE]\d{4} |Warning\b", result.stderr, re.MULTILINE), result.stderr
     summary = json.loads((out / "summary.json").read_text())
     in_openvino = {row["scheme"]: row for row in summary["rows"] if row["runtime"].startswith("OpenVINO")}
     assert set(in_openvino) == {"fp32", "int8"} and all(row["latency_ms"] for row in in_openvino.values())
