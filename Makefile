@@ -22,7 +22,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
 
-# The tests again, with the share of the statements that they run; tracing makes them slower by about a tenth.
+# The tests again, with the share of the statements that they run; tracing makes them slower.
 coverage: setup
 	$(BIN)/pytest -n 2 --cov --cov-report=
 	@echo "coverage of illama, quant, deploy and eval: $$($(BIN)/coverage report --format=total)% of the statements"
