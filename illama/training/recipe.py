@@ -139,6 +139,7 @@ class TrainingOptions:
 @dataclass(frozen=True)
 class Recipe(TrainingOptions):
     """Train an iLLaMA from scratch or from given weights. Every option overrides the recipe.
+    The defaults shown are those of the recipe nano-fashion-mnist.
 
     Attributes:
         recipe: name of a recipe in illama/recipes, or path to a YAML file.

@@ -16,6 +16,7 @@ DEFAULT_RECIPE = "qat-nano-fashion-mnist"
 @dataclass(frozen=True)
 class QatOptions(TrainingOptions):
     """Fine-tune a trained iLLaMA with fake quantization. Every option overrides the recipe's value.
+    The defaults shown are those of the recipe qat-nano-fashion-mnist.
 
     Attributes:
         recipe: name of a recipe in quant/recipes, or path to a YAML file.
