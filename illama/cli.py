@@ -37,8 +37,7 @@ def run_command(
         with without_noise():
             main(parse() if parse else tyro.cli(options))
     except UserError as error:
-        # A data loader's worker wraps its error in a traceback, whose last line is the error.
-        _exit(str(error).strip().splitlines()[-1].removeprefix("illama.errors.UserError: "), 2)
+        _exit(str(error), 2)
     except KeyboardInterrupt:
         _exit("interrupted; no incomplete file was left behind", 130)
     except OSError as error:

@@ -5,12 +5,28 @@ from __future__ import annotations
 import sys
 from functools import cache
 
+MAX_MESSAGE = 300  # characters
+
 
 class UserError(Exception):
-    """An error that the user can correct. The message says in one line what is wrong and what to do."""
+    """An error that the user can correct. The message says in one line what is wrong and what to do.
+
+    A longer message is shortened in the middle to :data:`MAX_MESSAGE` characters; line breaks and other control
+    characters, which may come from a file's name or content, become spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        # A data loader's worker passes its error on with a traceback, which ends with the error.
+        super().__init__(shorten(message.strip().rpartition(f"{__name__}.UserError: ")[2], MAX_MESSAGE))
+
+
+def shorten(text: str, limit: int) -> str:
+    """Returns ``text`` in one line of at most ``limit`` characters: control characters become spaces."""
+    line = "".join(each if each.isprintable() else " " for each in text)
+    return line if len(line) <= limit else f"{line[: limit * 2 // 3]} ... {line[5 + limit * 2 // 3 - limit :]}"
 
 
 @cache
 def warn_once(message: str) -> None:
     """Prints a warning to the standard error stream, once per process."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {shorten(message, MAX_MESSAGE)}", file=sys.stderr)
