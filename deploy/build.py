@@ -7,6 +7,7 @@ precision of the scheme (deploy/trt/fusion.py).
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +59,8 @@ def main(options: BuildOptions) -> None:
         if path:
             record = EngineRecord.read(path)
             attentions = "fused attentions" if record.fused else "attentions, possibly decomposed"
-            print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.attentions} {attentions}\n  {record.trtexec}")
+            print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.attentions} {attentions}")
+            print(f"  cd {shlex.quote(str(bundle))} && {record.trtexec}")
 
 
 if __name__ == "__main__":

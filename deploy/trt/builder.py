@@ -152,12 +152,12 @@ def check_kernels(library: Library, built: BuiltEngine, options: EngineOptions) 
 
 
 def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOptions) -> str:
-    """Returns the command of the library's own tool that builds an equivalent engine from the file.
+    """Returns the command of the library's own tool that builds an equivalent engine, run in the file's folder.
 
     The file does not say how the softmax output is quantized, so the tool leaves it in floating point.
     """
     shape = "x".join(str(size) for size in _image_shape(load_graph(source)))
-    parts = [library.trtexec, f"--onnx={os.path.relpath(source)}", f"--saveEngine={os.path.relpath(engine)}"]
+    parts = [library.trtexec, f"--onnx={source.name}", f"--saveEngine={os.path.relpath(engine, source.parent)}"]
     parts += [
         f"--{name}Shapes=images:{size}x{shape}" for name, size in zip(("min", "opt", "max"), options.batch, strict=True)
     ]
@@ -168,7 +168,7 @@ def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOp
     if options.workspace_gib is not None:
         parts.append(f"--memPoolSize=workspace:{options.workspace_gib * 1024:g}")
     for enabled, flag in (
-        (options.timing_cache, f"--timingCacheFile={options.timing_cache}"),
+        (options.timing_cache, f"--timingCacheFile={options.timing_cache and options.timing_cache.resolve()}"),
         (options.refit, "--refit"),
         (options.weight_stripped, "--stripWeights"),
         (options.version_compatible, "--versionCompatible"),

@@ -38,7 +38,7 @@ class EngineRecord:
         outputs: name -> [dtype, shape], with -1 for the batch.
         preprocessing: :class:`illama.data.datasets.Preprocessing` as a dict; part of the engine if its input is uint8.
         classes: names of the classes, in the order of the logits.
-        trtexec: command of the library's own tool that builds an equivalent engine.
+        trtexec: command of the library's own tool that builds an equivalent engine, run in the bundle's folder.
     """
 
     onnx_sha256: str

@@ -84,7 +84,10 @@ def test_an_engine_and_its_record(bundle, model):
     assert record.inputs == {"images": ["float", [-1, 3, 32, 32]]} and record.outputs == {"logits": ["float", [-1, 3]]}
     assert record.preprocessing["mean"] and record.classes == ["class0", "class1", "class2"]
     assert record.precisions["blocks.0.attn.qkv/MatMul"] == "float16"
-    assert "--optShapes=images:2x3x32x32" in record.trtexec and f"{path.parent.name}/model.engine" in record.trtexec
+    assert (
+        "--optShapes=images:2x3x32x32" in record.trtexec
+        and f"=engines/{path.parent.name}/model.engine " in record.trtexec
+    )
     assert names(path.parent) == ["model.engine", "record.json"] and names(bundle / "engines") == [path.parent.name]
 
 

@@ -167,14 +167,14 @@ def test_files_that_cannot_be_opened(bundle, tmp_path, monkeypatch):
 @pytest.mark.skipif(find_library() is None, reason="no TensorRT that can build is installed")
 def test_an_engine_is_checked_before_it_is_deserialized(bundle, monkeypatch):
     path = build_bundle(find_library(), bundle, name="checked")
-    for given in (path, path.parent) if not torch.cuda.is_available() else ():
+    for each in (path, path.parent) if not torch.cuda.is_available() else ():
         with pytest.raises(UserError, match="NVIDIA GPU"):
-            open_engine(given)
+            open_engine(each)
     path.write_bytes(path.read_bytes() + b"x")
     monkeypatch.setattr(deploy.runtimes.open_engine, "TensorRTEngine", lambda *_: pytest.fail("it was opened"))
-    for given in (path, path.parent):
+    for each in (path, path.parent):
         with pytest.raises(UserError, match=r"SHA-256.*record\.json"):
-            open_engine(given)
+            open_engine(each)
         with pytest.raises(UserError, match=r"SHA-256.*record\.json"):
             open_engine(given, "openvino")
 
