@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
-
 from deploy.rewrites.preprocessing import add_preprocessing
 from deploy.runtimes.temperature import copy_temperature
 from illama.atomic_write import write_folder
@@ -14,6 +12,7 @@ from illama.bundle import CPU_ONNX, FRAME, FUSED_ONNX, Manifest, command_line, s
 from illama.data.datasets import Preprocessing
 from illama.errors import UserError
 from illama.graph.reader import load_graph
+from illama.graph.writer import save_graph
 
 
 def write_camera_bundle(bundle: Path, frame: tuple[int, int, int], out: Path) -> None:
@@ -32,7 +31,9 @@ def write_camera_bundle(bundle: Path, frame: tuple[int, int, int], out: Path) ->
         raise UserError(f"{bundle} has no graph without preprocessing: give a bundle that python quant/ptq.py wrote")
     with write_folder(out) as folder:
         for source in sources:
-            onnx.save(add_preprocessing(load_graph(source), preprocessing, frame), folder / source.name)
+            model = load_graph(source)
+            add_preprocessing(model, preprocessing, frame)
+            save_graph(model, folder / source.name)
             copy_temperature(source, folder / source.name)
         metrics = {**manifest.metrics, FRAME: list(frame)}
         inputs = {str(source): sha256(source) for source in sources}

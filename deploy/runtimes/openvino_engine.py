@@ -11,7 +11,7 @@ import numpy as np
 from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.engine import Engine
 from illama.errors import UserError
-from illama.graph.reader import has_4bit_activations, load_graph
+from illama.graph.reader import has_4bit_activations, load_graph, to_bytes
 from illama.inference import usable_cores
 
 
@@ -64,7 +64,7 @@ class OpenVinoEngine(Engine):
         for rewrite in select_rewrites(floats == "bf16", has_matrix_unit()):
             rewrite(model)
         try:
-            compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
+            compiled = core.compile_model(core.read_model(to_bytes(model)), "CPU", settings)
         except RuntimeError as error:
             raise UserError(f"OpenVINO cannot load {path}: {' '.join(str(error).split())[:300]}") from error
         self.floats = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())

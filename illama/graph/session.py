@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from illama.graph.check_graph import check_graph
 from illama.inference import usable_cores
 
 
@@ -26,6 +27,8 @@ def cpu_session(
             a quantized convolution's bias to integers that exceed half precision, the other removes a Relu before a
             QuantizeLinear to FP8.
     """
+    if isinstance(model, Path):
+        check_graph(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
