@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from deploy.trt.library import Library
 from illama.bundle import SOFTMAX_OUTPUT
+from illama.errors import UserError
 from illama.graph.reader import add_constant, layer_of
 
 if TYPE_CHECKING:
@@ -51,12 +52,17 @@ def quantize_softmax_outputs(model: ir.Model) -> None:
 
         before   Q/DQ -> Attention(q, k, v, mask)
         after    Q/DQ -> TRT_QuantizedAttention(q, k, v, mask, scale), normalization_quantize_to_type = dtype
+
+    Raises:
+        UserError: the graph has no attention of a name in its metadata; an earlier version exported it.
     """
     outputs = read_softmax_scales(model)
-    for node in model.graph:
-        output = outputs.get(layer_of(node))
-        if node.op_type == "Attention" and output is not None:
-            name = f"{layer_of(node)}.softmax_output_scale"
+    attentions = {layer_of(node): node for node in model.graph if node.op_type == "Attention"}
+    if missing := outputs.keys() - attentions.keys():
+        raise UserError(f"the graph has no attention {min(missing)}: export it again with python quant/ptq.py")
+    for layer, node in attentions.items():
+        if output := outputs.get(layer):
+            name = f"{layer}.softmax_output_scale"
             node.op_type = "TRT_QuantizedAttention"
             node.resize_inputs(5)  # no mask leaves the fourth empty
             node.replace_input_with(4, add_constant(model.graph, name, np.array(output.scale, dtype=np.float16)))

@@ -20,6 +20,7 @@ from illama.errors import UserError
 from illama.graph.check_graph import check_graph
 from illama.quiet import quiet
 
+LAYER = "layer"  # key in a node's metadata: the module that it was exported from
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 _VIEWS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
@@ -64,7 +65,7 @@ def infer_shapes(model: ir.Model, batch: int) -> None:
 
 def layer_of(node: ir.Node) -> str:
     """Returns the module that a node was exported from; the node's own name if the file does not say it."""
-    return (node.name or "").partition("/")[0] or str(node.outputs[0].name)
+    return node.metadata_props.get(LAYER) or node.name or str(node.outputs[0].name)
 
 
 def producer(value: ir.Value | None, kind: str) -> ir.Node | None:

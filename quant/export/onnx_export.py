@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
+from illama.graph.reader import LAYER
 from illama.models.attention import Form, MaskedAttention, MaskedNetwork
 from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
@@ -189,7 +190,7 @@ def _lower(node: fx.Node) -> None:
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """Names nodes by layer, folds all constants except Q/DQ, and removes the exporter's metadata; in place."""
+    """Names nodes by layer, folds all constants except Q/DQ, and removes torch.onnx's metadata; in place."""
     name_by_layer(model)
     limit = 2**40
     passes.InlinePass()(model)
@@ -206,7 +207,8 @@ def simplify(model: ir.Model) -> ir.Model:
         passes.NameFixPass(),
     )(model)
     for node in model.graph.all_nodes():
-        node.metadata_props.clear()
+        for key in node.metadata_props.keys() - {LAYER}:
+            del node.metadata_props[key]
     return model
 
 
@@ -214,7 +216,9 @@ def name_by_layer(model: ir.Model) -> None:
     """Names nodes and values by the network's modules, in place. A value of several modules is named by the innermost.
 
     A node becomes ``blocks.0.attn.qkv/MatMul``, the module's output ``blocks.0.attn.qkv``, and its quantized input
-    ``blocks.0.attn.qkv.input``. Engines, profiles and :mod:`quant.debug_layers` show these names.
+    ``blocks.0.attn.qkv.input``. Engines, profiles and :mod:`quant.debug_layers` show these names. Programs read the
+    module from the node's metadata (:func:`illama.graph.reader.layer_of`); the two products of an attention are
+    ``blocks.0.attn.core.qk`` and ``blocks.0.attn.core.pv`` there.
     """
     results: dict[str, ir.Value] = {}
     counts: Counter[str] = Counter()
@@ -224,6 +228,10 @@ def name_by_layer(model: ir.Model) -> None:
         name = f"{scopes[-1] if scopes else 'network'}/{node.op_type}"
         counts[name] += 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+        if scopes:
+            classes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
+            product = node.op_type == "MatMul" and classes[-2].rpartition(".")[2] == MaskedAttention.__name__
+            node.metadata_props[LAYER] = scopes[-1] + (".qk" if counts[name] == 1 else ".pv") * product
         results.update(dict.fromkeys(scopes, node.outputs[0]))
     taken: set[int] = {id(value) for value in model.graph.outputs}
     for scope, value in sorted(results.items(), key=lambda item: -item[0].count(".")):
