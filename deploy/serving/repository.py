@@ -29,7 +29,17 @@ from deploy.serving.model_config import config_texts
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, Manifest, command_line, package_versions
+from illama.bundle import (
+    CPU_ONNX,
+    FUSED_ONNX,
+    INPUT,
+    MANIFEST,
+    OUTPUT,
+    Manifest,
+    command_line,
+    copy_with_data,
+    package_versions,
+)
 from illama.errors import UserError
 
 RECORD = "repository.json"  # Triton ignores files in the repository's folder
@@ -159,7 +169,7 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
         else:
             choice = recommend_runtime(bundle, options.runtime)
             known = create_known_answer(bundle, choice.file, choice.runtime)
-            shutil.copyfile(choice.file, draft / choice.file.name)
+            copy_with_data(choice.file, draft)
             choice.write(draft)
             _write_code(draft, "Network")
         known.write(draft / KNOWN_ANSWER)

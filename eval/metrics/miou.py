@@ -11,7 +11,7 @@ import numpy as np
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from eval.metrics.paired import Drop
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
+from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest, size_of
 from illama.checkpoints.load import read_preprocessing
 from illama.data.ade20k import SegmentationFolder
 from illama.data.datasets import Preprocessing
@@ -93,7 +93,7 @@ def measure_miou(
     rows = []
     for path in paths:
         own = counts[str(path)]
-        drop, megabytes = miou_drop(reference, own, seed), path.stat().st_size / 1e6
+        drop, megabytes = miou_drop(reference, own, seed), size_of(path) / 1e6
         rows.append(FileScores(f"{path.parent.name}/{path.name}", Scores.of(own.sum(0)), drop, megabytes))
     return rows
 

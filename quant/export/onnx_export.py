@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
 from illama.graph.reader import LAYER
+from illama.graph.writer import EXTERNAL_ABOVE, save_graph
 from illama.models.attention import Form, MaskedAttention, MaskedNetwork
 from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
@@ -60,7 +61,13 @@ _RULES = (
 )
 
 
-def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
+def export_onnx(
+    model: MaskedNetwork,
+    path: Path,
+    form: Form,
+    dtype: torch.dtype = torch.float32,
+    external_above: int = EXTERNAL_ABOVE,
+) -> None:
     """Exports ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
 
     Quantizers become Q/DQ operators through :func:`translations`.
@@ -69,6 +76,7 @@ def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype
         form: ``plain`` for CPUs, ``fused`` (one Attention operator per block) for TensorRT.
         dtype: float16 computes everything except normalizations in half precision, as TensorRT's fused attention
             requires; inputs and outputs stay float32.
+        external_above: see :func:`illama.graph.writer.save_graph`.
     """
     model = copy.deepcopy(model).eval()
     if form == "plain":
@@ -95,8 +103,7 @@ def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype
     graph = simplify(program.model)
     if notes:
         graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(notes)
-    ir.save(graph, path)
-    onnx.checker.check_model(path, full_check=True)
+    save_graph(graph, path, external_above)
 
 
 def softmax_scales(model: nn.Module) -> dict[str, dict[str, Any]]:

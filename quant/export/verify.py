@@ -93,7 +93,7 @@ def trace_onnx(path: Path, images: np.ndarray, layers: Mapping[str, Any]) -> Tra
     model = load_graph(path)
     taps = _tap(model, layers)
     try:
-        session = cpu_session(to_bytes(model), torch.get_num_threads())
+        session = cpu_session(to_bytes(model), torch.get_num_threads(), folder=path.parent)
         names = [output.name for output in session.get_outputs()]
         results = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images}), strict=True))
     except Exception as error:  # the exceptions of ONNX Runtime share no base class but this one
