@@ -76,7 +76,8 @@ def main(options: LargeNetworkOptions) -> None:
     step("export", lambda: export_onnx(network, plain, "plain"))
     if options.engine:
         step("export in half precision", lambda: export_onnx(network, fused, "fused", torch.float16))
-    results["file"] = {"bytes": size_of(plain), "sha256": step("hash", lambda: sha256(plain))}
+    digest = step("hash", lambda: sha256(plain))
+    results["hash"] |= {"bytes": size_of(plain), "sha256": digest}
     compare("ONNX Runtime", lambda: OnnxRuntimeEngine(plain))
     compare("OpenVINO", lambda: OpenVinoEngine(plain, precision="f32"))
     library = find_library()
@@ -84,15 +85,10 @@ def main(options: LargeNetworkOptions) -> None:
         engine = EngineOptions(library.resolve_targets(()), allow_unfused=True)
         built = step(library.name, lambda: build_engine(library, fused, engine))
         results[library.name]["bytes"] = len(built.data)
+    columns = {"seconds": ".1f", "peak_gb": ".1f", "difference": ".1e"}
     rows = [
-        (
-            name,
-            f"{each['seconds']:.1f}",
-            f"{each['peak_gb']:.1f}",
-            f"{each['difference']:.1e}" if "difference" in each else "-",
-        )
+        (name, *(format(each[key], digits) if key in each else "-" for key, digits in columns.items()))
         for name, each in results.items()
-        if "seconds" in each
     ]
     table = markdown(("step", "seconds", "peak GB so far", "difference from PyTorch"), rows)
     write_results(options.out, "large_network", results, table)

@@ -5,12 +5,43 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
+import tyro
+
+from illama.bundle import SHIPPED
 from illama.errors import UserError
 
+Options = TypeVar("Options")
+Flat = Annotated[Options, tyro.conf.OmitArgPrefixes]  # options of a dataclass within a dataclass, without a prefix
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where a network and its images come from.
+
+    Attributes:
+        checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
+        model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
+        data: fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER,
+            or a folder with train/ and val/.
+        calibration_images: number of training images that ranges are calibrated on.
+        image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
+        exif: apply or ignore the orientation that image files declare. Defaults to the value in the checkpoint's
+            bundle, or to apply without a bundle.
+        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Defaults to the
+            value in the checkpoint's bundle; without a bundle, natural for a timm ViT and words for an iLLaMA.
+    """
+
+    checkpoint: Path = SHIPPED
+    model: str | None = None
+    data: str = "fashion-mnist"
+    calibration_images: int = 512
+    image_size: int | None = None
+    exif: Exif | None = None
+    class_order: ClassOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +88,6 @@ class BenchmarkOptions:
         also: folders with results of other commands, such as runs/robustness, to include in the report.
         fail_on_regression: path to an earlier report.json; exit with status 1 after a regression (docs/evaluation.md).
         seed: random seed of the confidence intervals and of the order in which targets are timed.
-        out: folder of the report.
     """
 
     batches: tuple[int, ...] = (1, 8, 64)
@@ -69,7 +99,6 @@ class BenchmarkOptions:
     also: tuple[Path, ...] = ()
     fail_on_regression: Path | None = None
     seed: int = 0
-    out: Path = Path("runs/tradeoff")
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):

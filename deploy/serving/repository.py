@@ -29,21 +29,13 @@ from deploy.serving.model_config import config_texts
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import (
-    CPU_ONNX,
-    FUSED_ONNX,
-    INPUT,
-    MANIFEST,
-    OUTPUT,
-    Manifest,
-    command_line,
-    copy_with_data,
-    package_versions,
-)
+from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, command_line, package_versions
 from illama.errors import UserError
+from illama.graph.writer import copy_graph
+from illama.manifest import Manifest
 
 RECORD = "repository.json"  # Triton ignores files in the repository's folder
-FORMAT = 2
+FORMAT = 3
 PLAN = "model.plan"
 
 
@@ -169,7 +161,7 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
         else:
             choice = recommend_runtime(bundle, options.runtime)
             known = create_known_answer(bundle, choice.file, choice.runtime)
-            copy_with_data(choice.file, draft)
+            copy_graph(choice.file, draft)
             choice.write(draft)
             _write_code(draft, "Network")
         known.write(draft / KNOWN_ANSWER)
@@ -202,8 +194,7 @@ def create_known_answer(bundle: Path, file: Path, runtime: RuntimeName) -> Known
             raise UserError(f"the logits of {file} are not finite: find the layer with python quant/debug_layers.py")
         return logits
 
-    size = image_input.preprocessing.image_size
-    shape = image_input.frame[:2] if image_input.frame else (size, size)
+    shape = (image_input.frame or image_input.preprocessing.size)[:2]
     return KnownAnswer.create(infer, lambda png: image_input.read(png, lambda: "of the known answer"), shape)
 
 

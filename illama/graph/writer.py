@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import onnx_ir as ir
 
-from illama.bundle import data_file
+from illama.bundle import data_file, with_data
 from illama.graph.check_graph import check_graph
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; the whole file must stay below protobuf's limit of 2^31
@@ -31,3 +32,9 @@ def save_graph(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE
         data_file(path).unlink(missing_ok=True)
         ir.save(model, path)
     check_graph(path)
+
+
+def copy_graph(path: Path, folder: Path) -> None:
+    """Copies a file and its external data into a folder."""
+    for each in with_data(path):
+        shutil.copyfile(each, folder / each.name)

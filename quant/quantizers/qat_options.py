@@ -7,6 +7,7 @@ from pathlib import Path
 
 from illama.bundle import SHIPPED
 from illama.errors import UserError
+from illama.options import SourceOptions
 from illama.training.recipe import TrainingOptions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -41,6 +42,18 @@ class QatOptions(TrainingOptions):
     distillation: float = 1.0
     temperature: float = 2.0
     scale_rate: float = 1.0
+
+    @property
+    def source(self) -> SourceOptions:
+        """The options that open the checkpoint and the images."""
+        return SourceOptions(
+            self.checkpoint,
+            data=self.data,
+            calibration_images=self.calibration_images,
+            image_size=self.image_size,
+            exif=self.exif,
+            class_order=self.class_order,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
