@@ -32,7 +32,7 @@ from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
 from illama.checkpoints.load import load_checkpoint
 from illama.cli import run_command
-from illama.graph.reader import load_graph
+from illama.graph.reader import load_graph, to_bytes
 from illama.inference import Infer, torch_infer, usable_cores
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
@@ -142,7 +142,7 @@ def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, 
         model = load_graph(path)
         for rewrite in rewrites:
             rewrite(model)
-        read = openvino_core().read_model(model.SerializeToString())
+        read = openvino_core().read_model(to_bytes(model))
         found[f"OpenVINO, INT8 (ours), {name}"] = _request(read, options.threads, options.precision)
     return found
 

@@ -21,7 +21,7 @@ from eval.metrics.paired import NO_DROP, paired_drop
 from eval.metrics.predictions import Predictions
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
-from illama.bundle import command_line, package_versions, sha256
+from illama.bundle import command_line, package_versions, sha256, size_of
 from illama.hardware import describe_machine
 from illama.inference import Infer, chance_note, load_images, usable_cores
 from illama.manifest import NO_TENSORRT, Manifest
@@ -189,7 +189,7 @@ def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
         evaluated_with=target.engine.runtime,
         drop=NO_DROP,
         onnx=os.path.relpath(target.path, out),
-        onnx_bytes=target.path.stat().st_size,
+        onnx_bytes=size_of(target.path),
         engine=os.path.relpath(built, out) if built else None,
         engine_bytes=record.engine_bytes if record else None,
         fused=record.fused if record else True,

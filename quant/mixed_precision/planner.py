@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from illama.bundle import size_of
 from illama.errors import UserError
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
@@ -135,7 +136,7 @@ class Planner:
             "drop_at_most": plan.effect.drop_at_most,
             "kl": plan.effect.kl,
             "ms": self.time_call(path) if self.time_call else None,
-            "megabytes": path.stat().st_size / 1e6,
+            "megabytes": size_of(path) / 1e6,
         }
         self.known.append((plan.kl, plan.effect))
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from illama.bundle import size_of
 from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes, read_layer_times, time_graphs
 from illama.models.attention import MaskedNetwork
@@ -116,7 +117,7 @@ class SearchSpaceBuilder:
         paths = self._export_all(folder)
         times = self._times(paths, profiles)
         first = {name: self._first_with_same_operators(name) for name in self.schemes}
-        sizes = {name: paths[first[name]].stat().st_size for name in first}
+        sizes = {name: size_of(paths[first[name]]) for name in first}
         costs = _Costs(self.inputs.model, {name: times[first[name]] for name in first}, sizes, self.plans, self.layers)
         layers = {layer: [self._choice(layer, name, costs) for name in names] for layer, names in self.distinct.items()}
         sums = {name: sum(self._kl(layer, self._same_choice(layer, name)) for layer in layers) for name in self.whole}
