@@ -177,9 +177,9 @@ def test_an_engine_is_checked_before_it_is_deserialized(bundle, monkeypatch):
             open_engine(wanted)
     path.write_bytes(path.read_bytes() + b"x")
     monkeypatch.setattr(deploy.runtimes.open_engine, "TensorRTEngine", lambda *_: pytest.fail("it was opened"))
-    for given in (path, path.parent):
+    for wanted in (path, path.parent):
         with pytest.raises(UserError, match=r"SHA-256.*record\.json"):
-            open_engine(given)
+            open_engine(wanted)
         with pytest.raises(UserError, match=r"SHA-256.*record\.json"):
             open_engine(given, "openvino")
 
