@@ -38,8 +38,8 @@ def run_command(
             main(parse() if parse else tyro.cli(options))
     except UserError as error:
         _exit(str(error), 2)
-    except KeyboardInterrupt:
-        _exit("interrupted; no incomplete file was left behind", 130)
+    except KeyboardInterrupt as stop:
+        _exit(str(stop) or "interrupted; no incomplete file was left behind", 130)
     except OSError as error:
         if error.errno not in (*_DISK_FULL, *_NOT_WRITABLE):
             raise

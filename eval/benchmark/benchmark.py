@@ -58,6 +58,7 @@ class Execution:
     Attributes:
         out: folder of the report; paths in the rows are relative to it.
         work: folder for finished parts of the evaluation; see :func:`eval.benchmark.evaluate_split.evaluate`.
+        restart: discard another evaluation in ``work``, instead of raising UserError.
         workers: number of processes that read images.
         processes: those that share the evaluation. The main one alone measures latency and returns rows.
         store: store each fitted temperature beside its file.
@@ -66,6 +67,7 @@ class Execution:
 
     out: Path
     work: Path | None = None
+    restart: bool = False
     workers: int = 0
     processes: Processes = ALONE
     store: bool = False
@@ -91,7 +93,15 @@ def run_benchmark(
         "runtimes": {each.name: each.engine.runtime for each in targets},
     }
     evaluated = evaluate(
-        models, images.split, transform, temperatures, execution.work, execution.workers, facts=facts, processes=group
+        models,
+        images.split,
+        transform,
+        temperatures,
+        execution.work,
+        execution.workers,
+        facts=facts,
+        processes=group,
+        restart=execution.restart,
     )
     group.barrier()  # until all have read what the others computed
     if not group.main:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +17,14 @@ from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest, NoTensorRT, Provenance, Quantization
 from illama.models.attention import MaskedNetwork
 from illama.models.config import NetworkConfig
+from illama.partial_work import PartialWork
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_torchao, write_torchao
 from quant.schemes.scheme import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt, write_scheme
+
+_REFERENCES = {"fp32": CPU_ONNX, "fp16": FUSED_ONNX}  # bundle -> its graph
 
 
 @dataclass(frozen=True)
@@ -100,38 +104,39 @@ def write_quantized(
 
 
 def write_bundles(
-    folder: Path,
+    work: PartialWork,
     inputs: Inputs,
     schemes: Sequence[Scheme],
     origin: Origin,
     step: Callable[[str], AbstractContextManager[None]],
 ) -> tuple[list[Path], dict[str, MaskedNetwork]]:
-    """Calibrates and exports every scheme, beside the FP32 and FP16 references.
+    """Calibrates and exports every scheme, beside the FP32 and FP16 references, unless an earlier run did.
 
     Args:
-        folder: folder for the bundles, each in a folder with the scheme's name.
+        work: its result gets the bundles, each in a folder with the scheme's name.
         step: called with the name of each step; the step runs inside the context manager that it returns.
 
     Returns:
         The bundles, and the networks that run inside PyTorch by the name of their bundle.
     """
-    model, networks = inputs.model, {}
-    with step("read calibration images"):
-        batches = inputs.calibration
-    with step("export fp32 and fp16"):
-        bundles = [
-            write_graphs(folder / "fp32", model, origin, (CPU_ONNX,)),
-            write_graphs(folder / "fp16", model, origin, (FUSED_ONNX,)),
-        ]
+    model, networks, batches = inputs.model, {}, list[Tensor]()
+    if not work.finished.issuperset(scheme.name for scheme in schemes):
+        with step("read calibration images"):
+            batches = inputs.calibration
+    if not work.finished.issuperset(_REFERENCES):
+        with step("export fp32 and fp16"):
+            for name, file in _REFERENCES.items():
+                work.part(name, partial(write_graphs, model=model, origin=origin, files=(file,)))
     for scheme in schemes:
-        with step(f"quantize and export {scheme.name}"):
-            quantized = quantize(model, scheme, batches)
-            bundle = write_quantized(folder / scheme.name, model, quantized, scheme, origin)
-            if scheme.backend == "torchao":
-                networks[scheme.name] = load_torchao(bundle, copy.deepcopy(model))
-        bundles.append(bundle)
-        print_layers(bundle)
-    return bundles, networks
+        if scheme.name not in work.finished:
+            with step(f"quantize and export {scheme.name}"):
+                quantized = quantize(model, scheme, batches)
+                write = partial(write_quantized, model=model, quantized=quantized, scheme=scheme, origin=origin)
+                bundle = work.part(scheme.name, write)
+            print_layers(bundle)
+        if scheme.backend == "torchao":
+            networks[scheme.name] = load_torchao(work.result / scheme.name, copy.deepcopy(model))
+    return [work.result / name for name in (*_REFERENCES, *(scheme.name for scheme in schemes))], networks
 
 
 def print_layers(bundle: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
 import deploy.runtimes.open_engine
 from deploy.rewrites.preprocessing import add_preprocessing
 from deploy.runtimes.classify import top5
+from deploy.runtimes.least_recently_used import LeastRecentlyUsed
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.open_engine import cpu_runtime, open_engine, open_file
 from deploy.runtimes.openvino_engine import OpenVinoEngine
@@ -168,14 +172,14 @@ def test_files_that_cannot_be_opened(bundle, tmp_path, monkeypatch):
 @pytest.mark.skipif(find_library() is None, reason="no TensorRT that can build is installed")
 def test_an_engine_is_checked_before_it_is_deserialized(bundle, monkeypatch):
     path = build_bundle(find_library(), bundle, name="checked")
-    for given in (path, path.parent) if not torch.cuda.is_available() else ():
+    for wanted in (path, path.parent) if not torch.cuda.is_available() else ():
         with pytest.raises(UserError, match="NVIDIA GPU"):
-            open_engine(given)
+            open_engine(wanted)
     path.write_bytes(path.read_bytes() + b"x")
     monkeypatch.setattr(deploy.runtimes.open_engine, "TensorRTEngine", lambda *_: pytest.fail("it was opened"))
-    for given in (path, path.parent):
+    for wanted in (path, path.parent):
         with pytest.raises(UserError, match=r"SHA-256.*record\.json"):
-            open_engine(given)
+            open_engine(wanted)
         with pytest.raises(UserError, match=r"SHA-256.*record\.json"):
             open_engine(given, "openvino")
 
@@ -241,6 +245,50 @@ def test_a_tensorrt_engine_computes_the_networks_logits(batch, bundle, model):
     np.testing.assert_array_equal(again.infer(images), engine.infer(images))
     with pytest.raises(UserError, match="1 to 64"):
         engine.infer(np.zeros((65, 3, 32, 32), np.float32))
+
+
+@pytest.mark.gpu
+def test_contexts_are_bounded(bundle):
+    path = build_bundle(find_library(), bundle)
+    record = EngineRecord.read(path)
+    images = np.random.default_rng(1).normal(size=(4, 3, 32, 32)).astype(np.float32)
+    unbounded, bounded = TensorRTEngine(path, record, 8), TensorRTEngine(path, record, 2)
+    for batch in (1, 2, 3, 1, 4, 2, 1):
+        np.testing.assert_allclose(bounded.infer(images[:batch]), unbounded.infer(images[:batch]), rtol=1e-3)
+        bounded.run_on_device(batch)  # may still run when its context is freed
+        assert len(bounded._calls) <= 2
+
+
+def test_least_recently_used_values_are_closed_first():
+    events = []
+    kept = LeastRecentlyUsed(2, lambda key: events.append(f"make {key}") or key * 10, lambda v: events.append(v))
+    assert [kept[key] for key in (1, 2, 1, 3, 1, 2)] == [10, 20, 10, 30, 10, 20]
+    assert events == ["make 1", "make 2", 20, "make 3", 30, "make 2"]
+    with pytest.raises(ValueError, match="0"):
+        LeastRecentlyUsed(0, str, print)
+
+
+@given(keys=st.lists(st.integers(0, 5), max_size=30), capacity=st.integers(1, 4))
+def test_a_bounded_store_makes_what_functools_would(keys, capacity):
+    made, alive = [], []
+    expected = lru_cache(capacity)(lambda key: key)
+    kept = LeastRecentlyUsed(capacity, lambda key: made.append(key) or alive.append(key) or key, alive.remove)
+    for key in keys:
+        assert kept[key] == expected(key) == key
+        assert len(made) == expected.cache_info().misses
+        assert len(alive) == len(kept) == expected.cache_info().currsize
+
+
+def test_a_value_that_cannot_be_made_leaves_room():
+    def make(key):
+        if key == "bad":
+            raise MemoryError
+        return key
+
+    kept = LeastRecentlyUsed(1, make, lambda value: None)
+    with pytest.raises(MemoryError):
+        kept["bad"]
+    assert kept["good"] == "good" and len(kept) == 1
 
 
 @pytest.mark.parametrize("size", [(60, 80), (48, 48), (101, 67), (30, 200)])
