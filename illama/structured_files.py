@@ -116,6 +116,13 @@ def check_regular(path: Path) -> None:
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
+_PROBLEMS = {
+    "unexpected_keyword_argument": "unknown key",
+    "extra_forbidden": "unknown key",
+    "missing_argument": "missing key",
+}
+
+
 @cache
 def _adapter(kind: Any, unknown: Unknown) -> TypeAdapter[Any]:
     return TypeAdapter(tuple[kind], config=ConfigDict(extra=unknown, strict=True, hide_input_in_errors=True))
@@ -125,7 +132,7 @@ def _first(error: ValidationError) -> str:
     """Returns the first problem with its place, such as "preprocessing.size.0: input should be a valid integer"."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(shorten(str(key), 60) for key in first["loc"][1:])
-    problem = {"unexpected_keyword_argument": "unknown key", "missing_argument": "missing key"}.get(first["type"])
+    problem = _PROBLEMS.get(first["type"])
     message = problem or first["msg"][0].lower() + first["msg"][1:]
     return f"{place}: {message}" if place else message
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from illama.bundle import SHIPPED
-from illama.options import ClassOrder, Exif
+from illama.options import ClassOrder, Count, Exif
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class InputOptions:
     checkpoint: Path = SHIPPED
     model: str | None = None
     data: str = "fashion-mnist"
-    calibration_images: int = 512
+    calibration_images: Count = 512
     exif: Exif | None = None
     class_order: ClassOrder | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deploy.trt.engine_options import EngineOptions, LibraryName
 from illama.cli import run_command
-from illama.options import BenchmarkOptions
+from illama.options import BenchmarkOptions, ImageSize
 from quant.input_options import InputOptions
 
 DEFAULT_SCHEMES = ("int8", "fp8")
@@ -38,7 +38,7 @@ class PtqOptions(InputOptions, BenchmarkOptions):
     schemes: tuple[str, ...] | None = None
     scheme_file: tuple[Path, ...] = ()
     out: Path = Path("runs/ptq")
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()
 

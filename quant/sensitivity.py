@@ -14,6 +14,7 @@ from typing import Literal
 
 from illama.bundle import command_line, package_versions
 from illama.cli import run_command
+from illama.options import Count
 from quant.input_options import InputOptions
 
 
@@ -29,7 +30,7 @@ class SensitivityOptions(InputOptions):
     """
 
     scheme: str = "int8"
-    images: int = 1000
+    images: Count = 1000
     split: Literal["train", "test"] = "train"
     out: Path = Path("runs/sensitivity")
 
