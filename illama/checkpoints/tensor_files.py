@@ -148,4 +148,4 @@ def _damaged(path: Path) -> Iterator[None]:
             raise UserError(
                 f"{path} contains more than tensors and was not loaded: save only its state dict"
             ) from error
-        raise UserError(f"{path} is unreadable, truncated or not a checkpoint: download it again") from error
+        raise UserError(f"{path} is damaged, truncated or not a checkpoint: replace it") from error
