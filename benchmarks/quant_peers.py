@@ -31,7 +31,7 @@ from peers.runtimes import LOADERS, ORT
 from peers.work import LABELS, RESULT, WorkOptions, logits_file, open_both, peer_versions
 
 from eval.benchmark.latency import measure_latency
-from eval.metrics.paired import Drop, paired_drop
+from eval.metrics.paired import paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import SHIPPED, package_versions, sha256
@@ -40,6 +40,7 @@ from illama.cli import run_command
 from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, load_images, top1, usable_cores
+from illama.manifest import Drop
 from quant.mixed_precision.layer_effects import decibels
 
 REFERENCE = "fp32"  # in ONNX Runtime

@@ -26,7 +26,7 @@ from illama.bundle import SHIPPED
 from illama.cli import run_command
 from illama.inference import load_images
 from illama.models.attention import MaskedNetwork
-from quant.input_options import InputOptions
+from illama.options import SourceOptions
 from quant.inputs import open_inputs
 from quant.mixed_precision.layer_effects import Tally
 from quant.quantizers.calibrate import calibrate
@@ -185,7 +185,7 @@ def draw(model: MaskedNetwork, batches: list[Tensor], path: Path) -> None:
 
 
 def main(options: Options) -> None:
-    inputs = open_inputs(InputOptions(options.checkpoint, data=options.data))
+    inputs = open_inputs(SourceOptions(options.checkpoint, data=options.data))
     model, data, preprocessing = inputs.model, inputs.data, inputs.preprocessing
     both = data.calibration(options.calibration_images + options.images)
     pixels, classes = (torch.from_numpy(array) for array in load_images(both, preprocessing.transform()))

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from illama.data.datasets import Sample, Transform, Transformed
+from illama.data.datasets import Sample, Transformed
+from illama.data.preprocessing import Transform
 
 Infer = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) float32 -> logits
 _CALLS = 10  # number of consecutive calls of one model

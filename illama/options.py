@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import tyro
 from annotated_types import Interval
 
+from illama.bundle import SHIPPED
 from illama.errors import UserError
 
+Options = TypeVar("Options")
+Flat = Annotated[Options, tyro.conf.OmitArgPrefixes]  # options of a dataclass within a dataclass, without a prefix
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
 
@@ -34,9 +38,12 @@ NotNegative = Annotated[float, Interval(ge=0, lt=math.inf)]
 
 
 def check_bounds(options: Any) -> None:
-    """Raises UserError for the first field of a dataclass whose value is outside the bounds in its type."""
+    """Raises UserError for the first field, also of a field that is a dataclass, whose value is out of its bounds."""
     for name, hint in get_type_hints(type(options), include_extras=True).items():
-        for bounds, value in _bounded(hint, getattr(options, name, None)):
+        option = getattr(options, name, None)
+        if is_dataclass(option):
+            check_bounds(option)
+        for bounds, value in _bounded(hint, option):
             if not _inside(value, bounds):
                 raise UserError(f"--{name.replace('_', '-')} must be {_describe(bounds)}, not {value!s:.40}")
 
@@ -66,6 +73,32 @@ def _describe(bounds: Interval) -> str:
     """Interval(ge=1, le=9) -> "1 or more, and at most 9"."""
     limits = ((bounds.ge, "{} or more"), (bounds.gt, "above {}"), (bounds.le, "at most {}"), (bounds.lt, "below {}"))
     return ", and ".join(text.format(limit) for limit, text in limits if limit is not None)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where a network and its images come from.
+
+    Attributes:
+        checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
+        model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
+        data: fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER,
+            or a folder with train/ and val/.
+        calibration_images: number of training images that ranges are calibrated on.
+        image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
+        exif: apply or ignore the orientation that image files declare. Defaults to the value in the checkpoint's
+            bundle, or to apply without a bundle.
+        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Defaults to the
+            value in the checkpoint's bundle; without a bundle, natural for a timm ViT and words for an iLLaMA.
+    """
+
+    checkpoint: Path = SHIPPED
+    model: str | None = None
+    data: str = "fashion-mnist"
+    calibration_images: Count = 512
+    image_size: ImageSize | None = None
+    exif: Exif | None = None
+    class_order: ClassOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +132,6 @@ class BenchmarkOptions:
         also: folders with results of other commands, such as runs/robustness, to include in the report.
         fail_on_regression: path to an earlier report.json; exit with status 1 after a regression (docs/evaluation.md).
         seed: random seed of the confidence intervals and of the order in which targets are timed.
-        out: folder of the report.
     """
 
     batches: tuple[BatchSize, ...] = (1, 8, 64)
@@ -111,7 +143,6 @@ class BenchmarkOptions:
     also: tuple[Path, ...] = ()
     fail_on_regression: Path | None = None
     seed: Seed = 0
-    out: Path = Path("runs/tradeoff")
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from illama.data.ade20k import IGNORED
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import Infer
 
@@ -131,14 +131,14 @@ def score_images(
 
 def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views: Views) -> Tensor:
     """Returns the predicted class of every pixel (H, W) of an image (3, H, W), uint8."""
-    shorter = preprocessing.resize or preprocessing.image_size
+    shorter = preprocessing.resize or min(preprocessing.size)
     to_input: Callable[[Any], Tensor] = v2.Compose(preprocessing.to_input())
     total: Tensor | None = None
     for scale in views.scales:
         size = [max(1, round(shorter * scale))]
         pixels = to_input(v2.functional.resize(image, size, InterpolationMode.BILINEAR)).as_subclass(Tensor)
         for mirrored in (False, True)[: 1 + views.flip]:
-            logits = _slide(infer, pixels.flip(-1) if mirrored else pixels, preprocessing.image_size, views.overlap)
+            logits = _slide(infer, pixels.flip(-1) if mirrored else pixels, min(preprocessing.size), views.overlap)
             logits = logits.flip(-1) if mirrored else logits
             whole = F.interpolate(logits[None], image.shape[-2:], mode="bilinear", align_corners=False)[0]
             shares = whole.softmax(0)

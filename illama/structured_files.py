@@ -63,6 +63,8 @@ def parse_json(text: str | bytes, kind: type[T], name: str, unknown: Unknown = "
         return cast("tuple[T]", _adapter(cast(Any, kind), unknown).validate_json(b"[" + whole + b"\n]"))[0]
     except ValidationError as error:
         raise UserError(f"{name} is damaged: {_first(error)}") from error
+    except UserError as error:  # of a dataclass that checks its values
+        raise UserError(f"{name}: {error}") from error
 
 
 def read_yaml(path: Path, kind: type[T]) -> T:

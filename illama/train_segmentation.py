@@ -62,7 +62,7 @@ class SegmentationOptions(Recipe):
 def main(options: SegmentationOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from illama.atomic_write import lock_folder
-    from illama.bundle import Manifest
+    from illama.manifest import TRAINED, Manifest
     from illama.training.distributed import processes
     from illama.training.finish import write_bundle
     from illama.training.segmentation_run import start_segmentation
@@ -74,8 +74,9 @@ def main(options: SegmentationOptions) -> None:
         fit(run)
         bundle = write_bundle(run)
     if group.main:
-        metrics = Manifest.read(bundle).metrics
-        print(f"mIoU {metrics['test_miou']:.2f}% on {metrics['test_images']} validation images; bundle in {bundle}")
+        scores = Manifest.read(bundle).scores
+        assert scores is not None  # write_bundle evaluates
+        print(f"mIoU {scores.values[TRAINED]:.2f}% on {scores.images} validation images; bundle in {bundle}")
 
 
 if __name__ == "__main__":

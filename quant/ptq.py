@@ -9,36 +9,37 @@ This command runs the whole path, so it may import from every package, and nothi
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.trt.engine_options import EngineOptions, LibraryName
 from illama.cli import run_command
-from illama.options import BenchmarkOptions, ImageSize
-from quant.input_options import InputOptions
+from illama.options import BenchmarkOptions, Flat, SourceOptions
 
 DEFAULT_SCHEMES = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
-class PtqOptions(InputOptions, BenchmarkOptions):
+class PtqOptions:
     """Quantize a trained vision transformer, build engines, and report accuracy against latency.
 
     Attributes:
+        source: the network and its images.
+        benchmark: the benchmark.
         schemes: names of shipped schemes (python quant/list_schemes.py). Defaults to int8 and fp8, unless --scheme-file
             is given.
         scheme_file: paths to schemes in YAML, your own or those of python quant/search.py.
         out: folder of the bundles and the report; an earlier result there is replaced.
-        image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
         targets: compute capabilities of the engines, such as sm86 sm89. Defaults to this GPU for tensorrt,
             and to Ampere and newer for tensorrt_rtx.
     """
 
+    source: Flat[SourceOptions] = field(default_factory=SourceOptions)
+    benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
     schemes: tuple[str, ...] | None = None
     scheme_file: tuple[Path, ...] = ()
     out: Path = Path("runs/ptq")
-    image_size: ImageSize | None = None
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()
 
@@ -65,26 +66,30 @@ def main(options: PtqOptions) -> None:
     from quant.export.write_bundle import Origin, check_scheme, write_bundles
     from quant.inputs import open_inputs, schemes_from_options
 
-    baseline, steps = read_baseline(options), Steps()
+    baseline, steps = read_baseline(options.benchmark), Steps()
     with write_folder(options.out, is_result) as folder:
         schemes = schemes_from_options(options.scheme_names, options.scheme_file)
-        inputs = open_inputs(options, options.image_size)
+        inputs = open_inputs(options.source)
         for scheme in schemes:
             check_scheme(inputs.model, scheme)
         library = find_library(options.library)
         if library:
             library.resolve_targets(options.targets)
-        test, calibration = inputs.data.test(), options.calibration_images
-        images = EvaluationImages(options.data, inputs.data, test, inputs.preprocessing, calibration)
+        test, calibration = inputs.data.test(), options.source.calibration_images
+        images = EvaluationImages(options.source.data, inputs.data, test, inputs.preprocessing, calibration)
         check_baseline(baseline, images)
 
-        origin = Origin.of(inputs, options.seed)
+        origin = Origin.of(inputs, options.benchmark.seed)
         bundles, networks = write_bundles(folder, inputs, schemes, origin, steps.show)
         not_run = build_engines(library, bundles, EngineOptions(options.targets), steps.show)
         with steps.show("evaluate and time"):
-            pin_threads(options.threads)
-            result = run_benchmark(find_targets(bundles, networks), images, options, Execution(folder, store=True))
-        report = make_report(result, images, options, os.path.relpath(options.checkpoint), steps.seconds, not_run)
+            pin_threads(options.benchmark.threads)
+            result = run_benchmark(
+                find_targets(bundles, networks), images, options.benchmark, Execution(folder, store=True)
+            )
+        report = make_report(
+            result, images, options.benchmark, os.path.relpath(options.source.checkpoint), steps.seconds, not_run
+        )
         write_and_print(report, test, folder, options.out)
     exit_on_regression(baseline, report)
 

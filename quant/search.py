@@ -11,7 +11,7 @@ limit on the next prediction is tightened.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,18 +20,18 @@ import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
-from illama.options import Count, CountOrNone, Positive, ThreadsOrAll
-from quant.input_options import InputOptions
+from illama.options import Count, CountOrNone, Flat, Positive, SourceOptions, ThreadsOrAll
 from quant.mixed_precision.budget import Budget
 
 
 @dataclass(frozen=True)
-class SearchOptions(InputOptions):
+class SearchOptions:
     """Find the best number format for each layer under one budget: --max-drop, --max-ms or --max-megabytes.
 
     Effects are measured on training images that calibration does not use, never on test images.
 
     Attributes:
+        source: the network and its images.
         max_drop: largest accuracy drop in points of top-1; the objective is --minimise.
         max_ms: largest time of a call with one image, in milliseconds; the objective is the accuracy drop.
         max_megabytes: largest size of model.onnx, in 10^6 bytes; the objective is the accuracy drop.
@@ -48,6 +48,7 @@ class SearchOptions(InputOptions):
         out: folder for scheme.yaml, model.onnx and search.json; an earlier result is replaced.
     """
 
+    source: Flat[SourceOptions] = field(default_factory=SourceOptions)
     max_drop: Positive | None = None
     max_ms: Positive | None = None
     max_megabytes: Positive | None = None
@@ -93,7 +94,7 @@ def main(options: SearchOptions) -> None:
     budget, profiles = options.budget(), options.profiles()
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
         schemes = format_schemes(options.formats)
-        inputs = open_inputs(options)
+        inputs = open_inputs(options.source)
         images, others = search_batches(inputs, budget, options.images, options.check_images)
         with tempfile.TemporaryDirectory() as scratch:
             space = SearchSpaceBuilder(inputs, schemes, images, options.threads).build(Path(scratch), profiles)

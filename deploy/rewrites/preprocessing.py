@@ -11,8 +11,8 @@ import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from PIL import Image
 
-from illama.data.datasets import Preprocessing
-from illama.data.images import bicubic, crop_of_resized
+from illama.data.images import crop_of_resized, resize_weights
+from illama.data.preprocessing import Preprocessing
 
 Step = tuple[str, list[str], dict[str, Any]]  # operator, constants, attributes
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R BT.601, in the fractions that Pillow uses
@@ -26,7 +26,7 @@ def add_preprocessing(model: ModelProto, preprocessing: Preprocessing, frame: tu
                  -> MatMul (rows) -> Round -> Clip [-> Conv (RGB to gray, or back) -> Round] -> Mul -> Add -> ...
 
     A resize from a fixed size is one matrix product for each axis, and a crop omits rows of the matrix. The result thus
-    does not depend on a runtime's implementation of bicubic interpolation. The order and the rounding of the passes are
+    does not depend on a runtime's implementation of interpolation. The order and the rounding of the passes are
     Pillow's, with which accuracy is measured: pixels differ by at most one level, due to Pillow's fixed-point numbers.
 
     Args:
@@ -86,10 +86,13 @@ def _steps(rows_first: bool, convert_colors: bool) -> list[Step]:
 
 
 def _resize_and_crop(height: int, width: int, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the matrices of a resize and crop like torchvision's, (image_size, height) and (image_size, width)."""
-    size, short = preprocessing.image_size, preprocessing.resize
-    axes = ((size, 0), (size, 0)) if short is None else crop_of_resized((height, width), short, size)
-    rows, columns = (_matrix(old, new, first, size) for old, (new, first) in zip((height, width), axes, strict=True))
+    """Returns the matrices of a resize and crop like torchvision's: for rows (H, height), for columns (W, width)."""
+    size, short, kind = preprocessing.size, preprocessing.resize, preprocessing.interpolation
+    axes = [(each, 0) for each in size] if short is None else crop_of_resized((height, width), short, size)
+    rows, columns = (
+        _matrix(resize_weights(old, new, first, count, kind), old)
+        for old, (new, first), count in zip((height, width), axes, size, strict=True)
+    )
     return rows, columns
 
 
@@ -106,10 +109,10 @@ def _rows_come_first(rows: np.ndarray, columns: np.ndarray, preprocessing: Prepr
     return bool(np.abs(orders[1] - expected).sum() < np.abs(orders[0] - expected).sum())
 
 
-def _matrix(old: int, new: int, first: int, count: int) -> np.ndarray:
-    """Returns ``count`` rows, from ``first``, of the matrix (new, old) of an antialiased bicubic resize of one axis."""
-    low, weights = bicubic(old, new, first, count)
-    matrix = np.zeros((count, old), np.float32)
+def _matrix(resize: tuple[int, np.ndarray], old: int) -> np.ndarray:
+    """Returns the matrix (n, old) of :func:`illama.data.images.resize_weights` along an axis of ``old`` pixels."""
+    low, weights = resize
+    matrix = np.zeros((len(weights), old), np.float32)
     matrix[:, low : low + weights.shape[1]] = weights
     return matrix
 

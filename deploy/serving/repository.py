@@ -29,11 +29,12 @@ from deploy.serving.model_config import config_texts
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, Manifest, command_line, package_versions
+from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, command_line, package_versions
 from illama.errors import UserError
+from illama.manifest import Manifest
 
 RECORD = "repository.json"  # Triton ignores files in the repository's folder
-FORMAT = 2
+FORMAT = 3
 PLAN = "model.plan"
 
 
@@ -192,8 +193,7 @@ def create_known_answer(bundle: Path, file: Path, runtime: RuntimeName) -> Known
             raise UserError(f"the logits of {file} are not finite: find the layer with python quant/debug_layers.py")
         return logits
 
-    size = image_input.preprocessing.image_size
-    shape = image_input.frame[:2] if image_input.frame else (size, size)
+    shape = (image_input.frame or image_input.preprocessing.size)[:2]
     return KnownAnswer.create(infer, lambda png: image_input.read(png, lambda: "of the known answer"), shape)
 
 

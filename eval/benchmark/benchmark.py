@@ -21,9 +21,10 @@ from eval.metrics.paired import NO_DROP, paired_drop
 from eval.metrics.predictions import Predictions
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
-from illama.bundle import Manifest, command_line, package_versions, sha256
+from illama.bundle import command_line, package_versions, sha256
 from illama.hardware import describe_machine
 from illama.inference import Infer, chance_note, load_images, usable_cores
+from illama.manifest import NO_TENSORRT, Manifest
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 
@@ -237,8 +238,9 @@ def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
     """Returns notes on what was not measured, over all targets."""
     notes = []
     for bundle, scheme in {each.path.parent: each.scheme for each in targets}.items():
-        if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
-            notes.append(f"{scheme} has no graph for TensorRT: {reason}.")
+        quantization = Manifest.read(bundle).quantization
+        if quantization and quantization.no_tensorrt:
+            notes.append(f"{scheme} has no graph for TensorRT: {NO_TENSORRT[quantization.no_tensorrt]}.")
     notes += dict.fromkeys(line for each in targets for line in each.left_out)
     engines = [each.built[1] for each in targets if each.built]
     idle = [each.built[1] for each in targets if each.built and each.note]
@@ -255,5 +257,9 @@ def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
 
 def _layers_of(targets: Sequence[BenchmarkTarget]) -> dict[str, list[list[str]]]:
     """Returns scheme -> rows of (layer, format of its weight, format of its input), for quantized bundles."""
-    found = {each.scheme: Manifest.read(each.path.parent).metrics.get("layers") for each in targets}
-    return {scheme: layers for scheme, layers in found.items() if layers}
+    found = {each.scheme: Manifest.read(each.path.parent).quantization for each in targets}
+    return {
+        scheme: [[layer.layer, layer.weight, layer.input] for layer in quantization.layers]
+        for scheme, quantization in found.items()
+        if quantization
+    }

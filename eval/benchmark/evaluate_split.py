@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from eval.metrics.predictions import Evaluated, Predictions, refuse_overflow
 from illama.atomic_write import list_folder, make_out, write_file
-from illama.data.datasets import Sample, Transform
+from illama.data.datasets import Sample
+from illama.data.preprocessing import Transform
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
 from illama.training.distributed import ALONE, Processes

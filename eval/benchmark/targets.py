@@ -19,9 +19,10 @@ from deploy.runtimes.torch_engine import TorchEngine
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from eval.benchmark.open_bundles import check_alike
 from illama.atomic_write import list_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, bundle_of, sha256
 from illama.errors import UserError
 from illama.inference import Infer
+from illama.manifest import EMULATED, Manifest
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
     graph = path / CPU_ONNX if path.is_dir() else path
     if graph.suffix != ".onnx" or graph.name == FUSED_ONNX or not graph.exists():
         return
-    reason = Manifest.read(graph.parent).metrics.get("not_timed")
-    note = f"Not timed: {reason}" if reason else None
+    quantization = Manifest.read(graph.parent).quantization
+    emulated = quantization and quantization.emulated
+    note = f"Not timed: {EMULATED[emulated]}" if emulated else None
     runtime = "ONNX Runtime, CPU"
     yield BenchmarkTarget(
         f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph, threads), runtime, "onnxruntime", note=note

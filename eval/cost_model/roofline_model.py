@@ -20,9 +20,10 @@ import onnx
 from eval.benchmark.open_bundles import refuse_frames
 from eval.cost_model.devices import CPU, Device
 from eval.cost_model.onnx_costs import ProductCost, product_costs
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
+from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes, time_graphs
+from illama.manifest import Manifest
 from illama.markdown_table import markdown
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from eval.metrics.paired import Drop
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
-from illama.checkpoints.load import read_preprocessing
+from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.data.ade20k import SegmentationFolder
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Drop, Manifest
 from illama.markdown_table import markdown
 from illama.segmentation_scores import Scores, Views, class_ious, score_images
 
@@ -46,14 +45,14 @@ def open_segmentation_data(folder: Path, bundles: Sequence[Path]) -> tuple[Segme
         UserError: a bundle has other classes than the data, or another preprocessing than the first bundle.
     """
     manifests = [Manifest.read(bundle) for bundle in bundles]
-    preprocessings = [read_preprocessing(manifest) for manifest in manifests]
-    data = SegmentationFolder(folder, preprocessings[0].exif)
-    for bundle, manifest, preprocessing in zip(bundles, manifests, preprocessings, strict=True):
-        if preprocessing != preprocessings[0] or tuple(manifest.classes) != data.classes:
+    preprocessing = manifests[0].preprocessing
+    data = SegmentationFolder(folder, preprocessing.exif)
+    for bundle, manifest in zip(bundles, manifests, strict=True):
+        if manifest.preprocessing != preprocessing or manifest.classes != data.classes:
             raise UserError(
                 f"{bundle} has other classes than {folder} or another preprocessing than {bundles[0]}: leave it out"
             )
-    return data, preprocessings[0]
+    return data, preprocessing
 
 
 def miou_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resamples: int = 2000) -> Drop:

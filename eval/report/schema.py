@@ -15,8 +15,8 @@ import numpy as np
 
 from eval.benchmark.latency import Latency
 from eval.metrics.measured import Measured
-from eval.metrics.paired import Drop
 from illama.errors import UserError
+from illama.manifest import Drop
 from illama.options import Constraints
 
 SCHEMA_VERSION = 1

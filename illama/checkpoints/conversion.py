@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from illama.bundle import WEIGHTS, Manifest, command_line, sha256
+from illama.bundle import WEIGHTS, sha256
 from illama.checkpoints.load import ILLaMACheckpoint, write_weights
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Manifest, Provenance
 from illama.options import Exif
 from illama.structured_files import read_lines
 
@@ -32,11 +33,11 @@ def write_converted(
     preprocessing = checkpoint.preprocessing or Preprocessing.imagenet(config.image_size, config.in_channels)
     preprocessing = replace(preprocessing, exif=exif or preprocessing.exif)
     manifest = Manifest(
-        made_by=command_line(),
-        config=config.to_dict(),
-        preprocessing=asdict(preprocessing),
-        classes=list(classes),
-        inputs={str(checkpoint.weights): sha256(checkpoint.weights)},
+        config.kind,
+        config.to_dict(),
+        preprocessing,
+        tuple(classes),
+        Provenance(inputs={str(checkpoint.weights): sha256(checkpoint.weights)}),
     )
     state = checkpoint.model.state_dict()
     write_weights(to_half(state) if half else state, config, folder / WEIGHTS)

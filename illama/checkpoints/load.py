@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from illama.bundle import MANIFEST, TORCHAO, WEIGHTS, Manifest
+from illama.bundle import MANIFEST, TORCHAO, WEIGHTS
 from illama.checkpoints.tensor_files import PLAIN, check_config, read_metadata, read_tensors
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Manifest
 from illama.models.attention import MaskedNetwork
 from illama.models.config import ClassToken, ModelConfig
 from illama.models.illama import ILLaMA
@@ -222,8 +223,8 @@ def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
     return _Stored(
         {name: value.float() for name, value in state.items()},
         config,
-        read_preprocessing(manifest) if manifest else None,
-        tuple(manifest.classes) if manifest else (),
+        manifest.preprocessing if manifest else None,
+        manifest.classes if manifest else (),
         weights,
     )
 
@@ -233,7 +234,7 @@ def _stored_config(weights: Path, manifest: Manifest | None) -> ModelConfig | No
     carried = read_config(weights) if weights.suffix == ".safetensors" else None
     if manifest is None:
         return carried
-    listed = ModelConfig.from_dict(manifest.config)
+    listed = ModelConfig.from_dict(dict(manifest.config))
     if carried is not None and carried != listed:
         differences = _differences(carried, listed)
         raise UserError(f"{weights} and its {MANIFEST} have different configs: {differences}")
@@ -302,11 +303,11 @@ def _resize_preprocessing(old: Preprocessing, image_size: int) -> Preprocessing:
 
     ImageNet's is computed anew. Any other keeps the ratio of resize to crop; from 384 pixels on, it has no crop.
     """
-    if old == replace(Preprocessing.imagenet(old.image_size, old.in_channels), exif=old.exif):
-        return replace(old, image_size=image_size, resize=Preprocessing.imagenet(image_size).resize)
+    size, old_side = (image_size, image_size), min(old.size)
+    if old == replace(Preprocessing.imagenet(old_side, old.in_channels), exif=old.exif):
+        return replace(old, size=size, resize=Preprocessing.imagenet(image_size).resize)
     crops = old.resize is not None and image_size < 384
-    resize = old.resize * image_size // old.image_size if crops and old.resize else None
-    return replace(old, image_size=image_size, resize=resize)
+    return replace(old, size=size, resize=old.resize * image_size // old_side if crops and old.resize else None)
 
 
 def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:
@@ -319,11 +320,6 @@ def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:
     if (given, channels) == (3, 1):
         return kernel.sum(dim=1, keepdim=True)
     raise UserError(f"{path} takes {given} color channels, not {channels}: only 1 and 3 can be converted")
-
-
-def read_preprocessing(manifest: Manifest) -> Preprocessing:
-    """Returns the preprocessing in a manifest; raises UserError if it is damaged."""
-    return Preprocessing.from_dict(manifest.preprocessing)
 
 
 def _differences(stored: ModelConfig, asked: ModelConfig, of: Collection[str] | None = None) -> str:

@@ -21,8 +21,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from illama.data.augmentation import Augmented
-from illama.data.datasets import ImageSplits, Preprocessing
+from illama.data.datasets import ImageSplits
 from illama.data.images import decode_image
+from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.options import Exif
@@ -104,7 +105,7 @@ class AugmentedMaps(Augmented):
     """
 
     def __init__(self, images: Dataset[Sample], preprocessing: Preprocessing, seed: int) -> None:
-        size = preprocessing.image_size
+        size = min(preprocessing.size)
         mean = [round(255 * value) for value in (preprocessing.mean * 3)[:3]]
         augment = [
             v2.RandomResize(size // 2, 2 * size + 1),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args, get_origin, get_type_hints
 
 from illama.errors import UserError
 
@@ -12,6 +12,7 @@ ClassToken = Literal["last", "first"]
 Position = Literal["learnable", "rope", "both"]
 Norm = Literal["rms", "layer"]
 Mlp = Literal["swiglu", "gelu"]
+NetworkKind = Literal["illama", "timm", "segmentation"]
 
 # width, depth and heads of arXiv 2404.06773, Table 13; "nano" is this project's, for 28- to 32-pixel images on a CPU.
 _PRESETS: dict[str, dict[str, int]] = {
@@ -60,7 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class NetworkConfig(Protocol):
-    """The settings that every network has, as described in :class:`ModelConfig`."""
+    """The settings that every network has, as described in :class:`ModelConfig`, and its kind."""
+
+    kind: ClassVar[NetworkKind]
 
     @property
     def image_size(self) -> int: ...
@@ -86,6 +89,7 @@ class TimmConfig:
         mask: see :class:`ModelConfig`; ``bidirectional`` is timm's network unchanged.
     """
 
+    kind: ClassVar[NetworkKind] = "timm"
     name: str
     image_size: int
     in_channels: int
@@ -129,6 +133,7 @@ class ModelConfig:
         UserError: a value has the wrong type, or the values do not fit together.
     """
 
+    kind: ClassVar[NetworkKind] = "illama"
     image_size: int = 224
     patch_size: int = 16
     in_channels: int = 3

@@ -16,6 +16,7 @@ from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.inference import torch_infer
+from illama.manifest import Metric
 from illama.models.upernet import SegmentationConfig, UperNet
 from illama.randomness import isolated_randomness
 from illama.segmentation_scores import Scores, score_images
@@ -28,7 +29,7 @@ from illama.training.trainer import Mix, Run
 class SegmentationRun(Run):
     """A :class:`Run` of a UperNet, evaluated on whole images with a sliding window."""
 
-    score_name: ClassVar[str] = "miou"
+    score_name: ClassVar[Metric] = "miou"
 
     def augmented(self) -> AugmentedMaps:
         return AugmentedMaps(self.images, self.preprocessing, self.recipe.seed)

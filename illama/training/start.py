@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from illama.bundle import WEIGHTS, Manifest, is_bundle, sha256
+from illama.bundle import WEIGHTS, sha256
 from illama.checkpoints.llama_init import initialize_from_llama
 from illama.checkpoints.load import initialize_from
 from illama.data.datasets import ImageData, open_data
 from illama.errors import UserError
+from illama.manifest import Manifest, is_bundle
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 from illama.randomness import isolated_randomness

@@ -23,9 +23,11 @@ from tqdm import tqdm
 from illama.atomic_write import write_file
 from illama.checkpoints.tensor_files import check_tensors, read_pickle
 from illama.data.augmentation import Augmented, MicroBatches, make_mixup, training_transform
-from illama.data.datasets import ImageData, Preprocessing, Sample
+from illama.data.datasets import ImageData, Sample
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import predict, torch_infer
+from illama.manifest import Metric
 from illama.models.attention import MaskedNetwork
 from illama.randomness import isolated_randomness
 from illama.structured_files import parse_json
@@ -87,7 +89,7 @@ class Run:
         steps_unlogged: number of steps since the last log.
     """
 
-    score_name: ClassVar[str] = "top1"
+    score_name: ClassVar[Metric] = "top1"
 
     recipe: TrainingOptions
     data: ImageData

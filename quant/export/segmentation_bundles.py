@@ -16,8 +16,10 @@ from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, sha256
 from illama.data.ade20k import SegmentationFolder
 from illama.errors import UserError
+from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
 from illama.models.upernet import fold_batch_norms, load_segmentation
+from illama.options import SourceOptions
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
 from quant.inputs import check_names, scheme_from_name_or_file
 from quant.quantizers.calibrate import calibrate
@@ -65,8 +67,9 @@ def open_segmentation_job(bundle: Path, folder: Path, names: Sequence[str], cali
     check_names(schemes)
     for scheme in schemes:
         resolve(scheme, model)
-    source = {"checkpoint": str(bundle), "data": str(folder), "calibration_images": calibration_images}
-    origin = Origin(preprocessing, data.classes, {str(checkpoint.weights): sha256(checkpoint.weights)}, source)
+    source = SourceOptions(bundle, data=str(folder), calibration_images=calibration_images)
+    hashes = {str(checkpoint.weights): sha256(checkpoint.weights)}
+    origin = Origin(preprocessing, data.classes, Provenance(inputs=hashes, source=source))
     return SegmentationJob(model, schemes, data, origin, calibration_images)
 
 
@@ -76,8 +79,8 @@ def write_segmentation_bundles(job: SegmentationJob, out: Path) -> None:
     for name, file in (("fp32", CPU_ONNX), ("fp16", FUSED_ONNX)):
         print(f"export {name} ...", flush=True)
         with write_folder(out / name) as draft:
-            write_graphs(draft, job.model, job.origin, (file,), {})
+            write_graphs(draft, job.model, job.origin, (file,))
     for scheme in job.schemes:
         print(f"quantize and export {scheme.name} ...", flush=True)
         with write_folder(out / scheme.name) as draft:
-            write_quantized(draft, job.model, calibrate(job.model, scheme, batches), scheme, job.origin, {})
+            write_quantized(draft, job.model, calibrate(job.model, scheme, batches), scheme, job.origin)

@@ -5,57 +5,44 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, command_line, sha256
-from illama.data.datasets import Preprocessing
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
+from illama.data.preprocessing import Preprocessing
+from illama.manifest import Manifest, NoTensorRT, Provenance, Quantization
 from illama.models.attention import MaskedNetwork
+from illama.models.config import NetworkConfig
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_torchao, write_torchao
 from quant.schemes.scheme import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt, write_scheme
 
-SOURCE = "source"  # key in a manifest's metrics: what the bundle was made from
-
 
 @dataclass(frozen=True)
 class Origin:
-    """The parts of the manifest that all bundles of one checkpoint share; see :class:`illama.bundle.Manifest`.
-
-    Attributes:
-        source: arguments of :func:`quant.inputs.open_inputs` that open the same inputs again.
-    """
+    """The parts of the manifest that all bundles of one checkpoint share; see :class:`illama.manifest.Manifest`."""
 
     preprocessing: Preprocessing
     classes: tuple[str, ...]
-    inputs: Mapping[str, str]
-    source: Mapping[str, Any]
-    seed: int = 0
+    provenance: Provenance
 
     @classmethod
     def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
         """Returns the origin of a checkpoint and its data; ``files``: SHA-256 of other input files, by path."""
         weights = inputs.checkpoint.weights
         hashes = {str(weights): sha256(weights), **(files or {})}
-        return cls(inputs.preprocessing, tuple(inputs.data.classes), hashes, inputs.source, seed)
+        provenance = Provenance(seed=seed, inputs=hashes, source=inputs.source)
+        return cls(inputs.preprocessing, tuple(inputs.data.classes), provenance)
 
-    def manifest(self, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Manifest:
+    def manifest(self, config: NetworkConfig, quantization: Quantization | None = None) -> Manifest:
         """Returns the manifest of a bundle of a network with that config."""
-        return Manifest(
-            command_line(),
-            dict(config),
-            asdict(self.preprocessing),
-            list(self.classes),
-            self.seed,
-            dict(self.inputs),
-            {SOURCE: dict(self.source), **metrics},
-        )
+        facts = (self.preprocessing, self.classes, self.provenance, quantization)
+        return Manifest(config.kind, config.to_dict(), *facts)
 
 
 def check_scheme(model: MaskedNetwork, scheme: Scheme) -> None:
@@ -76,7 +63,7 @@ def quantize(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) ->
 
 
 def write_graphs(
-    folder: Path, model: MaskedNetwork, origin: Origin, files: tuple[str, ...], metrics: Mapping[str, Any]
+    folder: Path, model: MaskedNetwork, origin: Origin, files: tuple[str, ...], quantization: Quantization | None = None
 ) -> Path:
     """Exports ``model`` to the ONNX files named in a new folder, with a manifest, and returns the folder.
 
@@ -88,35 +75,25 @@ def write_graphs(
         export_onnx(model, folder / CPU_ONNX, "plain")
     if FUSED_ONNX in files:
         export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
-    origin.manifest(model.config.to_dict(), metrics).write(folder)
+    origin.manifest(model.config, quantization).write(folder)
     return folder
 
 
 def write_quantized(
-    folder: Path,
-    model: MaskedNetwork,
-    quantized: MaskedNetwork,
-    scheme: Scheme,
-    origin: Origin,
-    metrics: Mapping[str, Any],
+    folder: Path, model: MaskedNetwork, quantized: MaskedNetwork, scheme: Scheme, origin: Origin
 ) -> Path:
     """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme.
-
-    The manifest's metrics describe the scheme: ``layers`` (:func:`quant.schemes.scheme.describe`), ``no_tensorrt``, the
-    reason why there is no fused graph, and ``not_timed``, the reason why a CPU's latency is meaningless. Reasons that
-    do not apply are empty.
 
     Args:
         model: the floating-point network that ``quantized`` was made from.
     """
-    plan = resolve(scheme, model)
-    no_tensorrt = unfit_for_tensorrt(plan) if scheme.backend == "onnx" else "it runs inside PyTorch"
-    files: tuple[str, ...] = (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
-    facts = {"layers": describe(plan, model), "no_tensorrt": no_tensorrt, "not_timed": emulated_on_cpus(plan)}
-    if scheme.backend == "torchao":
-        files, facts["not_timed"] = (), ""
-    write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **facts, **metrics})
-    if scheme.backend == "torchao":
+    plan, in_pytorch = resolve(scheme, model), scheme.backend == "torchao"
+    no_tensorrt: NoTensorRT | None = "pytorch" if in_pytorch else unfit_for_tensorrt(plan)
+    emulated = None if in_pytorch else emulated_on_cpus(plan)
+    files = () if in_pytorch else (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
+    quantization = Quantization(scheme.name, describe(plan, model), no_tensorrt, emulated)
+    write_graphs(folder, quantized, origin, files, quantization)
+    if in_pytorch:
         write_torchao(quantized, folder)
     write_scheme(scheme, folder / SCHEME)
     return folder
@@ -143,13 +120,13 @@ def write_bundles(
         batches = inputs.calibration
     with step("export fp32 and fp16"):
         bundles = [
-            write_graphs(folder / "fp32", model, origin, (CPU_ONNX,), {}),
-            write_graphs(folder / "fp16", model, origin, (FUSED_ONNX,), {}),
+            write_graphs(folder / "fp32", model, origin, (CPU_ONNX,)),
+            write_graphs(folder / "fp16", model, origin, (FUSED_ONNX,)),
         ]
     for scheme in schemes:
         with step(f"quantize and export {scheme.name}"):
             quantized = quantize(model, scheme, batches)
-            bundle = write_quantized(folder / scheme.name, model, quantized, scheme, origin, {})
+            bundle = write_quantized(folder / scheme.name, model, quantized, scheme, origin)
             if scheme.backend == "torchao":
                 networks[scheme.name] = load_torchao(bundle, copy.deepcopy(model))
         bundles.append(bundle)
@@ -159,5 +136,7 @@ def write_bundles(
 
 def print_layers(bundle: Path) -> None:
     """Prints how a scheme quantized each layer."""
-    for layer, weight, activation in Manifest.read(bundle).metrics["layers"]:
-        print(f"  {layer:<26} {f'weight {weight}, ' if weight else ''}{'input ' if weight else ''}{activation}")
+    quantization = Manifest.read(bundle).quantization
+    for each in quantization.layers if quantization else ():
+        weight = f"weight {each.weight}, input " if each.weight else ""
+        print(f"  {each.layer:<26} {weight}{each.input}")

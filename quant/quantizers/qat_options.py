@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from illama.bundle import SHIPPED
-from illama.options import Count, Fraction, ImageSize, NotNegative, Positive
+from illama.options import Count, Fraction, ImageSize, NotNegative, Positive, SourceOptions
 from illama.training.recipe import TrainingOptions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -41,3 +41,15 @@ class QatOptions(TrainingOptions):
     distillation: Fraction = 1.0
     temperature: Positive = 2.0
     scale_rate: NotNegative = 1.0
+
+    @property
+    def source(self) -> SourceOptions:
+        """The options that open the checkpoint and the images."""
+        return SourceOptions(
+            self.checkpoint,
+            data=self.data,
+            calibration_images=self.calibration_images,
+            image_size=self.image_size,
+            exif=self.exif,
+            class_order=self.class_order,
+        )

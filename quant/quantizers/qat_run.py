@@ -9,22 +9,22 @@ from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, sha256
 from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, predict, top1, torch_infer
+from illama.manifest import Drop, Manifest, Scores
 from illama.models.illama import ILLaMA
 from illama.training.distributed import Processes
 from illama.training.log import plot_curve, read_log
 from illama.training.trainer import CHECKPOINT, Run
 from quant.export.weights import write_quantized_weights
 from quant.export.write_bundle import Origin, check_scheme, write_quantized
-from quant.input_options import InputOptions
 from quant.inputs import Inputs, open_inputs
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.distillation import Distillation, make_scales_buffers, make_scales_parameters, scale_groups
@@ -34,8 +34,8 @@ from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
 OpenOnnx = Callable[[Path], Infer]
 """Path to an ONNX file -> a function from images to logits."""
-Drop = Callable[[np.ndarray, np.ndarray, int], Any]
-"""Correctness (n,) of the reference and of another model, and a seed -> the accuracy drop as a dataclass."""
+PairedDrop = Callable[[np.ndarray, np.ndarray, int], Drop]
+"""Correctness (n,) of the reference and of another model, and a seed -> the accuracy drop."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,7 @@ def open_job(options: QatOptions) -> QatJob:
     if not options.data:
         raise UserError("no training images: give --data (see --help)")
     scheme = read_scheme(options.scheme_file) if options.scheme_file else shipped_scheme(options.scheme)
-    source = InputOptions(
-        options.checkpoint, None, options.data, options.calibration_images, options.exif, options.class_order
-    )
-    inputs = open_inputs(source, options.image_size)
+    inputs = open_inputs(options.source)
     check_scheme(inputs.model, scheme)
     files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
     # The hash of the scheme itself keeps a run from resuming under a changed scheme of the same name.
@@ -109,13 +106,13 @@ def start_run(job: QatJob, group: Processes) -> Run:
         job.origin.preprocessing,
         quantized,
         group,
-        dict(job.origin.inputs),
+        dict(job.origin.provenance.inputs),
         loss,
         scale_groups(options.scale_rate),
     )
 
 
-def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: Drop) -> Path:
+def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDrop) -> Path:
     """Writes a finished run as a bundle, atomically: weights, scales, graphs, scheme, log and learning curve.
 
     Args:
@@ -130,19 +127,17 @@ def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: Drop) -> 
     trained.soft_mask = 0.0
     trained = job.deploy(trained)
     with write_folder(folder) as draft:
-        facts = {"epochs": options.epochs, "machine": describe_machine()}
-        write_quantized(draft, job.trained, trained, job.scheme, job.origin, facts)
+        write_quantized(draft, job.trained, trained, job.scheme, job.origin)
         if job.scheme.backend == "onnx":
             write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
         (draft / "log.csv").write_text((options.out / "log.csv").read_text())
         plot_curve(read_log(options.out / "log.csv"), draft / "curve.png")
-        manifest = Manifest.read(draft)
-        manifest.metrics |= _evaluate(job, trained, draft, open_onnx, drop)
-        manifest.write(draft)
+        scores = _evaluate(job, trained, draft, open_onnx, drop)
+        replace(Manifest.read(draft), scores=scores).write(draft)
     return folder
 
 
-def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, drop: Drop) -> dict[str, Any]:
+def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, drop: PairedDrop) -> Scores:
     """Top-1 in percent and accuracy drops from FP32 over the test split: before training, after it, and of the files.
 
     There is no file for TensorRT if it cannot run the scheme: see :func:`quant.export.write_bundle.write_quantized`.
@@ -155,9 +150,6 @@ def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, d
         models["torchao"] = torch_infer(load_torchao(folder))
     logits, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
-    drops = {name: asdict(drop(correct["fp32"], correct[name], job.options.seed)) for name in correct}
-    return {
-        **{f"{name}_top1": top1(values, labels) for name, values in logits.items()},
-        **{f"{name}_drop": values for name, values in drops.items() if name != "fp32"},
-        "test_images": len(cast(Sized, test)),
-    }
+    drops = {name: drop(correct["fp32"], correct[name], job.options.seed) for name in correct if name != "fp32"}
+    values = {name: top1(found, labels) for name, found in logits.items()}
+    return Scores("top1", len(cast(Sized, test)), values, drops, job.options.epochs, describe_machine())

@@ -26,6 +26,7 @@ import yaml
 from torch import nn
 
 from illama.errors import UserError
+from illama.manifest import Emulated, LayerFormats, NoTensorRT
 from illama.models.attention import QuantizerPoint
 from quant.schemes.formats import FORMATS, TensorSpec
 from quant.schemes.shipped import SHIPPED_SCHEMES, shipped_path
@@ -147,32 +148,32 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
         raise UserError(f"scheme {scheme.name}, {name}: {trouble}")
 
 
-def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> str:
-    """Returns why TensorRT has no kernels for a resolved scheme, in one sentence; empty if it has."""
+def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> NoTensorRT | None:
+    """Returns why TensorRT has no kernels for a resolved scheme; None if it has."""
     for name, spec in plan.items():
         bits = spec.dtype.bits
         if not name.endswith(".weight"):
             if bits < 8 or not (spec.symmetric or name.endswith(".input")):
-                return "TensorRT needs symmetric 8-bit activations; only a layer's input can have its zero point folded"
+                return "activations"
         elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in plan):
-            return "TensorRT multiplies 4-bit weights by half-precision inputs only, and no weights of 6 bits"
-    return ""
+            return "weights"
+    return None
 
 
-def emulated_on_cpus(plan: Mapping[str, TensorSpec]) -> str:
-    """Returns why the latency on a CPU is meaningless for a resolved scheme, in one sentence; empty if it is not."""
+def emulated_on_cpus(plan: Mapping[str, TensorSpec]) -> Emulated | None:
+    """Returns why the latency on a CPU is meaningless for a resolved scheme; None if it is not."""
     formats = {spec.format for spec in plan.values()}
     if "fp8" in formats:
-        return "no CPU multiplies FP8, and ONNX Runtime only emulates it"
+        return "fp8"
     if any(FORMATS[name].bits == 6 for name in formats):
-        return "6-bit formats are simulated"
+        return "6-bit"
     if any(spec.dtype.bits == 4 and not name.endswith(".weight") for name, spec in plan.items()):
-        return "no CPU multiplies 4-bit activations, and ONNX Runtime only emulates it"
-    return ""
+        return "4-bit activations"
+    return None
 
 
-def describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> list[tuple[str, str, str]]:
-    """Returns a table of a resolved scheme: rows of (layer, weight, input); equally quantized blocks share a row."""
+def describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> tuple[LayerFormats, ...]:
+    """Returns the formats of the layers of a network under a resolved scheme; equally quantized blocks share one."""
     rows: dict[tuple[str, str, str], list[int]] = {}
     for layer in dict.fromkeys(name.removesuffix(".weight").removesuffix(".input") for name in tensor_names(model)):
         weight, activation = (str(plan.get(key, FLOAT)) for key in (f"{layer}.weight", f"{layer}.input"))
@@ -181,10 +182,10 @@ def describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> list[tuple[str
         block = re.search(r"\bblocks\.(\d+)\.", layer)
         general = re.sub(r"\bblocks\.\d+\.", "blocks.*.", layer)
         rows.setdefault((general, weight, activation), []).extend([int(block[1])] if block else [])
-    return [
-        (layer.replace("*", _ranges(blocks)), weight, activation)
+    return tuple(
+        LayerFormats(layer.replace("*", _ranges(blocks)), weight, activation)
         for (layer, weight, activation), blocks in rows.items()
-    ]
+    )
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -26,11 +26,13 @@ from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import read_pinned
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SHIPPED, TORCHAO, Manifest
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SHIPPED, TORCHAO
 from illama.checkpoints.load import load_checkpoint
-from illama.data.datasets import Preprocessing, open_data
+from illama.data.datasets import open_data
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import load_images
+from illama.manifest import Manifest
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.torchao_backend import quantize_with_torchao, write_torchao
@@ -243,7 +245,7 @@ def test_a_tensorrt_engine_computes_the_networks_logits(batch, bundle, model):
 @pytest.mark.parametrize(("frame_channels", "channels"), [(3, 3), (3, 1), (1, 1), (1, 3)])
 def test_preprocessing_in_the_graph_equals_pillows(size, resize, frame_channels, channels, tmp_path):
     """The network's input, within one level of 256, for every shape of frame and kind of preprocessing."""
-    preprocessing = Preprocessing(48, channels, (0.4,) * channels, (0.25,) * channels, resize)
+    preprocessing = Preprocessing((48, 48), channels, (0.4,) * channels, (0.25,) * channels, resize)
     pixels = np.random.default_rng(0).integers(0, 256, (*size, frame_channels), dtype=np.uint8)
     picture = Image.fromarray(pixels if frame_channels == 3 else pixels[..., 0])
     expected = preprocessing.transform()(picture)[None].numpy()
@@ -290,7 +292,7 @@ def test_a_bundle_that_takes_frames(color_bundle, photo, tmp_path):
     out = tmp_path / "camera"
     result = run_command("deploy/camera.py", color_bundle, "--frame", "60x80", "--out", out)
     assert result.returncode == 0, result.stderr
-    prepared = Preprocessing(**Manifest.read(color_bundle).preprocessing).transform()(Image.open(photo))[None].numpy()
+    prepared = Manifest.read(color_bundle).preprocessing.transform()(Image.open(photo))[None].numpy()
     frame = np.asarray(Image.open(photo))[None]
     for name in (CPU_ONNX, FUSED_ONNX):
         whole, rest = OnnxRuntimeEngine(out / name).infer(frame), OnnxRuntimeEngine(color_bundle / name).infer(prepared)

@@ -63,10 +63,12 @@ from deploy.serving.server import private_names, running_server
 from deploy.serving.serving_options import ListenOptions, ServingOptions
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA
-from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED, Manifest
+from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED
 from illama.checkpoints.load import load_checkpoint
-from illama.data.datasets import Preprocessing, open_data
+from illama.data.datasets import open_data
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Manifest
 from illama.models.timm_vit import to_quantizable
 from quant.export.onnx_export import export_onnx
 from quant.export.write_bundle import Origin, quantize, write_graphs, write_quantized
@@ -188,7 +190,7 @@ def test_several_files_in_a_request_and_the_classes_by_name(server, questions):
 def test_a_jpeg_of_another_size_is_preprocessed_as_in_the_bundle(server, clothes):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(file, "JPEG")
-    transform = Preprocessing(**json.loads((clothes / MANIFEST).read_text())["preprocessing"]).transform()
+    transform = Manifest.read(clothes).preprocessing.transform()
     image = transform(Image.open(file).convert("RGB")).numpy()
     expected = open_engine(clothes / CPU_ONNX).infer(image[None])
     url = f"http://127.0.0.1:{server[0].http_port}/v2/models/served/infer"
@@ -643,7 +645,7 @@ def test_bundles_that_cannot_be_served(small, tmp_path):
     manifest = json.loads((small / MANIFEST).read_text())
     (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["one", "two"]}))
     assert_rejected("3 classes.* 2", small)
-    (small / MANIFEST).write_text(json.dumps({**manifest, "preprocessing": {"image_size": 32}}))
+    (small / MANIFEST).write_text(json.dumps({**manifest, "preprocessing": {"size": [32, 32]}}))
     assert_rejected("preprocessing", small)
     (small / MANIFEST).write_text(json.dumps(manifest))
     graph = onnx.load(small / CPU_ONNX)

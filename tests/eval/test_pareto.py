@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from eval.benchmark.latency import Latency
 from eval.metrics.calibration import Reliability
-from eval.metrics.paired import Drop, Share
+from eval.metrics.paired import Share
 from eval.report.pareto import Violation, choose, find_violations, pareto_front
 from eval.report.schema import Row
 from illama.errors import UserError
+from illama.manifest import Drop
 from illama.options import Constraints
 
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_report import make_reliability, make_report
 
-from eval.metrics.paired import Drop
 from eval.report.regression import Tolerances, compare_markdown, find_regressions
 from illama.errors import UserError
+from illama.manifest import Drop
 
 BASELINE = json.loads(json.dumps(make_report().to_json()))
 

@@ -35,9 +35,10 @@ from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord, find_engines
 from eval.report.schema import read_report
 from eval.report.store import write_results
-from illama.bundle import FUSED_ONNX, Manifest, sha256
+from illama.bundle import FUSED_ONNX, sha256
 from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError
+from illama.manifest import Manifest
 from illama.markdown_table import markdown
 from illama.training.log import read_log
 from quant.export.onnx_export import export_onnx

@@ -10,8 +10,9 @@ from PIL import Image
 
 from eval.benchmark.latency import Latency
 from eval.metrics.calibration import Bin, Reliability
-from eval.metrics.paired import Change, ClassChange, Drop, Flips, McNemar, Share
+from eval.metrics.paired import Change, ClassChange, Flips, McNemar, Share
 from eval.report.schema import FlippedImage, OtherResult, Report, Row
+from illama.manifest import Drop
 from illama.options import Constraints
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"

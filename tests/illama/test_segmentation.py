@@ -22,11 +22,12 @@ from eval.metrics.miou import miou_drop
 from eval.segmentation import SegmentationEvalOptions
 from eval.segmentation import main as evaluate
 from illama import ILLaMA, ModelConfig
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
+from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.checkpoints.load import initialize_from, write_weights
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import TRAINED, Manifest
 from illama.models.attention import MaskedNetwork
 from illama.models.upernet import (
     AdaptiveAvgPool,
@@ -54,7 +55,7 @@ TINY = SegmentationConfig(**SHAPE, num_classes=4)
 TRAINING = SegmentationOptions(
     **SHAPE, epochs=7, batch_size=8, micro_batch=8, learning_rate=3e-3, warmup_epochs=1, workers=0, autocast="float32"
 )
-PLAIN = Preprocessing(8, 3, (0.0,) * 3, (1 / 255,) * 3, 8)  # a pixel's value is the network's input
+PLAIN = Preprocessing((8, 8), 3, (0.0,) * 3, (1 / 255,) * 3, 8)  # a pixel's value is the network's input
 
 
 def _draw(folder, **options):
@@ -322,7 +323,7 @@ def test_training_learns(trained, shapes):
     manifest = Manifest.read(trained)
     data = SegmentationFolder(shapes)
     background = sum(count_pixels(np.zeros_like(labels), np.asarray(labels), 4) for _, labels in data.test())
-    assert manifest.metrics["test_miou"] > 2.5 * Scores.of(background).miou
+    assert manifest.scores.values[TRAINED] > 2.5 * Scores.of(background).miou
     checkpoint = load_segmentation(trained)
     assert checkpoint.classes == ("background", "rectangle", "disc", "ring")
     assert checkpoint.model.config == TINY and not checkpoint.model.training
@@ -338,13 +339,13 @@ def test_quantized_files_have_the_scores_of_the_network(trained, shapes, tmp_pat
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if ".onnx" in line]
     mious = {row[0].removeprefix("| "): float(row[1]) for row in rows}
     assert len(mious) == 4
-    assert mious["fp32/model.onnx"] == pytest.approx(Manifest.read(trained).metrics["test_miou"], abs=0.1)
+    assert mious["fp32/model.onnx"] == pytest.approx(Manifest.read(trained).scores.values[TRAINED], abs=0.1)
     assert all(abs(miou - mious["fp32/model.onnx"]) < 3 for miou in mious.values())
     assert (tmp_path / "result-1.5.json").exists() and (tmp_path / "result-1.5.md").exists()
 
     int8 = out / "int8"
-    layers = {row[0]: row[1:] for row in Manifest.read(int8).metrics["layers"]}
-    assert layers["decoder.fusion_block.0"] == ["int8 per channel", "uint8 asymmetric"], layers
+    layers = {each.layer: (each.weight, each.input) for each in Manifest.read(int8).quantization.layers}
+    assert layers["decoder.fusion_block.0"] == ("int8 per channel", "uint8 asymmetric"), layers
     assert (int8 / "model.onnx").stat().st_size < 0.4 * (out / "fp32" / "model.onnx").stat().st_size
     if library := find_library():
         assert EngineRecord.read(build_bundle(library, int8)).attentions == 4

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from support import ROOT, assert_one_line_error, run_command
 
 from illama import ILLaMA, ModelConfig
-from illama.bundle import SHIPPED, Manifest
+from illama.bundle import SHIPPED
 from illama.data.augmentation import Augmented, MicroBatches, training_transform
 from illama.data.datasets import SHIPPED_FASHION_MNIST, open_data
 from illama.data.idx_files import read_idx
 from illama.errors import UserError
+from illama.manifest import TRAINED, Manifest
 from illama.training.distributed import Processes
 from illama.training.log import Log, read_log
 from illama.training.recipe import Recipe, load_recipe, recipe_names
@@ -335,9 +336,9 @@ def test_two_processes_train_as_one(more, finished, own_store, training_folder, 
     one, other = _weights(finished), _weights(out)
     assert one.keys() == other.keys()
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
-    manifests = [Manifest.read(folder / "bundle").metrics for folder in (finished, out)]
-    assert manifests[0]["test_images"] == manifests[1]["test_images"] == 10_000
-    assert manifests[0]["test_top1"] == pytest.approx(manifests[1]["test_top1"], abs=0.02)
+    one, other = (Manifest.read(folder / "bundle").scores for folder in (finished, out))
+    assert one.images == other.images == 10_000
+    assert one.values[TRAINED] == pytest.approx(other.values[TRAINED], abs=0.02)
 
 
 def test_sharded_training_without_an_average_is_resumed(own_store, training_folder, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from support import ROOT, run_command
 
 from deploy.trt.library import find_library
-from illama.bundle import Manifest
+from illama.manifest import Manifest
 
 NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 

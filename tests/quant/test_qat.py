@@ -15,9 +15,10 @@ from support import SMALL, assert_one_line_error, run_command, write_bundle, wri
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from eval.metrics.paired import paired_drop
 from illama import ILLaMA
-from illama.bundle import CPU_ONNX, FUSED_ONNX, WEIGHTS, Manifest
+from illama.bundle import CPU_ONNX, FUSED_ONNX, WEIGHTS
 from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError
+from illama.manifest import Manifest
 from illama.training.distributed import Processes
 from illama.training.recipe import TrainingOptions, read_recipe, recipe_names
 from illama.training.trainer import fit, label_loss, make_optimizer
@@ -326,14 +327,14 @@ def test_the_bundle_holds_what_was_trained(finished, images, network):
 def test_the_manifest_has_the_drops(finished, material):
     folder, _ = finished
     manifest = Manifest.read(folder)
-    metrics = manifest.metrics
-    assert metrics["test_images"] == 18 and metrics["scheme"] == "mine" and metrics["machine"]["cores"]
+    scores = manifest.scores
+    assert scores.images == 18 and manifest.quantization.scheme == "mine" and scores.machine["cores"]
     for name in ("ptq", "qat", "onnx"):
-        drop = metrics[f"{name}_drop"]
-        assert drop["low"] <= drop["points"] <= drop["high"]
-        assert drop["points"] == pytest.approx(metrics["fp32_top1"] - metrics[f"{name}_top1"])
-    assert str(material / "bundle" / WEIGHTS) in manifest.inputs and str(material / "mine.yaml") in manifest.inputs
-    assert manifest.config == SMALL.to_dict() and manifest.preprocessing["image_size"] == 32
+        drop = scores.drops[name]
+        assert drop.low <= drop.points <= drop.high
+        assert drop.points == pytest.approx(scores.values["fp32"] - scores.values[name])
+    assert {str(material / "bundle" / WEIGHTS), str(material / "mine.yaml")} <= manifest.provenance.inputs.keys()
+    assert manifest.config == SMALL.to_dict() and manifest.preprocessing.size == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -372,8 +373,8 @@ def test_torchao_trains_with_its_own_fake_quantization(material, images, tmp_pat
     fit(run)
     assert any(not torch.equal(value, start[name]) for name, value in run.model.state_dict().items())
     folder = _write(job, run)
-    metrics = Manifest.read(folder).metrics
-    assert metrics["torchao_top1"] == pytest.approx(metrics["qat_top1"]) and not (folder / CPU_ONNX).exists()
+    top1 = Manifest.read(folder).scores.values
+    assert top1["torchao"] == pytest.approx(top1["qat"]) and not (folder / CPU_ONNX).exists()
     trained = copy.deepcopy(run.kept).eval()
     trained.soft_mask = 0.0
     torch.testing.assert_close(load_torchao(folder)(images), trained(images), atol=1e-3, rtol=1e-2)
@@ -424,7 +425,7 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("bundle in") == 1
     manifest = Manifest.read(tmp_path / "two" / "int8-qat")
-    assert ("class order" in result.stdout) == (manifest.metrics["fp32_top1"] < 40)  # a tenth from a third to all
+    assert ("class order" in result.stdout) == (manifest.scores.values["fp32"] < 40)  # a tenth from a third to all
     options = _options(
         material,
         tmp_path / "one",

@@ -13,8 +13,8 @@ from illama import ILLaMA
 from illama.bundle import sha256
 from illama.errors import UserError
 from illama.graph.layer_times import layer_of_node, read_layer_times
+from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
-from quant.input_options import InputOptions
 from quant.inputs import open_inputs
 from quant.mixed_precision.budget import Budget
 from quant.mixed_precision.costs import weight_bytes
@@ -234,7 +234,7 @@ def test_the_command_and_its_replay(data, tmp_path):
     measured = found["rounds"][-1]["measured"]
     assert measured["megabytes"] == (out / "model.onnx").stat().st_size / 1e6 and measured["ms"] > 0
     assert found["rounds"][-1]["predicted"]["megabytes"] == pytest.approx(measured["megabytes"], rel=0.2)
-    inputs = open_inputs(InputOptions(data[0], data=str(data[1]), calibration_images=8))
+    inputs = open_inputs(SourceOptions(data[0], data=str(data[1]), calibration_images=8))
     assert resolve(scheme, inputs.model).keys() == {
         name for layer, chosen in found["assignment"].items() for name in LAYERS[layer] if chosen != "float"
     } - {"patch_embed.proj.input"}  # no shipped scheme rounds pixels
