@@ -19,8 +19,7 @@ from illama.structured_files import parse_json
 from quant.quantizers.calibrate import quantize_layers
 from quant.quantizers.layers import QuantizeDequantize, quantizers
 from quant.quantizers.observers import RangeObserver
-from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, rename_old_keys, resolve
+from quant.schemes.scheme import Scheme, resolve, stored_scheme
 
 SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file; the values are JSON
 ZERO_POINTS_METADATA = "quant_zero_points"
@@ -46,9 +45,10 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
     state, notes = read_state(path), read_metadata(path)
     try:
         config = parse_json(notes[CONFIG_METADATA], ModelConfig, f"the config in {path}")
-        scheme = _scheme(parse_json(notes[SCHEME_METADATA], dict[str, Any], f"the scheme in {path}"))
+        name = f"the scheme in {path}"
+        scheme = stored_scheme(parse_json(notes[SCHEME_METADATA], dict[str, Any], name), name)
         zero_points = parse_json(notes[ZERO_POINTS_METADATA], dict[str, int], f"the zero points in {path}")
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise UserError(
             f"{path} is damaged or has no quantized network: make the bundle again with python quant/qat.py"
         ) from error
@@ -78,10 +78,3 @@ def _zero_points(model: ILLaMA) -> dict[str, int]:
         for name, quantizer in quantizers(model)
         if isinstance(quantizer, QuantizeDequantize) and quantizer.zero_point
     }
-
-
-def _scheme(values: dict[str, Any]) -> Scheme:
-    values = rename_old_keys(values)
-    tensors: dict[str, dict[str, Any] | None] = values.pop("tensors")
-    specs = {pattern: None if spec is None else TensorSpec(**spec) for pattern, spec in tensors.items()}
-    return Scheme(tensors=specs, **values)

@@ -20,8 +20,6 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parents[2])]
-
 import torch
 from fork_input import Outcome, run_in_fork
 from kinds import Kind, make_kinds, options_command

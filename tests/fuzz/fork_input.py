@@ -1,4 +1,4 @@
-"""Runs a function in a forked child with limits, so that a hang, a death or gigabytes are found, and says how it ended."""
+"""Runs a function in a forked child with limits, so that a hang, a death or gigabytes are found."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def zipped(inner: Mutation) -> Mutation:
         name = draw.choice([each for each in members if each.endswith("data.pkl")] * 6 + list(members))
         members[name] = inner(draw, members[name])
         if draw.random() < 0.1:
-            members[draw.choice(("", "../x", name + "x", "\n"))] = members.pop(name)
+            members[draw.choice(("x", "../x", name + "x", "\n"))] = members.pop(name)
         result = io.BytesIO()
         compression = draw.choice((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,))
         with zipfile.ZipFile(result, "w", compression) as archive:
