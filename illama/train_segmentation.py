@@ -13,7 +13,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from illama.cli import run_command
-from illama.options import ClassOrder
+from illama.options import BatchSize, ClassOrder, Count, Fraction, NotNegative
 from illama.training.recipe import Recipe
 from illama.training.schedules import SoftMaskSchedule
 
@@ -37,16 +37,16 @@ class SegmentationOptions(Recipe):
     """
 
     out: Path = Path("runs/segmentation")
-    epochs: int = 127
-    batch_size: int = 16
-    micro_batch: int = 4
-    learning_rate: float = 6e-5
-    weight_decay: float = 0.01
-    warmup_epochs: float = 1.2
+    epochs: Count = 127
+    batch_size: Count = 16
+    micro_batch: BatchSize = 4
+    learning_rate: NotNegative = 6e-5
+    weight_decay: NotNegative = 0.01
+    warmup_epochs: NotNegative = 1.2
     soft_mask: SoftMaskSchedule = "none"
-    soft_mask_epochs: float = 0
-    label_smoothing: float = 0.0
-    decoder_channels: int = 256
+    soft_mask_epochs: NotNegative = 0
+    label_smoothing: Fraction = 0.0
+    decoder_channels: Count = 256
     class_order: _NotApplicable[ClassOrder | None] = None
     recipe: _NotApplicable[str] = ""
     new_head: _NotApplicable[bool] = True

@@ -14,7 +14,7 @@ from typing import Literal
 
 from illama.bundle import command_line, package_versions
 from illama.cli import run_command
-from illama.options import Flat, SourceOptions
+from illama.options import Count, Flat, SourceOptions
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SensitivityOptions:
 
     source: Flat[SourceOptions] = field(default_factory=SourceOptions)
     scheme: str = "int8"
-    images: int = 1000
+    images: Count = 1000
     split: Literal["train", "test"] = "train"
     out: Path = Path("runs/sensitivity")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from illama.atomic_write import write_file
+from illama.checkpoints.tensor_files import check_tensors, read_pickle
 from illama.data.augmentation import Augmented, MicroBatches, make_mixup, training_transform
 from illama.data.datasets import ImageData, Sample
 from illama.data.preprocessing import Preprocessing
@@ -30,6 +30,7 @@ from illama.inference import predict, torch_infer
 from illama.manifest import Metric
 from illama.models.attention import MaskedNetwork
 from illama.randomness import isolated_randomness
+from illama.structured_files import parse_json
 from illama.training.distributed import Processes, gradient_sync
 from illama.training.log import Log
 from illama.training.recipe import TrainingOptions
@@ -183,16 +184,24 @@ class Run:
         """Loads the checkpoint in ``out``, if there is one; raises UserError if it belongs to another run."""
         if not self.checkpoint.exists():
             return
-        try:
-            content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.checkpoint} is damaged: delete it to start again") from error
-        if json.loads(content.get("identity", "{}")) != json.loads(self.identity):
+        content = read_pickle(self.checkpoint)
+        identity = content.get("identity")
+        if not isinstance(identity, str) or parse_json(identity, dict[str, Any], str(self.checkpoint)) != json.loads(
+            self.identity
+        ):
             raise UserError(
                 f"{self.recipe.out} contains a run with other options, images or initial weights: "
                 "choose another --out or delete it"
             )
-        self.step, self.loss_sum = content["step"], content["loss_sum"]
+        try:
+            self._load(content)
+        except Exception as error:  # damaged values can raise anything in PyTorch
+            raise UserError(f"{self.checkpoint} is damaged: delete it to start again") from error
+
+    def _load(self, content: dict[str, Any]) -> None:
+        check_tensors(content["model"], self.checkpoint)
+        check_tensors(content["average"], self.checkpoint)
+        self.step, self.loss_sum = int(content["step"]), float(content["loss_sum"])
         sharded.set_state_dict(
             self.model,
             self.optimizer,

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from illama.bundle import SHIPPED
-from illama.errors import UserError
-from illama.options import SourceOptions
+from illama.options import Count, Fraction, ImageSize, NotNegative, Positive, SourceOptions
 from illama.training.recipe import TrainingOptions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -35,11 +34,11 @@ class QatOptions(TrainingOptions):
     out: Path = Path("runs/qat")
     checkpoint: Path = SHIPPED
     scheme: str = "w4a4"
-    image_size: int | None = None
-    calibration_images: int = 512
-    distillation: float = 1.0
-    temperature: float = 2.0
-    scale_rate: float = 1.0
+    image_size: ImageSize | None = None
+    calibration_images: Count = 512
+    distillation: Fraction = 1.0
+    temperature: Positive = 2.0
+    scale_rate: NotNegative = 1.0
 
     @property
     def source(self) -> SourceOptions:
@@ -52,14 +51,3 @@ class QatOptions(TrainingOptions):
             exif=self.exif,
             class_order=self.class_order,
         )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.distillation <= 1:
-            raise UserError(f"--distillation must be within 0 and 1, not {self.distillation}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature must be a positive number, not {self.temperature}")
-        if not 0 <= self.scale_rate < float("inf"):
-            raise UserError(f"--scale-rate must be 0 or a positive number, not {self.scale_rate}")
-        if self.calibration_images < 1:
-            raise UserError(f"--calibration-images must be at least 1, not {self.calibration_images}")

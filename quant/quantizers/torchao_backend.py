@@ -21,13 +21,13 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
@@ -46,10 +46,12 @@ from torchao.quantization.qat import Float8FakeQuantizeConfig, IntxFakeQuantizeC
 from torchao.utils import TorchAOBaseTensor
 
 from illama.bundle import TORCHAO
+from illama.checkpoints.tensor_files import PLAIN, check_config, read_metadata, read_tensors
 from illama.errors import UserError
 from illama.models.attention import MaskedNetwork
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA, Linear
+from illama.structured_files import parse_json
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import QuantizationPlan, Scheme
 
@@ -170,25 +172,38 @@ def load_torchao(folder: Path, network: MaskedNetwork | None = None) -> MaskedNe
     path = folder / TORCHAO
     if not path.exists():
         raise UserError(f"{path} not found: quantize by a scheme with 'backend: torchao' first")
+    tensors = read_tensors(path, (*PLAIN, torch.float8_e4m3fn))
+    facts = parse_json(read_metadata(path).get(_METADATA, ""), _Facts, f"the metadata of {path}")
+    if network is None:
+        network = _make_network(facts.config, tensors, path)
+    if (expected := network.config.to_dict()) != facts.config:
+        raise UserError(f"{path} is of a network {facts.config}, not {expected}")
     try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()[_METADATA])
-        packed, plain = unflatten_tensor_state_dict(safetensors.torch.load_file(path), facts["tensors"])
-        network = network or ILLaMA(ModelConfig.from_dict(facts["config"]))
-    except UserError as error:
-        raise UserError(f"{path} is not of an iLLaMA: give load_torchao the network, {facts['config']}") from error
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not written by this toolkit: make the bundle again") from error
-    state = packed | plain
-    if (expected := network.config.to_dict()) != facts["config"]:
-        raise UserError(f"{path} is of a network {facts['config']}, not {expected}")
-    try:
+        packed, plain = unflatten_tensor_state_dict(tensors, facts.tensors)
+        state = packed | plain
         for name in {found[1] for name in state if (found := _PART.match(name))}:
             _split_layer(network, name)
         network.load_state_dict(state, assign=True)
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit its own config: make the bundle again") from error
+    except Exception as error:  # damaged metadata can raise anything in torchao
+        raise UserError(f"{path} is damaged or does not fit its own config: make the bundle again") from error
     return network.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The JSON in the metadata of a file: the network's config, and torchao's description of its tensors."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Any]
+
+
+def _make_network(values: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> ILLaMA:
+    try:
+        config = ModelConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path} is not of an iLLaMA: give load_torchao the network, {values}") from error
+    check_config(config, tensors, path)
+    return ILLaMA(config)
 
 
 @dataclass(frozen=True)

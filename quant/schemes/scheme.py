@@ -14,13 +14,14 @@ are never quantized. :func:`resolve` applies a scheme to a network.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from torch import nn
@@ -28,7 +29,8 @@ from torch import nn
 from illama.errors import UserError
 from illama.manifest import Emulated, LayerFormats, NoTensorRT
 from illama.models.attention import QuantizerPoint
-from quant.schemes.formats import FORMATS, TensorSpec
+from illama.structured_files import parse_json, read_yaml
+from quant.schemes.formats import FORMATS, FormatName, TensorSpec
 from quant.schemes.shipped import SHIPPED_SCHEMES, shipped_path
 
 FLOAT = "float"  # in a scheme file: these tensors stay in floating point
@@ -230,26 +232,35 @@ def read_scheme(path: Path) -> Scheme:
     Raises:
         UserError: the file is missing or damaged, a key is unknown, or a value is invalid.
     """
+    values = rename_old_keys(read_yaml(path, dict[str, Any]))
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the scheme file {path}: {str(error).splitlines()[0]}") from error
-    known = [field.name for field in fields(Scheme)]
-    if not isinstance(values, dict) or not isinstance(values.get("tensors", {}), dict):
-        raise UserError(
-            f"{path} must hold a mapping with keys among base, {', '.join(known)}; tensors is a mapping too"
-        )
-    try:
-        values = rename_old_keys(values)
-        if unknown := values.keys() - {"base", *known}:
-            raise UserError(f"unknown key {sorted(map(str, unknown))[0]!r}; known are base, {', '.join(known)}")
-        base = shipped_scheme(values.pop("base")) if "base" in values else Scheme(path.stem.lower())
-        tensors = {str(pattern): _read_spec(value) for pattern, value in values.pop("tensors", {}).items()}
+        file = parse_json(json.dumps(values), _SchemeFile, "the file")
+        base = shipped_scheme(file.base) if file.base else Scheme(path.stem.lower())
+        tensors = {pattern: _read_spec(value) for pattern, value in file.tensors.items()}
         # The file's patterns come after all patterns of the base, so that they apply.
         kept = {pattern: spec for pattern, spec in base.tensors.items() if pattern not in tensors}
-        return replace(base, **{"name": path.stem.lower(), **values}, tensors={**kept, **tensors})
-    except (UserError, TypeError) as error:
+        own = {key: getattr(file, key) for key in values.keys() - {"base", "tensors"}}
+        return replace(base, **{"name": path.stem.lower(), **own}, tensors={**kept, **tensors})
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _SchemeFile:
+    """The keys of a scheme file, see :func:`read_scheme`; only those that are given count."""
+
+    base: str | None = None
+    name: str = ""
+    tensors: Mapping[str, TensorSpec | str] = field(default_factory=dict)
+    smooth: Mapping[str, float] = field(default_factory=dict)
+    reconstruction_iterations: int = 0
+    backend: Literal["onnx", "torchao"] = "onnx"
+    summary: str = ""
+
+
+def stored_scheme(values: Mapping[str, Any], name: str) -> Scheme:
+    """Returns the scheme in the JSON of a file of weights; UserError that begins with ``name`` if it is damaged."""
+    return parse_json(json.dumps(rename_old_keys(values)), Scheme, name)
 
 
 def rename_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,15 +271,10 @@ def rename_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_OLD_KEYS.get(key, key): value for key, value in values.items()}
 
 
-def _read_spec(value: Any) -> TensorSpec | None:
-    if value == FLOAT:
-        return None
-    if isinstance(value, dict):
-        known = [field.name for field in fields(TensorSpec)]
-        if unknown := value.keys() - set(known):
-            raise UserError(f"unknown key {sorted(map(str, unknown))[0]!r} of a tensor; known are {', '.join(known)}")
-        return TensorSpec(**value)
-    return TensorSpec(value)
+def _read_spec(value: TensorSpec | str) -> TensorSpec | None:
+    if isinstance(value, TensorSpec):
+        return value
+    return None if value == FLOAT else TensorSpec(cast(FormatName, value))
 
 
 def write_scheme(scheme: Scheme, path: Path) -> None:
