@@ -14,7 +14,7 @@ from illama.options import (
     BatchSize,
     ClassOrder,
     Count,
-    CountOrNone,
+    CountOrZero,
     Exif,
     Fraction,
     ImageSize,
@@ -88,7 +88,7 @@ class TrainingOptions:
     soft_mask_epochs: NotNegative = 50
     drop_path: Fraction = 0.0
     dropout: Fraction = 0.0
-    crop_padding: CountOrNone = 0
+    crop_padding: CountOrZero = 0
     rand_augment: str = "rand-m9-mstd0.5-inc1"
     erasing: Fraction = 0.25
     mixup: NotNegative = 0.1
