@@ -21,7 +21,7 @@ from illama.models.upernet import SegmentationConfig, UperNet
 from illama.randomness import isolated_randomness
 from illama.segmentation_scores import Scores, score_images
 from illama.training.distributed import Processes
-from illama.training.recipe import Recipe
+from illama.training.segmentation_options import SegmentationOptions
 from illama.training.start import hash_inputs, initialize, model_options
 from illama.training.trainer import Mix, Run
 
@@ -55,7 +55,7 @@ class SegmentationRun(Run):
         return Scores.of(np.reshape(whole, own_sum.shape)).miou
 
 
-def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) -> SegmentationRun:
+def start_segmentation(recipe: SegmentationOptions, group: Processes) -> SegmentationRun:
     """Opens the data, creates the network, and resumes from the checkpoint in ``recipe.out``, if there is one.
 
     Raises:
@@ -64,10 +64,10 @@ def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) 
     if not recipe.data:
         raise UserError("no images to train on: give --data (see --help)")
     data = SegmentationFolder(Path(recipe.data), recipe.exif or "apply")
-    shape = {**model_options(recipe), "decoder_channels": decoder_channels}
+    shape = {**model_options(recipe), "decoder_channels": recipe.decoder_channels}
     config = SegmentationConfig.preset(recipe.model, recipe.variant, **shape, num_classes=len(data.classes))
     with isolated_randomness(recipe.seed):
-        model = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe)
+        model = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe, new_head=True)
     preprocessing = data.preprocessing(config.image_size, config.in_channels)
     loss = partial(map_loss, smoothing=recipe.label_smoothing)
     return SegmentationRun(recipe, data, preprocessing, model, group, hash_inputs(recipe), loss)

@@ -33,7 +33,7 @@ from illama.randomness import isolated_randomness
 from illama.structured_files import parse_json
 from illama.training.distributed import Processes, gradient_sync
 from illama.training.log import Log
-from illama.training.recipe import TrainingOptions
+from illama.training.recipe import ClassifierOptions, TrainingOptions
 from illama.training.schedules import cosine_with_warmup, soft_mask_alpha
 
 CHECKPOINT = "checkpoint.pt"  # file name in a run's folder
@@ -130,11 +130,13 @@ class Run:
 
     def augmented(self) -> Augmented:
         """Returns the augmented training images."""
-        return Augmented(self.images, training_transform(self.recipe, self.preprocessing), self.recipe.seed)
+        return Augmented(
+            self.images, training_transform(cast(ClassifierOptions, self.recipe), self.preprocessing), self.recipe.seed
+        )
 
     def mixer(self) -> Mix:
         """Returns the function that applies mixup to a micro-batch."""
-        return make_mixup(self.recipe, len(self.data.classes))
+        return make_mixup(cast(ClassifierOptions, self.recipe), len(self.data.classes))
 
     def score(self, split: Dataset[Sample]) -> float:
         """Returns the score of the kept weights with the hard mask, in percent. Every process must call it."""
