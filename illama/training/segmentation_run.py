@@ -23,7 +23,7 @@ from illama.segmentation_scores import Scores, score_images
 from illama.training.distributed import Processes
 from illama.training.segmentation_options import SegmentationOptions
 from illama.training.start import hash_inputs, initialize, model_options
-from illama.training.trainer import Mix, Run
+from illama.training.trainer import Mix, Run, Task
 
 
 class SegmentationRun(Run):
@@ -32,7 +32,7 @@ class SegmentationRun(Run):
     score_name: ClassVar[Metric] = "miou"
 
     def augmented(self) -> AugmentedMaps:
-        return AugmentedMaps(self.images, self.preprocessing, self.recipe.seed)
+        return AugmentedMaps(self.images, self.task.preprocessing, self.recipe.seed)
 
     def mixer(self) -> Mix:
         return _without_mixup
@@ -45,8 +45,8 @@ class SegmentationRun(Run):
         counts = score_images(
             {"kept": torch_infer(model)},
             Subset(split, own),
-            len(self.data.classes),
-            self.preprocessing,
+            len(self.task.data.classes),
+            self.task.preprocessing,
             workers=self.recipe.workers,
             progress=self.processes.main,
         )
@@ -70,7 +70,7 @@ def start_segmentation(recipe: SegmentationOptions, group: Processes) -> Segment
         model = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe, new_head=True)
     preprocessing = data.preprocessing(config.image_size, config.in_channels)
     loss = partial(map_loss, smoothing=recipe.label_smoothing)
-    return SegmentationRun(recipe, data, preprocessing, model, group, hash_inputs(recipe), loss)
+    return SegmentationRun(recipe, Task(data, preprocessing, hash_inputs(recipe), loss), model, group)
 
 
 def map_loss(images: Tensor, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -17,7 +17,7 @@ from illama.models.illama import ILLaMA
 from illama.randomness import isolated_randomness
 from illama.training.distributed import Processes
 from illama.training.recipe import NetworkOptions, Recipe
-from illama.training.trainer import Run
+from illama.training.trainer import Run, Task
 
 Network = TypeVar("Network", bound=ILLaMA)
 _MODEL_OPTIONS = ("image_size", "patch_size", "in_channels", "width", "depth", "heads", "mask")
@@ -36,7 +36,7 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
     if recipe.init and not recipe.new_head:
         check_class_order(recipe.init, data.classes)
     preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
-    return Run(recipe, data, preprocessing, model, group, inputs=hash_inputs(recipe))
+    return Run(recipe, Task(data, preprocessing, hash_inputs(recipe)), model, group)
 
 
 def make_model(recipe: Recipe, classes: int) -> ILLaMA:

@@ -301,7 +301,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
     whole = start_segmentation(options, alone)
     fit(whole)
     killed = start_segmentation(replace(options, out=tmp_path / "killed"), alone)
-    proper, losses = killed.loss, []
+    proper, losses = killed.task.loss, []
 
     def loss(*arguments):
         losses.append(proper(*arguments))
@@ -309,11 +309,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
             raise KeyboardInterrupt
         return losses[-1]
 
-    killed.loss = loss
+    killed.task = replace(killed.task, loss=loss)
     with pytest.raises(KeyboardInterrupt):
         fit(killed)
     resumed = start_segmentation(replace(options, out=tmp_path / "killed"), alone)
-    assert resumed.step == 2
+    assert resumed.progress.step == 2
     fit(resumed)
     for name, value in whole.kept_weights().items():
         assert torch.equal(value, resumed.kept_weights()[name]), name
