@@ -32,11 +32,11 @@ from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
 from illama.checkpoints.load import load_checkpoint
 from illama.cli import run_command
-from illama.graph.reader import load_graph
+from illama.graph.reader import load_graph, to_bytes
 from illama.inference import Infer, torch_infer, usable_cores
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 REFERENCE = "ONNX Runtime, FP32"
 OURS = "OpenVINO, INT8 (ours, the default)"
@@ -84,7 +84,7 @@ def contestants(
     fp32, int8, rounded = (folder / f"{name}.onnx" for name in ("fp32", "int8", "int8-attention"))
     export_onnx(model, fp32, "plain")
     for path in (int8, rounded):
-        export_onnx(calibrate(model, shipped_scheme(path.stem), [images[:16]]), path, "plain")
+        export_onnx(calibrate(model, resolve(shipped_scheme(path.stem), model), [images[:16]]), path, "plain")
     ours = OpenVinoEngine(int8, threads, options.precision)
     found: dict[str, Infer] = {
         REFERENCE: OnnxRuntimeEngine(fp32, threads).infer,
@@ -142,7 +142,7 @@ def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, 
         model = load_graph(path)
         for rewrite in rewrites:
             rewrite(model)
-        read = openvino_core().read_model(model.SerializeToString())
+        read = openvino_core().read_model(to_bytes(model))
         found[f"OpenVINO, INT8 (ours), {name}"] = _request(read, options.threads, options.precision)
     return found
 

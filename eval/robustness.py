@@ -50,7 +50,6 @@ class RobustnessOptions:
 
 def main(options: RobustnessOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from eval.benchmark.evaluate_split import claim
     from eval.benchmark.open_bundles import open_bundles, open_fitting_data
     from eval.metrics.corrupted_accuracy import measure_cells, robustness_json, robustness_tables, summarize
     from eval.metrics.corruptions import check_corruption
@@ -58,6 +57,7 @@ def main(options: RobustnessOptions) -> None:
     from illama.atomic_write import lock_folder
     from illama.data.datasets import evenly_spaced
     from illama.inference import chance_note
+    from illama.partial_work import claim
 
     cells = [(corruption, severity) for corruption in options.corruptions for severity in options.severities]
     for cell in cells:

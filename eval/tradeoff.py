@@ -68,7 +68,12 @@ def main(options: TradeoffOptions) -> None:
         pin_threads(options.benchmark.threads)
         unfinished = options.out / UNFINISHED
         execution = Execution(
-            options.out, unfinished, options.workers, group, options.store, reopen=lambda: find_targets(paths)
+            options.out,
+            unfinished,
+            workers=options.workers,
+            processes=group,
+            store=options.store,
+            reopen=lambda: find_targets(paths),
         )
         result = run_benchmark(find_targets(paths, threads=share_of_cores()), images, options.benchmark, execution)
         if not group.main:

@@ -44,7 +44,7 @@ def write_folder(folder: Path, is_ours: Callable[[Path], bool] = is_bundle) -> I
             ``is_ours(folder)`` is False. Checked at the start and again before the replacement.
     """
     folder = folder.resolve()
-    _refuse_foreign(folder, is_ours)
+    refuse_foreign(folder, is_ours)
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
             if held and old.is_dir() and not place.exists():
                 old.rename(place)  # the writer was killed between the two renames of _exchange
             for leftover in (draft, old) if held else ():
-                _remove(leftover)
+                remove(leftover)
 
 
 def remove_folder(folder: Path) -> None:
@@ -209,7 +209,7 @@ def _pin_line(path: Path, data: bytes) -> str:
     return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
 
 
-def _refuse_foreign(folder: Path, is_ours: Callable[[Path], bool]) -> None:
+def refuse_foreign(folder: Path, is_ours: Callable[[Path], bool]) -> None:
     """Raises UserError for a folder that must not or cannot be replaced."""
     while version := _version(folder):
         with suppress(FileNotFoundError):
@@ -258,10 +258,10 @@ def _draft_of(place: Path) -> Iterator[Path]:
         try:
             yield draft
         finally:
-            _remove(draft)
+            remove(draft)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -273,7 +273,7 @@ def _take_place(draft: Path, folder: Path, is_ours: Callable[[Path], bool]) -> N
     while True:
         try:
             if folder.exists():
-                _refuse_foreign(folder, is_ours)
+                refuse_foreign(folder, is_ours)
                 _exchange(draft, folder)
             else:
                 draft.rename(folder)
@@ -292,7 +292,7 @@ def _exchange(draft: Path, folder: Path) -> None:
         if error.errno not in _NO_EXCHANGE:
             raise
     old = _beside(folder, "old", draft.name.rpartition("-")[2])
-    _remove(old)  # of an earlier attempt
+    remove(old)  # of an earlier attempt
     folder.rename(old)
     try:
         draft.rename(folder)
@@ -300,7 +300,7 @@ def _exchange(draft: Path, folder: Path) -> None:
         with suppress(OSError):  # another process was faster
             old.rename(folder)
         raise
-    _remove(old)
+    remove(old)
 
 
 def _renameat2(one: Path, other: Path) -> None:

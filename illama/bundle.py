@@ -63,10 +63,28 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def data_file(path: Path) -> Path:
+    """Returns the path of the external data of an ONNX file, which exists if the file's weights are large."""
+    return path.with_name(f"{path.name}.data")
+
+
+def with_data(path: Path) -> list[Path]:
+    """Returns a file, and the external data beside it, if there is any."""
+    return [each for each in (path, data_file(path)) if each == path or each.is_file()]
+
+
 def sha256(path: Path) -> str:
-    """Returns the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Returns the hexadecimal SHA-256 of a file, followed by its external data, if it has any."""
+    digest = hashlib.sha256()
+    for each in with_data(path):
+        with each.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Returns the bytes of a file and of its external data."""
+    return sum(each.stat().st_size for each in with_data(path))
 
 
 def bundle_of(path: Path) -> Path:

@@ -43,8 +43,8 @@ def run_command(
             given = parse() if parse else tyro.cli(options)
             check_bounds(given)
             main(given)
-    except KeyboardInterrupt:
-        _exit(_INTERRUPTED, 130)
+    except KeyboardInterrupt as stop:
+        _exit(str(stop) or _INTERRUPTED, 130)
     except Exception as error:
         if (message := _problem(error)) is None:
             raise

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
-
 from deploy.rewrites.preprocessing import add_preprocessing
 from deploy.runtimes.temperature import copy_temperature
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, command_line, sha256
 from illama.errors import UserError
 from illama.graph.reader import load_graph
+from illama.graph.writer import save_graph
 from illama.manifest import Manifest
 
 
@@ -31,7 +30,9 @@ def write_camera_bundle(bundle: Path, frame: tuple[int, int, int], out: Path) ->
         raise UserError(f"{bundle} has no graph without preprocessing: give a bundle that python quant/ptq.py wrote")
     with write_folder(out) as folder:
         for source in sources:
-            onnx.save(add_preprocessing(load_graph(source), manifest.preprocessing, frame), folder / source.name)
+            model = load_graph(source)
+            add_preprocessing(model, manifest.preprocessing, frame)
+            save_graph(model, folder / source.name)
             copy_temperature(source, folder / source.name)
         inputs = {str(source): sha256(source) for source in sources}
         provenance = replace(manifest.provenance, command=command_line(), inputs=inputs)

@@ -10,6 +10,7 @@ import onnxruntime
 from deploy.runtimes.engine import Engine
 from illama.bundle import FUSED_ONNX
 from illama.errors import UserError
+from illama.graph.check_graph import check_graph
 from illama.graph.session import cpu_session
 
 PROVIDERS = {
@@ -37,6 +38,7 @@ class OnnxRuntimeEngine(Engine):
             raise UserError(
                 f"ONNX Runtime has no {provider} here: install onnxruntime-gpu, or choose another --runtime"
             )
+        check_graph(path)
         try:
             self._session = (
                 gpu_session(path, provider) if provider else cpu_session(path, threads, fused=path.name == FUSED_ONNX)

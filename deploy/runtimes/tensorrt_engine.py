@@ -11,16 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deploy.runtimes.least_recently_used import LeastRecentlyUsed
 from deploy.runtimes.names import TITLES
 from deploy.trt.library import Library, find_library
 from deploy.trt.record import ENGINE, RUNTIME_CACHE, EngineRecord
 from illama.atomic_write import read_pinned, write_pinned
 from illama.bundle import FUSED_ONNX, bundle_of, sha256
 from illama.errors import UserError
+from illama.graph.check_graph import check_graph
 
 if TYPE_CHECKING:
     import tensorrt
 
+MAX_CONTEXTS = 4  # a context can take more than a gigabyte
 _TYPES = {"float": torch.float32, "uint8": torch.uint8}
 
 
@@ -42,12 +45,14 @@ class TensorRTEngine:
     Args:
         path: path to the engine.
         record: result of :meth:`deploy.trt.record.EngineRecord.read`, which verifies the engine before it is loaded.
+        max_contexts: number of batch sizes whose execution context is kept. Another batch size takes the place of the
+            least recently used one, which must be prepared again when it returns.
 
     Raises:
         UserError: there is no GPU, the library is not installed, or the library cannot load the engine on this GPU.
     """
 
-    def __init__(self, path: Path, record: EngineRecord) -> None:
+    def __init__(self, path: Path, record: EngineRecord, max_contexts: int = MAX_CONTEXTS) -> None:
         if not torch.cuda.is_available():
             raise UserError(f"{path} needs an NVIDIA GPU, and none is available: use the bundle's model.onnx")
         library = find_library(record.library)  # type: ignore[arg-type]
@@ -66,7 +71,7 @@ class TensorRTEngine:
             next(iter(each.items())) for each in (record.inputs, record.outputs)
         )
         self._dtype, self._shape, self._out = _TYPES[kind], tuple(shape[1:]), tuple(out[1:])
-        self._calls: dict[int, _Call] = {}
+        self._calls = LeastRecentlyUsed(max_contexts, self._prepare, _free)
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Images of the shape and dtype in the record -> logits (B, classes, ...) float32.
@@ -109,8 +114,6 @@ class TensorRTEngine:
         min_batch, _, max_batch = self._record.batch
         if not min_batch <= batch <= max_batch:
             raise UserError(f"the engine takes batches of {min_batch} to {max_batch} images, not {batch}")
-        if batch not in self._calls:
-            self._calls[batch] = self._prepare(batch)
         return self._calls[batch]
 
     def _prepare(self, batch: int) -> _Call:
@@ -146,10 +149,20 @@ class TensorRTEngine:
             raise RuntimeError("TensorRT failed to run the engine")
 
 
+def _free(call: _Call) -> None:
+    """Frees the context and the buffers of a batch size, for TensorRT too, which does not use PyTorch's allocator."""
+    torch.cuda.synchronize()  # run_on_device may still use them, on any stream
+    if call.graph is not None:
+        call.graph.reset()
+    vars(call).clear()
+    torch.cuda.empty_cache()
+
+
 def _refit(library: Library, engine: tensorrt.ICudaEngine, source: Path, record: EngineRecord) -> None:
     """Refits a weight-stripped engine with the weights of the graph that it was built from."""
     if not source.exists() or sha256(source) != record.onnx_sha256:
         raise UserError(f"{source} is not the graph of the weight-stripped engine: build the engine again")
+    check_graph(source)
     logger = library.trt.Logger(library.trt.Logger.ERROR)
     refitter: tensorrt.Refitter = library.trt.Refitter(engine, logger)
     parser: tensorrt.OnnxParserRefitter = library.trt.OnnxParserRefitter(refitter, logger)

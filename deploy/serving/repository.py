@@ -32,6 +32,7 @@ from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, command_line, package_versions
 from illama.errors import UserError
+from illama.graph.writer import copy_graph
 from illama.manifest import Manifest
 from illama.structured_files import read_json
 
@@ -169,7 +170,7 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
         else:
             choice = recommend_runtime(bundle, options.runtime)
             known = create_known_answer(bundle, choice.file, choice.runtime)
-            shutil.copyfile(choice.file, draft / choice.file.name)
+            copy_graph(choice.file, draft)
             choice.write(draft)
             _write_code(draft, "Network")
         known.write(draft / KNOWN_ANSWER)

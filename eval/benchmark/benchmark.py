@@ -21,7 +21,7 @@ from eval.metrics.paired import NO_DROP, paired_drop
 from eval.metrics.predictions import Predictions
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
-from illama.bundle import command_line, package_versions, sha256
+from illama.bundle import command_line, package_versions, sha256, size_of
 from illama.hardware import describe_machine
 from illama.inference import Infer, chance_note, load_images, usable_cores
 from illama.manifest import NO_TENSORRT, Manifest
@@ -58,6 +58,7 @@ class Execution:
     Attributes:
         out: folder of the report; paths in the rows are relative to it.
         work: folder for finished parts of the evaluation; see :func:`eval.benchmark.evaluate_split.evaluate`.
+        restart: discard another evaluation in ``work``, instead of raising UserError.
         workers: number of processes that read images.
         processes: those that share the evaluation. The main one alone measures latency and returns rows.
         store: store each fitted temperature beside its file.
@@ -66,6 +67,7 @@ class Execution:
 
     out: Path
     work: Path | None = None
+    restart: bool = False
     workers: int = 0
     processes: Processes = ALONE
     store: bool = False
@@ -91,7 +93,15 @@ def run_benchmark(
         "runtimes": {each.name: each.engine.runtime for each in targets},
     }
     evaluated = evaluate(
-        models, images.split, transform, temperatures, execution.work, execution.workers, facts=facts, processes=group
+        models,
+        images.split,
+        transform,
+        temperatures,
+        execution.work,
+        execution.workers,
+        facts=facts,
+        processes=group,
+        restart=execution.restart,
     )
     group.barrier()  # until all have read what the others computed
     if not group.main:
@@ -179,7 +189,7 @@ def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
         evaluated_with=target.engine.runtime,
         drop=NO_DROP,
         onnx=os.path.relpath(target.path, out),
-        onnx_bytes=target.path.stat().st_size,
+        onnx_bytes=size_of(target.path),
         engine=os.path.relpath(built, out) if built else None,
         engine_bytes=record.engine_bytes if record else None,
         fused=record.fused if record else True,

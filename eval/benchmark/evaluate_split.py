@@ -7,7 +7,6 @@ is bit-identical for one process and for many, interrupted or not, provided that
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 import zipfile
@@ -22,14 +21,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval.metrics.predictions import Evaluated, Predictions, refuse_overflow
-from illama.atomic_write import list_folder, make_out, write_file
+from illama.atomic_write import write_file
 from illama.data.datasets import Sample
 from illama.data.preprocessing import Transform
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
+from illama.partial_work import claim
 from illama.training.distributed import ALONE, Processes
 
-RUN = "run.json"
 UNFINISHED = "unfinished"  # folder of an interrupted evaluation, beside its results
 CHUNK = 1000  # images
 PATIENCE = 1800.0  # seconds
@@ -49,6 +48,7 @@ def evaluate(
     processes: Processes = ALONE,
     chunk: int = CHUNK,
     patience: float = PATIENCE,
+    restart: bool = False,
 ) -> dict[str, Evaluated]:
     """Returns each model's predictions over a whole split; images are read once for all models.
 
@@ -62,6 +62,7 @@ def evaluate(
         processes: the group of processes; each computes every ``count``-th chunk and returns the whole result.
         chunk: number of images in a chunk.
         patience: seconds that a finished process waits for a new chunk of the others.
+        restart: discard another evaluation in ``work``.
 
     Raises:
         UserError: a model's logits are not finite or do not fit the labels; ``work`` holds another evaluation or
@@ -81,7 +82,7 @@ def evaluate(
     if work is None and processes.count > 1:
         raise ValueError("several processes must share a work folder: give one")
     with nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
-        _claim_together(Path(folder), pinned, processes)
+        _claim_together(Path(folder), pinned, processes, restart)
         paths = {each: Path(folder) / f"{each.start:09d}.npz" for each in chunks}
         own = chunks[processes.rank :: processes.count]
         missing = [each for each in own if not paths[each].exists()]
@@ -94,40 +95,9 @@ def evaluate(
     return {name: _concatenate([part[name] for part in parts]) for name in models}
 
 
-def claim(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Starts a run in a folder, or continues a run with the same facts there.
-
-    Args:
-        facts: everything that determines the result, as JSON can hold it, such as the files' SHA-256.
-
-    Raises:
-        UserError: the folder holds files but no ``run.json``, or a run with other facts.
-    """
-    path, wanted = folder / RUN, json.loads(json.dumps(facts))
-    make_out(folder)
-    if list_folder(folder):
-        if not path.exists():
-            raise UserError(f"{folder} holds other files: choose another --out")
-        if (stored := _read_run(path)) != wanted:
-            other = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
-            raise UserError(
-                f"{folder} holds a run with other {', '.join(other)}: choose another --out, or delete the folder"
-            )
-    else:
-        with write_file(path) as draft:
-            draft.write_text(json.dumps(wanted, indent=2) + "\n")
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: delete {path.parent}, or choose another --out") from error
-
-
-def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes) -> None:
+def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes, restart: bool) -> None:
     if processes.main:
-        claim(work, facts)
+        claim(work, facts, restart=restart)
     processes.barrier()
     if not processes.main:
         claim(work, facts)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from illama.bundle import CPU_ONNX, FUSED_ONNX
+from illama.bundle import CPU_ONNX, FUSED_ONNX, size_of
 from illama.data.ade20k import SegmentationFolder
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
@@ -92,7 +92,7 @@ def measure_miou(
     rows = []
     for path in paths:
         own = counts[str(path)]
-        drop, megabytes = miou_drop(reference, own, seed), path.stat().st_size / 1e6
+        drop, megabytes = miou_drop(reference, own, seed), size_of(path) / 1e6
         rows.append(FileScores(f"{path.parent.name}/{path.name}", Scores.of(own.sum(0)), drop, megabytes))
     return rows
 

@@ -53,7 +53,7 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
             f"{path} is damaged or has no quantized network: make the bundle again with python quant/qat.py"
         ) from error
     check_config(config, state, path)
-    plan = resolve(scheme, model := ILLaMA(config))
+    plan = resolve(scheme, model := ILLaMA(config)).tensors
     # The ranges are in the file; these observers only determine the quantizers' shapes.
     observers = {name: RangeObserver(spec) for name, spec in plan.items()}
     for observer in observers.values():

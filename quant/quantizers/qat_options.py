@@ -21,8 +21,7 @@ class QatOptions(TrainingOptions):
     Attributes:
         recipe: name of a recipe in quant/recipes, or path to a YAML file.
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
-        scheme: name of a shipped scheme (python quant/list_schemes.py).
-        scheme_file: path to a scheme in YAML, used instead of --scheme.
+        scheme: name of a shipped scheme (python quant/list_schemes.py), or path to a YAML file.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         calibration_images: number of training images for calibration.
         distillation: weight, 0 to 1, of the distillation loss against the unquantized network; the weight of the label
@@ -35,7 +34,6 @@ class QatOptions(TrainingOptions):
     out: Path = Path("runs/qat")
     checkpoint: Path = SHIPPED
     scheme: str = "w4a4"
-    scheme_file: Path | None = None
     image_size: ImageSize | None = None
     calibration_images: Count = 512
     distillation: Fraction = 1.0

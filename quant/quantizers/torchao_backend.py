@@ -53,7 +53,7 @@ from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA, Linear
 from illama.structured_files import parse_json
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, resolve
+from quant.schemes.scheme import QuantizationPlan, Scheme
 
 _METADATA = "illama_torchao"  # one key only: safetensors writes several in no fixed order
 _PART = re.compile(r"(.*)\.parts\.0\.")  # of a name in a state dict
@@ -93,51 +93,52 @@ class SplitLinear(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
 
-def quantize_with_torchao(model: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+def quantize_with_torchao(model: MaskedNetwork, plan: QuantizationPlan) -> MaskedNetwork:
     """Returns a copy of ``model`` in evaluation mode with torchao's quantized weights; it cannot be trained.
 
     Raises:
-        UserError: the scheme has another backend, does not fit the network, or is not supported by torchao.
+        UserError: the scheme has another backend, or is not supported by torchao.
     """
-    check(model, scheme)
+    check(model, plan)
     quantized = _split(copy.deepcopy(model)).eval()
-    for recipe, layers in _recipes(quantized, scheme):
+    for recipe, layers in _recipes(quantized, plan.scheme):
         _apply(quantized, recipe.deployed, layers)
     return quantized.requires_grad_(False)
 
 
-def prepare_qat(model: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+def prepare_qat(model: MaskedNetwork, plan: QuantizationPlan) -> MaskedNetwork:
     """Returns a differentiable copy of ``model`` that computes what :func:`convert_qat` will, for training.
 
     Gradients pass straight through the rounding. Raises UserError like :func:`quantize_with_torchao`.
     """
-    check(model, scheme)
+    check(model, plan)
     prepared = _split(copy.deepcopy(model))
-    for recipe, layers in _recipes(prepared, scheme):
+    for recipe, layers in _recipes(prepared, plan.scheme):
         config = QATConfig(activation_config=recipe.activation, weight_config=recipe.weight, step="prepare")
         _apply(prepared, config, layers)
     return prepared
 
 
-def convert_qat(prepared: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+def convert_qat(prepared: MaskedNetwork, plan: QuantizationPlan) -> MaskedNetwork:
     """Returns a copy of a trained network of :func:`prepare_qat` in the form of :func:`quantize_with_torchao`.
 
     Args:
-        scheme: the scheme that it was prepared for.
+        plan: the plan that it was prepared for.
     """
     converted = copy.deepcopy(prepared).eval()
-    for recipe, layers in _recipes(converted, scheme):
+    for recipe, layers in _recipes(converted, plan.scheme):
         _apply(converted, QATConfig(recipe.deployed, step="convert"), layers)
     return converted.requires_grad_(False)
 
 
-def check(model: MaskedNetwork, scheme: Scheme) -> None:
-    """Raises UserError if torchao cannot quantize ``model`` by ``scheme``."""
+def check(model: MaskedNetwork, plan: QuantizationPlan) -> None:
+    """Raises UserError if torchao cannot quantize ``model`` by a plan."""
+    scheme = plan.scheme
     if scheme.backend != "torchao":
         raise UserError(f"scheme {scheme.name} has backend {scheme.backend}: give one with 'backend: torchao'")
     if scheme.smooth or scheme.reconstruction_iterations:
         raise UserError(f"scheme {scheme.name}: torchao has no smooth and no reconstruction_iterations; leave them out")
-    for name in resolve(scheme, model):
+    for name in plan.tensors:
         layer = name.removesuffix(".weight").removesuffix(".input")
         if not isinstance(model.get_submodule(layer), nn.Linear):
             raise UserError(f"scheme {scheme.name}: torchao quantizes Linears only; leave {name} in floating point")

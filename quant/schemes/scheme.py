@@ -105,8 +105,22 @@ def tensor_names(model: nn.Module) -> list[str]:
     return names
 
 
-def resolve(scheme: Scheme, model: nn.Module) -> dict[str, TensorSpec]:
-    """Returns every tensor that ``scheme`` quantizes in ``model`` -> its spec, in the network's order.
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """A scheme resolved for a network: what is quantized, and how.
+
+    Attributes:
+        tensors: every tensor that is quantized -> its spec, in the network's order.
+        layers: formats of all layers, for people; equally quantized blocks share an entry.
+    """
+
+    scheme: Scheme
+    tensors: Mapping[str, TensorSpec]
+    layers: tuple[LayerFormats, ...]
+
+
+def resolve(scheme: Scheme, model: nn.Module) -> QuantizationPlan:
+    """Returns the plan to quantize ``model`` by ``scheme``.
 
     Raises:
         UserError: a pattern matches nothing, or a spec does not fit its tensor.
@@ -123,10 +137,10 @@ def resolve(scheme: Scheme, model: nn.Module) -> dict[str, TensorSpec]:
             raise UserError(
                 f"scheme {scheme.name}: no tensor matches {pattern!r}; names are such as {names[len(names) // 2]}"
             )
-    plan = {name: spec for name in names if (spec := scheme.spec(name)) is not None}
-    for name, spec in plan.items():
+    tensors = {name: spec for name in names if (spec := scheme.spec(name)) is not None}
+    for name, spec in tensors.items():
         _check(scheme, name, spec, model)
-    return plan
+    return QuantizationPlan(scheme, tensors, _describe(tensors, model))
 
 
 def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> None:
@@ -150,32 +164,31 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
         raise UserError(f"scheme {scheme.name}, {name}: {trouble}")
 
 
-def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> NoTensorRT | None:
-    """Returns why TensorRT has no kernels for a resolved scheme; None if it has."""
-    for name, spec in plan.items():
+def unfit_for_tensorrt(tensors: Mapping[str, TensorSpec]) -> NoTensorRT | None:
+    """Returns why TensorRT has no kernels for the tensors of a plan; None if it has."""
+    for name, spec in tensors.items():
         bits = spec.dtype.bits
         if not name.endswith(".weight"):
             if bits < 8 or not (spec.symmetric or name.endswith(".input")):
                 return "activations"
-        elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in plan):
+        elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in tensors):
             return "weights"
     return None
 
 
-def emulated_on_cpus(plan: Mapping[str, TensorSpec]) -> Emulated | None:
-    """Returns why the latency on a CPU is meaningless for a resolved scheme; None if it is not."""
-    formats = {spec.format for spec in plan.values()}
+def emulated_on_cpus(tensors: Mapping[str, TensorSpec]) -> Emulated | None:
+    """Returns why the latency on a CPU is meaningless for the tensors of a plan; None if it is not."""
+    formats = {spec.format for spec in tensors.values()}
     if "fp8" in formats:
         return "fp8"
     if any(FORMATS[name].bits == 6 for name in formats):
         return "6-bit"
-    if any(spec.dtype.bits == 4 and not name.endswith(".weight") for name, spec in plan.items()):
+    if any(spec.dtype.bits == 4 and not name.endswith(".weight") for name, spec in tensors.items()):
         return "4-bit activations"
     return None
 
 
-def describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> tuple[LayerFormats, ...]:
-    """Returns the formats of the layers of a network under a resolved scheme; equally quantized blocks share one."""
+def _describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> tuple[LayerFormats, ...]:
     rows: dict[tuple[str, str, str], list[int]] = {}
     for layer in dict.fromkeys(name.removesuffix(".weight").removesuffix(".input") for name in tensor_names(model)):
         weight, activation = (str(plan.get(key, FLOAT)) for key in (f"{layer}.weight", f"{layer}.input"))

@@ -113,7 +113,7 @@ def test_a_product_by_what_its_operands_are_stored_as(
 ):
     path = _graph(tmp_path / "g.onnx", weight is not None, activation is not None, weight, activation)
     assert product_costs(path, batch=2) == [
-        ProductCost("fc", "MatMul", precision, 2 * 2 * 8 * 64 * 32, weight_bytes, activation_bytes)
+        ProductCost("fc/MatMul", "MatMul", precision, 2 * 2 * 8 * 64 * 32, weight_bytes, activation_bytes)
     ]
 
 

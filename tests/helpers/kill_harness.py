@@ -146,11 +146,22 @@ class Train(Command):
         check_names(place / self.swap, {"model.safetensors", "manifest.json", "log.csv", "curve.png"})
 
 
-class Ptq(Command):
-    """Writes bundles with engines, if TensorRT-RTX is installed, and a report."""
+TIMED = ("latency", "device", "engine_bytes", "sha256", "note")  # fields of a report's row; two engines can differ
 
-    script, swap, few = "quant/ptq.py", "out", (AFTER, 6, BEFORE)
+
+def _outputs(result: Path) -> list[Path]:
+    return [path for path in result.rglob("*") if path.suffix in (".onnx", ".safetensors", ".yaml")]
+
+
+class Ptq(Command):
+    """Writes bundles with engines, if TensorRT-RTX is installed, and a report.
+
+    After any kill, its graphs, weights and accuracies are those of an uninterrupted run.
+    """
+
+    script, swap, few = "quant/ptq.py", "out", (AFTER, 6, 40, 34, BEFORE)
     schemes: tuple[str, ...] = ("int8",)
+    facts: dict[str, Any] | None = None
 
     def arguments(self, place: Path) -> list[object]:
         return [
@@ -177,6 +188,11 @@ class Ptq(Command):
         for bundle in ("fp32", "fp16", *self.schemes):
             Manifest.read(result / bundle)
         check(not list(result.rglob(".*")), "a draft in the result")
+        facts: dict[str, Any] = {path.relative_to(result).as_posix(): sha256(path) for path in _outputs(result)}
+        for row in read_report(result / "report.json")["rows"]:
+            facts[row["name"]] = {key: value for key, value in row.items() if key not in TIMED}
+        check(self.facts in (None, facts), "files or accuracies differ from those of an uninterrupted run")
+        self.facts = facts
 
     def check_finished(self, place: Path) -> None:
         check_names(place, {"out"})
@@ -288,7 +304,7 @@ def run_a_few(command: Command, folder: Path) -> list[str]:
 
 
 def write_twice(command: Command, place: Path) -> None:
-    """Runs two processes with the same output folder; both must succeed, but training rejects the second.
+    """Runs two processes with the same output folder; both must succeed, but where work resumes the second is rejected.
 
     The first is stopped before its swap until the second has ended.
     """
@@ -297,7 +313,7 @@ def write_twice(command: Command, place: Path) -> None:
     second = command.start(place).wait()
     first.resume()
     check(first.status == 0, first.output)
-    if isinstance(command, Train):
+    if isinstance(command, Train | Ptq):
         lines = second.output.strip().splitlines()
         check(second.status == 2 and "in use by another process" in lines[-1], second.output)
     else:

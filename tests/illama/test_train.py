@@ -418,7 +418,7 @@ def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_pat
     for name in before:
         difference = float((before[name] - after[name]).abs().max())
         assert (difference > 1e-3) == (name == "head.weight" or name == "head.bias"), name
-    assert Manifest.read(tmp_path / "out" / "bundle").inputs
+    assert Manifest.read(tmp_path / "out" / "bundle").provenance.inputs
     other = run_command(*_arguments(training_folder, tmp_path / "other", "--init", SHIPPED))
     assert_one_line_error(other, "depth")
 

@@ -191,6 +191,47 @@ def test_ctrl_c_leaves_no_files(small_bundle, image_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images"]
 
 
+def _manifest_times(folder):
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/manifest.json")}
+
+
+def test_an_interrupted_run_continues(small_bundle, image_folder, tmp_path, run_here):
+    options = [
+        "quant/ptq.py",
+        "--checkpoint",
+        small_bundle,
+        "--data",
+        image_folder,
+        "--out",
+        tmp_path / "out",
+        "--calibration-images",
+        8,
+        "--batches",
+        1,
+        "--seconds",
+        0.1,
+        "--schemes",
+        "int8-dynamic",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, options)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert any("evaluate" in line for line in process.stdout)  # everything is exported
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and str(tmp_path / "out.partial") in errors.splitlines()[-1]
+    exported = {
+        path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("result/*/manifest.json")
+    }
+    assert_one_line_error(run_here(*options, "--seed", 1), "out.partial", "seed", "--restart")
+    result = run_here(*options)
+    assert result.returncode == 0, result.stderr
+    assert "fp16, fp32, int8-dynamic done" in result.stdout and "export" not in result.stdout
+    assert len(exported) == 3 and _manifest_times(tmp_path / "out") == exported
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images", "out"]
+
+
 def test_the_error_for_a_full_disk_is_one_line(small_bundle, image_folder, tmp_path):
     """A file-size limit replaces a full disk: the kernel rejects the write in the same way."""
     script = (
