@@ -232,8 +232,9 @@ def read_scheme(path: Path) -> Scheme:
     Raises:
         UserError: the file is missing or damaged, a key is unknown, or a value is invalid.
     """
-    values = rename_old_keys(read_yaml(path, dict[str, Any]))
+    given = read_yaml(path, dict[str, Any])
     try:
+        values = rename_old_keys(given)
         file = parse_json(json.dumps(values), _SchemeFile, "the file")
         base = shipped_scheme(file.base) if file.base else Scheme(path.stem.lower())
         tensors = {pattern: _read_spec(value) for pattern, value in file.tensors.items()}

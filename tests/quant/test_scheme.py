@@ -53,7 +53,7 @@ def test_a_file_extends_its_base(tmp_path):
         ("tensors: [int8]", "mine.yaml"),
         ("colour: red", "colour"),
         ("base: int3", "'int3'"),
-        ("tensors: {'*.weight': {colour: red}}", "colour"),
+        ("tensors: {'*.weight': {format: int8, colour: red}}", "colour"),
         ("tensors: {'*.weight': int3}", "'int3'"),
         ("reconstruction_iterations: -1", "reconstruction_iterations"),
         ("backend: tpu", "backend"),
