@@ -36,7 +36,7 @@ from illama.graph.reader import load_graph, to_bytes
 from illama.inference import Infer, torch_infer, usable_cores
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 REFERENCE = "ONNX Runtime, FP32"
 OURS = "OpenVINO, INT8 (ours, the default)"
@@ -84,7 +84,7 @@ def contestants(
     fp32, int8, rounded = (folder / f"{name}.onnx" for name in ("fp32", "int8", "int8-attention"))
     export_onnx(model, fp32, "plain")
     for path in (int8, rounded):
-        export_onnx(calibrate(model, shipped_scheme(path.stem), [images[:16]]), path, "plain")
+        export_onnx(calibrate(model, resolve(shipped_scheme(path.stem), model), [images[:16]]), path, "plain")
     ours = OpenVinoEngine(int8, threads, options.precision)
     found: dict[str, Infer] = {
         REFERENCE: OnnxRuntimeEngine(fp32, threads).infer,

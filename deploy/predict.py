@@ -16,6 +16,7 @@ from deploy.runtimes.names import RuntimeName
 from illama.bundle import bundle_of
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.options import Positive, ThreadsOrAll
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class PredictOptions:
     engine: Path = Path("runs/ptq/int8")
     runtime: RuntimeName | None = None
     watch: Path | None = None
-    seconds: float | None = None
-    threads: int = 0
+    seconds: Positive | None = None
+    threads: ThreadsOrAll = 0
 
     def __post_init__(self) -> None:
         if bool(self.images) == bool(self.watch):

@@ -19,7 +19,7 @@ import tyro
 
 from deploy.runtimes.names import RuntimeName
 from illama.cli import run_command
-from illama.errors import UserError
+from illama.options import BatchSize, Count, CountOrZero, Positive, ThreadsOrAll, Workers
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,15 @@ class AccuracyOptions:
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
     data: str = "fashion-mnist"
-    images: int | None = None
-    calibration_images: int = 512
+    images: Count | None = None
+    calibration_images: CountOrZero = 512
     store: bool = False
     runtime: RuntimeName | None = None
-    threads: int = 0
-    workers: int = 0
-    batch: int = 50
-    patience: float = 1800.0
+    threads: ThreadsOrAll = 0
+    workers: Workers = 0
+    batch: BatchSize = 50
+    patience: Positive = 1800.0
     out: Path = Path("runs/accuracy")
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.patience <= 0 or min(self.calibration_images, self.workers, self.threads) < 0:
-            raise UserError("--batch must be 1 or more, --patience above 0, and other numbers 0 or more")
 
 
 def main(options: AccuracyOptions) -> None:

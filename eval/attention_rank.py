@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from illama.bundle import SHIPPED
 from illama.cli import run_command
-from illama.errors import UserError
+from illama.options import Count
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,9 @@ class RankOptions:
 
     checkpoint: Path = SHIPPED
     data: str = "fashion-mnist"
-    images: int = 30
-    threshold: float = 0.8
+    images: Count = 30
+    threshold: Annotated[float, Interval(gt=0, le=1)] = 0.8
     out: Path = Path("runs/attention-rank")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise UserError(f"--threshold must be above 0 and at most 1, not {self.threshold}")
 
 
 def main(options: RankOptions) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
+from illama.options import Count
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class OutsideOptions:
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     outside: str
     data: str = "fashion-mnist"
-    images: int | None = None
+    images: Count | None = None
     out: Path = Path("runs/out-of-distribution")
 
 

@@ -17,8 +17,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.errors import UserError
-from illama.options import BenchmarkOptions, Flat
+from illama.options import BenchmarkOptions, Count, CountOrZero, Flat, Workers
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,11 @@ class TradeoffOptions:
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
     data: str = "fashion-mnist"
-    images: int | None = None
-    calibration_images: int = 512
-    workers: int = 0
+    images: Count | None = None
+    calibration_images: CountOrZero = 512
+    workers: Workers = 0
     store: bool = False
     out: Path = Path("runs/tradeoff")
-
-    def __post_init__(self) -> None:
-        if min(self.workers, self.calibration_images) < 0:
-            raise UserError("--workers and --calibration-images must be 0 or more")
 
 
 def main(options: TradeoffOptions) -> None:

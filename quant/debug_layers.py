@@ -18,6 +18,7 @@ import tyro
 from illama.bundle import CPU_ONNX
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.options import Count
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class DebugOptions:
     checkpoint: Path | None = None
     model: str | None = None
     data: str | None = None
-    calibration_images: int | None = None
-    images: int = 8
+    calibration_images: Count | None = None
+    images: Count = 8
 
 
 def main(options: DebugOptions) -> None:

@@ -105,13 +105,9 @@ def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> C
     return load_timm(name, path, image_size)
 
 
-def schemes_from_options(names: Sequence[str], files: Sequence[Path]) -> list[Scheme]:
-    """Returns the shipped schemes of these names and the schemes of the YAML files.
-
-    Raises:
-        UserError: a name is unknown, a file cannot be read, or two schemes have one name.
-    """
-    schemes = [shipped_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in files]
+def schemes_from_options(names: Sequence[str]) -> list[Scheme]:
+    """Returns schemes by name or YAML file; raises UserError if one cannot be read, or two have one name."""
+    schemes = [scheme_from_name_or_file(name) for name in dict.fromkeys(names)]
     check_names(schemes)
     return schemes
 
@@ -127,9 +123,14 @@ def scheme_from_name_or_file(name: str) -> Scheme:
     """Returns a shipped scheme by its name, or the scheme in a file whose name ends in .yaml or .yml.
 
     Raises:
-        UserError: there is none, or its backend is not ONNX.
+        UserError: there is none.
     """
-    scheme = read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else shipped_scheme(name)
+    return read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else shipped_scheme(name)
+
+
+def onnx_scheme(name: str) -> Scheme:
+    """Returns a scheme as :func:`scheme_from_name_or_file`; raises UserError if its backend is not ONNX."""
+    scheme = scheme_from_name_or_file(name)
     if scheme.backend != "onnx":
         raise UserError(
             f"scheme {name} has backend {scheme.backend} and cannot be exported to ONNX: choose another scheme"

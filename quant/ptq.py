@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from quant.inputs import Inputs
     from quant.schemes.scheme import Scheme
 
-DEFAULT_SCHEMES = ("int8", "fp8")
-
 
 @dataclass(frozen=True)
 class PtqOptions:
@@ -32,9 +30,8 @@ class PtqOptions:
     Attributes:
         source: the network and its images.
         benchmark: the benchmark.
-        schemes: names of shipped schemes (python quant/list_schemes.py). Defaults to int8 and fp8, unless --scheme-file
-            is given.
-        scheme_file: paths to schemes in YAML, your own or those of python quant/search.py.
+        schemes: names of shipped schemes (python quant/list_schemes.py), or paths to YAML files, your own or those of
+            python quant/search.py.
         out: folder of the bundles and the report; an earlier result there is replaced.
         library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
         targets: compute capabilities of the engines, such as sm86 sm89. Defaults to this GPU for tensorrt,
@@ -44,19 +41,11 @@ class PtqOptions:
 
     source: Flat[SourceOptions] = field(default_factory=SourceOptions)
     benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
-    schemes: tuple[str, ...] | None = None
-    scheme_file: tuple[Path, ...] = ()
+    schemes: tuple[str, ...] = ("int8", "fp8")
     out: Path = Path("runs/ptq")
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()
     restart: bool = False
-
-    @property
-    def scheme_names(self) -> tuple[str, ...]:
-        """The shipped schemes to quantize by."""
-        if self.schemes is not None:
-            return self.schemes
-        return () if self.scheme_file else DEFAULT_SCHEMES
 
 
 def main(options: PtqOptions) -> None:
@@ -71,15 +60,14 @@ def main(options: PtqOptions) -> None:
     from eval.report.write_report import is_result, write_and_print
     from illama.partial_work import partial_work
     from illama.steps import Steps
-    from quant.export.write_bundle import Origin, check_scheme, write_bundles
+    from quant.export.write_bundle import Origin, plan_quantization, write_bundles
     from quant.inputs import open_inputs, schemes_from_options
 
     baseline, steps = read_baseline(options.benchmark), Steps()
     with partial_work(options.out, is_result) as work:
-        schemes = schemes_from_options(options.scheme_names, options.scheme_file)
+        schemes = schemes_from_options(options.schemes)
         inputs = open_inputs(options.source)
-        for scheme in schemes:
-            check_scheme(inputs.model, scheme)
+        plans = [plan_quantization(inputs.model, scheme) for scheme in schemes]
         library = find_library(options.library)
         if library:
             library.resolve_targets(options.targets)
@@ -89,7 +77,7 @@ def main(options: PtqOptions) -> None:
 
         origin = Origin.of(inputs, options.benchmark.seed)
         work.start(_facts(options, inputs, schemes), options.restart)
-        bundles, networks = write_bundles(work, inputs, schemes, origin, steps.show)
+        bundles, networks = write_bundles(work, inputs, plans, origin, steps.show)
         not_run = build_engines(library, bundles, EngineOptions(options.targets), steps.show)
         with steps.show("evaluate and time"):
             pin_threads(options.benchmark.threads)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from illama.bundle import command_line, package_versions
 from illama.cli import run_command
-from illama.options import Flat, SourceOptions
+from illama.options import Count, Flat, SourceOptions
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SensitivityOptions:
 
     source: Flat[SourceOptions] = field(default_factory=SourceOptions)
     scheme: str = "int8"
-    images: int = 1000
+    images: Count = 1000
     split: Literal["train", "test"] = "train"
     out: Path = Path("runs/sensitivity")
 
@@ -39,7 +39,7 @@ class SensitivityOptions:
 def main(options: SensitivityOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from illama.atomic_write import write_folder
-    from quant.inputs import open_inputs, scheme_from_name_or_file
+    from quant.inputs import onnx_scheme, open_inputs
     from quant.mixed_precision.image_selection import split_images
     from quant.mixed_precision.sensitivity_study import (
         RESULT,
@@ -49,7 +49,7 @@ def main(options: SensitivityOptions) -> None:
     )
 
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
-        inputs, scheme = open_inputs(options.source), scheme_from_name_or_file(options.scheme)
+        inputs, scheme = open_inputs(options.source), onnx_scheme(options.scheme)
         images = split_images(inputs.data, options.split, options.source.calibration_images, options.images)
         result = {
             "command": command_line(),

@@ -39,7 +39,7 @@ from illama.manifest import Manifest
 from illama.models.attention import AttentionMask, MaskedAttention
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
 SCHEMES = ("fp16", "int8", "fp8", "fp8-attention", "int8-attention")
@@ -237,7 +237,9 @@ class Exports:
         if not folder.exists():
             model = network(name, mask)
             quantized = (
-                model if scheme == "fp16" else calibrate(model, shipped_scheme(scheme), [random_images(model, 4)])
+                model
+                if scheme == "fp16"
+                else calibrate(model, resolve(shipped_scheme(scheme), model), [random_images(model, 4)])
             )
             folder.mkdir()
             export_onnx(quantized, folder / FUSED_ONNX, "fused", torch.float16)

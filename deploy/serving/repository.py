@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,18 @@ from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, command
 from illama.errors import UserError
 from illama.graph.writer import copy_graph
 from illama.manifest import Manifest
+from illama.structured_files import read_json
 
 RECORD = "repository.json"  # Triton ignores files in the repository's folder
 FORMAT = 3
 PLAN = "model.plan"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The field of RECORD that is read; the others are for people."""
+
+    format: int = 1
 
 
 def is_repository(folder: Path) -> bool:
@@ -47,8 +56,8 @@ def is_repository(folder: Path) -> bool:
 def check_repository(folder: Path) -> None:
     """Raises UserError unless a folder is a repository of this module in the current format."""
     try:
-        found = json.loads((folder / RECORD).read_text()).get("format", 1)
-    except (OSError, ValueError, AttributeError) as error:
+        found = read_json(folder / RECORD, _Record, "ignore").format
+    except UserError as error:
         raise UserError(f"{folder} is not a repository of python deploy/serve.py: give bundles to write one") from error
     if found != FORMAT:
         raise UserError(f"{folder} has format {found}, this version reads {FORMAT}: write it again from its bundles")

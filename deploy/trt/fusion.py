@@ -8,16 +8,19 @@ https://github.com/onnx/onnx-tensorrt/blob/main/docs/TRT_custom_ops.md
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import onnx_ir as ir
+from annotated_types import Interval
 
 from deploy.trt.library import Library
 from illama.bundle import SOFTMAX_OUTPUT
 from illama.errors import UserError
 from illama.graph.reader import add_constant, layer_of
+from illama.structured_files import parse_json
 
 if TYPE_CHECKING:
     import tensorrt
@@ -39,10 +42,17 @@ class SoftmaxOutput:
     scale: float
 
 
+@dataclass(frozen=True)
+class _Stored:
+    number: Literal["fp8", "int8"]
+    scale: Annotated[float, Interval(gt=0, lt=math.inf)]
+
+
 def read_softmax_scales(model: ir.Model) -> dict[str, SoftmaxOutput]:
     """Returns attention -> how its softmax output is quantized, from the metadata that the exporter wrote."""
-    outputs = json.loads(model.metadata_props.get(SOFTMAX_OUTPUT, "{}"))
-    return {name: SoftmaxOutput(values["number"], values["scale"]) for name, values in outputs.items()}
+    text = model.metadata_props.get(SOFTMAX_OUTPUT, "{}")
+    outputs = parse_json(text, dict[str, _Stored], f"the graph's metadata {SOFTMAX_OUTPUT}")
+    return {name: SoftmaxOutput(stored.number, stored.scale) for name, stored in outputs.items()}
 
 
 def quantize_softmax_outputs(model: ir.Model) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from eval.report.schema import Row
-from illama.options import Constraints, check_constraints
+from illama.options import Constraints, check_bounds
 
 _TIE = 1.05  # latencies whose ratio is smaller count as equal: runs differ by as much
 Rule = Literal["fastest", "smallest of the fastest", "most accurate", "smallest"]
@@ -114,7 +114,7 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
         UserError: a limit is not a number, or one on latency or size is not positive.
     """
     constraints = constraints or Constraints()
-    check_constraints(constraints)
+    check_bounds(constraints)
     violations = {row.name: find_violations(row, constraints) for row in rows}
     satisfying = [row for row in rows if not violations[row.name]]
     timed = [row for row in satisfying if row.at(constraints.batch)]

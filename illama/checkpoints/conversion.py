@@ -16,6 +16,7 @@ from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.manifest import Manifest, Provenance
 from illama.options import Exif
+from illama.structured_files import read_lines
 
 
 def write_converted(
@@ -63,12 +64,7 @@ def class_names(file: Path | None, checkpoint: ILLaMACheckpoint) -> list[str]:
 
 
 def _read_names(file: Path, count: int) -> list[str]:
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError as error:
-        raise UserError(f"no class names at {file}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not a text file of class names") from error
+    names = read_lines(file)
     if len(names) != count:
         raise UserError(f"{file} names {len(names)} classes, the checkpoint has {count}")
     return names

@@ -14,6 +14,7 @@ Calibration images are evenly spaced images of the training split, never of the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -112,10 +113,10 @@ class FashionMNIST:
         return Preprocessing(side, in_channels, mean, std, exif=self.exif, class_order=self.class_order)
 
     def test(self) -> Dataset[Sample]:
-        return TensorImages(*read_idx_pair(SHIPPED_FASHION_MNIST, "t10k"))
+        return self._read(SHIPPED_FASHION_MNIST, "t10k")
 
     def calibration(self, count: int) -> Dataset[Sample]:
-        images = TensorImages(*read_idx_pair(SHIPPED_FASHION_MNIST, "calibration"))
+        images = self._read(SHIPPED_FASHION_MNIST, "calibration")
         return evenly_spaced(images, count, "calibration images")
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
@@ -125,7 +126,10 @@ class FashionMNIST:
                 "'apt-get install dataset-fashion-mnist', or give the folder of train-images-idx3-ubyte.gz "
                 "with --data fashion-mnist:FOLDER"
             )
-        return _hold_out(TensorImages(*read_idx_pair(self.folder, "train")), VALIDATION_IMAGES)
+        return _hold_out(self._read(self.folder, "train"), VALIDATION_IMAGES)
+
+    def _read(self, folder: Path, split: str) -> TensorImages:
+        return TensorImages(*read_idx_pair(folder, split, len(self.classes)))
 
 
 class ImageSplits:
@@ -209,8 +213,29 @@ class _ClassFolders(datasets.ImageFolder):
         self.class_order = class_order
         super().__init__(folder, loader=partial(_load_image, exif=exif))
 
+    @staticmethod
+    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
+        """Returns (path, label) of the images in each class's folder, at any depth; links to folders end there.
+
+        torchvision follows such links, and two of them that lead to each other double its work at every level.
+        """
+        images = []
+        for name, label in sorted(class_to_idx.items()):
+            paths = [
+                str(Path(folder) / file)
+                for folder, _, files in sorted(os.walk(Path(directory) / name))
+                for file in sorted(files)
+                if file.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+            ]
+            if not paths:
+                raise FileNotFoundError(f"Found no valid file for the class {name}.")
+            images += [(path, label) for path in paths]
+        return images
+
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         words, _ = super().find_classes(directory)
+        if wrong := next((name for name in words if not _is_text(name)), None):
+            raise UserError(f"the class folder {wrong!a} in {directory} has a name that is not UTF-8: rename it")
         try:
             natural = sorted(words, key=natural_key)
         except ValueError:  # timm cannot order digits that are not a decimal number, such as a superscript 2
@@ -222,6 +247,11 @@ class _ClassFolders(datasets.ImageFolder):
             )
         names = natural if self.class_order == "natural" else words
         return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_text(name: str) -> bool:
+    """Returns whether a file's name is UTF-8; in Python, other bytes become surrogates, which JSON cannot hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 class Shards(ImageSplits):

@@ -31,6 +31,10 @@ _PRESETS: dict[str, dict[str, int]] = {
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }
 
+# Largest sizes, far above those of any network; a damaged file or a slip of the keyboard must not fill the memory.
+_LARGEST = {"depth": 1024, "heads": 1024, "num_classes": 1 << 20}
+_LARGEST_SIZE, _MOST_PATCHES = 1 << 16, 1 << 14  # the mask has a value for each pair of tokens
+
 # The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17. Each changes the previous one in one
 # respect, except that "causal" moves the class token to the end, where it attends to every token without
 # class_sees_all. With the paper's mask, later tokens still enter the softmax denominators, so a first class token gets
@@ -147,14 +151,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if kind is int and (type(value) is not int or value < 1):
-                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+            largest = _LARGEST.get(name, _LARGEST_SIZE)
+            if kind is int and (type(value) is not int or not 1 <= value <= largest):
+                raise UserError(f"{name} must be a whole number from 1 to {largest}, not {value!r:.30}")
             if kind is bool and type(value) is not bool:
                 raise UserError(f"{name} must be true or false, not {value!r}")
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.patches > _MOST_PATCHES:
+            raise UserError(f"image_size {self.image_size} gives {self.patches} patches, more than {_MOST_PATCHES}")
         if self.width % self.heads or self.head_dim % 2:
             raise UserError(f"width {self.width} must be divisible into {self.heads} heads of an even size")
 
@@ -198,6 +205,12 @@ class ModelConfig:
     @property
     def class_index(self) -> int:
         return self.patches if self.class_token == "last" else 0
+
+    @property
+    def least_parameters(self) -> int:
+        """Number of parameters of the kernels and matrices, without norms, biases and position embedding."""
+        block = self.width * (4 * self.width + (2 if self.mlp == "gelu" else 3) * self.hidden)
+        return self.width * (self.in_channels * self.patch_size**2 + self.num_classes) + self.depth * block
 
     @property
     def hidden(self) -> int:

@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from illama.bundle import WEIGHTS
 from illama.checkpoints.load import Checkpoint, check_state, read_state
+from illama.checkpoints.tensor_files import check_config
 from illama.errors import UserError
 from illama.manifest import Manifest
 from illama.models.config import ModelConfig, NetworkKind
@@ -187,6 +188,7 @@ def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
         raise UserError(f"{bundle} has no segmentation network: train one with python illama/train_segmentation.py")
     config = SegmentationConfig.from_dict(dict(manifest.config))
     state = read_state(weights)
+    check_config(config, state, weights)
     with torch.device("meta"):  # shapes without memory or initial values
         expected = UperNet(config).state_dict()
     check_state(expected, state, weights, "the config")

@@ -13,9 +13,9 @@ from illama.manifest import Manifest
 from illama.models.attention import MaskedNetwork
 from illama.options import SourceOptions
 from quant.export.weights import read_quantized_weights
-from quant.inputs import Inputs, open_inputs, scheme_from_name_or_file
+from quant.inputs import Inputs, onnx_scheme, open_inputs
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import Scheme
+from quant.schemes.scheme import Scheme, resolve
 
 
 def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
@@ -46,7 +46,7 @@ def bundle_scheme(bundle: Path | None, name: str | None) -> Scheme:
         own = bundle / SCHEME
         name = str(own) if own.exists() else bundle.resolve().name
     name = name or "int8"
-    return Scheme("float") if name in ("fp32", "float") else scheme_from_name_or_file(name)
+    return Scheme("float") if name in ("fp32", "float") else onnx_scheme(name)
 
 
 def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> MaskedNetwork:
@@ -54,4 +54,4 @@ def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> Maske
     trained = bundle / WEIGHTS if bundle else None
     if trained and trained.exists() and scheme.tensors:
         return read_quantized_weights(trained)[0]
-    return calibrate(inputs.model, scheme, inputs.calibration)
+    return calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration)

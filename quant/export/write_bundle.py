@@ -22,7 +22,7 @@ from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_torchao, write_torchao
-from quant.schemes.scheme import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt, write_scheme
+from quant.schemes.scheme import QuantizationPlan, Scheme, emulated_on_cpus, resolve, unfit_for_tensorrt, write_scheme
 
 _REFERENCES = {"fp32": CPU_ONNX, "fp16": FUSED_ONNX}  # bundle -> its graph
 
@@ -49,21 +49,22 @@ class Origin:
         return Manifest(config.kind, config.to_dict(), *facts)
 
 
-def check_scheme(model: MaskedNetwork, scheme: Scheme) -> None:
-    """Raises UserError if ``scheme`` does not fit ``model``, or its backend does not support it."""
+def plan_quantization(model: MaskedNetwork, scheme: Scheme) -> QuantizationPlan:
+    """Returns the plan to quantize ``model``; raises UserError if the scheme does not fit it, or not its backend."""
+    plan = resolve(scheme, model)
     if scheme.backend == "torchao":
-        check(model, scheme)
-    else:
-        resolve(scheme, model)
+        check(model, plan)
+    return plan
 
 
-def quantize(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> MaskedNetwork:
+def quantize(model: MaskedNetwork, plan: QuantizationPlan, batches: Sequence[Tensor]) -> MaskedNetwork:
     """Returns a copy of ``model`` quantized by the scheme's backend.
 
     Args:
         batches: calibration images (B, C, H, W); torchao uses none.
     """
-    return quantize_with_torchao(model, scheme) if scheme.backend == "torchao" else calibrate(model, scheme, batches)
+    in_pytorch = plan.scheme.backend == "torchao"
+    return quantize_with_torchao(model, plan) if in_pytorch else calibrate(model, plan, batches)
 
 
 def write_graphs(
@@ -83,19 +84,13 @@ def write_graphs(
     return folder
 
 
-def write_quantized(
-    folder: Path, model: MaskedNetwork, quantized: MaskedNetwork, scheme: Scheme, origin: Origin
-) -> Path:
-    """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme.
-
-    Args:
-        model: the floating-point network that ``quantized`` was made from.
-    """
-    plan, in_pytorch = resolve(scheme, model), scheme.backend == "torchao"
-    no_tensorrt: NoTensorRT | None = "pytorch" if in_pytorch else unfit_for_tensorrt(plan)
-    emulated = None if in_pytorch else emulated_on_cpus(plan)
+def write_quantized(folder: Path, quantized: MaskedNetwork, plan: QuantizationPlan, origin: Origin) -> Path:
+    """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme."""
+    scheme, in_pytorch = plan.scheme, plan.scheme.backend == "torchao"
+    no_tensorrt: NoTensorRT | None = "pytorch" if in_pytorch else unfit_for_tensorrt(plan.tensors)
+    emulated = None if in_pytorch else emulated_on_cpus(plan.tensors)
     files = () if in_pytorch else (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
-    quantization = Quantization(scheme.name, describe(plan, model), no_tensorrt, emulated)
+    quantization = Quantization(scheme.name, plan.layers, no_tensorrt, emulated)
     write_graphs(folder, quantized, origin, files, quantization)
     if in_pytorch:
         write_torchao(quantized, folder)
@@ -106,11 +101,11 @@ def write_quantized(
 def write_bundles(
     work: PartialWork,
     inputs: Inputs,
-    schemes: Sequence[Scheme],
+    plans: Sequence[QuantizationPlan],
     origin: Origin,
     step: Callable[[str], AbstractContextManager[None]],
 ) -> tuple[list[Path], dict[str, MaskedNetwork]]:
-    """Calibrates and exports every scheme, beside the FP32 and FP16 references, unless an earlier run did.
+    """Calibrates and exports by every plan, beside the FP32 and FP16 references, unless an earlier run did.
 
     Args:
         work: its result gets the bundles, each in a folder with the scheme's name.
@@ -120,23 +115,24 @@ def write_bundles(
         The bundles, and the networks that run inside PyTorch by the name of their bundle.
     """
     model, networks, batches = inputs.model, {}, list[Tensor]()
-    if not work.finished.issuperset(scheme.name for scheme in schemes):
+    if not work.finished.issuperset(plan.scheme.name for plan in plans):
         with step("read calibration images"):
             batches = inputs.calibration
     if not work.finished.issuperset(_REFERENCES):
         with step("export fp32 and fp16"):
             for name, file in _REFERENCES.items():
                 work.part(name, partial(write_graphs, model=model, origin=origin, files=(file,)))
-    for scheme in schemes:
+    for plan in plans:
+        scheme = plan.scheme
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
-                quantized = quantize(model, scheme, batches)
-                write = partial(write_quantized, model=model, quantized=quantized, scheme=scheme, origin=origin)
+                quantized = quantize(model, plan, batches)
+                write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin)
                 bundle = work.part(scheme.name, write)
             print_layers(bundle)
         if scheme.backend == "torchao":
             networks[scheme.name] = load_torchao(work.result / scheme.name, copy.deepcopy(model))
-    return [work.result / name for name in (*_REFERENCES, *(scheme.name for scheme in schemes))], networks
+    return [work.result / name for name in (*_REFERENCES, *(plan.scheme.name for plan in plans))], networks
 
 
 def print_layers(bundle: Path) -> None:

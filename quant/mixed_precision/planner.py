@@ -19,6 +19,7 @@ from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, compare_logits
 from quant.mixed_precision.search_space import SearchSpace, assignment_scheme
 from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import resolve
 
 _TIGHTEN = 0.8  # factor on the drop allowed in the next prediction, after an assignment that exceeds the budget
 
@@ -128,7 +129,7 @@ class Planner:
     def check(self, plan: Plan, path: Path) -> None:
         """Quantizes the network by the assignment, exports it to ``path``, and measures the network and the file."""
         scheme = assignment_scheme(self.space, plan.chosen, self.iterations, "")
-        quantized = calibrate(self.inputs.model, scheme, self.inputs.calibration)
+        quantized = calibrate(self.inputs.model, resolve(scheme, self.inputs.model), self.inputs.calibration)
         plan.effect = compare_logits(self.inputs.plain_model(), quantized, self.images)
         export_onnx(quantized, path, "plain")
         plan.measured = {

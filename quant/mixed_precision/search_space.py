@@ -16,7 +16,7 @@ from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes, read_layer_times, time_graphs
 from illama.models.attention import MaskedNetwork
 from quant.export.onnx_export import export_onnx
-from quant.inputs import Inputs, scheme_from_name_or_file
+from quant.inputs import Inputs, onnx_scheme
 from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.layer_effects import Effect, layers_of, measure
 from quant.quantizers.calibrate import calibrate
@@ -76,9 +76,7 @@ def format_schemes(names: Sequence[str]) -> list[Scheme]:
         UserError: a scheme is unknown, there is none, or two have one name.
     """
     schemes = [
-        replace(scheme_from_name_or_file(name), reconstruction_iterations=0)
-        for name in dict.fromkeys(names)
-        if name != FLOAT
+        replace(onnx_scheme(name), reconstruction_iterations=0) for name in dict.fromkeys(names) if name != FLOAT
     ]
     if not schemes:
         raise UserError("--formats names no scheme: give at least one besides float")
@@ -98,7 +96,8 @@ class SearchSpaceBuilder:
     def __init__(self, inputs: Inputs, schemes: Sequence[Scheme], images: DataLoader[Any], threads: int = 0) -> None:
         self.inputs, self.images, self.threads = inputs, images, threads
         self.schemes = {FLOAT: Scheme(FLOAT), **{scheme.name: scheme for scheme in schemes}}
-        self.plans = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
+        self.resolved = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
+        self.plans = {name: plan.tensors for name, plan in self.resolved.items()}
         self.layers = layers_of(tensor_names(inputs.model))
         self.distinct = {layer: self._distinct_schemes(layer) for layer in self.layers}
         self.effects: dict[tuple[str, str], Effect] = {}
@@ -133,8 +132,8 @@ class SearchSpaceBuilder:
     def _export_all(self, folder: Path) -> dict[str, Path]:
         """Measures every scheme's effects, and exports one file for all schemes with the same operators."""
         paths: dict[str, Path] = {}
-        for name, scheme in self.schemes.items():
-            quantized = calibrate(self.inputs.model, scheme, self.inputs.calibration)
+        for name, plan in self.resolved.items():
+            quantized = calibrate(self.inputs.model, plan, self.inputs.calibration)
             if name != FLOAT:
                 self._measure_effects(name, quantized)
             if self._first_with_same_operators(name) == name:

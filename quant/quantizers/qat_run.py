@@ -22,15 +22,15 @@ from illama.manifest import Drop, Manifest, Scores
 from illama.models.illama import ILLaMA
 from illama.training.distributed import Processes
 from illama.training.log import plot_curve, read_log
-from illama.training.trainer import CHECKPOINT, Run
+from illama.training.trainer import CHECKPOINT, Run, Task
 from quant.export.weights import write_quantized_weights
-from quant.export.write_bundle import Origin, check_scheme, write_quantized
-from quant.inputs import Inputs, open_inputs
+from quant.export.write_bundle import Origin, plan_quantization, write_quantized
+from quant.inputs import Inputs, open_inputs, scheme_from_name_or_file
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.distillation import Distillation, make_scales_buffers, make_scales_parameters, scale_groups
 from quant.quantizers.qat_options import QatOptions
 from quant.quantizers.torchao_backend import convert_qat, load_torchao, prepare_qat
-from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
+from quant.schemes.scheme import QuantizationPlan
 
 OpenOnnx = Callable[[Path], Infer]
 """Path to an ONNX file -> a function from images to logits."""
@@ -43,7 +43,7 @@ class QatJob:
     """The checked inputs of a run."""
 
     options: QatOptions
-    scheme: Scheme
+    plan: QuantizationPlan
     inputs: Inputs
     origin: Origin
 
@@ -55,20 +55,20 @@ class QatJob:
     @cached_property
     def untrained(self) -> ILLaMA:
         """The network after post-training quantization, including block reconstruction, with stochastic depth."""
-        return self.quantize(self.scheme)
+        return self.quantize(self.plan)
 
-    def quantize(self, scheme: Scheme) -> ILLaMA:
-        """Returns the checkpoint's network quantized by ``scheme``, ready for training."""
+    def quantize(self, plan: QuantizationPlan) -> ILLaMA:
+        """Returns the checkpoint's network quantized by ``plan``, ready for training."""
         model = ILLaMA(self.trained.config, self.options.drop_path, self.options.dropout)
         model.load_state_dict(self.trained.state_dict())
-        if scheme.backend == "torchao":
-            return cast(ILLaMA, prepare_qat(model, scheme))
-        return cast(ILLaMA, calibrate(model, scheme, self.inputs.calibration))
+        if plan.scheme.backend == "torchao":
+            return cast(ILLaMA, prepare_qat(model, plan))
+        return cast(ILLaMA, calibrate(model, plan, self.inputs.calibration))
 
     def deploy(self, trained: ILLaMA) -> ILLaMA:
         """Returns the network to export, from a trained network that :meth:`quantize` made."""
-        if self.scheme.backend == "torchao":
-            return cast(ILLaMA, convert_qat(trained, self.scheme))
+        if self.plan.scheme.backend == "torchao":
+            return cast(ILLaMA, convert_qat(trained, self.plan))
         make_scales_buffers(trained)
         return trained
 
@@ -81,13 +81,13 @@ def open_job(options: QatOptions) -> QatJob:
     """
     if not options.data:
         raise UserError("no training images: give --data (see --help)")
-    scheme = read_scheme(options.scheme_file) if options.scheme_file else shipped_scheme(options.scheme)
+    scheme = scheme_from_name_or_file(options.scheme)
     inputs = open_inputs(options.source)
-    check_scheme(inputs.model, scheme)
-    files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
+    plan = plan_quantization(inputs.model, scheme)
+    files = {options.scheme: sha256(Path(options.scheme))} if Path(options.scheme).suffix else {}
     # The hash of the scheme itself keeps a run from resuming under a changed scheme of the same name.
     files[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()
-    return QatJob(options, scheme, inputs, Origin.of(inputs, options.seed, files))
+    return QatJob(options, plan, inputs, Origin.of(inputs, options.seed, files))
 
 
 def start_run(job: QatJob, group: Processes) -> Run:
@@ -95,21 +95,13 @@ def start_run(job: QatJob, group: Processes) -> Run:
     options = job.options
     # A resumed run loads its weights from the training checkpoint: block reconstruction, minutes of work, is skipped.
     interrupted = (options.out / CHECKPOINT).exists()
-    quantized = (
-        job.quantize(replace(job.scheme, reconstruction_iterations=0)) if interrupted else copy.deepcopy(job.untrained)
-    )
+    as_it_is = replace(job.plan, scheme=replace(job.plan.scheme, reconstruction_iterations=0))
+    quantized = job.quantize(as_it_is) if interrupted else copy.deepcopy(job.untrained)
     make_scales_parameters(quantized)
     loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
-    return Run(
-        options,
-        job.inputs.data,
-        job.origin.preprocessing,
-        quantized,
-        group,
-        dict(job.origin.provenance.inputs),
-        loss,
-        scale_groups(options.scale_rate),
-    )
+    inputs = job.origin.provenance.inputs
+    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, scale_groups(options.scale_rate))
+    return Run(options, task, quantized, group)
 
 
 def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDrop) -> Path:
@@ -122,14 +114,14 @@ def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDro
     Returns:
         Path to the bundle, a folder named after the scheme.
     """
-    options, folder = job.options, job.options.out / f"{job.scheme.name}-qat"
+    options, folder = job.options, job.options.out / f"{job.plan.scheme.name}-qat"
     trained = cast(ILLaMA, copy.deepcopy(run.kept).cpu().eval())
     trained.soft_mask = 0.0
     trained = job.deploy(trained)
     with write_folder(folder) as draft:
-        write_quantized(draft, job.trained, trained, job.scheme, job.origin)
-        if job.scheme.backend == "onnx":
-            write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
+        write_quantized(draft, trained, job.plan, job.origin)
+        if job.plan.scheme.backend == "onnx":
+            write_quantized_weights(trained, job.plan.scheme, draft / WEIGHTS)
         (draft / "log.csv").write_text((options.out / "log.csv").read_text())
         plot_curve(read_log(options.out / "log.csv"), draft / "curve.png")
         scores = _evaluate(job, trained, draft, open_onnx, drop)

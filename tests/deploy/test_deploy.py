@@ -37,7 +37,7 @@ from illama.errors import UserError
 from illama.graph.reader import array, load_graph, precisions, to_bytes
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 library = find_library()
 needs_library = pytest.mark.skipif(library is None, reason="no TensorRT that can build is installed")
@@ -64,7 +64,10 @@ def export_quantized(config, scheme, path, form="fused", dtype=torch.float16):
     model = ILLaMA(config).eval()
     images = torch.randn(2, config.in_channels, config.image_size, config.image_size)
     export_onnx(
-        calibrate(model, replace(shipped_scheme(scheme), reconstruction_iterations=0), [images]), path, form, dtype
+        calibrate(model, resolve(replace(shipped_scheme(scheme), reconstruction_iterations=0), model), [images]),
+        path,
+        form,
+        dtype,
     )
     return model
 

@@ -43,7 +43,7 @@ from illama.manifest import Manifest
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.torchao_backend import quantize_with_torchao, write_torchao
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 COLOR = ModelConfig(image_size=48, patch_size=16, width=64, depth=2, heads=2, num_classes=7)
 
@@ -114,7 +114,11 @@ def test_int8_in_openvino_is_as_accurate_as_in_onnx_runtime(tmp_path):
     shipped, data = load_checkpoint(SHIPPED), open_data("fashion-mnist")
     transform = shipped.preprocessing.transform()
     calibration = torch.from_numpy(load_images(data.calibration(128), transform)[0]).split(64)
-    export_onnx(calibrate(shipped.model, shipped_scheme("int8"), calibration), tmp_path / CPU_ONNX, "plain")
+    export_onnx(
+        calibrate(shipped.model, resolve(shipped_scheme("int8"), shipped.model), calibration),
+        tmp_path / CPU_ONNX,
+        "plain",
+    )
     images, labels = load_images(data.test(), transform, 1000)
     both = [
         engine.infer(images) for engine in (OnnxRuntimeEngine(tmp_path / CPU_ONNX), open_engine(tmp_path / CPU_ONNX))
@@ -125,7 +129,11 @@ def test_int8_in_openvino_is_as_accurate_as_in_onnx_runtime(tmp_path):
 
 def test_fp8_runs_in_onnx_runtime(tmp_path, model):
     path = tmp_path / "model.onnx"
-    export_onnx(calibrate(model.float(), shipped_scheme("fp8"), [torch.randn(2, 3, 32, 32)]), path, "plain")
+    export_onnx(
+        calibrate(model.float(), resolve(shipped_scheme("fp8"), model.float()), [torch.randn(2, 3, 32, 32)]),
+        path,
+        "plain",
+    )
     assert cpu_runtime(path) == "onnxruntime"
 
 
@@ -133,7 +141,7 @@ def test_4_bit_activations_run_in_onnx_runtime(tmp_path, model):
     """OpenVINO 2026.4 ends the process with corrupted memory while it compiles them."""
     scheme = replace(shipped_scheme("w4a4"), reconstruction_iterations=0)
     path = tmp_path / "w4a4.onnx"
-    export_onnx(calibrate(model, scheme, [torch.randn(4, 3, 32, 32)]), path, "plain")
+    export_onnx(calibrate(model, resolve(scheme, model), [torch.randn(4, 3, 32, 32)]), path, "plain")
     assert cpu_runtime(path) == "onnxruntime" and isinstance(open_engine(path), OnnxRuntimeEngine)
     with pytest.raises(UserError, match="--runtime onnxruntime"):
         OpenVinoEngine(path)
@@ -141,7 +149,7 @@ def test_4_bit_activations_run_in_onnx_runtime(tmp_path, model):
 
 def test_a_network_quantized_by_torchao(tmp_path, model, images):
     folder = write_bundle(tmp_path / "bundle", SMALL, model.float().state_dict())
-    quantized = quantize_with_torchao(model.float(), shipped_scheme("int8-weight-only-torchao"))
+    quantized = quantize_with_torchao(model.float(), resolve(shipped_scheme("int8-weight-only-torchao"), model.float()))
     write_torchao(quantized, folder)
     with torch.no_grad():
         expected = quantized(torch.from_numpy(images)).numpy()

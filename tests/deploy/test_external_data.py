@@ -26,7 +26,7 @@ from illama.graph.writer import has_external_data, save_graph
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import first_mismatch, local_differences
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 MEGABYTE = 10**6
 IMAGES = np.random.default_rng(0).normal(size=(4, 1, 28, 28)).astype(np.float32)
@@ -36,7 +36,7 @@ library = find_library()
 @pytest.fixture(scope="module")
 def network():
     model = load_checkpoint(SHIPPED).model
-    return model, calibrate(model, shipped_scheme("int8"), [torch.randn(8, 1, 28, 28)])
+    return model, calibrate(model, resolve(shipped_scheme("int8"), model), [torch.randn(8, 1, 28, 28)])
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ from illama.manifest import Manifest, Provenance
 from illama.models.timm_vit import to_quantizable
 from quant.export.onnx_export import export_onnx
 from quant.export.write_bundle import Origin, quantize, write_graphs, write_quantized
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 INSTALLED = shutil.which("tritonserver") or importlib.util.find_spec("pytriton")
 needs_server = pytest.mark.skipif(not INSTALLED, reason="no tritonserver: pip install --no-deps nvidia-pytriton")
@@ -219,9 +219,9 @@ def _schemes_of_a_color_network(folder):
     origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), Provenance())
     folder.mkdir()
     return [
-        write_quantized(folder / name, model, quantize(model, scheme, images), scheme, origin)
+        write_quantized(folder / name, quantize(model, plan, images), plan, origin)
         for name in SCHEMES
-        for scheme in [shipped_scheme(name)]
+        for plan in [resolve(shipped_scheme(name), model)]
     ]
 
 

@@ -217,11 +217,13 @@ def test_a_manifest_that_contradicts_the_metadata_is_rejected(small_bundle):
 @pytest.mark.parametrize(
     ("text", "identifier"),
     [
-        ("{", "damaged config"),
-        ("[1]", "damaged config"),
+        ("{", "x.safetensors"),
+        ("[1]", "x.safetensors"),
         ('{"wings": 2}', "wings"),
-        ('{"depth": "2"}', "depth .*'2'"),
-        ("3", "damaged config"),
+        ('{"depth": "2"}', "x.safetensors .*depth"),
+        ('{"depth": 2147483648}', "depth .*2147483648"),
+        ('{"depth": 1024}', "depth 1024"),
+        ("3", "x.safetensors"),
     ],
 )
 def test_damaged_metadata_is_rejected(tmp_path, text, identifier):
@@ -309,7 +311,7 @@ def test_another_resolution_changes_only_the_positions(tmp_path, config):
             assert torch.equal(loaded["pos_embed"][:, row], state["pos_embed"][:, row])
         with torch.no_grad():
             assert checkpoint.model(torch.randn(1, 3, image_size, image_size)).isfinite().all()
-    for wrong, identifier in ((30, "not a multiple of patch_size 8"), (0, "at least 1")):
+    for wrong, identifier in ((30, "not a multiple of patch_size 8"), (0, "image_size .*0")):
         with pytest.raises(UserError, match=identifier):
             load_checkpoint(bundle, image_size=wrong)
 
@@ -466,7 +468,7 @@ def test_a_truncated_file_is_rejected(tmp_path, suffix, kept):
     state = ILLaMA(SMALL).state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"truncated|more than tensors"):
+    with pytest.raises(UserError, match=path.name):
         load_checkpoint(path)
 
 

@@ -38,10 +38,12 @@ def exported(tmp_path_factory):
     """A network, its plan and its file: a block for each scheme, and one that is not quantized."""
     torch.manual_seed(0)
     network = ILLaMA(replace(SMALLEST, depth=len(ONNX_SCHEMES) + 1)).eval()
-    plans = [resolve(shipped_scheme(name), network) for name in ONNX_SCHEMES]
+    plans = [resolve(shipped_scheme(name), network).tensors for name in ONNX_SCHEMES]
     own = [(name, spec) for i, plan in enumerate(plans) for name, spec in plan.items() if f"blocks.{i}." in name]
     path = tmp_path_factory.mktemp("schemes") / "model.onnx"
-    export_onnx(calibrate(network, Scheme("all", dict(own)), [torch.randn(2, 3, 32, 32)]), path, "plain")
+    export_onnx(
+        calibrate(network, resolve(Scheme("all", dict(own)), network), [torch.randn(2, 3, 32, 32)]), path, "plain"
+    )
     return network, dict(own), path
 
 
@@ -102,7 +104,7 @@ def test_the_layers_are_metadata_and_nothing_else(exported):
 def test_the_softmax_output_is_quantized_by_the_attentions_layer(tmp_path):
     torch.manual_seed(0)
     network = ILLaMA(replace(SMALLEST, depth=1)).eval()
-    quantized = calibrate(network, shipped_scheme("fp8-attention"), [torch.randn(2, 3, 32, 32)])
+    quantized = calibrate(network, resolve(shipped_scheme("fp8-attention"), network), [torch.randn(2, 3, 32, 32)])
     path = tmp_path / "model.onnx"
     export_onnx(quantized, path, "fused", torch.float16)
     model = load_graph(path)

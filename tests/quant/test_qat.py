@@ -31,7 +31,7 @@ from quant.quantizers.layers import WeightQuantizer, fake_quantize, lsq_gradient
 from quant.quantizers.qat_run import open_job, start_run, write_qat_bundle
 from quant.quantizers.torchao_backend import load_torchao
 from quant.schemes.formats import FORMATS, TensorSpec
-from quant.schemes.scheme import read_scheme, shipped_scheme, write_scheme
+from quant.schemes.scheme import read_scheme, resolve, shipped_scheme, write_scheme
 from quant.schemes.shipped import SHIPPED_SCHEMES
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -92,7 +92,9 @@ def images():
 
 @pytest.fixture(scope="module", params=["int8", "fp8-attention", "w4a8", "w4a4"])
 def quantized(request, network, images):
-    return calibrate(network, replace(shipped_scheme(request.param), reconstruction_iterations=0), [images])
+    return calibrate(
+        network, resolve(replace(shipped_scheme(request.param), reconstruction_iterations=0), network), [images]
+    )
 
 
 def test_scales_as_parameters_get_gradients_and_change_no_output(quantized, images):
@@ -192,7 +194,7 @@ def _options(material, out, **more):
         "checkpoint": material / "bundle",
         "out": out,
         "epochs": 4,
-        "scheme_file": material / "mine.yaml",
+        "scheme": str(material / "mine.yaml"),
         "calibration_images": 8,
         "batch_size": 8,
         "micro_batch": 4,
@@ -238,9 +240,9 @@ def test_interrupted_and_resumed_gives_the_same_weights(autocast, material, tmp_
     with pytest.raises(_KilledError):
         fit(broken)
     resumed = _run(_options(material, tmp_path / "parts", autocast=autocast))
-    assert resumed.step == 4
+    assert resumed.progress.step == 4
     fit(resumed)
-    assert resumed.step == whole.step == 8
+    assert resumed.progress.step == whole.progress.step == 8
     for one, other in ((whole.model, resumed.model), (whole.kept, resumed.kept)):
         states = one.state_dict(), other.state_dict()
         assert states[0].keys() == states[1].keys()
@@ -255,9 +257,9 @@ def test_a_run_is_not_mixed_with_another_scheme_s(material, tmp_path):
     spec = TensorSpec("int8", calibrator="mse")
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / "mine.yaml"
-    write_scheme(replace(job.scheme, tensors={**job.scheme.tensors, "*.fc2.input": spec}), other)
+    write_scheme(replace(job.plan.scheme, tensors={**job.plan.scheme.tensors, "*.fc2.input": spec}), other)
     with pytest.raises(UserError, match="out"):
-        _run(replace(options, scheme_file=other))
+        _run(replace(options, scheme=str(other)))
 
 
 def test_training_reduces_the_distance_to_the_float_network(material, tmp_path):
@@ -274,14 +276,14 @@ def test_training_reduces_the_distance_to_the_float_network(material, tmp_path):
         learning_rate=1e-4,
         soft_mask="none",
         checkpoint_steps=1000,
-        scheme_file=tmp_path / "w4.yaml",
+        scheme=str(tmp_path / "w4.yaml"),
     )
     run = _run(options)
     images = torch.cat(open_job(options).inputs.calibration)
 
     def loss():
         with torch.no_grad():
-            return float(run.loss(images, run.model.eval()(images), torch.zeros(len(images), 3)))
+            return float(run.task.loss(images, run.model.eval()(images), torch.zeros(len(images), 3)))
 
     before = loss()
     start = {name: quantizer.scale.detach().clone() for name, quantizer in quantizers(run.model)}
@@ -344,7 +346,7 @@ def test_the_manifest_has_the_drops(finished, material):
         ({"temperature": 0.0}, "--temperature"),
         ({"calibration_images": 0}, "--calibration-images"),
         ({"scale_rate": -1.0}, "--scale-rate"),
-        ({"scheme": "int3", "scheme_file": None}, "w4a4"),
+        ({"scheme": "int3"}, "w4a4"),
         ({"data": ""}, "--data"),
         ({"data": "fashion-mnist"}, "classes"),
         ({"calibration_images": 25}, "images"),
@@ -367,7 +369,7 @@ def test_the_debugger_reads_what_was_trained(finished, tmp_path, capsys):
 
 def test_torchao_trains_with_its_own_fake_quantization(material, images, tmp_path):
     """The exported network computes what the trained one does."""
-    job = open_job(_options(material, tmp_path, epochs=1, scheme_file=None, scheme="int8-dynamic", mixup_probability=0))
+    job = open_job(_options(material, tmp_path, epochs=1, scheme="int8-dynamic", mixup_probability=0))
     run = _run(job.options, job)
     start = copy.deepcopy(run.model.state_dict())
     fit(run)
@@ -429,7 +431,6 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
     options = _options(
         material,
         tmp_path / "one",
-        scheme_file=None,
         scheme="int8",
         epochs=1,
         autocast="float32",

@@ -53,8 +53,8 @@ def test_the_limit_holds_and_ties_go_to_the_smaller_limited_sum():
 def test_bytes_are_those_of_the_file(tmp_path):
     model = ILLaMA(SMALL).eval()
     scheme = format_schemes(["w4a8"])[0]
-    plan = resolve(scheme, model)
-    export_onnx(calibrate(model, scheme, [torch.randn(4, 3, 32, 32)]), tmp_path / "model.onnx", "plain")
+    plan = resolve(scheme, model).tensors
+    export_onnx(calibrate(model, resolve(scheme, model), [torch.randn(4, 3, 32, 32)]), tmp_path / "model.onnx", "plain")
     graph = onnx.load(tmp_path / "model.onnx").graph
     stored = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}
     weights = {node.name: node.input[:2] for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -233,10 +233,12 @@ def test_the_command_and_its_replay(data, tmp_path):
     assert measured["megabytes"] == (out / "model.onnx").stat().st_size / 1e6 and measured["ms"] > 0
     assert found["rounds"][-1]["predicted"]["megabytes"] == pytest.approx(measured["megabytes"], rel=0.2)
     inputs = open_inputs(SourceOptions(data[0], data=str(data[1]), calibration_images=8))
-    assert resolve(scheme, inputs.model).keys() == {
+    assert resolve(scheme, inputs.model).tensors.keys() == {
         name for layer, chosen in found["assignment"].items() for name in LAYERS[layer] if chosen != "float"
     } - {"patch_embed.proj.input"}  # no shipped scheme rounds pixels
-    export_onnx(calibrate(inputs.model, scheme, inputs.calibration), tmp_path / "again.onnx", "plain")
+    export_onnx(
+        calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration), tmp_path / "again.onnx", "plain"
+    )
     assert sha256(tmp_path / "again.onnx") == sha256(out / "model.onnx")
     debug = run_command(
         "quant/debug_layers.py",
