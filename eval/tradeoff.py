@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.options import BenchmarkOptions, Count, CountOrNone, Flat, Workers
+from illama.options import BenchmarkOptions, Count, CountOrZero, Flat, Workers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TradeoffOptions:
     benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
     data: str = "fashion-mnist"
     images: Count | None = None
-    calibration_images: CountOrNone = 512
+    calibration_images: CountOrZero = 512
     workers: Workers = 0
     store: bool = False
     out: Path = Path("runs/tradeoff")

@@ -23,7 +23,7 @@ ClassOrder = Literal["words", "natural"]
 # Types of options with their bounds, which :func:`check_bounds` checks.
 _MOST = (1 << 31) - 1
 Count = Annotated[int, Interval(ge=1, le=_MOST)]
-CountOrNone = Annotated[int, Interval(ge=0, le=_MOST)]
+CountOrZero = Annotated[int, Interval(ge=0, le=_MOST)]
 BatchSize = Annotated[int, Interval(ge=1, le=1 << 16)]
 ImageSize = Annotated[int, Interval(ge=1, le=1 << 16)]
 Threads = Annotated[int, Interval(ge=1, le=1024)]

@@ -20,7 +20,7 @@ import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
-from illama.options import Count, CountOrNone, Flat, Positive, SourceOptions, ThreadsOrAll
+from illama.options import Count, CountOrZero, Flat, Positive, SourceOptions, ThreadsOrAll
 from quant.mixed_precision.budget import Budget
 
 
@@ -57,7 +57,7 @@ class SearchOptions:
     layer_times: tuple[str, ...] = ()
     images: Count = 1000
     check_images: Count | None = None
-    reconstruction_iterations: Annotated[CountOrNone, tyro.conf.arg(aliases=["--learned"])] = 0
+    reconstruction_iterations: Annotated[CountOrZero, tyro.conf.arg(aliases=["--learned"])] = 0
     rounds: Count = 6
     threads: ThreadsOrAll = 0
     out: Path = Path("runs/search")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from deploy.runtimes.names import TITLES, RuntimeName
 from illama.errors import UserError
-from illama.options import Count, CountOrNone, Port, check_bounds
+from illama.options import Count, CountOrZero, Port, check_bounds
 
 MAX_FILE_MB = 2000  # a gRPC message is smaller than 2^31 bytes
 MAX_MEGAPIXELS = 178  # Pillow rejects more than twice its MAX_IMAGE_PIXELS
@@ -35,7 +35,7 @@ class ServingOptions:
     runtime: RuntimeName | None = None
     max_batch: Count = 32
     preferred_batches: tuple[Count, ...] = ()
-    queue_delay_us: CountOrNone = 1000
+    queue_delay_us: CountOrZero = 1000
     instances: Count = 1
     preprocess_instances: Count = 1
     live_versions: Count = 2
@@ -63,14 +63,14 @@ class ListenOptions:
         http_port: port of the HTTP protocol.
         grpc_port: port of the gRPC protocol.
         metrics_port: port of the Prometheus metrics.
-        poll_seconds: CountOrNoneerval at which the server looks for new versions; 0 for never.
+        poll_seconds: CountOrZeroerval at which the server looks for new versions; 0 for never.
     """
 
     address: str = "127.0.0.1"
     http_port: Port = 8000
     grpc_port: Port = 8001
     metrics_port: Port = 8002
-    poll_seconds: CountOrNone = 0
+    poll_seconds: CountOrZero = 0
 
     @property
     def url(self) -> str:

@@ -24,7 +24,7 @@ from illama.data.datasets import Sample
 from illama.data.preprocessing import Preprocessing, Transform
 from illama.errors import UserError
 from illama.randomness import isolated_randomness
-from illama.training.recipe import TrainingOptions
+from illama.training.recipe import ClassifierOptions, TrainingOptions
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
@@ -82,7 +82,7 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(i)) for i in order[first : first + size]]
 
 
-def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:
+def make_mixup(recipe: ClassifierOptions, classes: int) -> Mixup:
     """Returns timm's mixup, cutmix and label smoothing; if both alphas are 0, only label smoothing."""
     off = recipe.mixup == recipe.cutmix == 0
     return Mixup(
@@ -94,7 +94,7 @@ def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:
     )
 
 
-def training_transform(recipe: TrainingOptions, preprocessing: Preprocessing) -> Transform:
+def training_transform(recipe: ClassifierOptions, preprocessing: Preprocessing) -> Transform:
     """Returns the training transform: random crop, flip, RandAugment, the evaluation's normalization, and erasing."""
     size = list(preprocessing.size)
     if recipe.crop_padding:

@@ -69,14 +69,18 @@ def _check(path: Path, file: _Stamp, data: _Stamp | None) -> tuple[ValueInfoProt
         for tensor in _tensors(model):
             _check_tensor(tensor, path, data)
         onnx.checker.check_model(path)
-        inferred = onnx.shape_inference.infer_shapes(_without_weights(model), check_type=True, strict_mode=True).graph
+        _drop_weights(model)
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
     except _RejectedError:
         raise
     except Exception as error:  # the exceptions of protobuf, onnx and onnx_ir have no other common base class
         raise _RejectedError(f"is not a valid ONNX file: {' '.join(str(error).split())[:200]}") from error
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        if math.prod(each.dim_value or 1 for each in value.type.tensor_type.shape.dim) > MAX_ELEMENTS:
-            raise _RejectedError(f"computes {value.name[:80]!r} of more than {MAX_ELEMENTS} elements for one image")
+        sizes = [each.dim_value if each.HasField("dim_value") else 1 for each in value.type.tensor_type.shape.dim]
+        if (len(sizes) > 1 and not 0 < math.prod(sizes) <= MAX_ELEMENTS) or min((*sizes, 0)) < 0:
+            raise _RejectedError(
+                f"computes {value.name[:80]!r} of no or more than {MAX_ELEMENTS} elements for one image"
+            )
     return tuple(inferred.value_info)
 
 
@@ -88,9 +92,7 @@ def _check_structure(model: ModelProto) -> None:
         raise _RejectedError(f"has {len(graph.input)} inputs and {len(graph.output)} outputs: it must have one input")
     images = graph.input[0].type.tensor_type
     if images.elem_type not in (TensorProto.FLOAT, TensorProto.UINT8) or len(images.shape.dim) < 2:
-        raise _RejectedError(
-            f"has an input {graph.input[0].name[:80]!r} that is not a float32 or uint8 tensor with a shape"
-        )
+        raise _RejectedError("has an input that is not a float32 or uint8 tensor with a shape")
     for node in graph.node:
         if not any(node.output):
             raise _RejectedError(f"has a node without outputs, {node.name[:80]!r} ({node.op_type[:80]})")
@@ -117,9 +119,7 @@ def _check_tensor(tensor: TensorProto, path: Path, data: _Stamp | None) -> None:
         where = {entry.key: entry.value for entry in tensor.external_data}
         file = data_file(path)
         if where.get("location") != file.name or file.is_symlink():
-            raise _RejectedError(
-                f"has external data outside {file.name} ({name!r}): save it with all data in that file"
-            )
+            raise _RejectedError(f"has external data outside {file.name} ({name!r}): save all of it there")
         offset, held = int(where.get("offset", 0)), int(where.get("length", size))
         if data is None or offset < 0 or offset + held > data[0]:
             raise _RejectedError(f"has external data that {file.name} does not contain ({name!r})")
@@ -132,24 +132,8 @@ def _check_tensor(tensor: TensorProto, path: Path, data: _Stamp | None) -> None:
         raise _RejectedError(f"has a constant {name!r} that is not as large as its shape says")
 
 
-def _without_weights(model: ModelProto) -> ModelProto:
-    """Returns a copy for type inference, which reads no large constants."""
-    graph = model.graph
-    constants = [
-        tensor
-        if tensor.ByteSize() <= _SMALL
-        else TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
-        for tensor in graph.initializer
-    ]
-    return ModelProto(
-        ir_version=model.ir_version,
-        opset_import=model.opset_import,
-        graph=onnx.GraphProto(
-            name=graph.name,
-            node=graph.node,
-            input=graph.input,
-            output=graph.output,
-            value_info=graph.value_info,
-            initializer=constants,
-        ),
-    )
+def _drop_weights(model: ModelProto) -> None:
+    """Removes the values of large constants, which type inference does not read."""
+    for tensor in model.graph.initializer:
+        if tensor.ByteSize() > _SMALL:
+            tensor.CopyFrom(TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type))

@@ -87,10 +87,8 @@ def time_graphs(
                 for _ in range(calls):
                     profiled[name].run(None, feed)
         events = {name: json.loads(Path(session.end_profiling()).read_text()) for name, session in profiled.items()}
-    return {
-        name: _attribute(events[name], float(np.median(times[name]) * 1e3), layers_of_nodes(path, layers))
-        for name, path in paths.items()
-    }
+    medians = {name: float(np.median(values) * 1e3) for name, values in times.items()}
+    return {name: _attribute(events[name], medians[name], layers_of_nodes(paths[name], layers)) for name in paths}
 
 
 def _attribute(events: list[dict[str, Any]], call: float, nodes: Mapping[str, str | None]) -> GraphTimes:

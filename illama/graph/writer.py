@@ -14,7 +14,7 @@ EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; the whole file must stay bel
 
 
 def has_external_data(model: ir.Model) -> bool:
-    """Returns whether a constant is in a file of its own."""
+    """Returns whether constants lie beside the file."""
     return any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
 
 

@@ -20,7 +20,7 @@ def write_bundle(run: Run) -> Path:
 
     Every process must call it, since all of them evaluate; the main process writes.
     """
-    recipe, test = run.recipe, run.data.test()
+    recipe, test = run.recipe, run.task.data.test()
     scores = Scores(run.score_name, len(cast(Sized, test)), {TRAINED: run.score(test)}, epochs=recipe.epochs)
     weights, config = run.kept_weights(), cast(ILLaMA, run.model).config
     folder = recipe.out / "bundle"
@@ -29,9 +29,9 @@ def write_bundle(run: Run) -> Path:
     manifest = Manifest(
         config.kind,
         config.to_dict(),
-        run.preprocessing,
-        tuple(run.data.classes),
-        Provenance(seed=recipe.seed, inputs=run.inputs),
+        run.task.preprocessing,
+        tuple(run.task.data.classes),
+        Provenance(seed=recipe.seed, inputs=run.task.inputs),
         scores=scores,
     )
     with write_folder(folder) as draft:

@@ -14,7 +14,7 @@ from illama.options import (
     BatchSize,
     ClassOrder,
     Count,
-    CountOrNone,
+    CountOrZero,
     Exif,
     Fraction,
     ImageSize,
@@ -40,8 +40,6 @@ class TrainingOptions:
             parquet:FOLDER, or a folder with train/ and val/.
         exif: apply or ignore the orientation that image files declare. Defaults to apply; quant/qat.py defaults to the
             setting in the checkpoint's bundle.
-        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Default: words;
-            quant/qat.py defaults to the setting in the checkpoint's bundle.
         out: folder of the checkpoint, the log and, at the end, the bundle; an unfinished run there is resumed.
         epochs: number of passes over the training images.
         batch_size: images per optimizer step, summed over processes and accumulated micro-batches.
@@ -56,13 +54,6 @@ class TrainingOptions:
         soft_mask_epochs: number of epochs after which alpha is 0; unused with none.
         drop_path: stochastic depth rate of the last block; rates rise linearly from 0 in the first block.
         dropout: dropout rate after the embedding and in every residual branch.
-        crop_padding: padding of random crops in pixels, for small images. If 0, random resized crops are used instead,
-            for photographs.
-        rand_augment: timm's RandAugment setting, such as rand-m9-mstd0.5-inc1; empty for none.
-        erasing: probability of random erasing; erased pixels get random values.
-        mixup: alpha of mixup; 0 for none.
-        cutmix: alpha of cutmix; 0 for none.
-        mixup_probability: probability that a batch gets mixup or cutmix.
         label_smoothing: label smoothing factor.
         ema_decay: decay of the exponential moving average of the weights, which is written to the bundle; 0 for none.
         autocast: dtype of the forward pass; with float16, the loss is scaled.
@@ -74,7 +65,6 @@ class TrainingOptions:
 
     data: str = ""
     exif: Exif | None = None
-    class_order: ClassOrder | None = None
     out: Path = Path("runs/train")
     epochs: Count = 300
     batch_size: Count = 4096
@@ -88,12 +78,6 @@ class TrainingOptions:
     soft_mask_epochs: NotNegative = 50
     drop_path: Fraction = 0.0
     dropout: Fraction = 0.0
-    crop_padding: CountOrNone = 0
-    rand_augment: str = "rand-m9-mstd0.5-inc1"
-    erasing: Fraction = 0.25
-    mixup: NotNegative = 0.1
-    cutmix: NotNegative = 0.1
-    mixup_probability: Fraction = 1.0
     label_smoothing: Fraction = 0.1
     ema_decay: Fraction = 0.0
     autocast: Autocast = "bfloat16"
@@ -127,12 +111,35 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
-class Recipe(TrainingOptions):
-    """Train an iLLaMA from scratch or from given weights. Every option overrides the recipe.
-    The defaults shown are those of the recipe nano-fashion-mnist.
+class ClassifierOptions(TrainingOptions):
+    """Options of a training run of a classifier.
 
     Attributes:
-        recipe: name of a recipe in illama/recipes, or path to a YAML file.
+        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Default: words;
+            quant/qat.py defaults to the setting in the checkpoint's bundle.
+        crop_padding: padding of random crops in pixels, for small images. If 0, random resized crops are used instead,
+            for photographs.
+        rand_augment: timm's RandAugment setting, such as rand-m9-mstd0.5-inc1; empty for none.
+        erasing: probability of random erasing; erased pixels get random values.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        mixup_probability: probability that a batch gets mixup or cutmix.
+    """
+
+    class_order: ClassOrder | None = None
+    crop_padding: CountOrZero = 0
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    erasing: Fraction = 0.25
+    mixup: NotNegative = 0.1
+    cutmix: NotNegative = 0.1
+    mixup_probability: Fraction = 1.0
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network to train, and its initial weights.
+
+    Attributes:
         model: model size: nano, tiny, small, base or large.
         variant: a step on the way from ViT to iLLaMA (listed in illama/models/config.py).
         image_size: side length of the square input in pixels. If not given, the preset's.
@@ -144,12 +151,12 @@ class Recipe(TrainingOptions):
         mask: post_softmax (the paper's equation 2), pre_softmax or bidirectional. If not given, the variant's.
         init: path to initial weights: a bundle, a .safetensors file or a released .pth file; position embeddings are
             resized to --image-size.
-        new_head: with --init, initialize the classifier randomly instead of loading it; needed if the classes differ.
         init_llama: path to a LLaMA's folder in Hugging Face's format; initial weights are selected from its weights.
-        fsdp: under torchrun, shard weights and optimizer state over the processes (FSDP2).
+
+    Raises:
+        UserError: initial weights are given twice.
     """
 
-    recipe: str = DEFAULT_RECIPE
     model: str = "tiny"
     variant: str = "illama"
     image_size: ImageSize | None = None
@@ -160,16 +167,33 @@ class Recipe(TrainingOptions):
     heads: int | None = None
     mask: str | None = None
     init: Path | None = None
-    new_head: bool = False
     init_llama: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.init and self.init_llama:
+            raise UserError("--init and --init-llama exclude each other")
+        super().__post_init__()  # type: ignore[misc]  # of TrainingOptions, with which it is combined
+
+
+@dataclass(frozen=True)
+class Recipe(NetworkOptions, ClassifierOptions):
+    """Train an iLLaMA from scratch or from given weights. Every option overrides the recipe.
+    The defaults shown are those of the recipe nano-fashion-mnist.
+
+    Attributes:
+        recipe: name of a recipe in illama/recipes, or path to a YAML file.
+        new_head: with --init, initialize the classifier randomly instead of loading it; needed if the classes differ.
+        fsdp: under torchrun, shard weights and optimizer state over the processes (FSDP2).
+    """
+
+    recipe: str = DEFAULT_RECIPE
+    new_head: bool = False
     fsdp: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fsdp and self.autocast == "float16":
             raise UserError("--fsdp trains in bfloat16 or float32: choose --autocast bfloat16")
-        if self.init and self.init_llama:
-            raise UserError("--init and --init-llama exclude each other")
 
     @property
     def sharded(self) -> bool:

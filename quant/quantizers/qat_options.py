@@ -7,14 +7,14 @@ from pathlib import Path
 
 from illama.bundle import SHIPPED
 from illama.options import Count, Fraction, ImageSize, NotNegative, Positive, SourceOptions
-from illama.training.recipe import TrainingOptions
+from illama.training.recipe import ClassifierOptions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "qat-nano-fashion-mnist"
 
 
 @dataclass(frozen=True)
-class QatOptions(TrainingOptions):
+class QatOptions(ClassifierOptions):
     """Fine-tune a trained iLLaMA with fake quantization. Every option overrides the recipe's value.
     The defaults shown are those of the recipe qat-nano-fashion-mnist.
 

@@ -22,7 +22,7 @@ from illama.manifest import Drop, Manifest, Scores
 from illama.models.illama import ILLaMA
 from illama.training.distributed import Processes
 from illama.training.log import plot_curve, read_log
-from illama.training.trainer import CHECKPOINT, Run
+from illama.training.trainer import CHECKPOINT, Run, Task
 from quant.export.weights import write_quantized_weights
 from quant.export.write_bundle import Origin, plan_quantization, write_quantized
 from quant.inputs import Inputs, open_inputs, scheme_from_name_or_file
@@ -99,16 +99,9 @@ def start_run(job: QatJob, group: Processes) -> Run:
     quantized = job.quantize(as_it_is) if interrupted else copy.deepcopy(job.untrained)
     make_scales_parameters(quantized)
     loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
-    return Run(
-        options,
-        job.inputs.data,
-        job.origin.preprocessing,
-        quantized,
-        group,
-        dict(job.origin.provenance.inputs),
-        loss,
-        scale_groups(options.scale_rate),
-    )
+    inputs = job.origin.provenance.inputs
+    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, scale_groups(options.scale_rate))
+    return Run(options, task, quantized, group)
 
 
 def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDrop) -> Path:

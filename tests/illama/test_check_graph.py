@@ -119,6 +119,7 @@ FAULTS = {
     "output that nothing computes": field(lambda model: setattr(model.graph.output[0], "name", "x")),
     "string input": field(lambda model: model.graph.input[0].CopyFrom(value("images", [1, 3], TensorProto.STRING))),
     "input without a shape": field(lambda model: model.graph.input[0].CopyFrom(value("images", None))),
+    "no images": field(lambda model: model.graph.input[0].CopyFrom(value("images", [0, 3, 2, 2]))),
     "terabytes claimed": claimed(dims=[2**20, 2**20]),
     "negative size": claimed(dims=[-12, -3]),
     "unknown dtype": claimed(data_type=77),

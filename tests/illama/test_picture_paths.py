@@ -198,7 +198,9 @@ def test_training_stores_its_options_in_the_bundle(tmp_path, image_folder):
     ):
         run = start_run(replace(recipe, **given), alone)
         assert (
-            (run.preprocessing.exif, run.preprocessing.class_order) == (run.data.exif, run.data.class_order) == expected
+            (run.task.preprocessing.exif, run.task.preprocessing.class_order)
+            == (run.task.data.exif, run.task.data.class_order)
+            == expected
         )
 
 

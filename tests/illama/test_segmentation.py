@@ -38,9 +38,9 @@ from illama.models.upernet import (
     load_segmentation,
 )
 from illama.segmentation_scores import Scores, Views, count_pixels, predict_map, window_starts
-from illama.train_segmentation import SegmentationOptions
 from illama.train_segmentation import main as train
 from illama.training.distributed import Processes
+from illama.training.segmentation_options import SegmentationOptions
 from illama.training.segmentation_run import map_loss, start_segmentation
 from illama.training.trainer import fit, parameter_groups
 from quant.export.onnx_export import export_onnx
@@ -298,10 +298,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
     options = replace(TRAINING, data=str(shapes), out=tmp_path / "whole", epochs=1, checkpoint_steps=2, batch_size=16)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole = start_segmentation(options, 32, alone)
+    whole = start_segmentation(options, alone)
     fit(whole)
-    killed = start_segmentation(replace(options, out=tmp_path / "killed"), 32, alone)
-    proper, losses = killed.loss, []
+    killed = start_segmentation(replace(options, out=tmp_path / "killed"), alone)
+    proper, losses = killed.task.loss, []
 
     def loss(*arguments):
         losses.append(proper(*arguments))
@@ -309,11 +309,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
             raise KeyboardInterrupt
         return losses[-1]
 
-    killed.loss = loss
+    killed.task = replace(killed.task, loss=loss)
     with pytest.raises(KeyboardInterrupt):
         fit(killed)
-    resumed = start_segmentation(replace(options, out=tmp_path / "killed"), 32, alone)
-    assert resumed.step == 2
+    resumed = start_segmentation(replace(options, out=tmp_path / "killed"), alone)
+    assert resumed.progress.step == 2
     fit(resumed)
     for name, value in whole.kept_weights().items():
         assert torch.equal(value, resumed.kept_weights()[name]), name

@@ -240,9 +240,9 @@ def test_interrupted_and_resumed_gives_the_same_weights(autocast, material, tmp_
     with pytest.raises(_KilledError):
         fit(broken)
     resumed = _run(_options(material, tmp_path / "parts", autocast=autocast))
-    assert resumed.step == 4
+    assert resumed.progress.step == 4
     fit(resumed)
-    assert resumed.step == whole.step == 8
+    assert resumed.progress.step == whole.progress.step == 8
     for one, other in ((whole.model, resumed.model), (whole.kept, resumed.kept)):
         states = one.state_dict(), other.state_dict()
         assert states[0].keys() == states[1].keys()
@@ -283,7 +283,7 @@ def test_training_reduces_the_distance_to_the_float_network(material, tmp_path):
 
     def loss():
         with torch.no_grad():
-            return float(run.loss(images, run.model.eval()(images), torch.zeros(len(images), 3)))
+            return float(run.task.loss(images, run.model.eval()(images), torch.zeros(len(images), 3)))
 
     before = loss()
     start = {name: quantizer.scale.detach().clone() for name, quantizer in quantizers(run.model)}
