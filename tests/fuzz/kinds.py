@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from project_files import commands, module_name
+from sample_report import make_report
 from support import ROOT, SMALL, write_bundle, write_format_1, write_images, write_made_up_engine
 
 from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.temperature import read_temperature, store_temperature
 from deploy.serving.known_answer import KnownAnswer
 from deploy.trt.record import EngineRecord, record_path
-from eval.benchmark.evaluate_split import RUN, claim
+from eval.report.schema import read_report
 from illama import cli
 from illama.bundle import MANIFEST, TEMPERATURE
 from illama.checkpoints.conversion import class_names
@@ -37,6 +38,7 @@ from illama.data.datasets import open_data
 from illama.data.idx_files import read_idx_pair
 from illama.data.images import decode_image
 from illama.manifest import Manifest
+from illama.partial_work import RUN, claim
 from illama.training.recipe import RECIPES, load_recipe
 from quant.export.onnx_export import export_onnx
 from quant.export.weights import read_quantized_weights, write_quantized_weights
@@ -85,6 +87,8 @@ def _structured(folder: Path) -> list[Kind]:
     answer = KnownAnswer("aGk=", [0.5, 1.5], 0.1)
     answer.write(folder / "known_answer.json")
     claim(folder / "run", {"a": {"b": [1, 2]}, "images": 3})
+    report = folder / "report.json"
+    report.write_text(json.dumps(make_report().to_json()))
     scheme, recipe = folder / "scheme.yaml", folder / "recipe.yaml"
     scheme.write_text(shipped_path("mixed").read_text())
     recipe.write_text((RECIPES / "in1k-tiny.yaml").read_text())
@@ -97,6 +101,7 @@ def _structured(folder: Path) -> list[Kind]:
         Kind("known_answer.json", folder / "known_answer.json", plain, partial(_known_answer, folder)),
         Kind("temperature.json", bundle / TEMPERATURE, plain, partial(_temperature, bundle)),
         Kind("run.json", folder / "run" / RUN, plain, lambda: claim(folder / "run", {"a": {"b": [1, 2]}, "images": 3})),
+        Kind("report.json", report, plain, lambda: _report(report)),
         Kind("scheme.yaml", scheme, text, partial(_scheme, scheme)),
         Kind("recipe.yaml", recipe, text, lambda: _is(load_recipe(str(recipe)).epochs, int)),
     ]
@@ -113,9 +118,9 @@ def _tensors(folder: Path) -> list[Kind]:
 
     save_file(model.state_dict(), bare)
     scheme = shipped_scheme("int8")
-    quantized = calibrate(model, scheme, [torch.rand(2, 3, 32, 32)])
+    quantized = calibrate(model, resolve(scheme, model), [torch.rand(2, 3, 32, 32)])
     write_quantized_weights(quantized, scheme, folder / "quantized.safetensors")
-    torchao = write_torchao(quantize_with_torchao(model, shipped_scheme("int8-weight-only-torchao")), folder / "bundle")
+    torchao = write_torchao(quantize_with_torchao(model, resolve(shipped_scheme("int8-weight-only-torchao"), model)), folder / "bundle")
     export_onnx(model, folder / "model.onnx", "plain")
     tensors, zipped = (m.safetensors_header, m.safetensors_header, m.in_front(0.05), m.raw), m.zipped(m.raw)
     return [
@@ -211,6 +216,10 @@ def _manifest(bundle: Path) -> None:
 def _known_answer(folder: Path) -> None:
     answer = KnownAnswer.read(folder / "known_answer.json")
     answer.matches(np.zeros(2))
+
+
+def _report(path: Path) -> None:
+    assert read_report(path)
 
 
 def _temperature(bundle: Path) -> None:
