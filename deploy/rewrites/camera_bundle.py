@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from deploy.rewrites.preprocessing import add_preprocessing
+from deploy.rewrites.add_preprocessing import add_preprocessing
 from deploy.runtimes.temperature import copy_temperature
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, command_line, sha256

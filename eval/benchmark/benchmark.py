@@ -11,14 +11,15 @@ from typing import Any
 from deploy.runtimes.temperature import store_temperatures
 from eval.benchmark.evaluate_split import evaluate
 from eval.benchmark.evaluation_images import EvaluationImages
-from eval.benchmark.latency import UNREADABLE, measure_latency
+from eval.benchmark.latency import measure_latency
 from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.benchmark.sensors import find_gpu, open_meter
-from eval.benchmark.targets import BenchmarkTarget
+from eval.benchmark.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.measured import measure
 from eval.metrics.paired import NO_DROP, paired_drop
 from eval.metrics.predictions import Predictions
+from eval.report.pareto import decide
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
 from illama.bundle import command_line, package_versions, sha256, size_of
@@ -37,7 +38,7 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """The rows in the order of the targets; the first is the reference.
+    """The rows in the order of the targets.
 
     Attributes:
         conditions: the conditions during timing, such as threads and clocks.
@@ -114,25 +115,26 @@ def run_benchmark(
             if first[each.name] in temperatures
         ]
         notes += store_temperatures(fitted, images.calibration, images.name)
-    measured, reference = measure(evaluated, temperatures), evaluated[targets[0].name].plain
+    reference = choose_reference(targets)
+    measured, base = measure(evaluated, temperatures, first[reference.name]), evaluated[first[reference.name]].plain
     rows = []
     for each in targets:
         own = evaluated[first[each.name]].plain
         row = _row(each, measured[first[each.name]], execution.out)
-        row.drop = paired_drop(reference.right, own.right, options.seed)
-        row.flipped = _flipped(row, reference, own, images)
+        row.reference = each is reference
+        row.drop = NO_DROP if row.reference else paired_drop(base.right, own.right, options.seed)
+        row.flipped = _flipped(row, base, own, images)
         rows.append(row)
-    rows[0].reference, rows[0].drop = True, NO_DROP
-    if note := chance_note(rows[0].name, rows[0].top1.percent, len(images.data.classes)):
-        notes.append(note)
+        if row.reference and (note := chance_note(row.name, row.top1.percent, len(images.data.classes))):
+            notes.append(note)
     if execution.reopen and group.count > 1:
         _close(targets)
         pin_threads(options.threads or usable_cores())
         targets = execution.reopen()
     with torch_on_all_cores():
-        conditions = _time(targets, rows, images, options)
+        conditions, unread = _time(targets, rows, images, options)
     _close(targets)
-    return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + _unread(conditions), _layers_of(targets))
+    return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + unread, _layers_of(targets))
 
 
 def make_report(
@@ -152,6 +154,7 @@ def make_report(
     """
     return Report(
         rows=result.rows,
+        decision=decide(result.rows, options.constraints),
         command=command_line(),
         data=images.name,
         checkpoint=checkpoint,
@@ -186,6 +189,7 @@ def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
         scheme=target.scheme,
         runtime=target.runtime,
         runtime_id=target.runtime_id,
+        file=target.key.file,
         evaluated_with=target.engine.runtime,
         drop=NO_DROP,
         onnx=os.path.relpath(target.path, out),
@@ -194,7 +198,7 @@ def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
         engine_bytes=record.engine_bytes if record else None,
         fused=record.fused if record else True,
         sha256={os.path.relpath(file, out): sha256(file) for file in files},
-        note=target.note,
+        note=target.not_timed.sentence if target.not_timed else None,
     )
 
 
@@ -213,9 +217,13 @@ def _flipped(
 
 def _time(
     targets: Sequence[BenchmarkTarget], rows: Sequence[Row], images: EvaluationImages, options: BenchmarkOptions
-) -> dict[str, Any]:
-    """Fills in the latencies of the targets that run here as they would be deployed; returns the timing conditions."""
-    timed = {each.name: each for each in targets if not each.note}
+) -> tuple[dict[str, Any], list[str]]:
+    """Fills in the latencies of the targets that run here as they would be deployed.
+
+    Returns:
+        The timing conditions, and a note on the sensors that could not be read.
+    """
+    timed = {each.name: each for each in targets if not each.not_timed}
     gpu, machine = find_gpu(), describe_machine()
     meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
     engines = {name: each.engine.infer for name, each in timed.items()}
@@ -228,20 +236,13 @@ def _time(
             row.device = machine["gpu" if timed[row.name].on_gpu else "cpu"] if row.latency else None
             refused = [f"not timed at batch {batch}: {reason}" for batch, reason in found.refused[row.name].items()]
             row.note = "; ".join(refused) or None
-    return found.conditions
+    missing = ", ".join(sorted({"temperature", "clock", "energy"} - found.sensors))
+    return found.conditions, [f"No readable sensor during timing for: {missing}."] if missing else []
 
 
 def _close(targets: Sequence[BenchmarkTarget]) -> None:
     for each in targets:
         each.engine.close()
-
-
-def _unread(conditions: Mapping[str, Any]) -> list[str]:
-    """Returns a note on the sensors that could not be read during timing."""
-    told = {kind: any(f" {kind}, " in name for name in conditions) for kind in ("temperature", "clock")}
-    told["energy"] = conditions["energy"] != UNREADABLE
-    missing = ", ".join(kind for kind, is_told in told.items() if not is_told)
-    return [f"No readable sensor during timing for: {missing}."] if missing else []
 
 
 def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
@@ -253,7 +254,7 @@ def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
             notes.append(f"{scheme} has no graph for TensorRT: {NO_TENSORRT[quantization.no_tensorrt]}.")
     notes += dict.fromkeys(line for each in targets for line in each.left_out)
     engines = [each.built[1] for each in targets if each.built]
-    idle = [each.built[1] for each in targets if each.built and each.note]
+    idle = [each.built[1] for each in targets if each.built and each.not_timed]
     if idle:
         proven = " with every attention proven fused" if all(record.fused for record in idle) else ""
         notes.append(

@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from tqdm import tqdm
 
-from eval.benchmark.sensors import SYSFS, Meter, Watch, find_gpu, read_governor
+from eval.benchmark.sensors import SYSFS, Meter, Sensor, Watch, find_gpu, read_governor
 from illama.errors import UserError
 from illama.inference import Infer, usable_cores
 
@@ -65,11 +65,13 @@ class Timings:
         latency: engine -> its latency at each batch size that it takes, in the given order.
         refused: engine -> batch size -> why it was not timed.
         conditions: conditions of the measurement, for a report.
+        sensors: what sensors could be read during the measurement.
     """
 
     latency: dict[str, list[Latency]]
     refused: dict[str, dict[int, str]]
     conditions: dict[str, Any]
+    sensors: set[Sensor] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def measure_latency(
             "energy": "; ".join(sorted({meter.covers for meter in (meters or {}).values()})) or UNREADABLE,
         }
     )
+    timings.sensors.update(watch.sensors | ({"energy"} if meters else set()))
     return timings
 
 

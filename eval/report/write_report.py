@@ -10,7 +10,6 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from eval.report.page import render_html
-from eval.report.pareto import choose, pareto_front
 from eval.report.plots import draw_reliability, draw_tradeoff
 from eval.report.schema import Report, Row
 from eval.report.table import escape, markdown_table, not_measured
@@ -56,8 +55,8 @@ def write_and_print(report: Report, split: Dataset[Sample], folder: Path, shown_
     flipped = [flip.image for row in report.rows for flip in row.flipped]
     write_report(report, folder, draw_thumbnails(split, flipped))
     batch = report.constraints.batch
-    print(f"\n{markdown_table(report.rows, batch, pareto_front(report.rows, batch))}\n")
-    print(choose(report.rows, report.constraints).sentence)
+    print(f"\n{markdown_table(report.rows, batch, report.pareto(batch))}\n")
+    print(report.decision.choice.sentence)
     for reason in report.not_run:
         print(reason)
     print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {shown_as / PAGE}")
@@ -104,10 +103,10 @@ def is_result(folder: Path) -> bool:
 def markdown_summary(report: Report) -> str:
     """Returns a summary, short enough for a comment on a pull request."""
     batch, images = report.constraints.batch, report.rows[0].images
-    pareto = pareto_front(report.rows, batch)
+    pareto = report.pareto(batch)
     devices = ", ".join(dict.fromkeys(row.device for row in report.rows if row.at(batch) and row.device))
     lines = [
-        f"**{escape(choose(report.rows, report.constraints).sentence)}**",
+        f"**{escape(report.decision.choice.sentence)}**",
         "",
         markdown_table(report.rows, batch, pareto),
         "",

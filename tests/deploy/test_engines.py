@@ -20,7 +20,7 @@ from PIL import Image
 from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
 import deploy.runtimes.open_engine
-from deploy.rewrites.preprocessing import add_preprocessing
+from deploy.rewrites.add_preprocessing import add_preprocessing
 from deploy.runtimes.classify import top5
 from deploy.runtimes.least_recently_used import LeastRecentlyUsed
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine

@@ -29,7 +29,7 @@ from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.temperature import read_temperature, store_temperature
 from deploy.serving.known_answer import KnownAnswer
 from deploy.trt.record import EngineRecord, record_path
-from eval.report.schema import read_report
+from eval.report.regression import Baseline
 from illama import cli
 from illama.bundle import MANIFEST, TEMPERATURE
 from illama.checkpoints.conversion import class_names
@@ -120,7 +120,9 @@ def _tensors(folder: Path) -> list[Kind]:
     scheme = shipped_scheme("int8")
     quantized = calibrate(model, resolve(scheme, model), [torch.rand(2, 3, 32, 32)])
     write_quantized_weights(quantized, scheme, folder / "quantized.safetensors")
-    torchao = write_torchao(quantize_with_torchao(model, resolve(shipped_scheme("int8-weight-only-torchao"), model)), folder / "bundle")
+    torchao = write_torchao(
+        quantize_with_torchao(model, resolve(shipped_scheme("int8-weight-only-torchao"), model)), folder / "bundle"
+    )
     export_onnx(model, folder / "model.onnx", "plain")
     tensors, zipped = (m.safetensors_header, m.safetensors_header, m.in_front(0.05), m.raw), m.zipped(m.raw)
     return [
@@ -219,7 +221,7 @@ def _known_answer(folder: Path) -> None:
 
 
 def _report(path: Path) -> None:
-    assert read_report(path)
+    assert Baseline.read(path).rows
 
 
 def _temperature(bundle: Path) -> None:
