@@ -26,7 +26,7 @@ from tqdm import tqdm
 from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine, openvino_core
-from eval.benchmark.latency import measure_latency
+from eval.benchmark.latency import TimingOptions, measure_latency
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
@@ -170,7 +170,9 @@ def medians(
     """Returns name -> median milliseconds in each repeat."""
     found: dict[str, list[float]] = {name: [] for name in engines}
     for repeat in range(options.repeats + 1):
-        measured = measure_latency(engines, images, (len(images),), options.rounds, 4, 2, progress=False).latency
+        measured = measure_latency(
+            engines, images, (len(images),), TimingOptions(options.rounds, 4, 2, progress=False)
+        ).latency
         if repeat:  # the first compiles and warms up
             for name, (latency,) in measured.items():
                 found[name].append(latency.p50)

@@ -56,14 +56,14 @@ class AccuracyOptions:
 def main(options: AccuracyOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from deploy.runtimes.temperature import store_temperatures
-    from eval.benchmark.evaluate_split import UNFINISHED, evaluate
+    from eval.benchmark.evaluate_split import UNFINISHED, Evaluation, evaluate
     from eval.benchmark.machine import share_of_cores
     from eval.benchmark.open_bundles import open_bundles, open_fitting_data
     from eval.metrics.calibration import fit_temperatures, stored_temperatures
     from eval.metrics.measured import measure
     from eval.report.accuracy_tables import write_accuracy
     from illama.atomic_write import lock_folder, remove_folder
-    from illama.data.datasets import evenly_spaced
+    from illama.data.datasets import Transformed, evenly_spaced
     from illama.training.distributed import processes
 
     work, images = options.out / UNFINISHED, options.calibration_images
@@ -78,17 +78,12 @@ def main(options: AccuracyOptions) -> None:
             temperatures, failed = fit_temperatures(bundles.models, data, transform, images, group)
         else:
             temperatures, failed = stored_temperatures(bundles.paths)
+        facts = {"data": options.data, **bundles.facts, "runtimes": bundles.runtimes}
         results = evaluate(
             bundles.models,
-            split,
-            transform,
+            Transformed(split, transform),
             temperatures,
-            work,
-            options.workers,
-            options.batch,
-            facts={"data": options.data, **bundles.facts, "runtimes": bundles.runtimes},
-            processes=group,
-            patience=options.patience,
+            Evaluation(work, options.workers, options.batch, facts, group, patience=options.patience),
         )
         group.barrier()  # all processes have read the chunks
         if group.main:

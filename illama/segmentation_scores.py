@@ -106,8 +106,7 @@ def score_images(
     models: Mapping[str, Infer],
     images: Dataset[Any],
     classes: int,
-    preprocessing: Preprocessing,
-    views: Views | None = None,
+    predict: Callable[[Infer, Tensor], Tensor],
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
@@ -116,6 +115,7 @@ def score_images(
     Args:
         images: a :class:`illama.data.ade20k.LabelMaps`.
         classes: number of classes.
+        predict: returns the predicted class of every pixel, such as :func:`predict_map` with its other arguments.
         workers: number of processes that read images.
         progress: whether to show a progress bar.
     """
@@ -124,14 +124,14 @@ def score_images(
     total, disable = len(cast(Sized, images)), None if progress else True
     for image, true in tqdm(loader, "evaluate", total, unit="img", disable=disable, leave=False):
         for name, infer in models.items():
-            predicted = predict_map(infer, image, preprocessing, views or Views())
+            predicted = predict(infer, image)
             counts[name].append(count_pixels(predicted.numpy(), np.asarray(true), classes))
     return {name: np.stack(parts) for name, parts in counts.items()}
 
 
-def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views: Views) -> Tensor:
+def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views: Views | None = None) -> Tensor:
     """Returns the predicted class of every pixel (H, W) of an image (3, H, W), uint8."""
-    shorter = preprocessing.resize or min(preprocessing.size)
+    shorter, views = preprocessing.resize or min(preprocessing.size), views or Views()
     to_input: Callable[[Any], Tensor] = v2.Compose(preprocessing.to_input())
     total: Tensor | None = None
     for scale in views.scales:

@@ -84,6 +84,14 @@ def read_yaml(path: Path, kind: type[T]) -> T:
     return parse_json(text, kind, str(path))
 
 
+def read_text(path: Path) -> str:
+    """Returns a UTF-8 file; raises UserError if it cannot be read, exceeds :data:`MAX_TEXT_BYTES`, or is not text."""
+    try:
+        return read_bytes(path, MAX_TEXT_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a UTF-8 text file") from error
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """Returns the content of a regular file of at most ``limit`` bytes; raises UserError for any other path."""
     check_regular(path)
@@ -100,10 +108,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: the file cannot be read, is larger than :data:`MAX_TEXT_BYTES`, or is not text.
     """
-    try:
-        lines = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8") from error
+    lines = read_text(path).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.runtimes.temperature import store_temperatures
-from eval.benchmark.evaluate_split import evaluate
+from eval.benchmark.evaluate_split import Evaluation, evaluate
 from eval.benchmark.evaluation_images import EvaluationImages
-from eval.benchmark.latency import measure_latency
+from eval.benchmark.latency import TimingOptions, measure_latency
 from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.benchmark.sensors import find_gpu, open_meter
 from eval.benchmark.targets import BenchmarkTarget, choose_reference
@@ -23,6 +23,7 @@ from eval.report.pareto import decide
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
 from illama.bundle import command_line, package_versions, sha256, size_of
+from illama.data.datasets import Transformed
 from illama.hardware import describe_machine
 from illama.inference import Infer, chance_note, load_images, usable_cores
 from illama.manifest import NO_TENSORRT, Manifest
@@ -93,17 +94,8 @@ def run_benchmark(
         "files": {each.name: sha256(each.path) for each in targets},
         "runtimes": {each.name: each.engine.runtime for each in targets},
     }
-    evaluated = evaluate(
-        models,
-        images.split,
-        transform,
-        temperatures,
-        execution.work,
-        execution.workers,
-        facts=facts,
-        processes=group,
-        restart=execution.restart,
-    )
+    how = Evaluation(execution.work, execution.workers, facts=facts, processes=group, restart=execution.restart)
+    evaluated = evaluate(models, Transformed(images.split, transform), temperatures, how)
     group.barrier()  # until all have read what the others computed
     if not group.main:
         return BenchmarkResult([], {}, [], {})
@@ -229,7 +221,9 @@ def _time(
     engines = {name: each.engine.infer for name, each in timed.items()}
     some = min(max(options.batches), len(images.split))  # type: ignore[arg-type]
     inputs = load_images(images.split, images.preprocessing.transform(), some)[0]
-    found = measure_latency(engines, inputs, options.batches, seconds=options.seconds, meters=meters, seed=options.seed)
+    found = measure_latency(
+        engines, inputs, options.batches, TimingOptions(seconds=options.seconds, seed=options.seed), meters
+    )
     for row in rows:
         if row.name in timed:
             row.latency = found.latency[row.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.manifest import Drop, Manifest
 from illama.markdown_table import markdown
-from illama.segmentation_scores import Scores, Views, class_ious, score_images
+from illama.segmentation_scores import Scores, Views, class_ious, predict_map, score_images
 
 HEADINGS = ("file", "mIoU %", "drop (95% interval)", "aAcc %", "mAcc %", "file MB")
 
@@ -87,7 +88,9 @@ def measure_miou(
     if not paths:
         raise UserError(f"no {CPU_ONNX} in {bundles[0]}: run python quant/ptq_segmentation.py first")
     models = {str(path): OnnxRuntimeEngine(path).infer for path in paths}
-    counts = score_images(models, data.test(), len(data.classes), preprocessing, views)
+    counts = score_images(
+        models, data.test(), len(data.classes), partial(predict_map, preprocessing=preprocessing, views=views)
+    )
     reference = counts[str(paths[0])]
     rows = []
     for path in paths:

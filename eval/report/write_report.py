@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from eval.report.table import escape, markdown_table, not_measured
 from eval.report.thumbnails import draw_thumbnails
 from illama.atomic_write import list_folder, write_file
 from illama.data.datasets import Sample
+from illama.errors import UserError
+from illama.structured_files import read_json
 
 SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
 TRADEOFF, RELIABILITY = "tradeoff.png", "reliability.png"
@@ -90,12 +93,22 @@ def _summarize(row: Row, batch: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _SummaryRow:
+    onnx: str
+
+
+@dataclass(frozen=True)
+class _Summary:
+    rows: tuple[_SummaryRow, ...]
+
+
 def is_result(folder: Path) -> bool:
     """Returns whether a folder holds only the files of :func:`write_report` and the bundles of its rows."""
     try:
-        rows = json.loads((folder / SUMMARY).read_text())["rows"]
-        ours = {*FILES, *(Path(row["onnx"]).parts[0] for row in rows)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        rows = read_json(folder / SUMMARY, _Summary, unknown="ignore").rows
+        ours = {*FILES, *(Path(row.onnx).parts[0] for row in rows)}
+    except (UserError, IndexError):
         return False
     return {path.name for path in list_folder(folder)} <= ours
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from illama.errors import UserError
 from illama.graph.reader import layer_of, load_graph
 from illama.graph.session import cpu_session
+from illama.structured_files import read_json
 
 PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}  # input of attention -> the product that it belongs to
 
@@ -115,11 +116,12 @@ def read_layer_times(path: Path, layers: Mapping[str, Any]) -> GraphTimes:
         UserError: the file is not a profile, or contains no layer of this network.
     """
     try:
-        rows = [row for row in json.loads(path.read_text()) if "name" in row]
+        rows = [row for row in read_json(path, list[dict[str, Any]]) if "name" in row]
         named = [
-            (str(row["name"]), float(row.get("medianMs", row.get("averageMs", row.get("timeMs"))))) for row in rows
+            (str(row["name"]), float(row.get("medianMs", row.get("averageMs", row.get("timeMs")))))  # type: ignore[arg-type]
+            for row in rows
         ]
-    except (OSError, ValueError, TypeError) as error:
+    except (UserError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a TensorRT layer profile: write one with trtexec --exportProfile") from error
     times = GraphTimes(sum(milliseconds for _, milliseconds in named))
     for name, milliseconds in named:

@@ -19,7 +19,7 @@ from illama.inference import torch_infer
 from illama.manifest import Metric
 from illama.models.upernet import SegmentationConfig, UperNet
 from illama.randomness import isolated_randomness
-from illama.segmentation_scores import Scores, score_images
+from illama.segmentation_scores import Scores, predict_map, score_images
 from illama.training.distributed import Processes
 from illama.training.segmentation_options import SegmentationOptions
 from illama.training.start import hash_inputs, initialize, model_options
@@ -46,7 +46,7 @@ class SegmentationRun(Run):
             {"kept": torch_infer(model)},
             Subset(split, own),
             len(self.task.data.classes),
-            self.task.preprocessing,
+            partial(predict_map, preprocessing=self.task.preprocessing),
             workers=self.recipe.workers,
             progress=self.processes.main,
         )

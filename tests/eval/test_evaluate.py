@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature, store_temperature
-from eval.benchmark.evaluate_split import _wait_for, evaluate
+from eval.benchmark.evaluate_split import Evaluation, _wait_for, evaluate
 from eval.metrics.predictions import Predictions
 from illama.bundle import FUSED_ONNX, TEMPERATURE
-from illama.data.datasets import open_data
+from illama.data.datasets import Transformed, open_data
 from illama.errors import UserError
 from illama.inference import predict
 from illama.manifest import Manifest
@@ -97,8 +97,9 @@ class Task:
 
     def evaluate(self, work=None, models=None, **more):
         self.split.indices.clear()
-        given = {"temperatures": {"two": 0.5}, "batch": 3, "chunk": 7, "facts": {"data": "noise"}, **more}
-        return evaluate(models or self.models, self.split, self.transform, work=work, **given)
+        temperatures = more.pop("temperatures", {"two": 0.5})
+        how = Evaluation(work, **{"batch": 3, "chunk": 7, "facts": {"data": "noise"}, **more})
+        return evaluate(models or self.models, Transformed(self.split, self.transform), temperatures, how)
 
 
 @pytest.fixture
