@@ -120,7 +120,9 @@ def _tensors(folder: Path) -> list[Kind]:
     scheme = shipped_scheme("int8")
     quantized = calibrate(model, resolve(scheme, model), [torch.rand(2, 3, 32, 32)])
     write_quantized_weights(quantized, scheme, folder / "quantized.safetensors")
-    torchao = write_torchao(quantize_with_torchao(model, resolve(shipped_scheme("int8-weight-only-torchao"), model)), folder / "bundle")
+    torchao = write_torchao(
+        quantize_with_torchao(model, resolve(shipped_scheme("int8-weight-only-torchao"), model)), folder / "bundle"
+    )
     export_onnx(model, folder / "model.onnx", "plain")
     tensors, zipped = (m.safetensors_header, m.safetensors_header, m.in_front(0.05), m.raw), m.zipped(m.raw)
     return [
