@@ -73,8 +73,8 @@ def _find_product(value: ir.Value | None) -> _Product | None:
     if matmul is None:
         return None
     dequantize = producer(matmul.inputs[1], "DequantizeLinear")
-    weight = dequantize.inputs[0] if dequantize is not None else matmul.inputs[1]
-    return _Product(matmul, dequantize, bias) if is_constant(weight) else None
+    weights = dequantize.inputs if dequantize is not None else matmul.inputs[1:]
+    return _Product(matmul, dequantize, bias) if all(map(is_constant, weights)) else None
 
 
 def keep_inputs_float(model: ir.Model, outputs: int = _WORTH_QUANTIZING) -> None:
@@ -179,7 +179,7 @@ def _products_of(quantize: ir.Node) -> list[ir.Node]:
     found = [reader for node in dequantize for reader in readers(node.outputs[0])]
     for reader in found:
         weight = producer(reader.inputs[1], "DequantizeLinear") if reader.op_type == "MatMul" else None
-        if weight is None or not is_constant(weight.inputs[0]):
+        if weight is None or not all(map(is_constant, weight.inputs)):
             return []
     return found
 

@@ -96,6 +96,9 @@ def _check_structure(model: ModelProto) -> None:
     for node in graph.node:
         if not any(node.output):
             raise _RejectedError(f"has a node without outputs, {node.name[:80]!r} ({node.op_type[:80]})")
+        counts = [each.i for each in node.attribute if each.name == "num_outputs"] if node.op_type == "Split" else []
+        if any(count != len(node.output) for count in counts):  # ends the process inside onnx's type inference
+            raise _RejectedError(f"has a Split into other parts than it says, {node.name[:80]!r}")
         if any(each.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for each in node.attribute):
             raise _RejectedError(f"has control flow, {node.name[:80]!r} ({node.op_type[:80]}): export it without")
     for kind, names in (("nodes", graph.node), ("constants", graph.initializer)):

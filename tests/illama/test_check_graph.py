@@ -91,6 +91,11 @@ def huge_value(model, _):
     model.graph.node.append(helper.make_node("ConstantOfShape", ["shape"], ["huge"]))
 
 
+def split_by_sizes(model, _):
+    model.graph.initializer.append(numpy_helper.from_array(np.array([6, 6]), "sizes"))
+    model.graph.node.append(helper.make_node("Split", ["flat", "sizes"], ["x", "y", "z"], axis=1))
+
+
 def field(edit):
     return lambda model, _: edit(model)
 
@@ -119,6 +124,8 @@ FAULTS = {
     "output that nothing computes": field(lambda model: setattr(model.graph.output[0], "name", "x")),
     "string input": field(lambda model: model.graph.input[0].CopyFrom(value("images", [1, 3], TensorProto.STRING))),
     "input without a shape": field(lambda model: model.graph.input[0].CopyFrom(value("images", None))),
+    "a split into more parts than it says": nodes(helper.make_node("Split", ["flat"], ["x", "y", "z"], num_outputs=2)),
+    "a split into more parts than sizes": split_by_sizes,
     "no images": field(lambda model: model.graph.input[0].CopyFrom(value("images", [0, 3, 2, 2]))),
     "terabytes claimed": claimed(dims=[2**20, 2**20]),
     "negative size": claimed(dims=[-12, -3]),
