@@ -73,7 +73,7 @@ class Network:
             logits = self._engine.infer(np.concatenate(batches))
         except Exception as error:  # the runtimes' exceptions have no other common base class
             if len(batches) == 1:
-                return [_failure(error)]
+                return [_failure(RuntimeError(str(error)))]  # Triton has checked the shape: no client error
             return [response for request in requests for response in self.execute([request])]
         ends = np.cumsum([len(batch) for batch in batches])
         return [self._checked(part) for part in np.split(logits, ends[:-1])]
