@@ -96,8 +96,8 @@ def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> di
 
     source = asdict(replace(inputs.source, checkpoint=Path()))  # a path is replaced by its content
     return {
-        "source": source,
-        "benchmark": asdict(options.benchmark),
+        **source,
+        **asdict(options.benchmark),
         "library": options.library,
         "targets": options.targets,
         "schemes": list(map(repr, schemes)),  # not as mappings, whose order matters

@@ -37,6 +37,7 @@ from illama.models.upernet import (
     fold_batch_norms,
     load_segmentation,
 )
+from illama.options import check_bounds
 from illama.segmentation_scores import Scores, Views, count_pixels, predict_map, window_starts
 from illama.train_segmentation import main as train
 from illama.training.distributed import Processes
@@ -404,7 +405,7 @@ def test_schemes_need_different_names(trained, shapes, tmp_path):
 
 def test_errors_are_one_line(shapes, small_bundle, tmp_path):
     with pytest.raises(UserError, match="--seed"):
-        SegmentationEvalOptions((small_bundle,), shapes, seed=-1)
+        check_bounds(SegmentationEvalOptions((small_bundle,), shapes, seed=-1))
     with pytest.raises(UserError, match=r"train_segmentation\.py"):
         quantize(PtqSegmentationOptions(small_bundle, shapes, out=tmp_path / "ptq"))
     with pytest.raises(UserError, match="classes"):

@@ -229,14 +229,14 @@ def test_interrupted_and_resumed_gives_the_same_weights(autocast, material, tmp_
     whole = _run(_options(material, tmp_path / "whole", autocast=autocast))
     fit(whole)
     broken = _run(_options(material, tmp_path / "parts", autocast=autocast))
-    learn, calls = broken.loss, iter(range(9))  # two micro-batches a step
+    learn, calls = broken.task.loss, iter(range(9))  # two micro-batches a step
 
     def until_killed(*arguments):
         if next(calls, None) is None:
             raise _KilledError
         return learn(*arguments)
 
-    broken.loss = until_killed
+    broken.task = replace(broken.task, loss=until_killed)
     with pytest.raises(_KilledError):
         fit(broken)
     resumed = _run(_options(material, tmp_path / "parts", autocast=autocast))

@@ -13,7 +13,7 @@ from illama import ILLaMA
 from illama.bundle import sha256
 from illama.errors import UserError
 from illama.graph.layer_times import layer_of_module, read_layer_times
-from illama.options import SourceOptions
+from illama.options import SourceOptions, check_bounds
 from quant.export.onnx_export import export_onnx
 from quant.inputs import open_inputs
 from quant.mixed_precision.budget import Budget
@@ -266,8 +266,10 @@ def test_the_command_and_its_replay(data, tmp_path):
     ],
 )
 def test_there_is_one_budget(options):
-    with pytest.raises(UserError, match="--max-drop, --max-ms and --max-megabytes"):
-        SearchOptions(**options).budget()
+    given = SearchOptions(**options)
+    with pytest.raises(UserError, match=r"--max-drop|--rounds|--reconstruction-iterations"):
+        check_bounds(given)
+        given.budget()
 
 
 def test_options_that_do_not_fit(data, tmp_path):

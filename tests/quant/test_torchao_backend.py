@@ -190,7 +190,7 @@ def test_schemes_that_torchao_does_not_support_are_refused(small, changes, words
     scheme = replace(Scheme("mine", {"head.weight": W8}, backend="torchao"), **changes)
     for use in (quantize_with_torchao, prepare_qat):
         with pytest.raises(UserError, match=words):
-            use(small, scheme)
+            use(small, resolve(scheme, small))
 
 
 def test_part_of_a_network_can_stay_in_floating_point(small):
