@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -42,6 +43,7 @@ def run_in_fork(act: Callable[[], None]) -> Outcome:
 def _run_and_exit(act: Callable[[], None], result: int) -> None:
     try:
         signal.alarm(SECONDS)
+        faulthandler.disable()  # pytest's would print the stack of a death
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: PTH123, SIM115
         resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES,) * 2)
         null = os.open(os.devnull, os.O_RDWR)
