@@ -87,25 +87,17 @@ def run_benchmark(
     models, first = _models(targets)
     transform, group = images.preprocessing.transform(), execution.processes
     temperatures, failed = fit_temperatures(models, images.data, transform, images.calibration, group)
-    facts = {
-        "data": images.name,
-        "preprocessing": asdict(images.preprocessing),
-        "classes": images.data.classes,
-        "files": {each.name: sha256(each.path) for each in targets},
-        "runtimes": {each.name: each.engine.runtime for each in targets},
-    }
-    how = Evaluation(execution.work, execution.workers, facts=facts, processes=group, restart=execution.restart)
+    how = Evaluation(
+        execution.work, execution.workers, facts=_facts(targets, images), processes=group, restart=execution.restart
+    )
     evaluated = evaluate(models, Transformed(images.split, transform), temperatures, how)
     group.barrier()  # until all have read what the others computed
     if not group.main:
         return BenchmarkResult([], {}, [], {})
     notes = [f"{model} has no temperature: {reason}." for model, reason in failed.items()]
     if execution.store:
-        fitted = [
-            (each.path, temperatures[first[each.name]], each.engine.runtime)
-            for each in targets
-            if first[each.name] in temperatures
-        ]
+        scaled = [each for each in targets if first[each.name] in temperatures]
+        fitted = [(each.path, temperatures[first[each.name]], each.engine.runtime) for each in scaled]
         notes += store_temperatures(fitted, images.calibration, images.name)
     reference = choose_reference(targets)
     measured, base = measure(evaluated, temperatures, first[reference.name]), evaluated[first[reference.name]].plain
@@ -127,6 +119,17 @@ def run_benchmark(
         conditions, unread = _time(targets, rows, images, options)
     _close(targets)
     return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + unread, _layers_of(targets))
+
+
+def _facts(targets: Sequence[BenchmarkTarget], images: EvaluationImages) -> dict[str, Any]:
+    """Returns what determines the predictions, besides the models' names and temperatures."""
+    return {
+        "data": images.name,
+        "preprocessing": asdict(images.preprocessing),
+        "classes": images.data.classes,
+        "files": {each.name: sha256(each.path) for each in targets},
+        "runtimes": {each.name: each.engine.runtime for each in targets},
+    }
 
 
 def make_report(
