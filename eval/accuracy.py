@@ -19,7 +19,7 @@ import tyro
 
 from deploy.runtimes.names import RuntimeName
 from illama.cli import run_command
-from illama.options import BatchSize, Count, CountOrZero, Positive, ThreadsOrAll, Workers
+from illama.options import BatchSize, Count, CountOrZero, Data, Positive, ThreadsOrAll, Workers
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class AccuracyOptions:
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: str = "fashion-mnist"
+    data: Data = "fashion-mnist"
     images: Count | None = None
     calibration_images: CountOrZero = 512
     store: bool = False

@@ -14,7 +14,7 @@ from annotated_types import Interval
 
 from illama.bundle import SHIPPED
 from illama.cli import run_command
-from illama.options import Count
+from illama.options import Count, Data
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class RankOptions:
 
     Attributes:
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
-        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
+        data: data set whose test images are used.
         images: number of test images, evenly spaced, whose mean map is measured.
         threshold: share of the sum of the singular values that defines the rank, above 0 and at most 1.
         out: folder for the results.
     """
 
     checkpoint: Path = SHIPPED
-    data: str = "fashion-mnist"
+    data: Data = "fashion-mnist"
     images: Count = 30
     threshold: Annotated[float, Interval(gt=0, le=1)] = 0.8
     out: Path = Path("runs/attention-rank")

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.options import Count
+from illama.options import Count, Data
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class OutsideOptions:
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     outside: str
-    data: str = "fashion-mnist"
+    data: Data = "fashion-mnist"
     images: Count | None = None
     out: Path = Path("runs/out-of-distribution")
 

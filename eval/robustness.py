@@ -16,7 +16,7 @@ import tyro
 from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
 from illama.cli import run_command
 from illama.errors import UserError
-from illama.options import Count, Seed, Workers
+from illama.options import Count, Data, Seed, Workers
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RobustnessOptions:
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: str = "fashion-mnist"
+    data: Data = "fashion-mnist"
     corruptions: tuple[str, ...] = CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES
     images: Count = 1000

@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.options import BenchmarkOptions, Count, CountOrZero, Flat, Workers
+from illama.options import BenchmarkOptions, Count, CountOrZero, Data, Flat, Workers
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TradeoffOptions:
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
-    data: str = "fashion-mnist"
+    data: Data = "fashion-mnist"
     images: Count | None = None
     calibration_images: CountOrZero = 512
     workers: Workers = 0

@@ -17,6 +17,11 @@ from illama.errors import UserError
 
 Options = TypeVar("Options")
 Flat = Annotated[Options, tyro.conf.OmitArgPrefixes]  # options of a dataclass within a dataclass, without a prefix
+_DATA = (
+    "fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a "
+    "folder with train/ and val/"
+)
+Data = Annotated[str, tyro.conf.arg(help=_DATA)]  # a data set, as illama.data.datasets.open_data takes it
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
 
@@ -82,8 +87,7 @@ class SourceOptions:
     Attributes:
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
         model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
-        data: fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER,
-            or a folder with train/ and val/.
+        data: the data set.
         calibration_images: number of training images that ranges are calibrated on.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         exif: apply or ignore the orientation that image files declare. Defaults to the value in the checkpoint's
@@ -94,7 +98,7 @@ class SourceOptions:
 
     checkpoint: Path = SHIPPED
     model: str | None = None
-    data: str = "fashion-mnist"
+    data: Data = "fashion-mnist"
     calibration_images: Count = 512
     image_size: ImageSize | None = None
     exif: Exif | None = None
