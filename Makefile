@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: setup demo test coverage kill figures clean
+.PHONY: setup demo test coverage kill fuzz figures clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,12 @@ coverage: setup
 # Kill train, build and ptq before each of their file operations (docs/reliability.md).
 kill: setup
 	$(BIN)/python tests/helpers/kill_harness.py --out results/kills
+
+# Read N mutated files and command lines of every kind, drawn from SEED (docs/reliability.md).
+N ?= 10000
+SEED ?= 7
+fuzz: setup
+	PYTHONPATH=.:tests/helpers $(BIN)/python tests/fuzz/campaign.py --count $(N) --seed $(SEED) --out results/fuzz
 
 # Every figure in README.md and docs/ printed again; ALL=1 for those of training runs too, which take hours.
 figures: setup

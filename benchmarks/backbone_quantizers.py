@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
 from quant.quantizers.calibrate import calibrate, mtq
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 Outputs = tuple[Tensor, Tensor]
 Infer = Callable[[Tensor], Outputs]
@@ -84,7 +84,8 @@ def torch_infer(network: nn.Module) -> Infer:
 
 def ours(vit: nn.Module, images: Tensor, scheme: str) -> Infer:
     """Quantizes by a scheme of this project; the PyTorch network has the arithmetic of its ONNX file."""
-    quantized = calibrate(to_quantizable(vit), shipped_scheme(scheme), images.split(_BATCH))  # type: ignore[arg-type]
+    model = to_quantizable(vit)  # type: ignore[arg-type]
+    quantized = calibrate(model, resolve(shipped_scheme(scheme), model), images.split(_BATCH))
     assert isinstance(quantized, CausalVisionTransformer)
 
     @torch.inference_mode()

@@ -26,17 +26,17 @@ from tqdm import tqdm
 from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine, openvino_core
-from eval.benchmark.latency import measure_latency
+from eval.benchmark.latency import TimingOptions, measure_latency
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
 from illama.checkpoints.load import load_checkpoint
 from illama.cli import run_command
-from illama.graph.reader import load_graph
+from illama.graph.reader import load_graph, to_bytes
 from illama.inference import Infer, torch_infer, usable_cores
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 REFERENCE = "ONNX Runtime, FP32"
 OURS = "OpenVINO, INT8 (ours, the default)"
@@ -84,7 +84,7 @@ def contestants(
     fp32, int8, rounded = (folder / f"{name}.onnx" for name in ("fp32", "int8", "int8-attention"))
     export_onnx(model, fp32, "plain")
     for path in (int8, rounded):
-        export_onnx(calibrate(model, shipped_scheme(path.stem), [images[:16]]), path, "plain")
+        export_onnx(calibrate(model, resolve(shipped_scheme(path.stem), model), [images[:16]]), path, "plain")
     ours = OpenVinoEngine(int8, threads, options.precision)
     found: dict[str, Infer] = {
         REFERENCE: OnnxRuntimeEngine(fp32, threads).infer,
@@ -142,7 +142,7 @@ def ablations(path: Path, bfloat16: bool, options: LatencyOptions) -> dict[str, 
         model = load_graph(path)
         for rewrite in rewrites:
             rewrite(model)
-        read = openvino_core().read_model(model.SerializeToString())
+        read = openvino_core().read_model(to_bytes(model))
         found[f"OpenVINO, INT8 (ours), {name}"] = _request(read, options.threads, options.precision)
     return found
 
@@ -170,7 +170,9 @@ def medians(
     """Returns name -> median milliseconds in each repeat."""
     found: dict[str, list[float]] = {name: [] for name in engines}
     for repeat in range(options.repeats + 1):
-        measured = measure_latency(engines, images, (len(images),), options.rounds, 4, 2, progress=False).latency
+        measured = measure_latency(
+            engines, images, (len(images),), TimingOptions(options.rounds, 4, 2, progress=False)
+        ).latency
         if repeat:  # the first compiles and warms up
             for name, (latency,) in measured.items():
                 found[name].append(latency.p50)

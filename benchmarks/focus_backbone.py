@@ -21,7 +21,8 @@ from onnx import numpy_helper
 from torch import Tensor
 from torch.utils.data import Subset
 
-from illama.data.datasets import ImageData, Preprocessing
+from illama.data.datasets import ImageData
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import load_images
 

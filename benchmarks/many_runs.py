@@ -15,9 +15,9 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from illama.bundle import Manifest
 from illama.errors import UserError
 from illama.inference import usable_cores
+from illama.manifest import TRAINED, Manifest
 
 TRAIN = Path(__file__).parents[1] / "illama" / "train.py"
 OPTIONS = "options.json"
@@ -76,7 +76,9 @@ def start(out: Path, options: Mapping[str, Any]) -> tuple[Path, subprocess.Popen
 
 def final_top1(out: Path) -> float:
     """Returns the test top-1 of a finished run in percent."""
-    return float(Manifest.read(out / "bundle").metrics["test_top1"])
+    scores = Manifest.read(out / "bundle").scores
+    assert scores is not None
+    return scores.values[TRAINED]
 
 
 def compare(top1: np.ndarray, reference: np.ndarray) -> tuple[float, tuple[float, float]]:

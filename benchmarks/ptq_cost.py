@@ -36,7 +36,7 @@ from illama.errors import UserError
 from illama.inference import load_images
 from quant.export import onnx_export
 from quant.quantizers import calibrate
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 MARK = {"seconds": 60.0, "peak_memory_gib": 4.0}
 MARKED = "int8"
@@ -133,7 +133,9 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
         for module, function, name in inside:
             patches.enter_context(mock.patch.object(module, function, clock.timed(name, getattr(module, function))))
         with clock.phase("calibrate"):
-            quantized = calibrate.calibrate(model, shipped_scheme(scheme), torch.from_numpy(pixels).split(64))
+            quantized = calibrate.calibrate(
+                model, resolve(shipped_scheme(scheme), model), torch.from_numpy(pixels).split(64)
+            )
         with clock.phase("rest of export"):
             onnx_export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")
             if fused:

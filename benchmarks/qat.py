@@ -6,16 +6,14 @@ Only reads the bundles that quant/qat.py wrote.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from illama.bundle import Manifest
 from illama.cli import run_command
 from illama.errors import UserError
-from quant.export.write_bundle import SOURCE
+from illama.manifest import Manifest
 
 HEADER = (
     "scheme",
@@ -44,39 +42,42 @@ class Options:
     out: Path = Path("results/qat")
 
 
-def row(metrics: dict[str, Any]) -> tuple[str, ...]:
-    """Returns a bundle's row; accuracy drops are in points, with 95% confidence intervals."""
-    lost, left = (metrics[f"{name}_drop"]["points"] for name in ("ptq", "qat"))
+def row(manifest: Manifest) -> tuple[str, ...]:
+    """Returns a bundle's row; accuracy drops are in points, with 95% confidence intervals.
+
+    Raises:
+        UserError: the bundle is not one of quant/qat.py.
+    """
+    scores, quantization = manifest.scores, manifest.quantization
+    if quantization is None or scores is None or "qat" not in scores.drops:
+        raise UserError("a folder is not a bundle of quant/qat.py: give only such folders")
+    values, drops = scores.values, scores.drops
+    lost, left = drops["ptq"].points, drops["qat"].points
     won = f"{100 * (lost - left) / lost:.0f}%" if lost > 0.2 else "-"  # a smaller drop is not significant
     return (
-        metrics["scheme"],
-        str(metrics["epochs"]),
-        f"{metrics['fp32_top1']:.2f}",
-        f"{metrics['ptq_top1']:.2f}",
-        _drop(metrics["ptq_drop"]),
-        f"{metrics['qat_top1']:.2f}",
-        _drop(metrics["qat_drop"]),
+        quantization.scheme,
+        str(scores.epochs),
+        f"{values['fp32']:.2f}",
+        f"{values['ptq']:.2f}",
+        str(drops["ptq"]),
+        f"{values['qat']:.2f}",
+        str(drops["qat"]),
         won,
-        f"{metrics['torchao_top1' if 'torchao_top1' in metrics else 'onnx_top1']:.2f}",
-        f"{metrics['fused_onnx_top1']:.2f}" if "fused_onnx_top1" in metrics else "-",
+        f"{values.get('torchao', values.get('onnx')):.2f}",
+        f"{values['fused_onnx']:.2f}" if "fused_onnx" in values else "-",
     )
-
-
-def _drop(drop: dict[str, float]) -> str:
-    return f"{drop['points']:+.2f} ({drop['low']:+.2f} to {drop['high']:+.2f})"
 
 
 def main(options: Options) -> None:
     if not options.bundles:
         raise UserError("no bundle given: give folders that quant/qat.py wrote")
     manifests = [Manifest.read(folder) for folder in options.bundles]
-    if any("qat_drop" not in manifest.metrics for manifest in manifests):
-        raise UserError("a folder is not a bundle of quant/qat.py: give only such folders")
-    table = [HEADER, ("---",) * len(HEADER), *(row(manifest.metrics) for manifest in manifests)]
+    table = [HEADER, ("---",) * len(HEADER), *map(row, manifests)]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    machine = manifests[0].metrics["machine"]
-    commands = "\n".join(f"    {manifest.made_by}" for manifest in manifests)
-    images = manifests[0].metrics["test_images"]
+    scores = manifests[0].scores
+    assert scores is not None and scores.machine is not None  # row checks it
+    machine, images = scores.machine, scores.images
+    commands = "\n".join(f"    {manifest.provenance.command}" for manifest in manifests)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "qat.md").write_text(
         f"{text}\n\nTop-1 of {images:,} test images, of the network that rounds as the file does and of the files in "
@@ -84,10 +85,10 @@ def main(options: Options) -> None:
         "bootstrap. PTQ is the same scheme\nwithout training. "
         f"{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n{commands}\n"
     )
-    content = [{"made_by": each.made_by, **each.metrics, "versions": each.versions} for each in manifests]
+    content = [asdict(each) for each in manifests]
     for entry in content:  # a path on this machine
-        entry.pop(SOURCE, None)
-    (options.out / "qat.json").write_text(json.dumps(content, indent=2) + "\n")
+        entry["provenance"].pop("source")
+    (options.out / "qat.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
     print(text)
 
 

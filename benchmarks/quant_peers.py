@@ -30,8 +30,8 @@ from peers.base import be_quiet, reason
 from peers.runtimes import LOADERS, ORT
 from peers.work import LABELS, RESULT, WorkOptions, logits_file, open_both, peer_versions
 
-from eval.benchmark.latency import measure_latency
-from eval.metrics.paired import Drop, paired_drop
+from eval.benchmark.latency import TimingOptions, measure_latency
+from eval.metrics.paired import paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import SHIPPED, package_versions, sha256
@@ -40,6 +40,7 @@ from illama.cli import run_command
 from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, load_images, top1, usable_cores
+from illama.manifest import Drop
 from quant.mixed_precision.layer_effects import decibels
 
 REFERENCE = "fp32"  # in ONNX Runtime
@@ -266,7 +267,7 @@ def timed(options: PeerOptions, results: dict[str, dict[str, Any]], rows: list[R
                 engines.pop(key_of(row), None)
                 notes[key_of(row)] = f"not timed: {reason(error)}"
     print(f"time {len(engines)} of them with {BATCHES} images a call, {options.rounds} rounds ...", flush=True)
-    measured = measure_latency(engines, images, BATCHES, options.rounds).latency
+    measured = measure_latency(engines, images, BATCHES, TimingOptions(options.rounds)).latency
     times = {
         batch: {name: each.p50 for name, found in measured.items() for each in found if each.batch == batch}
         for batch in BATCHES

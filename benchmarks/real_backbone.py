@@ -39,11 +39,14 @@ from illama.atomic_write import write_file
 from illama.bundle import SHIPPED, sha256
 from illama.checkpoints.load import load_checkpoint
 from illama.cli import run_command
-from illama.data.datasets import Preprocessing, Transformed, open_data
+from illama.data.datasets import Transformed, open_data
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import load_images
 
-PREPROCESSING = Preprocessing(IMAGE_SIZE, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=IMAGE_SIZE)
+PREPROCESSING = Preprocessing(
+    (IMAGE_SIZE, IMAGE_SIZE), 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=IMAGE_SIZE
+)
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 PROBED = "dinov2-small-emoji.safetensors"
 FACTS = "facts"  # key in the metadata of a file of predictions; the value is JSON

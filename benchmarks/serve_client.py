@@ -23,8 +23,9 @@ from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.recommended_runtime import recommend_runtime
 from deploy.serving.model_config import ENCODED
 from deploy.serving.serving_options import ListenOptions
-from illama.bundle import OUTPUT, Manifest
+from illama.bundle import OUTPUT
 from illama.data.datasets import Sample
+from illama.manifest import Manifest
 
 MODEL = "served"
 SETTLE = 20  # warm-up requests of each client, which are not timed

@@ -26,13 +26,13 @@ from illama.bundle import SHIPPED
 from illama.cli import run_command
 from illama.inference import load_images
 from illama.models.attention import MaskedNetwork
-from quant.input_options import InputOptions
+from illama.options import SourceOptions
 from quant.inputs import open_inputs
 from quant.mixed_precision.layer_effects import Tally
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, shipped_scheme
+from quant.schemes.scheme import Scheme, resolve, shipped_scheme
 
 KINDS = {
     "weights": "*.weight",
@@ -116,7 +116,7 @@ def measure(model: MaskedNetwork, batches: list[Tensor], images: Tensor, labels:
     reference = [model(part) for part, _ in parts]
     rows = []
     for tensor, treatment, scheme in tqdm(list(treatments()), unit="treatment", disable=None):
-        quantized, tally = calibrate(model, scheme, batches), Tally()
+        quantized, tally = calibrate(model, resolve(scheme, model), batches), Tally()
         for logits, (part, expected) in zip(reference, parts, strict=True):
             tally.add(logits, quantized(part), expected)
         rows.append({"tensor": tensor, "treatment": treatment, **asdict(tally.effect())})
@@ -151,7 +151,7 @@ def observe_inputs(model: nn.Module, names: Mapping[str, str], images: Tensor) -
 def draw(model: MaskedNetwork, batches: list[Tensor], path: Path) -> None:
     """Plots histograms of two tensors with outliers, and the channels' ranges before and after smoothing."""
     model.set_attention_form("plain")
-    smoothed = calibrate(model, Scheme("none"), batches)
+    smoothed = calibrate(model, resolve(Scheme("none"), model), batches)
     smooth(smoothed, shipped_scheme("int8"), batches)
     product = f"{max(index for index in range(64) if f'blocks.{index}.mlp.fc2' in dict(model.named_modules())) // 2}"
     names = {"p": "blocks.0.attn.core.p", "product": f"blocks.{product}.mlp.fc2"}
@@ -185,7 +185,7 @@ def draw(model: MaskedNetwork, batches: list[Tensor], path: Path) -> None:
 
 
 def main(options: Options) -> None:
-    inputs = open_inputs(InputOptions(options.checkpoint, data=options.data))
+    inputs = open_inputs(SourceOptions(options.checkpoint, data=options.data))
     model, data, preprocessing = inputs.model, inputs.data, inputs.preprocessing
     both = data.calibration(options.calibration_images + options.images)
     pixels, classes = (torch.from_numpy(array) for array in load_images(both, preprocessing.transform()))

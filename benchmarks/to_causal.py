@@ -25,7 +25,7 @@ from illama.training.distributed import Processes
 from illama.training.log import read_log
 from illama.training.recipe import Recipe, load_recipe
 from illama.training.schedules import SoftMaskSchedule
-from illama.training.trainer import Run, fit
+from illama.training.trainer import Run, Task, fit
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def train(model: CausalVisionTransformer, recipe: Recipe) -> CausalVisionTransfo
     """Trains ``model`` by the recipe, or resumes this run, and returns it."""
     recipe.out.mkdir(parents=True, exist_ok=True)
     data = open_data(recipe.data)
-    run = Run(recipe, data, data.preprocessing(28, 1), model, Processes(0, 1, torch.device("cpu")))
+    task = Task(data, data.preprocessing(28, 1))
+    run = Run(recipe, task, model, Processes(0, 1, torch.device("cpu")))
     fit(run)
     return model.eval()
 

@@ -13,9 +13,10 @@ from typing import Annotated
 import tyro
 
 from deploy.runtimes.names import RuntimeName
-from illama.bundle import Manifest, bundle_of
+from illama.bundle import bundle_of
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.options import Positive, ThreadsOrAll
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class PredictOptions:
     engine: Path = Path("runs/ptq/int8")
     runtime: RuntimeName | None = None
     watch: Path | None = None
-    seconds: float | None = None
-    threads: int = 0
+    seconds: Positive | None = None
+    threads: ThreadsOrAll = 0
 
     def __post_init__(self) -> None:
         if bool(self.images) == bool(self.watch):
@@ -51,6 +52,7 @@ def main(options: PredictOptions) -> None:
     from deploy.runtimes.image_input import ImageInput
     from deploy.runtimes.open_engine import open_file
     from deploy.runtimes.temperature import read_temperature
+    from illama.manifest import Manifest
 
     manifest = Manifest.read(bundle_of(options.engine))
     engine, file = open_file(options.engine, options.runtime, options.threads)

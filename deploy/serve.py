@@ -17,6 +17,7 @@ from deploy.serving.serving_options import ListenOptions, ServingOptions
 from deploy.serving.stop_signals import exit_on_signals
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.options import Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +37,13 @@ class ServeOptions(ServingOptions, ListenOptions):
     out: Path = Path("runs/models")
     name: str | None = None
     add: bool = False
-    version: int | None = None
+    version: Count | None = None
     run: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.bundles and not (self.run and self.out.exists()):
             raise UserError("give bundles of python quant/ptq.py, or --run with an existing repository as --out")
-        if self.version is not None and not 1 <= self.version < 1 << 31:
-            raise UserError(f"--version must be 1 to 2^31 - 1, not {self.version}")
 
 
 def main(options: ServeOptions) -> None:

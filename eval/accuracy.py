@@ -19,7 +19,7 @@ import tyro
 
 from deploy.runtimes.names import RuntimeName
 from illama.cli import run_command
-from illama.errors import UserError
+from illama.options import BatchSize, Count, CountOrZero, Data, Positive, ThreadsOrAll, Workers
 
 
 @dataclass(frozen=True)
@@ -41,33 +41,29 @@ class AccuracyOptions:
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: str = "fashion-mnist"
-    images: int | None = None
-    calibration_images: int = 512
+    data: Data = "fashion-mnist"
+    images: Count | None = None
+    calibration_images: CountOrZero = 512
     store: bool = False
     runtime: RuntimeName | None = None
-    threads: int = 0
-    workers: int = 0
-    batch: int = 50
-    patience: float = 1800.0
+    threads: ThreadsOrAll = 0
+    workers: Workers = 0
+    batch: BatchSize = 50
+    patience: Positive = 1800.0
     out: Path = Path("runs/accuracy")
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.patience <= 0 or min(self.calibration_images, self.workers, self.threads) < 0:
-            raise UserError("--batch must be 1 or more, --patience above 0, and other numbers 0 or more")
 
 
 def main(options: AccuracyOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from deploy.runtimes.temperature import store_temperatures
-    from eval.benchmark.evaluate_split import UNFINISHED, evaluate
+    from eval.benchmark.evaluate_split import UNFINISHED, Evaluation, evaluate
     from eval.benchmark.machine import share_of_cores
     from eval.benchmark.open_bundles import open_bundles, open_fitting_data
     from eval.metrics.calibration import fit_temperatures, stored_temperatures
     from eval.metrics.measured import measure
     from eval.report.accuracy_tables import write_accuracy
     from illama.atomic_write import lock_folder, remove_folder
-    from illama.data.datasets import evenly_spaced
+    from illama.data.datasets import Transformed, evenly_spaced
     from illama.training.distributed import processes
 
     work, images = options.out / UNFINISHED, options.calibration_images
@@ -82,17 +78,12 @@ def main(options: AccuracyOptions) -> None:
             temperatures, failed = fit_temperatures(bundles.models, data, transform, images, group)
         else:
             temperatures, failed = stored_temperatures(bundles.paths)
+        facts = {"data": options.data, **bundles.facts, "runtimes": bundles.runtimes}
         results = evaluate(
             bundles.models,
-            split,
-            transform,
+            Transformed(split, transform),
             temperatures,
-            work,
-            options.workers,
-            options.batch,
-            facts={"data": options.data, **bundles.facts, "runtimes": bundles.runtimes},
-            processes=group,
-            patience=options.patience,
+            Evaluation(work, options.workers, options.batch, facts, group, patience=options.patience),
         )
         group.barrier()  # all processes have read the chunks
         if group.main:

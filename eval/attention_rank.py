@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from illama.bundle import SHIPPED
 from illama.cli import run_command
-from illama.errors import UserError
+from illama.options import Count, Data
 
 
 @dataclass(frozen=True)
@@ -20,21 +23,17 @@ class RankOptions:
 
     Attributes:
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
-        data: fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, or a folder with train/ and val/.
+        data: data set whose test images are used.
         images: number of test images, evenly spaced, whose mean map is measured.
         threshold: share of the sum of the singular values that defines the rank, above 0 and at most 1.
         out: folder for the results.
     """
 
     checkpoint: Path = SHIPPED
-    data: str = "fashion-mnist"
-    images: int = 30
-    threshold: float = 0.8
+    data: Data = "fashion-mnist"
+    images: Count = 30
+    threshold: Annotated[float, Interval(gt=0, le=1)] = 0.8
     out: Path = Path("runs/attention-rank")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise UserError(f"--threshold must be above 0 and at most 1, not {self.threshold}")
 
 
 def main(options: RankOptions) -> None:

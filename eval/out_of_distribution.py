@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
+from illama.options import Count, Data
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class OutsideOptions:
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     outside: str
-    data: str = "fashion-mnist"
-    images: int | None = None
+    data: Data = "fashion-mnist"
+    images: Count | None = None
     out: Path = Path("runs/out-of-distribution")
 
 

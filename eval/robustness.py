@@ -16,6 +16,7 @@ import tyro
 from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.options import Count, Data, Seed, Workers
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,15 @@ class RobustnessOptions:
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: str = "fashion-mnist"
+    data: Data = "fashion-mnist"
     corruptions: tuple[str, ...] = CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES
-    images: int = 1000
-    seed: int = 0
-    workers: int = 0
+    images: Count = 1000
+    seed: Seed = 0
+    workers: Workers = 0
     out: Path = Path("runs/robustness")
 
     def __post_init__(self) -> None:
-        if min(self.seed, self.workers) < 0:
-            raise UserError("--seed and --workers must be 0 or more")
         if not self.corruptions or not self.severities:
             raise UserError("--corruptions and --severities each take at least one value")
 

@@ -14,6 +14,7 @@ import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.options import BatchSize
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,10 @@ class RooflineOptions:
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     device: tuple[str, ...] = ("orin-nano",)
-    batch: int = 1
+    batch: BatchSize = 1
     out: Path = Path("runs/roofline")
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise UserError(f"--batch must be at least 1, not {self.batch}")
         if not self.bundles or not self.device:
             raise UserError("no bundle or no device: give at least one bundle and one --device")
         if len({bundle.name for bundle in self.bundles}) < len(self.bundles):

@@ -14,6 +14,7 @@ import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.options import Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,15 @@ class SegmentationEvalOptions:
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     data: Path
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False
     overlap: float = 1 / 3
     out: Path | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if not self.bundles:
             raise UserError("no bundles given: give at least one that python quant/ptq_segmentation.py wrote")
-        if self.seed < 0:
-            raise UserError(f"--seed must be 0 or more, not {self.seed}")
 
 
 def main(options: SegmentationEvalOptions) -> None:

@@ -10,22 +10,22 @@ programs, report.md for pull requests, and plots for slides.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from illama.cli import run_command
-from illama.errors import UserError
-from illama.options import BenchmarkOptions
+from illama.options import BenchmarkOptions, Count, CountOrZero, Data, Flat, Workers
 
 
 @dataclass(frozen=True)
-class TradeoffOptions(BenchmarkOptions):
+class TradeoffOptions:
     """Benchmark any number of bundles and engines: accuracy, calibration, latency, size.
 
     Attributes:
+        benchmark: the benchmark.
         paths: paths to bundles, folders of bundles such as runs/ptq, or single files or engines.
         data: data set that the models were trained on; its test split is evaluated.
         images: number of test images, evenly spaced; all if not given.
@@ -36,16 +36,13 @@ class TradeoffOptions(BenchmarkOptions):
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    data: str = "fashion-mnist"
-    images: int | None = None
-    calibration_images: int = 512
-    workers: int = 0
+    benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
+    data: Data = "fashion-mnist"
+    images: Count | None = None
+    calibration_images: CountOrZero = 512
+    workers: Workers = 0
     store: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.workers, self.calibration_images) < 0:
-            raise UserError("--workers and --calibration-images must be 0 or more")
+    out: Path = Path("runs/tradeoff")
 
 
 def main(options: TradeoffOptions) -> None:
@@ -62,13 +59,13 @@ def main(options: TradeoffOptions) -> None:
     from illama.steps import Steps
     from illama.training.distributed import processes
 
-    baseline, steps = read_baseline(options), Steps()
+    baseline, steps = read_baseline(options.benchmark), Steps()
     with processes(apart=True) as group, lock_folder(options.out, group.main), steps.time("evaluate and time"):
         paths = expand(options.paths)
         manifest = check_alike(paths)
         images = EvaluationImages.open(options.data, manifest, options.images, options.calibration_images)
         check_baseline(baseline, images)
-        pin_threads(options.threads)
+        pin_threads(options.benchmark.threads)
         unfinished = options.out / UNFINISHED
         execution = Execution(
             options.out,
@@ -78,11 +75,11 @@ def main(options: TradeoffOptions) -> None:
             store=options.store,
             reopen=lambda: find_targets(paths),
         )
-        result = run_benchmark(find_targets(paths, threads=share_of_cores()), images, options, execution)
+        result = run_benchmark(find_targets(paths, threads=share_of_cores()), images, options.benchmark, execution)
         if not group.main:
             return
-        checkpoint = ", ".join(map(os.path.relpath, manifest.inputs)) or str(paths[0])
-        report = make_report(result, images, options, checkpoint, steps.seconds)
+        checkpoint = ", ".join(map(os.path.relpath, manifest.provenance.inputs)) or str(paths[0])
+        report = make_report(result, images, options.benchmark, checkpoint, steps.seconds)
         write_and_print(report, images.data.test(), options.out, options.out)
         remove_folder(unfinished)
     exit_on_regression(baseline, report)

@@ -21,8 +21,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from illama.bundle import is_bundle
 from illama.errors import UserError
+from illama.manifest import is_bundle
 
 LOCK = ".lock"  # name of the lock file in a folder that a process uses
 _LOST_RACE = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)

@@ -8,17 +8,22 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
 
 from illama.errors import UserError
+from illama.options import check_bounds
 from illama.quiet import without_noise
 
+_INTERRUPTED = "interrupted; no incomplete file was left behind"
 Options = TypeVar("Options")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
+_BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EISDIR)
+_NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")  # in PyTorch's and the runtimes' messages
 
 
 def run_command(
@@ -35,15 +40,42 @@ def run_command(
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up like Ctrl-C
         with without_noise():
-            main(parse() if parse else tyro.cli(options))
-    except UserError as error:
-        _exit(str(error), 2)
+            given = parse() if parse else tyro.cli(options)
+            check_bounds(given)
+            main(given)
     except KeyboardInterrupt as stop:
-        _exit(str(stop) or "interrupted; no incomplete file was left behind", 130)
-    except OSError as error:
-        if error.errno not in (*_DISK_FULL, *_NOT_WRITABLE):
+        _exit(str(stop) or _INTERRUPTED, 130)
+    except Exception as error:
+        if (message := _problem(error)) is None:
             raise
-        _exit(f"cannot use {error.filename or 'the output folder'}: {os.strerror(error.errno)}", 2)
+        _exit(message, 2)
+
+
+def _problem(error: Exception) -> str | None:
+    """Returns one line about an error that the user can correct; None for a defect of this project."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (*_DISK_FULL, *_NOT_WRITABLE, *_BAD_PATH):
+        return str(UserError(f"cannot use {error.filename or 'the output folder'}: {os.strerror(error.errno)}"))
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return "a path holds a NUL byte"
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+        return "not enough memory: choose smaller sizes, or a machine with more"
+    return None
+
+
+def _report_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Reports Ctrl-C before :func:`run_command`, while a command imports its modules, in one line too.
+
+    Python then ends the process by SIGINT, which is status 130 for a shell.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        print(_INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report_interrupt
 
 
 def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:

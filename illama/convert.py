@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.options import Exif
+from illama.options import Exif, ImageSize
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ConvertOptions:
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     out: Path
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     classes: Path | None = None
     exif: Exif | None = None
     half: bool = False

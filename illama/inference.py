@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from illama.data.datasets import Sample, Transform, Transformed
+from illama.data.datasets import Sample, Transformed
+from illama.data.preprocessing import Transform
 
 Infer = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) float32 -> logits
 _CALLS = 10  # number of consecutive calls of one model
@@ -52,13 +54,12 @@ def predict(
     """
     total, disable = len(split), None if progress else True  # type: ignore[arg-type]
     with tqdm(total=total, desc="evaluate", unit="img", disable=disable, leave=False) as bar:
-        return next(predict_chunks(models, split, transform, [range(total)], batch, workers, bar.update))
+        return next(predict_chunks(models, Transformed(split, transform), [range(total)], batch, workers, bar.update))
 
 
 def predict_chunks(
     models: Mapping[str, Infer],
-    split: Dataset[Sample],
-    transform: Transform,
+    images: Dataset[tuple[Tensor, int]],
     chunks: Sequence[range],
     batch: int = 50,
     workers: int = 0,
@@ -70,6 +71,7 @@ def predict_chunks(
     switching costs time.
 
     Args:
+        images: preprocessed images and labels.
         chunks: image indices; no chunk is empty.
         batch: images per call of a model, all from the same chunk.
         workers: number of processes that read images in advance.
@@ -77,14 +79,14 @@ def predict_chunks(
     """
     calls = [[list(chunk[start : start + batch]) for start in range(0, len(chunk), batch)] for chunk in chunks]
     in_order = [call for each in calls for call in each]
-    loader = iter(DataLoader(Transformed(split, transform), batch_sampler=in_order, num_workers=workers))
+    loader = iter(DataLoader(images, batch_sampler=in_order, num_workers=workers))
     for chunk in calls:
         logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
         labels: list[np.ndarray] = []
         for start in range(0, len(chunk), _CALLS):
             read = [next(loader) for _ in chunk[start : start + _CALLS]]
             for name, infer in models.items():
-                logits[name] += [infer(images.numpy()) for images, _ in read]
+                logits[name] += [infer(pixels.numpy()) for pixels, _ in read]
             labels += [each.numpy() for _, each in read]
             advance(sum(len(each) for _, each in read))
         yield {name: np.concatenate(parts) for name, parts in logits.items()}, np.concatenate(labels)

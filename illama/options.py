@@ -3,14 +3,106 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import tyro
+from annotated_types import Interval
+
+from illama.bundle import SHIPPED
 from illama.errors import UserError
 
+Options = TypeVar("Options")
+Flat = Annotated[Options, tyro.conf.OmitArgPrefixes]  # options of a dataclass within a dataclass, without a prefix
+_DATA = (
+    "fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a "
+    "folder with train/ and val/"
+)
+Data = Annotated[str, tyro.conf.arg(help=_DATA)]  # a data set, as illama.data.datasets.open_data takes it
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
+
+# Types of options with their bounds, which :func:`check_bounds` checks.
+_MOST = (1 << 31) - 1
+Count = Annotated[int, Interval(ge=1, le=_MOST)]
+CountOrZero = Annotated[int, Interval(ge=0, le=_MOST)]
+BatchSize = Annotated[int, Interval(ge=1, le=1 << 16)]
+ImageSize = Annotated[int, Interval(ge=1, le=1 << 16)]
+Threads = Annotated[int, Interval(ge=1, le=1024)]
+ThreadsOrAll = Annotated[int, Interval(ge=0, le=1024)]
+Workers = Annotated[int, Interval(ge=0, le=1024)]
+Seed = Annotated[int, Interval(ge=0, lt=1 << 32)]
+Port = Annotated[int, Interval(ge=1, le=65535)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Positive = Annotated[float, Interval(gt=0, lt=math.inf)]
+Number = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
+NotNegative = Annotated[float, Interval(ge=0, lt=math.inf)]
+
+
+def check_bounds(options: Any) -> None:
+    """Raises UserError for the first field, also of a field that is a dataclass, whose value is out of its bounds."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        option = getattr(options, name, None)
+        if is_dataclass(option):
+            check_bounds(option)
+        for bounds, value in _bounded(hint, option):
+            if not _inside(value, bounds):
+                raise UserError(f"--{name.replace('_', '-')} must be {_describe(bounds)}, not {value!s:.40}")
+
+
+def _bounded(hint: Any, value: Any) -> Iterator[tuple[Interval, Any]]:
+    """Yields the values in an option with the bounds that its type declares for them."""
+    if value is None:
+        return
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        yield from ((each, value) for each in hint.__metadata__ if isinstance(each, Interval))
+        yield from _bounded(parts[0], value)
+    elif get_origin(hint) in (Union, UnionType):
+        for part in parts:
+            yield from _bounded(part, value)
+    elif get_origin(hint) is tuple:
+        for number, each in enumerate(value):
+            yield from _bounded(parts[0] if parts[-1] is Ellipsis else parts[number], each)
+
+
+def _inside(value: Any, bounds: Interval) -> bool:
+    lower = (bounds.ge is None or value >= bounds.ge) and (bounds.gt is None or value > bounds.gt)
+    return bool(lower and (bounds.le is None or value <= bounds.le) and (bounds.lt is None or value < bounds.lt))
+
+
+def _describe(bounds: Interval) -> str:
+    """Interval(ge=1, le=9) -> "1 or more, and at most 9"."""
+    limits = ((bounds.ge, "{} or more"), (bounds.gt, "above {}"), (bounds.le, "at most {}"), (bounds.lt, "below {}"))
+    return ", and ".join(text.format(limit) for limit, text in limits if limit is not None)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where a network and its images come from.
+
+    Attributes:
+        checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
+        model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
+        data: the data set.
+        calibration_images: number of training images that ranges are calibrated on.
+        image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
+        exif: apply or ignore the orientation that image files declare. Defaults to the value in the checkpoint's
+            bundle, or to apply without a bundle.
+        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Defaults to the
+            value in the checkpoint's bundle; without a bundle, natural for a timm ViT and words for an iLLaMA.
+    """
+
+    checkpoint: Path = SHIPPED
+    model: str | None = None
+    data: Data = "fashion-mnist"
+    calibration_images: Count = 512
+    image_size: ImageSize | None = None
+    exif: Exif | None = None
+    class_order: ClassOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -24,23 +116,10 @@ class Constraints:
         megabytes: limit on the size of the deployed file, in 10^6 bytes.
     """
 
-    batch: int = 1
-    latency_ms: float | None = None
-    drop: float | None = None
-    megabytes: float | None = None
-
-
-def check_constraints(constraints: Constraints) -> None:
-    """Raises UserError for a limit that no engine can satisfy."""
-    for name, value in {
-        "latency": constraints.latency_ms,
-        "size": constraints.megabytes,
-        "the batch size": constraints.batch,
-    }.items():
-        if value is not None and not value > 0:
-            raise UserError(f"the limit on {name} must be above zero, not {value}")
-    if constraints.drop is not None and math.isnan(constraints.drop):
-        raise UserError("the limit on the accuracy drop must be a number")
+    batch: BatchSize = 1
+    latency_ms: Positive | None = None
+    drop: Number | None = None
+    megabytes: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -57,26 +136,22 @@ class BenchmarkOptions:
         also: folders with results of other commands, such as runs/robustness, to include in the report.
         fail_on_regression: path to an earlier report.json; exit with status 1 after a regression (docs/evaluation.md).
         seed: random seed of the confidence intervals and of the order in which targets are timed.
-        out: folder of the report.
     """
 
-    batches: tuple[int, ...] = (1, 8, 64)
-    seconds: float = 10.0
-    threads: int | None = None
-    max_latency_ms: float | None = None
-    max_drop: float | None = None
-    max_megabytes: float | None = None
+    batches: tuple[BatchSize, ...] = (1, 8, 64)
+    seconds: Positive = 10.0
+    threads: Threads | None = None
+    max_latency_ms: Positive | None = None
+    max_drop: Number | None = None
+    max_megabytes: Positive | None = None
     also: tuple[Path, ...] = ()
     fail_on_regression: Path | None = None
-    seed: int = 0
-    out: Path = Path("runs/tradeoff")
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
-            raise UserError("--batches takes one batch size or more, each above 0 and given once")
-        if not 0 < self.seconds < math.inf or self.seed < 0:
-            raise UserError("--seconds must be a number above 0, and --seed 0 or more")
-        check_constraints(self.constraints)
+        check_bounds(self)
+        if not self.batches or len(set(self.batches)) < len(self.batches):
+            raise UserError("--batches takes one batch size or more, each given once")
 
     @property
     def constraints(self) -> Constraints:

@@ -28,8 +28,9 @@ from illama.atomic_write import (
     write_file,
     write_folder,
 )
-from illama.bundle import is_bundle, sha256
+from illama.bundle import sha256
 from illama.errors import UserError
+from illama.manifest import is_bundle
 from illama.structured_files import read_json
 
 RUN = "run.json"

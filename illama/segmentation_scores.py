@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from illama.data.ade20k import IGNORED
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import Infer
 
@@ -106,8 +106,7 @@ def score_images(
     models: Mapping[str, Infer],
     images: Dataset[Any],
     classes: int,
-    preprocessing: Preprocessing,
-    views: Views | None = None,
+    predict: Callable[[Infer, Tensor], Tensor],
     workers: int = 0,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
@@ -116,6 +115,7 @@ def score_images(
     Args:
         images: a :class:`illama.data.ade20k.LabelMaps`.
         classes: number of classes.
+        predict: returns the predicted class of every pixel, such as :func:`predict_map` with its other arguments.
         workers: number of processes that read images.
         progress: whether to show a progress bar.
     """
@@ -124,21 +124,21 @@ def score_images(
     total, disable = len(cast(Sized, images)), None if progress else True
     for image, true in tqdm(loader, "evaluate", total, unit="img", disable=disable, leave=False):
         for name, infer in models.items():
-            predicted = predict_map(infer, image, preprocessing, views or Views())
+            predicted = predict(infer, image)
             counts[name].append(count_pixels(predicted.numpy(), np.asarray(true), classes))
     return {name: np.stack(parts) for name, parts in counts.items()}
 
 
-def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views: Views) -> Tensor:
+def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views: Views | None = None) -> Tensor:
     """Returns the predicted class of every pixel (H, W) of an image (3, H, W), uint8."""
-    shorter = preprocessing.resize or preprocessing.image_size
+    shorter, views = preprocessing.resize or min(preprocessing.size), views or Views()
     to_input: Callable[[Any], Tensor] = v2.Compose(preprocessing.to_input())
     total: Tensor | None = None
     for scale in views.scales:
         size = [max(1, round(shorter * scale))]
         pixels = to_input(v2.functional.resize(image, size, InterpolationMode.BILINEAR)).as_subclass(Tensor)
         for mirrored in (False, True)[: 1 + views.flip]:
-            logits = _slide(infer, pixels.flip(-1) if mirrored else pixels, preprocessing.image_size, views.overlap)
+            logits = _slide(infer, pixels.flip(-1) if mirrored else pixels, min(preprocessing.size), views.overlap)
             logits = logits.flip(-1) if mirrored else logits
             whole = F.interpolate(logits[None], image.shape[-2:], mode="bilinear", align_corners=False)[0]
             shares = whole.softmax(0)

@@ -22,7 +22,7 @@ from illama.errors import UserError, shorten
 
 T = TypeVar("T")
 Unknown = Literal["forbid", "ignore"]
-MAX_JSON_BYTES, MAX_YAML_BYTES = 256 << 20, 1 << 20
+MAX_JSON_BYTES, MAX_YAML_BYTES, MAX_TEXT_BYTES = 256 << 20, 1 << 20, 16 << 20
 MAX_DEPTH = 50  # of lists and mappings in a YAML file; JSON's limit is pydantic's, 200
 # Scalars of YAML 1.2: its tag, the pattern, and the characters that it starts with. All others are text.
 _SCALARS = (
@@ -63,6 +63,8 @@ def parse_json(text: str | bytes, kind: type[T], name: str, unknown: Unknown = "
         return cast("tuple[T]", _adapter(cast(Any, kind), unknown).validate_json(b"[" + whole + b"\n]"))[0]
     except ValidationError as error:
         raise UserError(f"{name} is damaged: {_first(error)}") from error
+    except UserError as error:  # of a dataclass that checks its values
+        raise UserError(f"{name}: {error}") from error
 
 
 def read_yaml(path: Path, kind: type[T]) -> T:
@@ -82,19 +84,50 @@ def read_yaml(path: Path, kind: type[T]) -> T:
     return parse_json(text, kind, str(path))
 
 
+def read_text(path: Path) -> str:
+    """Returns a UTF-8 file; raises UserError if it cannot be read, exceeds :data:`MAX_TEXT_BYTES`, or is not text."""
+    try:
+        return read_bytes(path, MAX_TEXT_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a UTF-8 text file") from error
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """Returns the content of a regular file of at most ``limit`` bytes; raises UserError for any other path."""
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"cannot read {path}: it is not a regular file")
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL byte
-        reason = _REASONS.get(type(error)) or getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read {path}: {reason}") from error
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise UserError(f"{path} is larger than {limit >> 20} MiB: it cannot be such a file")
     return content
+
+
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a UTF-8 file that are not empty, without spaces around them.
+
+    Raises:
+        UserError: the file cannot be read, is larger than :data:`MAX_TEXT_BYTES`, or is not text.
+    """
+    lines = read_text(path).splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def check_regular(path: Path) -> None:
+    """Raises UserError unless a file can be opened and is no folder, pipe or device, which could block or never end."""
+    try:
+        if not (path.is_file() or path.is_dir()) and path.stat():
+            raise UserError(f"cannot read {path}: it is not a regular file")
+        path.open("rb").close()
+    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL byte
+        reason = _REASONS.get(type(error)) or getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot read {path}: {reason}") from error
+
+
+_PROBLEMS = {
+    "unexpected_keyword_argument": "unknown key",
+    "extra_forbidden": "unknown key",
+    "missing_argument": "missing key",
+}
 
 
 @cache
@@ -106,7 +139,7 @@ def _first(error: ValidationError) -> str:
     """Returns the first problem with its place, such as "preprocessing.size.0: input should be a valid integer"."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(shorten(str(key), 60) for key in first["loc"][1:])
-    problem = {"unexpected_keyword_argument": "unknown key", "missing_argument": "missing key"}.get(first["type"])
+    problem = _PROBLEMS.get(first["type"])
     message = problem or first["msg"][0].lower() + first["msg"][1:]
     return f"{place}: {message}" if place else message
 

@@ -18,7 +18,7 @@ from illama.training.recipe import DEFAULT_RECIPE, RECIPES, Recipe, recipe_of_co
 def main(recipe: Recipe) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from illama.atomic_write import lock_folder
-    from illama.bundle import Manifest
+    from illama.manifest import TRAINED, Manifest
     from illama.training.distributed import processes
     from illama.training.finish import write_bundle
     from illama.training.start import start_run
@@ -30,8 +30,9 @@ def main(recipe: Recipe) -> None:
         fit(run)
         bundle = write_bundle(run)
     if group.main:
-        metrics = Manifest.read(bundle).metrics
-        print(f"top-1 {metrics['test_top1']:.2f}% on {metrics['test_images']} test images; bundle in {bundle}")
+        scores = Manifest.read(bundle).scores
+        assert scores is not None  # write_bundle evaluates
+        print(f"top-1 {scores.values[TRAINED]:.2f}% on {scores.images} test images; bundle in {bundle}")
 
 
 if __name__ == "__main__":

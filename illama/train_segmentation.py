@@ -6,63 +6,16 @@ GPUs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, TypeVar
-
-import tyro
+from dataclasses import replace
 
 from illama.cli import run_command
-from illama.options import ClassOrder
-from illama.training.recipe import Recipe
-from illama.training.schedules import SoftMaskSchedule
-
-Value = TypeVar("Value")
-# An option of a classifier's recipe that does not apply to segmentation.
-_NotApplicable = Annotated[Value, tyro.conf.Fixed, tyro.conf.Suppress]
-
-
-@dataclass(frozen=True)
-class SegmentationOptions(Recipe):
-    """Train a UperNet, whose backbone is initialized from --init, on a folder in ADE20K's layout.
-
-    Image size, optimizer, learning rate and weight decay are the paper's. The paper gives no batch size, epochs or
-    warm-up: those here amount to the usual 160,000 steps of 16 images, of which 1,500 are warm-up, on ADE20K.
-
-    Attributes:
-        data: path to a folder in the layout of ADEChallengeData2016 (illama/data/ade20k.py).
-        init: initial weights of the backbone: a bundle, a .safetensors file or a released .pth file; position
-            embeddings are resized.
-        decoder_channels: number of channels of every feature map in the decoder.
-    """
-
-    out: Path = Path("runs/segmentation")
-    epochs: int = 127
-    batch_size: int = 16
-    micro_batch: int = 4
-    learning_rate: float = 6e-5
-    weight_decay: float = 0.01
-    warmup_epochs: float = 1.2
-    soft_mask: SoftMaskSchedule = "none"
-    soft_mask_epochs: float = 0
-    label_smoothing: float = 0.0
-    decoder_channels: int = 256
-    class_order: _NotApplicable[ClassOrder | None] = None
-    recipe: _NotApplicable[str] = ""
-    new_head: _NotApplicable[bool] = True
-    fsdp: _NotApplicable[bool] = False
-    crop_padding: _NotApplicable[int] = 0
-    rand_augment: _NotApplicable[str] = ""
-    erasing: _NotApplicable[float] = 0.0
-    mixup: _NotApplicable[float] = 0.0
-    cutmix: _NotApplicable[float] = 0.0
-    mixup_probability: _NotApplicable[float] = 0.0
+from illama.training.segmentation_options import SegmentationOptions
 
 
 def main(options: SegmentationOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from illama.atomic_write import lock_folder
-    from illama.bundle import Manifest
+    from illama.manifest import TRAINED, Manifest
     from illama.training.distributed import processes
     from illama.training.finish import write_bundle
     from illama.training.segmentation_run import start_segmentation
@@ -70,12 +23,13 @@ def main(options: SegmentationOptions) -> None:
 
     options = replace(options, out=options.out.resolve())
     with processes() as group, lock_folder(options.out, group.main):
-        run = start_segmentation(options, options.decoder_channels, group)
+        run = start_segmentation(options, group)
         fit(run)
         bundle = write_bundle(run)
     if group.main:
-        metrics = Manifest.read(bundle).metrics
-        print(f"mIoU {metrics['test_miou']:.2f}% on {metrics['test_images']} validation images; bundle in {bundle}")
+        scores = Manifest.read(bundle).scores
+        assert scores is not None  # write_bundle evaluates
+        print(f"mIoU {scores.values[TRAINED]:.2f}% on {scores.images} validation images; bundle in {bundle}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tyro
 from illama.bundle import CPU_ONNX
 from illama.cli import run_command
 from illama.errors import UserError
+from illama.options import Count
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class DebugOptions:
         scheme: name of a shipped scheme, or path to a YAML file; defaults to the bundle's own.
         checkpoint: path to the checkpoint that the bundle was made from.
         model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
-        data: images, as for python quant/ptq.py.
+        data: fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER,
+            or a folder with train/ and val/.
         calibration_images: number of training images for calibration.
         images: number of images to compare; calibration images are not used.
     """
@@ -42,8 +44,8 @@ class DebugOptions:
     checkpoint: Path | None = None
     model: str | None = None
     data: str | None = None
-    calibration_images: int | None = None
-    images: int = 8
+    calibration_images: Count | None = None
+    images: Count = 8
 
 
 def main(options: DebugOptions) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from illama.checkpoints.load import Checkpoint, load_checkpoint
 from illama.checkpoints.timm_checkpoint import load_timm
-from illama.data.datasets import ImageData, Preprocessing, Sample, Transformed, open_data
+from illama.data.datasets import ImageData, Sample, Transformed, open_data
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import load_images
 from illama.models.attention import MaskedNetwork
-from quant.input_options import InputOptions
+from illama.options import SourceOptions
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
@@ -32,15 +32,14 @@ class Inputs:
 
     Attributes:
         calibration_images: number of training images for calibration.
-        source: arguments of :func:`open_inputs` for JSON, to open the same inputs again; how images are read is in
-            ``preprocessing``.
+        source: options that open the same inputs again.
     """
 
     checkpoint: Checkpoint
     data: ImageData
     preprocessing: Preprocessing
     calibration_images: int
-    source: Mapping[str, Any]
+    source: SourceOptions
 
     @cached_property
     def calibration(self) -> list[Tensor]:
@@ -70,17 +69,14 @@ class Inputs:
         return DataLoader(Transformed(images, self.preprocessing.transform()), batch_size=_BATCH)
 
 
-def open_inputs(options: InputOptions, image_size: int | None = None) -> Inputs:
+def open_inputs(options: SourceOptions) -> Inputs:
     """Opens the checkpoint and the data.
-
-    Args:
-        image_size: image size in pixels; defaults to the checkpoint's.
 
     Raises:
         UserError: one cannot be opened, or their classes differ.
     """
     checkpoint, data = options.checkpoint, options.data
-    loaded = _open_checkpoint(checkpoint, options.model, image_size)
+    loaded = _open_checkpoint(checkpoint, options.model, options.image_size)
     stored, config = loaded.preprocessing, loaded.model.config
     images = open_data(
         data,
@@ -96,13 +92,7 @@ def open_inputs(options: InputOptions, image_size: int | None = None) -> Inputs:
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
     fitting = stored or images.preprocessing(config.image_size, config.in_channels)
     preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order)
-    source = {
-        "checkpoint": str(checkpoint),
-        "data": data,
-        "calibration_images": options.calibration_images,
-        "model": options.model,
-        "image_size": image_size,
-    }
+    source = replace(options, exif=images.exif, class_order=images.class_order)
     return Inputs(loaded, images, preprocessing, options.calibration_images, source)
 
 
@@ -115,13 +105,9 @@ def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> C
     return load_timm(name, path, image_size)
 
 
-def schemes_from_options(names: Sequence[str], files: Sequence[Path]) -> list[Scheme]:
-    """Returns the shipped schemes of these names and the schemes of the YAML files.
-
-    Raises:
-        UserError: a name is unknown, a file cannot be read, or two schemes have one name.
-    """
-    schemes = [shipped_scheme(name) for name in dict.fromkeys(names)] + [read_scheme(path) for path in files]
+def schemes_from_options(names: Sequence[str]) -> list[Scheme]:
+    """Returns schemes by name or YAML file; raises UserError if one cannot be read, or two have one name."""
+    schemes = [scheme_from_name_or_file(name) for name in dict.fromkeys(names)]
     check_names(schemes)
     return schemes
 
@@ -137,9 +123,14 @@ def scheme_from_name_or_file(name: str) -> Scheme:
     """Returns a shipped scheme by its name, or the scheme in a file whose name ends in .yaml or .yml.
 
     Raises:
-        UserError: there is none, or its backend is not ONNX.
+        UserError: there is none.
     """
-    scheme = read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else shipped_scheme(name)
+    return read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else shipped_scheme(name)
+
+
+def onnx_scheme(name: str) -> Scheme:
+    """Returns a scheme as :func:`scheme_from_name_or_file`; raises UserError if its backend is not ONNX."""
+    scheme = scheme_from_name_or_file(name)
     if scheme.backend != "onnx":
         raise UserError(
             f"scheme {name} has backend {scheme.backend} and cannot be exported to ONNX: choose another scheme"

@@ -10,52 +10,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.trt.engine_options import EngineOptions, LibraryName
 from illama.cli import run_command
-from illama.options import BenchmarkOptions
-from quant.input_options import InputOptions
+from illama.options import BenchmarkOptions, Flat, SourceOptions
 
 if TYPE_CHECKING:
     from quant.inputs import Inputs
     from quant.schemes.scheme import Scheme
 
-DEFAULT_SCHEMES = ("int8", "fp8")
-
 
 @dataclass(frozen=True)
-class PtqOptions(InputOptions, BenchmarkOptions):
+class PtqOptions:
     """Quantize a trained vision transformer, build engines, and report accuracy against latency.
 
     Attributes:
-        schemes: names of shipped schemes (python quant/list_schemes.py). Defaults to int8 and fp8, unless --scheme-file
-            is given.
-        scheme_file: paths to schemes in YAML, your own or those of python quant/search.py.
+        source: the network and its images.
+        benchmark: the benchmark.
+        schemes: names of shipped schemes (python quant/list_schemes.py), or paths to YAML files, your own or those of
+            python quant/search.py.
         out: folder of the bundles and the report; an earlier result there is replaced.
-        image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
         targets: compute capabilities of the engines, such as sm86 sm89. Defaults to this GPU for tensorrt,
             and to Ampere and newer for tensorrt_rtx.
         restart: discard the unfinished run in OUT.partial instead of continuing it.
     """
 
-    schemes: tuple[str, ...] | None = None
-    scheme_file: tuple[Path, ...] = ()
+    source: Flat[SourceOptions] = field(default_factory=SourceOptions)
+    benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
+    schemes: tuple[str, ...] = ("int8", "fp8")
     out: Path = Path("runs/ptq")
-    image_size: int | None = None
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()
     restart: bool = False
-
-    @property
-    def scheme_names(self) -> tuple[str, ...]:
-        """The shipped schemes to quantize by."""
-        if self.schemes is not None:
-            return self.schemes
-        return () if self.scheme_file else DEFAULT_SCHEMES
 
 
 def main(options: PtqOptions) -> None:
@@ -70,31 +60,31 @@ def main(options: PtqOptions) -> None:
     from eval.report.write_report import is_result, write_and_print
     from illama.partial_work import partial_work
     from illama.steps import Steps
-    from quant.export.write_bundle import Origin, check_scheme, write_bundles
+    from quant.export.write_bundle import Origin, plan_quantization, write_bundles
     from quant.inputs import open_inputs, schemes_from_options
 
-    baseline, steps = read_baseline(options), Steps()
+    baseline, steps = read_baseline(options.benchmark), Steps()
     with partial_work(options.out, is_result) as work:
-        schemes = schemes_from_options(options.scheme_names, options.scheme_file)
-        inputs = open_inputs(options, options.image_size)
-        for scheme in schemes:
-            check_scheme(inputs.model, scheme)
+        schemes = schemes_from_options(options.schemes)
+        inputs = open_inputs(options.source)
+        plans = [plan_quantization(inputs.model, scheme) for scheme in schemes]
         library = find_library(options.library)
         if library:
             library.resolve_targets(options.targets)
-        test, calibration = inputs.data.test(), options.calibration_images
-        images = EvaluationImages(options.data, inputs.data, test, inputs.preprocessing, calibration)
+        test, calibration = inputs.data.test(), options.source.calibration_images
+        images = EvaluationImages(options.source.data, inputs.data, test, inputs.preprocessing, calibration)
         check_baseline(baseline, images)
 
-        origin = Origin.of(inputs, options.seed)
+        origin = Origin.of(inputs, options.benchmark.seed)
         work.start(_facts(options, inputs, schemes), options.restart)
-        bundles, networks = write_bundles(work, inputs, schemes, origin, steps.show)
+        bundles, networks = write_bundles(work, inputs, plans, origin, steps.show)
         not_run = build_engines(library, bundles, EngineOptions(options.targets), steps.show)
         with steps.show("evaluate and time"):
-            pin_threads(options.threads)
+            pin_threads(options.benchmark.threads)
             execution = Execution(work.result, work.step("evaluation"), restart=True, store=True)
-            result = run_benchmark(find_targets(bundles, networks), images, options, execution)
-        report = make_report(result, images, options, os.path.relpath(options.checkpoint), steps.seconds, not_run)
+            result = run_benchmark(find_targets(bundles, networks), images, options.benchmark, execution)
+        checkpoint = os.path.relpath(options.source.checkpoint)
+        report = make_report(result, images, options.benchmark, checkpoint, steps.seconds, not_run)
         write_and_print(report, test, work.result, options.out)
     exit_on_regression(baseline, report)
 
@@ -104,15 +94,18 @@ def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> di
     from illama.bundle import package_versions, sha256
     from illama.partial_work import sources_digest
 
-    replaced = ("checkpoint", "scheme_file", "out", "restart")  # a path is replaced by its content
+    source = asdict(replace(inputs.source, checkpoint=Path()))  # a path is replaced by its content
     return {
-        **{field.name: getattr(options, field.name) for field in fields(options) if field.name not in replaced},
+        **source,
+        **asdict(options.benchmark),
+        "library": options.library,
+        "targets": options.targets,
+        "schemes": list(map(repr, schemes)),  # not as mappings, whose order matters
         "checkpoint": sha256(inputs.checkpoint.weights),
         "network": inputs.model.config.to_dict(),
         "preprocessing": asdict(inputs.preprocessing),
         "classes": inputs.data.classes,
         "number of test images": len(inputs.data.test()),  # type: ignore[arg-type]
-        "scheme files": list(map(repr, schemes)),  # not as mappings, whose order matters
         "package versions": package_versions(),
         "version of this toolkit": sources_digest(),
     }

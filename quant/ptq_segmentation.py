@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
+from illama.options import Count
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PtqSegmentationOptions:
     bundle: Annotated[Path, tyro.conf.Positional]
     data: Path
     schemes: tuple[str, ...] = ("int8", "fp8")
-    calibration_images: int = 64
+    calibration_images: Count = 64
     out: Path = Path("runs/ptq-segmentation")
 
 

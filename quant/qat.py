@@ -22,8 +22,8 @@ def main(options: QatOptions) -> None:
     from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
     from eval.metrics.paired import paired_drop
     from illama.atomic_write import lock_folder
-    from illama.bundle import Manifest
     from illama.inference import chance_note
+    from illama.manifest import Manifest
     from illama.training.distributed import processes
     from illama.training.trainer import fit
     from quant.quantizers.qat_run import open_job, start_run, write_qat_bundle
@@ -36,14 +36,15 @@ def main(options: QatOptions) -> None:
         if not group.main:
             return
         bundle = write_qat_bundle(job, run, lambda path: OnnxRuntimeEngine(path).infer, paired_drop)
-    metrics = Manifest.read(bundle).metrics
-    exported = "torchao_top1" if "torchao_top1" in metrics else "onnx_top1"
+    scores = Manifest.read(bundle).scores
+    assert scores is not None  # write_qat_bundle evaluates
+    top1 = scores.values
     print(
-        f"top-1 of {metrics['test_images']} test images: FP32 {metrics['fp32_top1']:.2f}%, "
-        f"post-training quantization {metrics['ptq_top1']:.2f}%, quantization-aware training "
-        f"{metrics['qat_top1']:.2f}%, exported file {metrics[exported]:.2f}%; bundle in {bundle}"
+        f"top-1 of {scores.images} test images: FP32 {top1['fp32']:.2f}%, post-training quantization "
+        f"{top1['ptq']:.2f}%, quantization-aware training {top1['qat']:.2f}%, exported file "
+        f"{top1.get('torchao', top1.get('onnx')):.2f}%; bundle in {bundle}"
     )
-    if note := chance_note("FP32", metrics["fp32_top1"], len(job.inputs.data.classes)):
+    if note := chance_note("FP32", top1["fp32"], len(job.inputs.data.classes)):
         print(note)
 
 

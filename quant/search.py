@@ -11,7 +11,7 @@ limit on the next prediction is tightened.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,17 +20,18 @@ import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
-from quant.input_options import InputOptions
+from illama.options import Count, CountOrZero, Flat, Positive, SourceOptions, ThreadsOrAll
 from quant.mixed_precision.budget import Budget
 
 
 @dataclass(frozen=True)
-class SearchOptions(InputOptions):
+class SearchOptions:
     """Find the best number format for each layer under one budget: --max-drop, --max-ms or --max-megabytes.
 
     Effects are measured on training images that calibration does not use, never on test images.
 
     Attributes:
+        source: the network and its images.
         max_drop: largest accuracy drop in points of top-1; the objective is --minimise.
         max_ms: largest time of a call with one image, in milliseconds; the objective is the accuracy drop.
         max_megabytes: largest size of model.onnx, in 10^6 bytes; the objective is the accuracy drop.
@@ -47,25 +48,26 @@ class SearchOptions(InputOptions):
         out: folder for scheme.yaml, model.onnx and search.json; an earlier result is replaced.
     """
 
-    max_drop: float | None = None
-    max_ms: float | None = None
-    max_megabytes: float | None = None
+    source: Flat[SourceOptions] = field(default_factory=SourceOptions)
+    max_drop: Positive | None = None
+    max_ms: Positive | None = None
+    max_megabytes: Positive | None = None
     minimise: Literal["ms", "bytes"] = "ms"
     formats: tuple[str, ...] = ("int8", "w4a8", "int8-weight-only", "w4a16")
     layer_times: tuple[str, ...] = ()
-    images: int = 1000
-    check_images: int | None = None
-    reconstruction_iterations: Annotated[int, tyro.conf.arg(aliases=["--learned"])] = 0
-    rounds: int = 6
-    threads: int = 0
+    images: Count = 1000
+    check_images: Count | None = None
+    reconstruction_iterations: Annotated[CountOrZero, tyro.conf.arg(aliases=["--learned"])] = 0
+    rounds: Count = 6
+    threads: ThreadsOrAll = 0
     out: Path = Path("runs/search")
 
     def budget(self) -> Budget:
-        """Returns the one budget; raises UserError for none, several, or a value that is too small."""
+        """Returns the one budget; raises UserError for none or several."""
         given = {"drop": self.max_drop, "ms": self.max_ms, "megabytes": self.max_megabytes}
         values = [(kind, value) for kind, value in given.items() if value is not None]
-        if len(values) != 1 or values[0][1] <= 0 or self.rounds < 1 or self.reconstruction_iterations < 0:
-            raise UserError("give one of --max-drop, --max-ms and --max-megabytes, above 0; --rounds must be 1 or more")
+        if len(values) != 1:
+            raise UserError("give one of --max-drop, --max-ms and --max-megabytes")
         if self.layer_times and values[0][0] == "megabytes":
             raise UserError("--layer-times has no effect under --max-megabytes: leave it out")
         return Budget(values[0][0], values[0][1], self.minimise)
@@ -92,7 +94,7 @@ def main(options: SearchOptions) -> None:
     budget, profiles = options.budget(), options.profiles()
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
         schemes = format_schemes(options.formats)
-        inputs = open_inputs(options)
+        inputs = open_inputs(options.source)
         images, others = search_batches(inputs, budget, options.images, options.check_images)
         with tempfile.TemporaryDirectory() as scratch:
             space = SearchSpaceBuilder(inputs, schemes, images, options.threads).build(Path(scratch), profiles)

@@ -8,28 +8,30 @@ Prints a table, and writes sensitivity.md, .json, .csv and .png.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from illama.bundle import command_line, package_versions
 from illama.cli import run_command
-from quant.input_options import InputOptions
+from illama.options import Count, Flat, SourceOptions
 
 
 @dataclass(frozen=True)
-class SensitivityOptions(InputOptions):
+class SensitivityOptions:
     """Measure the effect of quantizing each layer of a network alone, without block reconstruction.
 
     Attributes:
+        source: the network and its images.
         scheme: name of a shipped scheme (python quant/list_schemes.py), or path to a YAML file.
         images: number of images, evenly spaced.
         split: train uses training images that calibration does not use, test uses test images.
         out: folder for the results; an earlier result is replaced.
     """
 
+    source: Flat[SourceOptions] = field(default_factory=SourceOptions)
     scheme: str = "int8"
-    images: int = 1000
+    images: Count = 1000
     split: Literal["train", "test"] = "train"
     out: Path = Path("runs/sensitivity")
 
@@ -37,7 +39,7 @@ class SensitivityOptions(InputOptions):
 def main(options: SensitivityOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from illama.atomic_write import write_folder
-    from quant.inputs import open_inputs, scheme_from_name_or_file
+    from quant.inputs import onnx_scheme, open_inputs
     from quant.mixed_precision.image_selection import split_images
     from quant.mixed_precision.sensitivity_study import (
         RESULT,
@@ -47,12 +49,15 @@ def main(options: SensitivityOptions) -> None:
     )
 
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
-        inputs, scheme = open_inputs(options), scheme_from_name_or_file(options.scheme)
-        images = split_images(inputs.data, options.split, options.calibration_images, options.images)
+        inputs, scheme = open_inputs(options.source), onnx_scheme(options.scheme)
+        images = split_images(inputs.data, options.split, options.source.calibration_images, options.images)
         result = {
             "command": command_line(),
-            **{key: str(value) for key, value in asdict(options).items() if key != "out"},
-            "checkpoint": os.path.relpath(options.checkpoint),
+            **{key: str(value) for key, value in asdict(options.source).items()},
+            "checkpoint": os.path.relpath(options.source.checkpoint),
+            "scheme": options.scheme,
+            "images": str(options.images),
+            "split": options.split,
             **measure_sensitivity(inputs, scheme, inputs.batches(images)),
             "versions": package_versions(),
         }

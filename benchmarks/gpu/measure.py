@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,15 +30,16 @@ from deploy.trt.fusion import fused_kernels
 from deploy.trt.library import Library, find_library
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
-from illama.bundle import FUSED_ONNX, Manifest, command_line, package_versions
+from illama.bundle import FUSED_ONNX, command_line, package_versions
 from illama.cli import run_command
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.hardware import describe_machine
+from illama.manifest import Manifest
 from illama.models.attention import AttentionMask, MaskedAttention
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 LIBRARIES: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
 SCHEMES = ("fp16", "int8", "fp8", "fp8-attention", "int8-attention")
@@ -236,13 +237,15 @@ class Exports:
         if not folder.exists():
             model = network(name, mask)
             quantized = (
-                model if scheme == "fp16" else calibrate(model, shipped_scheme(scheme), [random_images(model, 4)])
+                model
+                if scheme == "fp16"
+                else calibrate(model, resolve(shipped_scheme(scheme), model), [random_images(model, 4)])
             )
             folder.mkdir()
             export_onnx(quantized, folder / FUSED_ONNX, "fused", torch.float16)
             preprocessing = Preprocessing.imagenet(model.config.image_size, model.config.in_channels)
             classes = [str(index) for index in range(model.config.num_classes)]
-            Manifest(command_line(), model.config.to_dict(), asdict(preprocessing), classes).write(folder)
+            Manifest(model.config.kind, model.config.to_dict(), preprocessing, tuple(classes)).write(folder)
         return folder
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from peers.onnx_peers import ONNX_PEERS
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
 from peers.torch_peers import TORCH_PEERS
 from quant.export.onnx_export import export_onnx
-from quant.schemes.scheme import Scheme, shipped_scheme
+from quant.schemes.scheme import Scheme, resolve, shipped_scheme
 
 _NEEDS = (("quant.quantizers.calibrate", "illama-toolkit"),)
 SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention")
@@ -25,7 +25,7 @@ def quantize_by_scheme(task: Task, scheme: Scheme) -> Path:
 
     path = task.folder / "model.onnx"
     batches = [torch.from_numpy(batch) for batch in task.batches()]
-    export_onnx(calibrate(task.model, scheme, batches), path, "plain")
+    export_onnx(calibrate(task.model, resolve(scheme, task.model), batches), path, "plain")
     return path
 
 

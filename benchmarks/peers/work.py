@@ -17,14 +17,15 @@ from eval.benchmark.machine import peak_memory_gib
 from illama.atomic_write import write_file
 from illama.bundle import package_versions
 from illama.cli import run_command
-from illama.data.datasets import ImageData, Preprocessing
+from illama.data.datasets import ImageData
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import Infer, load_images, predict
 from illama.models.illama import ILLaMA
+from illama.options import SourceOptions
 from peers.all_peers import PEERS
 from peers.base import Peer, Task, be_quiet, reason
 from peers.runtimes import LOADERS
-from quant.input_options import InputOptions
 from quant.inputs import open_inputs
 
 RESULT, LABELS = "result.json", "labels.npy"
@@ -57,7 +58,7 @@ class WorkOptions:
 
 def open_both(checkpoint: Path, data: str) -> tuple[ILLaMA, ImageData, Preprocessing]:
     """Opens network, data and preprocessing; raises UserError if the classes of network and data differ."""
-    inputs = open_inputs(InputOptions(checkpoint, data=data))
+    inputs = open_inputs(SourceOptions(checkpoint, data=data))
     return cast(ILLaMA, inputs.model), inputs.data, inputs.preprocessing
 
 

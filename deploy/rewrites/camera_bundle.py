@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
-
-from deploy.rewrites.preprocessing import add_preprocessing
+from deploy.rewrites.add_preprocessing import add_preprocessing
 from deploy.runtimes.temperature import copy_temperature
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, FRAME, FUSED_ONNX, Manifest, command_line, sha256
-from illama.data.datasets import Preprocessing
+from illama.bundle import CPU_ONNX, FUSED_ONNX, command_line, sha256
 from illama.errors import UserError
 from illama.graph.reader import load_graph
+from illama.graph.writer import save_graph
+from illama.manifest import Manifest
 
 
 def write_camera_bundle(bundle: Path, frame: tuple[int, int, int], out: Path) -> None:
@@ -26,14 +25,15 @@ def write_camera_bundle(bundle: Path, frame: tuple[int, int, int], out: Path) ->
         UserError: the bundle has no graph, or its graphs do the preprocessing already.
     """
     manifest = Manifest.read(bundle)
-    preprocessing = Preprocessing.from_dict(manifest.preprocessing)
     sources = [bundle / name for name in (CPU_ONNX, FUSED_ONNX) if (bundle / name).exists()]
-    if not sources or FRAME in manifest.metrics:
+    if not sources or manifest.frame:
         raise UserError(f"{bundle} has no graph without preprocessing: give a bundle that python quant/ptq.py wrote")
     with write_folder(out) as folder:
         for source in sources:
-            onnx.save(add_preprocessing(load_graph(source), preprocessing, frame), folder / source.name)
+            model = load_graph(source)
+            add_preprocessing(model, manifest.preprocessing, frame)
+            save_graph(model, folder / source.name)
             copy_temperature(source, folder / source.name)
-        metrics = {**manifest.metrics, FRAME: list(frame)}
         inputs = {str(source): sha256(source) for source in sources}
-        replace(manifest, made_by=command_line(), inputs=inputs, metrics=metrics).write(folder)
+        provenance = replace(manifest.provenance, command=command_line(), inputs=inputs)
+        replace(manifest, provenance=provenance, frame=frame).write(folder)

@@ -6,16 +6,16 @@ rounding.
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from illama.graph.reader import Index
+from illama.graph.reader import add_constant, array, dtype_of, is_constant, producer, readers
 
 # If the products of one input have fewer outputs than this in total, quantizing the input costs more time than it
 # saves. Measured, compared with bfloat16: not quantizing is faster at widths of 192 and 384, slower at 768.
@@ -23,7 +23,7 @@ _WORTH_QUANTIZING = 512
 _ELEMENTWISE = ("Add", "Mul")
 
 
-def select_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ModelProto], None]]:
+def select_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ir.Model], None]]:
     """Returns the rewrites that make OpenVINO faster, in the order in which to apply them.
 
     Args:
@@ -49,32 +49,35 @@ class _Product:
         bias: the node that adds a constant to the product, if there is one.
     """
 
-    matmul: NodeProto
-    dequantize: NodeProto | None
-    bias: NodeProto | None
+    matmul: ir.Node
+    dequantize: ir.Node | None
+    bias: ir.Node | None
 
     @property
-    def output(self) -> str:
-        return (self.bias or self.matmul).output[0]
+    def output(self) -> ir.Value:
+        return (self.bias or self.matmul).outputs[0]
 
-    def columns(self, index: Index) -> int:
-        return index.array(self.dequantize.input[0] if self.dequantize else self.matmul.input[1]).shape[1]
+    @property
+    def columns(self) -> int:
+        return array(self.dequantize.inputs[0] if self.dequantize else self.matmul.inputs[1]).shape[1]
 
 
-def _find_product(index: Index, value: str) -> _Product | None:
+def _find_product(value: ir.Value | None) -> _Product | None:
     """Returns the product, with its bias, whose result is ``value``; None if another node reads it before the bias."""
-    bias = index.maker(value, "Add")
-    if bias is not None and (bias.input[1] not in index.constants or len(index.readers(bias.input[0])) > 1):
-        return None
-    matmul = index.maker(bias.input[0] if bias is not None else value, "MatMul")
+    bias = producer(value, "Add")
+    if bias is not None:
+        value = bias.inputs[0]
+        if value is None or not is_constant(bias.inputs[1]) or len(readers(value)) > 1:
+            return None
+    matmul = producer(value, "MatMul")
     if matmul is None:
         return None
-    dequantize = index.maker(matmul.input[1], "DequantizeLinear")
-    weight = dequantize.input[0] if dequantize is not None else matmul.input[1]
-    return _Product(matmul, dequantize, bias) if weight in index.constants else None
+    dequantize = producer(matmul.inputs[1], "DequantizeLinear")
+    weights = dequantize.inputs if dequantize is not None else matmul.inputs[1:]
+    return _Product(matmul, dequantize, bias) if all(map(is_constant, weights)) else None
 
 
-def keep_inputs_float(model: ModelProto, outputs: int = _WORTH_QUANTIZING) -> None:
+def keep_inputs_float(model: ir.Model, outputs: int = _WORTH_QUANTIZING) -> None:
     """Leaves the input of products with at most ``outputs`` outputs in floating point; their weights are dequantized.
 
         before   x -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(w))
@@ -84,70 +87,64 @@ def keep_inputs_float(model: ModelProto, outputs: int = _WORTH_QUANTIZING) -> No
     OpenVINO fuses it, it costs nothing: such inputs stay quantized.
     The result differs from that of the file, because one rounding is left out.
     """
-    index = Index(model)
-    for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
-        products, maker = _products_of(index, quantize), index.makers.get(quantize.input[0])
-        width = sum(index.array(index.makers[each.input[1]].input[0]).shape[1] for each in products)
+    for quantize in _quantizers(model):
+        found, source = _products_of(quantize), quantize.inputs[0]
+        maker = source.producer() if source is not None else None
+        width = sum(_weight(each).shape[1] for each in found)
         if maker is not None and maker.op_type not in _ELEMENTWISE and 0 < width <= outputs:
-            for product in products:
-                dequantize = index.makers[product.input[1]]
-                product.input[0] = quantize.input[0]
-                product.input[1] = index.add_constant(f"{dequantize.output[0]}.float", _dequantized(index, dequantize))
-    _prune(model)
+            for product in found:
+                product.replace_input_with(0, source)
+                name = f"{product.inputs[1].name}.float"  # type: ignore[union-attr]
+                product.replace_input_with(1, add_constant(model.graph, name, _dequantized(product)))
+    RemoveUnusedNodesPass()(model)
 
 
-def split_products(model: ModelProto) -> None:
+def split_products(model: ir.Model) -> None:
     """Replaces a product whose result is split by one product for each part.
 
     before   x -> MatMul(w) [-> Add(b)] -> Split -> q, k, v
     after    x -> MatMul(w_q) [-> Add(b_q)] -> q, and likewise k and v, with the columns of w and b
     """
-    index = Index(model)
-    replaced: dict[str, list[NodeProto]] = {}
-    for split in [node for node in model.graph.node if node.op_type == "Split"]:
-        product = _find_product(index, split.input[0])
-        if product is not None and len(index.readers(product.output)) == 1 and _splits_evenly(index, split, product):
-            size = product.columns(index) // len(split.output)
-            replaced[split.output[0]] = [
-                node
-                for part, output in enumerate(split.output)
-                for node in _columns(index, product, slice(part * size, (part + 1) * size), output)
-            ]
-    _replace(model, replaced)
-    _prune(model)
+    for split in [node for node in model.graph if node.op_type == "Split"]:
+        product = _find_product(split.inputs[0])
+        if product is not None and len(readers(product.output)) == 1 and _splits_evenly(split, product):
+            size = product.columns // len(split.outputs)
+            for part, output in enumerate(split.outputs):
+                name, output.name = str(output.name), f"{output.name}.split"
+                nodes = _columns(model.graph, product, slice(part * size, (part + 1) * size), name)
+                model.graph.insert_before(split, nodes)
+                _take_over(output, nodes[-1].outputs[0])
+    RemoveUnusedNodesPass()(model)
 
 
-def _splits_evenly(index: Index, split: NodeProto, product: _Product) -> bool:
+def _splits_evenly(split: ir.Node, product: _Product) -> bool:
     """Whether the split is along the last of three axes, into equal parts."""
-    axis = next((helper.get_attribute_value(each) for each in split.attribute if each.name == "axis"), 0)
-    sizes = index.array(split.input[1]) if len(split.input) > 1 and split.input[1] in index.constants else None
-    even = len(split.input) == 1 or (sizes is not None and len(set(sizes.tolist())) == 1)
-    return axis in (-1, 2) and even and product.columns(index) % len(split.output) == 0
+    sizes = array(split.inputs[1]) if len(split.inputs) > 1 and is_constant(split.inputs[1]) else None
+    even = len(split.inputs) == 1 or (sizes is not None and len(set(sizes.tolist())) == 1)
+    return split.attributes.get_int("axis", 0) in (-1, 2) and even and product.columns % len(split.outputs) == 0
 
 
-def _columns(index: Index, product: _Product, part: slice, output: str) -> list[NodeProto]:
+def _columns(graph: ir.Graph, product: _Product, part: slice, output: str) -> list[ir.Node]:
     """Returns nodes that compute some columns of a product."""
 
-    def of(name: str) -> str:
-        values = index.array(name)
-        return index.add_constant(f"{output}.{name}", np.ascontiguousarray(values[..., part])) if values.ndim else name
+    def of(value: ir.Value | None) -> ir.Value | None:
+        if value is None or not array(value).ndim:
+            return value
+        return add_constant(graph, f"{output}.{value.name}", np.ascontiguousarray(array(value)[..., part]))
 
-    nodes, weight = [], product.matmul.input[1]
-    if product.dequantize is not None:
-        dequantize = copy.deepcopy(product.dequantize)
-        dequantize.input[:] = [of(name) for name in dequantize.input]
-        dequantize.name = dequantize.output[0] = weight = f"{output}.weight"
-        nodes.append(dequantize)
-    else:
-        weight = of(weight)
+    nodes, old = [], product.dequantize
+    if old is not None:
+        inputs = [of(value) for value in old.inputs]
+        nodes.append(_node("DequantizeLinear", inputs, f"{output}.weight", list(old.attributes.values())))
+    weight = nodes[0].outputs[0] if nodes else of(product.matmul.inputs[1])
     result = f"{output}.product" if product.bias is not None else output
-    nodes.append(helper.make_node("MatMul", [product.matmul.input[0], weight], [result], name=result))
+    nodes.append(_node("MatMul", [product.matmul.inputs[0], weight], result))
     if product.bias is not None:
-        nodes.append(helper.make_node("Add", [result, of(product.bias.input[1])], [output], name=output))
+        nodes.append(_node("Add", [nodes[-1].outputs[0], of(product.bias.inputs[1])], output))
     return nodes
 
 
-def fold_zero_points(model: ModelProto) -> None:
+def fold_zero_points(model: ir.Model) -> None:
     """Makes every asymmetric input of a product symmetric, for runtimes that are slow with zero points.
 
         before   x -> QuantizeLinear(uint8, zero point z) -> DequantizeLinear -> MatMul(w) [-> Add(bias)]
@@ -157,87 +154,84 @@ def fold_zero_points(model: ModelProto) -> None:
     bias' = bias - (z - 128) s sum(w), with the dequantized w. The exporter writes graphs for TensorRT in this form
     (``quant.quantizers.layers.fold_zero_point``). OpenVINO is faster with it on a CPU with a matrix unit (docs/cpu.md).
     """
-    index = Index(model)
-    replaced: dict[str, list[NodeProto]] = {}
-    for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
-        zero, products = index.constants[quantize.input[2]], _products_of(index, quantize)
-        if zero.data_type == TensorProto.UINT8 and products:
-            scale, shift = index.array(quantize.input[1]), int(index.array(quantize.input[2])) - 128
-            offset = np.asarray(shift * scale, dtype=scale.dtype)
-            for product in products:
-                _compensate(index, product, offset, replaced)
-            _shift(index, quantize, offset, replaced)
-    _replace(model, replaced)
-    _prune(model)
+    for quantize in _quantizers(model):
+        scale, zero, found = *quantize.inputs[1:3], _products_of(quantize)
+        if is_constant(scale) and dtype_of(quantize.outputs[0]) == ir.DataType.UINT8 and found:
+            shift = int(array(zero)) - 128
+            offset = np.asarray(shift * array(scale), dtype=array(scale).dtype)
+            for product in found:
+                _compensate(model.graph, product, offset)
+            _shift(model.graph, quantize, offset)
+    RemoveUnusedNodesPass()(model)
 
 
-def _products_of(index: Index, quantize: NodeProto) -> list[NodeProto]:
+def _quantizers(model: ir.Model) -> list[ir.Node]:
+    """Returns the QuantizeLinear nodes with one constant zero point."""
+    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear" and len(node.inputs) == 3]
+    return [node for node in nodes if is_constant(node.inputs[2]) and array(node.inputs[2]).size == 1]
+
+
+def _products_of(quantize: ir.Node) -> list[ir.Node]:
     """Returns the products with constant weights that read a quantized value; none if another node reads it as well."""
-    dequantize = index.readers(quantize.output[0])
-    readers = [reader for node in dequantize for reader in index.readers(node.output[0])]
-    for reader in readers:
-        weight = index.maker(reader.input[1], "DequantizeLinear") if reader.op_type == "MatMul" else None
-        if weight is None or weight.input[0] not in index.constants:
+    dequantize = readers(quantize.outputs[0])
+    if any(node.op_type != "DequantizeLinear" or len(node.inputs) < 3 for node in dequantize):
+        return []
+    found = [reader for node in dequantize for reader in readers(node.outputs[0])]
+    for reader in found:
+        weight = producer(reader.inputs[1], "DequantizeLinear") if reader.op_type == "MatMul" else None
+        if weight is None or not all(map(is_constant, weight.inputs)):
             return []
-    return readers
+    return found
 
 
-def _shift(index: Index, quantize: NodeProto, offset: np.ndarray, replaced: dict[str, list[NodeProto]]) -> None:
-    base = quantize.output[0]
+def _shift(graph: ir.Graph, quantize: ir.Node, offset: np.ndarray) -> None:
+    result = quantize.outputs[0]
     if offset:
-        constant = index.add_constant(f"{base}.offset", offset)
-        replaced[base] = [helper.make_node("Add", [quantize.input[0], constant], [f"{base}.shifted"]), quantize]
-        quantize.input[0] = f"{base}.shifted"
-    quantize.input[2] = index.add_constant("zero.int8", np.array(0, dtype=np.int8))
-    for dequantize in index.readers(base):
-        dequantize.input[2] = "zero.int8"
+        constant = add_constant(graph, f"{result.name}.offset", offset)
+        shifted = _node("Add", [quantize.inputs[0], constant], f"{result.name}.shifted")
+        graph.insert_before(quantize, shifted)
+        quantize.replace_input_with(0, shifted.outputs[0])
+    zero = add_constant(graph, "zero.int8", np.array(0, dtype=np.int8))
+    result.dtype = ir.DataType.INT8
+    for node in (quantize, *readers(result)):
+        node.replace_input_with(2, zero)
 
 
-def _compensate(index: Index, product: NodeProto, offset: np.ndarray, replaced: dict[str, list[NodeProto]]) -> None:
+def _compensate(graph: ir.Graph, product: ir.Node, offset: np.ndarray) -> None:
     """Subtracts from a product with a constant weight what the offset of its input adds to it."""
-    columns = _dequantized(index, index.makers[product.input[1]]).sum(0, dtype=np.float64)
-    correction = (-float(offset) * columns).astype(np.float32)
-    bias = next(
-        (
-            node
-            for node in index.readers(product.output[0])
-            if node.op_type == "Add" and node.input[1] in index.constants
-        ),
-        None,
-    )
-    if bias is not None:
+    correction = (-float(offset) * _dequantized(product).sum(0, dtype=np.float64)).astype(np.float32)
+    result = product.outputs[0]
+    adds = [node for node in readers(result) if node.op_type == "Add" and is_constant(node.inputs[1])]
+    if adds:
         # A new name, because products with equal biases share one constant.
-        bias.input[1] = index.add_constant(f"{product.output[0]}.bias", index.array(bias.input[1]) + correction)
+        bias = add_constant(graph, f"{result.name}.bias", array(adds[0].inputs[1]) + correction)
+        adds[0].replace_input_with(1, bias)
     elif offset:
-        result = product.output[0]
-        product.output[0] = f"{result}.product"
-        constant = index.add_constant(f"{result}.bias", correction)
-        replaced[product.output[0]] = [product, helper.make_node("Add", [product.output[0], constant], [result])]
+        name, result.name = str(result.name), f"{result.name}.product"
+        added = _node("Add", [None, add_constant(graph, f"{name}.bias", correction)], name)
+        graph.insert_after(product, added)
+        _take_over(result, added.outputs[0])
+        added.replace_input_with(0, result)
 
 
-def _dequantized(index: Index, dequantize: NodeProto) -> np.ndarray:
+def _weight(product: ir.Node) -> np.ndarray:
+    """Returns the stored weight (inputs, outputs) of a product whose weight is dequantized."""
+    return array(producer(product.inputs[1], "DequantizeLinear").inputs[0])  # type: ignore[union-attr]
+
+
+def _dequantized(product: ir.Node) -> np.ndarray:
     """Returns a constant weight (inputs, outputs) in float32; its scale is per tensor, column or row block."""
-    weight, scale = index.array(dequantize.input[0]).astype(np.float32), index.array(dequantize.input[1])
+    scale = array(producer(product.inputs[1], "DequantizeLinear").inputs[1])  # type: ignore[union-attr]
+    weight = _weight(product).astype(np.float32)
     return weight * (scale if scale.ndim < 2 else scale.repeat(len(weight) // len(scale), axis=0))
 
 
-def _replace(model: ModelProto, replaced: Mapping[str, list[NodeProto]]) -> None:
-    """Replaces the nodes whose first outputs are the keys of ``replaced``."""
-    nodes = [copy.deepcopy(each) for node in model.graph.node for each in replaced.get(node.output[0], [node])]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    del model.graph.value_info[:]  # the types of the values before the rewrite
+def _node(kind: str, inputs: list[ir.Value | None], output: str, attributes: list[ir.Attr] | None = None) -> ir.Node:
+    """Returns a node that has the name of its result."""
+    return ir.Node("", kind, inputs, attributes or (), outputs=[ir.Value(name=output)], name=output)
 
 
-def _prune(model: ModelProto) -> None:
-    """Removes nodes and constants that are not used."""
-    graph = model.graph
-    used, nodes = {value.name for value in graph.output}, []
-    for node in reversed(graph.node):
-        if used.intersection(node.output):
-            used.update(node.input)
-            nodes.append(copy.deepcopy(node))
-    constants = [copy.deepcopy(tensor) for tensor in graph.initializer if tensor.name in used]
-    for field, kept in ((graph.node, reversed(nodes)), (graph.initializer, constants)):
-        del field[:]
-        field.extend(kept)
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Lets all readers of a value read another one of the same dtype and shape."""
+    new.type, new.shape = old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SETTLED = 0.2  # seconds without a change after which a file in a watched folder is complete
 
 
-def top5(logits: np.ndarray, classes: list[str], temperature: float = 1.0) -> list[tuple[str, float]]:
+def top5(logits: np.ndarray, classes: Sequence[str], temperature: float = 1.0) -> list[tuple[str, float]]:
     """Returns (class, probability) of the five most probable classes of one image, in descending order.
 
     Args:
@@ -59,7 +59,7 @@ def new_images(folder: Path, until: float | None) -> Iterator[Path]:
 def classify(
     engine: Engine,
     image_input: ImageInput,
-    classes: list[str],
+    classes: Sequence[str],
     temperature: float,
     paths: Iterable[Path],
     skip_broken: bool,

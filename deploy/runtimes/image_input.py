@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from illama.bundle import FRAME, Manifest
-from illama.data.datasets import Preprocessing
 from illama.data.images import decode_image
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,13 @@ class ImageInput:
 
     @classmethod
     def of(cls, manifest: Manifest) -> ImageInput:
-        """Returns the input of a bundle; raises UserError if its preprocessing is damaged."""
-        return cls.from_dict({"preprocessing": manifest.preprocessing, FRAME: manifest.metrics.get(FRAME)})
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ImageInput:
-        """Inverse of :meth:`to_dict`, also of its JSON."""
-        frame = values[FRAME]
-        return cls(Preprocessing.from_dict(values["preprocessing"]), tuple(frame) if frame else None)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns the input of a bundle."""
+        return cls(manifest.preprocessing, manifest.frame)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one input without the batch: (C, H, W), or (H, W, C) for frames."""
-        size = self.preprocessing.image_size
-        return self.frame or (self.preprocessing.in_channels, size, size)
+        return self.frame or (self.preprocessing.in_channels, *self.preprocessing.size)
 
     @property
     def dtype(self) -> np.dtype[Any]:

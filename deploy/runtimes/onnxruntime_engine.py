@@ -10,6 +10,7 @@ import onnxruntime
 from deploy.runtimes.engine import Engine
 from illama.bundle import FUSED_ONNX
 from illama.errors import UserError
+from illama.graph.check_graph import check_graph
 from illama.graph.session import cpu_session
 
 PROVIDERS = {
@@ -32,11 +33,13 @@ class OnnxRuntimeEngine(Engine):
     """
 
     def __init__(self, path: Path, threads: int = 0, provider: str | None = None) -> None:
+        self._path = path
         self.runtime = f"onnxruntime {onnxruntime.__version__} {provider or 'CPU'}"
         if provider and provider not in onnxruntime.get_available_providers():
             raise UserError(
                 f"ONNX Runtime has no {provider} here: install onnxruntime-gpu, or choose another --runtime"
             )
+        check_graph(path)
         try:
             self._session = (
                 gpu_session(path, provider) if provider else cpu_session(path, threads, fused=path.name == FUSED_ONNX)
@@ -46,8 +49,11 @@ class OnnxRuntimeEngine(Engine):
         self._input = self._session.get_inputs()[0].name
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """Images (B, C, H, W) float32 -> logits (B, classes) float32."""
-        return self._session.run(None, {self._input: images})[0]
+        """Images (B, C, H, W) float32 -> logits (B, classes) float32; UserError if the file cannot run."""
+        try:
+            return self._session.run(None, {self._input: images})[0]
+        except Exception as error:  # ONNX Runtime's exceptions have no other common base class
+            raise UserError(f"ONNX Runtime cannot run {self._path}: {error}") from error
 
 
 def gpu_session(path: Path, provider: str) -> onnxruntime.InferenceSession:

@@ -26,10 +26,11 @@ from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.runtimes.torch_engine import TorchEngine
 from deploy.trt.library import fits_this_gpu
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
-from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of, is_bundle
+from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of
 from illama.checkpoints.load import load_network
 from illama.errors import UserError
 from illama.graph.reader import has_4bit_activations, has_fp8, load_graph
+from illama.manifest import is_bundle
 
 
 def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:

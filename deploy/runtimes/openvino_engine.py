@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.engine import Engine
+from illama.bundle import CPU_ONNX
 from illama.errors import UserError
-from illama.graph.reader import has_4bit_activations, load_graph
+from illama.graph.reader import has_4bit_activations, load_graph, to_bytes
+from illama.graph.writer import has_external_data, save_graph
 from illama.inference import usable_cores
+
+
+def _read(core: Any, model: ir.Model) -> Any:
+    """Returns a graph as OpenVINO's; external data, which a rewrite may have changed, passes through a file."""
+    if not has_external_data(model):
+        return core.read_model(to_bytes(model))
+    with tempfile.TemporaryDirectory() as folder:  # OpenVINO maps the file, which exists until it is unmapped
+        save_graph(model, Path(folder) / CPU_ONNX)
+        return core.read_model(Path(folder) / CPU_ONNX)
 
 
 @cache
@@ -64,7 +77,7 @@ class OpenVinoEngine(Engine):
         for rewrite in select_rewrites(floats == "bf16", has_matrix_unit()):
             rewrite(model)
         try:
-            compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
+            compiled = core.compile_model(_read(core, model), "CPU", settings)
         except RuntimeError as error:
             raise UserError(f"OpenVINO cannot load {path}: {' '.join(str(error).split())[:300]}") from error
         self.floats = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import cast, get_args
 
 from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import cpu_runtime, files_of
@@ -13,6 +13,7 @@ from illama.bundle import CPU_ONNX, TORCHAO
 from illama.errors import UserError
 from illama.hardware import cpu_name
 from illama.inference import usable_cores
+from illama.structured_files import read_json
 
 REPORT = "report.json"  # beside the bundles of quant/ptq.py
 CHOICE = "runtime.json"
@@ -36,9 +37,36 @@ class RuntimeChoice:
 
     @classmethod
     def read(cls, folder: Path) -> RuntimeChoice:
-        """Reads what :meth:`write` wrote."""
-        values = json.loads((folder / CHOICE).read_text())
-        return cls(**{**values, "file": folder / values["file"]})
+        """Reads what :meth:`write` wrote; raises UserError if it is missing or damaged."""
+        choice = read_json(folder / CHOICE, cls)
+        return replace(choice, file=folder / choice.file.name)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    cpu: str
+    cores: int
+
+
+@dataclass(frozen=True)
+class _Latency:
+    p50: float
+
+
+@dataclass(frozen=True)
+class _Row:
+    onnx: str
+    runtime_id: str
+    engine: str | None
+    latency: tuple[_Latency, ...]
+
+
+@dataclass(frozen=True)
+class _Report:
+    """The facts of a report that matter here."""
+
+    machine: _Machine
+    rows: tuple[_Row, ...]
 
 
 def recommend_runtime(bundle: Path, asked: RuntimeName | None = None) -> RuntimeChoice:
@@ -72,16 +100,15 @@ def _existing(file: Path, bundle: Path) -> Path:
 def _fastest(report: Path, file: str) -> RuntimeName | None:
     """Returns the runtime with the lowest median latency of one file; None if the report is not of this kind of CPU."""
     try:
-        content: dict[str, Any] = json.loads(report.read_text())
-        machine = content["machine"]
-        if (machine["cpu"], machine["cores"]) != (cpu_name(), usable_cores()):
-            return None
-        timed = [
-            (row["latency"][0]["p50"], row["runtime_id"])
-            for row in content["rows"]
-            if row["onnx"] == file and row["latency"] and row["engine"] is None
-        ]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        content = read_json(report, _Report, unknown="ignore")
+    except UserError:  # there is none, or it is of another version
         return None
+    if (content.machine.cpu, content.machine.cores) != (cpu_name(), usable_cores()):
+        return None
+    timed = [
+        (row.latency[0].p50, row.runtime_id)
+        for row in content.rows
+        if row.onnx == file and row.latency and row.engine is None
+    ]
     runtime = min(timed, default=(0.0, None))[1]
-    return runtime if runtime in get_args(RuntimeName) else None
+    return cast(RuntimeName, runtime) if runtime in get_args(RuntimeName) else None

@@ -17,6 +17,7 @@ from deploy.trt.record import EngineRecord
 from illama.atomic_write import write_file
 from illama.bundle import FUSED_ONNX, TEMPERATURE, bundle_of, sha256
 from illama.errors import UserError
+from illama.structured_files import read_json
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,4 @@ def _graph_of(path: Path) -> tuple[str, str]:
 
 
 def _read(path: Path) -> dict[str, StoredTemperature]:
-    try:
-        return {name: StoredTemperature(**values) for name, values in json.loads(path.read_text()).items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: delete it, and run python eval/accuracy.py --store") from error
+    return read_json(path, dict[str, StoredTemperature]) if path.exists() else {}

@@ -18,6 +18,7 @@ from deploy.trt.record import ENGINE, RUNTIME_CACHE, EngineRecord
 from illama.atomic_write import read_pinned, write_pinned
 from illama.bundle import FUSED_ONNX, bundle_of, sha256
 from illama.errors import UserError
+from illama.graph.check_graph import check_graph
 
 if TYPE_CHECKING:
     import tensorrt
@@ -161,6 +162,7 @@ def _refit(library: Library, engine: tensorrt.ICudaEngine, source: Path, record:
     """Refits a weight-stripped engine with the weights of the graph that it was built from."""
     if not source.exists() or sha256(source) != record.onnx_sha256:
         raise UserError(f"{source} is not the graph of the weight-stripped engine: build the engine again")
+    check_graph(source)
     logger = library.trt.Logger(library.trt.Logger.ERROR)
     refitter: tensorrt.Refitter = library.trt.Refitter(engine, logger)
     parser: tensorrt.OnnxParserRefitter = library.trt.OnnxParserRefitter(refitter, logger)

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 import triton_python_backend_utils as triton  # exists only inside Triton's Python backend
 
-from deploy.runtimes.image_input import ImageInput
 from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.recommended_runtime import RuntimeChoice
+from deploy.serving.model_config import PreprocessParameters
 from illama.errors import UserError
 from illama.inference import usable_cores
+from illama.structured_files import parse_json
 
 
 class Preprocess:
@@ -33,9 +34,8 @@ class Preprocess:
         torch.set_num_threads(1)  # one image is too little work for more threads
         config = json.loads(args["model_config"])
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
-        parameters = json.loads(config["parameters"]["preprocessing"]["string_value"])
-        self._image_input = ImageInput.from_dict(parameters["input"])
-        self._max_bytes, self._max_pixels = parameters["max_bytes"], parameters["max_pixels"]
+        text = config["parameters"]["preprocessing"]["string_value"]
+        self._parameters = parse_json(text, PreprocessParameters, "the parameter preprocessing")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Returns one response for each request."""
@@ -49,11 +49,10 @@ class Preprocess:
             return _failure(error)
 
     def _read(self, file: np.ndarray, index: int) -> np.ndarray:
-        if file.size > self._max_bytes:
-            raise UserError(f"image file number {index} has {file.size} bytes, the maximum is {self._max_bytes}")
-        return self._image_input.read(
-            BytesIO(file.tobytes()), lambda: f"number {index} of the request", self._max_pixels
-        )
+        limits = self._parameters
+        if file.size > limits.max_bytes:
+            raise UserError(f"image file number {index} has {file.size} bytes, the maximum is {limits.max_bytes}")
+        return limits.input.read(BytesIO(file.tobytes()), lambda: f"number {index} of the request", limits.max_pixels)
 
 
 class Network:
@@ -74,7 +73,7 @@ class Network:
             logits = self._engine.infer(np.concatenate(batches))
         except Exception as error:  # the runtimes' exceptions have no other common base class
             if len(batches) == 1:
-                return [_failure(error)]
+                return [_failure(RuntimeError(str(error)))]  # Triton has checked the shape: no client error
             return [response for request in requests for response in self.execute([request])]
         ends = np.cumsum([len(batch) for batch in batches])
         return [self._checked(part) for part in np.split(logits, ends[:-1])]

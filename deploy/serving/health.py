@@ -1,7 +1,6 @@
 """Checks whether a Triton server answers correctly. Triton itself reports "ready" even while every request fails.
 
-Imports neither PyTorch nor modules of this project other than :mod:`deploy.serving.known_answer`, because
-:mod:`deploy.probe` runs every few seconds.
+Imports no large library but NumPy, because :mod:`deploy.probe` runs every few seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deploy.serving.known_answer import KnownAnswer
+from illama.errors import UserError
 
 CONFIG, KNOWN_ANSWER = "config.pbtxt", "known_answer.json"
 STUB = "triton_python_backend_stub"  # program that runs a Python model
@@ -144,7 +144,7 @@ class ServedRepository:
             path = self.folder / f"{model}-network" / version / KNOWN_ANSWER
             try:
                 self._known[model, version] = KnownAnswer.read(path)
-            except (OSError, ValueError, TypeError) as error:
+            except UserError as error:
                 if not path.parent.exists():
                     raise LoadingError(f"{path.parent} was deleted, but is still loaded") from error
                 raise UnhealthyError(f"cannot read {path}: write the repository again") from error

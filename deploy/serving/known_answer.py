@@ -1,6 +1,6 @@
 """Known answers: a synthetic image and its logits, to check whether a server answers correctly.
 
-Imports neither PyTorch nor other modules of this project, because :mod:`deploy.probe` runs every few seconds.
+Imports no large library but NumPy, because :mod:`deploy.probe` runs every few seconds.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from illama.errors import UserError
+from illama.structured_files import read_json
 
 TOLERANCE = 0.1  # of the largest logit; other runtimes and float dtypes differ by much less, other networks by more
 
@@ -72,9 +74,18 @@ class KnownAnswer:
 
     @classmethod
     def read(cls, path: Path) -> KnownAnswer:
-        """Reads a file of :meth:`write`."""
-        values: dict[str, Any] = json.loads(path.read_text())
-        return cls(**values)
+        """Reads a file of :meth:`write`; raises UserError if it is missing or damaged."""
+        answer = read_json(path, cls)
+        if not np.isfinite([*answer.logits, answer.seconds]).all() or not _is_base64(answer.image):
+            raise UserError(f"{path} is damaged: write the repository again")
+        return answer
+
+
+def _is_base64(text: str) -> bool:
+    try:
+        return bool(base64.b64decode(text, validate=True))
+    except ValueError:
+        return False
 
 
 def _pattern(height: int, width: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from google.protobuf import text_format
@@ -11,11 +12,21 @@ from google.protobuf import text_format
 from deploy.runtimes.image_input import ImageInput
 from deploy.serving.health import CONFIG
 from deploy.serving.serving_options import ServingOptions
-from illama.bundle import INPUT, OUTPUT, Manifest
+from illama.bundle import INPUT, OUTPUT
 from illama.errors import UserError
+from illama.manifest import Manifest
 
 LABELS = "labels.txt"
 ENCODED = "image"  # input of the ensemble: the bytes of an image file
+
+
+@dataclass(frozen=True)
+class PreprocessParameters:
+    """Parameters of :class:`deploy.serving.backend.Preprocess`: limits on the bytes and pixels of an image file."""
+
+    input: ImageInput
+    max_bytes: int
+    max_pixels: int
 
 
 def config_texts(name: str, manifest: Manifest, options: ServingOptions) -> dict[str, str]:
@@ -35,18 +46,14 @@ def config_texts(name: str, manifest: Manifest, options: ServingOptions) -> dict
 
 def _preprocess_config(image_input: ImageInput, options: ServingOptions) -> dict[str, Any]:
     pb = _messages()
-    parameters = {
-        "input": image_input.to_dict(),
-        "max_bytes": int(options.max_file_mb * 1e6),
-        "max_pixels": int(options.max_megapixels * 1e6),
-    }
+    parameters = PreprocessParameters(image_input, int(options.max_file_mb * 1e6), int(options.max_megapixels * 1e6))
     return {
         "backend": "python",
         "max_batch_size": options.max_batch,
         "input": [_encoded(allow_ragged_batch=True)],
         "output": [pb.ModelOutput(name=INPUT, data_type=_data_type(image_input), dims=image_input.shape)],
         "dynamic_batching": pb.ModelDynamicBatching(),  # of requests that wait already; each is answered on its own
-        "parameters": {"preprocessing": pb.ModelParameter(string_value=json.dumps(parameters))},
+        "parameters": {"preprocessing": pb.ModelParameter(string_value=json.dumps(asdict(parameters)))},
         "instance_group": [pb.ModelInstanceGroup(kind="KIND_CPU", count=options.preprocess_instances)],
     }
 

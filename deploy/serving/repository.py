@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,22 @@ from deploy.serving.model_config import config_texts
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, Manifest, command_line, package_versions
+from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, command_line, package_versions
 from illama.errors import UserError
+from illama.graph.writer import copy_graph
+from illama.manifest import Manifest
+from illama.structured_files import read_json
 
 RECORD = "repository.json"  # Triton ignores files in the repository's folder
-FORMAT = 2
+FORMAT = 3
 PLAN = "model.plan"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The field of RECORD that is read; the others are for people."""
+
+    format: int = 1
 
 
 def is_repository(folder: Path) -> bool:
@@ -45,8 +56,8 @@ def is_repository(folder: Path) -> bool:
 def check_repository(folder: Path) -> None:
     """Raises UserError unless a folder is a repository of this module in the current format."""
     try:
-        found = json.loads((folder / RECORD).read_text()).get("format", 1)
-    except (OSError, ValueError, AttributeError) as error:
+        found = read_json(folder / RECORD, _Record, "ignore").format
+    except UserError as error:
         raise UserError(f"{folder} is not a repository of python deploy/serve.py: give bundles to write one") from error
     if found != FORMAT:
         raise UserError(f"{folder} has format {found}, this version reads {FORMAT}: write it again from its bundles")
@@ -159,7 +170,7 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
         else:
             choice = recommend_runtime(bundle, options.runtime)
             known = create_known_answer(bundle, choice.file, choice.runtime)
-            shutil.copyfile(choice.file, draft / choice.file.name)
+            copy_graph(choice.file, draft)
             choice.write(draft)
             _write_code(draft, "Network")
         known.write(draft / KNOWN_ANSWER)
@@ -192,8 +203,7 @@ def create_known_answer(bundle: Path, file: Path, runtime: RuntimeName) -> Known
             raise UserError(f"the logits of {file} are not finite: find the layer with python quant/debug_layers.py")
         return logits
 
-    size = image_input.preprocessing.image_size
-    shape = image_input.frame[:2] if image_input.frame else (size, size)
+    shape = (image_input.frame or image_input.preprocessing.size)[:2]
     return KnownAnswer.create(infer, lambda png: image_input.read(png, lambda: "of the known answer"), shape)
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from deploy.runtimes.names import TITLES, RuntimeName
 from illama.errors import UserError
+from illama.options import Count, CountOrZero, Port, check_bounds
 
 MAX_FILE_MB = 2000  # a gRPC message is smaller than 2^31 bytes
 MAX_MEGAPIXELS = 178  # Pillow rejects more than twice its MAX_IMAGE_PIXELS
@@ -32,27 +33,17 @@ class ServingOptions:
 
     device: Literal["cpu", "gpu"] = "cpu"
     runtime: RuntimeName | None = None
-    max_batch: int = 32
-    preferred_batches: tuple[int, ...] = ()
-    queue_delay_us: int = 1000
-    instances: int = 1
-    preprocess_instances: int = 1
-    live_versions: int = 2
+    max_batch: Count = 32
+    preferred_batches: tuple[Count, ...] = ()
+    queue_delay_us: CountOrZero = 1000
+    instances: Count = 1
+    preprocess_instances: Count = 1
+    live_versions: Count = 2
     max_file_mb: float = 20
     max_megapixels: float = 50
 
     def __post_init__(self) -> None:
-        counts = (
-            self.max_batch,
-            self.instances,
-            self.preprocess_instances,
-            self.live_versions,
-            *self.preferred_batches,
-        )
-        if min(counts) < 1 or self.queue_delay_us < 0 or max(*counts, self.queue_delay_us) >= 1 << 31:
-            raise UserError(
-                "batches, instances and versions must be 1 or more, a delay 0 or more, and all less than 2^31"
-            )
+        check_bounds(self)
         if self.runtime is not None and self.device == "gpu":
             raise UserError("on a GPU, Triton's own TensorRT is the runtime: omit --runtime")
         if self.device == "cpu" and self.runtime in TITLES:
@@ -72,14 +63,14 @@ class ListenOptions:
         http_port: port of the HTTP protocol.
         grpc_port: port of the gRPC protocol.
         metrics_port: port of the Prometheus metrics.
-        poll_seconds: interval at which the server looks for new versions; 0 for never.
+        poll_seconds: CountOrZeroerval at which the server looks for new versions; 0 for never.
     """
 
     address: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    poll_seconds: int = 0
+    http_port: Port = 8000
+    grpc_port: Port = 8001
+    metrics_port: Port = 8002
+    poll_seconds: CountOrZero = 0
 
     @property
     def url(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from deploy.trt.engine_options import EngineOptions
 from deploy.trt.library import Library
 from deploy.trt.record import ENGINE, RECORD, EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import ENGINES, FUSED_ONNX, Manifest, sha256
+from illama.bundle import ENGINES, FUSED_ONNX, sha256
 from illama.errors import UserError
 from illama.graph.reader import has_fp8, load_graph, precisions
+from illama.manifest import Manifest
 
 FP8_SINCE = 89  # first compute capability with FP8: 8.9
 
@@ -68,8 +69,8 @@ def write_engine(
         fused=built.fused,
         inputs=built.inputs,
         outputs=built.outputs,
-        preprocessing=manifest.preprocessing,
-        classes=manifest.classes,
+        preprocessing=asdict(manifest.preprocessing),
+        classes=list(manifest.classes),
         trtexec=trtexec_line(library, source, path, options),
     )
     with write_folder(path.parent, partial(_may_replace, record.origin)) as draft:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnx import ModelProto
+import onnx_ir as ir
 
 from deploy.trt.engine_options import EngineOptions
 from deploy.trt.fusion import (
@@ -21,7 +21,7 @@ from deploy.trt.fusion import (
 from deploy.trt.library import Library, fits_this_gpu
 from illama.atomic_write import read_pinned, write_pinned
 from illama.errors import UserError
-from illama.graph.reader import load_graph
+from illama.graph.reader import load_graph, to_bytes
 
 if TYPE_CHECKING:
     import tensorrt
@@ -66,7 +66,7 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
     builder: tensorrt.Builder = library.trt.Builder(logger)
     network = library.create_network(builder)
     parser: tensorrt.OnnxParser = library.trt.OnnxParser(network, logger)
-    if not parser.parse(_prepare_graph(source, options).SerializeToString()):
+    if not parser.parse(to_bytes(_prepare_graph(source, options)), str(source)):
         raise UserError(f"{library.name} cannot parse {source}: {_last(messages)}")
     attentions = count_attentions(library, network)
     if not attentions and not options.allow_unfused:
@@ -85,7 +85,7 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
     return BuiltEngine(bytes(data), attentions, not options.allow_unfused, inputs, outputs)
 
 
-def _prepare_graph(source: Path, options: EngineOptions) -> ModelProto:
+def _prepare_graph(source: Path, options: EngineOptions) -> ir.Model:
     """Returns the graph of the file with its attentions prepared for the parser."""
     model = load_graph(source)
     if options.weight_stripped and read_softmax_scales(model):
@@ -179,8 +179,9 @@ def trtexec_line(library: Library, source: Path, engine: Path, options: EngineOp
     return shlex.join([*parts, f"--profilingVerbosity={_VERBOSITIES[options.verbosity].lower()}"])
 
 
-def _image_shape(model: ModelProto) -> list[int]:
-    return [dimension.dim_value for dimension in model.graph.input[0].type.tensor_type.shape.dim[1:]]
+def _image_shape(model: ir.Model) -> list[int]:
+    shape = model.graph.inputs[0].shape
+    return [size for size in shape[1:] if isinstance(size, int)] if shape is not None else []
 
 
 def _tensors(tensors: list[tensorrt.ITensor]) -> dict[str, list[Any]]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Interval
 
 from illama.errors import UserError
+from illama.options import BatchSize, check_bounds
 
 LibraryName = Literal["tensorrt", "tensorrt_rtx"]
 Verbosity = Literal["none", "layer-names", "detailed"]
@@ -24,7 +26,7 @@ def read_batch(text: str) -> tuple[int, int, int]:
 
 
 BatchRange = Annotated[
-    tuple[int, int, int],
+    tuple[BatchSize, BatchSize, BatchSize],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="MIN:OPT:MAX",
@@ -56,7 +58,7 @@ class EngineOptions:
 
     targets: tuple[str, ...] = ()
     batch: BatchRange = (1, 8, 64)
-    workspace_gib: float | None = None
+    workspace_gib: Annotated[float, Interval(gt=0, le=1 << 20)] | None = None
     timing_cache: Path | None = None
     refit: bool = False
     weight_stripped: bool = False
@@ -66,12 +68,11 @@ class EngineOptions:
     allow_unfused: bool = False
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             raise UserError(
                 f"--batch must be MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX, not {':'.join(map(str, self.batch))}"
             )
-        if self.workspace_gib is not None and not self.workspace_gib > 0:
-            raise UserError(f"--workspace-gib must be more than 0, not {self.workspace_gib}")
         if self.timing_cache is not None and (self.timing_cache.is_dir() or not self.timing_cache.parent.is_dir()):
             raise UserError(f"--timing-cache must be a file in an existing folder, not {self.timing_cache}")
 

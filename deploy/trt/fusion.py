@@ -8,21 +8,25 @@ https://github.com/onnx/onnx-tensorrt/blob/main/docs/TRT_custom_ops.md
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+import onnx_ir as ir
+from annotated_types import Interval
 
 from deploy.trt.library import Library
 from illama.bundle import SOFTMAX_OUTPUT
-from illama.graph.reader import Index
+from illama.errors import UserError
+from illama.graph.reader import add_constant, layer_of
+from illama.structured_files import parse_json
 
 if TYPE_CHECKING:
     import tensorrt
 
 _KERNELS = ("mha", "attention")  # in the names of fused kernels
-_ONNX_TYPES = {"fp8": TensorProto.FLOAT8E4M3FN, "int8": TensorProto.INT8}
+_ONNX_TYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
 
 
 @dataclass(frozen=True)
@@ -38,40 +42,52 @@ class SoftmaxOutput:
     scale: float
 
 
-def read_softmax_scales(model: ModelProto) -> dict[str, SoftmaxOutput]:
+@dataclass(frozen=True)
+class _Stored:
+    number: Literal["fp8", "int8"]
+    scale: Annotated[float, Interval(gt=0, lt=math.inf)]
+
+
+def read_softmax_scales(model: ir.Model) -> dict[str, SoftmaxOutput]:
     """Returns attention -> how its softmax output is quantized, from the metadata that the exporter wrote."""
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    outputs = json.loads(metadata.get(SOFTMAX_OUTPUT, "{}"))
-    return {name: SoftmaxOutput(values["number"], values["scale"]) for name, values in outputs.items()}
+    text = model.metadata_props.get(SOFTMAX_OUTPUT, "{}")
+    outputs = parse_json(text, dict[str, _Stored], f"the graph's metadata {SOFTMAX_OUTPUT}")
+    return {name: SoftmaxOutput(stored.number, stored.scale) for name, stored in outputs.items()}
 
 
-def quantize_softmax_outputs(model: ModelProto) -> None:
+def quantize_softmax_outputs(model: ir.Model) -> None:
     """Quantizes the softmax output inside each attention for which the scheme specifies it.
 
     q, k and v have their Q/DQ in the graph. The softmax output is inside the operator, where ONNX cannot have Q/DQ:
 
         before   Q/DQ -> Attention(q, k, v, mask)
         after    Q/DQ -> TRT_QuantizedAttention(q, k, v, mask, scale), normalization_quantize_to_type = dtype
+
+    Raises:
+        UserError: the graph has no attention of a name in its metadata; an earlier version exported it.
     """
-    index, outputs = Index(model), read_softmax_scales(model)
-    for node in model.graph.node:
-        output = outputs.get(node.name.partition("/")[0])
-        if node.op_type == "Attention" and output is not None:
-            scale = index.add_constant(f"{node.name}.softmax_output_scale", np.array(output.scale, dtype=np.float16))
+    outputs = read_softmax_scales(model)
+    attentions = {layer_of(node): node for node in model.graph if node.op_type == "Attention"}
+    if missing := outputs.keys() - attentions.keys():
+        raise UserError(f"the graph has no attention {min(missing)}: export it again with python quant/ptq.py")
+    for layer, node in attentions.items():
+        if output := outputs.get(layer):
+            name = f"{layer}.softmax_output_scale"
             node.op_type = "TRT_QuantizedAttention"
-            node.input.extend([*[""] * (4 - len(node.input)), scale])  # "" if there is no mask
-            node.attribute.append(helper.make_attribute("normalization_quantize_to_type", _ONNX_TYPES[output.dtype]))
+            node.resize_inputs(5)  # no mask leaves the fourth empty
+            node.replace_input_with(4, add_constant(model.graph, name, np.array(output.scale, dtype=np.float16)))
+            node.attributes.add(ir.AttrInt64("normalization_quantize_to_type", _ONNX_TYPES[output.dtype]))
 
 
-def allow_decomposition(model: ModelProto) -> None:
+def allow_decomposition(model: ir.Model) -> None:
     """Lets the builder split attention into several kernels if it has no fused one.
 
     before   Attention(q, k, v, mask)
     after    Attention(q, k, v, mask), TRT_decomposable = 1
     """
-    for node in model.graph.node:
+    for node in model.graph:
         if node.op_type == "Attention":
-            node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
+            node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
 
 
 def count_attentions(library: Library, network: tensorrt.INetworkDefinition) -> int:

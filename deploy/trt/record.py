@@ -6,13 +6,14 @@ An engine is a folder in its bundle, ``engines/NAME``. Earlier versions wrote ``
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from illama.atomic_write import list_folder
 from illama.bundle import ENGINES, sha256
 from illama.errors import UserError
+from illama.structured_files import check_regular, read_json
 
 FORMAT = 2
 ENGINE, RECORD, RUNTIME_CACHE = "model.engine", "record.json", "runtime-cache"
@@ -76,21 +77,11 @@ class EngineRecord:
             UserError: the engine or the record is missing, the record is damaged, or it belongs to another engine.
         """
         path = record_path(engine)
-        try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT:
-                raise UserError(
-                    f"{path} has format {values['format']}, this version reads {FORMAT}: build the engine again"
-                )
-            values |= {key: tuple(values[key]) for key in ("targets", "batch")}
-            record = cls(**{field.name: values[field.name] for field in fields(cls)})
-            actual = sha256(engine)
-        except OSError as error:
-            raise UserError(
-                f"cannot read {error.filename} ({error.strerror}): run python deploy/build.py first"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: build the engine again with python deploy/build.py") from error
+        if (found := read_json(path, _Facts, "ignore").format) != FORMAT:
+            raise UserError(f"{path} has format {found}, this version reads {FORMAT}: build the engine again")
+        record = read_json(path, cls, "ignore")
+        check_regular(engine)
+        actual = sha256(engine)
         if actual != record.engine_sha256:
             raise UserError(
                 f"{engine} does not match the SHA-256 in its {path.name} and is not loaded: build the engine again"
@@ -117,6 +108,14 @@ def find_engines(bundle: Path, library: str | None = None) -> list[Path]:
 
 def _library_of(engine: Path) -> str | None:
     try:
-        return str(json.loads(record_path(engine).read_text())["library"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(record_path(engine), _Facts, "ignore").library
+    except UserError:
         return None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The fields of a record of any format that are read first."""
+
+    format: int = 1
+    library: str | None = None

@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from deploy.runtimes.temperature import store_temperatures
-from eval.benchmark.evaluate_split import evaluate
+from eval.benchmark.evaluate_split import Evaluation, evaluate
 from eval.benchmark.evaluation_images import EvaluationImages
-from eval.benchmark.latency import UNREADABLE, measure_latency
+from eval.benchmark.latency import TimingOptions, measure_latency
 from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
 from eval.benchmark.sensors import find_gpu, open_meter
-from eval.benchmark.targets import BenchmarkTarget
+from eval.benchmark.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.measured import measure
 from eval.metrics.paired import NO_DROP, paired_drop
 from eval.metrics.predictions import Predictions
+from eval.report.pareto import decide
 from eval.report.schema import FlippedImage, Measured, Report, Row
 from eval.report.store import read_results
-from illama.bundle import Manifest, command_line, package_versions, sha256
+from illama.bundle import command_line, package_versions, sha256, size_of
+from illama.data.datasets import Transformed
 from illama.hardware import describe_machine
 from illama.inference import Infer, chance_note, load_images, usable_cores
+from illama.manifest import NO_TENSORRT, Manifest
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 
@@ -36,7 +39,7 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """The rows in the order of the targets; the first is the reference.
+    """The rows in the order of the targets.
 
     Attributes:
         conditions: the conditions during timing, such as threads and clocks.
@@ -84,54 +87,49 @@ def run_benchmark(
     models, first = _models(targets)
     transform, group = images.preprocessing.transform(), execution.processes
     temperatures, failed = fit_temperatures(models, images.data, transform, images.calibration, group)
-    facts = {
+    how = Evaluation(
+        execution.work, execution.workers, facts=_facts(targets, images), processes=group, restart=execution.restart
+    )
+    evaluated = evaluate(models, Transformed(images.split, transform), temperatures, how)
+    group.barrier()  # until all have read what the others computed
+    if not group.main:
+        return BenchmarkResult([], {}, [], {})
+    notes = [f"{model} has no temperature: {reason}." for model, reason in failed.items()]
+    if execution.store:
+        scaled = [each for each in targets if first[each.name] in temperatures]
+        fitted = [(each.path, temperatures[first[each.name]], each.engine.runtime) for each in scaled]
+        notes += store_temperatures(fitted, images.calibration, images.name)
+    reference = choose_reference(targets)
+    measured, base = measure(evaluated, temperatures, first[reference.name]), evaluated[first[reference.name]].plain
+    rows = []
+    for each in targets:
+        own = evaluated[first[each.name]].plain
+        row = _row(each, measured[first[each.name]], execution.out)
+        row.reference = each is reference
+        row.drop = NO_DROP if row.reference else paired_drop(base.right, own.right, options.seed)
+        row.flipped = _flipped(row, base, own, images)
+        rows.append(row)
+        if row.reference and (note := chance_note(row.name, row.top1.percent, len(images.data.classes))):
+            notes.append(note)
+    if execution.reopen and group.count > 1:
+        _close(targets)
+        pin_threads(options.threads or usable_cores())
+        targets = execution.reopen()
+    with torch_on_all_cores():
+        conditions, unread = _time(targets, rows, images, options)
+    _close(targets)
+    return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + unread, _layers_of(targets))
+
+
+def _facts(targets: Sequence[BenchmarkTarget], images: EvaluationImages) -> dict[str, Any]:
+    """Returns what determines the predictions, besides the models' names and temperatures."""
+    return {
         "data": images.name,
         "preprocessing": asdict(images.preprocessing),
         "classes": images.data.classes,
         "files": {each.name: sha256(each.path) for each in targets},
         "runtimes": {each.name: each.engine.runtime for each in targets},
     }
-    evaluated = evaluate(
-        models,
-        images.split,
-        transform,
-        temperatures,
-        execution.work,
-        execution.workers,
-        facts=facts,
-        processes=group,
-        restart=execution.restart,
-    )
-    group.barrier()  # until all have read what the others computed
-    if not group.main:
-        return BenchmarkResult([], {}, [], {})
-    notes = [f"{model} has no temperature: {reason}." for model, reason in failed.items()]
-    if execution.store:
-        fitted = [
-            (each.path, temperatures[first[each.name]], each.engine.runtime)
-            for each in targets
-            if first[each.name] in temperatures
-        ]
-        notes += store_temperatures(fitted, images.calibration, images.name)
-    measured, reference = measure(evaluated, temperatures), evaluated[targets[0].name].plain
-    rows = []
-    for each in targets:
-        own = evaluated[first[each.name]].plain
-        row = _row(each, measured[first[each.name]], execution.out)
-        row.drop = paired_drop(reference.right, own.right, options.seed)
-        row.flipped = _flipped(row, reference, own, images)
-        rows.append(row)
-    rows[0].reference, rows[0].drop = True, NO_DROP
-    if note := chance_note(rows[0].name, rows[0].top1.percent, len(images.data.classes)):
-        notes.append(note)
-    if execution.reopen and group.count > 1:
-        _close(targets)
-        pin_threads(options.threads or usable_cores())
-        targets = execution.reopen()
-    with torch_on_all_cores():
-        conditions = _time(targets, rows, images, options)
-    _close(targets)
-    return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + _unread(conditions), _layers_of(targets))
 
 
 def make_report(
@@ -151,6 +149,7 @@ def make_report(
     """
     return Report(
         rows=result.rows,
+        decision=decide(result.rows, options.constraints),
         command=command_line(),
         data=images.name,
         checkpoint=checkpoint,
@@ -185,15 +184,16 @@ def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
         scheme=target.scheme,
         runtime=target.runtime,
         runtime_id=target.runtime_id,
+        file=target.key.file,
         evaluated_with=target.engine.runtime,
         drop=NO_DROP,
         onnx=os.path.relpath(target.path, out),
-        onnx_bytes=target.path.stat().st_size,
+        onnx_bytes=size_of(target.path),
         engine=os.path.relpath(built, out) if built else None,
         engine_bytes=record.engine_bytes if record else None,
         fused=record.fused if record else True,
         sha256={os.path.relpath(file, out): sha256(file) for file in files},
-        note=target.note,
+        note=target.not_timed.sentence if target.not_timed else None,
     )
 
 
@@ -212,22 +212,29 @@ def _flipped(
 
 def _time(
     targets: Sequence[BenchmarkTarget], rows: Sequence[Row], images: EvaluationImages, options: BenchmarkOptions
-) -> dict[str, Any]:
-    """Fills in the latencies of the targets that run here as they would be deployed; returns the timing conditions."""
-    timed = {each.name: each for each in targets if not each.note}
+) -> tuple[dict[str, Any], list[str]]:
+    """Fills in the latencies of the targets that run here as they would be deployed.
+
+    Returns:
+        The timing conditions, and a note on the sensors that could not be read.
+    """
+    timed = {each.name: each for each in targets if not each.not_timed}
     gpu, machine = find_gpu(), describe_machine()
     meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
     engines = {name: each.engine.infer for name, each in timed.items()}
     some = min(max(options.batches), len(images.split))  # type: ignore[arg-type]
     inputs = load_images(images.split, images.preprocessing.transform(), some)[0]
-    found = measure_latency(engines, inputs, options.batches, seconds=options.seconds, meters=meters, seed=options.seed)
+    found = measure_latency(
+        engines, inputs, options.batches, TimingOptions(seconds=options.seconds, seed=options.seed), meters
+    )
     for row in rows:
         if row.name in timed:
             row.latency = found.latency[row.name]
             row.device = machine["gpu" if timed[row.name].on_gpu else "cpu"] if row.latency else None
             refused = [f"not timed at batch {batch}: {reason}" for batch, reason in found.refused[row.name].items()]
             row.note = "; ".join(refused) or None
-    return found.conditions
+    missing = ", ".join(sorted({"temperature", "clock", "energy"} - found.sensors))
+    return found.conditions, [f"No readable sensor during timing for: {missing}."] if missing else []
 
 
 def _close(targets: Sequence[BenchmarkTarget]) -> None:
@@ -235,23 +242,16 @@ def _close(targets: Sequence[BenchmarkTarget]) -> None:
         each.engine.close()
 
 
-def _unread(conditions: Mapping[str, Any]) -> list[str]:
-    """Returns a note on the sensors that could not be read during timing."""
-    told = {kind: any(f" {kind}, " in name for name in conditions) for kind in ("temperature", "clock")}
-    told["energy"] = conditions["energy"] != UNREADABLE
-    missing = ", ".join(kind for kind, is_told in told.items() if not is_told)
-    return [f"No readable sensor during timing for: {missing}."] if missing else []
-
-
 def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
     """Returns notes on what was not measured, over all targets."""
     notes = []
     for bundle, scheme in {each.path.parent: each.scheme for each in targets}.items():
-        if reason := Manifest.read(bundle).metrics.get("no_tensorrt"):
-            notes.append(f"{scheme} has no graph for TensorRT: {reason}.")
+        quantization = Manifest.read(bundle).quantization
+        if quantization and quantization.no_tensorrt:
+            notes.append(f"{scheme} has no graph for TensorRT: {NO_TENSORRT[quantization.no_tensorrt]}.")
     notes += dict.fromkeys(line for each in targets for line in each.left_out)
     engines = [each.built[1] for each in targets if each.built]
-    idle = [each.built[1] for each in targets if each.built and each.note]
+    idle = [each.built[1] for each in targets if each.built and each.not_timed]
     if idle:
         proven = " with every attention proven fused" if all(record.fused for record in idle) else ""
         notes.append(
@@ -265,5 +265,9 @@ def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
 
 def _layers_of(targets: Sequence[BenchmarkTarget]) -> dict[str, list[list[str]]]:
     """Returns scheme -> rows of (layer, format of its weight, format of its input), for quantized bundles."""
-    found = {each.scheme: Manifest.read(each.path.parent).metrics.get("layers") for each in targets}
-    return {scheme: layers for scheme, layers in found.items() if layers}
+    found = {each.scheme: Manifest.read(each.path.parent).quantization for each in targets}
+    return {
+        scheme: [[layer.layer, layer.weight, layer.input] for layer in quantization.layers]
+        for scheme, quantization in found.items()
+        if quantization
+    }

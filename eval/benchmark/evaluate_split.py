@@ -12,17 +12,17 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval.metrics.predictions import Evaluated, Predictions, refuse_overflow
 from illama.atomic_write import write_file
-from illama.data.datasets import Sample, Transform
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
 from illama.partial_work import claim
@@ -34,27 +34,13 @@ PATIENCE = 1800.0  # seconds
 _FORMS = ("plain", "scaled")
 
 
-def evaluate(
-    models: Mapping[str, Infer],
-    split: Dataset[Sample],
-    transform: Transform,
-    temperatures: Mapping[str, float] = {},
-    work: Path | None = None,
-    workers: int = 0,
-    batch: int = 50,
-    *,
-    facts: Mapping[str, Any] = {},
-    processes: Processes = ALONE,
-    chunk: int = CHUNK,
-    patience: float = PATIENCE,
-    restart: bool = False,
-) -> dict[str, Evaluated]:
-    """Returns each model's predictions over a whole split; images are read once for all models.
+@dataclass(frozen=True)
+class Evaluation:
+    """How a split is evaluated.
 
-    Args:
-        temperatures: model -> its temperature, if it has one.
+    Attributes:
         work: folder where finished chunks are stored, and from which an interrupted evaluation continues; a temporary
-            folder if not given. Several processes must share one.
+            folder if None. Several processes must share one.
         workers: number of processes that read images.
         batch: number of images in a call of a model.
         facts: everything else that determines the result, such as the name of the data and the files' SHA-256.
@@ -62,34 +48,52 @@ def evaluate(
         chunk: number of images in a chunk.
         patience: seconds that a finished process waits for a new chunk of the others.
         restart: discard another evaluation in ``work``.
+    """
+
+    work: Path | None = None
+    workers: int = 0
+    batch: int = 50
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    processes: Processes = ALONE
+    chunk: int = CHUNK
+    patience: float = PATIENCE
+    restart: bool = False
+
+
+def evaluate(
+    models: Mapping[str, Infer],
+    images: Dataset[tuple[Tensor, int]],
+    temperatures: Mapping[str, float] | None = None,
+    how: Evaluation | None = None,
+) -> dict[str, Evaluated]:
+    """Returns each model's predictions over a whole split; images are read once for all models.
+
+    Args:
+        images: the split's preprocessed images and labels.
+        temperatures: model -> its temperature, if it has one.
 
     Raises:
         UserError: a model's logits are not finite or do not fit the labels; ``work`` holds another evaluation or
             damaged chunks; another process ended, or finished no chunk in ``patience`` seconds.
         ValueError: there are several processes and no ``work``.
     """
-    images = len(split)  # type: ignore[arg-type]
-    chunks = [range(start, min(start + chunk, images)) for start in range(0, images, chunk)]
-    pinned = {
-        **facts,
-        "models": list(models),
-        "temperatures": dict(temperatures),
-        "images": images,
-        "batch": batch,
-        "chunk": chunk,
-    }
-    if work is None and processes.count > 1:
+    how, temperatures, total = how or Evaluation(), temperatures or {}, len(images)  # type: ignore[arg-type]
+    processes = how.processes
+    chunks = [range(start, min(start + how.chunk, total)) for start in range(0, total, how.chunk)]
+    sizes = {"images": total, "batch": how.batch, "chunk": how.chunk}
+    pinned = {**how.facts, "models": list(models), "temperatures": dict(temperatures), **sizes}
+    if how.work is None and processes.count > 1:
         raise ValueError("several processes must share a work folder: give one")
-    with nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
-        _claim_together(Path(folder), pinned, processes, restart)
+    with nullcontext(how.work) if how.work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
+        _claim_together(Path(folder), pinned, processes, how.restart)
         paths = {each: Path(folder) / f"{each.start:09d}.npz" for each in chunks}
         own = chunks[processes.rank :: processes.count]
         missing = [each for each in own if not paths[each].exists()]
         with _progress(own, missing, processes) as bar:
-            predicted = predict_chunks(models, split, transform, missing, batch, workers, bar.update)
+            predicted = predict_chunks(models, images, missing, how.batch, how.workers, bar.update)
             for each, (logits, labels) in zip(missing, predicted, strict=True):
                 _write(paths[each], _reduce(logits, labels, temperatures))
-        _wait_for(list(paths.values()), patience)
+        _wait_for(list(paths.values()), how.patience)
         parts = [_read(path, models, len(each)) for each, path in paths.items()]
     return {name: _concatenate([part[name] for part in parts]) for name in models}
 
@@ -135,10 +139,10 @@ def _concatenate(parts: Sequence[Evaluated]) -> Evaluated:
 def _write(path: Path, part: Mapping[str, Evaluated]) -> None:
     """Writes a chunk as arrays named MODEL/FORM/FIELD, where MODEL is the model's index."""
     arrays = {
-        f"{place}/{form}/{field.name}": getattr(predictions, field.name)
+        f"{place}/{form}/{entry.name}": getattr(predictions, entry.name)
         for place, each in enumerate(part.values())
         for form in _FORMS
-        for field in fields(Predictions)
+        for entry in fields(Predictions)
         if (predictions := getattr(each, form)) is not None
     }
     with write_file(path) as draft, draft.open("wb") as file:
@@ -149,7 +153,7 @@ def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Eva
     def form(stored: Mapping[str, np.ndarray], prefix: str) -> Predictions | None:
         if f"{prefix}/labels" not in stored:
             return None
-        predictions = Predictions(*(stored[f"{prefix}/{field.name}"] for field in fields(Predictions)))
+        predictions = Predictions(*(stored[f"{prefix}/{entry.name}"] for entry in fields(Predictions)))
         if len(predictions) != images:
             raise ValueError(f"{len(predictions)} images instead of {images}")
         return predictions

@@ -9,9 +9,9 @@ from typing import cast
 from torch.utils.data import Dataset, Subset
 
 from eval.benchmark.open_bundles import open_fitting_data
-from illama.bundle import Manifest
-from illama.checkpoints.load import read_preprocessing
-from illama.data.datasets import ImageData, Preprocessing, Sample, evenly_spaced
+from illama.data.datasets import ImageData, Sample, evenly_spaced
+from illama.data.preprocessing import Preprocessing
+from illama.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EvaluationImages:
         Raises:
             UserError: the data set does not exist, has other classes or too few images.
         """
-        preprocessing = read_preprocessing(manifest)
+        preprocessing = manifest.preprocessing
         data = open_fitting_data(name, manifest.classes, preprocessing)
         split = evenly_spaced(data.test(), images)
         indices = cast(Subset[Sample], split).indices if images is not None else None

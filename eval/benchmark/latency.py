@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from tqdm import tqdm
 
-from eval.benchmark.sensors import SYSFS, Meter, Watch, find_gpu, read_governor
+from eval.benchmark.sensors import SYSFS, Meter, Sensor, Watch, find_gpu, read_governor
 from illama.errors import UserError
 from illama.inference import Infer, usable_cores
 
@@ -65,11 +65,13 @@ class Timings:
         latency: engine -> its latency at each batch size that it takes, in the given order.
         refused: engine -> batch size -> why it was not timed.
         conditions: conditions of the measurement, for a report.
+        sensors: what sensors could be read during the measurement.
     """
 
     latency: dict[str, list[Latency]]
     refused: dict[str, dict[int, str]]
     conditions: dict[str, Any]
+    sensors: set[Sensor] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -89,41 +91,63 @@ class _Turns:
         return _Turns(turns, min(self.calls, max(1, a_turn - settle)), settle)
 
 
+@dataclass(frozen=True)
+class TimingOptions:
+    """How engines are timed.
+
+    Attributes:
+        rounds: number of rounds; in each, every engine has a turn.
+        calls: timed calls of a turn.
+        settle: untimed calls before them, while the threads of the previous engine go to sleep.
+        seconds: approximate time for the rounds at one batch size, divided equally among the engines; a slow engine
+            has fewer turns, spread over the rounds, but at least 3. None for no limit.
+        seed: random seed of the order.
+        progress: whether to show progress bars.
+        root: root of sysfs.
+
+    Raises:
+        UserError: a number is not positive.
+    """
+
+    rounds: int = 40
+    calls: int = 10
+    settle: int = 3
+    seconds: float | None = None
+    seed: int = 0
+    progress: bool = True
+    root: Path = SYSFS
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.calls, self.settle) < 1 or (self.seconds is not None and not self.seconds > 0):
+            raise UserError("rounds, calls, settle and seconds must all be above 0")
+
+
 def measure_latency(
     engines: Mapping[str, Infer],
     images: np.ndarray,
     batches: Sequence[int] = (1,),
-    rounds: int = 40,
-    calls: int = 10,
-    settle: int = 3,
-    seconds: float | None = None,
+    options: TimingOptions | None = None,
     meters: Mapping[str, Meter] | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    root: Path = SYSFS,
 ) -> Timings:
     """Times all engines in turn, in a new random order each round, so that drift and other load affect all equally.
 
-    At each batch size every engine is warmed up until its time is stable; then the rounds start. In a turn an engine
-    makes ``settle`` untimed calls, while the threads of the previous engine go to sleep, and ``calls`` timed ones.
-    Energy is measured in separate turns afterwards, each as long as its meter needs, since sensors are slow.
+    At each batch size every engine is warmed up until its time is stable; then the rounds start. Energy is measured in
+    separate turns afterwards, each as long as its meter needs, since sensors are slow.
 
     Args:
         images: (N, C, H, W); repeated if a batch is larger than N. One batch is in memory at a time.
         batches: batch sizes.
-        seconds: approximate time for the rounds at one batch size, divided equally among the engines; a slow engine
-            has fewer turns, spread over the rounds, but at least 3. None for no limit.
         meters: engine -> meter of the energy of the device it runs on.
-        seed: random seed of the order.
-        root: root of sysfs.
 
     Raises:
-        UserError: there are no images, or a number is not positive.
+        UserError: there are no images, or a batch size is not positive or given twice.
     """
-    _check(images, batches, rounds, calls, settle, seconds)
-    wanted, share = _Turns(rounds, calls, settle), None if seconds is None else seconds / max(1, len(engines))
-    timings = Timings({name: [] for name in engines}, {name: {} for name in engines}, _state(root))
-    watch, order, start, switches = Watch(root, find_gpu()), np.random.default_rng(seed), time.monotonic(), _switches()
+    options, meters = options or TimingOptions(), meters or {}
+    _check(images, batches)
+    share = None if options.seconds is None else options.seconds / max(1, len(engines))
+    timings = Timings({name: [] for name in engines}, {name: {} for name in engines}, _state(options.root))
+    watch, order = Watch(options.root, find_gpu()), np.random.default_rng(options.seed)
+    start, switches = time.monotonic(), _switches()
     watch.look()
     for batch in batches:
         try:
@@ -132,38 +156,43 @@ def measure_latency(
             for name in engines:
                 timings.refused[name][batch] = str(error)
             continue
-        plans, refused = _warm_up(engines, given, wanted, share, progress)
+        plans, refused = _warm_up(engines, given, options, share)
         for name, reason in refused.items():
             timings.refused[name][batch] = reason
-        times = _take_turns({name: engines[name] for name in plans}, given, plans, rounds, order, watch, progress)
-        joules = _energy(engines, given, {name: m for name, m in (meters or {}).items() if name in plans}, progress)
+        times = _take_turns({name: engines[name] for name in plans}, given, plans, options, order, watch)
+        joules = _energy(
+            engines, given, {name: each for name, each in meters.items() if name in plans}, options.progress
+        )
         for name, values in times.items():
             timings.latency[name].append(_summarize(values, batch, joules.get(name)))
     watch.look()
-    timings.conditions.update(
-        {
-            "batch sizes": list(batches),
-            "rounds": rounds,
-            "calls a turn": calls,
-            "calls before them": settle,
-            "seconds for a batch size": "no limit" if seconds is None else seconds,
-            "involuntary context switches a second": round((_switches() - switches) / (time.monotonic() - start), 1),
-            **watch.summary(),
-            "energy": "; ".join(sorted({meter.covers for meter in (meters or {}).values()})) or UNREADABLE,
-        }
+    timings.conditions.update(_conditions(batches, options, meters, watch))
+    timings.conditions["involuntary context switches a second"] = round(
+        (_switches() - switches) / (time.monotonic() - start), 1
     )
+    timings.sensors.update(watch.sensors | ({"energy"} if meters else set()))
     return timings
 
 
-def _check(
-    images: np.ndarray, batches: Sequence[int], rounds: int, calls: int, settle: int, seconds: float | None
-) -> None:
+def _conditions(
+    batches: Sequence[int], options: TimingOptions, meters: Mapping[str, Meter], watch: Watch
+) -> dict[str, Any]:
+    return {
+        "batch sizes": list(batches),
+        "rounds": options.rounds,
+        "calls a turn": options.calls,
+        "calls before them": options.settle,
+        "seconds for a batch size": "no limit" if options.seconds is None else options.seconds,
+        **watch.summary(),
+        "energy": "; ".join(sorted({meter.covers for meter in meters.values()})) or UNREADABLE,
+    }
+
+
+def _check(images: np.ndarray, batches: Sequence[int]) -> None:
     if not len(images):
         raise UserError("there are no images to time with: give at least one")
     if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
         raise UserError(f"--batches must be different numbers of 1 or more, not {list(batches)}")
-    if min(rounds, calls, settle) < 1 or (seconds is not None and not seconds > 0):
-        raise UserError("rounds, calls, settle and seconds must all be above 0")
 
 
 def _state(root: Path) -> dict[str, Any]:
@@ -187,11 +216,11 @@ def _bar(items: Iterable[Item], doing: str, unit: str, progress: bool) -> Iterab
 
 
 def _warm_up(
-    engines: Mapping[str, Infer], images: np.ndarray, wanted: _Turns, share: float | None, progress: bool
+    engines: Mapping[str, Infer], images: np.ndarray, options: TimingOptions, share: float | None
 ) -> tuple[dict[str, _Turns], dict[str, str]]:
     """Returns the turns of each engine, and why the other engines do not take this batch."""
-    plans, refused = {}, {}
-    for name in _bar(engines, f"warm up, batch {len(images)}", "engine", progress):
+    plans, refused, wanted = {}, {}, _Turns(options.rounds, options.calls, options.settle)
+    for name in _bar(engines, f"warm up, batch {len(images)}", "engine", options.progress):
         try:
             a_call = _settled(engines[name], images, wanted.settle, share)
         except _REFUSALS as error:
@@ -227,15 +256,14 @@ def _take_turns(
     engines: Mapping[str, Infer],
     images: np.ndarray,
     plans: Mapping[str, _Turns],
-    rounds: int,
+    options: TimingOptions,
     order: np.random.Generator,
     watch: Watch,
-    progress: bool,
 ) -> dict[str, list[float]]:
     """Returns the seconds of each engine's timed calls."""
     times: dict[str, list[float]] = {name: [] for name in engines}
-    names = list(engines)
-    for index in _bar(range(rounds), f"time, batch {len(images)}", "round", progress):
+    names, rounds = list(engines), options.rounds
+    for index in _bar(range(rounds), f"time, batch {len(images)}", "round", options.progress):
         for name in (names[place] for place in order.permutation(len(names))):
             plan = plans[name]
             # The engine's turns are spread evenly over the rounds.

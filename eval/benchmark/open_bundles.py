@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import open_file
 from eval.metrics.predictions import refuse_overflow
-from illama.bundle import FRAME, Manifest, bundle_of, sha256
-from illama.checkpoints.load import read_preprocessing
-from illama.data.datasets import ImageData, Preprocessing, Sample, Transform, open_data
+from illama.bundle import bundle_of, sha256
+from illama.data.datasets import ImageData, Sample, open_data
+from illama.data.preprocessing import Preprocessing, Transform
 from illama.errors import UserError
 from illama.inference import Infer, predict
+from illama.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
         {name: path for name, (_, path) in opened.items()},
         {name: sha256(path) for name, (_, path) in opened.items()},
         {name: engine.runtime for name, (engine, _) in opened.items()},
-        read_preprocessing(manifest),
-        tuple(manifest.classes),
+        manifest.preprocessing,
+        manifest.classes,
     )
 
 
@@ -80,12 +81,11 @@ def check_alike(given: Sequence[Path]) -> Manifest:
     if not given:
         raise UserError("no bundles given: give at least one, such as runs/ptq/fp32")
     manifests = [Manifest.read(bundle_of(path)) for path in given]
-    expected = read_preprocessing(manifests[0])
     for path, manifest in zip(given, manifests, strict=True):
         refuse_frames(path, manifest)
-        if "decoder_channels" in manifest.config:
+        if manifest.network == "segmentation":
             raise UserError(f"{path} holds a segmentation network: evaluate it with python eval/segmentation.py")
-        if manifest.classes != manifests[0].classes or read_preprocessing(manifest) != expected:
+        if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
             raise UserError(f"{path} takes other images or names other classes than {given[0]}: leave one of them out")
     return manifests[0]
 
@@ -104,7 +104,7 @@ def _names(given: Sequence[Path]) -> list[str]:
 
 def refuse_frames(bundle: Path, manifest: Manifest) -> None:
     """Raises UserError for a bundle of deploy/camera.py, whose graphs do not take preprocessed images."""
-    if FRAME in manifest.metrics:
+    if manifest.frame:
         raise UserError(f"{bundle} takes camera frames: give the bundle that it was made from")
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pynvml
 import torch
@@ -120,6 +120,16 @@ def read_governor(root: Path = SYSFS) -> str | None:
     return ", ".join(sorted(name for name in found if name)) or None
 
 
+Sensor = Literal["temperature", "clock", "power", "energy"]
+_SENSORS: dict[str, Sensor] = {  # name of a reading -> what it is of
+    "CPU temperature, C": "temperature",
+    "GPU temperature, C": "temperature",
+    "CPU clock, MHz": "clock",
+    "GPU clock, MHz": "clock",
+    "GPU power, W": "power",
+}
+
+
 class Watch:
     """Readings of the machine's sensors, repeated while engines are timed."""
 
@@ -133,6 +143,11 @@ class Watch:
             for name, value in (read_cpu(self._root) | read_gpu(self._root, self._gpu)).items():
                 self._seen.setdefault(name, []).append(round(value, 1))
             self._next = time.monotonic() + 1
+
+    @property
+    def sensors(self) -> set[Sensor]:
+        """What was read at least once."""
+        return {_SENSORS[name] for name in self._seen}
 
     def summary(self) -> dict[str, str]:
         """Returns the first, the last and the range of each reading."""

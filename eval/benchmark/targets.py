@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -18,10 +19,25 @@ from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.torch_engine import TorchEngine
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from eval.benchmark.open_bundles import check_alike
+from eval.report.decision import RowKey
 from illama.atomic_write import list_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, Manifest, bundle_of, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, bundle_of, sha256
 from illama.errors import UserError
 from illama.inference import Infer
+from illama.manifest import EMULATED, Manifest
+
+
+@dataclass(frozen=True)
+class NotTimed:
+    """Why a target is not timed.
+
+    Attributes:
+        reason: the runtime emulates the file's formats; this machine cannot run the engine; or there is no engine.
+        sentence: the reason for people.
+    """
+
+    reason: Literal["emulated", "cannot run", "no engine"]
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class BenchmarkTarget:
     """A file in a runtime.
 
     Attributes:
-        name: unique name.
+        name: unique name, for people; :attr:`key` identifies the target.
         scheme: scheme of its bundle.
         path: the ONNX file, or PyTorch's weights.
         engine: engine that computes its logits on this machine; targets may share one.
@@ -38,7 +54,7 @@ class BenchmarkTarget:
         built: TensorRT engine built from the ONNX file, with its record (read once, because reading hashes the whole
             engine).
         on_gpu: whether it runs on a GPU.
-        note: why it is not timed; None if it is.
+        not_timed: why it is not timed; None if it is. ``engine`` then only computes its accuracy.
         left_out: messages about rejected engines of its bundle.
     """
 
@@ -50,12 +66,27 @@ class BenchmarkTarget:
     runtime_id: str
     built: tuple[Path, EngineRecord] | None = None
     on_gpu: bool = False
-    note: str | None = None
+    not_timed: NotTimed | None = None
     left_out: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> Path:
+        """The deployed file: the engine if there is one."""
+        return self.built[0] if self.built else self.path
+
+    @property
+    def key(self) -> RowKey:
+        file = self.file.resolve()
+        return RowKey(self.scheme, self.runtime_id, file.relative_to(bundle_of(file)).as_posix())
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its bundle is not quantized."""
+        return not (bundle_of(self.path) / SCHEME).exists()
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Returns the logits of any number of images, in calls of batch sizes that the engine takes."""
-        if self.built is None or self.note:
+        if self.built is None or self.not_timed:
             return self.engine.infer(images)
         min_batch, _, max_batch = self.built[1].batch
         return in_calls_of(self.engine.infer, images, min_batch, max_batch)
@@ -102,10 +133,18 @@ def find_targets(
                 f"{path} has no {CPU_ONNX}, {FUSED_ONNX} or {TORCHAO}: run python quant/ptq.py first, or leave it out"
             )
     found = [each for kind in zip(*by_path, strict=True) for targets in kind for each in targets]
-    names = [each.name for each in found]
-    if twice := [name for name in names if names.count(name) > 1]:
+    names, keys = [each.name for each in found], [each.key for each in found]
+    if twice := [name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1 or names.count(name) > 1]:
         raise UserError(f"{twice[0]} was given twice, by its bundle and by its file: give it once")
     return found
+
+
+def choose_reference(targets: Sequence[BenchmarkTarget]) -> BenchmarkTarget:
+    """Returns the target that the others are compared with: the first of a float network, or the first without one.
+
+    :func:`find_targets` puts files for CPUs first, so that FP32 comes before half precision.
+    """
+    return next((each for each in targets if each.is_float), targets[0])
 
 
 def expand(given: Sequence[Path]) -> list[Path]:
@@ -151,16 +190,16 @@ def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
     graph = path / CPU_ONNX if path.is_dir() else path
     if graph.suffix != ".onnx" or graph.name == FUSED_ONNX or not graph.exists():
         return
-    reason = Manifest.read(graph.parent).metrics.get("not_timed")
-    note = f"Not timed: {reason}" if reason else None
+    quantization = Manifest.read(graph.parent).quantization
+    emulated = quantization and quantization.emulated
+    not_timed = NotTimed("emulated", f"Not timed: {EMULATED[emulated]}") if emulated else None
     runtime = "ONNX Runtime, CPU"
-    yield BenchmarkTarget(
-        f"{scheme}, {runtime}", scheme, graph, OnnxRuntimeEngine(graph, threads), runtime, "onnxruntime", note=note
-    )
+    engine: Engine = OnnxRuntimeEngine(graph, threads)
+    yield BenchmarkTarget(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "onnxruntime", not_timed=not_timed)
     if cpu_runtime(graph) == "openvino":
         engine = OpenVinoEngine(graph, threads)
         runtime = f"OpenVINO, CPU ({engine.floats})"
-        yield BenchmarkTarget(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "openvino", note=note)
+        yield BenchmarkTarget(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "openvino", not_timed=not_timed)
 
 
 def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[BenchmarkTarget]:
@@ -189,11 +228,12 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
         if sum(each.library == record.library for _, each in usable) > 1:
             title += f", {built.parent.name if built.name == ENGINE else built.stem}"
         try:
-            engine, note = open_engine(built), None
+            engine, not_timed = open_engine(built), None
         except UserError as error:  # no GPU, or another than it was built for
             engine = substitute = substitute or OnnxRuntimeEngine(graph, threads)
-            note = (
-                f"Accuracy is that of the ONNX file the engine was built from: {str(error).replace(str(built), 'it')}"
+            trouble = str(error).replace(str(built), "it")
+            not_timed = NotTimed(
+                "cannot run", f"Accuracy is that of the ONNX file the engine was built from: {trouble}"
             )
         name = f"{scheme}, {title}"
         yield BenchmarkTarget(
@@ -204,15 +244,15 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
             title,
             record.library,
             (built, record),
-            note is None,
-            note,
+            not_timed is None,
+            not_timed,
             left_out if whole else (),
         )
     if not engines:
-        note = "No engine was built from it, or none can be used"
+        not_timed = NotTimed("no engine", "No engine was built from it, or none can be used")
         engine = OnnxRuntimeEngine(graph, threads)
         yield BenchmarkTarget(
-            f"{scheme}, TensorRT", scheme, graph, engine, "TensorRT", "tensorrt", note=note, left_out=left_out
+            f"{scheme}, TensorRT", scheme, graph, engine, "TensorRT", "tensorrt", not_timed=not_timed, left_out=left_out
         )
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from illama.errors import UserError
 
-Precision = Literal["fp32", "fp16", "int8", "fp8"]
+if TYPE_CHECKING:
+    from illama.graph.reader import Precision
+
 CPU = "cpu"  # name of this machine, whose peak rates are measured
 
 

@@ -2,37 +2,21 @@
 
 Only products are counted: matrix products, convolutions and attention. A good runtime fuses everything else (norms,
 activations, quantization, copies) into them or overlaps it with them, so the cost without it is a lower bound.
-
-A product runs in 8 bits if both of its operands come from DequantizeLinear: TensorRT and ONNX Runtime then multiply
-the integers. With one operand dequantized it runs in floating point, and reads that operand in its stored format.
+:func:`illama.graph.reader.products` says what a product runs in.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-from onnx import TensorProto
+import onnx_ir as ir
 
-from eval.cost_model.devices import Precision
 from illama.errors import UserError
-from illama.graph.layer_times import layer_of_node
+from illama.graph.reader import PRODUCTS, Precision, infer_shapes, is_constant, load_graph, products, stored
 
-# Bits of the data types in the graphs; onnx has no table that covers the types narrower than a byte.
-_BITS: dict[int, int] = {
-    **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), 4),
-    **dict.fromkeys((TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL), 8),
-    **dict.fromkeys((TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2), 8),
-    **dict.fromkeys((TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT16, TensorProto.UINT16), 16),
-    **dict.fromkeys((TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT32), 32),
-    **dict.fromkeys((TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT64), 64),
-}
-_INTEGERS = (TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8, TensorProto.UINT8)
-_FLOAT8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
-_VIEWS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
-_COUNTED = ("MatMul", "Gemm", "Conv", "Attention")
 _UNCOUNTED = (
     "MatMulInteger",
     "QLinearMatMul",
@@ -66,132 +50,72 @@ class ProductCost:
     activation_bytes: float
 
 
-@dataclass
-class _Graph:
-    """A graph with the shape and type of every tensor."""
-
-    constants: dict[str, TensorProto] = field(default_factory=dict)
-    producers: dict[str, onnx.NodeProto] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    types: dict[str, int] = field(default_factory=dict)
-
-    def elements(self, tensor: str) -> int:
-        return math.prod(self.shapes[tensor])
-
-    def bytes(self, tensor: str) -> float:
-        return self.elements(tensor) * _BITS[self.types[tensor]] / 8
-
-    def stored(self, tensor: str) -> tuple[str, float]:
-        """Returns the tensor before views and DequantizeLinear, and the bytes of its scale and zero point."""
-        node = self.producers.get(tensor)
-        if node is not None and node.op_type == "DequantizeLinear":
-            return node.input[0], sum(self.bytes(name) for name in node.input[1:] if name in self.constants)
-        if node is not None and node.op_type in _VIEWS:
-            return self.stored(node.input[0])
-        return tensor, 0.0
-
-
 def product_costs(path: Path, batch: int = 1) -> list[ProductCost]:
     """Returns the products of an ONNX file, for ``batch`` images, in the order of the graph.
 
     Raises:
         UserError: it is not an ONNX file, its shapes cannot be inferred, or it has an operator that cannot be counted.
     """
-    model = _with_shapes(path, batch)
-    graph = _read(model)
-    names = {node.name.partition("/")[0] for node in model.graph.node}
-    layers = dict.fromkeys(names | {f"{name}.{part}" for name in names for part in ("qk", "pv")})
+    model = load_graph(path)
+    infer_shapes(model, batch)
+    _check(path, model)
     costs = []
-    for node in model.graph.node:
+    for each in products(model):
+        node, result = each.node, each.node.outputs[0]
+        if each.name == "Attention q k":  # the probabilities between the two products stay on the chip
+            operations = 2 * _elements(node.inputs[0]) * _shape(node.inputs[1])[-2]
+            operands, results = [*node.inputs[:2], *node.inputs[3:]], []
+        elif each.name == "Attention p v":
+            operations = 2 * _elements(result) * _shape(node.inputs[1])[-2]
+            operands, results = [node.inputs[2]], [result]
+        else:
+            operations = 2 * _elements(result) * _terms(node)
+            operands, results = [*node.inputs], [result]
+        costs.append(ProductCost(each.layer, each.name, each.precision, operations, *_bytes(operands, results)))
+    return costs
+
+
+def _check(path: Path, model: ir.Model) -> None:
+    """Raises UserError unless each operator can be counted and the shapes of its operands are known."""
+    for node in model.graph:
         if node.op_type in _UNCOUNTED:
             raise UserError(
                 f"{path} has the operator {node.op_type}, which cannot be counted: give a file of this project"
             )
-        if node.op_type in _COUNTED:
-            layer = layer_of_node(node.name, layers) or node.name.partition("/")[0] or node.output[0]
-            costs += _attention(graph, node, layer) if node.op_type == "Attention" else [_product(graph, node, layer)]
-    return costs
+        for value in (*node.inputs, *node.outputs) if node.op_type in PRODUCTS else ():
+            if value is not None and (value.dtype is None or value.shape is None or not value.shape.is_static()):
+                raise UserError(f"the shape of {value.name} cannot be inferred: export the network at one image size")
 
 
-def _with_shapes(path: Path, batch: int) -> onnx.ModelProto:
-    try:
-        model = onnx.load(path)
-        images = model.graph.input[0].type.tensor_type.shape.dim
-        if not images[0].dim_value:
-            images[0].dim_value = batch
-        return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} not found: run python quant/ptq.py first") from error
-    except Exception as error:  # the exceptions of protobuf and onnx share no other base class
-        raise UserError(f"{path} cannot be read as ONNX: {' '.join(str(error).split())[:200]}") from error
-
-
-def _read(model: onnx.ModelProto) -> _Graph:
-    graph = _Graph({tensor.name: tensor for tensor in model.graph.initializer})
-    graph.producers = {name: node for node in model.graph.node for name in node.output}
-    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
-        tensor = value.type.tensor_type
-        graph.types[value.name] = tensor.elem_type
-        if all(dim.HasField("dim_value") for dim in tensor.shape.dim):
-            graph.shapes[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
-    for name, constant in graph.constants.items():
-        graph.shapes[name], graph.types[name] = tuple(constant.dims), constant.data_type
-    unknown = [
-        name
-        for node in model.graph.node
-        if node.op_type in _COUNTED
-        for name in (*node.input, *node.output)
-        if name and name not in graph.shapes
-    ]
-    if unknown:
-        raise UserError(f"the shape of {unknown[0]} cannot be inferred: export the network at one image size")
-    return graph
-
-
-def _product(graph: _Graph, node: onnx.NodeProto, layer: str) -> ProductCost:
-    """Returns the cost of a MatMul, Gemm or Conv: each output element is a sum of products over the reduced axes."""
-    left, right = node.input[0], node.input[1]
+def _terms(node: ir.Node) -> int:
+    """Returns the number of products that each output element of a MatMul, Gemm or Conv is the sum of."""
     if node.op_type == "Conv":
-        terms = math.prod(graph.shapes[right][1:])
-    else:
-        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-        terms = graph.shapes[left][-2 if transposed else -1]
-    operations = 2 * graph.elements(node.output[0]) * terms
-    precision = _precision(graph, (left, right), node.output[0])
-    return ProductCost(layer, node.op_type, precision, operations, *_bytes(graph, node.input, node.output))
+        return math.prod(_shape(node.inputs[1])[1:])
+    return _shape(node.inputs[0])[-2 if node.attributes.get_int("transA", 0) else -1]
 
 
-def _attention(graph: _Graph, node: onnx.NodeProto, layer: str) -> list[ProductCost]:
-    """Returns the costs of the two products of an Attention operator; the probabilities between them stay on the chip.
-
-    The second runs in 8 bits only if the first does: the kernel, not the graph, quantizes the probabilities.
-    """
-    q, k, v = node.input[:3]
-    result, keys = node.output[0], graph.shapes[k][-2]
-    scores, values = _precision(graph, (q, k), result), _precision(graph, (q, k, v), result)
-    rest = [name for name in node.input[3:] if name]
-    return [
-        ProductCost(layer, "Attention q k", scores, 2 * graph.elements(q) * keys, *_bytes(graph, [q, k, *rest], [])),
-        ProductCost(layer, "Attention p v", values, 2 * graph.elements(result) * keys, *_bytes(graph, [v], [result])),
-    ]
+def _shape(value: ir.Value | None) -> tuple[int, ...]:
+    assert value is not None and value.shape is not None
+    return value.shape.numpy()
 
 
-def _precision(graph: _Graph, operands: tuple[str, ...], result: str) -> Precision:
-    types = [graph.types[graph.stored(name)[0]] for name in operands]
-    if all(each in _INTEGERS for each in types):
-        return "int8"
-    if all(each in _FLOAT8 for each in types):
-        return "fp8"
-    return "fp16" if _BITS[graph.types[result]] == 16 else "fp32"
+def _elements(value: ir.Value | None) -> int:
+    return math.prod(_shape(value))
 
 
-def _bytes(graph: _Graph, inputs: list[str], outputs: list[str]) -> tuple[float, float]:
-    """Returns the bytes of constant operands and of all other tensors; a tensor that occurs twice is read once."""
-    weights, activations = 0.0, sum(graph.bytes(name) for name in outputs)
-    for name in dict.fromkeys(name for name in inputs if name):
-        tensor, scales = graph.stored(name)
-        if tensor in graph.constants:
-            weights += graph.bytes(tensor) + scales
+def _size(value: ir.Value) -> float:
+    """Returns the bytes of a value; two 4-bit integers share a byte."""
+    return _elements(value) * (value.dtype or ir.DataType.FLOAT).bitwidth / 8
+
+
+def _bytes(inputs: Iterable[ir.Value | None], outputs: Sequence[ir.Value]) -> tuple[float, float]:
+    """Returns the bytes of constant operands and of all other values; a value that occurs twice is read once."""
+    weights, activations = 0.0, sum(_size(value) for value in outputs)
+    for operand in dict.fromkeys(value for value in inputs if value is not None):
+        value, dequantize = stored(operand)
+        if is_constant(value):
+            scales = dequantize.inputs[1:] if dequantize is not None else ()
+            weights += _size(value) + sum(_size(each) for each in scales if each is not None and is_constant(each))
         else:
-            activations += graph.bytes(tensor)
+            activations += _size(value)
     return weights, activations

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from eval.benchmark.open_bundles import refuse_frames
 from eval.cost_model.devices import CPU, Device
 from eval.cost_model.onnx_costs import ProductCost, product_costs
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
+from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes, time_graphs
+from illama.graph.reader import infer_shapes, load_graph
+from illama.manifest import Manifest
 from illama.markdown_table import markdown
 
 
@@ -78,7 +79,9 @@ def measure_layers(path: Path, bounds: Sequence[LayerBound], batch: int) -> Grap
     The shares come from the profiler, whose times in milliseconds are too long: it slows small nodes down, and for a
     small network the nodes add up to more than a call takes without it.
     """
-    shape = [dim.dim_value or batch for dim in onnx.load(path).graph.input[0].type.tensor_type.shape.dim]
+    model = load_graph(path)
+    infer_shapes(model, batch)
+    shape = model.graph.inputs[0].shape.numpy()  # type: ignore[union-attr]
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     times = time_graphs({"file": path}, images, {bound.layer: None for bound in bounds})["file"]
     share = times.call / (sum(times.layers.values()) + times.rest)

@@ -15,7 +15,8 @@ import scipy.optimize
 
 from deploy.runtimes.temperature import read_temperature
 from eval.metrics.predictions import Predictions, check_predictions, log_probabilities, refuse_overflow
-from illama.data.datasets import ImageData, Transform
+from illama.data.datasets import ImageData
+from illama.data.preprocessing import Transform
 from illama.inference import Infer, predict
 from illama.training.distributed import ALONE, Processes
 

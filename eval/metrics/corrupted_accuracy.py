@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from eval.benchmark.open_bundles import OpenBundles, predict_checked
 from eval.metrics.corruptions import CorruptedImages, after_framing
-from eval.metrics.paired import NO_DROP, Drop, unseen_points, widened
+from eval.metrics.paired import NO_DROP, unseen_points, widened
 from illama.atomic_write import make_out, sweep, write_file
 from illama.data.datasets import Sample
+from illama.manifest import Drop
 from illama.markdown_table import markdown
 
 CELLS = "cells"  # folder of the stored results, a file for each cell

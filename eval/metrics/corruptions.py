@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
-from illama.data.datasets import Preprocessing, Sample
+from illama.data.datasets import Sample
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 
 REFERENCE_SIZE = 224

@@ -33,9 +33,15 @@ class Measured:
     scaled: Reliability | None = None
 
 
-def measure(results: Mapping[str, Evaluated], temperatures: Mapping[str, float]) -> dict[str, Measured]:
-    """Returns the measurements of each model's predictions; the first model is the reference."""
-    reference = next(iter(results.values())).plain
+def measure(
+    results: Mapping[str, Evaluated], temperatures: Mapping[str, float], reference_name: str | None = None
+) -> dict[str, Measured]:
+    """Returns the measurements of each model's predictions.
+
+    Args:
+        reference_name: the model that the others are compared with; the first if not given.
+    """
+    reference = results[reference_name or next(iter(results))].plain
     return {
         name: Measured(
             images=len(each.plain),

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from eval.metrics.paired import Drop
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
-from illama.checkpoints.load import read_preprocessing
+from illama.bundle import CPU_ONNX, FUSED_ONNX, size_of
 from illama.data.ade20k import SegmentationFolder
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Drop, Manifest
 from illama.markdown_table import markdown
-from illama.segmentation_scores import Scores, Views, class_ious, score_images
+from illama.segmentation_scores import Scores, Views, class_ious, predict_map, score_images
 
 HEADINGS = ("file", "mIoU %", "drop (95% interval)", "aAcc %", "mAcc %", "file MB")
 
@@ -46,14 +46,14 @@ def open_segmentation_data(folder: Path, bundles: Sequence[Path]) -> tuple[Segme
         UserError: a bundle has other classes than the data, or another preprocessing than the first bundle.
     """
     manifests = [Manifest.read(bundle) for bundle in bundles]
-    preprocessings = [read_preprocessing(manifest) for manifest in manifests]
-    data = SegmentationFolder(folder, preprocessings[0].exif)
-    for bundle, manifest, preprocessing in zip(bundles, manifests, preprocessings, strict=True):
-        if preprocessing != preprocessings[0] or tuple(manifest.classes) != data.classes:
+    preprocessing = manifests[0].preprocessing
+    data = SegmentationFolder(folder, preprocessing.exif)
+    for bundle, manifest in zip(bundles, manifests, strict=True):
+        if manifest.preprocessing != preprocessing or manifest.classes != data.classes:
             raise UserError(
                 f"{bundle} has other classes than {folder} or another preprocessing than {bundles[0]}: leave it out"
             )
-    return data, preprocessings[0]
+    return data, preprocessing
 
 
 def miou_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resamples: int = 2000) -> Drop:
@@ -88,12 +88,14 @@ def measure_miou(
     if not paths:
         raise UserError(f"no {CPU_ONNX} in {bundles[0]}: run python quant/ptq_segmentation.py first")
     models = {str(path): OnnxRuntimeEngine(path).infer for path in paths}
-    counts = score_images(models, data.test(), len(data.classes), preprocessing, views)
+    counts = score_images(
+        models, data.test(), len(data.classes), partial(predict_map, preprocessing=preprocessing, views=views)
+    )
     reference = counts[str(paths[0])]
     rows = []
     for path in paths:
         own = counts[str(path)]
-        drop, megabytes = miou_drop(reference, own, seed), path.stat().st_size / 1e6
+        drop, megabytes = miou_drop(reference, own, seed), size_of(path) / 1e6
         rows.append(FileScores(f"{path.parent.name}/{path.name}", Scores.of(own.sum(0)), drop, megabytes))
     return rows
 

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.stats
 
 from eval.metrics.predictions import Predictions
+from illama.manifest import Drop
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,6 @@ def _class_changes(reference: np.ndarray, other: np.ndarray, labels: np.ndarray)
         before, after = (float(model[here].mean() * 100) for model in (reference, other))
         changes.append(ClassChange(int(label), int(here.sum()), before, after, test.p, bool(p < 0.05)))
     return tuple(changes)
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Points of accuracy lost (negative: gained), with a 95% interval."""
-
-    points: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.points:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
 NO_DROP = Drop(0.0, 0.0, 0.0)  # of the reference itself

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from eval.benchmark.evaluation_images import EvaluationImages
-from eval.report.regression import check_images, compare_markdown, find_regressions
-from eval.report.schema import Report, read_report
+from eval.report.regression import Baseline, check_images, compare_markdown, find_regressions
+from eval.report.schema import Report
 from eval.report.store import read_results
 from illama.options import BenchmarkOptions
 
 
-def read_baseline(options: BenchmarkOptions) -> Mapping[str, Any] | None:
+def read_baseline(options: BenchmarkOptions) -> Baseline | None:
     """Returns the report that ``--fail-on-regression`` names; None if it is not given.
 
     It is read before the long work, and before a new report replaces it; so are the results that ``--also`` names.
@@ -23,16 +21,16 @@ def read_baseline(options: BenchmarkOptions) -> Mapping[str, Any] | None:
     """
     for folder in options.also:
         read_results(folder)
-    return read_report(options.fail_on_regression) if options.fail_on_regression is not None else None
+    return Baseline.read(options.fail_on_regression) if options.fail_on_regression is not None else None
 
 
-def check_baseline(baseline: Mapping[str, Any] | None, images: EvaluationImages) -> None:
+def check_baseline(baseline: Baseline | None, images: EvaluationImages) -> None:
     """Raises UserError for a baseline of other images."""
     if baseline is not None:
         check_images(baseline, images.name, images.data.classes, len(images.split))  # type: ignore[arg-type]
 
 
-def exit_on_regression(baseline: Mapping[str, Any] | None, report: Report) -> None:
+def exit_on_regression(baseline: Baseline | None, report: Report) -> None:
     """Prints the differences from the baseline, if there is one, and exits with status 1 after a regression."""
     if baseline is not None:
         regressions = find_regressions(baseline, report)

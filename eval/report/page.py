@@ -21,7 +21,6 @@ import jinja2
 from markupsafe import Markup
 
 from eval.report.markdown_html import markdown_to_html
-from eval.report.pareto import choose, pareto_front
 from eval.report.schema import FlippedImage, Report, Row
 from eval.report.table import HEADINGS, MISSING, TIMED, Cell, cells, not_measured, timed_cells
 
@@ -50,7 +49,7 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
     style = _inline(["report.css"])
     script = _inline(SCRIPTS)
     plot = plot_data(report)
-    choice = choose(report.rows, report.constraints)
+    choice, names = report.decision.choice, {row.key: row.name for row in report.rows}
     return environment.get_template("report.html").render(
         report=report,
         style=style,
@@ -59,9 +58,9 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
         picture=f"data:image/png;base64,{base64.b64encode(picture).decode()}",
         thumbnails=thumbnails,
         choice=choice,
-        figures=key_figures(report, choice.row),
-        reference=_reference(report.rows),
-        rejected={name: violations for name, violations in choice.violations.items() if violations},
+        figures=key_figures(report, report.chosen),
+        reference=report.reference,
+        rejected={names[each.key]: each.violations for each in choice.rejected},
         headings=HEADINGS + tuple(name for name in TIMED if name not in HEADINGS),
         table=[table_row(report, row, plot["batch"]) for row in report.rows],
         plot=plot,
@@ -90,10 +89,6 @@ def content_policy(style: str, script: str) -> str:
     )
 
 
-def _reference(rows: Sequence[Row]) -> Row | None:
-    return next((row for row in rows if row.reference), None)
-
-
 @dataclass(frozen=True)
 class KeyFigure:
     """A headline figure, with its unit and a comparison."""
@@ -106,7 +101,7 @@ class KeyFigure:
 
 def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
     """Returns the accuracy, latency, size and agreement of the chosen row; an empty list without one."""
-    reference, batch = _reference(report.rows), report.constraints.batch
+    reference, batch = report.reference, report.constraints.batch
     if row is None:
         return []
     loss = "the reference" if row.reference else f"drop {row.drop} points"
@@ -129,14 +124,14 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
 
 def table_row(report: Report, row: Row, batch: int) -> dict[str, Cell]:
     """Returns the cells of a row under all headings of the page."""
-    return {**cells(row, batch), **timed_cells(row, batch, _reference(report.rows), pareto_front(report.rows, batch))}
+    return {**cells(row, batch), **timed_cells(row, batch, report.reference, report.pareto(batch))}
 
 
 def plot_data(report: Report) -> dict[str, Any]:
     """Returns what the script draws and puts into the table, for every timed batch size."""
     batches = sorted({each.batch for row in report.rows for each in row.latency})
-    fronts = {batch: pareto_front(report.rows, batch) for batch in batches}
-    reference = _reference(report.rows)
+    fronts = {batch: report.pareto(batch) for batch in batches}
+    reference = report.reference
     rows = [
         {
             "name": row.name,
@@ -149,7 +144,7 @@ def plot_data(report: Report) -> dict[str, Any]:
             "drop": "the reference" if row.reference else f"drop {row.drop} points",
             "megabytes": row.megabytes,
             "p50": {each.batch: each.p50 for each in row.latency},
-            "pareto": [batch for batch in batches if row.name in fronts[batch]],
+            "pareto": [batch for batch in batches if row.key in fronts[batch]],
             "cells": {
                 batch: {name: [cell.text, cell.value] for name, cell in timed.items()}
                 for batch in batches
@@ -158,7 +153,7 @@ def plot_data(report: Report) -> dict[str, Any]:
         }
         for row in report.rows
     ]
-    constraints, chosen = report.constraints, choose(report.rows, report.constraints).row
+    constraints, chosen = report.constraints, report.chosen
     least = reference.top1.percent - constraints.drop if reference and constraints.drop is not None else None
     return {
         "rows": rows,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
+from eval.report.decision import Choice, Decision, Rejected, RowKey, Rule, Violation
 from eval.report.schema import Row
-from illama.options import Constraints, check_constraints
+from illama.options import Constraints, check_bounds
 
 _TIE = 1.05  # latencies whose ratio is smaller count as equal: runs differ by as much
-Rule = Literal["fastest", "smallest of the fastest", "most accurate", "smallest"]
 _RULES: dict[Rule, str] = {
     "fastest": "the fastest of",
     "smallest of the fastest": "the smallest of those within 5% of the fastest of",
@@ -20,61 +18,21 @@ _RULES: dict[Rule, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Violation:
-    """A constraint that a row violates.
-
-    Attributes:
-        constraint: which one.
-        value: the row's p50 in ms, the upper end of its drop's interval in points, or its size in MB; None if the
-            row was not timed.
-        limit: the constraint, in the same unit.
-        batch: batch size of the latency.
-    """
-
-    constraint: Literal["latency", "drop", "size"]
-    value: float | None
-    limit: float
-    batch: int = 1
-
-    @property
-    def excess(self) -> float:
-        """The excess over the limit as a share of the limit; for a drop, of at least 0.1 points."""
-        if self.value is None:
-            return math.inf
-        return (self.value - self.limit) / (max(abs(self.limit), 0.1) if self.constraint == "drop" else self.limit)
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return f"was not timed at batch {self.batch}"
-        if self.constraint == "latency":
-            return f"takes {self.value:.4g} ms at batch {self.batch}, more than {self.limit:g}"
-        if self.constraint == "drop":
-            return f"may lose {self.value:.2f} points of top-1, more than {self.limit:g}"
-        return f"takes {self.value:.4g} MB, more than {self.limit:g}"
+def decide(rows: Sequence[Row], constraints: Constraints) -> Decision:
+    """Returns the decision of a report with these rows; raises UserError as :func:`choose` does."""
+    batches = sorted({constraints.batch, *(each.batch for row in rows for each in row.latency)})
+    reference = find_reference(rows)
+    fronts = {batch: pareto_front(rows, batch) for batch in batches}
+    return Decision(reference.key if reference else None, fronts, choose(rows, constraints))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The row that was chosen.
-
-    Attributes:
-        row: None if no row satisfies the constraints, or if nothing was timed and there are no constraints.
-        sentence: the row, the rule, and its figures compared with the reference; for a headline.
-        rule: how it was chosen; None without a row.
-        among: number of rows that the rule was applied to.
-        violations: row's name -> the constraints that it violates.
-    """
-
-    row: Row | None
-    sentence: str
-    rule: Rule | None = None
-    among: int = 0
-    violations: dict[str, list[Violation]] = field(default_factory=dict)
+def find_reference(rows: Sequence[Row]) -> Row | None:
+    """Returns the row that the others are compared with; None if there is none."""
+    return next((row for row in rows if row.reference), None)
 
 
-def pareto_front(rows: Sequence[Row], batch: int = 1) -> set[str]:
-    """Returns the names of the Pareto-optimal rows, among the rows of each device that were timed at ``batch``.
+def pareto_front(rows: Sequence[Row], batch: int = 1) -> tuple[RowKey, ...]:
+    """Returns the Pareto-optimal rows, among the rows of each device that were timed at ``batch``.
 
     A row dominates another if it is at least as fast (p50) and at least as accurate (top-1), and better in one of them.
     """
@@ -85,10 +43,10 @@ def pareto_front(rows: Sequence[Row], batch: int = 1) -> set[str]:
         no_worse = a.device == b.device and fast <= slow and a.top1.percent >= b.top1.percent
         return no_worse and (fast < slow or a.top1.percent > b.top1.percent)
 
-    return {each[0].name for each in timed if not any(dominates(other, each) for other in timed)}
+    return tuple(each[0].key for each in timed if not any(dominates(other, each) for other in timed))
 
 
-def find_violations(row: Row, constraints: Constraints) -> list[Violation]:
+def find_violations(row: Row, constraints: Constraints) -> tuple[Violation, ...]:
     """Returns the constraints that a row violates; a row that was not timed violates one on latency."""
     latency, batch = row.at(constraints.batch), constraints.batch
     measured = {
@@ -96,11 +54,11 @@ def find_violations(row: Row, constraints: Constraints) -> list[Violation]:
         "drop": (row.drop.high, constraints.drop),
         "size": (row.megabytes, constraints.megabytes),
     }
-    return [
+    return tuple(
         Violation(name, value, limit, batch)  # type: ignore[arg-type]
         for name, (value, limit) in measured.items()
         if limit is not None and (value is None or value > limit)
-    ]
+    )
 
 
 def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choice:
@@ -114,15 +72,16 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
         UserError: a limit is not a number, or one on latency or size is not positive.
     """
     constraints = constraints or Constraints()
-    check_constraints(constraints)
-    violations = {row.name: find_violations(row, constraints) for row in rows}
-    satisfying = [row for row in rows if not violations[row.name]]
+    check_bounds(constraints)
+    rejected = tuple(Rejected(row.key, found) for row in rows if (found := find_violations(row, constraints)))
+    refused = {each.key for each in rejected}
+    satisfying = [row for row in rows if row.key not in refused]
     timed = [row for row in satisfying if row.at(constraints.batch)]
     if not satisfying:
-        return Choice(None, _closest(rows, violations, constraints), violations=violations)
+        return Choice(None, _closest(rows, rejected, constraints), rejected=rejected)
     if not timed and not _limits(constraints):
         sentence = f"Nothing was timed at batch {constraints.batch}, and there are no constraints to choose by."
-        return Choice(None, sentence, violations=violations)
+        return Choice(None, sentence, rejected=rejected)
     rule: Rule
     if constraints.drop is None and _limits(constraints):
         row, rule, pool = _most_accurate(satisfying, constraints.batch), "most accurate", satisfying
@@ -131,7 +90,7 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
     else:
         row, rule, pool = min(satisfying, key=lambda row: (row.megabytes, -row.top1.percent)), "smallest", satisfying
     sentence = f"{_sentence(row, rule, pool, rows, constraints)} {_figures(row, rows, constraints.batch)}"
-    return Choice(row, sentence, rule, len(pool), violations)
+    return Choice(row.key, sentence, rule, len(pool), rejected)
 
 
 def _most_accurate(rows: Sequence[Row], batch: int) -> Row:
@@ -181,18 +140,19 @@ def _sentence(row: Row, rule: Rule, pool: Sequence[Row], rows: Sequence[Row], co
     return f"{name} is {place}{_limits(constraints)}{untimed}."
 
 
-def _closest(rows: Sequence[Row], violations: dict[str, list[Violation]], constraints: Constraints) -> str:
+def _closest(rows: Sequence[Row], rejected: Sequence[Rejected], constraints: Constraints) -> str:
     """Returns the text if no row satisfies the constraints: the row that violates the fewest, by the least."""
     if not rows:
         return "Nothing was measured."
-    name = min(violations, key=lambda name: (len(violations[name]), max(each.excess for each in violations[name])))
-    return f"No file is{_limits(constraints)}. {name} is the closest: it {_listed(violations[name])}."
+    least = min(rejected, key=lambda each: (len(each.violations), max(found.excess for found in each.violations)))
+    name = next(row.name for row in rows if row.key == least.key)
+    return f"No file is{_limits(constraints)}. {name} is the closest: it {_listed(least.violations)}."
 
 
 def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
     """Returns a sentence that compares a row with the reference; for the reference, one with its own figures."""
     latency = row.at(batch)
-    reference = next((each for each in rows if each.reference), None)
+    reference = find_reference(rows)
     if reference is None or row is reference:
         speed = f"It takes {latency.p50:.2f} ms per call at batch {batch}, its" if latency else "Its"
         accuracy = f"its top-1 is {row.top1.percent:.2f}% ({row.images:,} images)"

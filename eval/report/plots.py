@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from eval.metrics.calibration import Reliability
-from eval.report.pareto import choose, pareto_front
 from eval.report.schema import Report, Row
 
 INK, QUIET, FAINT, WARN, DOMINATED = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
@@ -31,19 +30,19 @@ def draw_tradeoff(report: Report) -> bytes:
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.add_subplot()
     batch = report.constraints.batch
-    best, chosen = pareto_front(report.rows, batch), choose(report.rows, report.constraints).row
+    best, chosen = report.pareto(batch), report.chosen
     styles = {each: i % len(COLORS) for i, each in enumerate(dict.fromkeys(row.runtime for row in report.rows))}
     for row in report.rows:
         style = styles[row.runtime]
         if latency := row.at(batch):
-            _mark(axes, row, latency.p50, COLORS[style] if row.name in best else DOMINATED, MARKS[style])
+            _mark(axes, row, latency.p50, COLORS[style] if row.key in best else DOMINATED, MARKS[style])
             if row is chosen:
                 axes.plot(latency.p50, row.top1.percent, "o", ms=15, mfc="none", mec=INK, mew=1.2, label="recommended")
         else:
             axes.axhline(row.top1.percent, ls=(0, (4, 4)), lw=1, color=COLORS[style], alpha=0.6)
     _name_untimed(axes, [row for row in report.rows if not row.at(batch)])
-    for device in {row.device for row in report.rows if row.name in best}:
-        _join_front(axes, [row for row in report.rows if row.name in best and row.device == device], batch)
+    for device in {row.device for row in report.rows if row.key in best}:
+        _join_front(axes, [row for row in report.rows if row.key in best and row.device == device], batch)
     axes.set_xlim(0, 1.18 * max((each.p50 for row in report.rows if (each := row.at(batch))), default=1.0))
     _shade_limits(axes, report)
     axes.set_xlabel(f"p50 of one call at batch {batch}, ms")
@@ -104,7 +103,7 @@ def _name_untimed(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _shade_limits(axes: Axes, report: Report) -> None:
     """Shades the area that violates the constraints, within the limits of the axes."""
-    reference = next((row for row in report.rows if row.reference), None)
+    reference = report.reference
     (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     if report.constraints.latency_ms is not None and report.constraints.latency_ms < right:
         axes.axvspan(report.constraints.latency_ms, right, color=WARN, alpha=0.08, lw=0)

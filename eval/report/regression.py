@@ -2,17 +2,102 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
+from eval.metrics.paired import Share
+from eval.report.decision import RowKey
 from eval.report.schema import Report
 from eval.report.table import MISSING, escape
+from illama.bundle import ENGINES
 from illama.errors import UserError
+from illama.manifest import Drop
 from illama.markdown_table import markdown
+from illama.structured_files import parse_json, read_json
 
-_SAME = ("data", "classes")  # must be equal in both reports
+
+@dataclass(frozen=True)
+class ComparedLatency:
+    """See :class:`eval.benchmark.latency.Latency`."""
+
+    batch: int
+    p50: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class ComparedReliability:
+    """See :class:`eval.metrics.calibration.Reliability`."""
+
+    nll: float
+    ece: float
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """The facts of a row that are compared; see :class:`eval.report.schema.Row`."""
+
+    name: str
+    scheme: str
+    runtime_id: str
+    images: int
+    top1: Share
+    drop: Drop
+    reliability: ComparedReliability
+    onnx: str
+    onnx_bytes: int
+    engine: str | None
+    engine_bytes: int | None
+    fused: bool
+    reference: bool
+    latency: tuple[ComparedLatency, ...]
+    device: str | None
+    file: str = ""
+
+    @property
+    def key(self) -> RowKey:
+        """The row's key; reports of version 1 have no ``file``, which is taken from the paths."""
+        parts = PurePosixPath(self.engine or self.onnx).parts
+        within = parts[parts.index(ENGINES) :] if ENGINES in parts else parts[-1:]
+        return RowKey(self.scheme, self.runtime_id, self.file or "/".join(within))
+
+    @property
+    def p50(self) -> dict[int, float]:
+        """Batch size -> median latency in ms."""
+        return {each.batch: each.p50 for each in self.latency}
+
+    def spread(self, batch: int) -> float:
+        """Returns p90 / p50 at a batch size."""
+        return next(each.p90 / each.p50 for each in self.latency if each.batch == batch)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The facts of a ``report.json`` that are compared, of version 1 or 2."""
+
+    schema_version: Literal[1, 2]
+    data: str
+    classes: tuple[str, ...]
+    rows: tuple[ComparedRow, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Baseline:
+        """Reads a ``report.json``; raises UserError if it cannot be read, is damaged, or has another version."""
+        return read_json(path, cls, unknown="ignore")
+
+    @classmethod
+    def of(cls, report: Report) -> Baseline:
+        """Returns the facts of a report."""
+        return parse_json(json.dumps(report.to_json()), cls, "the report", unknown="ignore")
+
+    def ratios(self, row: ComparedRow) -> dict[int, float]:
+        """Returns, by batch size, the p50 of a row divided by the reference row's, if both were timed."""
+        base = next((each.p50 for each in self.rows if each.reference), {})
+        return {batch: p50 / base[batch] for batch, p50 in row.p50.items() if base.get(batch)}
 
 
 @dataclass(frozen=True)
@@ -34,8 +119,8 @@ class Tolerances:
     ece: float = 0.01
 
 
-def find_regressions(baseline: Mapping[str, Any], report: Report, tolerances: Tolerances | None = None) -> list[str]:
-    """Returns the regressions compared with ``baseline``, a line for each; rows are matched by their names.
+def find_regressions(baseline: Baseline, report: Report, tolerances: Tolerances | None = None) -> list[str]:
+    """Returns the regressions compared with ``baseline``, a line for each; rows are matched by their keys.
 
     * The drop of top-1 increased by more than the tolerance, and significantly: the 95% interval of the increase,
       from those of the two drops, lies above zero (Zou and Donner, Statistics in Medicine 27, 2008). The interval
@@ -48,150 +133,123 @@ def find_regressions(baseline: Mapping[str, Any], report: Report, tolerances: To
       log-likelihood or the calibration error increased.
 
     Args:
-        baseline: contents of a ``report.json``, from :func:`eval.report.schema.read_report`.
         tolerances: defaults to :class:`Tolerances`.
 
     Raises:
-        UserError: the data, images, classes or reference differ, or ``baseline`` lacks fields.
+        UserError: the data, images, classes or reference differ.
     """
-    now = report.to_json()
-    limits = tolerances or Tolerances()
-    try:
-        check_comparable(baseline, now)
-        rows = {row["name"]: row for row in now["rows"]}
-        found: list[str] = []
-        for old in baseline["rows"]:
-            if new := rows.get(old["name"]):
-                found += _of_row(old, new, limits)
-                found += _of_latency(_ratios(baseline, old), _ratios(now, new), old, new, limits.latency)
-                found += [
-                    f"{old['name']}: it is no longer timed at batch {batch}"
-                    for batch in _p50(old).keys() - _p50(new).keys()
-                ]
-            else:
-                found.append(f"{old['name']}: it is in the baseline but not in this report")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the baseline is damaged, at {error}: make it again with eval/tradeoff.py") from error
+    now, limits = Baseline.of(report), tolerances or Tolerances()
+    check_comparable(baseline, now)
+    rows = {row.key: row for row in now.rows}
+    found: list[str] = []
+    for old in baseline.rows:
+        if new := rows.get(old.key):
+            found += _of_row(old, new, limits)
+            found += _of_latency(baseline.ratios(old), now.ratios(new), old, new, limits.latency)
+            found += [
+                f"{new.name}: it is no longer timed at batch {batch}" for batch in old.p50.keys() - new.p50.keys()
+            ]
+        else:
+            found.append(f"{old.name}: it is in the baseline but not in this report")
     return found
 
 
-def check_images(baseline: Mapping[str, Any], data: str, classes: Sequence[str], images: int) -> None:
+def check_images(baseline: Baseline, data: str, classes: Sequence[str], images: int) -> None:
     """Raises UserError if a baseline is of other data, classes or number of images; checked before the evaluation."""
-    try:
-        before = (baseline["data"], list(baseline["classes"]), {row["images"] for row in baseline["rows"]})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the baseline is damaged, at {error}: make it again with eval/tradeoff.py") from error
-    if before != (data, list(classes), {images}):
-        was = f"{_listed(before[2])} images of {before[0]}, {len(before[1])} classes"
+    counts = {row.images for row in baseline.rows}
+    if (baseline.data, baseline.classes, counts) != (data, tuple(classes), {images}):
+        was = f"{_listed(counts)} images of {baseline.data}, {len(baseline.classes)} classes"
         raise UserError(
             f"the baseline is of {was}, not of {images} images of {data}, {len(classes)} classes: give another one"
         )
 
 
-def check_comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_comparable(old: Baseline, new: Baseline) -> None:
     """Raises UserError if two reports are of other data, classes, numbers of images or reference rows."""
-    for name in _SAME:
-        if old[name] != new[name]:
+    for name in ("data", "classes"):
+        if getattr(old, name) != getattr(new, name):
             raise UserError(f"the baseline has other {name} than this report: give a baseline of the same {name}")
-    kinds = {
-        "numbers of images": [{row["images"] for row in report["rows"]} for report in (old, new)],
-        "reference rows": [{row["name"] for row in report["rows"] if row["reference"]} for report in (old, new)],
-    }
-    for name, (before, after) in kinds.items():
-        if before != after:
-            raise UserError(
-                f"the baseline has other {name} ({_listed(before)}, not {_listed(after)}): give another one"
-            )
+    counts = [{row.images for row in each.rows} for each in (old, new)]
+    references = [{row.key: row.name for row in each.rows if row.reference} for each in (old, new)]
+    for name, same, values in (
+        ("numbers of images", counts[0] == counts[1], counts),
+        ("reference rows", references[0].keys() == references[1].keys(), [each.values() for each in references]),
+    ):
+        if not same:
+            before, after = map(_listed, values)
+            raise UserError(f"the baseline has other {name} ({before}, not {after}): give another one")
 
 
-def _listed(values: set[Any]) -> str:
+def _listed(values: Iterable[Any]) -> str:
     return ", ".join(sorted(map(str, values))) or "none"
 
 
-def _of_row(old: Mapping[str, Any], new: Mapping[str, Any], limits: Tolerances) -> Iterator[str]:
+def _of_row(old: ComparedRow, new: ComparedRow, limits: Tolerances) -> Iterator[str]:
     """Yields the regressions of a row, except those of latency."""
-    name, before, after = old["name"], old["drop"], new["drop"]
-    growth = after["points"] - before["points"]
-    noise = math.hypot(after["points"] - after["low"], before["high"] - before["points"])
+    name, before, after = new.name, old.drop, new.drop
+    growth = after.points - before.points
+    noise = math.hypot(after.points - after.low, before.high - before.points)
     if growth > limits.drop and growth > noise:
         yield (
-            f"{name}: the drop of top-1 is {after['points']:+.2f} points, and was {before['points']:+.2f}: "
+            f"{name}: the drop of top-1 is {after.points:+.2f} points, and was {before.points:+.2f}: "
             f"an increase of {growth:.2f} points, with noise of up to {noise:.2f}"
         )
-    if new["reference"] and new["top1"]["percent"] < old["top1"]["low"]:
+    if new.reference and new.top1.percent < old.top1.low:
         yield (
-            f"{name}: top-1 is {new['top1']['percent']:.2f}%, and was {old['top1']['percent']:.2f}%: it is below the "
-            f"95% interval, which starts at {old['top1']['low']:.2f}%"
+            f"{name}: top-1 is {new.top1.percent:.2f}%, and was {old.top1.percent:.2f}%: it is below the "
+            f"95% interval, which starts at {old.top1.low:.2f}%"
         )
-    for kind in ("onnx", "engine"):
-        small, large = old[f"{kind}_bytes"], new[f"{kind}_bytes"]
-        if small and large and large > small * (1 + limits.size):
-            yield f"{name}: {new[kind]} has {large:,} bytes, and had {small:,}: {large / small - 1:.1%} more"
-    if old["fused"] and not new["fused"]:
-        yield f"{name}: its attention is no longer fused"
-    for kind, title, limit in (
-        ("nll", "negative log-likelihood", limits.nll),
-        ("ece", "calibration error", limits.ece),
+    for file, small, large in (
+        (new.onnx, old.onnx_bytes, new.onnx_bytes),
+        (new.engine, old.engine_bytes, new.engine_bytes),
     ):
-        low, high = old["reliability"][kind], new["reliability"][kind]
+        if small and large and large > small * (1 + limits.size):
+            yield f"{name}: {file} has {large:,} bytes, and had {small:,}: {large / small - 1:.1%} more"
+    if old.fused and not new.fused:
+        yield f"{name}: its attention is no longer fused"
+    for title, low, high, limit in (
+        ("negative log-likelihood", old.reliability.nll, new.reliability.nll, limits.nll),
+        ("calibration error", old.reliability.ece, new.reliability.ece, limits.ece),
+    ):
         if high > low + limit:
             yield f"{name}: its {title} is {high:.4f}, and was {low:.4f}"
 
 
 def _of_latency(
-    old: Mapping[int, float],
-    new: Mapping[int, float],
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    limit: float,
+    old: Mapping[int, float], new: Mapping[int, float], before: ComparedRow, after: ComparedRow, limit: float
 ) -> Iterator[str]:
     """Yields the regressions of a row in latency, given batch size -> p50 divided by the reference row's."""
-    same = before["device"] == after["device"]
-    other = "" if same else f" (on {after['device']}; the baseline on {before['device']})"
+    same = before.device == after.device
+    other = "" if same else f" (on {after.device}; the baseline on {before.device})"
     for batch in old.keys() & new.keys():
-        if same and _p50(after)[batch] <= _p50(before)[batch]:
+        if same and after.p50[batch] <= before.p50[batch]:
             continue
-        if new[batch] > old[batch] * max(1 + limit, *(_spread(row, batch) for row in (before, after))):
+        if new[batch] > old[batch] * max(1 + limit, *(row.spread(batch) for row in (before, after))):
             yield (
-                f"{after['name']}: p50 at batch {batch} is {new[batch]:.2f} times the reference's, and was "
+                f"{after.name}: p50 at batch {batch} is {new[batch]:.2f} times the reference's, and was "
                 f"{old[batch]:.2f} times{other}"
             )
 
 
-def _p50(row: Mapping[str, Any]) -> dict[int, float]:
-    return {each["batch"]: each["p50"] for each in row["latency"]}
-
-
-def _spread(row: Mapping[str, Any], batch: int) -> float:
-    return next(each["p90"] / each["p50"] for each in row["latency"] if each["batch"] == batch)
-
-
-def _ratios(report: Mapping[str, Any], row: Mapping[str, Any]) -> dict[int, float]:
-    """Returns, by batch size, the p50 of a row divided by the reference row's, if both were timed."""
-    references = [each for each in report["rows"] if each["reference"]]
-    base = _p50(references[0]) if references else {}
-    return {batch: p50 / base[batch] for batch, p50 in _p50(row).items() if base.get(batch)}
-
-
-def compare_markdown(baseline: Mapping[str, Any], report: Report, regressions: list[str]) -> str:
+def compare_markdown(baseline: Baseline, report: Report, regressions: list[str]) -> str:
     """Returns the regressions and the figures of both reports, for a comment on a pull request."""
-    now, batch = report.to_json(), report.constraints.batch
-    old = {row["name"]: row for row in baseline["rows"]}
+    now, batch = Baseline.of(report), report.constraints.batch
+    old = {row.key: row for row in baseline.rows}
     lines = []
-    for row in now["rows"]:
-        pairs = zip(_figures(baseline, old.get(row["name"]), batch), _figures(now, row, batch), strict=True)
-        lines.append([escape(row["name"]), *(f"{_text(before)} → {_text(after)}" for before, after in pairs)])
+    for row in now.rows:
+        pairs = zip(_figures(baseline, old.get(row.key), batch), _figures(now, row, batch), strict=True)
+        lines.append([escape(row.name), *(f"{_text(before)} → {_text(after)}" for before, after in pairs)])
     headings = ("file", "top-1 %", "drop", f"p50, batch {batch}, relative to the reference", "MB", "NLL")
     listed = [f"- {escape(line)}" for line in regressions] or ["No regressions."]
     return "\n".join(["### Compared with the baseline", "", *listed, "", markdown(headings, lines)]) + "\n"
 
 
-def _figures(report: Mapping[str, Any], row: Mapping[str, Any] | None, batch: int) -> list[float | None]:
+def _figures(report: Baseline, row: ComparedRow | None, batch: int) -> list[float | None]:
     if row is None:
         return [None] * 5
-    size = (row["engine_bytes"] or row["onnx_bytes"]) / 1e6
-    ratio = _ratios(report, row).get(batch)
-    return [row["top1"]["percent"], row["drop"]["points"], ratio, size, row["reliability"]["nll"]]
+    size = (row.engine_bytes or row.onnx_bytes) / 1e6
+    ratio = report.ratios(row).get(batch)
+    return [row.top1.percent, row.drop.points, ratio, size, row.reliability.nll]
 
 
 def _text(value: float | None) -> str:

@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval.benchmark.latency import Latency
 from eval.metrics.measured import Measured
-from eval.metrics.paired import Drop
-from illama.errors import UserError
+from eval.report.decision import Decision, RowKey
+from illama.manifest import Drop
 from illama.options import Constraints
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,11 @@ class Row(Measured):
     """A deployable file in a runtime, with its measurements.
 
     Attributes:
-        name: unique name, such as "int8, OpenVINO, CPU (bf16)".
+        name: unique name for people, such as "int8, OpenVINO, CPU (bf16)"; :attr:`key` identifies the row.
         scheme: fp32, fp16 or a quantization scheme.
         runtime: title of the runtime that the file is for.
         runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
+        file: path of the deployed file within its bundle.
         evaluated_with: runtime that computed the logits, with version, device and precision.
         drop: points of top-1 lost against the reference row on the same images.
         flipped: some of the images whose predicted class changes.
@@ -67,6 +66,7 @@ class Row(Measured):
     scheme: str
     runtime: str
     runtime_id: str
+    file: str
     evaluated_with: str
     drop: Drop
     onnx: str
@@ -80,6 +80,10 @@ class Row(Measured):
     latency: list[Latency] = field(default_factory=list)
     device: str | None = None
     note: str | None = None
+
+    @property
+    def key(self) -> RowKey:
+        return RowKey(self.scheme, self.runtime_id, self.file)
 
     @property
     def megabytes(self) -> float:
@@ -115,6 +119,7 @@ class Report:
 
     Attributes:
         classes: names of the classes, in the order of the logits.
+        decision: what the report concludes from its rows.
         conditions: conditions of the latency measurement, such as threads, rounds, temperatures and clocks.
         seconds: step -> its duration, without Python's imports.
         not_run: messages about what was not measured, and why.
@@ -123,6 +128,7 @@ class Report:
     """
 
     rows: list[Row]
+    decision: Decision
     command: str
     data: str
     checkpoint: str
@@ -137,6 +143,23 @@ class Report:
     peak_memory_gib: float = 0.0
     layers: dict[str, list[list[str]]] = field(default_factory=dict)
     others: list[OtherResult] = field(default_factory=list)
+
+    @property
+    def reference(self) -> Row | None:
+        """Row that the others are compared with."""
+        return self._row(self.decision.reference)
+
+    @property
+    def chosen(self) -> Row | None:
+        """Row to deploy."""
+        return self._row(self.decision.choice.row)
+
+    def pareto(self, batch: int) -> frozenset[RowKey]:
+        """Returns the Pareto-optimal rows at a batch size."""
+        return frozenset(self.decision.pareto.get(batch, ()))
+
+    def _row(self, key: RowKey | None) -> Row | None:
+        return next((row for row in self.rows if row.key == key), None)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the contents of ``report.json``."""
@@ -154,19 +177,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: plain(each) for name, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """Reads a ``report.json``.
-
-    Raises:
-        UserError: it cannot be read, or has another schema version.
-    """
-    try:
-        content = json.loads(path.read_text())
-        version = content["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a report.json of eval/tradeoff.py ({error}): give another file") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {version}, not {SCHEMA_VERSION}: run python eval/tradeoff.py again")
-    return content

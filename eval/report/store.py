@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from illama.atomic_write import make_out, write_file
 from illama.bundle import command_line, package_versions
 from illama.errors import UserError
 from illama.hardware import describe_machine
+from illama.structured_files import read_json, read_text
 
 # Titles of results in a report, by the name of the results or of their folder.
 _TITLES = {
@@ -24,6 +26,12 @@ _TITLES = {
     "roofline": "Predicted latency",
     "accuracy": "Accuracy, changes and calibration",
 }
+
+
+@dataclass(frozen=True)
+class _Facts:
+    command: str
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_results(folder: Path, name: str, content: Mapping[str, Any], table: str) -> None:
@@ -45,15 +53,12 @@ def read_results(folder: Path) -> list[OtherResult]:
     pairs = [(path, path.with_suffix(".json")) for path in sorted(folder.glob("*.md"))]
     results = []
     for table, figures in pairs:
-        try:
-            facts = json.loads(figures.read_text())
-            command, machine, text = facts["command"], facts.get("machine", {}), table.read_text()
-        except FileNotFoundError:  # a Markdown file that is not a result
+        if not figures.exists():  # a Markdown file that is not a result
             continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{figures} is damaged: run the command that wrote it again") from error
+        facts = read_json(figures, _Facts, unknown="ignore")
+        text = read_text(table)
         title = _TITLES.get(table.stem) or _TITLES.get(folder.resolve().name) or table.stem.replace("-", " ")
-        results.append(OtherResult(title, str(table), command, machine, text))
+        results.append(OtherResult(title, str(table), facts.command, dict(facts.machine), text))
     if not results:
         raise UserError(f"{folder} holds no results: give a folder with NAME.md and NAME.json, such as runs/robustness")
     return results

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from eval.report.decision import RowKey
 from eval.report.schema import Report, Row
 
 MISSING = "-"
@@ -39,21 +40,21 @@ def cells(row: Row, batch: int) -> dict[str, Cell]:
     }
 
 
-def timed_cells(row: Row, batch: int, reference: Row | None, pareto: Collection[str]) -> dict[str, Cell]:
+def timed_cells(row: Row, batch: int, reference: Row | None, pareto: Collection[RowKey]) -> dict[str, Cell]:
     """Returns the cells of a row under ``TIMED``; speed is the reference row's p50 divided by this row's.
 
     Args:
-        pareto: names of the Pareto-optimal rows at ``batch``.
+        pareto: keys of the Pareto-optimal rows at ``batch``.
     """
     latency, base = row.at(batch), reference.at(batch) if reference else None
     speed = base.p50 / latency.p50 if base and latency else None
     all_cells = cells(row, batch)
-    optimal = float(row.name in pareto) if row.latency else None
+    optimal = float(row.key in pareto) if row.latency else None
     return {
         "p50 ms": all_cells["p50 ms"],
         "p99 ms": all_cells["p99 ms"],
         "speed": Cell(f"{speed:.2f}×" if speed else MISSING, speed),  # noqa: RUF001
-        PARETO: Cell("yes" if row.name in pareto else "no" if latency else MISSING, optimal),
+        PARETO: Cell("yes" if row.key in pareto else "no" if latency else MISSING, optimal),
     }
 
 
@@ -61,12 +62,12 @@ def _number(value: float | None) -> Cell:
     return Cell(MISSING if value is None else f"{value:.2f}", value)
 
 
-def markdown_table(rows: Sequence[Row], batch: int = 1, pareto: Collection[str] = ()) -> str:
-    """Returns the table in Markdown, with aligned columns for terminals; rows named in ``pareto`` are bold."""
+def markdown_table(rows: Sequence[Row], batch: int = 1, pareto: Collection[RowKey] = ()) -> str:
+    """Returns the table in Markdown, with aligned columns for terminals; rows in ``pareto`` are bold."""
     lines = [list(HEADINGS)]
     for row in rows:
         texts = [escape(cell.text) for cell in cells(row, batch).values()]
-        lines.append([f"**{texts[0]}**" if row.name in pareto else texts[0], *texts[1:]])
+        lines.append([f"**{texts[0]}**" if row.key in pareto else texts[0], *texts[1:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     aligned = [
         "| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) + " |" for line in lines

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from eval.report.page import render_html
-from eval.report.pareto import choose, pareto_front
 from eval.report.plots import draw_reliability, draw_tradeoff
 from eval.report.schema import Report, Row
 from eval.report.table import escape, markdown_table, not_measured
 from eval.report.thumbnails import draw_thumbnails
 from illama.atomic_write import list_folder, write_file
 from illama.data.datasets import Sample
+from illama.errors import UserError
+from illama.structured_files import read_json
 
 SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
 TRADEOFF, RELIABILITY = "tradeoff.png", "reliability.png"
@@ -56,8 +58,8 @@ def write_and_print(report: Report, split: Dataset[Sample], folder: Path, shown_
     flipped = [flip.image for row in report.rows for flip in row.flipped]
     write_report(report, folder, draw_thumbnails(split, flipped))
     batch = report.constraints.batch
-    print(f"\n{markdown_table(report.rows, batch, pareto_front(report.rows, batch))}\n")
-    print(choose(report.rows, report.constraints).sentence)
+    print(f"\n{markdown_table(report.rows, batch, report.pareto(batch))}\n")
+    print(report.decision.choice.sentence)
     for reason in report.not_run:
         print(reason)
     print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {shown_as / PAGE}")
@@ -91,12 +93,22 @@ def _summarize(row: Row, batch: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _SummaryRow:
+    onnx: str
+
+
+@dataclass(frozen=True)
+class _Summary:
+    rows: tuple[_SummaryRow, ...]
+
+
 def is_result(folder: Path) -> bool:
     """Returns whether a folder holds only the files of :func:`write_report` and the bundles of its rows."""
     try:
-        rows = json.loads((folder / SUMMARY).read_text())["rows"]
-        ours = {*FILES, *(Path(row["onnx"]).parts[0] for row in rows)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        rows = read_json(folder / SUMMARY, _Summary, unknown="ignore").rows
+        ours = {*FILES, *(Path(row.onnx).parts[0] for row in rows)}
+    except (UserError, IndexError):
         return False
     return {path.name for path in list_folder(folder)} <= ours
 
@@ -104,10 +116,10 @@ def is_result(folder: Path) -> bool:
 def markdown_summary(report: Report) -> str:
     """Returns a summary, short enough for a comment on a pull request."""
     batch, images = report.constraints.batch, report.rows[0].images
-    pareto = pareto_front(report.rows, batch)
+    pareto = report.pareto(batch)
     devices = ", ".join(dict.fromkeys(row.device for row in report.rows if row.at(batch) and row.device))
     lines = [
-        f"**{escape(choose(report.rows, report.constraints).sentence)}**",
+        f"**{escape(report.decision.choice.sentence)}**",
         "",
         markdown_table(report.rows, batch, pareto),
         "",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from illama.bundle import WEIGHTS, Manifest, command_line, sha256
+from illama.bundle import WEIGHTS, sha256
 from illama.checkpoints.load import ILLaMACheckpoint, write_weights
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Manifest, Provenance
 from illama.options import Exif
+from illama.structured_files import read_lines
 
 
 def write_converted(
@@ -31,11 +33,11 @@ def write_converted(
     preprocessing = checkpoint.preprocessing or Preprocessing.imagenet(config.image_size, config.in_channels)
     preprocessing = replace(preprocessing, exif=exif or preprocessing.exif)
     manifest = Manifest(
-        made_by=command_line(),
-        config=config.to_dict(),
-        preprocessing=asdict(preprocessing),
-        classes=list(classes),
-        inputs={str(checkpoint.weights): sha256(checkpoint.weights)},
+        config.kind,
+        config.to_dict(),
+        preprocessing,
+        tuple(classes),
+        Provenance(inputs={str(checkpoint.weights): sha256(checkpoint.weights)}),
     )
     state = checkpoint.model.state_dict()
     write_weights(to_half(state) if half else state, config, folder / WEIGHTS)
@@ -62,12 +64,7 @@ def class_names(file: Path | None, checkpoint: ILLaMACheckpoint) -> list[str]:
 
 
 def _read_names(file: Path, count: int) -> list[str]:
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError as error:
-        raise UserError(f"no class names at {file}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not a text file of class names") from error
+    names = read_lines(file)
     if len(names) != count:
         raise UserError(f"{file} names {len(names)} classes, the checkpoint has {count}")
     return names

@@ -16,21 +16,22 @@ A LLaMA has no biases, patch embedding, position embedding, class token or head,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError, safe_open
+from annotated_types import Interval
 from torch import Tensor
 
+from illama.checkpoints.tensor_files import read_names, read_tensor
 from illama.errors import UserError
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
+from illama.structured_files import read_json
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def initialize_from_llama(model: ILLaMA, folder: Path) -> None:
@@ -64,6 +65,29 @@ def initialize_from_llama(model: ILLaMA, folder: Path) -> None:
             parameters[name].copy_(torch.cat(parts))
 
 
+_Size = Annotated[int, Interval(ge=1, le=1 << 24)]
+
+
+@dataclass(frozen=True)
+class _HuggingFaceConfig:
+    """The keys of ``config.json`` that are used; older files lack the last two."""
+
+    hidden_size: _Size
+    num_hidden_layers: _Size
+    intermediate_size: _Size
+    num_attention_heads: _Size
+    model_type: str = ""
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The key of the shards' index that is used."""
+
+    weight_map: dict[str, str]
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """The sizes in Hugging Face's ``config.json`` of a LLaMA."""
@@ -78,21 +102,17 @@ class LlamaConfig:
     @classmethod
     def read(cls, folder: Path) -> LlamaConfig:
         """Reads the sizes; raises UserError if the file is missing, damaged or describes another network."""
-        values = _read_json(folder / "config.json")
-        if values.get("model_type") != "llama":
-            raise UserError(f"{folder} contains a model of type {values.get('model_type')!r}, not 'llama'")
-        try:
-            heads = int(values["num_attention_heads"])
-            return cls(
-                width=int(values["hidden_size"]),
-                depth=int(values["num_hidden_layers"]),
-                hidden=int(values["intermediate_size"]),
-                heads=heads,
-                key_value_heads=int(values.get("num_key_value_heads") or heads),  # older files have none
-                head_dim=int(values.get("head_dim") or values["hidden_size"] // heads),
-            )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"{folder / 'config.json'} lacks the sizes of a LLaMA: download it again") from error
+        values = read_json(folder / "config.json", _HuggingFaceConfig, "ignore")
+        if values.model_type != "llama":
+            raise UserError(f"{folder} contains a model of type {values.model_type!r}, not 'llama'")
+        return cls(
+            width=values.hidden_size,
+            depth=values.num_hidden_layers,
+            hidden=values.intermediate_size,
+            heads=values.num_attention_heads,
+            key_value_heads=values.num_key_value_heads or values.num_attention_heads,
+            head_dim=values.head_dim or values.hidden_size // values.num_attention_heads,
+        )
 
 
 @dataclass(frozen=True)
@@ -161,38 +181,19 @@ def _head_rows(llama: LlamaConfig, model: ModelConfig) -> tuple[Tensor, Tensor]:
 
 def _files(folder: Path) -> dict[str, str]:
     """Returns tensor name -> file name."""
-    if (folder / _INDEX).exists():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{folder / _INDEX} has no weight_map: download it again")
-        return weight_map
-    path = folder / _SINGLE
-    if not path.exists():
-        raise UserError(f"{folder} has neither {_SINGLE} nor {_INDEX}: give a LLaMA in Hugging Face's format")
-    try:
-        with safe_open(path, "pt") as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path) from error
+    if (folder / INDEX).exists():
+        return read_json(folder / INDEX, _Index, "ignore").weight_map
+    if not (folder / SINGLE).exists():
+        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: give a LLaMA in Hugging Face's format")
+    return dict.fromkeys(read_names(folder / SINGLE), SINGLE)
 
 
 def _select(folder: Path, files: dict[str, str], piece: _Piece) -> Tensor:
-    """Returns the selected rows and columns in float32.
-
-    The file is opened anew for each tensor: while it is open, its mapped pages count as memory of this process.
-    """
+    """Returns the selected rows and columns in float32."""
     if piece.name not in files:
         raise UserError(f"{folder} has no tensor {piece.name}: it is not a LLaMA in Hugging Face's format")
     path = folder / files[piece.name]
-    if not path.exists():
-        raise UserError(f"{path} is missing: download every file that {_INDEX} lists")
-    try:
-        with safe_open(path, "pt") as file:
-            if piece.name not in file.keys():  # noqa: SIM118 - it is not a dict
-                raise UserError(f"{path} has no tensor {piece.name}, which {_INDEX} lists: download it again")
-            whole = file.get_tensor(piece.name)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path) from error
+    whole = read_tensor(path, piece.name)
     if tuple(whole.shape) != piece.shape or not whole.is_floating_point():
         raise UserError(
             f"{path}: {piece.name} is {whole.dtype} of shape {tuple(whole.shape)}, but config.json requires "
@@ -203,19 +204,3 @@ def _select(folder: Path, files: dict[str, str], piece: _Piece) -> Tensor:
     if not torch.isfinite(selected).all():
         raise UserError(f"{path} has NaN or infinite values in {piece.name}: download it again")
     return selected
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path} is missing: give the folder of a LLaMA in Hugging Face's format") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: download it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: download it again")
-    return values
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is truncated or not a .safetensors file: download it again")

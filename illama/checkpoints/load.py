@@ -5,27 +5,27 @@ Weights of timm's ViTs are loaded by :mod:`illama.checkpoints.timm_checkpoint`.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import math
-import pickle
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from illama.bundle import MANIFEST, TORCHAO, WEIGHTS, Manifest
-from illama.data.datasets import Preprocessing
+from illama.bundle import MANIFEST, TORCHAO, WEIGHTS
+from illama.checkpoints.tensor_files import PLAIN, check_config, read_metadata, read_tensors
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Manifest
 from illama.models.attention import MaskedNetwork
 from illama.models.config import ClassToken, ModelConfig
 from illama.models.illama import ILLaMA
+from illama.structured_files import parse_json
 
 CONFIG_METADATA = "illama_config"  # key in the metadata of a .safetensors file; the value is JSON
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
@@ -147,16 +147,8 @@ def write_weights(state: Mapping[str, Tensor], config: ModelConfig, path: Path) 
 
 def read_config(path: Path) -> ModelConfig | None:
     """Returns the config in a .safetensors file, or None if it has none; raises UserError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(CONFIG_METADATA)
-        return None if text is None else ModelConfig.from_dict(json.loads(text))
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path) from error
-    except UserError as error:
-        raise UserError(f"{path} has a config that this version cannot use: {error}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} has a damaged config: write the file again") from error
+    text = read_metadata(path).get(CONFIG_METADATA)
+    return None if text is None else parse_json(text, ModelConfig, f"the config in {path}")
 
 
 def resize_positions(table: Tensor, side: int, class_token: ClassToken = "last") -> Tensor:
@@ -177,30 +169,13 @@ def resize_positions(table: Tensor, side: int, class_token: ClassToken = "last")
     return torch.cat([patches, row] if class_token == "last" else [row, patches], dim=1)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Reads the state dict in a file without running code from it; raises UserError if it cannot be used."""
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            # The released code also saves its command line, as a Namespace, which contains only data.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            if {"model", "average", "step"} <= content.keys():
-                raise UserError(f"{path} is the state of a training run, without its config: use the run's bundle")
-            state = content.get("model", content.get("state_dict", content))  # of the released code and DeiT; of timm
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} contains more than tensors and was not loaded: save only its state dict") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError, LookupError, OSError) as error:
-        raise _unreadable(path) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state dict of tensors")
+def read_state(path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> dict[str, Tensor]:
+    """Reads the state dict in a file; raises UserError as :func:`read_tensors` does, or if a value is not finite."""
+    state = read_tensors(path, dtypes)
     for name, value in state.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{path} has NaN or infinite values in {name}: train it again or use an earlier one")
-    return dict(state)
+    return state
 
 
 def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
@@ -215,7 +190,7 @@ def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
         width, in_channels, patch_size, _ = state[PATCHES].shape
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         num_classes = len(state["head.weight"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:  # TypeError: a head without dimensions
         raise UserError(f"{path} is not an iLLaMA checkpoint: parameter names or shapes do not match") from error
     return ModelConfig(
         image_size=_grid_side(state, path) * patch_size,
@@ -241,14 +216,15 @@ def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
     if stored is None and weights.suffix != ".safetensors" and config is not None:
         _refuse_unreleased(config, config_from_shapes(state, weights), weights)
     config = stored or config or config_from_shapes(state, weights)
+    check_config(config, state, weights)
     with torch.device("meta"):  # shapes without memory or initial values
         expected = ILLaMA(config).state_dict()
     check_state(expected, state, weights, "the config")
     return _Stored(
         {name: value.float() for name, value in state.items()},
         config,
-        read_preprocessing(manifest) if manifest else None,
-        tuple(manifest.classes) if manifest else (),
+        manifest.preprocessing if manifest else None,
+        manifest.classes if manifest else (),
         weights,
     )
 
@@ -258,7 +234,7 @@ def _stored_config(weights: Path, manifest: Manifest | None) -> ModelConfig | No
     carried = read_config(weights) if weights.suffix == ".safetensors" else None
     if manifest is None:
         return carried
-    listed = ModelConfig.from_dict(manifest.config)
+    listed = ModelConfig.from_dict(dict(manifest.config))
     if carried is not None and carried != listed:
         differences = _differences(carried, listed)
         raise UserError(f"{weights} and its {MANIFEST} have different configs: {differences}")
@@ -327,11 +303,11 @@ def _resize_preprocessing(old: Preprocessing, image_size: int) -> Preprocessing:
 
     ImageNet's is computed anew. Any other keeps the ratio of resize to crop; from 384 pixels on, it has no crop.
     """
-    if old == replace(Preprocessing.imagenet(old.image_size, old.in_channels), exif=old.exif):
-        return replace(old, image_size=image_size, resize=Preprocessing.imagenet(image_size).resize)
+    size, old_side = (image_size, image_size), min(old.size)
+    if old == replace(Preprocessing.imagenet(old_side, old.in_channels), exif=old.exif):
+        return replace(old, size=size, resize=Preprocessing.imagenet(image_size).resize)
     crops = old.resize is not None and image_size < 384
-    resize = old.resize * image_size // old.image_size if crops and old.resize else None
-    return replace(old, image_size=image_size, resize=resize)
+    return replace(old, size=size, resize=old.resize * image_size // old_side if crops and old.resize else None)
 
 
 def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:
@@ -346,17 +322,8 @@ def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:
     raise UserError(f"{path} takes {given} color channels, not {channels}: only 1 and 3 can be converted")
 
 
-def read_preprocessing(manifest: Manifest) -> Preprocessing:
-    """Returns the preprocessing in a manifest; raises UserError if it is damaged."""
-    return Preprocessing.from_dict(manifest.preprocessing)
-
-
 def _differences(stored: ModelConfig, asked: ModelConfig, of: Collection[str] | None = None) -> str:
     """Describes the differences between two configs, in all settings or only in those named."""
     one, other = stored.to_dict(), asked.to_dict()
     names = (name for name in one if one[name] != other[name] and (of is None or name in of))
     return ", ".join(f"{name} {one[name]}, not {other[name]}" for name in names)
-
-
-def _unreadable(path: Path) -> UserError:
-    return UserError(f"{path} is unreadable, truncated or not a checkpoint: download it again")

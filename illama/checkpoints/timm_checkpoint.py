@@ -18,7 +18,8 @@ from torch import Tensor
 
 from illama.bundle import MANIFEST
 from illama.checkpoints.load import PATCHES, POSITIONS, Checkpoint, check_state, read_config, read_state
-from illama.data.datasets import Preprocessing
+from illama.data.images import Interpolation
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
 
@@ -129,4 +130,5 @@ def _timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) 
     if channels == 1:
         mean, std = ((sum(values) / len(values),) for values in (mean, std))
     resize = None if timm_s["crop_mode"] == "squash" else math.floor(image_size / timm_s["crop_pct"])
-    return Preprocessing(image_size, channels, mean, std, resize, class_order="natural")
+    interpolation: Interpolation = "bilinear" if timm_s["interpolation"] == "bilinear" else "bicubic"
+    return Preprocessing((image_size, image_size), channels, mean, std, resize, interpolation, class_order="natural")

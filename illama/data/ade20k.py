@@ -21,12 +21,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from illama.data.augmentation import Augmented
-from illama.data.datasets import ImageSplits, Preprocessing
+from illama.data.datasets import ImageSplits
 from illama.data.images import decode_image
+from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.options import Exif
 from illama.randomness import isolated_randomness
+from illama.structured_files import read_lines
 
 LONGEST = 32  # maximum ratio of an image's longer side to its shorter side
 IGNORED = 255  # class index of pixels without a class
@@ -103,7 +105,7 @@ class AugmentedMaps(Augmented):
     """
 
     def __init__(self, images: Dataset[Sample], preprocessing: Preprocessing, seed: int) -> None:
-        size = preprocessing.image_size
+        size = min(preprocessing.size)
         mean = [round(255 * value) for value in (preprocessing.mean * 3)[:3]]
         augment = [
             v2.RandomResize(size // 2, 2 * size + 1),
@@ -126,11 +128,7 @@ def _read_classes(folder: Path) -> tuple[str, ...]:
             f"{folder} must have one objectInfo*.txt: a heading, then one line per class, tab-separated, with the name "
             "in the last column"
         )
-    try:
-        lines = lists[0].read_text(encoding="utf-8").splitlines()[1:]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {lists[0]} as text") from error
-    names = tuple(line.split("\t")[-1].strip() for line in lines if line.strip())
+    names = tuple(line.split("\t")[-1].strip() for line in read_lines(lists[0])[1:])
     if not 2 <= len(names) < IGNORED:
         raise UserError(f"{lists[0]} has {len(names)} classes, and only 2 to {IGNORED - 1} are supported")
     return names

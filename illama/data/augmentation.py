@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-from illama.data.datasets import Preprocessing, Sample, Transform
+from illama.data.datasets import Sample
+from illama.data.preprocessing import Preprocessing, Transform
 from illama.errors import UserError
 from illama.randomness import isolated_randomness
-from illama.training.recipe import TrainingOptions
+from illama.training.recipe import ClassifierOptions, TrainingOptions
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
@@ -81,7 +82,7 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(i)) for i in order[first : first + size]]
 
 
-def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:
+def make_mixup(recipe: ClassifierOptions, classes: int) -> Mixup:
     """Returns timm's mixup, cutmix and label smoothing; if both alphas are 0, only label smoothing."""
     off = recipe.mixup == recipe.cutmix == 0
     return Mixup(
@@ -93,11 +94,11 @@ def make_mixup(recipe: TrainingOptions, classes: int) -> Mixup:
     )
 
 
-def training_transform(recipe: TrainingOptions, preprocessing: Preprocessing) -> Transform:
+def training_transform(recipe: ClassifierOptions, preprocessing: Preprocessing) -> Transform:
     """Returns the training transform: random crop, flip, RandAugment, the evaluation's normalization, and erasing."""
-    size = preprocessing.image_size
+    size = list(preprocessing.size)
     if recipe.crop_padding:
-        augment: list[Any] = [v2.Resize([size, size]), v2.RandomCrop(size, padding=recipe.crop_padding)]
+        augment: list[Any] = [v2.Resize(size), v2.RandomCrop(size, padding=recipe.crop_padding)]
     else:
         augment = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC)]
     augment.append(v2.RandomHorizontalFlip())
@@ -110,7 +111,7 @@ def training_transform(recipe: TrainingOptions, preprocessing: Preprocessing) ->
 def _rand_augment(setting: str, preprocessing: Preprocessing) -> Any:
     mean_color = tuple(round(255 * value) for value in (preprocessing.mean * 3)[:3])
     try:
-        translation = int(preprocessing.image_size * 0.45)  # as in timm
+        translation = int(min(preprocessing.size) * 0.45)  # as in timm
         options = {"translate_const": translation, "img_mean": mean_color, "interpolation": Image.Resampling.BICUBIC}
         augment = rand_augment_transform(setting, options)
     except (AssertionError, ValueError, KeyError) as error:

@@ -14,11 +14,12 @@ Calibration images are evenly spaced images of the training split, never of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,10 +28,10 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
-from torchvision.transforms import InterpolationMode, v2
 
 from illama.data.idx_files import read_idx_pair
-from illama.data.images import ResizeAndCrop, decode_image
+from illama.data.images import decode_image
+from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample, WebDataset
 from illama.errors import UserError, warn_once
 from illama.options import ClassOrder, Exif
@@ -52,93 +53,6 @@ FASHION_MNIST_CLASSES: tuple[str, ...] = (
 VALIDATION_IMAGES = 2000
 
 Transform = Callable[[Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image file is converted to the network's input, and in which order class folders are read.
-
-    Attributes:
-        image_size: side length of the network's input in pixels.
-        in_channels: 1 (gray) or 3 (RGB).
-        mean: mean per channel of pixels scaled to 0..1.
-        std: standard deviation per channel of pixels scaled to 0..1.
-        resize: length to which the shorter side is resized (bicubic) before a center crop. If None, the image is warped
-            to ``image_size`` without a crop, as in the paper from 384 pixels on.
-        exif: whether to apply the orientation that an image file declares.
-        class_order: order of class folders, as words (1, 10, 2) or natural (1, 2, 10) as in timm. It does not affect
-            images, so it is ignored in comparisons.
-
-    Raises:
-        UserError: a value is not supported, or resize is smaller than the image size.
-    """
-
-    image_size: int
-    in_channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: int | None = None
-    exif: Exif = "apply"
-    class_order: ClassOrder = field(default="words", compare=False)
-
-    def __post_init__(self) -> None:
-        if self.in_channels not in (1, 3):
-            raise UserError(f"in_channels must be 1 (gray) or 3 (RGB), not {self.in_channels}")
-        if self.resize is not None and self.resize < self.image_size:
-            raise UserError(f"resize {self.resize} is smaller than image_size {self.image_size}: increase it")
-        for name, value, kinds in (("exif", self.exif, Exif), ("class_order", self.class_order, ClassOrder)):
-            if value not in get_args(kinds):
-                raise UserError(f"{name} must be {' or '.join(get_args(kinds))}, not {value!r}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Builds a preprocessing from a manifest's JSON; raises UserError for missing or unknown fields.
-
-        A manifest without exif and class_order was written by a version without these fields, whose behavior was
-        ``ignore`` and ``words``.
-        """
-        try:
-            fields = {"exif": "ignore", "class_order": "words", **values}
-            return cls(**{**fields, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"the bundle's preprocessing is damaged ({error}): make the bundle again") from error
-
-    @classmethod
-    def imagenet(cls, image_size: int, in_channels: int = 3) -> Preprocessing:
-        """Returns the released code's: resize to 256/224 and crop; without a crop up to 32 and from 384 pixels."""
-        mean: tuple[float, ...] = (0.449,) if in_channels == 1 else (0.485, 0.456, 0.406)
-        std: tuple[float, ...] = (0.226,) if in_channels == 1 else (0.229, 0.224, 0.225)
-        return cls(
-            image_size,
-            in_channels,
-            mean,
-            std,
-            None if image_size >= 384 or image_size <= 32 else image_size * 256 // 224,
-        )
-
-    def framing(self) -> list[Callable[[Any], Any]]:
-        """Returns the steps that bring an image to the network's size; the last does nothing if the size is right."""
-        bicubic = InterpolationMode.BICUBIC
-        crop = [ResizeAndCrop(self.resize, self.image_size)] if self.resize else []
-        return [*crop, v2.Resize([self.image_size, self.image_size], bicubic)]
-
-    def to_input(self) -> list[Callable[[Any], Any]]:
-        """Returns the steps from an image of the right size to the network's input."""
-        return [
-            v2.Grayscale(1) if self.in_channels == 1 else v2.RGB(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(self.mean), list(self.std)),
-        ]
-
-    def transform(self, augment: Sequence[Callable[[Any], Any]] = ()) -> Transform:
-        """Returns a function from a PIL image or uint8 tensor (C, H, W) to a float tensor (in_channels, size, size).
-
-        Args:
-            augment: steps to use instead of the crop; they come first and must return a square image.
-        """
-        *crop, resize = self.framing()
-        return v2.Compose([*(augment or crop), resize, *self.to_input()])
 
 
 class ImageData(Protocol):
@@ -195,13 +109,14 @@ class FashionMNIST:
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
         mean, std = (0.2860,) * in_channels, (0.3530,) * in_channels
-        return Preprocessing(image_size, in_channels, mean, std, None, self.exif, self.class_order)
+        side = (image_size, image_size)
+        return Preprocessing(side, in_channels, mean, std, exif=self.exif, class_order=self.class_order)
 
     def test(self) -> Dataset[Sample]:
-        return TensorImages(*read_idx_pair(SHIPPED_FASHION_MNIST, "t10k"))
+        return self._read(SHIPPED_FASHION_MNIST, "t10k")
 
     def calibration(self, count: int) -> Dataset[Sample]:
-        images = TensorImages(*read_idx_pair(SHIPPED_FASHION_MNIST, "calibration"))
+        images = self._read(SHIPPED_FASHION_MNIST, "calibration")
         return evenly_spaced(images, count, "calibration images")
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
@@ -211,7 +126,10 @@ class FashionMNIST:
                 "'apt-get install dataset-fashion-mnist', or give the folder of train-images-idx3-ubyte.gz "
                 "with --data fashion-mnist:FOLDER"
             )
-        return _hold_out(TensorImages(*read_idx_pair(self.folder, "train")), VALIDATION_IMAGES)
+        return _hold_out(self._read(self.folder, "train"), VALIDATION_IMAGES)
+
+    def _read(self, folder: Path, split: str) -> TensorImages:
+        return TensorImages(*read_idx_pair(folder, split, len(self.classes)))
 
 
 class ImageSplits:
@@ -295,8 +213,29 @@ class _ClassFolders(datasets.ImageFolder):
         self.class_order = class_order
         super().__init__(folder, loader=partial(_load_image, exif=exif))
 
+    @staticmethod
+    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
+        """Returns (path, label) of the images in each class's folder, at any depth; links to folders end there.
+
+        torchvision follows such links, and two of them that lead to each other double its work at every level.
+        """
+        images = []
+        for name, label in sorted(class_to_idx.items()):
+            paths = [
+                str(Path(folder) / file)
+                for folder, _, files in sorted(os.walk(Path(directory) / name))
+                for file in sorted(files)
+                if file.lower().endswith(datasets.folder.IMG_EXTENSIONS)
+            ]
+            if not paths:
+                raise FileNotFoundError(f"Found no valid file for the class {name}.")
+            images += [(path, label) for path in paths]
+        return images
+
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         words, _ = super().find_classes(directory)
+        if wrong := next((name for name in words if not _is_text(name)), None):
+            raise UserError(f"the class folder {wrong!a} in {directory} has a name that is not UTF-8: rename it")
         try:
             natural = sorted(words, key=natural_key)
         except ValueError:  # timm cannot order digits that are not a decimal number, such as a superscript 2
@@ -308,6 +247,11 @@ class _ClassFolders(datasets.ImageFolder):
             )
         names = natural if self.class_order == "natural" else words
         return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_text(name: str) -> bool:
+    """Returns whether a file's name is UTF-8; in Python, other bytes become surrogates, which JSON cannot hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 class Shards(ImageSplits):

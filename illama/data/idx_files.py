@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import gzip
+import math
+import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from illama.errors import UserError
+from illama.structured_files import check_regular
+
+_LARGEST_RATIO = 1100  # of gzip: 1032 bytes from one
+_DIMENSIONS = 3
 
 
 def read_idx(path: Path) -> np.ndarray:
     """Reads a gzipped idx file of unsigned bytes (MNIST's format); raises UserError for any other file."""
+    check_regular(path)
     try:
-        raw = gzip.decompress(path.read_bytes())
-        if raw[:3] != b"\0\0\x08":
-            raise UserError(f"{path} is not an idx file of unsigned bytes")
-        shape = np.frombuffer(raw, dtype=">u4", count=raw[3], offset=4)
-        return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except (EOFError, ValueError, IndexError, zlib.error, gzip.BadGzipFile) as error:
+        with gzip.open(path) as file:
+            head = file.read(4)
+            if head[:3] != b"\0\0\x08" or not 1 <= head[3] <= _DIMENSIONS:
+                raise UserError(f"{path} is not an idx file of unsigned bytes")
+            shape = struct.unpack(f">{head[3]}I", file.read(4 * head[3]))
+            size = math.prod(shape)
+            if size > _LARGEST_RATIO * path.stat().st_size or len(content := file.read(size + 1)) != size:
+                raise ValueError
+        return np.frombuffer(content, np.uint8).reshape(shape).copy()
+    except (EOFError, ValueError, IndexError, OSError, struct.error, zlib.error) as error:
         raise UserError(f"{path} is truncated or damaged: download it again") from error
 
 
-def read_idx_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads the images (N, H, W) and labels (N,) of a split; raises UserError if they are missing or damaged."""
+def read_idx_pair(folder: Path, split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the images (N, H, W) and labels (N,) of a split; raises UserError if they are missing or damaged.
+
+    Args:
+        classes: number of classes, which no label may reach.
+    """
     images = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
-    if len(images) != len(labels):
-        raise UserError(f"{folder} has {len(images)} {split} images but {len(labels)} labels: download them again")
+    if images.ndim != 3 or not images.size or labels.shape != (len(images),):
+        raise UserError(f"{folder} has {len(images)} {split} images but {labels.size} labels: download them again")
+    if labels.max() >= classes:
+        raise UserError(f"{folder} has an image of label {labels.max()}, outside 0..{classes - 1}")
     return images, labels

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from illama.errors import UserError
 from illama.options import Exif
 
+Interpolation = Literal["bicubic", "bilinear"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # a phone's MPO is opened as a JPEG
 MAX_SIDE = 1_000_000  # pixels; Pillow's table for a resize takes 32 bytes per pixel of a side
 MAX_RESIZED = 64_000_000  # pixels; if a resized image would be larger, only its crop is computed
@@ -136,24 +137,28 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(result)
 
 
-def crop_of_resized(old: tuple[int, int], short: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def crop_of_resized(old: tuple[int, int], short: int, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Returns the position of a center crop in an image whose shorter side is resized, rounded as in torchvision.
 
     Args:
         old: height and width in pixels.
         short: resized length of the shorter side in pixels.
-        size: side length of the crop in pixels.
+        size: height and width of the crop in pixels.
 
     Returns:
         For the rows and for the columns: the resized length, and the first pixel of the crop.
     """
     longer = int(short * max(old) / min(old))
     height, width = (short, longer) if old[0] <= old[1] else (longer, short)
-    return (height, round((height - size) / 2)), (width, round((width - size) / 2))
+    return (height, round((height - size[0]) / 2)), (width, round((width - size[1]) / 2))
 
 
-def bicubic(old: int, new: int, first: int, count: int) -> tuple[int, np.ndarray]:
-    """Returns the weights of an antialiased bicubic resize along one axis, as in Pillow and PyTorch (Keys, a = -0.5).
+def resize_weights(
+    old: int, new: int, first: int, count: int, interpolation: Interpolation = "bicubic"
+) -> tuple[int, np.ndarray]:
+    """Returns the weights of an antialiased resize along one axis, as in Pillow and PyTorch.
+
+    ``bicubic`` is the kernel of Keys with a = -0.5, ``bilinear`` a triangle.
 
     Args:
         old: length of the axis in pixels.
@@ -167,17 +172,21 @@ def bicubic(old: int, new: int, first: int, count: int) -> tuple[int, np.ndarray
     scale = old / new
     reach = max(scale, 1.0)
     centers = (first + np.arange(count) + 0.5) * scale
-    low, high = max(0, math.floor(centers[0] - 2 * reach)), min(old, math.ceil(centers[-1] + 2 * reach))
+    support = reach * (2 if interpolation == "bicubic" else 1)
+    low, high = max(0, math.floor(centers[0] - support)), min(old, math.ceil(centers[-1] + support))
     distance = np.abs(np.arange(low, high) + 0.5 - centers[:, None]) / reach
-    near = (1.5 * distance - 2.5) * distance**2 + 1
-    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
-    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    if interpolation == "bicubic":
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
+    else:
+        weights = np.maximum(1 - distance, 0.0)
     return low, weights / weights.sum(1, keepdims=True)
 
 
 @dataclass(frozen=True)
 class ResizeAndCrop:
-    """Resizes the shorter side to ``short`` pixels, bicubic, then crops the center to ``size`` pixels.
+    """Resizes the shorter side to ``short`` pixels, then crops the center to ``size`` (height, width).
 
     Takes a gray or RGB image, or a uint8 tensor (C, H, W), and returns what torchvision's Resize and CenterCrop return.
     If the resized image would have more than :data:`MAX_RESIZED` pixels, only the crop is computed, so that
@@ -185,17 +194,18 @@ class ResizeAndCrop:
     """
 
     short: int
-    size: int
+    size: tuple[int, int]
+    interpolation: Interpolation = "bicubic"
 
     def __call__(self, image: Any) -> Any:
         height, width = v2.functional.get_size(image)
         (new_height, top), (new_width, left) = crop_of_resized((height, width), self.short, self.size)
         if new_height * new_width <= MAX_RESIZED:
-            resized = v2.functional.resize(image, [self.short], InterpolationMode.BICUBIC)
-            return v2.functional.center_crop(resized, [self.size, self.size])
+            resized = v2.functional.resize(image, [self.short], InterpolationMode(self.interpolation))
+            return v2.functional.center_crop(resized, list(self.size))
         picture = v2.functional.to_pil_image(image) if isinstance(image, Tensor) else image
-        upper, rows = bicubic(height, new_height, top, self.size)
-        start, columns = bicubic(width, new_width, left, self.size)
+        upper, rows = resize_weights(height, new_height, top, self.size[0], self.interpolation)
+        start, columns = resize_weights(width, new_width, left, self.size[1], self.interpolation)
         pixels = np.asarray(picture.crop((start, upper, start + columns.shape[1], upper + rows.shape[1])))
         # Values are rounded between the axes. As in Pillow 13, tall images shrink in height first.
         rows_first = height > 2 * width and new_height < height

@@ -17,7 +17,9 @@ import io
 import json
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from tqdm import tqdm
 from illama.atomic_write import file_lock, sweep, write_folder
 from illama.data.images import decode_image
 from illama.data.webdataset import (
+    MAX_CLASSES,
     PLACE,
     PackedImages,
     Sample,
@@ -41,9 +44,11 @@ from illama.data.webdataset import (
 )
 from illama.errors import UserError
 from illama.options import Exif
+from illama.structured_files import check_regular, parse_json
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
+MAX_ROW_GROUP = 4 << 30  # bytes after decompression; a whole group is in memory at a time
 
 
 class ParquetImages(Dataset[Sample]):
@@ -60,9 +65,9 @@ class ParquetImages(Dataset[Sample]):
 
     def __init__(self, paths: list[Path], exif: Exif = "apply") -> None:
         self.paths, self.exif = paths, exif
-        opened = [_open(path) for path in paths]
+        opened = [open_parquet(path) for path in paths]
         self.image_column, self.label_column = _columns(opened[0], paths[0])
-        self.names = _class_names(opened[0], self.label_column)
+        self.names = _class_names(opened[0], self.label_column, paths[0])
         groups = [(shard, group) for shard, file in enumerate(opened) for group in range(file.num_row_groups)]
         self.groups = np.array(groups, np.int32).reshape(-1, 2)
         self.starts = np.cumsum([0, *(opened[s].metadata.row_group(g).num_rows for s, g in groups)])
@@ -100,23 +105,29 @@ class ParquetImages(Dataset[Sample]):
         return f"in row {index - first} of {self.paths[shard]}"
 
     def _read_group(self, shard: int, group: int) -> pa.ChunkedArray:
-        path = self.paths[shard]
-        try:  # Arrow's threads do not survive the fork of a worker
-            table = _open(path).read_row_group(group, columns=[f"{self.image_column}.bytes"], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is damaged: download it again") from error
-        return table.column(self.image_column)
+        path, rows = self.paths[shard], self.starts[1:] - self.starts[:-1]
+        with _damaged(path):  # Arrow's threads do not survive the fork of a worker
+            table = open_parquet(path).read_row_group(group, columns=[f"{self.image_column}.bytes"], use_threads=False)
+            table.validate(full=True)
+        column = table.column(self.image_column)
+        claimed = rows[(self.groups == (shard, group)).all(axis=1)]
+        if len(column) != claimed[0]:
+            raise UserError(f"{path} is damaged: download it again")
+        return column
 
     def _read_labels(self, path: Path, file: pq.ParquetFile) -> np.ndarray:
         if _columns(file, path) != (self.image_column, self.label_column):
             raise UserError(f"{path} does not have the columns of {self.paths[0]}")
-        try:
+        with _damaged(path):
             column = file.read(columns=[self.label_column], use_threads=False).column(0)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is damaged: download it again") from error
         if column.null_count:
             raise UserError(f"{path}: a row has no {self.label_column}")
-        return column.to_numpy().astype(np.int32)
+        if len(column) != file.metadata.num_rows:
+            raise UserError(f"{path} is damaged: download it again")
+        labels = column.to_numpy()
+        if len(labels) and not -MAX_CLASSES <= labels.min() <= labels.max() < MAX_CLASSES:
+            raise UserError(f"{path} has labels from {labels.min()} to {labels.max()}: there are no such classes")
+        return labels.astype(np.int32)
 
 
 class UnpackedParquet(PackedImages):
@@ -156,11 +167,26 @@ class ParquetFolder:
         return UnpackedParquet(self._train) if shuffled else self._train
 
 
-def _open(path: Path) -> pq.ParquetFile:
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
     try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is truncated or not a parquet file: download it again") from error
+        yield
+    except Exception as error:  # a damaged file can raise anything in Arrow
+        raise UserError(f"{path} is truncated, damaged or not a parquet file: download it again") from error
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Opens a parquet file, whose sizes cannot be larger than its bytes allow; raises UserError if they are."""
+    check_regular(path)
+    with _damaged(path):
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+        rows, bytes_ = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+    if sum(rows) != file.metadata.num_rows or min(rows, default=0) < 0 or sum(rows) > path.stat().st_size:
+        raise UserError(f"{path} claims {sum(rows)} rows, more than it can have: download it again")
+    if max(bytes_, default=0) > MAX_ROW_GROUP:
+        raise UserError(f"{path} has a row group of {max(bytes_)} bytes: write it with smaller ones")
+    return file
 
 
 def _columns(file: pq.ParquetFile, path: Path) -> tuple[str, str]:
@@ -172,20 +198,39 @@ def _columns(file: pq.ParquetFile, path: Path) -> tuple[str, str]:
     image = next(name for name in IMAGE_COLUMNS if name in schema.names)
     label = next(name for name in LABEL_COLUMNS if name in schema.names)
     kind = schema.field(image).type
-    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0 or not _is_binary(kind.field("bytes").type):
         raise UserError(f"{path}: column {image} is {kind}, not a struct of bytes and path")
     if not pa.types.is_integer(schema.field(label).type):
         raise UserError(f"{path}: column {label} is {schema.field(label).type}, not an integer")
     return image, label
 
 
-def _class_names(file: pq.ParquetFile, column: str) -> list[str] | None:
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+@dataclass(frozen=True)
+class _Feature:
+    """A column in the metadata that the datasets library writes; ``names`` are those of a ClassLabel."""
+
+    names: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Info:
+    features: dict[str, _Feature | list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _HuggingFace:
+    info: _Info = field(default_factory=_Info)
+
+
+def _class_names(file: pq.ParquetFile, column: str, path: Path) -> list[str] | None:
     """Returns the names in the ClassLabel of ``column``, or None if the file's metadata has none."""
-    try:
-        features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
-        return features[column]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
+    text = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    feature = parse_json(text, _HuggingFace, f"the metadata of {path}", "ignore").info.features.get(column)
+    return feature.names if isinstance(feature, _Feature) else None
 
 
 def _cache_folder(images: ParquetImages) -> Path:

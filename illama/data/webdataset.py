@@ -23,9 +23,12 @@ from tqdm import tqdm
 from illama.data.images import decode_image
 from illama.errors import UserError
 from illama.options import Exif
+from illama.structured_files import check_regular, read_lines
 
 Sample = tuple[Any, int]
 SPLIT_IN_PATH = re.compile(r"(?:^|[-_/])(train|val|validation|test)(?=[-_/.])")
+MAX_CLASSES = 1_000_000  # larger labels are damage
+MAX_IMAGE_BYTES, _MAX_LABEL_BYTES = 1 << 30, 9
 TEST_SPLITS = ("validation", "val", "test")  # the first that exists is used; some data sets have no labels in "test"
 IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 CLASS_FILES = ("classes.txt", "classnames.txt")
@@ -72,7 +75,7 @@ def train_shards(shards: dict[str, list[Path]], folder: Path) -> list[Path]:
 
 def name_classes(names: Sequence[str] | None, labels: np.ndarray, folder: Path) -> tuple[str, ...]:
     """Returns ``names``, or numbers if there are none; raises UserError if they do not match the labels."""
-    check_labels(labels, int(labels.max(initial=0)) + 1, folder)  # refuses negative labels
+    check_labels(labels, min(int(labels.max(initial=0)) + 1, MAX_CLASSES), folder)  # refuses negative labels
     classes = tuple(names or (str(label) for label in range(int(labels.max()) + 1)))
     if len(classes) < 2:
         raise UserError(f"{folder} has one class only ({', '.join(classes)}): a classifier needs two or more")
@@ -99,8 +102,8 @@ def check_labels(labels: np.ndarray, classes: int, folder: Path, all_present: bo
 def read_class_names(folder: Path) -> list[str] | None:
     """Returns the lines of classes.txt or classnames.txt, the class names in the order of the labels, or None."""
     for path in (folder / name for name in CLASS_FILES):
-        if path.is_file():
-            return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        if path.exists():
+            return read_lines(path)
     return None
 
 
@@ -184,20 +187,12 @@ class WebDataset:
 
 def _scan(path: Path, number: int) -> Iterator[tuple[int, int, int, int]]:
     """Yields the PLACE of every image in a tar file, in the order of the keys' first members."""
-    places: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+    check_regular(path)
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # otherwise, it keeps all members in memory
-                folder, _, name = member.name.rpartition("/")
-                key, _, suffix = name.partition(".")
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    places[f"{folder}/{key}"] = (member.offset_data, member.size)
-                elif suffix == "cls":
-                    labels[f"{folder}/{key}"] = _label(tar, member, path)
-            sound = _ends_here(path, tar.offset)
-    except (tarfile.TarError, OSError) as error:
+        places, labels, sound = _members(path)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in tarfile
         raise UserError(f"{path} is truncated or not a tar file: download it again") from error
     if not sound:
         raise UserError(f"{path} is truncated or damaged: download it again")
@@ -206,6 +201,38 @@ def _scan(path: Path, number: int) -> Iterator[tuple[int, int, int, int]]:
         raise UserError(f"{path}: {key.removeprefix('/')} has no {lacks}: put both into one shard")
     for key, (start, size) in places.items():
         yield number, labels[key], start, size
+
+
+def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int], bool]:
+    """Returns key -> (start, size) of the images, key -> label, and whether the archive ends as it must."""
+    places: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    with tarfile.open(path, "r:") as tar:
+        offset = -1
+        for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise, it keeps all members in memory
+            if member.offset <= offset:  # a negative size leads back
+                return places, labels, False
+            offset = member.offset
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            key = f"{folder}/{stem}"
+            if suffix.lower() in IMAGE_SUFFIXES:
+                _check_member(member, key in places, MAX_IMAGE_BYTES, path)
+                places[key] = (member.offset_data, member.size)
+            elif suffix == "cls":
+                _check_member(member, key in labels, _MAX_LABEL_BYTES, path)
+                labels[key] = _label(tar, member, path)
+        return places, labels, _ends_here(path, tar.offset)
+
+
+def _check_member(member: tarfile.TarInfo, twice: bool, limit: int, path: Path) -> None:
+    """Raises UserError for a second member of one key, one that is no regular file, or one that is too large."""
+    problem = "is there twice" if twice else f"has {member.size} bytes"
+    if not member.isreg() or member.issparse():
+        problem = "is not a regular file"
+    if twice or not member.isreg() or member.issparse() or not 0 <= member.size <= limit:
+        raise UserError(f"{path}: {member.name} {problem}, which a shard cannot hold")
 
 
 def _ends_here(path: Path, offset: int) -> bool:
@@ -218,6 +245,6 @@ def _ends_here(path: Path, offset: int) -> bool:
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     content = tar.extractfile(member)
     text = content.read() if content else b""
-    if not text.strip().isdigit() or len(text) > 9:
+    if not text.strip().isdigit():
         raise UserError(f"{path}: {member.name} contains {text[:20]!r}, not a label in digits")
     return int(text)

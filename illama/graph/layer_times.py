@@ -16,7 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from illama.errors import UserError
+from illama.graph.reader import layer_of, load_graph
 from illama.graph.session import cpu_session
+from illama.structured_files import read_json
 
 PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}  # input of attention -> the product that it belongs to
 
@@ -42,15 +44,13 @@ class GraphTimes:
             self.layers[layer] += milliseconds
 
 
-def layer_of_node(node: str, layers: Mapping[str, Any]) -> str | None:
-    """Returns the layer that a node of an exported file belongs to, by the node's name; None if there is none.
+def layers_of_nodes(path: Path, layers: Mapping[str, Any]) -> dict[str, str | None]:
+    """Returns the name of each node of an exported file -> the layer that it belongs to, or None."""
+    return {str(node.name): layer_of_module(layer_of(node), layers) for node in load_graph(path).graph}
 
-    When ONNX Runtime fuses nodes, it keeps the name and appends to it. Nodes that it adds are named after values.
-    """
-    module, _, operator = node.partition("/")
-    if module.endswith(".core"):  # an attention's first MatMul is q k, its second p v
-        product = {"MatMul": "qk", "MatMul_2": "pv"}.get(operator.split("/")[0], "")
-        module = f"{module}.{product}"
+
+def layer_of_module(module: str, layers: Mapping[str, Any]) -> str | None:
+    """Returns the layer that a module belongs to, such as a quantizer of its input; None if there is none."""
     parent, _, part = module.rpartition(".")
     if part in PRODUCTS and f"{parent}.{PRODUCTS[part]}" in layers:
         return f"{parent}.{PRODUCTS[part]}"
@@ -88,35 +88,40 @@ def time_graphs(
                 for _ in range(calls):
                     profiled[name].run(None, feed)
         events = {name: json.loads(Path(session.end_profiling()).read_text()) for name, session in profiled.items()}
-    return {name: _attribute(events[name], float(np.median(times[name]) * 1e3), layers) for name in paths}
+    medians = {name: float(np.median(values) * 1e3) for name, values in times.items()}
+    return {name: _attribute(events[name], medians[name], layers_of_nodes(paths[name], layers)) for name in paths}
 
 
-def _attribute(events: list[dict[str, Any]], call: float, layers: Mapping[str, Any]) -> GraphTimes:
+def _attribute(events: list[dict[str, Any]], call: float, nodes: Mapping[str, str | None]) -> GraphTimes:
+    """Sums the times of nodes by layer. ONNX Runtime keeps the name of a node that it fuses, and appends to it."""
     durations: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             durations[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
     times = GraphTimes(call)
-    for node, values in durations.items():
-        times.add(layer_of_node(node, layers), float(np.median(values)))
+    for event_name, values in durations.items():
+        names = [each for each in nodes if event_name.startswith(each) and not event_name[len(each) :][:1].isalnum()]
+        times.add(nodes[max(names, key=len)] if names else None, float(np.median(values)))
     return times
 
 
 def read_layer_times(path: Path, layers: Mapping[str, Any]) -> GraphTimes:
     """Reads a TensorRT engine's layer times: a file of ``trtexec --exportProfile=FILE`` or of the profiler, in JSON.
 
-    The time of an engine's layer is divided equally among the layers that its name contains; that of a fused attention
-    kernel belongs to both of its products. If the name contains no layer, the time is part of ``rest``.
+    A profile has only names, in which TensorRT joins those of the file's nodes, and the exporter begins these with the
+    layer. The time of an engine's layer is divided equally among the layers that its name contains; that of a fused
+    attention kernel belongs to both of its products. If the name contains no layer, the time is part of ``rest``.
 
     Raises:
         UserError: the file is not a profile, or contains no layer of this network.
     """
     try:
-        rows = [row for row in json.loads(path.read_text()) if "name" in row]
+        rows = [row for row in read_json(path, list[dict[str, Any]]) if "name" in row]
         named = [
-            (str(row["name"]), float(row.get("medianMs", row.get("averageMs", row.get("timeMs"))))) for row in rows
+            (str(row["name"]), float(row.get("medianMs", row.get("averageMs", row.get("timeMs")))))  # type: ignore[arg-type]
+            for row in rows
         ]
-    except (OSError, ValueError, TypeError) as error:
+    except (UserError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a TensorRT layer profile: write one with trtexec --exportProfile") from error
     times = GraphTimes(sum(milliseconds for _, milliseconds in named))
     for name, milliseconds in named:

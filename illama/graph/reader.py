@@ -1,95 +1,190 @@
-"""Reads ONNX files: nodes, constants, and the dtype of each matrix product."""
+"""Reads ONNX files: values, constants, the layer of each node, and the dtype that each product runs in.
+
+Every ONNX file of this project is read here, as an :class:`onnx_ir.Model`. Its values know their producers, uses,
+dtypes and shapes, and every constant is an initializer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from illama.errors import UserError
+from illama.graph.check_graph import check_graph
+from illama.quiet import quiet
 
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-_TYPE_NAMES = {
-    TensorProto.INT8: "int8",
-    TensorProto.UINT8: "int8",
-    TensorProto.INT4: "int4",
-    TensorProto.UINT4: "int4",
-    TensorProto.FLOAT8E4M3FN: "fp8",
-}
+LAYER = "layer"  # key in a node's metadata: the module that it was exported from
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
+PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+_VIEWS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
+_FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
+_INTEGERS = (*_FOUR_BITS, ir.DataType.INT8, ir.DataType.UINT8)
+_FLOAT8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 
 
-def load_graph(path: Path) -> ModelProto:
-    """Loads an ONNX file; raises UserError if it is missing or damaged."""
+def load_graph(path: Path) -> ir.Model:
+    """Loads an ONNX file; external data is mapped to memory.
+
+    Raises:
+        UserError: see :func:`illama.graph.check_graph.check_graph`.
+    """
+    values = check_graph(path)
     try:
-        return onnx.load(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {path.name}: make it with python quant/ptq.py") from error
-    except DecodeError as error:
-        raise UserError(f"{path} is not an ONNX file: make it again with python quant/ptq.py") from error
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        del proto.graph.value_info[:]
+        proto.graph.value_info.extend(values)
+        model = ir.from_proto(proto)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    except Exception as error:  # the exceptions of onnx and onnx_ir have no other common base class
+        raise UserError(f"{path} cannot be read as ONNX: {error}") from error
+    ir.external_data.set_base_dir(model.graph, path.parent.absolute())
+    return model
 
 
-class Index:
-    """Looks up the node that makes a value, the nodes that read it, and the constants of a graph."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self.graph = model.graph
-        self.makers = {name: node for node in model.graph.node for name in node.output}
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-
-    def array(self, name: str) -> np.ndarray:
-        return numpy_helper.to_array(self.constants[name])
-
-    def readers(self, name: str) -> list[NodeProto]:
-        return [node for node in self.graph.node if name in node.input]
-
-    def maker(self, name: str, kind: str) -> NodeProto | None:
-        node = self.makers.get(name)
-        return node if node is not None and node.op_type == kind else None
-
-    def add_constant(self, name: str, values: np.ndarray) -> str:
-        if name not in self.constants:
-            self.graph.initializer.append(numpy_helper.from_array(values, name))
-            self.constants[name] = self.graph.initializer[-1]
-        return name
+def to_bytes(model: ir.Model) -> bytes:
+    """Returns the content of an ONNX file."""
+    return ir.to_proto(model).SerializeToString()
 
 
-def precisions(model: ModelProto) -> dict[str, str]:
-    """Returns layer -> dtype of its product: ``int8``, ``fp8``, or the float dtype and that of quantized weights."""
-    index = Index(model)
-    shapes = onnx.shape_inference.infer_shapes(model).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*shapes.value_info, *shapes.input)}
-    found = {}
-    for node in model.graph.node:
-        if node.op_type in _PRODUCTS:
-            inputs = [_quantized_type(index, name) for name in node.input[:2]]
-            wide = "float16" if types.get(node.output[0]) == TensorProto.FLOAT16 else "float32"
-            if all(inputs):
-                found[node.name] = str(inputs[1])
-            else:
-                found[node.name] = f"{wide}, {inputs[1]} weights" if inputs[1] else wide
-    return found
+def infer_shapes(model: ir.Model, batch: int) -> None:
+    """Sets the shape and dtype of every value for a number of images, in place, as far as they can be inferred."""
+    images = model.graph.inputs[0]
+    assert images.shape is not None
+    if not isinstance(images.shape[0], int):
+        images.shape = ir.Shape([batch, *images.shape[1:]])
+    with quiet("onnx_ir"):
+        ShapeInferencePass(data_prop=True)(model)
 
 
-def _quantized_type(index: Index, name: str) -> str | None:
-    dequantize = index.maker(name, "DequantizeLinear")
-    if dequantize is None:
-        return None
-    source = dequantize.input[0]
-    if quantize := index.maker(source, "QuantizeLinear"):
-        source = quantize.input[2]
-    return _TYPE_NAMES.get(index.constants[source].data_type) if source in index.constants else None
+def layer_of(node: ir.Node) -> str:
+    """Returns the module that a node was exported from; the node's own name if the file does not say it."""
+    return node.metadata_props.get(LAYER) or node.name or str(node.outputs[0].name)
 
 
-def has_fp8(model: ModelProto) -> bool:
-    """Returns whether any tensor is FP8."""
-    return any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer)
+def producer(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """Returns the node that computes a value if it is an operator of that kind."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind else None
 
 
-def has_4bit_activations(model: ModelProto) -> bool:
-    """Whether any activation is quantized to 4 bits."""
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    zero_points = [node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[2:]]
-    return any(types.get(name) in (TensorProto.INT4, TensorProto.UINT4) for name in zero_points)
+def readers(value: ir.Value) -> list[ir.Node]:
+    """Returns the nodes that read a value."""
+    return list(dict.fromkeys(use.node for use in value.uses()))
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Returns whether a value is a constant of the file."""
+    return value is not None and value.const_value is not None
+
+
+def array(value: ir.Value | None) -> np.ndarray:
+    """Returns the values of a constant."""
+    assert value is not None and value.const_value is not None
+    return value.const_value.numpy()
+
+
+def dtype_of(value: ir.Value) -> ir.DataType | None:
+    """Returns the dtype of a value; that of a quantized value is its zero point's."""
+    quantize = producer(value, "QuantizeLinear")
+    if quantize is not None and len(quantize.inputs) > 2 and is_constant(quantize.inputs[2]):
+        return dtype_of(quantize.inputs[2])  # type: ignore[arg-type]
+    return value.const_value.dtype if value.const_value is not None else value.dtype
+
+
+def stored(value: ir.Value) -> tuple[ir.Value, ir.Node | None]:
+    """Returns an operand as it is stored: before views and DequantizeLinear; and the DequantizeLinear, if any."""
+    node = value.producer()
+    while node is not None and node.op_type in _VIEWS and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    if node is not None and node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+        return node.inputs[0], node
+    return value, None
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of a graph.
+
+    Attributes:
+        node: the operator; an Attention has two products.
+        name: the operator's kind; with the operands, if the operator has two products.
+        layer: the module that it was exported from.
+        precision: the format in which the operands are multiplied.
+        weights: dtype of a constant second operand as it is stored, if it is quantized; else empty.
+    """
+
+    node: ir.Node
+    name: str
+    layer: str
+    precision: Precision
+    weights: str
+
+
+def products(model: ir.Model) -> Iterator[Product]:
+    """Yields the products of a graph, in its order.
+
+    A product runs in 8 bits if all of its operands come from DequantizeLinear: TensorRT, ONNX Runtime and OpenVINO then
+    multiply the integers, and no runtime multiplies 4-bit integers without widening them. Otherwise it runs in floating
+    point, and weights are dequantized. The second product of an Attention runs in 8 bits only if the first does: the
+    kernel, not the graph, quantizes the probabilities.
+    """
+    for node in model.graph:
+        if node.op_type in PRODUCTS:
+            both = {"q k": 2, "p v": 3} if node.op_type == "Attention" else {"": 2}
+            for operands, count in both.items():
+                factors = [stored(value)[0] for value in node.inputs[:count] if value is not None]
+                weights = _name(dtype_of(factors[-1])) if is_constant(factors[-1]) else ""
+                name, precision = f"{node.op_type} {operands}".strip(), _precision(factors, node.outputs[0])
+                yield Product(node, name, layer_of(node), precision, weights)
+
+
+def _precision(operands: Sequence[ir.Value], result: ir.Value) -> Precision:
+    dtypes = [dtype_of(value) for value in operands]
+    if all(each in _INTEGERS for each in dtypes):
+        return "int8"
+    if all(each in _FLOAT8 for each in dtypes):
+        return "fp8"
+    return "fp16" if result.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else "fp32"
+
+
+def _name(dtype: ir.DataType | None) -> str:
+    if dtype in _FLOAT8:
+        return "fp8"
+    return f"int{4 if dtype in _FOUR_BITS else 8}" if dtype in _INTEGERS else ""
+
+
+def precisions(model: ir.Model) -> dict[str, str]:
+    """Returns layer -> the precision that its products run in, and the dtype of their weights if it is another."""
+    found: dict[str, dict[str, None]] = {}
+    for each in products(model):
+        weights = f", {each.weights} weights" if each.weights not in ("", each.precision) else ""
+        found.setdefault(each.layer, {})[each.precision + weights] = None
+    return {layer: " + ".join(names) for layer, names in found.items()}
+
+
+def has_fp8(model: ir.Model) -> bool:
+    """Returns whether any constant is FP8."""
+    return any(dtype_of(value) == ir.DataType.FLOAT8E4M3FN for value in model.graph.initializers.values())
+
+
+def has_4bit_activations(model: ir.Model) -> bool:
+    """Returns whether any activation is quantized to 4 bits."""
+    quantizers = (node for node in model.graph if node.op_type == "QuantizeLinear")
+    return any(dtype_of(node.outputs[0]) in _FOUR_BITS for node in quantizers)
+
+
+def add_constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
+    """Returns the graph's constant of that name, which is added if there is none."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(values, name=name)
+        shape, dtype = ir.Shape(values.shape), ir.TensorType(tensor.dtype)
+        graph.register_initializer(ir.Value(name=name, shape=shape, type=dtype, const_value=tensor))
+    return graph.initializers[name]

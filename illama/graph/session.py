@@ -6,11 +6,12 @@ from pathlib import Path
 
 import onnxruntime
 
+from illama.graph.check_graph import check_graph
 from illama.inference import usable_cores
 
 
 def cpu_session(
-    model: Path | bytes, threads: int = 0, profile: Path | None = None, fused: bool = False
+    model: Path | bytes, threads: int = 0, profile: Path | None = None, fused: bool = False, folder: Path | None = None
 ) -> onnxruntime.InferenceSession:
     """Returns a session that computes exactly what the graph specifies.
 
@@ -25,10 +26,15 @@ def cpu_session(
         fused: whether the graph is one for TensorRT. If so, two optimizations of ONNX Runtime are disabled: one rounds
             a quantized convolution's bias to integers that exceed half precision, the other removes a Relu before a
             QuantizeLinear to FP8.
+        folder: folder of the external data, if ``model`` is the content of a file.
     """
+    if isinstance(model, Path):
+        check_graph(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     disabled = ["WeightBiasQuantization", "ReluQuantRewrite"] if fused else None

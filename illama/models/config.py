@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args, get_origin, get_type_hints
 
 from illama.errors import UserError
 
@@ -12,6 +12,7 @@ ClassToken = Literal["last", "first"]
 Position = Literal["learnable", "rope", "both"]
 Norm = Literal["rms", "layer"]
 Mlp = Literal["swiglu", "gelu"]
+NetworkKind = Literal["illama", "timm", "segmentation"]
 
 # width, depth and heads of arXiv 2404.06773, Table 13; "nano" is this project's, for 28- to 32-pixel images on a CPU.
 _PRESETS: dict[str, dict[str, int]] = {
@@ -29,6 +30,10 @@ _PRESETS: dict[str, dict[str, int]] = {
     "base": {"width": 768, "depth": 12, "heads": 12},
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }
+
+# Largest sizes, far above those of any network; a damaged file or a slip of the keyboard must not fill the memory.
+_LARGEST = {"depth": 1024, "heads": 1024, "num_classes": 1 << 20}
+_LARGEST_SIZE, _MOST_PATCHES = 1 << 16, 1 << 14  # the mask has a value for each pair of tokens
 
 # The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17. Each changes the previous one in one
 # respect, except that "causal" moves the class token to the end, where it attends to every token without
@@ -56,7 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class NetworkConfig(Protocol):
-    """The settings that every network has, as described in :class:`ModelConfig`."""
+    """The settings that every network has, as described in :class:`ModelConfig`, and its kind."""
+
+    kind: ClassVar[NetworkKind]
 
     @property
     def image_size(self) -> int: ...
@@ -82,6 +89,7 @@ class TimmConfig:
         mask: see :class:`ModelConfig`; ``bidirectional`` is timm's network unchanged.
     """
 
+    kind: ClassVar[NetworkKind] = "timm"
     name: str
     image_size: int
     in_channels: int
@@ -125,6 +133,7 @@ class ModelConfig:
         UserError: a value has the wrong type, or the values do not fit together.
     """
 
+    kind: ClassVar[NetworkKind] = "illama"
     image_size: int = 224
     patch_size: int = 16
     in_channels: int = 3
@@ -142,14 +151,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if kind is int and (type(value) is not int or value < 1):
-                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+            largest = _LARGEST.get(name, _LARGEST_SIZE)
+            if kind is int and (type(value) is not int or not 1 <= value <= largest):
+                raise UserError(f"{name} must be a whole number from 1 to {largest}, not {value!r:.30}")
             if kind is bool and type(value) is not bool:
                 raise UserError(f"{name} must be true or false, not {value!r}")
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.patches > _MOST_PATCHES:
+            raise UserError(f"image_size {self.image_size} gives {self.patches} patches, more than {_MOST_PATCHES}")
         if self.width % self.heads or self.head_dim % 2:
             raise UserError(f"width {self.width} must be divisible into {self.heads} heads of an even size")
 
@@ -193,6 +205,12 @@ class ModelConfig:
     @property
     def class_index(self) -> int:
         return self.patches if self.class_token == "last" else 0
+
+    @property
+    def least_parameters(self) -> int:
+        """Number of parameters of the kernels and matrices, without norms, biases and position embedding."""
+        block = self.width * (4 * self.width + (2 if self.mlp == "gelu" else 3) * self.hidden)
+        return self.width * (self.in_channels * self.patch_size**2 + self.num_classes) + self.depth * block
 
     @property
     def hidden(self) -> int:

@@ -11,16 +11,19 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from illama.bundle import WEIGHTS, Manifest
-from illama.checkpoints.load import Checkpoint, check_state, read_preprocessing, read_state
+from illama.bundle import WEIGHTS
+from illama.checkpoints.load import Checkpoint, check_state, read_state
+from illama.checkpoints.tensor_files import check_config
 from illama.errors import UserError
-from illama.models.config import ModelConfig
+from illama.manifest import Manifest
+from illama.models.config import ModelConfig, NetworkKind
 from illama.models.illama import ILLaMA, Linear
 from illama.models.norms import make_norm
 
@@ -40,6 +43,7 @@ class SegmentationConfig(ModelConfig):
         UserError: see :class:`ModelConfig`; also if there are too few blocks or patches.
     """
 
+    kind: ClassVar[NetworkKind] = "segmentation"
     image_size: int = 512
     num_classes: int = 150
     decoder_channels: int = 256
@@ -180,13 +184,14 @@ class SegmentationCheckpoint(Checkpoint):
 def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
     """Loads a bundle written by ``illama/train_segmentation.py``; raises UserError for anything else."""
     manifest, weights = Manifest.read(bundle), bundle / WEIGHTS
-    if "decoder_channels" not in manifest.config:
+    if manifest.network != "segmentation":
         raise UserError(f"{bundle} has no segmentation network: train one with python illama/train_segmentation.py")
-    config = SegmentationConfig.from_dict(manifest.config)
+    config = SegmentationConfig.from_dict(dict(manifest.config))
     state = read_state(weights)
+    check_config(config, state, weights)
     with torch.device("meta"):  # shapes without memory or initial values
         expected = UperNet(config).state_dict()
     check_state(expected, state, weights, "the config")
     model = UperNet(config)
     model.load_state_dict(state)
-    return SegmentationCheckpoint(model.eval(), read_preprocessing(manifest), tuple(manifest.classes), weights)
+    return SegmentationCheckpoint(model.eval(), manifest.preprocessing, manifest.classes, weights)

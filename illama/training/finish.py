@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
 from illama.atomic_write import write_folder
-from illama.bundle import WEIGHTS, Manifest, command_line
+from illama.bundle import WEIGHTS
 from illama.checkpoints.load import write_weights
+from illama.manifest import TRAINED, Manifest, Provenance, Scores
 from illama.models.illama import ILLaMA
 from illama.training.log import plot_curve, read_log
 from illama.training.trainer import Run
@@ -20,24 +20,19 @@ def write_bundle(run: Run) -> Path:
 
     Every process must call it, since all of them evaluate; the main process writes.
     """
-    recipe, test = run.recipe, run.data.test()
-    metrics = {
-        f"test_{run.score_name}": run.score(test),
-        "test_images": len(cast(Sized, test)),
-        "epochs": recipe.epochs,
-    }
+    recipe, test = run.recipe, run.task.data.test()
+    scores = Scores(run.score_name, len(cast(Sized, test)), {TRAINED: run.score(test)}, epochs=recipe.epochs)
     weights, config = run.kept_weights(), cast(ILLaMA, run.model).config
     folder = recipe.out / "bundle"
     if not run.processes.main:
         return folder
     manifest = Manifest(
-        command_line(),
+        config.kind,
         config.to_dict(),
-        asdict(run.preprocessing),
-        list(run.data.classes),
-        recipe.seed,
-        run.inputs,
-        metrics,
+        run.task.preprocessing,
+        tuple(run.task.data.classes),
+        Provenance(seed=recipe.seed, inputs=run.task.inputs),
+        scores=scores,
     )
     with write_folder(folder) as draft:
         write_weights(weights, config, draft / WEIGHTS)

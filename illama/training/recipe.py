@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
-import yaml
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from illama.cli import given_options
 from illama.errors import UserError
-from illama.options import ClassOrder, Exif
+from illama.options import (
+    BatchSize,
+    ClassOrder,
+    Count,
+    CountOrZero,
+    Exif,
+    Fraction,
+    ImageSize,
+    NotNegative,
+    Seed,
+    Workers,
+    check_bounds,
+)
+from illama.structured_files import read_yaml
 from illama.training.schedules import SoftMaskSchedule
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "nano-fashion-mnist"
 Autocast = Literal["float32", "bfloat16", "float16"]
-_FRACTIONS = ("erasing", "mixup_probability", "label_smoothing", "ema_decay", "drop_path", "dropout", "layer_decay")
-_AT_LEAST_ONE = ("epochs", "micro_batch", "checkpoint_steps")
-_NOT_NEGATIVE = (
-    "learning_rate",
-    "weight_decay",
-    "warmup_epochs",
-    "soft_mask_epochs",
-    "crop_padding",
-    "mixup",
-    "cutmix",
-    "workers",
-    "seed",
-)
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,6 @@ class TrainingOptions:
             parquet:FOLDER, or a folder with train/ and val/.
         exif: apply or ignore the orientation that image files declare. Defaults to apply; quant/qat.py defaults to the
             setting in the checkpoint's bundle.
-        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Default: words;
-            quant/qat.py defaults to the setting in the checkpoint's bundle.
         out: folder of the checkpoint, the log and, at the end, the bundle; an unfinished run there is resumed.
         epochs: number of passes over the training images.
         batch_size: images per optimizer step, summed over processes and accumulated micro-batches.
@@ -58,13 +54,6 @@ class TrainingOptions:
         soft_mask_epochs: number of epochs after which alpha is 0; unused with none.
         drop_path: stochastic depth rate of the last block; rates rise linearly from 0 in the first block.
         dropout: dropout rate after the embedding and in every residual branch.
-        crop_padding: padding of random crops in pixels, for small images. If 0, random resized crops are used instead,
-            for photographs.
-        rand_augment: timm's RandAugment setting, such as rand-m9-mstd0.5-inc1; empty for none.
-        erasing: probability of random erasing; erased pixels get random values.
-        mixup: alpha of mixup; 0 for none.
-        cutmix: alpha of cutmix; 0 for none.
-        mixup_probability: probability that a batch gets mixup or cutmix.
         label_smoothing: label smoothing factor.
         ema_decay: decay of the exponential moving average of the weights, which is written to the bundle; 0 for none.
         autocast: dtype of the forward pass; with float16, the loss is scaled.
@@ -76,44 +65,29 @@ class TrainingOptions:
 
     data: str = ""
     exif: Exif | None = None
-    class_order: ClassOrder | None = None
     out: Path = Path("runs/train")
-    epochs: int = 300
-    batch_size: int = 4096
-    micro_batch: int = 128
+    epochs: Count = 300
+    batch_size: Count = 4096
+    micro_batch: BatchSize = 128
     optimizer: str = "adamw"
-    learning_rate: float = 4e-3
-    weight_decay: float = 0.05
-    warmup_epochs: float = 5
-    layer_decay: float = 1.0
+    learning_rate: NotNegative = 4e-3
+    weight_decay: NotNegative = 0.05
+    warmup_epochs: NotNegative = 5
+    layer_decay: Fraction = 1.0
     soft_mask: SoftMaskSchedule = "constant"
-    soft_mask_epochs: float = 50
-    drop_path: float = 0.0
-    dropout: float = 0.0
-    crop_padding: int = 0
-    rand_augment: str = "rand-m9-mstd0.5-inc1"
-    erasing: float = 0.25
-    mixup: float = 0.1
-    cutmix: float = 0.1
-    mixup_probability: float = 1.0
-    label_smoothing: float = 0.1
-    ema_decay: float = 0.0
+    soft_mask_epochs: NotNegative = 50
+    drop_path: Fraction = 0.0
+    dropout: Fraction = 0.0
+    label_smoothing: Fraction = 0.1
+    ema_decay: Fraction = 0.0
     autocast: Autocast = "bfloat16"
     compile: bool = False
-    workers: int = 8
-    checkpoint_steps: int = 500
-    seed: int = 0
+    workers: Workers = 8
+    checkpoint_steps: Count = 500
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise UserError(f"{_option(name)} must be at least 1")
-        for name in _NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{_option(name)} must be a finite number of at least 0")
-        for name in _FRACTIONS:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{_option(name)} must lie in 0..1")
+        check_bounds(self)
         if self.batch_size < 2 or self.parts * self.images_per_part != self.batch_size or self.images_per_part % 2:
             raise UserError(
                 f"--batch-size {self.batch_size} must be a multiple of --micro-batch {self.micro_batch}, which must "
@@ -137,12 +111,35 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
-class Recipe(TrainingOptions):
-    """Train an iLLaMA from scratch or from given weights. Every option overrides the recipe.
-    The defaults shown are those of the recipe nano-fashion-mnist.
+class ClassifierOptions(TrainingOptions):
+    """Options of a training run of a classifier.
 
     Attributes:
-        recipe: name of a recipe in illama/recipes, or path to a YAML file.
+        class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Default: words;
+            quant/qat.py defaults to the setting in the checkpoint's bundle.
+        crop_padding: padding of random crops in pixels, for small images. If 0, random resized crops are used instead,
+            for photographs.
+        rand_augment: timm's RandAugment setting, such as rand-m9-mstd0.5-inc1; empty for none.
+        erasing: probability of random erasing; erased pixels get random values.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        mixup_probability: probability that a batch gets mixup or cutmix.
+    """
+
+    class_order: ClassOrder | None = None
+    crop_padding: CountOrZero = 0
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    erasing: Fraction = 0.25
+    mixup: NotNegative = 0.1
+    cutmix: NotNegative = 0.1
+    mixup_probability: Fraction = 1.0
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network to train, and its initial weights.
+
+    Attributes:
         model: model size: nano, tiny, small, base or large.
         variant: a step on the way from ViT to iLLaMA (listed in illama/models/config.py).
         image_size: side length of the square input in pixels. If not given, the preset's.
@@ -154,32 +151,49 @@ class Recipe(TrainingOptions):
         mask: post_softmax (the paper's equation 2), pre_softmax or bidirectional. If not given, the variant's.
         init: path to initial weights: a bundle, a .safetensors file or a released .pth file; position embeddings are
             resized to --image-size.
-        new_head: with --init, initialize the classifier randomly instead of loading it; needed if the classes differ.
         init_llama: path to a LLaMA's folder in Hugging Face's format; initial weights are selected from its weights.
-        fsdp: under torchrun, shard weights and optimizer state over the processes (FSDP2).
+
+    Raises:
+        UserError: initial weights are given twice.
     """
 
-    recipe: str = DEFAULT_RECIPE
     model: str = "tiny"
     variant: str = "illama"
-    image_size: int | None = None
-    patch_size: int | None = None
+    image_size: ImageSize | None = None
+    patch_size: ImageSize | None = None
     in_channels: int | None = None
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
     mask: str | None = None
     init: Path | None = None
-    new_head: bool = False
     init_llama: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.init and self.init_llama:
+            raise UserError("--init and --init-llama exclude each other")
+        super().__post_init__()  # type: ignore[misc]  # of TrainingOptions, with which it is combined
+
+
+@dataclass(frozen=True)
+class Recipe(NetworkOptions, ClassifierOptions):
+    """Train an iLLaMA from scratch or from given weights. Every option overrides the recipe.
+    The defaults shown are those of the recipe nano-fashion-mnist.
+
+    Attributes:
+        recipe: name of a recipe in illama/recipes, or path to a YAML file.
+        new_head: with --init, initialize the classifier randomly instead of loading it; needed if the classes differ.
+        fsdp: under torchrun, shard weights and optimizer state over the processes (FSDP2).
+    """
+
+    recipe: str = DEFAULT_RECIPE
+    new_head: bool = False
     fsdp: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fsdp and self.autocast == "float16":
             raise UserError("--fsdp trains in bfloat16 or float32: choose --autocast bfloat16")
-        if self.init and self.init_llama:
-            raise UserError("--init and --init-llama exclude each other")
 
     @property
     def sharded(self) -> bool:
@@ -206,19 +220,12 @@ def read_recipe(kind: type[Options], folder: Path, name: str) -> Options:
         UserError: the file is missing or not YAML, or an option does not exist or has the wrong type.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
+    if not path.exists():
         known = ", ".join(recipe_names(folder))
-        raise UserError(f"no recipe {name!r}: choose one of {known}, or a .yaml file") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must map options to values")
-    hints = get_type_hints(kind)
-    return kind(**{"recipe": name, **{key: _checked(path, key, value, hints) for key, value in values.items()}})
+        raise UserError(f"no recipe {name!r}: choose one of {known}, or a .yaml file")
+    hints = {option: hint for option, hint in get_type_hints(kind, include_extras=True).items() if option != "recipe"}
+    values = read_yaml(path, cast("type[dict[str, Any]]", TypedDict(kind.__name__, hints, total=False)))  # type: ignore[operator, misc]
+    return kind(**{"recipe": name, **values})
 
 
 def recipe_of_command_line(kind: type[Options], folder: Path, default: str) -> Options:
@@ -232,25 +239,3 @@ def recipe_of_command_line(kind: type[Options], folder: Path, default: str) -> O
     """
     given = given_options(kind, read_recipe(kind, folder, default))
     return replace(read_recipe(kind, folder, given.pop("recipe", default)), **given)
-
-
-def _checked(path: Path, name: str, value: Any, hints: dict[str, Any]) -> Any:
-    """Returns a YAML value, converted to its option's type; raises UserError if it does not fit."""
-    hint = hints.get(name)
-    if hint is None or name == "recipe":
-        raise UserError(f"{path} has no such option: {name}; options are named as in --help")
-    kinds = get_args(hint) or (hint,)
-    choices = [choice for kind in (hint, *kinds) if get_origin(kind) is Literal for choice in get_args(kind)]
-    if value in choices or type(value) in kinds:
-        return value
-    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value)  # YAML reads 4e-3, without a point, as a string
-    elif Path in kinds and isinstance(value, str):
-        return Path(value)
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in choices or kinds)
-    raise UserError(f"{path}: {name} must be {wanted}, not {value!r}")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -16,22 +16,23 @@ from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.inference import torch_infer
+from illama.manifest import Metric
 from illama.models.upernet import SegmentationConfig, UperNet
 from illama.randomness import isolated_randomness
-from illama.segmentation_scores import Scores, score_images
+from illama.segmentation_scores import Scores, predict_map, score_images
 from illama.training.distributed import Processes
-from illama.training.recipe import Recipe
+from illama.training.segmentation_options import SegmentationOptions
 from illama.training.start import hash_inputs, initialize, model_options
-from illama.training.trainer import Mix, Run
+from illama.training.trainer import Mix, Run, Task
 
 
 class SegmentationRun(Run):
     """A :class:`Run` of a UperNet, evaluated on whole images with a sliding window."""
 
-    score_name: ClassVar[str] = "miou"
+    score_name: ClassVar[Metric] = "miou"
 
     def augmented(self) -> AugmentedMaps:
-        return AugmentedMaps(self.images, self.preprocessing, self.recipe.seed)
+        return AugmentedMaps(self.images, self.task.preprocessing, self.recipe.seed)
 
     def mixer(self) -> Mix:
         return _without_mixup
@@ -44,8 +45,8 @@ class SegmentationRun(Run):
         counts = score_images(
             {"kept": torch_infer(model)},
             Subset(split, own),
-            len(self.data.classes),
-            self.preprocessing,
+            len(self.task.data.classes),
+            partial(predict_map, preprocessing=self.task.preprocessing),
             workers=self.recipe.workers,
             progress=self.processes.main,
         )
@@ -54,7 +55,7 @@ class SegmentationRun(Run):
         return Scores.of(np.reshape(whole, own_sum.shape)).miou
 
 
-def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) -> SegmentationRun:
+def start_segmentation(recipe: SegmentationOptions, group: Processes) -> SegmentationRun:
     """Opens the data, creates the network, and resumes from the checkpoint in ``recipe.out``, if there is one.
 
     Raises:
@@ -63,13 +64,13 @@ def start_segmentation(recipe: Recipe, decoder_channels: int, group: Processes) 
     if not recipe.data:
         raise UserError("no images to train on: give --data (see --help)")
     data = SegmentationFolder(Path(recipe.data), recipe.exif or "apply")
-    shape = {**model_options(recipe), "decoder_channels": decoder_channels}
+    shape = {**model_options(recipe), "decoder_channels": recipe.decoder_channels}
     config = SegmentationConfig.preset(recipe.model, recipe.variant, **shape, num_classes=len(data.classes))
     with isolated_randomness(recipe.seed):
-        model = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe)
+        model = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe, new_head=True)
     preprocessing = data.preprocessing(config.image_size, config.in_channels)
     loss = partial(map_loss, smoothing=recipe.label_smoothing)
-    return SegmentationRun(recipe, data, preprocessing, model, group, hash_inputs(recipe), loss)
+    return SegmentationRun(recipe, Task(data, preprocessing, hash_inputs(recipe), loss), model, group)
 
 
 def map_loss(images: Tensor, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from illama.bundle import WEIGHTS, Manifest, is_bundle, sha256
+from illama.bundle import WEIGHTS, sha256
 from illama.checkpoints.llama_init import initialize_from_llama
 from illama.checkpoints.load import initialize_from
 from illama.data.datasets import ImageData, open_data
 from illama.errors import UserError
+from illama.manifest import Manifest, is_bundle
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 from illama.randomness import isolated_randomness
 from illama.training.distributed import Processes
-from illama.training.recipe import Recipe
-from illama.training.trainer import Run
+from illama.training.recipe import NetworkOptions, Recipe
+from illama.training.trainer import Run, Task
 
 Network = TypeVar("Network", bound=ILLaMA)
 _MODEL_OPTIONS = ("image_size", "patch_size", "in_channels", "width", "depth", "heads", "mask")
@@ -35,7 +36,7 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
     if recipe.init and not recipe.new_head:
         check_class_order(recipe.init, data.classes)
     preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
-    return Run(recipe, data, preprocessing, model, group, inputs=hash_inputs(recipe))
+    return Run(recipe, Task(data, preprocessing, hash_inputs(recipe)), model, group)
 
 
 def make_model(recipe: Recipe, classes: int) -> ILLaMA:
@@ -48,18 +49,18 @@ def make_model(recipe: Recipe, classes: int) -> ILLaMA:
         raise UserError("this recipe fine-tunes: give weights with --init, or start from scratch with --no-new-head")
     config = ModelConfig.preset(recipe.model, recipe.variant, **model_options(recipe), num_classes=classes)
     with isolated_randomness(recipe.seed):
-        return initialize(ILLaMA(config, recipe.drop_path, recipe.dropout), recipe)
+        return initialize(ILLaMA(config, recipe.drop_path, recipe.dropout), recipe, recipe.new_head)
 
 
-def model_options(recipe: Recipe) -> dict[str, Any]:
+def model_options(recipe: NetworkOptions) -> dict[str, Any]:
     """Returns the fields of :class:`ModelConfig` that the recipe overrides in its preset."""
     return {name: value for name in _MODEL_OPTIONS if (value := getattr(recipe, name)) is not None}
 
 
-def initialize(model: Network, recipe: Recipe) -> Network:
+def initialize(model: Network, recipe: NetworkOptions, new_head: bool) -> Network:
     """Loads the initial weights that the recipe names into ``model``; raises UserError if they cannot be used."""
     if recipe.init:
-        initialize_from(model, recipe.init, new_head=recipe.new_head)
+        initialize_from(model, recipe.init, new_head=new_head)
     if recipe.init_llama:
         initialize_from_llama(model, recipe.init_llama)
     return model
@@ -72,7 +73,7 @@ def check_class_order(init: Path, classes: Sequence[str]) -> None:
         raise UserError(f"{init} has the classes in another order: give another --class-order, or --new-head")
 
 
-def hash_inputs(recipe: Recipe) -> dict[str, str]:
+def hash_inputs(recipe: NetworkOptions) -> dict[str, str]:
     """Returns path -> SHA-256 of the files of the initial weights; for a LLaMA, only of its config and index."""
     files = []
     if recipe.init:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -22,15 +21,19 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from illama.atomic_write import write_file
+from illama.checkpoints.tensor_files import check_tensors, read_pickle
 from illama.data.augmentation import Augmented, MicroBatches, make_mixup, training_transform
-from illama.data.datasets import ImageData, Preprocessing, Sample
+from illama.data.datasets import ImageData, Sample
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import predict, torch_infer
+from illama.manifest import Metric
 from illama.models.attention import MaskedNetwork
 from illama.randomness import isolated_randomness
+from illama.structured_files import parse_json
 from illama.training.distributed import Processes, gradient_sync
 from illama.training.log import Log
-from illama.training.recipe import TrainingOptions
+from illama.training.recipe import ClassifierOptions, TrainingOptions
 from illama.training.schedules import cosine_with_warmup, soft_mask_alpha
 
 CHECKPOINT = "checkpoint.pt"  # file name in a run's folder
@@ -62,76 +65,89 @@ def parameter_groups(recipe: TrainingOptions, model: MaskedNetwork) -> list[dict
     return param_groups_layer_decay(model, recipe.weight_decay, spared, layer_decay=recipe.layer_decay)
 
 
-@dataclass
-class Run:
-    """A training run of a classifier. Subclasses for other tasks override its methods.
+@dataclass(frozen=True)
+class Task:
+    """What a network is trained for.
 
     Attributes:
-        score_name: name of the score that :meth:`score` returns.
-        recipe: options of the run.
-        data: data set of the run.
+        data: images and labels.
         preprocessing: preprocessing for the evaluation.
-        model: an ILLaMA or another network with a soft mask, such as one of illama.models.timm_vit. It is on the device
-            of the process, and sharded over the processes if the recipe says so.
-        processes: the processes of the run.
-        images: training images, without those held out for validation.
-        validation: images of the training split that are held out for validation.
-        average: moving average of the weights; None without one.
         inputs: path of each file of the initial weights -> its SHA-256.
         loss: loss function.
         groups: function that returns the optimizer's parameter groups.
+    """
+
+    data: ImageData
+    preprocessing: Preprocessing
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    loss: Loss = label_loss
+    groups: Groups = parameter_groups
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
         step: number of finished optimizer steps.
         loss_sum: sum of the losses of the epoch's logged steps.
-        loss_share: this process's share of the losses since the last log.
+        loss_share: this process's share of the losses since the last log, float64 on the device of the process.
         steps_unlogged: number of steps since the last log.
     """
 
-    score_name: ClassVar[str] = "top1"
-
-    recipe: TrainingOptions
-    data: ImageData
-    preprocessing: Preprocessing
-    model: MaskedNetwork
-    processes: Processes
-    images: Dataset[Sample] = field(init=False)
-    validation: Dataset[Sample] = field(init=False)
-    average: AveragedModel | None = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
-    scaler: torch.amp.GradScaler = field(init=False)
-    wrapped: nn.Module = field(init=False)
-    forward: Any = field(init=False)
-    inputs: dict[str, str] = field(default_factory=dict)
-    loss: Loss = label_loss
-    groups: Groups = parameter_groups
-    step: int = 0
-    loss_sum: float = 0.0
-    loss_share: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    step: int
+    loss_sum: float
+    loss_share: Tensor
     steps_unlogged: int = 0
 
-    def __post_init__(self) -> None:
-        recipe, device = self.recipe, self.processes.device
-        self.images, self.validation = self.data.training()
-        self.model = self.model.to(device)
-        self.loss_share = self.loss_share.to(device)
-        self.average = None
-        if recipe.ema_decay:
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        if recipe.sharded:
-            for model in dict.fromkeys((self.model, self.kept)):
-                self.processes.shard(model, cast(nn.ModuleList, model.blocks))
-        self.optimizer = make_optimizer(recipe, self.model, self.groups)
+
+class Run:
+    """A training run of a classifier. Subclasses for other tasks override its methods.
+
+    Args:
+        recipe: options of the run.
+        model: an ILLaMA or another network with a soft mask, such as one of illama.models.timm_vit.
+        processes: the processes of the run.
+
+    Attributes:
+        score_name: name of the score that :meth:`score` returns.
+        model: the network, on the device of the process, and sharded over the processes if the recipe says so.
+        images: training images, without those held out for validation.
+        validation: images of the training split that are held out for validation.
+        average: moving average of the weights; None without one.
+        wrapped: the network that averages gradients over the processes.
+        forward: ``wrapped``, compiled if the recipe says so.
+
+    Raises:
+        UserError: the recipe's folder has a checkpoint of another run.
+    """
+
+    score_name: ClassVar[Metric] = "top1"
+
+    def __init__(self, recipe: TrainingOptions, task: Task, model: MaskedNetwork, processes: Processes) -> None:
+        device = processes.device
+        self.recipe, self.task, self.processes, self.model = recipe, task, processes, model.to(device)
+        self.progress = Progress(0, 0.0, torch.zeros((), dtype=torch.float64, device=device))
+        self.images, self.validation = task.data.training()
+        decay = recipe.ema_decay
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        if recipe.sharded:  # after the copy for the average, and before the optimizer, which holds the parameters
+            for each in dict.fromkeys((self.model, self.kept)):
+                self.processes.shard(each, cast(nn.ModuleList, each.blocks))
+        self.optimizer = make_optimizer(recipe, self.model, task.groups)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast == "float16")
         self.wrapped = self.processes.wrap(self.model)
-        self.forward = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+        self.forward: Any = torch.compile(self.wrapped) if recipe.compile else self.wrapped
         self.restore()
 
     def augmented(self) -> Augmented:
         """Returns the augmented training images."""
-        return Augmented(self.images, training_transform(self.recipe, self.preprocessing), self.recipe.seed)
+        transform = training_transform(cast(ClassifierOptions, self.recipe), self.task.preprocessing)
+        return Augmented(self.images, transform, self.recipe.seed)
 
     def mixer(self) -> Mix:
         """Returns the function that applies mixup to a micro-batch."""
-        return make_mixup(self.recipe, len(self.data.classes))
+        return make_mixup(cast(ClassifierOptions, self.recipe), len(self.task.data.classes))
 
     def score(self, split: Dataset[Sample]) -> float:
         """Returns the score of the kept weights with the hard mask, in percent. Every process must call it."""
@@ -151,7 +167,11 @@ class Run:
         """Options, classes and inputs that must be the same when the run is resumed, as JSON."""
         free = {"recipe", "out", "workers", "checkpoint_steps", "fsdp"}
         facts = {name: value for name, value in asdict(self.recipe).items() if name not in free}
-        facts |= {"classes": self.data.classes, "images": len(cast(Sized, self.images)), "inputs": self.inputs}
+        facts |= {
+            "classes": self.task.data.classes,
+            "images": len(cast(Sized, self.images)),
+            "inputs": dict(self.task.inputs),
+        }
         return json.dumps(facts, default=str)
 
     def kept_weights(self) -> dict[str, Tensor]:
@@ -163,8 +183,8 @@ class Run:
         model, optimizer = sharded.get_state_dict(self.model, self.optimizer, options=_WHOLE)
         average = self.kept_weights() if self.average else {}
         content = {
-            "step": self.step,
-            "loss_sum": self.loss_sum,
+            "step": self.progress.step,
+            "loss_sum": self.progress.loss_sum,
             "identity": self.identity,
             "model": model,
             "optimizer": optimizer,
@@ -181,16 +201,24 @@ class Run:
         """Loads the checkpoint in ``out``, if there is one; raises UserError if it belongs to another run."""
         if not self.checkpoint.exists():
             return
-        try:
-            content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, ValueError, AttributeError, LookupError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.checkpoint} is damaged: delete it to start again") from error
-        if json.loads(content.get("identity", "{}")) != json.loads(self.identity):
+        content = read_pickle(self.checkpoint)
+        identity = content.get("identity")
+        if not isinstance(identity, str) or parse_json(identity, dict[str, Any], str(self.checkpoint)) != json.loads(
+            self.identity
+        ):
             raise UserError(
                 f"{self.recipe.out} contains a run with other options, images or initial weights: "
                 "choose another --out or delete it"
             )
-        self.step, self.loss_sum = content["step"], content["loss_sum"]
+        try:
+            self._load(content)
+        except Exception as error:  # damaged values can raise anything in PyTorch
+            raise UserError(f"{self.checkpoint} is damaged: delete it to start again") from error
+
+    def _load(self, content: dict[str, Any]) -> None:
+        check_tensors(content["model"], self.checkpoint)
+        check_tensors(content["average"], self.checkpoint)
+        self.progress.step, self.progress.loss_sum = int(content["step"]), float(content["loss_sum"])
         sharded.set_state_dict(
             self.model,
             self.optimizer,
@@ -200,7 +228,7 @@ class Run:
         )
         if self.average:
             sharded.set_model_state_dict(self.kept, content["average"], options=_WHOLE)
-            self.average.n_averaged += self.step
+            self.average.n_averaged += self.progress.step
         self.scaler.load_state_dict(content["scaler"])
 
 
@@ -224,23 +252,23 @@ def fit(run: Run) -> None:
     recipe, processes = run.recipe, run.processes
     count = len(cast(Sized, run.images))
     stop = count // recipe.batch_size * recipe.epochs
-    batches = MicroBatches(count, recipe, run.step, stop, processes.rank, processes.count)
+    batches = MicroBatches(count, recipe, run.progress.step, stop, processes.rank, processes.count)
     per_epoch = batches.steps_per_epoch
     cuda = processes.device.type == "cuda"
     loader = iter(DataLoader(run.augmented(), batch_sampler=batches, num_workers=recipe.workers, pin_memory=cuda))
     mix = run.mixer()
-    log = Log(recipe.out, run.step, run.score_name) if processes.main else None
-    started, first = time.perf_counter(), run.step
-    with tqdm(total=stop, initial=run.step, unit="step", smoothing=0.05, disable=None if log else True) as bar:
-        while run.step < stop:
+    log = Log(recipe.out, run.progress.step, run.score_name) if processes.main else None
+    started, first = time.perf_counter(), run.progress.step
+    with tqdm(total=stop, initial=run.progress.step, unit="step", smoothing=0.05, disable=None if log else True) as bar:
+        while run.progress.step < stop:
             training_step(run, mix, loader, batches.parts, per_epoch)
             bar.update()
-            saving = run.step % recipe.checkpoint_steps == 0 or run.step == stop
-            ending = run.step % per_epoch == 0
-            if saving or ending or run.step % _LOGGED_EVERY == 0:
+            saving = run.progress.step % recipe.checkpoint_steps == 0 or run.progress.step == stop
+            ending = run.progress.step % per_epoch == 0
+            if saving or ending or run.progress.step % _LOGGED_EVERY == 0:
                 log_loss(run, log)
             if ending:
-                speed = (run.step - first) * recipe.batch_size / (time.perf_counter() - started)
+                speed = (run.progress.step - first) * recipe.batch_size / (time.perf_counter() - started)
                 bar.set_postfix(end_epoch(run, log, per_epoch, speed))
             if saving:
                 run.save()
@@ -250,50 +278,53 @@ def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps
     """Runs one optimizer step: forward and backward of every micro-batch, then the update of weights and average."""
     recipe, device = run.recipe, run.processes.device
     run.model.train()
-    run.model.soft_mask = soft_mask_alpha(recipe.soft_mask, run.step, int(recipe.soft_mask_epochs * steps_per_epoch))
-    rate = cosine_with_warmup(
-        run.step, recipe.epochs * steps_per_epoch, int(recipe.warmup_epochs * steps_per_epoch), recipe.learning_rate
-    )
+    step = run.progress.step
+    run.model.soft_mask = soft_mask_alpha(recipe.soft_mask, step, int(recipe.soft_mask_epochs * steps_per_epoch))
+    warmup = int(recipe.warmup_epochs * steps_per_epoch)
+    rate = cosine_with_warmup(step, recipe.epochs * steps_per_epoch, warmup, recipe.learning_rate)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     for part in parts:
         images, labels = next(loader)
-        with isolated_randomness(recipe.seed, run.step, part), gradient_sync(run.wrapped, now=part == parts[-1]):
+        with (
+            isolated_randomness(recipe.seed, run.progress.step, part),
+            gradient_sync(run.wrapped, now=part == parts[-1]),
+        ):
             images, targets = mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
             with torch.autocast(device.type, getattr(torch, recipe.autocast), enabled=recipe.autocast != "float32"):
                 logits = run.forward(images)
-            loss = run.loss(images, logits.float(), targets)
+            loss = run.task.loss(images, logits.float(), targets)
             run.scaler.scale(loss / len(parts)).backward()
-        run.loss_share += loss.detach() / recipe.parts
+        run.progress.loss_share += loss.detach() / recipe.parts
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if run.average:
         run.average.update_parameters(run.model)
-    run.step += 1
-    run.steps_unlogged += 1
+    run.progress.step += 1
+    run.progress.steps_unlogged += 1
 
 
 def log_loss(run: Run, log: Log | None) -> None:
     """Adds the losses since the last call to the epoch's sum and logs their mean; UserError if they are not finite."""
-    (total,) = run.processes.sum(run.loss_share.item())
-    run.loss_share.zero_()
+    (total,) = run.processes.sum(run.progress.loss_share.item())
+    run.progress.loss_share.zero_()
     if not math.isfinite(total):
-        raise UserError(f"the loss is not finite at step {run.step}: lower --learning-rate")
-    run.loss_sum += total
+        raise UserError(f"the loss is not finite at step {run.progress.step}: lower --learning-rate")
+    run.progress.loss_sum += total
     if log:
-        log.write_loss(run.step, total / run.steps_unlogged)
-    run.steps_unlogged = 0
+        log.write_loss(run.progress.step, total / run.progress.steps_unlogged)
+    run.progress.steps_unlogged = 0
 
 
 def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> dict[str, str]:
     """Evaluates the kept weights on the validation images, logs the epoch, and returns a summary to display."""
-    epoch, rate = run.step // per_epoch, run.optimizer.param_groups[-1]["lr"]
+    epoch, rate = run.progress.step // per_epoch, run.optimizer.param_groups[-1]["lr"]
     soft_mask = run.model.soft_mask
-    loss, run.loss_sum = run.loss_sum / per_epoch, 0.0
+    loss, run.progress.loss_sum = run.progress.loss_sum / per_epoch, 0.0
     score = run.score(run.validation)
     if log:
-        log.write_epoch(epoch, run.step, rate, soft_mask, loss, score, speed)
+        log.write_epoch(epoch, run.progress.step, rate, soft_mask, loss, score, speed)
     return {"epoch": str(epoch), "loss": f"{loss:.3f}", "val": f"{score:.2f}%"}
 
 
@@ -305,7 +336,7 @@ def evaluate(run: Run, split: Dataset[Sample]) -> float:
     logits, labels = predict(
         {"kept": torch_infer(model)},
         Subset(split, own),
-        run.preprocessing.transform(),
+        run.task.preprocessing.transform(),
         workers=run.recipe.workers,
         progress=run.processes.main,
     )

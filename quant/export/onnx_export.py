@@ -22,6 +22,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
+from illama.graph.reader import LAYER
+from illama.graph.writer import EXTERNAL_ABOVE, save_graph
 from illama.models.attention import Form, MaskedAttention, MaskedNetwork
 from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
@@ -59,7 +61,13 @@ _RULES = (
 )
 
 
-def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype = torch.float32) -> None:
+def export_onnx(
+    model: MaskedNetwork,
+    path: Path,
+    form: Form,
+    dtype: torch.dtype = torch.float32,
+    external_above: int = EXTERNAL_ABOVE,
+) -> None:
     """Exports ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
 
     Quantizers become Q/DQ operators through :func:`translations`.
@@ -68,6 +76,7 @@ def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype
         form: ``plain`` for CPUs, ``fused`` (one Attention operator per block) for TensorRT.
         dtype: float16 computes everything except normalizations in half precision, as TensorRT's fused attention
             requires; inputs and outputs stay float32.
+        external_above: see :func:`illama.graph.writer.save_graph`.
     """
     model = copy.deepcopy(model).eval()
     if form == "plain":
@@ -94,8 +103,7 @@ def export_onnx(model: MaskedNetwork, path: Path, form: Form, dtype: torch.dtype
     graph = simplify(program.model)
     if notes:
         graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(notes)
-    ir.save(graph, path)
-    onnx.checker.check_model(path, full_check=True)
+    save_graph(graph, path, external_above)
 
 
 def softmax_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -189,7 +197,7 @@ def _lower(node: fx.Node) -> None:
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """Names nodes by layer, folds all constants except Q/DQ, and removes the exporter's metadata; in place."""
+    """Names nodes by layer, folds all constants except Q/DQ, and removes torch.onnx's metadata; in place."""
     name_by_layer(model)
     limit = 2**40
     passes.InlinePass()(model)
@@ -206,7 +214,8 @@ def simplify(model: ir.Model) -> ir.Model:
         passes.NameFixPass(),
     )(model)
     for node in model.graph.all_nodes():
-        node.metadata_props.clear()
+        for key in node.metadata_props.keys() - {LAYER}:
+            del node.metadata_props[key]
     return model
 
 
@@ -214,7 +223,9 @@ def name_by_layer(model: ir.Model) -> None:
     """Names nodes and values by the network's modules, in place. A value of several modules is named by the innermost.
 
     A node becomes ``blocks.0.attn.qkv/MatMul``, the module's output ``blocks.0.attn.qkv``, and its quantized input
-    ``blocks.0.attn.qkv.input``. Engines, profiles and :mod:`quant.debug_layers` show these names.
+    ``blocks.0.attn.qkv.input``. Engines, profiles and :mod:`quant.debug_layers` show these names. Programs read the
+    module from the node's metadata (:func:`illama.graph.reader.layer_of`); the two products of an attention are
+    ``blocks.0.attn.core.qk`` and ``blocks.0.attn.core.pv`` there.
     """
     results: dict[str, ir.Value] = {}
     counts: Counter[str] = Counter()
@@ -224,6 +235,10 @@ def name_by_layer(model: ir.Model) -> None:
         name = f"{scopes[-1] if scopes else 'network'}/{node.op_type}"
         counts[name] += 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name]}"
+        if scopes:
+            classes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
+            product = node.op_type == "MatMul" and classes[-2].rpartition(".")[2] == MaskedAttention.__name__
+            node.metadata_props[LAYER] = scopes[-1] + (".qk" if counts[name] == 1 else ".pv") * product
         results.update(dict.fromkeys(scopes, node.outputs[0]))
     taken: set[int] = {id(value) for value in model.graph.outputs}
     for scope, value in sorted(results.items(), key=lambda item: -item[0].count(".")):

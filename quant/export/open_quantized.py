@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from illama.bundle import SCHEME, SHIPPED, WEIGHTS, Manifest, sha256
-from illama.checkpoints.load import read_preprocessing
+from illama.bundle import SCHEME, WEIGHTS, sha256
 from illama.errors import UserError
+from illama.manifest import Manifest
 from illama.models.attention import MaskedNetwork
+from illama.options import SourceOptions
 from quant.export.weights import read_quantized_weights
-from quant.export.write_bundle import SOURCE
-from quant.input_options import InputOptions
-from quant.inputs import Inputs, open_inputs, scheme_from_name_or_file
+from quant.inputs import Inputs, onnx_scheme, open_inputs
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import Scheme
+from quant.schemes.scheme import Scheme, resolve
 
 
 def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
     """Opens the checkpoint and the images that a bundle was made from.
 
     Args:
-        bundle: if None, the defaults of :class:`quant.input_options.InputOptions` are used.
+        bundle: if None, the defaults of :class:`illama.options.SourceOptions` are used.
         given: ``checkpoint``, ``model``, ``data`` and ``calibration_images``; values that are not None take precedence
             over the bundle's manifest.
 
@@ -30,15 +30,13 @@ def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
         UserError: ``bundle`` is not a bundle, or was made from another checkpoint.
     """
     manifest = Manifest.read(bundle) if bundle else None
-    source = dict(manifest.metrics.get(SOURCE, {})) if manifest else {}
-    source |= {name: value for name, value in given.items() if value is not None}
-    image_size, checkpoint = source.pop("image_size", None), Path(source.pop("checkpoint", SHIPPED))
+    source = (manifest and manifest.provenance.source) or SourceOptions()
     if manifest:
-        preprocessing = read_preprocessing(manifest)
-        source |= {"exif": preprocessing.exif, "class_order": preprocessing.class_order}
-    inputs = open_inputs(InputOptions(checkpoint, **source), image_size)
-    if manifest and sha256(inputs.checkpoint.weights) not in manifest.inputs.values():
-        raise UserError(f"{bundle} was not made from {checkpoint}: give the right --checkpoint")
+        preprocessing = manifest.preprocessing
+        source = replace(source, exif=preprocessing.exif, class_order=preprocessing.class_order)
+    inputs = open_inputs(replace(source, **{name: value for name, value in given.items() if value is not None}))
+    if manifest and sha256(inputs.checkpoint.weights) not in manifest.provenance.inputs.values():
+        raise UserError(f"{bundle} was not made from {inputs.source.checkpoint}: give the right --checkpoint")
     return inputs
 
 
@@ -48,7 +46,7 @@ def bundle_scheme(bundle: Path | None, name: str | None) -> Scheme:
         own = bundle / SCHEME
         name = str(own) if own.exists() else bundle.resolve().name
     name = name or "int8"
-    return Scheme("float") if name in ("fp32", "float") else scheme_from_name_or_file(name)
+    return Scheme("float") if name in ("fp32", "float") else onnx_scheme(name)
 
 
 def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> MaskedNetwork:
@@ -56,4 +54,4 @@ def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> Maske
     trained = bundle / WEIGHTS if bundle else None
     if trained and trained.exists() and scheme.tensors:
         return read_quantized_weights(trained)[0]
-    return calibrate(inputs.model, scheme, inputs.calibration)
+    return calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration)

@@ -16,12 +16,14 @@ from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, sha256
 from illama.data.ade20k import SegmentationFolder
 from illama.errors import UserError
+from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
 from illama.models.upernet import fold_batch_norms, load_segmentation
+from illama.options import SourceOptions
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
-from quant.inputs import check_names, scheme_from_name_or_file
+from quant.inputs import check_names, onnx_scheme
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import Scheme, resolve
+from quant.schemes.scheme import QuantizationPlan, resolve
 
 _BATCH = 4  # dense maps of a batch are large
 
@@ -31,7 +33,7 @@ class SegmentationJob:
     """A segmentation network with its batch norms folded into the convolutions, and schemes and data that fit it."""
 
     model: MaskedNetwork
-    schemes: list[Scheme]
+    plans: list[QuantizationPlan]
     data: SegmentationFolder
     origin: Origin
     calibration_images: int
@@ -61,13 +63,13 @@ def open_segmentation_job(bundle: Path, folder: Path, names: Sequence[str], cali
     data = SegmentationFolder(folder, preprocessing.exif)
     if data.classes != checkpoint.classes:
         raise UserError(f"{folder} has other classes than {bundle}: they must be the same")
-    schemes = [scheme_from_name_or_file(name) for name in dict.fromkeys(names)]
+    schemes = [onnx_scheme(name) for name in dict.fromkeys(names)]
     check_names(schemes)
-    for scheme in schemes:
-        resolve(scheme, model)
-    source = {"checkpoint": str(bundle), "data": str(folder), "calibration_images": calibration_images}
-    origin = Origin(preprocessing, data.classes, {str(checkpoint.weights): sha256(checkpoint.weights)}, source)
-    return SegmentationJob(model, schemes, data, origin, calibration_images)
+    plans = [resolve(scheme, model) for scheme in schemes]
+    source = SourceOptions(bundle, data=str(folder), calibration_images=calibration_images)
+    hashes = {str(checkpoint.weights): sha256(checkpoint.weights)}
+    origin = Origin(preprocessing, data.classes, Provenance(inputs=hashes, source=source))
+    return SegmentationJob(model, plans, data, origin, calibration_images)
 
 
 def write_segmentation_bundles(job: SegmentationJob, out: Path) -> None:
@@ -76,8 +78,8 @@ def write_segmentation_bundles(job: SegmentationJob, out: Path) -> None:
     for name, file in (("fp32", CPU_ONNX), ("fp16", FUSED_ONNX)):
         print(f"export {name} ...", flush=True)
         with write_folder(out / name) as draft:
-            write_graphs(draft, job.model, job.origin, (file,), {})
-    for scheme in job.schemes:
-        print(f"quantize and export {scheme.name} ...", flush=True)
-        with write_folder(out / scheme.name) as draft:
-            write_quantized(draft, job.model, calibrate(job.model, scheme, batches), scheme, job.origin, {})
+            write_graphs(draft, job.model, job.origin, (file,))
+    for plan in job.plans:
+        print(f"quantize and export {plan.scheme.name} ...", flush=True)
+        with write_folder(out / plan.scheme.name) as draft:
+            write_quantized(draft, calibrate(job.model, plan, batches), plan, job.origin)

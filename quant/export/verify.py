@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
-from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from illama.errors import UserError
+from illama.graph.reader import array, is_constant, layer_of, load_graph, to_bytes
 from illama.graph.session import cpu_session
 from illama.models.attention import MaskedAttention, MaskedNetwork, QuantizerPoint
 from illama.models.illama import Rotary
@@ -90,41 +90,41 @@ def trace_onnx(path: Path, images: np.ndarray, layers: Mapping[str, Any]) -> Tra
     Raises:
         UserError: the file cannot be read or run, or was not exported by this project.
     """
+    model = load_graph(path)
+    taps = _tap(model, layers)
     try:
-        model = onnx.load(path)
-        taps = _tap(model, layers)
-        session = cpu_session(model.SerializeToString(), torch.get_num_threads())
+        session = cpu_session(to_bytes(model), torch.get_num_threads(), folder=path.parent)
         names = [output.name for output in session.get_outputs()]
         results = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images}), strict=True))
-    except Exception as error:  # the exceptions of onnx and ONNX Runtime share no base class but this one
+    except Exception as error:  # the exceptions of ONNX Runtime share no base class but this one
         raise UserError(f"cannot run {path}: {' '.join(str(error).split())[:300]}") from error
     trace = Trace(logits=torch.from_numpy(results[names[0]]))
-    for name, array in results.items():
+    for name, result in results.items():
         if name in layers:
-            trace.values[name] = torch.from_numpy(array)
+            trace.values[name] = torch.from_numpy(result)
         elif name in taps:
             tensor, zero_point = taps[name]
-            trace.quantized[tensor].append(torch.from_numpy(array) - zero_point)
+            trace.quantized[tensor].append(torch.from_numpy(result) - zero_point)
     if not trace.values:
         raise UserError(f"{path} has no value with a layer's name: give a file that this project exported")
     return trace
 
 
-def _tap(model: ModelProto, layers: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
+def _tap(model: ir.Model, layers: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
     """Makes the values outputs of the graph; returns output name -> (quantized tensor, its zero point)."""
     graph, taps = model.graph, {}
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in list(graph.node):
-        if node.op_type == "QuantizeLinear":
-            tensor, added = node.name.partition("/")[0], node.output[0] + _QUANTIZED
-            zero = numpy_helper.to_array(constants[node.input[2]]).astype(np.float32)
-            taps[added] = (tensor, float(zero))
+    logits = graph.outputs[0]
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear" and len(node.inputs) == 3 and is_constant(node.inputs[2]):
             # ONNX Runtime cannot return FP8 or 4-bit tensors.
-            graph.node.append(onnx.helper.make_node("Cast", [node.output[0]], [added], to=TensorProto.FLOAT))
-            graph.output.append(onnx.helper.make_tensor_value_info(added, TensorProto.FLOAT, None))
-        for value in node.output:
-            if value in layers and value != graph.output[0].name:
-                graph.output.append(onnx.helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
+            cast = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT})
+            graph.insert_after(node, cast)
+            added = cast.outputs[0]
+            added.name = f"{node.outputs[0].name}{_QUANTIZED}"
+            taps[added.name] = (layer_of(node), float(array(node.inputs[2]).astype(np.float32)))
+            added.dtype = ir.DataType.FLOAT
+            graph.outputs.append(added)
+        graph.outputs.extend(value for value in node.outputs if value.name in layers and value is not logits)
     return taps
 
 
@@ -202,8 +202,8 @@ def _replace_value(found: dict[str, Difference], name: str, theirs: Tensor) -> C
 
 def _take(arrays: list[Tensor], shape: torch.Size) -> Tensor | None:
     """Removes and returns the first array of that shape; None if the file reuses another tensor's quantization."""
-    for index, array in enumerate(arrays):
-        if array.shape == shape:
+    for index, each in enumerate(arrays):
+        if each.shape == shape:
             return arrays.pop(index)
     return None
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from illama.checkpoints.load import CONFIG_METADATA, read_state
+from illama.checkpoints.tensor_files import check_config, read_metadata
 from illama.errors import UserError
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
+from illama.structured_files import parse_json
 from quant.quantizers.calibrate import quantize_layers
 from quant.quantizers.layers import QuantizeDequantize, quantizers
 from quant.quantizers.observers import RangeObserver
-from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, rename_old_keys, resolve
+from quant.schemes.scheme import Scheme, resolve, stored_scheme
 
 SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file; the values are JSON
 ZERO_POINTS_METADATA = "quant_zero_points"
@@ -42,17 +42,18 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
     Raises:
         UserError: the file is missing, damaged, or of another kind.
     """
-    state = read_state(path)
+    state, notes = read_state(path), read_metadata(path)
     try:
-        with safe_open(path, "pt") as file:
-            notes = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-        config, scheme = ModelConfig.from_dict(notes[CONFIG_METADATA]), _scheme(notes[SCHEME_METADATA])
-        zero_points = notes[ZERO_POINTS_METADATA]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        config = parse_json(notes[CONFIG_METADATA], ModelConfig, f"the config in {path}")
+        name = f"the scheme in {path}"
+        scheme = stored_scheme(parse_json(notes[SCHEME_METADATA], dict[str, Any], name), name)
+        zero_points = parse_json(notes[ZERO_POINTS_METADATA], dict[str, int], f"the zero points in {path}")
+    except KeyError as error:
         raise UserError(
             f"{path} is damaged or has no quantized network: make the bundle again with python quant/qat.py"
         ) from error
-    plan = resolve(scheme, model := ILLaMA(config))
+    check_config(config, state, path)
+    plan = resolve(scheme, model := ILLaMA(config)).tensors
     # The ranges are in the file; these observers only determine the quantizers' shapes.
     observers = {name: RangeObserver(spec) for name, spec in plan.items()}
     for observer in observers.values():
@@ -77,10 +78,3 @@ def _zero_points(model: ILLaMA) -> dict[str, int]:
         for name, quantizer in quantizers(model)
         if isinstance(quantizer, QuantizeDequantize) and quantizer.zero_point
     }
-
-
-def _scheme(values: dict[str, Any]) -> Scheme:
-    values = rename_old_keys(values)
-    tensors: dict[str, dict[str, Any] | None] = values.pop("tensors")
-    specs = {pattern: None if spec is None else TensorSpec(**spec) for pattern, spec in tensors.items()}
-    return Scheme(tensors=specs, **values)

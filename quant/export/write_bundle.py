@@ -5,81 +5,70 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, Manifest, command_line, sha256
-from illama.data.datasets import Preprocessing
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
+from illama.data.preprocessing import Preprocessing
+from illama.manifest import Manifest, NoTensorRT, Provenance, Quantization
 from illama.models.attention import MaskedNetwork
+from illama.models.config import NetworkConfig
 from illama.partial_work import PartialWork
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_torchao, write_torchao
-from quant.schemes.scheme import Scheme, describe, emulated_on_cpus, resolve, unfit_for_tensorrt, write_scheme
+from quant.schemes.scheme import QuantizationPlan, Scheme, emulated_on_cpus, resolve, unfit_for_tensorrt, write_scheme
 
 _REFERENCES = {"fp32": CPU_ONNX, "fp16": FUSED_ONNX}  # bundle -> its graph
-SOURCE = "source"  # key in a manifest's metrics: what the bundle was made from
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The parts of the manifest that all bundles of one checkpoint share; see :class:`illama.bundle.Manifest`.
-
-    Attributes:
-        source: arguments of :func:`quant.inputs.open_inputs` that open the same inputs again.
-    """
+    """The parts of the manifest that all bundles of one checkpoint share; see :class:`illama.manifest.Manifest`."""
 
     preprocessing: Preprocessing
     classes: tuple[str, ...]
-    inputs: Mapping[str, str]
-    source: Mapping[str, Any]
-    seed: int = 0
+    provenance: Provenance
 
     @classmethod
     def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
         """Returns the origin of a checkpoint and its data; ``files``: SHA-256 of other input files, by path."""
         weights = inputs.checkpoint.weights
         hashes = {str(weights): sha256(weights), **(files or {})}
-        return cls(inputs.preprocessing, tuple(inputs.data.classes), hashes, inputs.source, seed)
+        provenance = Provenance(seed=seed, inputs=hashes, source=inputs.source)
+        return cls(inputs.preprocessing, tuple(inputs.data.classes), provenance)
 
-    def manifest(self, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Manifest:
+    def manifest(self, config: NetworkConfig, quantization: Quantization | None = None) -> Manifest:
         """Returns the manifest of a bundle of a network with that config."""
-        return Manifest(
-            command_line(),
-            dict(config),
-            asdict(self.preprocessing),
-            list(self.classes),
-            self.seed,
-            dict(self.inputs),
-            {SOURCE: dict(self.source), **metrics},
-        )
+        facts = (self.preprocessing, self.classes, self.provenance, quantization)
+        return Manifest(config.kind, config.to_dict(), *facts)
 
 
-def check_scheme(model: MaskedNetwork, scheme: Scheme) -> None:
-    """Raises UserError if ``scheme`` does not fit ``model``, or its backend does not support it."""
+def plan_quantization(model: MaskedNetwork, scheme: Scheme) -> QuantizationPlan:
+    """Returns the plan to quantize ``model``; raises UserError if the scheme does not fit it, or not its backend."""
+    plan = resolve(scheme, model)
     if scheme.backend == "torchao":
-        check(model, scheme)
-    else:
-        resolve(scheme, model)
+        check(model, plan)
+    return plan
 
 
-def quantize(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> MaskedNetwork:
+def quantize(model: MaskedNetwork, plan: QuantizationPlan, batches: Sequence[Tensor]) -> MaskedNetwork:
     """Returns a copy of ``model`` quantized by the scheme's backend.
 
     Args:
         batches: calibration images (B, C, H, W); torchao uses none.
     """
-    return quantize_with_torchao(model, scheme) if scheme.backend == "torchao" else calibrate(model, scheme, batches)
+    in_pytorch = plan.scheme.backend == "torchao"
+    return quantize_with_torchao(model, plan) if in_pytorch else calibrate(model, plan, batches)
 
 
 def write_graphs(
-    folder: Path, model: MaskedNetwork, origin: Origin, files: tuple[str, ...], metrics: Mapping[str, Any]
+    folder: Path, model: MaskedNetwork, origin: Origin, files: tuple[str, ...], quantization: Quantization | None = None
 ) -> Path:
     """Exports ``model`` to the ONNX files named in a new folder, with a manifest, and returns the folder.
 
@@ -91,35 +80,19 @@ def write_graphs(
         export_onnx(model, folder / CPU_ONNX, "plain")
     if FUSED_ONNX in files:
         export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
-    origin.manifest(model.config.to_dict(), metrics).write(folder)
+    origin.manifest(model.config, quantization).write(folder)
     return folder
 
 
-def write_quantized(
-    folder: Path,
-    model: MaskedNetwork,
-    quantized: MaskedNetwork,
-    scheme: Scheme,
-    origin: Origin,
-    metrics: Mapping[str, Any],
-) -> Path:
-    """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme.
-
-    The manifest's metrics describe the scheme: ``layers`` (:func:`quant.schemes.scheme.describe`), ``no_tensorrt``, the
-    reason why there is no fused graph, and ``not_timed``, the reason why a CPU's latency is meaningless. Reasons that
-    do not apply are empty.
-
-    Args:
-        model: the floating-point network that ``quantized`` was made from.
-    """
-    plan = resolve(scheme, model)
-    no_tensorrt = unfit_for_tensorrt(plan) if scheme.backend == "onnx" else "it runs inside PyTorch"
-    files: tuple[str, ...] = (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
-    facts = {"layers": describe(plan, model), "no_tensorrt": no_tensorrt, "not_timed": emulated_on_cpus(plan)}
-    if scheme.backend == "torchao":
-        files, facts["not_timed"] = (), ""
-    write_graphs(folder, quantized, origin, files, {"scheme": scheme.name, **facts, **metrics})
-    if scheme.backend == "torchao":
+def write_quantized(folder: Path, quantized: MaskedNetwork, plan: QuantizationPlan, origin: Origin) -> Path:
+    """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme."""
+    scheme, in_pytorch = plan.scheme, plan.scheme.backend == "torchao"
+    no_tensorrt: NoTensorRT | None = "pytorch" if in_pytorch else unfit_for_tensorrt(plan.tensors)
+    emulated = None if in_pytorch else emulated_on_cpus(plan.tensors)
+    files = () if in_pytorch else (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
+    quantization = Quantization(scheme.name, plan.layers, no_tensorrt, emulated)
+    write_graphs(folder, quantized, origin, files, quantization)
+    if in_pytorch:
         write_torchao(quantized, folder)
     write_scheme(scheme, folder / SCHEME)
     return folder
@@ -128,11 +101,11 @@ def write_quantized(
 def write_bundles(
     work: PartialWork,
     inputs: Inputs,
-    schemes: Sequence[Scheme],
+    plans: Sequence[QuantizationPlan],
     origin: Origin,
     step: Callable[[str], AbstractContextManager[None]],
 ) -> tuple[list[Path], dict[str, MaskedNetwork]]:
-    """Calibrates and exports every scheme, beside the FP32 and FP16 references, unless an earlier run did.
+    """Calibrates and exports by every plan, beside the FP32 and FP16 references, unless an earlier run did.
 
     Args:
         work: its result gets the bundles, each in a folder with the scheme's name.
@@ -142,28 +115,29 @@ def write_bundles(
         The bundles, and the networks that run inside PyTorch by the name of their bundle.
     """
     model, networks, batches = inputs.model, {}, list[Tensor]()
-    if not work.finished.issuperset(scheme.name for scheme in schemes):
+    if not work.finished.issuperset(plan.scheme.name for plan in plans):
         with step("read calibration images"):
             batches = inputs.calibration
     if not work.finished.issuperset(_REFERENCES):
         with step("export fp32 and fp16"):
             for name, file in _REFERENCES.items():
-                work.part(name, partial(write_graphs, model=model, origin=origin, files=(file,), metrics={}))
-    for scheme in schemes:
+                work.part(name, partial(write_graphs, model=model, origin=origin, files=(file,)))
+    for plan in plans:
+        scheme = plan.scheme
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
-                quantized = quantize(model, scheme, batches)
-                write = partial(
-                    write_quantized, model=model, quantized=quantized, scheme=scheme, origin=origin, metrics={}
-                )
+                quantized = quantize(model, plan, batches)
+                write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin)
                 bundle = work.part(scheme.name, write)
             print_layers(bundle)
         if scheme.backend == "torchao":
             networks[scheme.name] = load_torchao(work.result / scheme.name, copy.deepcopy(model))
-    return [work.result / name for name in (*_REFERENCES, *(scheme.name for scheme in schemes))], networks
+    return [work.result / name for name in (*_REFERENCES, *(plan.scheme.name for plan in plans))], networks
 
 
 def print_layers(bundle: Path) -> None:
     """Prints how a scheme quantized each layer."""
-    for layer, weight, activation in Manifest.read(bundle).metrics["layers"]:
-        print(f"  {layer:<26} {f'weight {weight}, ' if weight else ''}{'input ' if weight else ''}{activation}")
+    quantization = Manifest.read(bundle).quantization
+    for each in quantization.layers if quantization else ():
+        weight = f"weight {each.weight}, input " if each.weight else ""
+        print(f"  {each.layer:<26} {weight}{each.input}")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from illama.bundle import size_of
 from illama.errors import UserError
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
@@ -18,6 +19,7 @@ from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, compare_logits
 from quant.mixed_precision.search_space import SearchSpace, assignment_scheme
 from quant.quantizers.calibrate import calibrate
+from quant.schemes.scheme import resolve
 
 _TIGHTEN = 0.8  # factor on the drop allowed in the next prediction, after an assignment that exceeds the budget
 
@@ -127,7 +129,7 @@ class Planner:
     def check(self, plan: Plan, path: Path) -> None:
         """Quantizes the network by the assignment, exports it to ``path``, and measures the network and the file."""
         scheme = assignment_scheme(self.space, plan.chosen, self.iterations, "")
-        quantized = calibrate(self.inputs.model, scheme, self.inputs.calibration)
+        quantized = calibrate(self.inputs.model, resolve(scheme, self.inputs.model), self.inputs.calibration)
         plan.effect = compare_logits(self.inputs.plain_model(), quantized, self.images)
         export_onnx(quantized, path, "plain")
         plan.measured = {
@@ -135,7 +137,7 @@ class Planner:
             "drop_at_most": plan.effect.drop_at_most,
             "kl": plan.effect.kl,
             "ms": self.time_call(path) if self.time_call else None,
-            "megabytes": path.stat().st_size / 1e6,
+            "megabytes": size_of(path) / 1e6,
         }
         self.known.append((plan.kl, plan.effect))
 

@@ -27,7 +27,7 @@ def write_search(folder: Path, planner: Planner, plans: list[Plan], best: Plan |
     (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     chosen, summary = (best or plans[-1]).chosen, f"found by {command_line()}"
     write_scheme(assignment_scheme(planner.space, chosen, planner.iterations, summary), folder / SCHEME)
-    Origin.of(planner.inputs).manifest(planner.inputs.model.config.to_dict(), {}).write(folder)
+    Origin.of(planner.inputs).manifest(planner.inputs.model.config).write(folder)
     return result
 
 

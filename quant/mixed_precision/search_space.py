@@ -11,11 +11,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from illama.bundle import size_of
 from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes, read_layer_times, time_graphs
 from illama.models.attention import MaskedNetwork
 from quant.export.onnx_export import export_onnx
-from quant.inputs import Inputs, scheme_from_name_or_file
+from quant.inputs import Inputs, onnx_scheme
 from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.layer_effects import Effect, layers_of, measure
 from quant.quantizers.calibrate import calibrate
@@ -75,9 +76,7 @@ def format_schemes(names: Sequence[str]) -> list[Scheme]:
         UserError: a scheme is unknown, there is none, or two have one name.
     """
     schemes = [
-        replace(scheme_from_name_or_file(name), reconstruction_iterations=0)
-        for name in dict.fromkeys(names)
-        if name != FLOAT
+        replace(onnx_scheme(name), reconstruction_iterations=0) for name in dict.fromkeys(names) if name != FLOAT
     ]
     if not schemes:
         raise UserError("--formats names no scheme: give at least one besides float")
@@ -97,7 +96,8 @@ class SearchSpaceBuilder:
     def __init__(self, inputs: Inputs, schemes: Sequence[Scheme], images: DataLoader[Any], threads: int = 0) -> None:
         self.inputs, self.images, self.threads = inputs, images, threads
         self.schemes = {FLOAT: Scheme(FLOAT), **{scheme.name: scheme for scheme in schemes}}
-        self.plans = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
+        self.resolved = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
+        self.plans = {name: plan.tensors for name, plan in self.resolved.items()}
         self.layers = layers_of(tensor_names(inputs.model))
         self.distinct = {layer: self._distinct_schemes(layer) for layer in self.layers}
         self.effects: dict[tuple[str, str], Effect] = {}
@@ -116,7 +116,7 @@ class SearchSpaceBuilder:
         paths = self._export_all(folder)
         times = self._times(paths, profiles)
         first = {name: self._first_with_same_operators(name) for name in self.schemes}
-        sizes = {name: paths[first[name]].stat().st_size for name in first}
+        sizes = {name: size_of(paths[first[name]]) for name in first}
         costs = _Costs(self.inputs.model, {name: times[first[name]] for name in first}, sizes, self.plans, self.layers)
         layers = {layer: [self._choice(layer, name, costs) for name in names] for layer, names in self.distinct.items()}
         sums = {name: sum(self._kl(layer, self._same_choice(layer, name)) for layer in layers) for name in self.whole}
@@ -132,8 +132,8 @@ class SearchSpaceBuilder:
     def _export_all(self, folder: Path) -> dict[str, Path]:
         """Measures every scheme's effects, and exports one file for all schemes with the same operators."""
         paths: dict[str, Path] = {}
-        for name, scheme in self.schemes.items():
-            quantized = calibrate(self.inputs.model, scheme, self.inputs.calibration)
+        for name, plan in self.resolved.items():
+            quantized = calibrate(self.inputs.model, plan, self.inputs.calibration)
             if name != FLOAT:
                 self._measure_effects(name, quantized)
             if self._first_with_same_operators(name) == name:

@@ -22,7 +22,7 @@ from quant.mixed_precision.layer_effects import Effect, block_number, kind_of, l
 from quant.mixed_precision.layer_plots import draw_sensitivity
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import quantizers
-from quant.schemes.scheme import Scheme
+from quant.schemes.scheme import Scheme, resolve
 
 RESULT = "sensitivity.json"
 _ALL = "all layers"
@@ -38,7 +38,7 @@ def measure_sensitivity(inputs: Inputs, scheme: Scheme, batches: Iterable[tuple[
         UserError: the scheme quantizes no tensor of the network, or does not fit it.
     """
     scheme = replace(scheme, reconstruction_iterations=0)
-    quantized = calibrate(inputs.model, scheme, inputs.calibration)
+    quantized = calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration)
     layers = layers_of(name for name, _ in quantizers(quantized))
     if not layers:
         raise UserError(f"scheme {scheme.name} quantizes no tensor: there is nothing to measure")

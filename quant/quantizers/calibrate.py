@@ -23,7 +23,7 @@ from quant.quantizers.observers import RangeObserver, weight_amax
 from quant.quantizers.reconstruction import reconstruct
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, resolve
+from quant.schemes.scheme import QuantizationPlan
 
 
 class _ObservedLinear(QuantLinearConvBase):
@@ -49,22 +49,21 @@ def _registered_layers() -> Iterator[None]:
             mtq.unregister(original)
 
 
-def calibrate(model: MaskedNetwork, scheme: Scheme, batches: Iterable[Tensor]) -> MaskedNetwork:
-    """Returns a copy of ``model`` with every tensor quantized that ``scheme`` names, with ranges from ``batches``.
+def calibrate(model: MaskedNetwork, plan: QuantizationPlan, batches: Iterable[Tensor]) -> MaskedNetwork:
+    """Returns a copy of ``model`` with every tensor quantized that ``plan`` names, with ranges from ``batches``.
 
     Args:
         batches: images (B, C, H, W), preprocessed; iterated more than once.
 
     Raises:
-        UserError: the scheme does not fit the network, or an activation is NaN or infinite.
+        UserError: an activation is NaN or infinite.
     """
-    plan = resolve(scheme, model)
-    batches = list(batches)
+    scheme, tensors, batches = plan.scheme, plan.tensors, list(batches)
     reference = copy.deepcopy(model).eval()
     reference.set_attention_form("plain")  # the fused form has no softmax output to quantize
     if scheme.smooth:
         smooth(reference, scheme, batches)
-    quantized = quantize_layers(reference, plan, observe(reference, plan, batches))
+    quantized = quantize_layers(reference, tensors, observe(reference, tensors, batches))
     if scheme.reconstruction_iterations:
         reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)
     return quantized

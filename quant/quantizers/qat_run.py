@@ -9,33 +9,33 @@ from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, Manifest, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, sha256
 from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, predict, top1, torch_infer
+from illama.manifest import Drop, Manifest, Scores
 from illama.models.illama import ILLaMA
 from illama.training.distributed import Processes
 from illama.training.log import plot_curve, read_log
-from illama.training.trainer import CHECKPOINT, Run
+from illama.training.trainer import CHECKPOINT, Run, Task
 from quant.export.weights import write_quantized_weights
-from quant.export.write_bundle import Origin, check_scheme, write_quantized
-from quant.input_options import InputOptions
-from quant.inputs import Inputs, open_inputs
+from quant.export.write_bundle import Origin, plan_quantization, write_quantized
+from quant.inputs import Inputs, open_inputs, scheme_from_name_or_file
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.distillation import Distillation, make_scales_buffers, make_scales_parameters, scale_groups
 from quant.quantizers.qat_options import QatOptions
 from quant.quantizers.torchao_backend import convert_qat, load_torchao, prepare_qat
-from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
+from quant.schemes.scheme import QuantizationPlan
 
 OpenOnnx = Callable[[Path], Infer]
 """Path to an ONNX file -> a function from images to logits."""
-Drop = Callable[[np.ndarray, np.ndarray, int], Any]
-"""Correctness (n,) of the reference and of another model, and a seed -> the accuracy drop as a dataclass."""
+PairedDrop = Callable[[np.ndarray, np.ndarray, int], Drop]
+"""Correctness (n,) of the reference and of another model, and a seed -> the accuracy drop."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class QatJob:
     """The checked inputs of a run."""
 
     options: QatOptions
-    scheme: Scheme
+    plan: QuantizationPlan
     inputs: Inputs
     origin: Origin
 
@@ -55,20 +55,20 @@ class QatJob:
     @cached_property
     def untrained(self) -> ILLaMA:
         """The network after post-training quantization, including block reconstruction, with stochastic depth."""
-        return self.quantize(self.scheme)
+        return self.quantize(self.plan)
 
-    def quantize(self, scheme: Scheme) -> ILLaMA:
-        """Returns the checkpoint's network quantized by ``scheme``, ready for training."""
+    def quantize(self, plan: QuantizationPlan) -> ILLaMA:
+        """Returns the checkpoint's network quantized by ``plan``, ready for training."""
         model = ILLaMA(self.trained.config, self.options.drop_path, self.options.dropout)
         model.load_state_dict(self.trained.state_dict())
-        if scheme.backend == "torchao":
-            return cast(ILLaMA, prepare_qat(model, scheme))
-        return cast(ILLaMA, calibrate(model, scheme, self.inputs.calibration))
+        if plan.scheme.backend == "torchao":
+            return cast(ILLaMA, prepare_qat(model, plan))
+        return cast(ILLaMA, calibrate(model, plan, self.inputs.calibration))
 
     def deploy(self, trained: ILLaMA) -> ILLaMA:
         """Returns the network to export, from a trained network that :meth:`quantize` made."""
-        if self.scheme.backend == "torchao":
-            return cast(ILLaMA, convert_qat(trained, self.scheme))
+        if self.plan.scheme.backend == "torchao":
+            return cast(ILLaMA, convert_qat(trained, self.plan))
         make_scales_buffers(trained)
         return trained
 
@@ -81,16 +81,13 @@ def open_job(options: QatOptions) -> QatJob:
     """
     if not options.data:
         raise UserError("no training images: give --data (see --help)")
-    scheme = read_scheme(options.scheme_file) if options.scheme_file else shipped_scheme(options.scheme)
-    source = InputOptions(
-        options.checkpoint, None, options.data, options.calibration_images, options.exif, options.class_order
-    )
-    inputs = open_inputs(source, options.image_size)
-    check_scheme(inputs.model, scheme)
-    files = {str(options.scheme_file): sha256(options.scheme_file)} if options.scheme_file else {}
+    scheme = scheme_from_name_or_file(options.scheme)
+    inputs = open_inputs(options.source)
+    plan = plan_quantization(inputs.model, scheme)
+    files = {options.scheme: sha256(Path(options.scheme))} if Path(options.scheme).suffix else {}
     # The hash of the scheme itself keeps a run from resuming under a changed scheme of the same name.
     files[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()
-    return QatJob(options, scheme, inputs, Origin.of(inputs, options.seed, files))
+    return QatJob(options, plan, inputs, Origin.of(inputs, options.seed, files))
 
 
 def start_run(job: QatJob, group: Processes) -> Run:
@@ -98,24 +95,16 @@ def start_run(job: QatJob, group: Processes) -> Run:
     options = job.options
     # A resumed run loads its weights from the training checkpoint: block reconstruction, minutes of work, is skipped.
     interrupted = (options.out / CHECKPOINT).exists()
-    quantized = (
-        job.quantize(replace(job.scheme, reconstruction_iterations=0)) if interrupted else copy.deepcopy(job.untrained)
-    )
+    as_it_is = replace(job.plan, scheme=replace(job.plan.scheme, reconstruction_iterations=0))
+    quantized = job.quantize(as_it_is) if interrupted else copy.deepcopy(job.untrained)
     make_scales_parameters(quantized)
     loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
-    return Run(
-        options,
-        job.inputs.data,
-        job.origin.preprocessing,
-        quantized,
-        group,
-        dict(job.origin.inputs),
-        loss,
-        scale_groups(options.scale_rate),
-    )
+    inputs = job.origin.provenance.inputs
+    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, scale_groups(options.scale_rate))
+    return Run(options, task, quantized, group)
 
 
-def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: Drop) -> Path:
+def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDrop) -> Path:
     """Writes a finished run as a bundle, atomically: weights, scales, graphs, scheme, log and learning curve.
 
     Args:
@@ -125,24 +114,22 @@ def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: Drop) -> 
     Returns:
         Path to the bundle, a folder named after the scheme.
     """
-    options, folder = job.options, job.options.out / f"{job.scheme.name}-qat"
+    options, folder = job.options, job.options.out / f"{job.plan.scheme.name}-qat"
     trained = cast(ILLaMA, copy.deepcopy(run.kept).cpu().eval())
     trained.soft_mask = 0.0
     trained = job.deploy(trained)
     with write_folder(folder) as draft:
-        facts = {"epochs": options.epochs, "machine": describe_machine()}
-        write_quantized(draft, job.trained, trained, job.scheme, job.origin, facts)
-        if job.scheme.backend == "onnx":
-            write_quantized_weights(trained, job.scheme, draft / WEIGHTS)
+        write_quantized(draft, trained, job.plan, job.origin)
+        if job.plan.scheme.backend == "onnx":
+            write_quantized_weights(trained, job.plan.scheme, draft / WEIGHTS)
         (draft / "log.csv").write_text((options.out / "log.csv").read_text())
         plot_curve(read_log(options.out / "log.csv"), draft / "curve.png")
-        manifest = Manifest.read(draft)
-        manifest.metrics |= _evaluate(job, trained, draft, open_onnx, drop)
-        manifest.write(draft)
+        scores = _evaluate(job, trained, draft, open_onnx, drop)
+        replace(Manifest.read(draft), scores=scores).write(draft)
     return folder
 
 
-def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, drop: Drop) -> dict[str, Any]:
+def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, drop: PairedDrop) -> Scores:
     """Top-1 in percent and accuracy drops from FP32 over the test split: before training, after it, and of the files.
 
     There is no file for TensorRT if it cannot run the scheme: see :func:`quant.export.write_bundle.write_quantized`.
@@ -155,9 +142,6 @@ def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, d
         models["torchao"] = torch_infer(load_torchao(folder))
     logits, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
-    drops = {name: asdict(drop(correct["fp32"], correct[name], job.options.seed)) for name in correct}
-    return {
-        **{f"{name}_top1": top1(values, labels) for name, values in logits.items()},
-        **{f"{name}_drop": values for name, values in drops.items() if name != "fp32"},
-        "test_images": len(cast(Sized, test)),
-    }
+    drops = {name: drop(correct["fp32"], correct[name], job.options.seed) for name in correct if name != "fp32"}
+    values = {name: top1(found, labels) for name, found in logits.items()}
+    return Scores("top1", len(cast(Sized, test)), values, drops, job.options.epochs, describe_machine())

@@ -21,13 +21,13 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
@@ -46,12 +46,14 @@ from torchao.quantization.qat import Float8FakeQuantizeConfig, IntxFakeQuantizeC
 from torchao.utils import TorchAOBaseTensor
 
 from illama.bundle import TORCHAO
+from illama.checkpoints.tensor_files import PLAIN, check_config, read_metadata, read_tensors
 from illama.errors import UserError
 from illama.models.attention import MaskedNetwork
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA, Linear
+from illama.structured_files import parse_json
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, resolve
+from quant.schemes.scheme import QuantizationPlan, Scheme
 
 _METADATA = "illama_torchao"  # one key only: safetensors writes several in no fixed order
 _PART = re.compile(r"(.*)\.parts\.0\.")  # of a name in a state dict
@@ -91,51 +93,52 @@ class SplitLinear(nn.Module):
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
 
-def quantize_with_torchao(model: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+def quantize_with_torchao(model: MaskedNetwork, plan: QuantizationPlan) -> MaskedNetwork:
     """Returns a copy of ``model`` in evaluation mode with torchao's quantized weights; it cannot be trained.
 
     Raises:
-        UserError: the scheme has another backend, does not fit the network, or is not supported by torchao.
+        UserError: the scheme has another backend, or is not supported by torchao.
     """
-    check(model, scheme)
+    check(model, plan)
     quantized = _split(copy.deepcopy(model)).eval()
-    for recipe, layers in _recipes(quantized, scheme):
+    for recipe, layers in _recipes(quantized, plan.scheme):
         _apply(quantized, recipe.deployed, layers)
     return quantized.requires_grad_(False)
 
 
-def prepare_qat(model: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+def prepare_qat(model: MaskedNetwork, plan: QuantizationPlan) -> MaskedNetwork:
     """Returns a differentiable copy of ``model`` that computes what :func:`convert_qat` will, for training.
 
     Gradients pass straight through the rounding. Raises UserError like :func:`quantize_with_torchao`.
     """
-    check(model, scheme)
+    check(model, plan)
     prepared = _split(copy.deepcopy(model))
-    for recipe, layers in _recipes(prepared, scheme):
+    for recipe, layers in _recipes(prepared, plan.scheme):
         config = QATConfig(activation_config=recipe.activation, weight_config=recipe.weight, step="prepare")
         _apply(prepared, config, layers)
     return prepared
 
 
-def convert_qat(prepared: MaskedNetwork, scheme: Scheme) -> MaskedNetwork:
+def convert_qat(prepared: MaskedNetwork, plan: QuantizationPlan) -> MaskedNetwork:
     """Returns a copy of a trained network of :func:`prepare_qat` in the form of :func:`quantize_with_torchao`.
 
     Args:
-        scheme: the scheme that it was prepared for.
+        plan: the plan that it was prepared for.
     """
     converted = copy.deepcopy(prepared).eval()
-    for recipe, layers in _recipes(converted, scheme):
+    for recipe, layers in _recipes(converted, plan.scheme):
         _apply(converted, QATConfig(recipe.deployed, step="convert"), layers)
     return converted.requires_grad_(False)
 
 
-def check(model: MaskedNetwork, scheme: Scheme) -> None:
-    """Raises UserError if torchao cannot quantize ``model`` by ``scheme``."""
+def check(model: MaskedNetwork, plan: QuantizationPlan) -> None:
+    """Raises UserError if torchao cannot quantize ``model`` by a plan."""
+    scheme = plan.scheme
     if scheme.backend != "torchao":
         raise UserError(f"scheme {scheme.name} has backend {scheme.backend}: give one with 'backend: torchao'")
     if scheme.smooth or scheme.reconstruction_iterations:
         raise UserError(f"scheme {scheme.name}: torchao has no smooth and no reconstruction_iterations; leave them out")
-    for name in resolve(scheme, model):
+    for name in plan.tensors:
         layer = name.removesuffix(".weight").removesuffix(".input")
         if not isinstance(model.get_submodule(layer), nn.Linear):
             raise UserError(f"scheme {scheme.name}: torchao quantizes Linears only; leave {name} in floating point")
@@ -169,25 +172,38 @@ def load_torchao(folder: Path, network: MaskedNetwork | None = None) -> MaskedNe
     path = folder / TORCHAO
     if not path.exists():
         raise UserError(f"{path} not found: quantize by a scheme with 'backend: torchao' first")
+    tensors = read_tensors(path, (*PLAIN, torch.float8_e4m3fn))
+    facts = parse_json(read_metadata(path).get(_METADATA, ""), _Facts, f"the metadata of {path}")
+    if network is None:
+        network = _make_network(facts.config, tensors, path)
+    if (expected := network.config.to_dict()) != facts.config:
+        raise UserError(f"{path} is of a network {facts.config}, not {expected}")
     try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()[_METADATA])
-        packed, plain = unflatten_tensor_state_dict(safetensors.torch.load_file(path), facts["tensors"])
-        network = network or ILLaMA(ModelConfig.from_dict(facts["config"]))
-    except UserError as error:
-        raise UserError(f"{path} is not of an iLLaMA: give load_torchao the network, {facts['config']}") from error
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not written by this toolkit: make the bundle again") from error
-    state = packed | plain
-    if (expected := network.config.to_dict()) != facts["config"]:
-        raise UserError(f"{path} is of a network {facts['config']}, not {expected}")
-    try:
+        packed, plain = unflatten_tensor_state_dict(tensors, facts.tensors)
+        state = packed | plain
         for name in {found[1] for name in state if (found := _PART.match(name))}:
             _split_layer(network, name)
         network.load_state_dict(state, assign=True)
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit its own config: make the bundle again") from error
+    except Exception as error:  # damaged metadata can raise anything in torchao
+        raise UserError(f"{path} is damaged or does not fit its own config: make the bundle again") from error
     return network.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The JSON in the metadata of a file: the network's config, and torchao's description of its tensors."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Any]
+
+
+def _make_network(values: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> ILLaMA:
+    try:
+        config = ModelConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path} is not of an iLLaMA: give load_torchao the network, {values}") from error
+    check_config(config, tensors, path)
+    return ILLaMA(config)
 
 
 @dataclass(frozen=True)

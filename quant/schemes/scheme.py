@@ -14,20 +14,23 @@ are never quantized. :func:`resolve` applies a scheme to a network.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from torch import nn
 
 from illama.errors import UserError
+from illama.manifest import Emulated, LayerFormats, NoTensorRT
 from illama.models.attention import QuantizerPoint
-from quant.schemes.formats import FORMATS, TensorSpec
+from illama.structured_files import parse_json, read_yaml
+from quant.schemes.formats import FORMATS, FormatName, TensorSpec
 from quant.schemes.shipped import SHIPPED_SCHEMES, shipped_path
 
 FLOAT = "float"  # in a scheme file: these tensors stay in floating point
@@ -102,8 +105,22 @@ def tensor_names(model: nn.Module) -> list[str]:
     return names
 
 
-def resolve(scheme: Scheme, model: nn.Module) -> dict[str, TensorSpec]:
-    """Returns every tensor that ``scheme`` quantizes in ``model`` -> its spec, in the network's order.
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """A scheme resolved for a network: what is quantized, and how.
+
+    Attributes:
+        tensors: every tensor that is quantized -> its spec, in the network's order.
+        layers: formats of all layers, for people; equally quantized blocks share an entry.
+    """
+
+    scheme: Scheme
+    tensors: Mapping[str, TensorSpec]
+    layers: tuple[LayerFormats, ...]
+
+
+def resolve(scheme: Scheme, model: nn.Module) -> QuantizationPlan:
+    """Returns the plan to quantize ``model`` by ``scheme``.
 
     Raises:
         UserError: a pattern matches nothing, or a spec does not fit its tensor.
@@ -120,10 +137,10 @@ def resolve(scheme: Scheme, model: nn.Module) -> dict[str, TensorSpec]:
             raise UserError(
                 f"scheme {scheme.name}: no tensor matches {pattern!r}; names are such as {names[len(names) // 2]}"
             )
-    plan = {name: spec for name in names if (spec := scheme.spec(name)) is not None}
-    for name, spec in plan.items():
+    tensors = {name: spec for name in names if (spec := scheme.spec(name)) is not None}
+    for name, spec in tensors.items():
         _check(scheme, name, spec, model)
-    return plan
+    return QuantizationPlan(scheme, tensors, _describe(tensors, model))
 
 
 def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> None:
@@ -147,32 +164,31 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
         raise UserError(f"scheme {scheme.name}, {name}: {trouble}")
 
 
-def unfit_for_tensorrt(plan: Mapping[str, TensorSpec]) -> str:
-    """Returns why TensorRT has no kernels for a resolved scheme, in one sentence; empty if it has."""
-    for name, spec in plan.items():
+def unfit_for_tensorrt(tensors: Mapping[str, TensorSpec]) -> NoTensorRT | None:
+    """Returns why TensorRT has no kernels for the tensors of a plan; None if it has."""
+    for name, spec in tensors.items():
         bits = spec.dtype.bits
         if not name.endswith(".weight"):
             if bits < 8 or not (spec.symmetric or name.endswith(".input")):
-                return "TensorRT needs symmetric 8-bit activations; only a layer's input can have its zero point folded"
-        elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in plan):
-            return "TensorRT multiplies 4-bit weights by half-precision inputs only, and no weights of 6 bits"
-    return ""
+                return "activations"
+        elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in tensors):
+            return "weights"
+    return None
 
 
-def emulated_on_cpus(plan: Mapping[str, TensorSpec]) -> str:
-    """Returns why the latency on a CPU is meaningless for a resolved scheme, in one sentence; empty if it is not."""
-    formats = {spec.format for spec in plan.values()}
+def emulated_on_cpus(tensors: Mapping[str, TensorSpec]) -> Emulated | None:
+    """Returns why the latency on a CPU is meaningless for the tensors of a plan; None if it is not."""
+    formats = {spec.format for spec in tensors.values()}
     if "fp8" in formats:
-        return "no CPU multiplies FP8, and ONNX Runtime only emulates it"
+        return "fp8"
     if any(FORMATS[name].bits == 6 for name in formats):
-        return "6-bit formats are simulated"
-    if any(spec.dtype.bits == 4 and not name.endswith(".weight") for name, spec in plan.items()):
-        return "no CPU multiplies 4-bit activations, and ONNX Runtime only emulates it"
-    return ""
+        return "6-bit"
+    if any(spec.dtype.bits == 4 and not name.endswith(".weight") for name, spec in tensors.items()):
+        return "4-bit activations"
+    return None
 
 
-def describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> list[tuple[str, str, str]]:
-    """Returns a table of a resolved scheme: rows of (layer, weight, input); equally quantized blocks share a row."""
+def _describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> tuple[LayerFormats, ...]:
     rows: dict[tuple[str, str, str], list[int]] = {}
     for layer in dict.fromkeys(name.removesuffix(".weight").removesuffix(".input") for name in tensor_names(model)):
         weight, activation = (str(plan.get(key, FLOAT)) for key in (f"{layer}.weight", f"{layer}.input"))
@@ -181,10 +197,10 @@ def describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> list[tuple[str
         block = re.search(r"\bblocks\.(\d+)\.", layer)
         general = re.sub(r"\bblocks\.\d+\.", "blocks.*.", layer)
         rows.setdefault((general, weight, activation), []).extend([int(block[1])] if block else [])
-    return [
-        (layer.replace("*", _ranges(blocks)), weight, activation)
+    return tuple(
+        LayerFormats(layer.replace("*", _ranges(blocks)), weight, activation)
         for (layer, weight, activation), blocks in rows.items()
-    ]
+    )
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -216,26 +232,36 @@ def read_scheme(path: Path) -> Scheme:
     Raises:
         UserError: the file is missing or damaged, a key is unknown, or a value is invalid.
     """
+    given = read_yaml(path, dict[str, Any])
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the scheme file {path}: {str(error).splitlines()[0]}") from error
-    known = [field.name for field in fields(Scheme)]
-    if not isinstance(values, dict) or not isinstance(values.get("tensors", {}), dict):
-        raise UserError(
-            f"{path} must hold a mapping with keys among base, {', '.join(known)}; tensors is a mapping too"
-        )
-    try:
-        values = rename_old_keys(values)
-        if unknown := values.keys() - {"base", *known}:
-            raise UserError(f"unknown key {sorted(map(str, unknown))[0]!r}; known are base, {', '.join(known)}")
-        base = shipped_scheme(values.pop("base")) if "base" in values else Scheme(path.stem.lower())
-        tensors = {str(pattern): _read_spec(value) for pattern, value in values.pop("tensors", {}).items()}
+        values = rename_old_keys(given)
+        file = parse_json(json.dumps(values), _SchemeFile, "the file")
+        base = shipped_scheme(file.base) if file.base else Scheme(path.stem.lower())
+        tensors = {pattern: _read_spec(value) for pattern, value in file.tensors.items()}
         # The file's patterns come after all patterns of the base, so that they apply.
         kept = {pattern: spec for pattern, spec in base.tensors.items() if pattern not in tensors}
-        return replace(base, **{"name": path.stem.lower(), **values}, tensors={**kept, **tensors})
-    except (UserError, TypeError) as error:
+        own = {key: getattr(file, key) for key in values.keys() - {"base", "tensors"}}
+        return replace(base, **{"name": path.stem.lower(), **own}, tensors={**kept, **tensors})
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _SchemeFile:
+    """The keys of a scheme file, see :func:`read_scheme`; only those that are given count."""
+
+    base: str | None = None
+    name: str = ""
+    tensors: Mapping[str, TensorSpec | str] = field(default_factory=dict)
+    smooth: Mapping[str, float] = field(default_factory=dict)
+    reconstruction_iterations: int = 0
+    backend: Literal["onnx", "torchao"] = "onnx"
+    summary: str = ""
+
+
+def stored_scheme(values: Mapping[str, Any], name: str) -> Scheme:
+    """Returns the scheme in the JSON of a file of weights; UserError that begins with ``name`` if it is damaged."""
+    return parse_json(json.dumps(rename_old_keys(values)), Scheme, name)
 
 
 def rename_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,15 +272,10 @@ def rename_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_OLD_KEYS.get(key, key): value for key, value in values.items()}
 
 
-def _read_spec(value: Any) -> TensorSpec | None:
-    if value == FLOAT:
-        return None
-    if isinstance(value, dict):
-        known = [field.name for field in fields(TensorSpec)]
-        if unknown := value.keys() - set(known):
-            raise UserError(f"unknown key {sorted(map(str, unknown))[0]!r} of a tensor; known are {', '.join(known)}")
-        return TensorSpec(**value)
-    return TensorSpec(value)
+def _read_spec(value: TensorSpec | str) -> TensorSpec | None:
+    if isinstance(value, TensorSpec):
+        return value
+    return None if value == FLOAT else TensorSpec(cast(FormatName, value))
 
 
 def write_scheme(scheme: Scheme, path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from support import ROOT, assert_one_line_error
 
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 
 SOURCE = ROOT / "examples" / "cpp"
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="C++ example not compiled: g++ is not installed")

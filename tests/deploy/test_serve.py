@@ -63,14 +63,16 @@ from deploy.serving.server import private_names, running_server
 from deploy.serving.serving_options import ListenOptions, ServingOptions
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA
-from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED, Manifest
+from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED
 from illama.checkpoints.load import load_checkpoint
-from illama.data.datasets import Preprocessing, open_data
+from illama.data.datasets import open_data
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Manifest, Provenance
 from illama.models.timm_vit import to_quantizable
 from quant.export.onnx_export import export_onnx
 from quant.export.write_bundle import Origin, quantize, write_graphs, write_quantized
-from quant.schemes.scheme import shipped_scheme
+from quant.schemes.scheme import resolve, shipped_scheme
 
 INSTALLED = shutil.which("tritonserver") or importlib.util.find_spec("pytriton")
 needs_server = pytest.mark.skipif(not INSTALLED, reason="no tritonserver: pip install --no-deps nvidia-pytriton")
@@ -188,7 +190,7 @@ def test_several_files_in_a_request_and_the_classes_by_name(server, questions):
 def test_a_jpeg_of_another_size_is_preprocessed_as_in_the_bundle(server, clothes):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(file, "JPEG")
-    transform = Preprocessing(**json.loads((clothes / MANIFEST).read_text())["preprocessing"]).transform()
+    transform = Manifest.read(clothes).preprocessing.transform()
     image = transform(Image.open(file).convert("RGB")).numpy()
     expected = open_engine(clothes / CPU_ONNX).infer(image[None])
     url = f"http://127.0.0.1:{server[0].http_port}/v2/models/served/infer"
@@ -214,19 +216,19 @@ def _schemes_of_a_color_network(folder):
     """Returns bundles of one RGB network, each with another scheme."""
     torch.manual_seed(0)
     model, images = ILLaMA(SMALL).eval(), [torch.randn(8, 3, 32, 32)]
-    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), {}, {})
+    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), Provenance())
     folder.mkdir()
     return [
-        write_quantized(folder / name, model, quantize(model, scheme, images), scheme, origin, {})
+        write_quantized(folder / name, quantize(model, plan, images), plan, origin)
         for name in SCHEMES
-        for scheme in [shipped_scheme(name)]
+        for plan in [resolve(shipped_scheme(name), model)]
     ]
 
 
 def _timm_bundle(folder):
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=3, depth=2)
-    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), {}, {})
-    return write_graphs(folder, to_quantizable(vit.eval()), origin, (CPU_ONNX,), {})
+    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), Provenance())
+    return write_graphs(folder, to_quantizable(vit.eval()), origin, (CPU_ONNX,))
 
 
 def _noise_images(height, width, count, seed=0):
@@ -503,7 +505,7 @@ def _leftovers(name):
 def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
     """It prints one line if it is terminated. If it is killed, the next start deletes its temporary files."""
     models = _python_model(tmp_path / "models", "slow", "import time\ntime.sleep(600)\n")
-    (models / "repository.json").write_text('{"format": 2}')
+    (models / "repository.json").write_text('{"format": 3}')
     log = tmp_path / "log"
     with log.open("wb") as errors:
         process = subprocess.Popen(_command(free_ports(), "--out", models), cwd=ROOT, stdout=errors, stderr=errors)
@@ -643,7 +645,7 @@ def test_bundles_that_cannot_be_served(small, tmp_path):
     manifest = json.loads((small / MANIFEST).read_text())
     (small / MANIFEST).write_text(json.dumps({**manifest, "classes": ["one", "two"]}))
     assert_rejected("3 classes.* 2", small)
-    (small / MANIFEST).write_text(json.dumps({**manifest, "preprocessing": {"image_size": 32}}))
+    (small / MANIFEST).write_text(json.dumps({**manifest, "preprocessing": {"size": [32, 32]}}))
     assert_rejected("preprocessing", small)
     (small / MANIFEST).write_text(json.dumps(manifest))
     graph = onnx.load(small / CPU_ONNX)

@@ -13,11 +13,13 @@ from support import ROOT, assert_one_line_error, write_linear_bundle
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from deploy.runtimes.temperature import read_temperature
-from illama.bundle import FRAME, TEMPERATURE, Manifest
-from illama.data.datasets import Preprocessing, open_data
+from illama.bundle import TEMPERATURE
+from illama.data.datasets import open_data
+from illama.data.preprocessing import Preprocessing
 from illama.inference import load_images
+from illama.manifest import Manifest
 
-PREPROCESSING = Preprocessing(16, 3, (0.5,) * 3, (0.25,) * 3)
+PREPROCESSING = Preprocessing((16, 16), 3, (0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.fixture
@@ -180,6 +182,6 @@ def test_mistakes_are_one_line(accuracy, bundles, small_bundle, tmp_path):
     (bundles[0] / TEMPERATURE).write_text('{"model.onnx": {"temperature": 0}}')
     assert_one_line_error(accuracy("--calibration-images", 0), "temperature.json")
     manifest = Manifest.read(bundles[1])
-    replace(manifest, metrics={FRAME: [16, 16, 3]}).write(bundles[1])
+    replace(manifest, frame=(16, 16, 3)).write(bundles[1])
     assert_one_line_error(accuracy(), str(bundles[1]), "camera")
     assert read_temperature(bundles[1] / "model.onnx") is None and not (tmp_path / "out" / "accuracy.json").exists()

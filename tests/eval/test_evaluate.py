@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature, store_temperature
-from eval.benchmark.evaluate_split import _wait_for, evaluate
+from eval.benchmark.evaluate_split import Evaluation, _wait_for, evaluate
 from eval.metrics.predictions import Predictions
-from illama.bundle import FUSED_ONNX, TEMPERATURE, Manifest
-from illama.checkpoints.load import read_preprocessing
-from illama.data.datasets import open_data
+from illama.bundle import FUSED_ONNX, TEMPERATURE
+from illama.data.datasets import Transformed, open_data
 from illama.errors import UserError
 from illama.inference import predict
+from illama.manifest import Manifest
 from illama.training.distributed import Processes
 
 CLASSES = ["class0", "class1", "class2"]
@@ -92,13 +92,14 @@ class Task:
         ]
         self.images = write_images(folder / "images")
         self.models = {each.name: OnnxRuntimeEngine(each / "model.onnx").infer for each in self.bundles}
-        self.transform = read_preprocessing(Manifest.read(self.bundles[0])).transform()
+        self.transform = Manifest.read(self.bundles[0]).preprocessing.transform()
         self.split = Read(open_data(str(self.images)).test())
 
     def evaluate(self, work=None, models=None, **more):
         self.split.indices.clear()
-        given = {"temperatures": {"two": 0.5}, "batch": 3, "chunk": 7, "facts": {"data": "noise"}, **more}
-        return evaluate(models or self.models, self.split, self.transform, work=work, **given)
+        temperatures = more.pop("temperatures", {"two": 0.5})
+        how = Evaluation(work, **{"batch": 3, "chunk": 7, "facts": {"data": "noise"}, **more})
+        return evaluate(models or self.models, Transformed(self.split, self.transform), temperatures, how)
 
 
 @pytest.fixture
@@ -273,7 +274,7 @@ def test_predictions_are_calibrated_by_it(bundle, tmp_path, run_here):
     store_temperature(bundle / "model.onnx", 0.25, 512, "noise", "onnxruntime")
     calibrated = run_here(*command)
     assert "0.250" in calibrated.stdout and "0.250" not in plain.stdout
-    image = read_preprocessing(Manifest.read(bundle)).transform()(Image.open(photo))[None].numpy()
+    image = Manifest.read(bundle).preprocessing.transform()(Image.open(photo))[None].numpy()
     logits = torch.from_numpy(OnnxRuntimeEngine(bundle / "model.onnx").infer(image))[0].double()
     for result, temperature in ((plain, 1), (calibrated, 0.25)):
         expected = (logits / temperature).softmax(0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from eval.benchmark.latency import UNREADABLE, _Turns, measure_latency
+from eval.benchmark.latency import UNREADABLE, TimingOptions, _Turns, measure_latency
 from eval.benchmark.machine import _cores_first, pin_threads
 from eval.benchmark.sensors import Gpu, Watch, find_gpu, open_meter, read_cpu, read_governor, read_gpu
 from illama.errors import UserError
@@ -36,7 +36,7 @@ def plant(root: Path, files: dict[str, object]) -> None:
 def test_engines_take_turns_in_a_new_order_each_round():
     seen = []
     engines = {name: lambda images, name=name: seen.append(name) or images for name in "abc"}
-    timings = measure_latency(engines, IMAGES, rounds=20, calls=2, settle=1, progress=False)
+    timings = measure_latency(engines, IMAGES, options=TimingOptions(20, 2, 1, progress=False))
     turns = ["".join(seen[start : start + 3]) for start in range(len(seen) - 20 * 9, len(seen), 3)]
     assert set(turns) == {"aaa", "bbb", "ccc"}
     rounds = [tuple(turns[start : start + 3]) for start in range(0, 60, 3)]
@@ -55,7 +55,7 @@ def test_a_batch_larger_than_the_images_repeats_them():
         shapes[len(images)] = images[:, 0, 0, 0].tolist()
         return images
 
-    timings = measure_latency({"a": infer}, IMAGES, (2, 1024), rounds=1, calls=1, settle=1, progress=False)
+    timings = measure_latency({"a": infer}, IMAGES, (2, 1024), TimingOptions(1, 1, 1, progress=False))
     assert shapes == {2: [0, 1], 1024: [i % 3 for i in range(1024)]}
     assert [each.batch for each in timings.latency["a"]] == [2, 1024]
 
@@ -79,7 +79,7 @@ def test_a_refused_batch_leaves_the_others(tmp_path):
             torch.zeros(1, 2) @ torch.zeros(2, 1) if len(images) == 1 else torch.zeros(1, 2) @ torch.zeros(3, 1)
         ),
     }
-    timings = measure_latency(engines, IMAGES, (1, 2), rounds=2, calls=1, settle=1, progress=False)
+    timings = measure_latency(engines, IMAGES, (1, 2), TimingOptions(2, 1, 1, progress=False))
     assert {name: [each.batch for each in found] for name, found in timings.latency.items()} == {
         "static": [1],
         "two": [2],
@@ -93,13 +93,13 @@ def test_a_refused_batch_leaves_the_others(tmp_path):
 
 def test_a_defect_is_not_taken_for_a_refusal():
     with pytest.raises(AttributeError):
-        measure_latency({"a": lambda images: images.nothing}, IMAGES, progress=False)
+        measure_latency({"a": lambda images: images.nothing}, IMAGES, options=TimingOptions(progress=False))
 
 
 def test_a_slow_engine_has_fewer_calls_and_costs_no_other_its_own():
     engines = {"slow": lambda images: time.sleep(0.05) or images, "fast": lambda images: images}
     start = time.perf_counter()
-    timings = measure_latency(engines, IMAGES, rounds=20, seconds=0.4, progress=False)
+    timings = measure_latency(engines, IMAGES, options=TimingOptions(20, seconds=0.4, progress=False))
     assert time.perf_counter() - start < 3  # 20 rounds of all calls would take 13 s
     (slow,), (fast,) = timings.latency["slow"], timings.latency["fast"]
     assert 3 <= slow.calls <= 4 and fast.calls == 200
@@ -130,7 +130,10 @@ def test_turns_stay_within_their_share(turns, calls, settle, affordable):
 )
 def test_numbers_that_mean_nothing_are_refused(options):
     with pytest.raises(UserError):
-        measure_latency({"a": lambda images: images}, **{"images": IMAGES, "progress": False} | options)
+        given = {name: options[name] for name in ("images", "batches") if name in options}
+        timing = {name: value for name, value in options.items() if name not in given}
+        how = TimingOptions(**timing, progress=False)
+        measure_latency({"a": lambda images: images}, **{"images": IMAGES, **given}, options=how)
 
 
 def test_rapl_counts_the_joules_of_a_call_over_a_wrap_around(tmp_path):
@@ -149,7 +152,7 @@ def test_rapl_counts_the_joules_of_a_call_over_a_wrap_around(tmp_path):
         return images
 
     meter = open_meter(False, tmp_path)
-    timings = measure_latency({"a": infer}, IMAGES, rounds=1, calls=1, settle=1, meters={"a": meter}, progress=False)
+    timings = measure_latency({"a": infer}, IMAGES, (1,), TimingOptions(1, 1, 1, progress=False), {"a": meter})
     assert timings.latency["a"][0].joules == pytest.approx(1.0)
     assert "RAPL" in timings.conditions["energy"]
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_report import make_reliability, make_report
+from sample_report import make_reliability, make_report, make_row
 
-from eval.metrics.paired import Drop
-from eval.report.regression import Tolerances, compare_markdown, find_regressions
+from eval.report.regression import Baseline, Tolerances, compare_markdown, find_regressions
 from illama.errors import UserError
+from illama.manifest import Drop
 
-BASELINE = json.loads(json.dumps(make_report().to_json()))
+BASELINE = Baseline.of(make_report())
 
 
 def _changed(index=1, **fields):
@@ -44,9 +44,9 @@ def test_latency_is_worse_beyond_a_tenth_and_what_calls_vary_by(factor):
     row = make_report().rows[1]
     found = find_regressions(BASELINE, _changed(latency=_slower(row, factor), device="another"))
     assert len(found) == (2 if factor > 1.3 else 0)  # their p90 is 1.3 times their p50
-    steady = json.loads(json.dumps(BASELINE))
-    for each in steady["rows"][1]["latency"]:
-        each["p90"] = each["p50"]
+    calm_before = tuple(replace(each, p90=each.p50) for each in BASELINE.rows[1].latency)
+    rows = list(BASELINE.rows)
+    steady = replace(BASELINE, rows=(rows[0], replace(rows[1], latency=calm_before), *rows[2:]))
     calm = [replace(each, p90=each.p50) for each in _slower(row, factor)]
     assert len(find_regressions(steady, _changed(latency=calm, device="another"))) == (2 if factor > 1.1 else 0)
     assert all(f"{0.25 * factor:.2f}" in line and "another" in line and "a <CPU>" in line for line in found)
@@ -59,7 +59,7 @@ def test_a_batch_size_that_is_no_longer_timed_is_named():
     )
     assert sorted(line[-1] for line in found) == ["1", "8"]
     report = make_report()
-    without = json.loads(json.dumps(_changed(latency=[]).to_json()))
+    without = Baseline.of(_changed(latency=[]))
     assert find_regressions(without, report) == []  # one that is new is none
 
 
@@ -100,7 +100,9 @@ def test_a_drop_is_worse_beyond_the_tolerance_and_beyond_chance(points, half):
         (1, {"reliability": make_reliability(0.0899)}, None),
         (1, {"reliability": replace(make_reliability(0.08), nll=0.3201)}, "0.3201"),
         (1, {"reliability": make_reliability(0.0)}, None),
-        (1, {"name": "renamed"}, "int8"),
+        (1, {"scheme": "renamed"}, "int8"),
+        (1, {"file": "other.onnx"}, "int8"),
+        (1, {"name": "renamed", "runtime": "renamed"}, None),
     ],
 )
 def test_each_other_kind_in_one_plain_line(index, fields, words):
@@ -127,15 +129,48 @@ def test_what_cannot_be_compared_is_refused(change, words):
         find_regressions(BASELINE, replace(make_report(), **change))
 
 
-def test_a_damaged_baseline_is_refused():
-    for damaged in ({}, {**BASELINE, "rows": [{}]}, {**BASELINE, "rows": None}):
-        with pytest.raises(UserError, match="baseline"):
-            find_regressions(damaged, make_report())
+def test_a_damaged_baseline_is_refused(tmp_path):
+    whole = make_report().to_json()
+    for damaged in ({}, {**whole, "rows": [{}]}, {**whole, "rows": None}, {**whole, "schema_version": 3}, []):
+        (tmp_path / "report.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"report\.json"):
+            Baseline.read(tmp_path / "report.json")
+
+
+def _as_version_1(report):
+    """Returns the contents of the report as version 1 had them, from a CPU with bfloat16."""
+    content = report.to_json()
+    del content["decision"]
+    content["schema_version"] = 1
+    for row in content["rows"]:
+        del row["file"]
+        row["name"] = row["name"].replace("(f32)", "(bf16)")
+    return content
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_baseline_of_a_cpu_with_bfloat16_fits_one_without(version, tmp_path):
+    """OpenVINO's float type is in the name of a row, and depends on the CPU."""
+    report = make_report()
+    engine = {"engine": "../a/int8/engines/rtx-sm86/model.engine", "file": "engines/rtx-sm86/model.engine"}
+    report.rows = [
+        *report.rows,
+        make_row("int8, OpenVINO, CPU (f32)", 92.9, 1.0, runtime_id="openvino"),
+        make_row("int8, TensorRT", 92.9, None, runtime_id="tensorrt", engine_bytes=9, **engine),
+    ]
+    before = replace(report, rows=[replace(row, name=row.name.replace("(f32)", "(bf16)")) for row in report.rows])
+    content = before.to_json() if version == 2 else _as_version_1(report)
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    baseline = Baseline.read(tmp_path / "report.json")
+    assert find_regressions(baseline, report) == []
+    assert "| - → 9" not in compare_markdown(baseline, report, [])
+    gone = replace(report, rows=[row for row in report.rows if row.runtime_id != "openvino"])
+    assert [line for line in find_regressions(baseline, gone) if "bf16" in line]
 
 
 def test_the_comparison_in_markdown():
     report = _changed(onnx_bytes=2_500_000)
-    report.rows.append(replace(report.rows[1], name="new"))
+    report.rows.append(replace(report.rows[1], name="new", scheme="new"))
     text = compare_markdown(BASELINE, report, find_regressions(BASELINE, report))
     assert "- int8, ONNX Runtime, CPU: " in text and "2,500,000" in text
     assert "| int8, ONNX Runtime, CPU | 92.90 → 92.90 | 0.10 → 0.10 | 0.25 → 0.25 | 2.00 → 2.50 | 0.30 → 0.30 |" in text

@@ -12,10 +12,9 @@ from sample_report import HOSTILE, make_report, make_row, make_thumbnails
 
 from eval.report.markdown_html import markdown_to_html
 from eval.report.page import SHOWN_CLASSES, class_changes, key_figures, render_html, shown_flips
-from eval.report.schema import read_report
+from eval.report.pareto import decide
 from eval.report.table import HEADINGS, markdown_table, not_measured
 from eval.report.write_report import FILES, is_result, markdown_summary, summary, write_report
-from illama.errors import UserError
 from illama.options import Constraints
 
 
@@ -40,16 +39,17 @@ class _Page(html.parser.HTMLParser):
 
 
 def test_report_json_comes_back_as_it_was(folder):
-    content = read_report(folder / "report.json")
+    content = json.loads((folder / "report.json").read_text())
     expected = make_report()
     assert content == json.loads(json.dumps(expected.to_json()))
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["rows"][1]["flipped"][0] == {"image": 0, "label": 0, "before": 0, "after": 2}
     assert content["rows"][1]["change"]["flips"]["lost"] == [0, 1, 2]
-    (folder / "old.json").write_text('{"schema_version": 0}')
-    with pytest.raises(UserError, match="0"):
-        read_report(folder / "old.json")
-    (folder / "old.json").unlink()
+    keys = [{name: row[name] for name in ("scheme", "runtime_id", "file")} for row in content["rows"]]
+    decision = content["decision"]
+    assert decision["reference"] == keys[0] and decision["choice"]["row"] == keys[1]
+    assert decision["pareto"]["1"] == [keys[0], keys[1]] and decision["choice"]["rule"] == "fastest"
+    assert {each["key"]["scheme"] for each in decision["choice"]["rejected"]} >= {"w4", "fp8"}
 
 
 def test_summary_json_keeps_the_promised_form(folder):
@@ -98,7 +98,7 @@ def test_the_plots_are_pictures_of_a_slide_s_size(folder):
 
 def test_the_table_is_aligned_and_marks_the_pareto_front():
     rows = make_report().rows
-    lines = markdown_table(rows, 1, {rows[1].name}).splitlines()
+    lines = markdown_table(rows, 1, {rows[1].key}).splitlines()
     assert len(lines) == 2 + len(rows) and len({len(line) for line in lines}) == 1
     assert [text.strip() for text in lines[0].strip("|").split("|")] == list(HEADINGS)
     assert "reference" in lines[2] and "**int8**" in lines[3] and "+0.10 (-0.15 to +0.35)" in lines[3]
@@ -143,6 +143,7 @@ def test_a_thumbnail_is_a_picture_or_refused(uri, tmp_path):
 def test_a_section_with_nothing_to_show_is_left_out_except_what_was_not_measured():
     report = make_report()
     report.rows = [make_row("fp32, ONNX Runtime, CPU", 93.0, None, reference=True, change=None, scaled=None)]
+    report.decision = decide(report.rows, report.constraints)
     report.layers, report.others, report.not_run = {}, [], []
     text = render_html(report, b"", {})
     present = {

@@ -12,7 +12,8 @@ from support import assert_one_line_error, write_linear_bundle
 from eval.metrics.corrupted_accuracy import CLEAN, mean_drop, summarize
 from eval.metrics.corruptions import CORRUPTIONS, CorruptedImages, after_framing, corrupt
 from eval.metrics.paired import paired_drop
-from illama.data.datasets import Preprocessing, TensorImages
+from illama.data.datasets import TensorImages
+from illama.data.preprocessing import Preprocessing
 
 
 def _photo(size, seed=0):
@@ -24,7 +25,7 @@ def _photo(size, seed=0):
 @pytest.fixture
 def gray():
     images = np.stack([np.array(_photo(28, seed).convert("L")) for seed in range(4)])
-    return TensorImages(images, np.arange(4)), Preprocessing(28, 1, (0.5,), (0.5,))
+    return TensorImages(images, np.arange(4)), Preprocessing((28, 28), 1, (0.5,), (0.5,))
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -87,7 +88,10 @@ def test_images_larger_than_imagenet_c_s_are_corrupted_at_its_size():
 
 def test_framing_comes_first_and_once():
     """A crop of 32 pixels from 48 x 40: cropped, corrupted, then only normalized."""
-    photo, preprocessing = _photo(48).crop((0, 0, 48, 40)), Preprocessing(32, 3, (0.0,) * 3, (1.0,) * 3, resize=36)
+    photo, preprocessing = (
+        _photo(48).crop((0, 0, 48, 40)),
+        Preprocessing((32, 32), 3, (0.0,) * 3, (1.0,) * 3, resize=36),
+    )
     split = CorruptedImages([(photo, 5)], preprocessing, "brightness", 1)
     framed = split._frame(photo)
     assert framed.size == (32, 32)

@@ -25,9 +25,9 @@ from eval.cost_model.roofline_model import (
     measured_table,
 )
 from illama import ILLaMA
-from illama.bundle import FRAME, Manifest
 from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes
+from illama.manifest import Manifest
 from quant.export.onnx_export import export_onnx
 
 
@@ -113,7 +113,7 @@ def test_a_product_by_what_its_operands_are_stored_as(
 ):
     path = _graph(tmp_path / "g.onnx", weight is not None, activation is not None, weight, activation)
     assert product_costs(path, batch=2) == [
-        ProductCost("fc", "MatMul", precision, 2 * 2 * 8 * 64 * 32, weight_bytes, activation_bytes)
+        ProductCost("fc/MatMul", "MatMul", precision, 2 * 2 * 8 * 64 * 32, weight_bytes, activation_bytes)
     ]
 
 
@@ -191,7 +191,7 @@ def test_the_command_and_its_mistakes(exported, run_here, tmp_path):
     assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "xavier"), "xavier", "orin-nx")
     assert_one_line_error(run_here("eval/roofline.py", tmp_path), str(tmp_path))
     manifest = Manifest.read(bundle)
-    replace(manifest, metrics={FRAME: [480, 640, 3]}).write(bundle)
+    replace(manifest, frame=(480, 640, 3)).write(bundle)
     assert_one_line_error(run_here("eval/roofline.py", bundle, "--device", "cpu"), str(bundle), "camera")
     assert run_here("eval/roofline.py", bundle, *out).returncode == 0
     (bundle / "model.fused.onnx").write_bytes(b"no graph")

@@ -12,10 +12,10 @@ from support import assert_one_line_error, run_command, write_images, write_line
 from deploy.runtimes.temperature import read_temperature
 from eval.benchmark.machine import torch_on_all_cores
 from eval.benchmark.targets import expand, in_calls_of
-from illama.bundle import Manifest
-from illama.checkpoints.load import read_preprocessing
-from illama.data.datasets import Preprocessing, open_data
+from illama.data.datasets import open_data
+from illama.data.preprocessing import Preprocessing
 from illama.inference import load_images, usable_cores
+from illama.manifest import Manifest
 
 CLASSES = ["class0", "class1", "class2"]
 
@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tradeoff")
     images, labels = load_images(
         open_data(str(write_images(folder / "images"))).calibration(24),
-        Preprocessing(16, 3, (0.5,) * 3, (0.25,) * 3).transform(),
+        Preprocessing((16, 16), 3, (0.5,) * 3, (0.25,) * 3).transform(),
     )
     weights = np.linalg.lstsq(images.reshape(24, -1), np.eye(3)[labels], rcond=None)[0]
     for seed, (name, noise) in enumerate((("fp32", 0.06), ("int8", 0.05))):
@@ -65,7 +65,7 @@ def expected_classes(runs, name):
 
     bundle = runs / "runs" / name
     data = open_data(str(runs / "images"))
-    images, labels = load_images(data.test(), read_preprocessing(Manifest.read(bundle)).transform())
+    images, labels = load_images(data.test(), Manifest.read(bundle).preprocessing.transform())
     weights = onnx.numpy_helper.to_array(onnx.load(bundle / "model.onnx").graph.initializer[0]).astype(np.float64)
     return (images.reshape(len(images), -1).astype(np.float64) @ weights).argmax(1), labels
 
@@ -234,7 +234,7 @@ def test_paths_that_cannot_be_benchmarked(tradeoff, runs, tmp_path):
     assert_one_line_error(tradeoff(paths=(fp32, other)), "other classes")
     assert_one_line_error(tradeoff(paths=(other,)), "other classes")
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps({**manifest, "config": {"decoder_channels": 32}}))
+    (other / "manifest.json").write_text(json.dumps({**manifest, "network": "segmentation"}))
     assert_one_line_error(tradeoff(paths=(other,)), "eval/segmentation.py")
     (other / "manifest.json").write_text("{")
     assert_one_line_error(tradeoff(paths=(other.parent,)), "damaged")

@@ -33,11 +33,11 @@ from support import ROOT, SMALL, write_bundle, write_images
 
 from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord, find_engines
-from eval.report.schema import read_report
 from eval.report.store import write_results
-from illama.bundle import FUSED_ONNX, Manifest, sha256
+from illama.bundle import FUSED_ONNX, sha256
 from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError
+from illama.manifest import Manifest
 from illama.markdown_table import markdown
 from illama.training.log import read_log
 from quant.export.onnx_export import export_onnx
@@ -181,14 +181,14 @@ class Ptq(Command):
         ]
 
     def check_whole(self, result: Path) -> None:
-        for row in read_report(result / "report.json")["rows"]:
+        for row in json.loads((result / "report.json").read_text())["rows"]:
             for path, digest in row["sha256"].items():
                 check(sha256(result / path) == digest, f"{path} is not the file of the report")
         for bundle in ("fp32", "fp16", *self.schemes):
             Manifest.read(result / bundle)
         check(not list(result.rglob(".*")), "a draft in the result")
         facts: dict[str, Any] = {path.relative_to(result).as_posix(): sha256(path) for path in _outputs(result)}
-        for row in read_report(result / "report.json")["rows"]:
+        for row in json.loads((result / "report.json").read_text())["rows"]:
             facts[row["name"]] = {key: value for key, value in row.items() if key not in TIMED}
         check(self.facts in (None, facts), "files or accuracies differ from those of an uninterrupted run")
         self.facts = facts

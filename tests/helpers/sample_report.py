@@ -10,8 +10,10 @@ from PIL import Image
 
 from eval.benchmark.latency import Latency
 from eval.metrics.calibration import Bin, Reliability
-from eval.metrics.paired import Change, ClassChange, Drop, Flips, McNemar, Share
+from eval.metrics.paired import Change, ClassChange, Flips, McNemar, Share
+from eval.report.pareto import decide
 from eval.report.schema import FlippedImage, OtherResult, Report, Row
+from illama.manifest import Drop
 from illama.options import Constraints
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -41,6 +43,7 @@ def make_row(name: str, top1: float, p50: float | None, **fields) -> Row:
             "scheme": scheme,
             "runtime": runtime,
             "runtime_id": "onnxruntime",
+            "file": "model.onnx",
             "evaluated_with": "onnxruntime",
             "images": 1200,
             "top1": Share(top1, top1 - 1.5, top1 + 1.4),
@@ -74,6 +77,7 @@ def make_report() -> Report:
             93.1,
             None,
             engine="fp8/engines/tensorrt_rtx.engine",
+            file="engines/tensorrt_rtx.engine",
             engine_bytes=9_000_000,
             note=f"not run {HOSTILE}",
         ),
@@ -81,15 +85,17 @@ def make_report() -> Report:
     markdown = (
         f"## Corrupted\n\n| corruption | top-1 % |\n|---|---:|\n| fog {HOSTILE} | 25.93 |\n\n![x](http://far.example/a)"
     )
+    constraints = Constraints(1, 8.0, 0.8, 7.0)
     return Report(
         rows=rows,
+        decision=decide(rows, constraints),
         command=f"python eval/tradeoff.py --out {HOSTILE}",
         data=f"data & {HOSTILE}",
         checkpoint="weights",
         classes=CLASSES,
         machine={"cpu": "a <CPU>", "cores": 2, "gpu": None},
         versions={"torch": "2"},
-        constraints=Constraints(1, 8.0, 0.8, 7.0),
+        constraints=constraints,
         conditions={"threads": 2, "clocks": {"before": [1, 2]}},
         calibration_images=512,
         seconds={"time": 1.5},

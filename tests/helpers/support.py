@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import write_folder
-from illama.bundle import FUSED_ONNX, Manifest, bundle_of, sha256
-from illama.data.datasets import Preprocessing
+from illama.bundle import FUSED_ONNX, MANIFEST, bundle_of, sha256
+from illama.data.preprocessing import Preprocessing
+from illama.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +33,7 @@ def write_bundle(folder: Path, config: ModelConfig, state: dict[str, torch.Tenso
     preprocessing = Preprocessing.imagenet(config.image_size, config.in_channels)
     classes = [f"class{i}" for i in range(config.num_classes)]
     with write_folder(folder) as draft:
-        Manifest("test", config.to_dict(), asdict(preprocessing), classes).write(draft)
+        Manifest(config.kind, config.to_dict(), preprocessing, tuple(classes)).write(draft)
         save_file(state, draft / "model.safetensors")
     return folder
 
@@ -51,9 +53,21 @@ def write_linear_bundle(folder: Path, weights: np.ndarray, image_size: int, clas
     graph = onnx.helper.make_graph(nodes, "linear", values[:1], values[1:], [constant])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     with write_folder(folder) as draft:
-        Manifest("test", {}, asdict(Preprocessing(image_size, 3, (0.5,) * 3, (0.25,) * 3)), classes).write(draft)
+        preprocessing = Preprocessing((image_size, image_size), 3, (0.5,) * 3, (0.25,) * 3)
+        Manifest("illama", {}, preprocessing, tuple(classes)).write(draft)
         onnx.save(model, draft / "model.onnx")
     return folder
+
+
+def write_format_1(bundle: Path, *without: str) -> None:
+    """Rewrites a bundle's manifest in format 1, without some fields of the preprocessing."""
+    manifest = Manifest.read(bundle)
+    preprocessing = {"image_size": manifest.preprocessing.size[0], **asdict(manifest.preprocessing)}
+    for name in ("size", "interpolation", *without):
+        del preprocessing[name]
+    facts = {"made_by": "python old.py", "config": dict(manifest.config), "preprocessing": preprocessing}
+    facts |= {"classes": manifest.classes, "seed": 0, "inputs": {}, "metrics": {}, "versions": {}, "format": 1}
+    (bundle / MANIFEST).write_text(json.dumps(facts))
 
 
 def write_made_up_engine(path: Path, **facts: object) -> EngineRecord:

@@ -26,9 +26,9 @@ from illama.atomic_write import (
     write_folder,
     write_pinned,
 )
-from illama.bundle import Manifest
 from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError
+from illama.manifest import Manifest
 
 
 def anything(folder):

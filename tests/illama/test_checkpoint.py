@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import pickle
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,18 +20,19 @@ from timm.layers import resample_abs_pos_embed
 
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import write_folder
-from illama.bundle import SHIPPED, Manifest
+from illama.bundle import SHIPPED
 from illama.checkpoints.load import initialize_from, load_checkpoint, resize_positions, write_weights
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
-from quant.input_options import InputOptions
+from illama.manifest import Manifest
+from illama.options import SourceOptions
 from quant.inputs import open_inputs
 
 
 def test_a_bundle_gives_its_config_preprocessing_and_classes(small_bundle):
     checkpoint = load_checkpoint(small_bundle)
     assert checkpoint.model.config == SMALL
-    assert checkpoint.preprocessing.image_size == 32
+    assert checkpoint.preprocessing.size == (32, 32)
     assert checkpoint.classes == ("class0", "class1", "class2")
     assert not checkpoint.model.training
     by_file = load_checkpoint(small_bundle / "model.safetensors")
@@ -216,11 +217,13 @@ def test_a_manifest_that_contradicts_the_metadata_is_rejected(small_bundle):
 @pytest.mark.parametrize(
     ("text", "identifier"),
     [
-        ("{", "damaged config"),
-        ("[1]", "damaged config"),
+        ("{", "x.safetensors"),
+        ("[1]", "x.safetensors"),
         ('{"wings": 2}', "wings"),
-        ('{"depth": "2"}', "depth .*'2'"),
-        ("3", "damaged config"),
+        ('{"depth": "2"}', "x.safetensors .*depth"),
+        ('{"depth": 2147483648}', "depth .*2147483648"),
+        ('{"depth": 1024}', "depth 1024"),
+        ("3", "x.safetensors"),
     ],
 )
 def test_damaged_metadata_is_rejected(tmp_path, text, identifier):
@@ -299,7 +302,7 @@ def test_another_resolution_changes_only_the_positions(tmp_path, config):
     for image_size in (16, 32, 64):
         checkpoint = load_checkpoint(bundle, image_size=image_size)
         assert checkpoint.model.config == replace(config, image_size=image_size)
-        assert checkpoint.preprocessing.image_size == image_size
+        assert checkpoint.preprocessing.size == (image_size, image_size)
         loaded = checkpoint.model.state_dict()
         same = {name for name in state if torch.equal(state[name], loaded[name])}
         assert same == state.keys() - ({"pos_embed"} if image_size != 32 else set())
@@ -308,7 +311,7 @@ def test_another_resolution_changes_only_the_positions(tmp_path, config):
             assert torch.equal(loaded["pos_embed"][:, row], state["pos_embed"][:, row])
         with torch.no_grad():
             assert checkpoint.model(torch.randn(1, 3, image_size, image_size)).isfinite().all()
-    for wrong, identifier in ((30, "not a multiple of patch_size 8"), (0, "at least 1")):
+    for wrong, identifier in ((30, "not a multiple of patch_size 8"), (0, "image_size .*0")):
         with pytest.raises(UserError, match=identifier):
             load_checkpoint(bundle, image_size=wrong)
 
@@ -322,21 +325,21 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
         (Preprocessing.imagenet(224), 288, 329),
         (Preprocessing.imagenet(224), 384, None),
         (Preprocessing.imagenet(384), 224, 256),
-        (Preprocessing(224, 3, MEAN, STD, 248), 192, 212),
-        (Preprocessing(224, 3, MEAN, STD, 248), 384, None),
-        (Preprocessing(224, 3, MEAN, STD), 288, None),
-        (Preprocessing(384, 3, MEAN, STD), 224, None),
+        (Preprocessing((224, 224), 3, MEAN, STD, 248), 192, 212),
+        (Preprocessing((224, 224), 3, MEAN, STD, 248), 384, None),
+        (Preprocessing((224, 224), 3, MEAN, STD), 288, None),
+        (Preprocessing((384, 384), 3, MEAN, STD), 224, None),
     ],
 )
 def test_the_preprocessing_is_adapted_to_the_resolution(tmp_path, stored, image_size, resize):
-    config = ModelConfig(image_size=stored.image_size, patch_size=32, width=64, depth=1, heads=1, num_classes=2)
+    config = ModelConfig(image_size=stored.size[0], patch_size=32, width=64, depth=1, heads=1, num_classes=2)
     state = ILLaMA(config).state_dict()
     with write_folder(tmp_path / "bundle") as draft:
-        Manifest("test", config.to_dict(), asdict(stored), ["a", "b"]).write(draft)
+        Manifest("illama", config.to_dict(), stored, ("a", "b")).write(draft)
         write_weights(state, config, draft / "model.safetensors")
-    assert load_checkpoint(tmp_path / "bundle", image_size=stored.image_size).preprocessing == stored
+    assert load_checkpoint(tmp_path / "bundle", image_size=stored.size[0]).preprocessing == stored
     resized = load_checkpoint(tmp_path / "bundle", image_size=image_size).preprocessing
-    assert resized == replace(stored, image_size=image_size, resize=resize)
+    assert resized == replace(stored, size=(image_size, image_size), resize=resize)
 
 
 def test_the_shipped_checkpoint_works_at_other_resolutions(real_images):
@@ -403,12 +406,12 @@ def test_fine_tuning_another_network_is_rejected(small_bundle, change, identifie
 
 
 def test_ptq_takes_an_image_size(small_bundle, image_folder, tmp_path):
-    options = InputOptions(checkpoint=small_bundle, data=str(image_folder))
-    inputs = open_inputs(options, 64)
+    options = SourceOptions(checkpoint=small_bundle, data=str(image_folder))
+    inputs = open_inputs(replace(options, image_size=64))
     assert inputs.model.config == replace(SMALL, image_size=64)
-    assert inputs.preprocessing.image_size == 64
+    assert inputs.preprocessing.size == (64, 64)
     with pytest.raises(UserError, match=r"60.*patch_size 8"):
-        open_inputs(options, 60)
+        open_inputs(replace(options, image_size=60))
 
 
 class Payload:
@@ -465,7 +468,7 @@ def test_a_truncated_file_is_rejected(tmp_path, suffix, kept):
     state = ILLaMA(SMALL).state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"truncated|more than tensors"):
+    with pytest.raises(UserError, match=path.name):
         load_checkpoint(path)
 
 

@@ -11,14 +11,14 @@ from support import write_linear_bundle
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm_networks import saved
 
-from illama.bundle import Manifest
 from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.inference import chance_note
+from illama.manifest import Manifest
+from illama.options import SourceOptions
 from illama.training.start import check_class_order
 from quant.export.write_bundle import Origin
 from quant.inputs import open_inputs
-from quant.ptq import PtqOptions
 
 COUNT = 12
 WORDS = ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")
@@ -52,7 +52,7 @@ def bundles(tmp_path, numbered):
     for name, order, classes in (("natural", "natural", NATURAL), ("permuted", "words", WORDS)):
         bundle = write_linear_bundle(tmp_path / name, weights, 16, list(classes))
         manifest = Manifest.read(bundle)
-        replace(manifest, preprocessing={**manifest.preprocessing, "class_order": order}).write(bundle)
+        replace(manifest, preprocessing=replace(manifest.preprocessing, class_order=order)).write(bundle)
         found.append(bundle)
     return found
 
@@ -88,12 +88,12 @@ def test_one_warning_if_the_orders_differ(numbered, tmp_path, image_folder, capf
 
 def test_a_timm_network_s_folders_are_in_natural_order(numbered, tmp_path):
     _, path = saved(tmp_path, "small_vit_plain", num_classes=COUNT)
-    options = PtqOptions(checkpoint=path, model="timm:small_vit_plain", data=str(numbered), calibration_images=4)
+    options = SourceOptions(path, "timm:small_vit_plain", str(numbered), 4)
     for given, order, classes in ((None, "natural", NATURAL), ("words", "words", WORDS)):
-        origin = Origin.of(open_inputs(replace(options, class_order=given)))
-        manifest = origin.manifest({}, {})
-        assert origin.classes == classes and manifest.preprocessing["class_order"] == order
-        assert manifest.preprocessing["exif"] == "apply"
+        inputs = open_inputs(replace(options, class_order=given))
+        manifest = Origin.of(inputs).manifest(inputs.model.config)
+        assert manifest.classes == classes and manifest.preprocessing.class_order == order
+        assert manifest.preprocessing.exif == "apply" and manifest.network == "timm"
 
 
 def test_the_bundle_determines_the_order(bundles, numbered, run_here, tmp_path):

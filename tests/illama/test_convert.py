@@ -1,7 +1,5 @@
 """Conversion of a released file to a bundle."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from released_files import RELEASED, released_state, save_released
@@ -9,12 +7,13 @@ from safetensors.torch import load_file
 from support import assert_one_line_error, run_command
 from timm.data import ImageNetInfo
 
-from illama.bundle import Manifest, sha256
+from illama.bundle import sha256
 from illama.checkpoints.conversion import to_half
 from illama.checkpoints.load import load_checkpoint, resize_positions
 from illama.convert import ConvertOptions, main
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import Manifest
 
 
 @pytest.fixture
@@ -33,15 +32,11 @@ def test_the_command_writes_a_bundle(released, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "192 wide, 1 blocks, 3 heads, 224 pixels, 1000 classes" in result.stdout
     manifest = Manifest.read(out)
-    assert manifest.inputs == {str(released): sha256(released)}
-    assert manifest.preprocessing == {
-        **asdict(Preprocessing.imagenet(224)),
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-        "resize": 256,
-    }
-    assert "illama/convert.py" in manifest.made_by and "torch" in manifest.versions
-    assert manifest.classes[:2] == ["n01440764", "n01443537"] and len(set(manifest.classes)) == 1000
+    assert manifest.provenance.inputs == {str(released): sha256(released)}
+    means, deviations = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert manifest.preprocessing == Preprocessing((224, 224), 3, means, deviations, 256)
+    assert "illama/convert.py" in manifest.provenance.command and "torch" in manifest.provenance.versions
+    assert manifest.classes[:2] == ("n01440764", "n01443537") and len(set(manifest.classes)) == 1000
     original, bundle = load_checkpoint(released), load_checkpoint(out)
     assert bundle.model.config == original.model.config
     assert bundle.preprocessing == Preprocessing.imagenet(224)
@@ -62,19 +57,19 @@ def test_imagenet_s_names_are_its_sorted_folder_names(released, tmp_path):
     """torchvision's ImageFolder numbers classes by sorted folder names, and so does ImageNet."""
     main(ConvertOptions(released, tmp_path / "out"))
     classes = Manifest.read(tmp_path / "out").classes
-    assert classes == sorted(classes)
+    assert list(classes) == sorted(classes)
     assert ImageNetInfo().index_to_description(classes.index("n02123045")).startswith("tabby")
 
 
 def test_class_names_come_from_the_file_the_bundle_or_are_numbers(ten_classes, tmp_path):
     main(ConvertOptions(ten_classes, tmp_path / "numbers"))
-    assert Manifest.read(tmp_path / "numbers").classes == [str(i) for i in range(10)]
+    assert Manifest.read(tmp_path / "numbers").classes == tuple(str(i) for i in range(10))
     names = tmp_path / "names.txt"
     names.write_text("".join(f"klasse ä{i} \n" for i in range(10)), encoding="utf-8")
     main(ConvertOptions(ten_classes, tmp_path / "named", classes=names))
-    assert Manifest.read(tmp_path / "named").classes == [f"klasse ä{i}" for i in range(10)]
+    assert Manifest.read(tmp_path / "named").classes == tuple(f"klasse ä{i}" for i in range(10))
     main(ConvertOptions(tmp_path / "named", tmp_path / "again"))
-    assert Manifest.read(tmp_path / "again").classes == [f"klasse ä{i}" for i in range(10)]
+    assert Manifest.read(tmp_path / "again").classes == tuple(f"klasse ä{i}" for i in range(10))
     with pytest.raises(UserError, match=r"nothing\.txt"):
         main(ConvertOptions(ten_classes, tmp_path / "out", classes=tmp_path / "nothing.txt"))
     names.write_bytes(b"\xff\xfe\xff")

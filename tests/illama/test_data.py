@@ -14,9 +14,11 @@ from support import write_images
 from timm.data import create_transform
 from torchvision import datasets
 
-from illama.data.datasets import DEBIAN_FASHION_MNIST, Preprocessing, Transformed, open_data
+from illama.data.datasets import DEBIAN_FASHION_MNIST, Transformed, open_data
 from illama.data.idx_files import read_idx
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.structured_files import parse_json
 
 
 def _digests(images):
@@ -71,10 +73,11 @@ def test_an_image_folder(image_folder):
 def test_preprocessing_is_read_from_json_or_rejected():
     preprocessing = Preprocessing.imagenet(224)
     values = json.loads(json.dumps(asdict(preprocessing)))
-    assert Preprocessing.from_dict(values) == preprocessing
-    for damaged in ({**values, "crop": 1}, {**values, "mean": None}, {"image_size": 224}, []):
-        with pytest.raises(UserError, match="preprocessing"):
-            Preprocessing.from_dict(damaged)
+    assert parse_json(json.dumps(values), Preprocessing, "preprocessing") == preprocessing
+    wrong = {"crop": 1, "mean": None, "std": [0, 1, 1], "size": [224], "resize": 100, "exif": "yes", "interpolation": 3}
+    for damaged in (*({**values, name: value} for name, value in wrong.items()), {"size": [224, 224]}, []):
+        with pytest.raises(UserError):
+            parse_json(json.dumps(damaged), Preprocessing, "preprocessing")
 
 
 def test_too_many_calibration_images(image_folder):

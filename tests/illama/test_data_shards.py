@@ -223,7 +223,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[100:400] = b"\xff" * 300
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"{path.name} is damaged"):
+    with pytest.raises(UserError, match=path.name):
         list(_open("parquet", folder).test())
 
 

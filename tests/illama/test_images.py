@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import cv2
@@ -21,7 +22,7 @@ from PIL import EpsImagePlugin, Image
 from torchvision.transforms import InterpolationMode, v2
 
 from illama.data import images
-from illama.data.images import ResizeAndCrop, bicubic, decode_image
+from illama.data.images import Interpolation, ResizeAndCrop, decode_image, resize_weights
 from illama.errors import UserError
 
 CASES = Path(__file__).parents[1] / "data"
@@ -262,21 +263,23 @@ def pictures(draw):
     shape = draw(st.sampled_from([(narrow, long), *tall]))
     pixels = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, (*shape, 3), dtype=np.uint8)
     pixels = pixels // 128 * np.uint8(255) if draw(st.booleans()) else pixels
-    size = draw(st.integers(1, 50))
-    return Image.fromarray(pixels), size + draw(st.integers(0, 30)), size
+    size = draw(st.integers(1, 50)), draw(st.integers(1, 50))
+    short = max(size) + draw(st.integers(0, 30))
+    return Image.fromarray(pixels), short, size, draw(st.sampled_from(get_args(Interpolation)))
 
 
 @settings(max_examples=80, deadline=None)
 @given(pictures())
 def test_the_crop_equals_the_crop_of_the_resized_image(case):
-    picture, short, size = case
-    whole = v2.Compose([v2.Resize(short, InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+    picture, short, size, interpolation = case
+    crop = ResizeAndCrop(short, size, interpolation)
+    whole = v2.Compose([v2.Resize(short, InterpolationMode(interpolation)), v2.CenterCrop(size)])
     expected = np.asarray(whole(picture)).astype(int)
-    assert np.array_equal(np.asarray(ResizeAndCrop(short, size)(picture)), expected)
+    assert np.array_equal(np.asarray(crop(picture)), expected)
     with mock.patch.object(images, "MAX_RESIZED", 0):
-        assert np.abs(np.asarray(ResizeAndCrop(short, size)(picture)) - expected).max() <= 1
+        assert np.abs(np.asarray(crop(picture)) - expected).max() <= 1
         tensor = v2.functional.pil_to_tensor(picture)
-        assert np.array_equal(ResizeAndCrop(short, size)(tensor), ResizeAndCrop(short, size)(picture))
+        assert np.array_equal(crop(tensor), crop(picture))
 
 
 @pytest.mark.parametrize("shape", [(10, 12_000), (12_000, 10)])
@@ -284,20 +287,20 @@ def test_beyond_the_limit_the_crop_is_the_same(shape):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     whole = v2.Compose([v2.Resize(256, InterpolationMode.BICUBIC), v2.CenterCrop(224)])(picture)
     with mock.patch.object(v2.functional, "resize", side_effect=AssertionError("the whole picture was resized")):
-        found = ResizeAndCrop(256, 224)(picture)
+        found = ResizeAndCrop(256, (224, 224))(picture)
     assert np.abs(np.asarray(found).astype(int) - np.asarray(whole)).max() <= 1
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 70), st.data())
-@example(28, 28, None)
-def test_the_weights_equal_pytorch_s(old, new, data):
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from(get_args(Interpolation)), st.data())
+@example(28, 28, "bicubic", None)
+def test_the_weights_equal_pytorch_s(old, new, interpolation, data):
     first = data.draw(st.integers(0, new - 1)) if data else 0
     count = data.draw(st.integers(1, new - first)) if data else new
     expected = F.interpolate(
-        torch.eye(old, dtype=torch.float64)[None, None], size=(new, old), mode="bicubic", antialias=True
+        torch.eye(old, dtype=torch.float64)[None, None], size=(new, old), mode=interpolation, antialias=True
     )[0, 0, first : first + count].numpy()
-    low, weights = bicubic(old, new, first, count)
+    low, weights = resize_weights(old, new, first, count, interpolation)
     found = np.zeros((count, old))
     found[:, low : low + weights.shape[1]] = weights
     np.testing.assert_allclose(found, expected, atol=1e-12)
@@ -306,7 +309,7 @@ def test_the_weights_equal_pytorch_s(old, new, data):
 MEMORY = """
 import resource, sys
 from PIL import Image
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.data.images import decode_image
 

@@ -13,22 +13,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from support import SMALL, assert_one_line_error, write_bundle
+from support import SMALL, assert_one_line_error, write_bundle, write_format_1
 
 from eval.benchmark.open_bundles import check_alike
 from eval.metrics.cue_conflict import Stimuli
 from eval.metrics.separation import open_outside
-from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED, Manifest
-from illama.checkpoints.load import load_checkpoint, read_preprocessing
+from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED
+from illama.checkpoints.load import load_checkpoint
 from illama.data.ade20k import SegmentationFolder
-from illama.data.datasets import Preprocessing, open_data
+from illama.data.datasets import open_data
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import predict, torch_infer
+from illama.manifest import Manifest
+from illama.options import SourceOptions
 from illama.training.distributed import Processes
 from illama.training.recipe import Recipe, read_recipe
 from illama.training.start import start_run
 from quant.export.onnx_export import export_onnx
-from quant.input_options import InputOptions
 from quant.inputs import open_inputs
 from quant.qat import QatOptions
 
@@ -106,9 +108,7 @@ def nano(tmp_path_factory):
 def without_fields(bundle, folder):
     """Returns the bundle without the fields, as from an earlier version."""
     shutil.copytree(bundle, folder)
-    values = json.loads((folder / MANIFEST).read_text())
-    del values["preprocessing"]["exif"], values["preprocessing"]["class_order"]
-    (folder / MANIFEST).write_text(json.dumps(values))
+    write_format_1(folder, "exif", "class_order")
     return folder
 
 
@@ -139,20 +139,22 @@ def test_an_extreme_frame_is_rejected(nano, run_here, tmp_path):
 
 
 def test_the_manifest_has_exif_and_class_order(nano, tmp_path):
-    new, old = read_preprocessing(Manifest.read(nano)), without_fields(nano, tmp_path / "old")
+    new, old = Manifest.read(nano).preprocessing, without_fields(nano, tmp_path / "old")
     assert (new.exif, new.class_order) == ("apply", "words")
-    before = read_preprocessing(Manifest.read(old))
+    before = Manifest.read(old).preprocessing
     assert (before.exif, before.class_order) == ("ignore", "words") and before == replace(new, exif="ignore")
     with pytest.raises(UserError, match="takes other images"):
         check_alike([nano, old])
     ignoring = shutil.copytree(nano, tmp_path / "ignoring")
     manifest = Manifest.read(ignoring)
-    other = {**manifest.preprocessing, "exif": "ignore", "class_order": "natural"}
+    other = replace(manifest.preprocessing, exif="ignore", class_order="natural")
     replace(manifest, preprocessing=other).write(ignoring)
     assert check_alike([old, ignoring]).classes == manifest.classes
+    values = json.loads((ignoring / MANIFEST).read_text())
     for damage in ({"exif": "yes"}, {"class_order": None}, {"resize": 20}):
+        (ignoring / MANIFEST).write_text(json.dumps({**values, "preprocessing": {**values["preprocessing"], **damage}}))
         with pytest.raises(UserError, match=next(iter(damage))):
-            Preprocessing.from_dict({**manifest.preprocessing, **damage})
+            Manifest.read(ignoring)
 
 
 def test_options_override_the_bundle(tmp_path, image_folder, run_here):
@@ -166,7 +168,7 @@ def test_options_override_the_bundle(tmp_path, image_folder, run_here):
         (bundle / "model.safetensors", None, "apply"),
         (bundle / "model.safetensors", "ignore", "ignore"),
     ):
-        inputs = open_inputs(InputOptions(checkpoint, exif=given, **options))
+        inputs = open_inputs(SourceOptions(checkpoint, exif=given, **options))
         assert inputs.preprocessing.exif == inputs.data.exif == expected
     for checkpoint, more, expected in (
         (bundle, (), "apply"),
@@ -176,13 +178,13 @@ def test_options_override_the_bundle(tmp_path, image_folder, run_here):
     ):
         result = run_here("illama/convert.py", checkpoint, "--out", tmp_path / "out", *more)
         assert result.returncode == 0, result.stderr
-        assert Manifest.read(tmp_path / "out").preprocessing["exif"] == expected
+        assert Manifest.read(tmp_path / "out").preprocessing.exif == expected
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("exif: ignore\nclass_order: natural\n")
     read = read_recipe(QatOptions, tmp_path, str(recipe))
     assert (read.exif, read.class_order) == ("ignore", "natural")
     recipe.write_text("exif: [ignore]\n")
-    with pytest.raises(UserError, match="exif must be apply or ignore"):
+    with pytest.raises(UserError, match="exif"):
         read_recipe(QatOptions, tmp_path, str(recipe))
 
 
@@ -196,7 +198,9 @@ def test_training_stores_its_options_in_the_bundle(tmp_path, image_folder):
     ):
         run = start_run(replace(recipe, **given), alone)
         assert (
-            (run.preprocessing.exif, run.preprocessing.class_order) == (run.data.exif, run.data.class_order) == expected
+            (run.task.preprocessing.exif, run.task.preprocessing.class_order)
+            == (run.task.data.exif, run.task.data.class_order)
+            == expected
         )
 
 

@@ -22,11 +22,12 @@ from eval.metrics.miou import miou_drop
 from eval.segmentation import SegmentationEvalOptions
 from eval.segmentation import main as evaluate
 from illama import ILLaMA, ModelConfig
-from illama.bundle import CPU_ONNX, FUSED_ONNX, Manifest
+from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.checkpoints.load import initialize_from, write_weights
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.manifest import TRAINED, Manifest
 from illama.models.attention import MaskedNetwork
 from illama.models.upernet import (
     AdaptiveAvgPool,
@@ -36,10 +37,11 @@ from illama.models.upernet import (
     fold_batch_norms,
     load_segmentation,
 )
+from illama.options import check_bounds
 from illama.segmentation_scores import Scores, Views, count_pixels, predict_map, window_starts
-from illama.train_segmentation import SegmentationOptions
 from illama.train_segmentation import main as train
 from illama.training.distributed import Processes
+from illama.training.segmentation_options import SegmentationOptions
 from illama.training.segmentation_run import map_loss, start_segmentation
 from illama.training.trainer import fit, parameter_groups
 from quant.export.onnx_export import export_onnx
@@ -54,7 +56,7 @@ TINY = SegmentationConfig(**SHAPE, num_classes=4)
 TRAINING = SegmentationOptions(
     **SHAPE, epochs=7, batch_size=8, micro_batch=8, learning_rate=3e-3, warmup_epochs=1, workers=0, autocast="float32"
 )
-PLAIN = Preprocessing(8, 3, (0.0,) * 3, (1 / 255,) * 3, 8)  # a pixel's value is the network's input
+PLAIN = Preprocessing((8, 8), 3, (0.0,) * 3, (1 / 255,) * 3, 8)  # a pixel's value is the network's input
 
 
 def _draw(folder, **options):
@@ -297,10 +299,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
     options = replace(TRAINING, data=str(shapes), out=tmp_path / "whole", epochs=1, checkpoint_steps=2, batch_size=16)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole = start_segmentation(options, 32, alone)
+    whole = start_segmentation(options, alone)
     fit(whole)
-    killed = start_segmentation(replace(options, out=tmp_path / "killed"), 32, alone)
-    proper, losses = killed.loss, []
+    killed = start_segmentation(replace(options, out=tmp_path / "killed"), alone)
+    proper, losses = killed.task.loss, []
 
     def loss(*arguments):
         losses.append(proper(*arguments))
@@ -308,11 +310,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(shapes, tmp_path):
             raise KeyboardInterrupt
         return losses[-1]
 
-    killed.loss = loss
+    killed.task = replace(killed.task, loss=loss)
     with pytest.raises(KeyboardInterrupt):
         fit(killed)
-    resumed = start_segmentation(replace(options, out=tmp_path / "killed"), 32, alone)
-    assert resumed.step == 2
+    resumed = start_segmentation(replace(options, out=tmp_path / "killed"), alone)
+    assert resumed.progress.step == 2
     fit(resumed)
     for name, value in whole.kept_weights().items():
         assert torch.equal(value, resumed.kept_weights()[name]), name
@@ -322,7 +324,7 @@ def test_training_learns(trained, shapes):
     manifest = Manifest.read(trained)
     data = SegmentationFolder(shapes)
     background = sum(count_pixels(np.zeros_like(labels), np.asarray(labels), 4) for _, labels in data.test())
-    assert manifest.metrics["test_miou"] > 2.5 * Scores.of(background).miou
+    assert manifest.scores.values[TRAINED] > 2.5 * Scores.of(background).miou
     checkpoint = load_segmentation(trained)
     assert checkpoint.classes == ("background", "rectangle", "disc", "ring")
     assert checkpoint.model.config == TINY and not checkpoint.model.training
@@ -338,13 +340,13 @@ def test_quantized_files_have_the_scores_of_the_network(trained, shapes, tmp_pat
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if ".onnx" in line]
     mious = {row[0].removeprefix("| "): float(row[1]) for row in rows}
     assert len(mious) == 4
-    assert mious["fp32/model.onnx"] == pytest.approx(Manifest.read(trained).metrics["test_miou"], abs=0.1)
+    assert mious["fp32/model.onnx"] == pytest.approx(Manifest.read(trained).scores.values[TRAINED], abs=0.1)
     assert all(abs(miou - mious["fp32/model.onnx"]) < 3 for miou in mious.values())
     assert (tmp_path / "result-1.5.json").exists() and (tmp_path / "result-1.5.md").exists()
 
     int8 = out / "int8"
-    layers = {row[0]: row[1:] for row in Manifest.read(int8).metrics["layers"]}
-    assert layers["decoder.fusion_block.0"] == ["int8 per channel", "uint8 asymmetric"], layers
+    layers = {each.layer: (each.weight, each.input) for each in Manifest.read(int8).quantization.layers}
+    assert layers["decoder.fusion_block.0"] == ("int8 per channel", "uint8 asymmetric"), layers
     assert (int8 / "model.onnx").stat().st_size < 0.4 * (out / "fp32" / "model.onnx").stat().st_size
     if library := find_library():
         assert EngineRecord.read(build_bundle(library, int8)).attentions == 4
@@ -373,8 +375,8 @@ def test_files_with_quantized_convolutions_equal_pytorch(name, tmp_path):
         tensors={"*.weight": shipped_scheme(name).spec("x.weight"), "*.input": shipped_scheme(name).spec("x.input")},
         smooth={},
     )
-    assert len(resolve(scheme, model)) == 6
-    quantized = calibrate(model, scheme, [images])
+    assert len(resolve(scheme, model).tensors) == 6
+    quantized = calibrate(model, resolve(scheme, model), [images])
     expected, exact = quantized(images).detach(), model(images).detach()
     noise = (expected - exact).norm() / exact.norm()
     assert 0 < noise < (0.02 if name == "int8" else 0.06)
@@ -403,7 +405,7 @@ def test_schemes_need_different_names(trained, shapes, tmp_path):
 
 def test_errors_are_one_line(shapes, small_bundle, tmp_path):
     with pytest.raises(UserError, match="--seed"):
-        SegmentationEvalOptions((small_bundle,), shapes, seed=-1)
+        check_bounds(SegmentationEvalOptions((small_bundle,), shapes, seed=-1))
     with pytest.raises(UserError, match=r"train_segmentation\.py"):
         quantize(PtqSegmentationOptions(small_bundle, shapes, out=tmp_path / "ptq"))
     with pytest.raises(UserError, match="classes"):

@@ -19,10 +19,11 @@ from timm_networks import REGISTERED, build, images_for, randomise, saved
 from illama.bundle import SHIPPED
 from illama.checkpoints.load import load_checkpoint, write_weights
 from illama.checkpoints.timm_checkpoint import _timm_preprocessing, load_timm
-from illama.data.datasets import Preprocessing
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.models.config import TimmConfig
 from illama.models.timm_vit import to_causal, to_quantizable
+from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -146,7 +147,7 @@ def test_another_size_equals_timm_s_resizing(name, tmp_path):
     vit, path = saved(tmp_path, name)
     vit.set_input_size((48, 48))
     checkpoint = load_timm(name, path, image_size=48)
-    assert checkpoint.model.config.image_size == checkpoint.preprocessing.image_size == 48
+    assert checkpoint.model.config.image_size == checkpoint.preprocessing.size[0] == 48
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         torch.testing.assert_close(checkpoint.model(images), vit(images), atol=1e-5, rtol=1e-4)
@@ -179,7 +180,7 @@ def test_the_preprocessing_equals_timm_s(name, resize, numbers, tmp_path):
     vit = timm.create_model(name, num_classes=5, img_size=224, depth=1, embed_dim=32, num_heads=2)
     own = timm.data.create_transform(**timm.data.resolve_model_data_config(vit) | {"input_size": (3, 224, 224)})
     ours = _timm_preprocessing(vit, 224, 3)
-    assert ours == Preprocessing(224, 3, **numbers, resize=resize)
+    assert ours == Preprocessing((224, 224), 3, **numbers, resize=resize)
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((300, 260), Image.Resampling.BICUBIC)
     assert (ours.transform()(image) - own(image)).abs().max() < 1e-5
@@ -187,7 +188,7 @@ def test_the_preprocessing_equals_timm_s(name, resize, numbers, tmp_path):
 
 def test_squashed_images_are_warped():
     vit = timm.create_model("vit_base_patch16_clip_384.openai_ft_in1k", depth=1, embed_dim=32, num_heads=2)
-    assert _timm_preprocessing(vit, 384, 3) == Preprocessing(384, 3, **CLIP, resize=None)
+    assert _timm_preprocessing(vit, 384, 3) == Preprocessing((384, 384), 3, **CLIP, resize=None)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +276,10 @@ def test_timm_s_weights_are_rejected_as_an_illama(tmp_path):
 
 def test_ptq_accepts_a_timm_network(tmp_path, image_folder, small_bundle):
     from quant.inputs import open_inputs
-    from quant.ptq import PtqOptions
 
     _, path = saved(tmp_path, "small_vit_registers", num_classes=3)
-    options = PtqOptions(checkpoint=path, model="timm:small_vit_registers", data=str(image_folder), out=tmp_path / "o")
+    options = SourceOptions(path, "timm:small_vit_registers", str(image_folder))
     assert open_inputs(options).model.config == TimmConfig("small_vit_registers", 32, 3, 3)
-    assert open_inputs(options, 48).preprocessing.image_size == 48
+    assert open_inputs(replace(options, image_size=48)).preprocessing.size == (48, 48)
     with pytest.raises(UserError, match="is a bundle"):
         open_inputs(replace(options, checkpoint=small_bundle))

@@ -1,7 +1,6 @@
 """Killed commands: what they leave, and that the next run works. `make kill` kills at every step."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +11,17 @@ import pytest
 from support import ROOT, run_command
 
 from deploy.trt.library import find_library
-from illama.bundle import Manifest
+from illama.manifest import Manifest
 
 NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+WAITS_WHILE_IT_WRITES = """
+import runpy, sys, time
+from illama.checkpoints import conversion
+conversion.write_converted = lambda *_: time.sleep(600)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def can_unshare():
@@ -36,10 +43,9 @@ def test_a_few_kills_of_every_command_and_two_at_once():
 @pytest.mark.skipif(not can_unshare(), reason="this machine does not let the tests make a PID namespace")
 def test_a_kill_of_process_1_of_a_container(small_bundle, tmp_path):
     """In a container every command is process 1, so a process ID does not tell whether a writer is alive."""
-    classes = tmp_path / "classes"
-    os.mkfifo(classes)  # reading it blocks the command while it writes its folder
     command = [*NAMESPACE, sys.executable, "illama/convert.py", str(small_bundle), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen([*command, "--classes", str(classes)], cwd=ROOT)
+    waiting = [*NAMESPACE, sys.executable, "-c", WAITS_WHILE_IT_WRITES, *command[len(NAMESPACE) + 1 :]]
+    process = subprocess.Popen(waiting, cwd=ROOT)
     while process.poll() is None and not any(path.is_dir() for path in tmp_path.glob(".out.draft-*")):
         time.sleep(0.01)
     child = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().strip()
@@ -47,7 +53,6 @@ def test_a_kill_of_process_1_of_a_container(small_bundle, tmp_path):
     assert ids.split()[-1] == "1"
     process.kill()
     process.wait()
-    classes.unlink()
     assert sorted(path.suffix for path in tmp_path.glob(".out*"))[-1] == ".lock" and not (tmp_path / "out").exists()
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

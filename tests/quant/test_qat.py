@@ -15,9 +15,10 @@ from support import SMALL, assert_one_line_error, run_command, write_bundle, wri
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from eval.metrics.paired import paired_drop
 from illama import ILLaMA
-from illama.bundle import CPU_ONNX, FUSED_ONNX, WEIGHTS, Manifest
+from illama.bundle import CPU_ONNX, FUSED_ONNX, WEIGHTS
 from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError
+from illama.manifest import Manifest
 from illama.training.distributed import Processes
 from illama.training.recipe import TrainingOptions, read_recipe, recipe_names
 from illama.training.trainer import fit, label_loss, make_optimizer
@@ -30,7 +31,7 @@ from quant.quantizers.layers import WeightQuantizer, fake_quantize, lsq_gradient
 from quant.quantizers.qat_run import open_job, start_run, write_qat_bundle
 from quant.quantizers.torchao_backend import load_torchao
 from quant.schemes.formats import FORMATS, TensorSpec
-from quant.schemes.scheme import read_scheme, shipped_scheme, write_scheme
+from quant.schemes.scheme import read_scheme, resolve, shipped_scheme, write_scheme
 from quant.schemes.shipped import SHIPPED_SCHEMES
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -91,7 +92,9 @@ def images():
 
 @pytest.fixture(scope="module", params=["int8", "fp8-attention", "w4a8", "w4a4"])
 def quantized(request, network, images):
-    return calibrate(network, replace(shipped_scheme(request.param), reconstruction_iterations=0), [images])
+    return calibrate(
+        network, resolve(replace(shipped_scheme(request.param), reconstruction_iterations=0), network), [images]
+    )
 
 
 def test_scales_as_parameters_get_gradients_and_change_no_output(quantized, images):
@@ -191,7 +194,7 @@ def _options(material, out, **more):
         "checkpoint": material / "bundle",
         "out": out,
         "epochs": 4,
-        "scheme_file": material / "mine.yaml",
+        "scheme": str(material / "mine.yaml"),
         "calibration_images": 8,
         "batch_size": 8,
         "micro_batch": 4,
@@ -226,20 +229,20 @@ def test_interrupted_and_resumed_gives_the_same_weights(autocast, material, tmp_
     whole = _run(_options(material, tmp_path / "whole", autocast=autocast))
     fit(whole)
     broken = _run(_options(material, tmp_path / "parts", autocast=autocast))
-    learn, calls = broken.loss, iter(range(9))  # two micro-batches a step
+    learn, calls = broken.task.loss, iter(range(9))  # two micro-batches a step
 
     def until_killed(*arguments):
         if next(calls, None) is None:
             raise _KilledError
         return learn(*arguments)
 
-    broken.loss = until_killed
+    broken.task = replace(broken.task, loss=until_killed)
     with pytest.raises(_KilledError):
         fit(broken)
     resumed = _run(_options(material, tmp_path / "parts", autocast=autocast))
-    assert resumed.step == 4
+    assert resumed.progress.step == 4
     fit(resumed)
-    assert resumed.step == whole.step == 8
+    assert resumed.progress.step == whole.progress.step == 8
     for one, other in ((whole.model, resumed.model), (whole.kept, resumed.kept)):
         states = one.state_dict(), other.state_dict()
         assert states[0].keys() == states[1].keys()
@@ -254,9 +257,9 @@ def test_a_run_is_not_mixed_with_another_scheme_s(material, tmp_path):
     spec = TensorSpec("int8", calibrator="mse")
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / "mine.yaml"
-    write_scheme(replace(job.scheme, tensors={**job.scheme.tensors, "*.fc2.input": spec}), other)
+    write_scheme(replace(job.plan.scheme, tensors={**job.plan.scheme.tensors, "*.fc2.input": spec}), other)
     with pytest.raises(UserError, match="out"):
-        _run(replace(options, scheme_file=other))
+        _run(replace(options, scheme=str(other)))
 
 
 def test_training_reduces_the_distance_to_the_float_network(material, tmp_path):
@@ -273,14 +276,14 @@ def test_training_reduces_the_distance_to_the_float_network(material, tmp_path):
         learning_rate=1e-4,
         soft_mask="none",
         checkpoint_steps=1000,
-        scheme_file=tmp_path / "w4.yaml",
+        scheme=str(tmp_path / "w4.yaml"),
     )
     run = _run(options)
     images = torch.cat(open_job(options).inputs.calibration)
 
     def loss():
         with torch.no_grad():
-            return float(run.loss(images, run.model.eval()(images), torch.zeros(len(images), 3)))
+            return float(run.task.loss(images, run.model.eval()(images), torch.zeros(len(images), 3)))
 
     before = loss()
     start = {name: quantizer.scale.detach().clone() for name, quantizer in quantizers(run.model)}
@@ -326,14 +329,14 @@ def test_the_bundle_holds_what_was_trained(finished, images, network):
 def test_the_manifest_has_the_drops(finished, material):
     folder, _ = finished
     manifest = Manifest.read(folder)
-    metrics = manifest.metrics
-    assert metrics["test_images"] == 18 and metrics["scheme"] == "mine" and metrics["machine"]["cores"]
+    scores = manifest.scores
+    assert scores.images == 18 and manifest.quantization.scheme == "mine" and scores.machine["cores"]
     for name in ("ptq", "qat", "onnx"):
-        drop = metrics[f"{name}_drop"]
-        assert drop["low"] <= drop["points"] <= drop["high"]
-        assert drop["points"] == pytest.approx(metrics["fp32_top1"] - metrics[f"{name}_top1"])
-    assert str(material / "bundle" / WEIGHTS) in manifest.inputs and str(material / "mine.yaml") in manifest.inputs
-    assert manifest.config == SMALL.to_dict() and manifest.preprocessing["image_size"] == 32
+        drop = scores.drops[name]
+        assert drop.low <= drop.points <= drop.high
+        assert drop.points == pytest.approx(scores.values["fp32"] - scores.values[name])
+    assert {str(material / "bundle" / WEIGHTS), str(material / "mine.yaml")} <= manifest.provenance.inputs.keys()
+    assert manifest.config == SMALL.to_dict() and manifest.preprocessing.size == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +346,7 @@ def test_the_manifest_has_the_drops(finished, material):
         ({"temperature": 0.0}, "--temperature"),
         ({"calibration_images": 0}, "--calibration-images"),
         ({"scale_rate": -1.0}, "--scale-rate"),
-        ({"scheme": "int3", "scheme_file": None}, "w4a4"),
+        ({"scheme": "int3"}, "w4a4"),
         ({"data": ""}, "--data"),
         ({"data": "fashion-mnist"}, "classes"),
         ({"calibration_images": 25}, "images"),
@@ -366,14 +369,14 @@ def test_the_debugger_reads_what_was_trained(finished, tmp_path, capsys):
 
 def test_torchao_trains_with_its_own_fake_quantization(material, images, tmp_path):
     """The exported network computes what the trained one does."""
-    job = open_job(_options(material, tmp_path, epochs=1, scheme_file=None, scheme="int8-dynamic", mixup_probability=0))
+    job = open_job(_options(material, tmp_path, epochs=1, scheme="int8-dynamic", mixup_probability=0))
     run = _run(job.options, job)
     start = copy.deepcopy(run.model.state_dict())
     fit(run)
     assert any(not torch.equal(value, start[name]) for name, value in run.model.state_dict().items())
     folder = _write(job, run)
-    metrics = Manifest.read(folder).metrics
-    assert metrics["torchao_top1"] == pytest.approx(metrics["qat_top1"]) and not (folder / CPU_ONNX).exists()
+    top1 = Manifest.read(folder).scores.values
+    assert top1["torchao"] == pytest.approx(top1["qat"]) and not (folder / CPU_ONNX).exists()
     trained = copy.deepcopy(run.kept).eval()
     trained.soft_mask = 0.0
     torch.testing.assert_close(load_torchao(folder)(images), trained(images), atol=1e-3, rtol=1e-2)
@@ -424,11 +427,10 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("bundle in") == 1
     manifest = Manifest.read(tmp_path / "two" / "int8-qat")
-    assert ("class order" in result.stdout) == (manifest.metrics["fp32_top1"] < 40)  # a tenth from a third to all
+    assert ("class order" in result.stdout) == (manifest.scores.values["fp32"] < 40)  # a tenth from a third to all
     options = _options(
         material,
         tmp_path / "one",
-        scheme_file=None,
         scheme="int8",
         epochs=1,
         autocast="float32",

@@ -210,7 +210,7 @@ def scheme(request):
 
 @pytest.fixture(scope="module")
 def quantized(short, batches, scheme):
-    return calibrate(short, scheme, batches)
+    return calibrate(short, resolve(scheme, short), batches)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def _relative(logits, expected):
 
 
 def test_what_is_quantized(shipped, batches):
-    quantized = calibrate(shipped, shipped_scheme("int8-attention"), batches)
+    quantized = calibrate(shipped, resolve(shipped_scheme("int8-attention"), shipped), batches)
     kinds = {name: type(module) for name, module in quantized.named_modules()}
     assert not [
         name for name, kind in kinds.items() if issubclass(kind, torch.nn.Linear | torch.nn.Conv2d | QuantizerPoint)
@@ -244,7 +244,7 @@ def test_what_is_quantized(shipped, batches):
 
 
 def test_the_plan_and_the_network_agree(short, quantized, scheme):
-    plan = resolve(scheme, short)
+    plan = resolve(scheme, short).tensors
     assert {name: module.spec for name, module in quantizers(quantized)} == plan
 
 
@@ -254,7 +254,7 @@ def test_loggers_warnings_and_modelopt_are_left_as_they_were(short, batches, tmp
         return registered, logging.getLogger("torch.onnx").level, list(warnings.filters)
 
     before = state()
-    export_onnx(calibrate(short, shipped_scheme("int8"), batches), tmp_path / "model.onnx", "plain")
+    export_onnx(calibrate(short, resolve(shipped_scheme("int8"), short), batches), tmp_path / "model.onnx", "plain")
     assert state() == before and not any(before[0])
 
 
@@ -270,14 +270,14 @@ def test_a_network_is_traced_once(short, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["int8-attention", "fp8-attention"])
 def test_quantizers_agree_with_modelopt_s(short, batches, name):
     """Given the same inputs and range, each quantizer gives the same outputs as ModelOpt's, except at ties."""
-    quantized = calibrate(short, shipped_scheme(name), batches)
+    quantized = calibrate(short, resolve(shipped_scheme(name), short), batches)
     quantized.readout_only = False  # the last block's weights as a whole
     seen = {}
     for tensor, module in quantizers(quantized):
         module.register_forward_hook(lambda m, i, o, tensor=tensor: seen.__setitem__(tensor, (m, i[0], o)))
     with torch.no_grad():
         quantized(batches[0])
-    assert len(seen) == len(resolve(shipped_scheme(name), short))
+    assert len(seen) == len(resolve(shipped_scheme(name), short).tensors)
     for tensor, (module, x, ours) in seen.items():
         if not module.spec.symmetric:  # ModelOpt has no zero point: the shifted values, as in the graph for TensorRT
             shift = module.fold_zero_point()
@@ -322,7 +322,7 @@ def test_graphs_are_standard_and_hold_few_bits(file, scheme, short, quantized):
         if len(tensor.dims) > 1:
             stored[tensor.data_type] = stored.get(tensor.data_type, 0) + int(np.prod(tensor.dims))
     expected = {}
-    for name, spec in resolve(scheme, short).items():
+    for name, spec in resolve(scheme, short).tensors.items():
         if name.endswith(".weight"):
             kind = ONNX_TYPES[spec.format.replace("6", "8")]
             expected[kind] = expected.get(kind, 0) + short.get_parameter(name).numel()
@@ -336,7 +336,7 @@ def test_weights_of_4_bits_are_packed(short, batches, tmp_path):
     sizes = {}
     for name in ("w4a16", "int8-weight-only"):
         export_onnx(
-            calibrate(short, replace(shipped_scheme(name), reconstruction_iterations=0), batches),
+            calibrate(short, resolve(replace(shipped_scheme(name), reconstruction_iterations=0), short), batches),
             tmp_path / name,
             "plain",
         )
@@ -356,13 +356,13 @@ def test_values_are_named_by_layer(file):
 
 @pytest.mark.parametrize("name", ONNX_SCHEMES)
 def test_schemes_that_tensorrt_supports(name, short):
-    assert (not unfit_for_tensorrt(resolve(shipped_scheme(name), short))) == (name in TENSORRT_SCHEMES)
+    assert (not unfit_for_tensorrt(resolve(shipped_scheme(name), short).tensors)) == (name in TENSORRT_SCHEMES)
 
 
 @pytest.mark.parametrize("name", TENSORRT_SCHEMES)
 def test_the_fused_graph_agrees(name, short, batches, tmp_path, real_images):
     images, _ = real_images
-    quantized = calibrate(short, replace(shipped_scheme(name), reconstruction_iterations=0), batches)
+    quantized = calibrate(short, resolve(replace(shipped_scheme(name), reconstruction_iterations=0), short), batches)
     export_onnx(quantized, tmp_path / "fused.onnx", "fused", torch.float16)
     fused, expected = _run(tmp_path / "fused.onnx", images), torch_infer(quantized)(images)
     assert (fused.argmax(1) == expected.argmax(1)).mean() > 0.97
@@ -385,8 +385,10 @@ def test_smoothing_does_not_change_the_output(shipped, batches):
 def test_block_reconstruction_is_closer_than_rounding_to_nearest(short, batches):
     """The first block's error is smaller on images that were not used."""
     used, unused = batches[:1], batches[1]
-    plain = calibrate(short, replace(shipped_scheme("w4a8"), reconstruction_iterations=0), used)
-    reconstructed = calibrate(short, replace(shipped_scheme("w4a8"), reconstruction_iterations=60), used)
+    plain = calibrate(short, resolve(replace(shipped_scheme("w4a8"), reconstruction_iterations=0), short), used)
+    reconstructed = calibrate(
+        short, resolve(replace(shipped_scheme("w4a8"), reconstruction_iterations=60), short), used
+    )
     seen = {}
     for key, model in (("float", short), ("plain", plain), ("reconstructed", reconstructed)):
         first = dict(blocks(model))["blocks.0"]
@@ -424,7 +426,7 @@ def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_image
     images, _ = real_images
     spec = TensorSpec("uint6", symmetric=False)
     scheme = Scheme("mine", {"*.mlp.*.weight": TensorSpec("int8", "channel"), "*.mlp.*.input": spec})
-    quantized = calibrate(short, scheme, batches)
+    quantized = calibrate(short, resolve(scheme, short), batches)
     for form in ("plain", "fused"):
         export_onnx(quantized, tmp_path / f"{form}.onnx", form)
         assert _relative(_run(tmp_path / f"{form}.onnx", images), torch_infer(quantized)(images)) < 0.02
@@ -438,7 +440,7 @@ def test_asymmetric_inputs_of_6_bits_export(short, batches, tmp_path, real_image
 
 def test_an_unsigned_format_for_negative_values_is_refused(short, batches):
     with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc2\.input .* uint8"):
-        calibrate(short, Scheme("mine", {"*.fc2.input": TensorSpec("uint8")}), batches)
+        calibrate(short, resolve(Scheme("mine", {"*.fc2.input": TensorSpec("uint8")}), short), batches)
 
 
 def test_entropy_ignores_ranges_with_fewer_bins_than_levels():
@@ -453,7 +455,7 @@ def test_entropy_ignores_ranges_with_fewer_bins_than_levels():
 
 def test_a_float_layer_stays_float(short, batches):
     scheme = replace(shipped_scheme("int8"), tensors={**shipped_scheme("int8").tensors, "blocks.0.mlp.fc2.*": None})
-    quantized = calibrate(short, scheme, batches)
+    quantized = calibrate(short, resolve(scheme, short), batches)
     assert torch.equal(quantized.blocks[0].mlp.fc2.weight, short.blocks[0].mlp.fc2.weight)
     assert type(quantized.blocks[0].mlp.fc2) is type(short.blocks[0].mlp.fc2)
     assert isinstance(quantized.blocks[1].mlp.fc2, QuantizedLinear)
@@ -486,7 +488,7 @@ def test_other_masks_export(kind, tmp_path):
 
 def test_images_that_are_not_finite_are_refused(shipped):
     with pytest.raises(UserError, match="NaN"):
-        calibrate(shipped, shipped_scheme("int8"), [torch.full((1, 1, 28, 28), float("nan"))])
+        calibrate(shipped, resolve(shipped_scheme("int8"), shipped), [torch.full((1, 1, 28, 28), float("nan"))])
 
 
 def test_an_unknown_scheme_is_refused():

@@ -9,9 +9,8 @@ from support import run_command
 
 import quant.schemes
 from illama.errors import UserError
-from quant.export.weights import _scheme
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import read_scheme, shipped_scheme, write_scheme
+from quant.schemes.scheme import read_scheme, shipped_scheme, stored_scheme, write_scheme
 from quant.schemes.shipped import SHIPPED_SCHEMES
 from quant.search import SearchOptions
 
@@ -52,12 +51,12 @@ def test_a_file_extends_its_base(tmp_path):
     [
         ("- int8", "mine.yaml"),
         ("tensors: [int8]", "mine.yaml"),
-        ("colour: red", "'colour'"),
+        ("colour: red", "colour"),
         ("base: int3", "'int3'"),
-        ("tensors: {'*.weight': {colour: red}}", "'colour'"),
+        ("tensors: {'*.weight': {format: int8, colour: red}}", "colour"),
         ("tensors: {'*.weight': int3}", "'int3'"),
         ("reconstruction_iterations: -1", "reconstruction_iterations"),
-        ("backend: tpu", "'tpu'"),
+        ("backend: tpu", "backend"),
         ("name: A B", "'A B'"),
         ("smooth: {'*': 2}", "smooth"),
         ("learned: 1\nreconstruction_iterations: 1", "learned"),
@@ -77,6 +76,6 @@ def test_the_former_name_of_reconstruction_iterations_is_read(tmp_path):
     assert "reconstruction_iterations: 7" in (tmp_path / "written.yaml").read_text()
     values = asdict(scheme)
     values["learned"] = values.pop("reconstruction_iterations")
-    assert _scheme(values) == scheme
+    assert stored_scheme(values, "it") == scheme
     options = tyro.cli(SearchOptions, args=["--max-drop", "1", "--learned", "7"])
     assert options.reconstruction_iterations == 7

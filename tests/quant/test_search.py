@@ -12,9 +12,9 @@ from support import SMALL, assert_one_line_error, run_command
 from illama import ILLaMA
 from illama.bundle import sha256
 from illama.errors import UserError
-from illama.graph.layer_times import layer_of_node, read_layer_times
+from illama.graph.layer_times import layer_of_module, read_layer_times
+from illama.options import SourceOptions, check_bounds
 from quant.export.onnx_export import export_onnx
-from quant.input_options import InputOptions
 from quant.inputs import open_inputs
 from quant.mixed_precision.budget import Budget
 from quant.mixed_precision.costs import weight_bytes
@@ -53,8 +53,8 @@ def test_the_limit_holds_and_ties_go_to_the_smaller_limited_sum():
 def test_bytes_are_those_of_the_file(tmp_path):
     model = ILLaMA(SMALL).eval()
     scheme = format_schemes(["w4a8"])[0]
-    plan = resolve(scheme, model)
-    export_onnx(calibrate(model, scheme, [torch.randn(4, 3, 32, 32)]), tmp_path / "model.onnx", "plain")
+    plan = resolve(scheme, model).tensors
+    export_onnx(calibrate(model, resolve(scheme, model), [torch.randn(4, 3, 32, 32)]), tmp_path / "model.onnx", "plain")
     graph = onnx.load(tmp_path / "model.onnx").graph
     stored = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}
     weights = {node.name: node.input[:2] for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -69,21 +69,19 @@ LAYERS = layers_of(tensor_names(ILLaMA(SMALL)))
 
 
 @pytest.mark.parametrize(
-    ("node", "layer"),
+    ("module", "layer"),
     [
-        ("blocks.0.attn.qkv/MatMul", "blocks.0.attn.qkv"),
-        ("blocks.0.attn.qkv.input/QuantizeLinear", "blocks.0.attn.qkv"),
-        ("head/MatMul/MatMulAddFusion", "head"),
-        ("blocks.1.attn.core/MatMul", "blocks.1.attn.core.qk"),
-        ("blocks.1.attn.core/MatMul_2", "blocks.1.attn.core.pv"),
-        ("blocks.1.attn.core.k/QuantizeLinear", "blocks.1.attn.core.qk"),
-        ("blocks.1.attn.core/Softmax", None),
+        ("blocks.0.attn.qkv", "blocks.0.attn.qkv"),
+        ("blocks.0.attn.qkv.input", "blocks.0.attn.qkv"),
+        ("blocks.1.attn.core.qk", "blocks.1.attn.core.qk"),
+        ("blocks.1.attn.core.k", "blocks.1.attn.core.qk"),
+        ("blocks.1.attn.core", None),
         ("stack_1_q", None),
-        ("blocks.0.norm1/RMSNormalization", None),
+        ("blocks.0.norm1", None),
     ],
 )
-def test_nodes_belong_to_layers(node, layer):
-    assert layer_of_node(node, LAYERS) == layer
+def test_modules_belong_to_layers(module, layer):
+    assert layer_of_module(module, LAYERS) == layer
 
 
 def test_layer_times_of_an_engine(tmp_path):
@@ -234,11 +232,13 @@ def test_the_command_and_its_replay(data, tmp_path):
     measured = found["rounds"][-1]["measured"]
     assert measured["megabytes"] == (out / "model.onnx").stat().st_size / 1e6 and measured["ms"] > 0
     assert found["rounds"][-1]["predicted"]["megabytes"] == pytest.approx(measured["megabytes"], rel=0.2)
-    inputs = open_inputs(InputOptions(data[0], data=str(data[1]), calibration_images=8))
-    assert resolve(scheme, inputs.model).keys() == {
+    inputs = open_inputs(SourceOptions(data[0], data=str(data[1]), calibration_images=8))
+    assert resolve(scheme, inputs.model).tensors.keys() == {
         name for layer, chosen in found["assignment"].items() for name in LAYERS[layer] if chosen != "float"
     } - {"patch_embed.proj.input"}  # no shipped scheme rounds pixels
-    export_onnx(calibrate(inputs.model, scheme, inputs.calibration), tmp_path / "again.onnx", "plain")
+    export_onnx(
+        calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration), tmp_path / "again.onnx", "plain"
+    )
     assert sha256(tmp_path / "again.onnx") == sha256(out / "model.onnx")
     debug = run_command(
         "quant/debug_layers.py",
@@ -266,8 +266,10 @@ def test_the_command_and_its_replay(data, tmp_path):
     ],
 )
 def test_there_is_one_budget(options):
-    with pytest.raises(UserError, match="--max-drop, --max-ms and --max-megabytes"):
-        SearchOptions(**options).budget()
+    given = SearchOptions(**options)
+    with pytest.raises(UserError, match=r"--max-drop|--rounds|--reconstruction-iterations"):
+        check_bounds(given)
+        given.budget()
 
 
 def test_options_that_do_not_fit(data, tmp_path):

@@ -24,13 +24,13 @@ from illama.models.timm_vit import to_causal, to_quantizable
 from quant import debug_layers
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import first_mismatch, local_differences
-from quant.inputs import scheme_from_name_or_file
+from quant.inputs import onnx_scheme
 from quant.mixed_precision.image_selection import selection_images
 from quant.mixed_precision.layer_effects import Tally, layers_of, measure, tensor_sqnr
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import quantizers
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, shipped_scheme, tensor_names
+from quant.schemes.scheme import Scheme, resolve, shipped_scheme, tensor_names
 
 INT8 = shipped_scheme("int8-attention")
 PLAIN8 = Scheme("plain", {"*.weight": TensorSpec("int8", "channel"), "*.input": TensorSpec("int8")})
@@ -53,7 +53,7 @@ def small():
 @pytest.fixture(scope="module")
 def exported(small, tmp_path_factory):
     model, images, _ = small
-    quantized = calibrate(model, INT8, [images])
+    quantized = calibrate(model, resolve(INT8, model), [images])
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
     export_onnx(quantized, path, "plain")
     return quantized, path
@@ -100,7 +100,7 @@ def test_one_layer_at_a_time_is_the_network_with_that_layer_quantized(kind, smal
         torch.manual_seed(1)
         vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3).eval()
         model = to_causal(vit) if kind == "causal ViT" else to_quantizable(vit)
-    quantized = calibrate(model, INT8, [images])
+    quantized = calibrate(model, resolve(INT8, model), [images])
     layers = layers_of(name for name, _ in quantizers(quantized))
     subsets = {**layers, "all": [name for name, _ in quantizers(quantized)], "none": ()}
     effects = measure(quantized, subsets, [(images[:10], labels[:10]), (images[10:], labels[10:])])
@@ -119,7 +119,7 @@ def test_one_bit_more_is_six_decibels(small):
     found = {}
     for bits in (4, 6, 8):
         scheme = Scheme("bits", {"*.weight": TensorSpec(f"int{bits}", "channel"), "*.core.p": TensorSpec("uint8")})
-        found[bits] = tensor_sqnr(model, calibrate(model, scheme, [images]), images)
+        found[bits] = tensor_sqnr(model, calibrate(model, resolve(scheme, model), [images]), images)
     for name, value in found[8].items():
         if name.endswith(".weight"):
             assert value - found[6][name] == pytest.approx(12.04, abs=1.5), name
@@ -142,7 +142,7 @@ def test_a_swiglu_product_is_the_hardest_tensor_of_the_shipped_network():
     model, data = load_checkpoint(SHIPPED).model, open_data("fashion-mnist")
     transform = data.preprocessing(28, 1).transform()
     images = torch.stack([transform(data.calibration(16)[i][0]) for i in range(16)])
-    found = tensor_sqnr(model, calibrate(model, PLAIN8, [images]), images)
+    found = tensor_sqnr(model, calibrate(model, resolve(PLAIN8, model), [images]), images)
     assert min(found, key=found.get).endswith(".mlp.fc2.input")
 
 
@@ -240,6 +240,6 @@ def test_the_commands(small_bundle, image_folder, tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json"):
         debug_layers.main(debug_layers.DebugOptions(image_folder))
     with pytest.raises(UserError, match="int3"):
-        scheme_from_name_or_file("int3")
+        onnx_scheme("int3")
     with pytest.raises(UserError, match="int8-dynamic"):
-        scheme_from_name_or_file("int8-dynamic")
+        onnx_scheme("int8-dynamic")

@@ -2,69 +2,67 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
 from PIL import Image
 
-from illama.data.datasets import Preprocessing
-from illama.data.images import bicubic, crop_of_resized
+from illama.data.images import crop_of_resized, resize_weights
+from illama.data.preprocessing import Preprocessing
+from illama.graph.reader import add_constant
 
 Step = tuple[str, list[str], dict[str, Any]]  # operator, constants, attributes
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R BT.601, in the fractions that Pillow uses
 
 
-def add_preprocessing(model: ModelProto, preprocessing: Preprocessing, frame: tuple[int, int, int]) -> ModelProto:
-    """Returns a copy of a graph that takes uint8 frames (B, height, width, channels) instead of the network's input.
+def add_preprocessing(model: ir.Model, preprocessing: Preprocessing, frame: tuple[int, int, int]) -> None:
+    """Lets a graph take uint8 frames (B, height, width, channels) instead of the network's input, in place.
 
         before   images (B, C, S, S) float32 -> ...
         after    images (B, H, W, c) uint8 -> Cast -> Transpose -> MatMul (columns) -> Round -> Clip
                  -> MatMul (rows) -> Round -> Clip [-> Conv (RGB to gray, or back) -> Round] -> Mul -> Add -> ...
 
     A resize from a fixed size is one matrix product for each axis, and a crop omits rows of the matrix. The result thus
-    does not depend on a runtime's implementation of bicubic interpolation. The order and the rounding of the passes are
+    does not depend on a runtime's implementation of interpolation. The order and the rounding of the passes are
     Pillow's, with which accuracy is measured: pixels differ by at most one level, due to Pillow's fixed-point numbers.
 
     Args:
         frame: (height, width, channels).
     """
-    model = copy.deepcopy(model)
-    graph, image = model.graph, model.graph.input[0]
+    graph, image = model.graph, model.graph.inputs[0]
     height, width, channels = frame
     rows, columns = _resize_and_crop(height, width, preprocessing)
     mean, std = (
         np.array(values, dtype=np.float32).reshape(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
     )
-    constants = {"columns": columns.T, "rows": rows, "low": np.float32(0), "high": np.float32(255)}
-    constants |= {"scale": 1 / (255 * std), "shift": -mean / std}
+    values = {"columns": columns.T, "rows": rows, "low": np.float32(0), "high": np.float32(255)}
+    values |= {"scale": 1 / (255 * std), "shift": -mean / std}
     if channels != preprocessing.in_channels:
-        constants["colors"] = _color_weights(channels)
-    steps = _steps(_rows_come_first(rows, columns, preprocessing), "colors" in constants)
-    nodes, value = [], image.name
+        values["colors"] = _color_weights(channels)
+    constants = {
+        name: add_constant(graph, f"preprocess.{name}", np.asarray(each, dtype=np.float32))
+        for name, each in values.items()
+    }
+    assert image.shape is not None
+    batch, old = image.shape[0], image
+    image = ir.Value(name=old.name, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([batch, *frame]))
+    old.name = "preprocessed"
+    steps = _steps(_rows_come_first(rows, columns, preprocessing), "colors" in values)
+    nodes, value = [], image
     for index, (kind, extra, attributes) in enumerate(steps):
-        result = f"preprocess.{index}" if index < len(steps) - 1 else "preprocessed"
-        inputs = [value, *(f"preprocess.{name}" for name in extra)]
+        inputs = [value, *(constants[name] for name in extra)]
         if kind in ("Columns", "Rows"):  # the matrix of the rows is the left factor
             kind, inputs = "MatMul", inputs[::-1] if kind == "Rows" else inputs
-        nodes.append(helper.make_node(kind, inputs, [result], name=f"preprocess/{kind}_{index}", **attributes))
-        value = result
-    for node in graph.node:
-        node.input[:] = ["preprocessed" if name == image.name else name for name in node.input]
-    batch = image.type.tensor_type.shape.dim[0].dim_param
-    image.CopyFrom(helper.make_tensor_value_info(image.name, TensorProto.UINT8, [batch, height, width, channels]))
-    graph.initializer.extend(
-        numpy_helper.from_array(np.asarray(values, dtype=np.float32), f"preprocess.{name}")
-        for name, values in constants.items()
-    )
-    rest = [copy.deepcopy(node) for node in graph.node]
-    del graph.node[:]
-    graph.node.extend([*nodes, *rest])
-    onnx.checker.check_model(model, full_check=True)
-    return model
+        name = f"preprocess/{kind}_{index}"
+        nodes.append(ir.node(kind, inputs, attributes, name=name))
+        value = nodes[-1].outputs[0]
+        value.name = f"preprocess.{index}"
+    value.type, value.shape = old.type, old.shape
+    old.replace_all_uses_with(value)
+    value.name, graph.inputs[0] = "preprocessed", image
+    graph.insert_before(graph[0], nodes)
 
 
 def _steps(rows_first: bool, convert_colors: bool) -> list[Step]:
@@ -73,7 +71,7 @@ def _steps(rows_first: bool, convert_colors: bool) -> list[Step]:
     passes: list[Step] = [("Columns", ["columns"], {}), ("Rows", ["rows"], {})]
     first, second = reversed(passes) if rows_first else passes
     return [
-        ("Cast", [], {"to": TensorProto.FLOAT}),
+        ("Cast", [], {"to": ir.DataType.FLOAT}),
         ("Transpose", [], {"perm": [0, 3, 1, 2]}),
         first,
         *round_and_clip,
@@ -86,10 +84,13 @@ def _steps(rows_first: bool, convert_colors: bool) -> list[Step]:
 
 
 def _resize_and_crop(height: int, width: int, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the matrices of a resize and crop like torchvision's, (image_size, height) and (image_size, width)."""
-    size, short = preprocessing.image_size, preprocessing.resize
-    axes = ((size, 0), (size, 0)) if short is None else crop_of_resized((height, width), short, size)
-    rows, columns = (_matrix(old, new, first, size) for old, (new, first) in zip((height, width), axes, strict=True))
+    """Returns the matrices of a resize and crop like torchvision's: for rows (H, height), for columns (W, width)."""
+    size, short, kind = preprocessing.size, preprocessing.resize, preprocessing.interpolation
+    axes = [(each, 0) for each in size] if short is None else crop_of_resized((height, width), short, size)
+    rows, columns = (
+        _matrix(resize_weights(old, new, first, count, kind), old)
+        for old, (new, first), count in zip((height, width), axes, size, strict=True)
+    )
     return rows, columns
 
 
@@ -106,10 +107,10 @@ def _rows_come_first(rows: np.ndarray, columns: np.ndarray, preprocessing: Prepr
     return bool(np.abs(orders[1] - expected).sum() < np.abs(orders[0] - expected).sum())
 
 
-def _matrix(old: int, new: int, first: int, count: int) -> np.ndarray:
-    """Returns ``count`` rows, from ``first``, of the matrix (new, old) of an antialiased bicubic resize of one axis."""
-    low, weights = bicubic(old, new, first, count)
-    matrix = np.zeros((count, old), np.float32)
+def _matrix(resize: tuple[int, np.ndarray], old: int) -> np.ndarray:
+    """Returns the matrix (n, old) of :func:`illama.data.images.resize_weights` along an axis of ``old`` pixels."""
+    low, weights = resize
+    matrix = np.zeros((len(weights), old), np.float32)
     matrix[:, low : low + weights.shape[1]] = weights
     return matrix
 

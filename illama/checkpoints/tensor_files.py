@@ -1,0 +1,151 @@
+"""The gate for files of tensors from outside: dense tensors by name, or one error in one line.
+
+Nothing in a file is executed, and nothing is allocated that the file does not hold: a tensor that repeats its storage
+(stride 0), a zip entry that grows when it is read, and a network that is larger than the file are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from illama.errors import UserError
+from illama.models.config import ModelConfig
+from illama.structured_files import check_regular
+
+PLAIN = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+_SHARED = 2  # tied weights make the tensors larger than the file, but hardly twice
+
+
+def read_tensors(path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> dict[str, Tensor]:
+    """Reads a .safetensors file, or the state dict in a file of ``torch.save``, as it is or under a key.
+
+    The key is ``model`` (the released code's and DeiT's) or ``state_dict`` (timm's).
+
+    Args:
+        dtypes: dtypes that the caller can use.
+
+    Raises:
+        UserError: the file is missing, damaged, or has other values than dense tensors of ``dtypes``.
+    """
+    if path.suffix == ".safetensors":
+        check_regular(path)
+        with _damaged(path):
+            state: Any = safetensors.torch.load_file(path)
+    else:
+        state = read_pickle(path)
+        if {"model", "average", "step"} <= state.keys():
+            raise UserError(f"{path} is the state of a training run, without its config: use the run's bundle")
+        state = state.get("model", state.get("state_dict", state))
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} is not a state dict of tensors")
+    check_tensors(state, path, dtypes)
+    return dict(state)
+
+
+def read_pickle(path: Path) -> dict[Any, Any]:
+    """Reads the dict in a file of ``torch.save``, without running code from it.
+
+    Raises:
+        UserError: the file is missing, damaged, or has other objects than a dict of plain values and tensors.
+    """
+    check_regular(path)
+    with _damaged(path):
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
+                    raise ValueError("torch.save does not compress")
+        # The released code also saves its command line, as a Namespace, which contains only data. A mapped file bounds
+        # every storage by the file; otherwise PyTorch trusts the sizes in the pickle.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a state dict of tensors")
+    return content
+
+
+def check_tensors(state: Mapping[Any, Any], path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> None:
+    """Raises UserError unless all values are dense tensors of ``dtypes`` that are no larger than the file."""
+    claimed = 0
+    for name, value in state.items():
+        if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter):
+            raise UserError(f"{path} is not a state dict of tensors")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in dtypes:
+            kind = value.dtype if value.layout == torch.strided else value.layout
+            raise UserError(f"{path}: {name} is a tensor of {kind} on {value.device}, which cannot be used")
+        claimed += value.numel() * value.element_size()
+    if claimed > _SHARED * path.stat().st_size:
+        raise UserError(f"{path} claims tensors of {claimed} bytes in all, more than the file has")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the metadata of a .safetensors file; raises UserError if it is missing or damaged."""
+    check_regular(path)
+    with _damaged(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def read_names(path: Path) -> list[str]:
+    """Returns the names of the tensors in a .safetensors file; raises UserError if it is missing or damaged."""
+    check_regular(path)
+    with _damaged(path), safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Returns one tensor of a .safetensors file, opened for it alone.
+
+    While a file is open, its mapped pages count as memory of this process.
+
+    Raises:
+        UserError: the file is missing or damaged, or has no such tensor that can be used.
+    """
+    check_regular(path)
+    with _damaged(path), safe_open(path, "pt") as file:
+        if name not in file.keys():  # noqa: SIM118 - it is not a dict
+            raise UserError(f"{path} has no tensor {name}: download it again")
+        value = file.get_tensor(name)
+    check_tensors({name: value}, path)
+    return value
+
+
+def check_config(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError if a network of this config would be larger than the tensors of its file.
+
+    To be called before the network is built, which takes time and memory in proportion to its config.
+    """
+    values = sum(value.numel() for value in state.values())
+    if config.depth > len(state) or config.least_parameters > _SHARED * values:
+        raise UserError(
+            f"{path} does not fit its config: depth {config.depth} and width {config.width} need more than its "
+            f"{len(state)} tensors of {values} values in all"
+        )
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turns what the readers raise into UserError; a damaged file can raise anything in them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{path} contains more than tensors and was not loaded: save only its state dict"
+            ) from error
+        raise UserError(f"{path} is damaged, truncated or not a checkpoint: replace it") from error

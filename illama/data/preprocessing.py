@@ -1,0 +1,92 @@
+"""How an image becomes the network's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from illama.data.images import Interpolation, ResizeAndCrop
+from illama.errors import UserError
+from illama.options import ClassOrder, Exif
+
+MAX_SIDE = 16_384  # pixels of the network's input
+
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file is converted to the network's input, and in which order class folders are read.
+
+    Attributes:
+        size: (height, width) of the network's input in pixels.
+        in_channels: 1 (gray) or 3 (RGB).
+        mean: mean per channel of pixels scaled to 0..1.
+        std: standard deviation per channel of pixels scaled to 0..1.
+        resize: length to which the shorter side is resized before a center crop. If None, the image is warped to
+            ``size`` without a crop, as in the paper from 384 pixels on.
+        interpolation: interpolation of the resize.
+        exif: whether to apply the orientation that an image file declares.
+        class_order: order of class folders, as words (1, 10, 2) or natural (1, 2, 10) as in timm. It does not affect
+            images, so it is ignored in comparisons.
+
+    Raises:
+        UserError: a value is not supported, or resize is smaller than the image size.
+    """
+
+    size: tuple[int, int]
+    in_channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None = None
+    interpolation: Interpolation = "bicubic"
+    exif: Exif = "apply"
+    class_order: ClassOrder = field(default="words", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.in_channels not in (1, 3):
+            raise UserError(f"in_channels must be 1 (gray) or 3 (RGB), not {self.in_channels}")
+        if not 1 <= min(self.size) <= max(self.size) <= MAX_SIDE:
+            raise UserError(f"an input of {self.size[0]}x{self.size[1]} pixels is not supported")
+        if not len(self.mean) == len(self.std) == self.in_channels or not all(value > 0 for value in self.std):
+            raise UserError(f"mean and std need a value for each of {self.in_channels} channels, and std above 0")
+        if self.resize is not None and not max(self.size) <= self.resize <= MAX_SIDE:
+            raise UserError(f"resize {self.resize} does not fit an input of {self.size[0]}x{self.size[1]}: change it")
+
+    @classmethod
+    def imagenet(cls, side: int, in_channels: int = 3) -> Preprocessing:
+        """Returns the released code's, for an input of side x side pixels: resize to 256/224 and crop; without a crop
+        up to 32 and from 384 pixels.
+        """
+        mean: tuple[float, ...] = (0.449,) if in_channels == 1 else (0.485, 0.456, 0.406)
+        std: tuple[float, ...] = (0.226,) if in_channels == 1 else (0.229, 0.224, 0.225)
+        resize = None if side >= 384 or side <= 32 else side * 256 // 224
+        return cls((side, side), in_channels, mean, std, resize)
+
+    def framing(self) -> list[Callable[[Any], Any]]:
+        """Returns the steps that bring an image to the network's size; the last does nothing if the size is right."""
+        crop = [ResizeAndCrop(self.resize, self.size, self.interpolation)] if self.resize else []
+        return [*crop, v2.Resize(list(self.size), InterpolationMode(self.interpolation))]
+
+    def to_input(self) -> list[Callable[[Any], Any]]:
+        """Returns the steps from an image of the right size to the network's input."""
+        return [
+            v2.Grayscale(1) if self.in_channels == 1 else v2.RGB(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(self.mean), list(self.std)),
+        ]
+
+    def transform(self, augment: Sequence[Callable[[Any], Any]] = ()) -> Transform:
+        """Returns a function from a PIL image or uint8 tensor (C, H, W) to a float tensor (in_channels, H, W).
+
+        Args:
+            augment: steps to use instead of the crop; they come first and must return an image of the input's shape.
+        """
+        *crop, resize = self.framing()
+        return v2.Compose([*(augment or crop), resize, *self.to_input()])

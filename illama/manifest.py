@@ -1,0 +1,230 @@
+"""The manifest of a bundle: typed facts about what it contains and how it was made.
+
+``manifest.json`` has format 2. Files of format 1 are read too; :meth:`Manifest.write` writes format 2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from illama.bundle import MANIFEST, command_line, package_versions
+from illama.data.preprocessing import Preprocessing
+from illama.errors import UserError
+from illama.models.config import NetworkKind
+from illama.options import SourceOptions
+from illama.structured_files import parse_json, read_json
+
+FORMAT = 2
+TRAINED = "trained"  # key of the score of a training run
+Metric = Literal["top1", "miou"]
+NoTensorRT = Literal["pytorch", "activations", "weights"]
+Emulated = Literal["fp8", "6-bit", "4-bit activations"]
+NO_TENSORRT: dict[NoTensorRT, str] = {
+    "pytorch": "it runs inside PyTorch",
+    "activations": "TensorRT needs symmetric 8-bit activations; only a layer's input can have its zero point folded",
+    "weights": "TensorRT multiplies 4-bit weights by half-precision inputs only, and no weights of 6 bits",
+}
+EMULATED: dict[Emulated, str] = {
+    "fp8": "no CPU multiplies FP8, and ONNX Runtime only emulates it",
+    "6-bit": "6-bit formats are simulated",
+    "4-bit activations": "no CPU multiplies 4-bit activations, and ONNX Runtime only emulates it",
+}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a bundle was made.
+
+    Attributes:
+        command: command line that wrote it.
+        seed: seed of the command.
+        inputs: path of each input file -> its SHA-256.
+        source: options that open the same checkpoint and images again; None if it was not quantized.
+        versions: package -> its version.
+    """
+
+    command: str = field(default_factory=command_line)
+    seed: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    source: SourceOptions | None = None
+    versions: Mapping[str, str] = field(default_factory=package_versions)
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """Formats of a layer's weight and input, as text; the weight's is empty for an operand of attention."""
+
+    layer: str
+    weight: str
+    input: str
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a network was quantized.
+
+    Attributes:
+        scheme: name of the scheme; the scheme itself is in the bundle's ``scheme.yaml``.
+        layers: formats of the layers; equally quantized blocks share an entry.
+        no_tensorrt: why there is no graph for TensorRT, a key of :data:`NO_TENSORRT`; None if there is one.
+        emulated: why its latency on a CPU is meaningless, a key of :data:`EMULATED`; None if it is not.
+    """
+
+    scheme: str
+    layers: tuple[LayerFormats, ...] = ()
+    no_tensorrt: NoTensorRT | None = None
+    emulated: Emulated | None = None
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Points of accuracy lost (negative: gained), with a 95% interval."""
+
+    points: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.points:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores on a test split.
+
+    Attributes:
+        metric: top1 (accuracy) or miou (mean intersection over union), in percent.
+        images: number of test images.
+        values: name of what was evaluated -> its score. ``trained`` is the network after a training run; a bundle of
+            quantization-aware training has ``fp32``, ``ptq``, ``qat`` and the exported files.
+        drops: name -> accuracy drop from ``fp32``.
+        epochs: number of training epochs.
+        machine: machine of a training run (:func:`illama.hardware.describe_machine`).
+    """
+
+    metric: Metric
+    images: int
+    values: Mapping[str, float]
+    drops: Mapping[str, Drop] = field(default_factory=dict)
+    epochs: int | None = None
+    machine: Mapping[str, str | int | float | None] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Metadata of a bundle, stored as ``manifest.json``.
+
+    Attributes:
+        network: kind of the network that ``config`` describes.
+        config: its configuration (:class:`illama.ModelConfig`, for example) as a dict.
+        preprocessing: how an image becomes the network's input.
+        classes: class names in the order of the logits.
+        provenance: how the bundle was made.
+        quantization: None if the network was not quantized.
+        scores: None if it was not evaluated.
+        frame: (height, width, channels) of the uint8 frames that graphs with preprocessing take; None for others.
+        golden_answers: reserved, with the next three, for sections of later versions, which this one keeps unchanged.
+        numeric_range: reserved.
+        features: reserved.
+        stream: reserved.
+        format: version of this format.
+    """
+
+    network: NetworkKind
+    config: Mapping[str, Any]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    provenance: Provenance = field(default_factory=Provenance)
+    quantization: Quantization | None = None
+    scores: Scores | None = None
+    frame: tuple[int, int, int] | None = None
+    golden_answers: Mapping[str, Any] | None = None
+    numeric_range: Mapping[str, Any] | None = None
+    features: Mapping[str, Any] | None = None
+    stream: Mapping[str, Any] | None = None
+    format: Literal[2] = 2
+
+    def write(self, folder: Path) -> None:
+        """Writes ``manifest.json`` into a bundle's folder, without the sections that are None."""
+        content = {name: value for name, value in asdict(self).items() if value is not None}
+        (folder / MANIFEST).write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads the manifest of a bundle; raises UserError if it is missing, damaged or of another format."""
+        path = folder / MANIFEST
+        if not path.exists():
+            raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}")
+        values = read_json(path, dict[str, Any])
+        found = values.get("format")
+        if found not in (1, FORMAT):
+            raise UserError(f"{path} has bundle format {str(found)[:20]}, this version reads 1 and {FORMAT}")
+        try:
+            values = _from_format_1(values) if found == 1 else values
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{path} is damaged: make the bundle again") from error
+        return parse_json(json.dumps(values), cls, str(path))
+
+
+def is_bundle(folder: Path) -> bool:
+    """Returns whether a folder is a bundle."""
+    try:
+        return bool(Manifest.read(folder))
+    except UserError:
+        return False
+
+
+def _from_format_1(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts a manifest of format 1, which kept most facts in ``metrics`` under keys of each command."""
+    metrics, config = old["metrics"], old["config"]
+    kind = "segmentation" if "decoder_channels" in config else "timm" if "name" in config else "illama"
+    provenance = {"command": old["made_by"], **{key: old[key] for key in ("seed", "inputs", "versions")}}
+    return {
+        "network": kind,
+        "config": config,
+        "preprocessing": _preprocessing_of_format_1(old["preprocessing"]),
+        "classes": old["classes"],
+        "provenance": {**provenance, "source": metrics.get("source")},
+        "quantization": _quantization_of_format_1(metrics) if "scheme" in metrics else None,
+        "scores": _scores_of_format_1(metrics) if "test_images" in metrics else None,
+        "frame": metrics.get("frame"),
+        "format": FORMAT,
+    }
+
+
+def _preprocessing_of_format_1(old: Mapping[str, Any]) -> dict[str, Any]:
+    """Without exif and class_order, the writer had neither, and behaved as ``ignore`` and ``words``."""
+    rest = {key: value for key, value in old.items() if key != "image_size"}
+    return {"exif": "ignore", "class_order": "words", **rest, "size": [old["image_size"], old["image_size"]]}
+
+
+def _quantization_of_format_1(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The reasons were stored as sentences, whose wording varied."""
+    no_tensorrt, not_timed = metrics.get("no_tensorrt"), metrics.get("not_timed")
+    return {
+        "scheme": metrics["scheme"],
+        "layers": [dict(zip(("layer", "weight", "input"), row, strict=True)) for row in metrics.get("layers", [])],
+        "no_tensorrt": _reason(no_tensorrt, {"PyTorch": "pytorch", "weights": "weights", "": "activations"}),
+        "emulated": _reason(not_timed, {"FP8": "fp8", "4-bit": "4-bit activations", "": "6-bit"}),
+    }
+
+
+def _reason(sentence: str | None, keys: Mapping[str, str]) -> str | None:
+    """Returns the key of the first word that is in a sentence; None without a sentence."""
+    return next(key for word, key in keys.items() if word in sentence) if sentence else None
+
+
+def _scores_of_format_1(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    metric = "miou" if "test_miou" in metrics else "top1"
+    ends = {f"_{metric}": "values", "_drop": "drops"}
+    found: dict[str, dict[str, Any]] = {"values": {}, "drops": {}}
+    for key, value in metrics.items():
+        for end, place in ends.items():
+            if key.endswith(end):
+                found[place][TRAINED if key == f"test{end}" else key.removesuffix(end)] = value
+    rest = {key: metrics.get(key) for key in ("epochs", "machine")}
+    return {"metric": metric, "images": metrics["test_images"], **found, **rest}
