@@ -221,9 +221,7 @@ def test_an_interrupted_run_continues(small_bundle, image_folder, tmp_path, run_
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors and str(tmp_path / "out.partial") in errors.splitlines()[-1]
-    exported = {
-        path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("result/*/manifest.json")
-    }
+    exported = _manifest_times(tmp_path / "out.partial" / "result")
     assert_one_line_error(run_here(*options, "--seed", 1), "out.partial", "seed", "--restart")
     result = run_here(*options)
     assert result.returncode == 0, result.stderr
