@@ -234,7 +234,7 @@ def _stored_config(weights: Path, manifest: Manifest | None) -> ModelConfig | No
     carried = read_config(weights) if weights.suffix == ".safetensors" else None
     if manifest is None:
         return carried
-    listed = ModelConfig.from_dict(dict(manifest.config))
+    listed = parse_json(json.dumps(manifest.config), ModelConfig, f"the config in {weights.with_name(MANIFEST)}")
     if carried is not None and carried != listed:
         differences = _differences(carried, listed)
         raise UserError(f"{weights} and its {MANIFEST} have different configs: {differences}")

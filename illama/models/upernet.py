@@ -9,6 +9,7 @@ decoder is that of segmentation_models_pytorch.
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -26,6 +27,7 @@ from illama.manifest import Manifest
 from illama.models.config import ModelConfig, NetworkKind
 from illama.models.illama import ILLaMA, Linear
 from illama.models.norms import make_norm
+from illama.structured_files import parse_json
 
 LEVELS = 4
 
@@ -186,7 +188,7 @@ def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
     manifest, weights = Manifest.read(bundle), bundle / WEIGHTS
     if manifest.network != "segmentation":
         raise UserError(f"{bundle} has no segmentation network: train one with python illama/train_segmentation.py")
-    config = SegmentationConfig.from_dict(dict(manifest.config))
+    config = parse_json(json.dumps(manifest.config), SegmentationConfig, f"the config in {bundle}")
     state = read_state(weights)
     check_config(config, state, weights)
     with torch.device("meta"):  # shapes without memory or initial values

@@ -70,10 +70,8 @@ class Scheme:
         if not isinstance(self.smooth, Mapping) or not all(0 <= strength <= 1 for strength in self.smooth.values()):
             raise UserError(f"scheme {self.name}: smooth must map patterns of Linears to strengths from 0 to 1")
         iterations = self.reconstruction_iterations
-        if not isinstance(iterations, int) or iterations < 0:
-            raise UserError(
-                f"scheme {self.name}: reconstruction_iterations must be an integer of 0 or more, not {iterations!r}"
-            )
+        if not isinstance(iterations, int) or not 0 <= iterations <= 1_000_000:
+            raise UserError(f"scheme {self.name}: reconstruction_iterations must be an integer from 0 to 1,000,000")
         if self.backend not in ("onnx", "torchao"):
             raise UserError(f"scheme {self.name}: backend must be onnx or torchao, not {self.backend!r}")
 
