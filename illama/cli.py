@@ -57,8 +57,8 @@ def _problem(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in (*_DISK_FULL, *_NOT_WRITABLE, *_BAD_PATH):
         return str(UserError(f"cannot use {error.filename or 'the output folder'}: {os.strerror(error.errno)}"))
-    if isinstance(error, ValueError) and "embedded null" in str(error):
-        return "a path holds a NUL byte"
+    if "embedded null byte" in str(error) or "Symlink loop" in str(error):  # of pathlib
+        return str(UserError(f"a path cannot be used: {error}"))
     if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
         return "not enough memory: choose smaller sizes, or a machine with more"
     return None

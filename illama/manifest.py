@@ -127,10 +127,7 @@ class Manifest:
         quantization: None if the network was not quantized.
         scores: None if it was not evaluated.
         frame: (height, width, channels) of the uint8 frames that graphs with preprocessing take; None for others.
-        golden_answers: reserved, with the next three, for sections of later versions, which this one keeps unchanged.
-        numeric_range: reserved.
-        features: reserved.
-        stream: reserved.
+        golden_answers, numeric_range, features, stream: reserved for later versions; this one keeps them unchanged.
         format: version of this format.
     """
 

@@ -180,11 +180,11 @@ def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
     files = [target.path, *([built] if built else [])]
     return Row(
         **vars(measured),
-        name=target.name,
         scheme=target.scheme,
         runtime=target.runtime,
         runtime_id=target.runtime_id,
         file=target.key.file,
+        precision=target.precision,
         evaluated_with=target.engine.runtime,
         drop=NO_DROP,
         onnx=os.path.relpath(target.path, out),

@@ -45,29 +45,39 @@ class BenchmarkTarget:
     """A file in a runtime.
 
     Attributes:
-        name: unique name, for people; :attr:`key` identifies the target.
         scheme: scheme of its bundle.
         path: the ONNX file, or PyTorch's weights.
         engine: engine that computes its logits on this machine; targets may share one.
-        runtime: title of the runtime that the file is for.
+        title: title of the runtime that the file is for.
         runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
         built: TensorRT engine built from the ONNX file, with its record (read once, because reading hashes the whole
             engine).
         on_gpu: whether it runs on a GPU.
+        precision: float type that the runtime chose for this machine; None if the file alone determines it.
         not_timed: why it is not timed; None if it is. ``engine`` then only computes its accuracy.
         left_out: messages about rejected engines of its bundle.
     """
 
-    name: str
     scheme: str
     path: Path
     engine: Engine
-    runtime: str
+    title: str
     runtime_id: str
     built: tuple[Path, EngineRecord] | None = None
     on_gpu: bool = False
     not_timed: NotTimed | None = None
     left_out: tuple[str, ...] = ()
+    precision: str | None = None
+
+    @property
+    def runtime(self) -> str:
+        """The runtime for people, with its precision if this depends on the machine."""
+        return f"{self.title} ({self.precision})" if self.precision else self.title
+
+    @property
+    def name(self) -> str:
+        """Unique name for people; :attr:`key` identifies the target."""
+        return f"{self.scheme}, {self.runtime}"
 
     @property
     def file(self) -> Path:
@@ -76,7 +86,7 @@ class BenchmarkTarget:
 
     @property
     def key(self) -> RowKey:
-        file = self.file.resolve()
+        file = self.file.parent.resolve() / self.file.name  # in a cache of downloads the file itself may be a link
         return RowKey(self.scheme, self.runtime_id, file.relative_to(bundle_of(file)).as_posix())
 
     @property
@@ -125,7 +135,7 @@ def find_targets(
             [*_in_torch(path, scheme, networks or {})],
             [*_in_tensorrt(path, scheme, threads)],
         ]
-        for path, scheme in zip(given, _schemes(given), strict=True)
+        for path, scheme in zip(given, scheme_names(given), strict=True)
     ]
     for path, kinds in zip(given, by_path, strict=True):
         if not any(kinds):
@@ -176,14 +186,19 @@ def _has_graphs(bundle: Path) -> bool:
     return any((bundle / name).exists() for name in (CPU_ONNX, FUSED_ONNX, TORCHAO))
 
 
-def _schemes(given: Sequence[Path]) -> list[str]:
-    """Returns the names of the bundles, or their paths if names repeat."""
+def scheme_names(given: Sequence[Path]) -> list[str]:
+    """Returns the names of the bundles; if names repeat, their paths within the folder that holds all of them.
+
+    Raises:
+        UserError: a path is given twice.
+    """
     if len({path.resolve() for path in given}) < len(given):
         raise UserError("a path was given twice: give each path once")
-    folders = [bundle_of(path) for path in given]
-    names = {folder: folder.resolve().name for folder in folders}
-    ambiguous = len(set(names.values())) < len(names)
-    return [os.path.relpath(folder) if ambiguous else names[folder] for folder in folders]
+    folders = [bundle_of(path).resolve() for path in given]
+    if len({folder.name for folder in folders}) == len(set(folders)):
+        return [folder.name for folder in folders]
+    root = os.path.commonpath([folder.parent for folder in folders])
+    return [folder.relative_to(root).as_posix() for folder in folders]
 
 
 def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
@@ -193,13 +208,13 @@ def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
     quantization = Manifest.read(graph.parent).quantization
     emulated = quantization and quantization.emulated
     not_timed = NotTimed("emulated", f"Not timed: {EMULATED[emulated]}") if emulated else None
-    runtime = "ONNX Runtime, CPU"
-    engine: Engine = OnnxRuntimeEngine(graph, threads)
-    yield BenchmarkTarget(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "onnxruntime", not_timed=not_timed)
+    engine = OnnxRuntimeEngine(graph, threads)
+    yield BenchmarkTarget(scheme, graph, engine, "ONNX Runtime, CPU", "onnxruntime", not_timed=not_timed)
     if cpu_runtime(graph) == "openvino":
-        engine = OpenVinoEngine(graph, threads)
-        runtime = f"OpenVINO, CPU ({engine.floats})"
-        yield BenchmarkTarget(f"{scheme}, {runtime}", scheme, graph, engine, runtime, "openvino", not_timed=not_timed)
+        other = OpenVinoEngine(graph, threads)
+        yield BenchmarkTarget(
+            scheme, graph, other, "OpenVINO, CPU", "openvino", not_timed=not_timed, precision=other.floats
+        )
 
 
 def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[BenchmarkTarget]:
@@ -208,10 +223,8 @@ def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Ite
         return
     network = networks.get(weights.parent.name)
     engine = TorchEngine(network, "cpu") if network is not None else open_engine(weights)
-    runtime = f"PyTorch, {'GPU' if 'cuda' in engine.runtime else 'CPU'}"
-    yield BenchmarkTarget(
-        f"{scheme}, {runtime}", scheme, weights, engine, runtime, "torch", on_gpu="cuda" in engine.runtime
-    )
+    on_gpu = "cuda" in engine.runtime
+    yield BenchmarkTarget(scheme, weights, engine, f"PyTorch, {'GPU' if on_gpu else 'CPU'}", "torch", on_gpu=on_gpu)
 
 
 def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
@@ -235,9 +248,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
             not_timed = NotTimed(
                 "cannot run", f"Accuracy is that of the ONNX file the engine was built from: {trouble}"
             )
-        name = f"{scheme}, {title}"
         yield BenchmarkTarget(
-            name,
             scheme,
             graph,
             engine,
@@ -251,9 +262,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
     if not engines:
         not_timed = NotTimed("no engine", "No engine was built from it, or none can be used")
         engine = OnnxRuntimeEngine(graph, threads)
-        yield BenchmarkTarget(
-            f"{scheme}, TensorRT", scheme, graph, engine, "TensorRT", "tensorrt", not_timed=not_timed, left_out=left_out
-        )
+        yield BenchmarkTarget(scheme, graph, engine, "TensorRT", "tensorrt", not_timed=not_timed, left_out=left_out)
 
 
 def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:

@@ -42,11 +42,11 @@ class Row(Measured):
     """A deployable file in a runtime, with its measurements.
 
     Attributes:
-        name: unique name for people, such as "int8, OpenVINO, CPU (bf16)"; :attr:`key` identifies the row.
         scheme: fp32, fp16 or a quantization scheme.
-        runtime: title of the runtime that the file is for.
+        runtime: the runtime that the file is for, with its precision if this depends on the machine, for people.
         runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
         file: path of the deployed file within its bundle.
+        precision: float type that the runtime chose for this machine; None if the file alone determines it.
         evaluated_with: runtime that computed the logits, with version, device and precision.
         drop: points of top-1 lost against the reference row on the same images.
         flipped: some of the images whose predicted class changes.
@@ -62,7 +62,6 @@ class Row(Measured):
         note: why a measurement is missing.
     """
 
-    name: str
     scheme: str
     runtime: str
     runtime_id: str
@@ -72,6 +71,7 @@ class Row(Measured):
     onnx: str
     onnx_bytes: int
     flipped: list[FlippedImage] = field(default_factory=list)
+    precision: str | None = None
     engine: str | None = None
     engine_bytes: int | None = None
     sha256: dict[str, str] = field(default_factory=dict)
@@ -80,6 +80,11 @@ class Row(Measured):
     latency: list[Latency] = field(default_factory=list)
     device: str | None = None
     note: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique name for people, such as "int8, OpenVINO, CPU (bf16)"; :attr:`key` identifies the row."""
+        return f"{self.scheme}, {self.runtime}"
 
     @property
     def key(self) -> RowKey:
@@ -165,6 +170,7 @@ class Report:
         """Returns the contents of ``report.json``."""
         content = {"schema_version": SCHEMA_VERSION, **plain(asdict(self))}
         for row, written in zip(self.rows, content["rows"], strict=True):
+            written["name"] = row.name
             for latency, figures in zip(row.latency, written["latency"], strict=True):
                 figures["images_per_second"] = latency.images_per_second
         return content

@@ -94,21 +94,16 @@ def _summarize(row: Row, batch: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _SummaryRow:
-    onnx: str
-
-
-@dataclass(frozen=True)
 class _Summary:
-    rows: tuple[_SummaryRow, ...]
+    rows: tuple[Mapping[str, Any], ...]
 
 
 def is_result(folder: Path) -> bool:
     """Returns whether a folder holds only the files of :func:`write_report` and the bundles of its rows."""
     try:
         rows = read_json(folder / SUMMARY, _Summary, unknown="ignore").rows
-        ours = {*FILES, *(Path(row.onnx).parts[0] for row in rows)}
-    except (UserError, IndexError):
+        ours = {*FILES, *(Path(str(row["onnx"])).parts[0] for row in rows)}
+    except (UserError, LookupError):
         return False
     return {path.name for path in list_folder(folder)} <= ours
 

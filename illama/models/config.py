@@ -96,14 +96,6 @@ class TimmConfig:
     num_classes: int
     mask: MaskKind = "bidirectional"
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TimmConfig:
-        """Returns the config with the values of :meth:`to_dict`; raises UserError for unknown or missing names."""
-        wrong = set(values) ^ {field.name for field in fields(cls)}
-        if wrong:
-            raise UserError(f"unknown or missing settings of a timm network: {', '.join(sorted(wrong))}")
-        return cls(**values)
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

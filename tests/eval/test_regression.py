@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_report import make_reliability, make_report, make_row
 
+from eval.benchmark.targets import BenchmarkTarget, scheme_names
+from eval.report.decision import RowKey
 from eval.report.regression import Baseline, Tolerances, compare_markdown, find_regressions
 from illama.errors import UserError
 from illama.manifest import Drop
@@ -102,7 +105,7 @@ def test_a_drop_is_worse_beyond_the_tolerance_and_beyond_chance(points, half):
         (1, {"reliability": make_reliability(0.0)}, None),
         (1, {"scheme": "renamed"}, "int8"),
         (1, {"file": "other.onnx"}, "int8"),
-        (1, {"name": "renamed", "runtime": "renamed"}, None),
+        (1, {"runtime": "renamed"}, None),
     ],
 )
 def test_each_other_kind_in_one_plain_line(index, fields, words):
@@ -158,7 +161,7 @@ def test_a_baseline_of_a_cpu_with_bfloat16_fits_one_without(version, tmp_path):
         make_row("int8, OpenVINO, CPU (f32)", 92.9, 1.0, runtime_id="openvino"),
         make_row("int8, TensorRT", 92.9, None, runtime_id="tensorrt", engine_bytes=9, **engine),
     ]
-    before = replace(report, rows=[replace(row, name=row.name.replace("(f32)", "(bf16)")) for row in report.rows])
+    before = replace(report, rows=[replace(row, runtime=row.runtime.replace("(f32)", "(bf16)")) for row in report.rows])
     content = before.to_json() if version == 2 else _as_version_1(report)
     (tmp_path / "report.json").write_text(json.dumps(content))
     baseline = Baseline.read(tmp_path / "report.json")
@@ -168,10 +171,32 @@ def test_a_baseline_of_a_cpu_with_bfloat16_fits_one_without(version, tmp_path):
     assert [line for line in find_regressions(baseline, gone) if "bf16" in line]
 
 
+def test_the_key_of_a_target_depends_neither_on_links_nor_on_the_cpu(tmp_path):
+    (tmp_path / "0f").touch()
+    (tmp_path / "int8").mkdir()
+    file = tmp_path / "int8" / "model.onnx"
+    file.symlink_to(tmp_path / "0f")
+    one, other = (
+        BenchmarkTarget("int8", file, None, "OpenVINO, CPU", "openvino", precision=each) for each in ("bf16", "f32")
+    )
+    assert one.key == other.key == RowKey("int8", "openvino", "model.onnx")
+    assert (one.name, other.name) == ("int8, OpenVINO, CPU (bf16)", "int8, OpenVINO, CPU (f32)")
+
+
+def test_the_names_of_bundles_do_not_depend_on_where_they_lie(tmp_path, monkeypatch):
+    for root in ("here", "there/deeper"):
+        folders = [tmp_path / root / name for name in ("a/int8", "b/int8", "fp32")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        assert scheme_names(folders) == ["a/int8", "b/int8", "fp32"]
+        monkeypatch.chdir(folders[0])
+        assert scheme_names([Path(), *folders[1:]]) == ["a/int8", "b/int8", "fp32"]
+
+
 def test_the_comparison_in_markdown():
     report = _changed(onnx_bytes=2_500_000)
-    report.rows.append(replace(report.rows[1], name="new", scheme="new"))
+    report.rows.append(replace(report.rows[1], scheme="new"))
     text = compare_markdown(BASELINE, report, find_regressions(BASELINE, report))
     assert "- int8, ONNX Runtime, CPU: " in text and "2,500,000" in text
     assert "| int8, ONNX Runtime, CPU | 92.90 → 92.90 | 0.10 → 0.10 | 0.25 → 0.25 | 2.00 → 2.50 | 0.30 → 0.30 |" in text
-    assert "| new | - → 92.90 |" in text and "fp8\\|odd" in text
+    assert "| new, ONNX Runtime, CPU | - → 92.90 |" in text and "fp8\\|odd" in text

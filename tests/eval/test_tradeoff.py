@@ -162,7 +162,7 @@ def test_a_regression_fails_the_build(tradeoff, tmp_path):
     path.write_text(json.dumps(baseline))
     assert tradeoff("--fail-on-regression", path).returncode == 0  # read before a new report takes its place
     baseline["rows"][-1]["onnx_bytes"] //= 2
-    baseline["rows"].append({**baseline["rows"][-1], "name": "gone"})
+    baseline["rows"].append({**baseline["rows"][-1], "name": "gone", "scheme": "gone"})
     (tmp_path / "better.json").write_text(json.dumps(baseline))
     result = tradeoff("--fail-on-regression", tmp_path / "better.json")
     assert result.returncode == 1 and "gone" in result.stdout and path.exists()
@@ -181,7 +181,7 @@ def test_a_regression_fails_the_build(tradeoff, tmp_path):
         (("--seed", "-1"), "--seed"),
         (("--workers", "-1"), "--workers"),
         (("--also", "tests/data"), "tests/data"),
-        (("--fail-on-regression", "README.md"), "report.json"),
+        (("--fail-on-regression", "README.md"), "README.md"),
     ],
 )
 def test_mistakes_are_one_line(tradeoff, tmp_path, arguments, words):

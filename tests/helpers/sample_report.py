@@ -39,7 +39,6 @@ def make_row(name: str, top1: float, p50: float | None, **fields) -> Row:
     loss = 93 - top1
     return Row(
         **{
-            "name": name,
             "scheme": scheme,
             "runtime": runtime,
             "runtime_id": "onnxruntime",

@@ -1,6 +1,7 @@
 """timm's ViTs made causal, compared with the originals at alpha 1 and with the paper's equations in float64."""
 
 import copy
+import json
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from illama.models.attention import AttentionMask, MaskedAttention
 from illama.models.config import TimmConfig
 from illama.models.norms import LayerNorm, RMSNorm
 from illama.models.timm_vit import LatentPool, to_causal, to_quantizable
+from illama.structured_files import parse_json
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import Scheme
@@ -111,12 +113,12 @@ def test_the_config_describes_the_network(make):
     mask = "post_softmax" if make is to_causal else "bidirectional"
     config = make(build("vit_small_patch14_dinov2")).config
     assert config == TimmConfig("vit_small_patch14_dinov2", 32, 3, 5, mask)
-    assert TimmConfig.from_dict(config.to_dict()) == config
+    assert parse_json(json.dumps(config.to_dict()), TimmConfig, "x") == config
     grey = VisionTransformer(**{**SMALL, "img_size": 16}, in_chans=1)
     assert make(grey).config == TimmConfig("VisionTransformer", 16, 1, 5, mask)
     for wrong in ({**config.to_dict(), "depth": 2}, {"name": "vit_tiny_patch16_224"}):
-        with pytest.raises(UserError, match="timm network"):
-            TimmConfig.from_dict(wrong)
+        with pytest.raises(UserError, match="x is damaged"):
+            parse_json(json.dumps(wrong), TimmConfig, "x")
 
 
 @pytest.mark.parametrize("name", ["qk_norm", "scale_norms", "swiglu_rms", "map", "pre_norm"])
