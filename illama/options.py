@@ -139,7 +139,7 @@ class BenchmarkOptions:
     """
 
     batches: tuple[BatchSize, ...] = (1, 8, 64)
-    seconds: Positive = 10.0
+    seconds: Annotated[float, Interval(gt=0, le=86_400)] = 10.0
     threads: Threads | None = None
     max_latency_ms: Positive | None = None
     max_drop: Number | None = None

@@ -94,9 +94,8 @@ def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> di
     from illama.bundle import package_versions, sha256
     from illama.partial_work import sources_digest
 
-    source = asdict(replace(inputs.source, checkpoint=Path()))  # a path is replaced by its content
     return {
-        **source,
+        **asdict(replace(inputs.source, checkpoint=Path())),  # a path is replaced by its content
         **asdict(options.benchmark),
         "library": options.library,
         "targets": options.targets,

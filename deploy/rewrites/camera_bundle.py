@@ -26,8 +26,10 @@ def write_camera_bundle(bundle: Path, frame: tuple[int, int, int], out: Path) ->
     """
     manifest = Manifest.read(bundle)
     sources = [bundle / name for name in (CPU_ONNX, FUSED_ONNX) if (bundle / name).exists()]
-    if not sources or manifest.frame:
-        raise UserError(f"{bundle} has no graph without preprocessing: give a bundle that python quant/ptq.py wrote")
+    if not sources or manifest.frame or out.resolve() == bundle.resolve():
+        raise UserError(
+            f"{bundle} has no graph without preprocessing, or is --out too: give a bundle of python quant/ptq.py"
+        )
     with write_folder(out) as folder:
         for source in sources:
             model = load_graph(source)

@@ -46,7 +46,7 @@ def new_images(folder: Path, until: float | None) -> Iterator[Path]:
         for path in sorted(folder.iterdir()):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # the writer renamed its temporary file
+            except OSError:  # the writer renamed its temporary file, or it is a link to itself
                 continue
             version = (path, status.st_mtime_ns)
             is_image = stat.S_ISREG(status.st_mode) and path.suffix.lower() in SUFFIXES

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import cpu_runtime, files_of
@@ -43,12 +44,6 @@ class RuntimeChoice:
 
 
 @dataclass(frozen=True)
-class _Machine:
-    cpu: str
-    cores: int
-
-
-@dataclass(frozen=True)
 class _Latency:
     p50: float
 
@@ -65,7 +60,7 @@ class _Row:
 class _Report:
     """The facts of a report that matter here."""
 
-    machine: _Machine
+    machine: Mapping[str, Any]
     rows: tuple[_Row, ...]
 
 
@@ -103,7 +98,7 @@ def _fastest(report: Path, file: str) -> RuntimeName | None:
         content = read_json(report, _Report, unknown="ignore")
     except UserError:  # there is none, or it is of another version
         return None
-    if (content.machine.cpu, content.machine.cores) != (cpu_name(), usable_cores()):
+    if (content.machine.get("cpu"), content.machine.get("cores")) != (cpu_name(), usable_cores()):
         return None
     timed = [
         (row.latency[0].p50, row.runtime_id)

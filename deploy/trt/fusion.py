@@ -34,16 +34,10 @@ class SoftmaxOutput:
     """How the scheme quantizes the softmax output of one attention.
 
     Attributes:
-        dtype: fp8 or int8.
+        number: dtype, fp8 or int8.
         scale: quantization scale.
     """
 
-    dtype: str
-    scale: float
-
-
-@dataclass(frozen=True)
-class _Stored:
     number: Literal["fp8", "int8"]
     scale: Annotated[float, Interval(gt=0, lt=math.inf)]
 
@@ -51,8 +45,7 @@ class _Stored:
 def read_softmax_scales(model: ir.Model) -> dict[str, SoftmaxOutput]:
     """Returns attention -> how its softmax output is quantized, from the metadata that the exporter wrote."""
     text = model.metadata_props.get(SOFTMAX_OUTPUT, "{}")
-    outputs = parse_json(text, dict[str, _Stored], f"the graph's metadata {SOFTMAX_OUTPUT}")
-    return {name: SoftmaxOutput(stored.number, stored.scale) for name, stored in outputs.items()}
+    return parse_json(text, dict[str, SoftmaxOutput], f"the graph's metadata {SOFTMAX_OUTPUT}")
 
 
 def quantize_softmax_outputs(model: ir.Model) -> None:
@@ -76,7 +69,7 @@ def quantize_softmax_outputs(model: ir.Model) -> None:
             node.op_type = "TRT_QuantizedAttention"
             node.resize_inputs(5)  # no mask leaves the fourth empty
             node.replace_input_with(4, add_constant(model.graph, name, np.array(output.scale, dtype=np.float16)))
-            node.attributes.add(ir.AttrInt64("normalization_quantize_to_type", _ONNX_TYPES[output.dtype]))
+            node.attributes.add(ir.AttrInt64("normalization_quantize_to_type", _ONNX_TYPES[output.number]))
 
 
 def allow_decomposition(model: ir.Model) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -17,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval.metrics.predictions import Evaluated, Predictions, refuse_overflow
 from illama.atomic_write import write_file
+from illama.checkpoints.tensor_files import read_tensors
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
 from illama.partial_work import claim
@@ -31,7 +33,6 @@ from illama.training.distributed import ALONE, Processes
 UNFINISHED = "unfinished"  # folder of an interrupted evaluation, beside its results
 CHUNK = 1000  # images
 PATIENCE = 1800.0  # seconds
-_FORMS = ("plain", "scaled")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def evaluate(
         raise ValueError("several processes must share a work folder: give one")
     with nullcontext(how.work) if how.work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
         _claim_together(Path(folder), pinned, processes, how.restart)
-        paths = {each: Path(folder) / f"{each.start:09d}.npz" for each in chunks}
+        paths = {each: Path(folder) / f"{each.start:09d}.safetensors" for each in chunks}
         own = chunks[processes.rank :: processes.count]
         missing = [each for each in own if not paths[each].exists()]
         with _progress(own, missing, processes) as bar:
@@ -141,30 +142,31 @@ def _write(path: Path, part: Mapping[str, Evaluated]) -> None:
     arrays = {
         f"{place}/{form}/{entry.name}": getattr(predictions, entry.name)
         for place, each in enumerate(part.values())
-        for form in _FORMS
+        for form in ("plain", "scaled")
         for entry in fields(Predictions)
         if (predictions := getattr(each, form)) is not None
     }
-    with write_file(path) as draft, draft.open("wb") as file:
-        np.savez(file, **arrays)
+    with write_file(path) as draft:
+        draft.write_bytes(safetensors.numpy.save(arrays))
 
 
 def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Evaluated]:
-    def form(stored: Mapping[str, np.ndarray], prefix: str) -> Predictions | None:
-        if f"{prefix}/labels" not in stored:
-            return None
-        predictions = Predictions(*(stored[f"{prefix}/{entry.name}"] for entry in fields(Predictions)))
-        if len(predictions) != images:
-            raise ValueError(f"{len(predictions)} images instead of {images}")
-        return predictions
+    stored = {name: value.numpy() for name, value in read_tensors(path, (torch.int64, torch.float64)).items()}
+
+    def form(prefix: str) -> Predictions:
+        arrays = [stored[f"{prefix}/{entry.name}"] for entry in fields(Predictions)]
+        if wrong := next((each.shape for each in arrays if each.shape != (images,)), None):
+            raise ValueError(f"{wrong} instead of {images} images")
+        return Predictions(*arrays)
 
     try:
-        with np.load(path) as stored:
-            return {
-                name: Evaluated(*(form(stored, f"{place}/{each}") for each in _FORMS))  # type: ignore[arg-type]
-                for place, name in enumerate(models)
-            }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        return {
+            name: Evaluated(
+                form(f"{place}/plain"), form(f"{place}/scaled") if f"{place}/scaled/labels" in stored else None
+            )
+            for place, name in enumerate(models)
+        }
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run the command again") from error
 
 

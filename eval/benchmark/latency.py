@@ -167,9 +167,8 @@ def measure_latency(
             timings.latency[name].append(_summarize(values, batch, joules.get(name)))
     watch.look()
     timings.conditions.update(_conditions(batches, options, meters, watch))
-    timings.conditions["involuntary context switches a second"] = round(
-        (_switches() - switches) / (time.monotonic() - start), 1
-    )
+    rate = (_switches() - switches) / (time.monotonic() - start)
+    timings.conditions["involuntary context switches a second"] = round(rate, 1)
     timings.sensors.update(watch.sensors | ({"energy"} if meters else set()))
     return timings
 

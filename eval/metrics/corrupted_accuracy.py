@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 import scipy.stats
+import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -16,7 +18,9 @@ from eval.benchmark.open_bundles import OpenBundles, predict_checked
 from eval.metrics.corruptions import CorruptedImages, after_framing
 from eval.metrics.paired import NO_DROP, unseen_points, widened
 from illama.atomic_write import make_out, sweep, write_file
+from illama.checkpoints.tensor_files import read_tensors
 from illama.data.datasets import Sample
+from illama.errors import UserError
 from illama.manifest import Drop
 from illama.markdown_table import markdown
 
@@ -124,15 +128,18 @@ def measure_cells(
     sweep(out / CELLS)
     measured = {}
     for cell in tqdm([CLEAN, *cells], desc="corruptions", unit="cell"):
-        path = out / CELLS / f"{cell[0]}-{cell[1]}.npz"
+        path = out / CELLS / f"{cell[0]}-{cell[1]}.safetensors"
         if not path.exists():
             split = images if cell == CLEAN else CorruptedImages(images, bundles.preprocessing, *cell, seed)
             transform = bundles.preprocessing.transform() if cell == CLEAN else after_framing(bundles.preprocessing)
             logits, labels = predict_checked(bundles, split, transform, workers)
-            with write_file(path) as draft, draft.open("wb") as file:
-                np.savez(file, **{f"right/{model}": values.argmax(1) == labels for model, values in logits.items()})
-        with np.load(path) as stored:
-            measured[cell] = {model: stored[f"right/{model}"] for model in bundles.models}
+            right = {model: values.argmax(1) == labels for model, values in logits.items()}
+            with write_file(path) as draft:
+                draft.write_bytes(safetensors.numpy.save(right))
+        stored = read_tensors(path, (torch.bool,))
+        if stored.keys() != bundles.models.keys():
+            raise UserError(f"{path} is damaged: delete it and run the command again")
+        measured[cell] = {model: stored[model].numpy() for model in bundles.models}
     return measured
 
 

@@ -7,6 +7,7 @@ Nothing in a file is executed, and nothing is allocated that the file does not h
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,10 +85,10 @@ def check_tensors(state: Mapping[Any, Any], path: Path, dtypes: Sequence[torch.d
     for name, value in state.items():
         if not isinstance(name, str) or type(value) not in (Tensor, torch.nn.Parameter):
             raise UserError(f"{path} is not a state dict of tensors")
-        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in dtypes:
+        if value.is_nested or value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in dtypes:
             kind = value.dtype if value.layout == torch.strided else value.layout
             raise UserError(f"{path}: {name} is a tensor of {kind} on {value.device}, which cannot be used")
-        claimed += value.numel() * value.element_size()
+        claimed += math.prod(max(1, size) for size in value.shape) * value.element_size()
     if claimed > _SHARED * path.stat().st_size:
         raise UserError(f"{path} claims tensors of {claimed} bytes in all, more than the file has")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,8 +54,9 @@ class Preprocessing:
             raise UserError(f"in_channels must be 1 (gray) or 3 (RGB), not {self.in_channels}")
         if not 1 <= min(self.size) <= max(self.size) <= MAX_SIDE:
             raise UserError(f"an input of {self.size[0]}x{self.size[1]} pixels is not supported")
-        if not len(self.mean) == len(self.std) == self.in_channels or not all(value > 0 for value in self.std):
-            raise UserError(f"mean and std need a value for each of {self.in_channels} channels, and std above 0")
+        finite = all(map(math.isfinite, self.mean)) and all(0 < value < math.inf for value in self.std)
+        if not len(self.mean) == len(self.std) == self.in_channels or not finite:
+            raise UserError(f"mean and std need a number for each of {self.in_channels} channels, and std above 0")
         if self.resize is not None and not max(self.size) <= self.resize <= MAX_SIDE:
             raise UserError(f"resize {self.resize} does not fit an input of {self.size[0]}x{self.size[1]}: change it")
 

@@ -141,11 +141,11 @@ def test_interrupted_it_goes_on_where_it_was(task, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         task.evaluate(work, {**task.models, "two": interrupted})
-    assert sorted(path.name for path in work.iterdir()) == ["000000000.npz", "run.json"]
-    kept = (work / "000000000.npz").stat().st_mtime_ns
+    assert sorted(path.name for path in work.iterdir()) == ["000000000.safetensors", "run.json"]
+    kept = (work / "000000000.safetensors").stat().st_mtime_ns
     assert _equal(task.evaluate(work), whole) and task.split.indices == list(range(7, 18))
-    assert (work / "000000000.npz").stat().st_mtime_ns == kept
-    (work / "000000007.npz").unlink()
+    assert (work / "000000000.safetensors").stat().st_mtime_ns == kept
+    (work / "000000007.safetensors").unlink()
     assert _equal(task.evaluate(work), whole) and task.split.indices == list(range(7, 14))
 
 
@@ -161,11 +161,11 @@ def test_a_folder_of_another_evaluation_is_refused(task, tmp_path):
     ):
         with pytest.raises(UserError, match=rf"\b{words}\b"):
             task.evaluate(work, **other)
-    shutil.copyfile(work / "000000014.npz", work / "000000000.npz")  # 4 images in place of 7
-    with pytest.raises(UserError, match=r"000000000.npz.*\b4\b.*\b7\b"):
+    shutil.copyfile(work / "000000014.safetensors", work / "000000000.safetensors")  # 4 images in place of 7
+    with pytest.raises(UserError, match=r"000000000.safetensors.*\b4\b.*\b7\b"):
         task.evaluate(work)
-    (work / "000000000.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"000000000\.npz"):
+    (work / "000000000.safetensors").write_bytes(b"{")
+    with pytest.raises(UserError, match=r"000000000\.safetensors"):
         task.evaluate(work)
     (work / "run.json").write_text("[1]")
     with pytest.raises(UserError, match=r"run\.json"):

@@ -179,11 +179,11 @@ def test_the_command_goes_on_where_it_was(image_folder, tmp_path, run_here):
         ("contrast", 5),
     ]
 
-    (out / "cells" / "snow-5.npz").unlink()  # as if it had been interrupted there
-    kept = (out / "cells" / "contrast-1.npz").stat().st_mtime_ns
+    (out / "cells" / "snow-5.safetensors").unlink()  # as if it had been interrupted there
+    kept = (out / "cells" / "contrast-1.safetensors").stat().st_mtime_ns
     again = run("--severities", "1", "5")
     assert again.returncode == 0 and (out / "robustness.md").read_text() == table
-    assert (out / "cells" / "contrast-1.npz").stat().st_mtime_ns == kept
+    assert (out / "cells" / "contrast-1.safetensors").stat().st_mtime_ns == kept
 
     assert_one_line_error(run("--seed", "1"), "seed", "--out")
     assert_one_line_error(run("--workers", "-1"), "--workers")
