@@ -47,7 +47,7 @@ class ServeOptions(ServingOptions, ListenOptions):
 
 
 def main(options: ServeOptions) -> None:
-    with exit_on_signals():
+    with exit_on_signals(0 if options.run else 130):  # a server that is stopped has done its work
         # Imported here, so that --help does not wait for PyTorch.
         from deploy.serving.repository import (
             add_versions,

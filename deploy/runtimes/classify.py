@@ -25,6 +25,8 @@ def top5(logits: np.ndarray, classes: Sequence[str], temperature: float = 1.0) -
         classes: names of the classes, in the order of the logits.
         temperature: divides the logits.
     """
+    if len(classes) != len(logits):
+        raise UserError(f"the network has {len(logits)} classes, and its manifest {len(classes)}: export it again")
     wide = np.exp((logits - logits.max()).astype(np.float64) / temperature)
     order = np.argsort(-logits, kind="stable")[:5]
     return [(classes[index], float(wide[index] / wide.sum())) for index in order]

@@ -10,20 +10,19 @@ from typing import Any
 
 
 @contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Inside the block, SIGTERM and Ctrl-C print "stopped" and end the process with exit status 0.
+def exit_on_signals(status: int) -> Iterator[None]:
+    """Inside the block, SIGTERM and Ctrl-C print "stopped" and end the process with this exit status.
 
     For imports that take seconds: packages may catch a KeyboardInterrupt that is raised while they are imported.
     """
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = [(number, signal.signal(number, _exit)) for number in numbers]
+
+    def stop(*_: Any) -> None:
+        os.write(1, b"stopped\n")
+        os._exit(status)
+
+    previous = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         yield
     finally:
         for number, handler in previous:
             signal.signal(number, handler)
-
-
-def _exit(*_: Any) -> None:
-    os.write(1, b"stopped\n")
-    os._exit(0)

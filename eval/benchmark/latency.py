@@ -136,7 +136,6 @@ def measure_latency(
 
     Args:
         images: (N, C, H, W); repeated if a batch is larger than N. One batch is in memory at a time.
-        batches: batch sizes.
         meters: engine -> meter of the energy of the device it runs on.
 
     Raises:

@@ -415,3 +415,5 @@ def test_the_five_most_probable_classes():
     assert [name for name, _ in top5(logits, list("abcdefg"))] == list("fedcb")
     assert top5(logits, list("abcdefg"))[0][1] == pytest.approx(0.5)
     assert top5(np.array([1e4, 0], dtype=np.float32), ["a", "b"])[0] == ("a", 1.0)
+    with pytest.raises(UserError, match=r"2 classes.*1"):
+        top5(np.zeros(2, dtype=np.float32), ["a"])

@@ -528,14 +528,14 @@ def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
         assert len(_leftovers(theirs.name)) == 2  # the folder and the lock of a running server
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_a_command_that_is_still_importing(end, tmp_path):
-    command = [sys.executable, "-X", "importtime", "deploy/serve.py", "--out", tmp_path, "--run"]
+@pytest.mark.parametrize(("end", "bundles", "status"), [(signal.SIGTERM, ["--run"], 0), (signal.SIGINT, ["x"], 130)])
+def test_signals_stop_a_command_that_is_still_importing(end, bundles, status, tmp_path):
+    command = [sys.executable, "-X", "importtime", "deploy/serve.py", "--out", tmp_path, *bundles]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert any(line.endswith(" numpy\n") for line in process.stderr)
         process.send_signal(end)
         output, _ = process.communicate(timeout=60)
-    assert (process.returncode, output) == (0, "stopped\n")
+    assert (process.returncode, output) == (status, "stopped\n")
 
 
 def test_tritonserver_is_not_installed(monkeypatch, tmp_path):
