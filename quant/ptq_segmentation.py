@@ -1,4 +1,4 @@
-"""Post-training quantization of an UperNet: python quant/ptq_segmentation.py runs/segmentation/bundle --data FOLDER
+"""Post-training quantization of a UperNet: python quant/ptq_segmentation.py runs/segmentation/bundle --data FOLDER
 
 Writes a bundle for each scheme and for the float references, as ``python quant/ptq.py`` does for classifiers.
 ``python eval/segmentation.py`` compares them, and ``python deploy/build.py`` builds their engines.

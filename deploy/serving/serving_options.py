@@ -63,7 +63,7 @@ class ListenOptions:
         http_port: port of the HTTP protocol.
         grpc_port: port of the gRPC protocol.
         metrics_port: port of the Prometheus metrics.
-        poll_seconds: CountOrZeroerval at which the server looks for new versions; 0 for never.
+        poll_seconds: interval at which the server looks for new versions; 0 for never.
     """
 
     address: str = "127.0.0.1"
