@@ -37,7 +37,7 @@ class EngineRecord:
         fused: whether each attention is one operator in the scheme's precision; False if --allow-unfused was given.
         inputs: name -> [dtype, shape], with -1 for the batch.
         outputs: name -> [dtype, shape], with -1 for the batch.
-        preprocessing: :class:`illama.data.preprocessing.Preprocessing` as a dict; part of the engine if its input is uint8.
+        preprocessing: :class:`illama.data.preprocessing.Preprocessing` as a dict; in the engine if its input is uint8.
         classes: names of the classes, in the order of the logits.
         trtexec: command of the library's own tool that builds an equivalent engine, run in the bundle's folder.
     """
