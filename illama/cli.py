@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import takewhile
 from types import TracebackType
 from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
@@ -15,7 +19,7 @@ import docstring_parser
 import tyro
 
 from illama.errors import UserError
-from illama.options import check_bounds
+from illama.options import DATA_FORMS, Data, check_bounds
 from illama.quiet import without_noise
 
 _INTERRUPTED = "interrupted; no incomplete file was left behind"
@@ -40,15 +44,31 @@ def run_command(
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up like Ctrl-C
         with without_noise():
-            given = parse() if parse else tyro.cli(options)
+            given = _in_one_line(parse or partial(tyro.cli, options))
             check_bounds(given)
             main(given)
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
     except KeyboardInterrupt as stop:
         _exit(str(stop) or _INTERRUPTED, 130)
     except Exception as error:
         if (message := _problem(error)) is None:
             raise
         _exit(message, 2)
+
+
+def _in_one_line(parse: Callable[[], Options]) -> Options:
+    """Parses the command line; raises UserError with the problem that tyro prints in a box of several lines."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return parse()
+    except SystemExit as end:
+        if end.code:
+            lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()[1:]]  # the first is a title
+            raise UserError(f"{' '.join(takewhile(bool, lines)).rstrip('.')}: see --help") from end
+        raise
 
 
 def _problem(error: Exception) -> str | None:
@@ -87,7 +107,8 @@ def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
         options: a dataclass; it is not instantiated.
         defaults: an instance of it, whose values ``--help`` shows as the defaults.
     """
-    hints, helps = get_type_hints(options, include_extras=True), option_helps(options)
+    hints = get_type_hints(options, include_extras=True)
+    helps = option_helps(options) | {name: DATA_FORMS for name, hint in hints.items() if hint == Data}
     fields = {
         field.name: Annotated[
             hints[field.name],

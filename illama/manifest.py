@@ -18,7 +18,6 @@ from illama.models.config import NetworkKind
 from illama.options import SourceOptions
 from illama.structured_files import parse_json, read_json
 
-FORMAT = 2
 TRAINED = "trained"  # key of the score of a training run
 Metric = Literal["top1", "miou"]
 NoTensorRT = Literal["pytorch", "activations", "weights"]
@@ -145,6 +144,10 @@ class Manifest:
     stream: Mapping[str, Any] | None = None
     format: Literal[2] = 2
 
+    def __post_init__(self) -> None:
+        if (count := self.config.get("num_classes", len(self.classes))) != len(self.classes):
+            raise UserError(f"the network has {count!s:.20} classes, and {len(self.classes)} are named")
+
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json`` into a bundle's folder, without the sections that are None."""
         content = {name: value for name, value in asdict(self).items() if value is not None}
@@ -157,11 +160,8 @@ class Manifest:
         if not path.exists():
             raise UserError(f"{folder} is not a bundle: it has no {MANIFEST}")
         values = read_json(path, dict[str, Any])
-        found = values.get("format")
-        if found not in (1, FORMAT):
-            raise UserError(f"{path} has bundle format {str(found)[:20]}, this version reads 1 and {FORMAT}")
         try:
-            values = _from_format_1(values) if found == 1 else values
+            values = _from_format_1(values) if values.get("format") == 1 else values
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is damaged: make the bundle again") from error
         return parse_json(json.dumps(values), cls, str(path))
@@ -189,7 +189,7 @@ def _from_format_1(old: Mapping[str, Any]) -> dict[str, Any]:
         "quantization": _quantization_of_format_1(metrics) if "scheme" in metrics else None,
         "scores": _scores_of_format_1(metrics) if "test_images" in metrics else None,
         "frame": metrics.get("frame"),
-        "format": FORMAT,
+        "format": 2,
     }
 
 

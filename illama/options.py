@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from annotated_types import Interval
 
 from illama.bundle import SHIPPED
 from illama.errors import UserError
+from illama.structured_files import check_fields
 
 Options = TypeVar("Options")
 Flat = Annotated[Options, tyro.conf.OmitArgPrefixes]  # options of a dataclass within a dataclass, without a prefix
-_DATA = (
+DATA_FORMS = (
     "fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a "
     "folder with train/ and val/"
 )
-Data = Annotated[str, tyro.conf.arg(help=_DATA)]  # a data set, as illama.data.datasets.open_data takes it
+Data = Annotated[str, tyro.conf.arg(help=DATA_FORMS)]  # a data set, as illama.data.datasets.open_data takes it
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
 
@@ -43,41 +42,8 @@ NotNegative = Annotated[float, Interval(ge=0, lt=math.inf)]
 
 
 def check_bounds(options: Any) -> None:
-    """Raises UserError for the first field, also of a field that is a dataclass, whose value is out of its bounds."""
-    for name, hint in get_type_hints(type(options), include_extras=True).items():
-        option = getattr(options, name, None)
-        if is_dataclass(option):
-            check_bounds(option)
-        for bounds, value in _bounded(hint, option):
-            if not _inside(value, bounds):
-                raise UserError(f"--{name.replace('_', '-')} must be {_describe(bounds)}, not {value!s:.40}")
-
-
-def _bounded(hint: Any, value: Any) -> Iterator[tuple[Interval, Any]]:
-    """Yields the values in an option with the bounds that its type declares for them."""
-    if value is None:
-        return
-    parts = get_args(hint)
-    if get_origin(hint) is Annotated:
-        yield from ((each, value) for each in hint.__metadata__ if isinstance(each, Interval))
-        yield from _bounded(parts[0], value)
-    elif get_origin(hint) in (Union, UnionType):
-        for part in parts:
-            yield from _bounded(part, value)
-    elif get_origin(hint) is tuple:
-        for number, each in enumerate(value):
-            yield from _bounded(parts[0] if parts[-1] is Ellipsis else parts[number], each)
-
-
-def _inside(value: Any, bounds: Interval) -> bool:
-    lower = (bounds.ge is None or value >= bounds.ge) and (bounds.gt is None or value > bounds.gt)
-    return bool(lower and (bounds.le is None or value <= bounds.le) and (bounds.lt is None or value < bounds.lt))
-
-
-def _describe(bounds: Interval) -> str:
-    """Interval(ge=1, le=9) -> "1 or more, and at most 9"."""
-    limits = ((bounds.ge, "{} or more"), (bounds.gt, "above {}"), (bounds.le, "at most {}"), (bounds.lt, "below {}"))
-    return ", and ".join(text.format(limit) for limit, text in limits if limit is not None)
+    """Raises UserError for the first option whose value does not fit its type, or is out of the bounds of it."""
+    check_fields(options, lambda name: f"--{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Until the command's folder OUT is complete, ``OUT.partial`` holds
 
     run.json        everything that determines the result, such as the options and the SHA-256 of the weights
     result/         the folder that becomes OUT
-    NAME.sha256     the SHA-256 of each file of the finished part ``result/NAME``, in the format of sha256sum
+    NAME.sha256     the SHA-256 of each file of the finished part ``result/NAME`` (:func:`illama.bundle.sha256`)
     steps/          a folder for each step that continues by itself
 """
 
@@ -100,7 +100,7 @@ class PartialWork:
         return self.folder / _STEPS / name
 
     def end(self, succeeded: bool) -> bool:
-        """Removes what nobody will continue; returns whether finished parts are kept."""
+        """Removes the run, unless it failed with finished parts; returns whether they are kept."""
         keeps = self._started and not succeeded and bool(self.finished)
         if self._started and not keeps:
             self._clear()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -123,11 +124,26 @@ def check_regular(path: Path) -> None:
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
-_PROBLEMS = {
-    "unexpected_keyword_argument": "unknown key",
-    "extra_forbidden": "unknown key",
-    "missing_argument": "missing key",
-}
+_PROBLEMS = dict.fromkeys(("unexpected_keyword_argument", "extra_forbidden"), "unknown key")
+_PROBLEMS |= {"missing_argument": "missing key"}
+
+
+def check_fields(instance: Any, name_of: Callable[[str], str] = str) -> None:
+    """Raises UserError for the first field of a dataclass, also of one inside it, whose value does not fit its type.
+
+    Args:
+        name_of: field -> its name in the message.
+    """
+    hints = get_type_hints(type(instance), include_extras=True)
+    for each in fields(instance):
+        value = getattr(instance, each.name)
+        if is_dataclass(value):
+            check_fields(value, name_of)
+            continue
+        try:
+            _adapter(hints[each.name], "forbid").validate_python((value,))
+        except ValidationError as error:
+            raise UserError(f"{name_of(each.name)}: {_message(error)}, not {value!s:.40}") from error
 
 
 @cache
@@ -137,11 +153,13 @@ def _adapter(kind: Any, unknown: Unknown) -> TypeAdapter[Any]:
 
 def _first(error: ValidationError) -> str:
     """Returns the first problem with its place, such as "preprocessing.size.0: input should be a valid integer"."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(shorten(str(key), 60) for key in first["loc"][1:])
-    problem = _PROBLEMS.get(first["type"])
-    message = problem or first["msg"][0].lower() + first["msg"][1:]
-    return f"{place}: {message}" if place else message
+    place = ".".join(shorten(str(key), 60) for key in error.errors()[0]["loc"][1:])
+    return f"{place}: {_message(error)}" if place else _message(error)
+
+
+def _message(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return _PROBLEMS.get(first["type"]) or first["msg"][0].lower() + first["msg"][1:]
 
 
 class _PlainLoader(yaml.SafeLoader):

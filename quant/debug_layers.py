@@ -18,7 +18,7 @@ import tyro
 from illama.bundle import CPU_ONNX
 from illama.cli import run_command
 from illama.errors import UserError
-from illama.options import Count
+from illama.options import DATA_FORMS, Count
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class DebugOptions:
         scheme: name of a shipped scheme, or path to a YAML file; defaults to the bundle's own.
         checkpoint: path to the checkpoint that the bundle was made from.
         model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
-        data: fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER,
-            or a folder with train/ and val/.
+        data: the data set.
         calibration_images: number of training images for calibration.
         images: number of images to compare; calibration images are not used.
     """
@@ -43,7 +42,7 @@ class DebugOptions:
     scheme: str | None = None
     checkpoint: Path | None = None
     model: str | None = None
-    data: str | None = None
+    data: Annotated[str | None, tyro.conf.arg(help=DATA_FORMS)] = None
     calibration_images: Count | None = None
     images: Count = 8
 
@@ -68,7 +67,7 @@ def main(options: DebugOptions) -> None:
     inputs = open_source(bundle, {name: getattr(options, name) for name in names})
     scheme = bundle_scheme(bundle, options.scheme)
     reference, quantized = inputs.float_model(scheme), open_quantized(bundle, inputs, scheme)
-    pool = selection_images(inputs.data, inputs.calibration_images, options.images)
+    pool = selection_images(inputs.data, inputs.source.calibration_images, options.images)
     images = np.concatenate([batch.numpy() for batch, _ in inputs.batches(pool)])
     with tempfile.TemporaryDirectory() as folder:
         path = (bundle or Path(folder)) / CPU_ONNX

@@ -31,20 +31,18 @@ class Inputs:
     """A network and data with the same classes.
 
     Attributes:
-        calibration_images: number of training images for calibration.
         source: options that open the same inputs again.
     """
 
     checkpoint: Checkpoint
     data: ImageData
     preprocessing: Preprocessing
-    calibration_images: int
     source: SourceOptions
 
     @cached_property
     def calibration(self) -> list[Tensor]:
         """Calibration images in batches (B, C, H, W)."""
-        images, _ = load_images(self.data.calibration(self.calibration_images), self.preprocessing.transform())
+        images, _ = load_images(self.data.calibration(self.source.calibration_images), self.preprocessing.transform())
         return list(torch.from_numpy(images).split(_BATCH))
 
     @property
@@ -93,7 +91,7 @@ def open_inputs(options: SourceOptions) -> Inputs:
     fitting = stored or images.preprocessing(config.image_size, config.in_channels)
     preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order)
     source = replace(options, exif=images.exif, class_order=images.class_order)
-    return Inputs(loaded, images, preprocessing, options.calibration_images, source)
+    return Inputs(loaded, images, preprocessing, source)
 
 
 def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> Checkpoint:

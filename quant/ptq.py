@@ -90,7 +90,7 @@ def main(options: PtqOptions) -> None:
 
 
 def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> dict[str, Any]:
-    """Returns everything that determines the bundles; an unfinished run continues only with the same."""
+    """Returns everything that determines the result; an unfinished run continues only with the same facts."""
     from illama.bundle import package_versions, sha256
     from illama.partial_work import sources_digest
 
@@ -99,7 +99,7 @@ def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> di
         **asdict(options.benchmark),
         "library": options.library,
         "targets": options.targets,
-        "schemes": list(map(repr, schemes)),  # not as mappings, whose order matters
+        "schemes": list(map(repr, schemes)),  # not as mappings: JSON ignores the order of patterns, which matters
         "checkpoint": sha256(inputs.checkpoint.weights),
         "network": inputs.model.config.to_dict(),
         "preprocessing": asdict(inputs.preprocessing),

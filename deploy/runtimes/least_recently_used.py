@@ -36,6 +36,3 @@ class LeastRecentlyUsed(Generic[Key, Value]):
             self._values[key] = self._make(key)
         self._values.move_to_end(key)
         return self._values[key]
-
-    def __len__(self) -> int:
-        return len(self._values)

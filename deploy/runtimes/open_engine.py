@@ -30,7 +30,7 @@ from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of
 from illama.checkpoints.load import load_network
 from illama.errors import UserError
 from illama.graph.reader import has_4bit_activations, has_fp8, load_graph
-from illama.manifest import is_bundle
+from illama.manifest import Manifest
 
 
 def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:
@@ -111,8 +111,7 @@ def files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:
     """
     if not path.is_dir() or bundle_of(path) != path:
         return [path / ENGINE if path.is_dir() else path]
-    if not is_bundle(path):
-        raise UserError(f"{path} is not a bundle: give a bundle, or a file of one")
+    Manifest.read(path)
     weights = path / (TORCHAO if (path / TORCHAO).exists() else WEIGHTS)
     if runtime in ("torch", "torch-compile"):
         return [weights]

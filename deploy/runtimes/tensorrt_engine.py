@@ -55,7 +55,7 @@ class TensorRTEngine:
     def __init__(self, path: Path, record: EngineRecord, max_contexts: int = MAX_CONTEXTS) -> None:
         if not torch.cuda.is_available():
             raise UserError(f"{path} needs an NVIDIA GPU, and none is available: use the bundle's model.onnx")
-        library = find_library(record.library)  # type: ignore[arg-type]
+        library = find_library(record.library)
         assert library is not None  # find_library raises if a name is given
         self.runtime = f"{TITLES[record.library]} {library.version} {torch.cuda.get_device_name()}"
         self._library, self._record = library, record

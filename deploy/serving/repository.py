@@ -229,8 +229,8 @@ def find_servable_engine(bundle: Path, max_batch: int) -> Path:
 def _check_engine(path: Path, manifest: Manifest, max_batch: int) -> None:
     record = EngineRecord.read(path)
     image_input = ImageInput.of(manifest)
-    inputs = {INPUT: ["uint8" if image_input.frame else "float", [-1, *image_input.shape]]}
-    outputs = {OUTPUT: ["float", [-1, len(manifest.classes)]]}
+    inputs = {INPUT: ("uint8" if image_input.frame else "float", (-1, *image_input.shape))}
+    outputs = {OUTPUT: ("float", (-1, len(manifest.classes)))}
     if (record.inputs, record.outputs) != (inputs, outputs):
         raise UserError(
             f"{path} has the input {record.inputs} and the output {record.outputs}, but Triton can only serve {inputs} "

@@ -37,15 +37,15 @@ class BuiltEngine:
         data: the engine.
         attentions: result of :func:`deploy.trt.fusion.count_attentions`.
         fused: whether each attention is one operator in the scheme's precision; False if --allow-unfused was given.
-        inputs: name -> [dtype, shape], with -1 for the batch.
-        outputs: name -> [dtype, shape], with -1 for the batch.
+        inputs: see :class:`deploy.trt.record.EngineRecord`.
+        outputs: likewise.
     """
 
     data: bytes
     attentions: int
     fused: bool
-    inputs: dict[str, list[Any]]
-    outputs: dict[str, list[Any]]
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
 
 
 def build_engine(library: Library, source: Path, options: EngineOptions | None = None) -> BuiltEngine:
@@ -184,8 +184,8 @@ def _image_shape(model: ir.Model) -> list[int]:
     return [size for size in shape[1:] if isinstance(size, int)] if shape is not None else []
 
 
-def _tensors(tensors: list[tensorrt.ITensor]) -> dict[str, list[Any]]:
-    return {tensor.name: [str(tensor.dtype).rpartition(".")[2].lower(), list(tensor.shape)] for tensor in tensors}
+def _tensors(tensors: list[tensorrt.ITensor]) -> dict[str, Any]:
+    return {tensor.name: (str(tensor.dtype).rpartition(".")[2].lower(), tuple(tensor.shape)) for tensor in tensors}
 
 
 def _collect_errors(trt: Any) -> tuple[list[str], Any]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from deploy.trt.engine_options import LibraryName
 from illama.atomic_write import list_folder
 from illama.bundle import ENGINES, sha256
 from illama.errors import UserError
 from illama.structured_files import check_regular, read_json
 
 FORMAT = 2
+Binding = tuple[Literal["float", "uint8"], tuple[int, ...]]  # dtype and shape of an input or output
 ENGINE, RECORD, RUNTIME_CACHE = "model.engine", "record.json", "runtime-cache"
 
 
@@ -35,8 +37,8 @@ class EngineRecord:
         precisions: layer -> dtype of its product in the graph.
         attentions: number of attentions.
         fused: whether each attention is one operator in the scheme's precision; False if --allow-unfused was given.
-        inputs: name -> [dtype, shape], with -1 for the batch.
-        outputs: name -> [dtype, shape], with -1 for the batch.
+        inputs: name of the one input -> its dtype and shape, with -1 for the batch.
+        outputs: likewise, of the one output.
         preprocessing: :class:`illama.data.preprocessing.Preprocessing` as a dict; in the engine if its input is uint8.
         classes: names of the classes, in the order of the logits.
         trtexec: command of the library's own tool that builds an equivalent engine, run in the bundle's folder.
@@ -45,7 +47,7 @@ class EngineRecord:
     onnx_sha256: str
     engine_sha256: str
     engine_bytes: int
-    library: str
+    library: LibraryName
     library_version: str
     targets: tuple[str, ...]
     batch: tuple[int, int, int]
@@ -53,12 +55,16 @@ class EngineRecord:
     precisions: dict[str, str]
     attentions: int
     fused: bool
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
+    inputs: dict[str, Binding]
+    outputs: dict[str, Binding]
     preprocessing: dict[str, Any]
     classes: list[str]
     trtexec: str
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != 1 or len(self.outputs) != 1:
+            raise UserError(f"it has {len(self.inputs)} inputs and {len(self.outputs)} outputs: build the engine again")
 
     @property
     def origin(self) -> tuple[Any, ...]:

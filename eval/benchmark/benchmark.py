@@ -251,7 +251,8 @@ def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
             notes.append(f"{scheme} has no graph for TensorRT: {NO_TENSORRT[quantization.no_tensorrt]}.")
     notes += dict.fromkeys(line for each in targets for line in each.left_out)
     engines = [each.built[1] for each in targets if each.built]
-    idle = [each.built[1] for each in targets if each.built and each.not_timed]
+    cannot_run = [each for each in targets if each.not_timed and each.not_timed.reason == "cannot run"]
+    idle = [each.built[1] for each in cannot_run if each.built]
     if idle:
         proven = " with every attention proven fused" if all(record.fused for record in idle) else ""
         notes.append(

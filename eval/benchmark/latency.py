@@ -17,6 +17,7 @@ from tqdm import tqdm
 from eval.benchmark.sensors import SYSFS, Meter, Sensor, Watch, find_gpu, read_governor
 from illama.errors import UserError
 from illama.inference import Infer, usable_cores
+from illama.options import Count, Positive, check_bounds
 
 Item = TypeVar("Item")
 LEAST_TURNS = 3
@@ -109,17 +110,16 @@ class TimingOptions:
         UserError: a number is not positive.
     """
 
-    rounds: int = 40
-    calls: int = 10
-    settle: int = 3
-    seconds: float | None = None
+    rounds: Count = 40
+    calls: Count = 10
+    settle: Count = 3
+    seconds: Positive | None = None
     seed: int = 0
     progress: bool = True
     root: Path = SYSFS
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.calls, self.settle) < 1 or (self.seconds is not None and not self.seconds > 0):
-            raise UserError("rounds, calls, settle and seconds must all be above 0")
+        check_bounds(self)
 
 
 def measure_latency(

@@ -254,10 +254,10 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
             engine,
             title,
             record.library,
-            (built, record),
-            not_timed is None,
-            not_timed,
-            left_out if whole else (),
+            built=(built, record),
+            on_gpu=not_timed is None,
+            not_timed=not_timed,
+            left_out=left_out if whole else (),
         )
     if not engines:
         not_timed = NotTimed("no engine", "No engine was built from it, or none can be used")

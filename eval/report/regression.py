@@ -7,8 +7,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
+
+from deploy.runtimes.names import TITLES
 from eval.metrics.paired import Share
 from eval.report.decision import RowKey
 from eval.report.schema import Report
@@ -17,7 +20,13 @@ from illama.bundle import ENGINES
 from illama.errors import UserError
 from illama.manifest import Drop
 from illama.markdown_table import markdown
+from illama.options import Fraction, NotNegative, Positive
 from illama.structured_files import parse_json, read_json
+
+# Titles of the runtimes in reports of version 1 whose rows have no runtime_id.
+_IDS = {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino", "PyTorch": "torch"}
+_IDS |= {title: runtime for runtime, title in TITLES.items()}
+_Bytes = Annotated[int, Interval(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -25,16 +34,16 @@ class ComparedLatency:
     """See :class:`eval.benchmark.latency.Latency`."""
 
     batch: int
-    p50: float
-    p90: float
+    p50: Positive
+    p90: Positive
 
 
 @dataclass(frozen=True)
 class ComparedReliability:
     """See :class:`eval.metrics.calibration.Reliability`."""
 
-    nll: float
-    ece: float
+    nll: NotNegative
+    ece: Fraction
 
 
 @dataclass(frozen=True)
@@ -43,27 +52,33 @@ class ComparedRow:
 
     name: str
     scheme: str
-    runtime_id: str
+    runtime: str
     images: int
     top1: Share
     drop: Drop
     reliability: ComparedReliability
     onnx: str
-    onnx_bytes: int
+    onnx_bytes: _Bytes
     engine: str | None
-    engine_bytes: int | None
+    engine_bytes: _Bytes | None
     fused: bool
     reference: bool
     latency: tuple[ComparedLatency, ...]
     device: str | None
     file: str = ""
+    runtime_id: str = ""
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (*vars(self.top1).values(), *vars(self.drop).values()))):
+            raise UserError("an accuracy is not a finite number: make the report again with eval/tradeoff.py")
 
     @property
     def key(self) -> RowKey:
-        """The row's key; reports of version 1 have no ``file``, which is taken from the paths."""
+        """The row's key; what reports of version 1 lack is taken from the paths and the runtime's title."""
         parts = PurePosixPath(self.engine or self.onnx).parts
-        within = parts[parts.index(ENGINES) :] if ENGINES in parts else parts[-1:]
-        return RowKey(self.scheme, self.runtime_id, self.file or "/".join(within))
+        start = max((place for place, part in enumerate(parts) if self.engine and part == ENGINES), default=-1)
+        runtime = self.runtime_id or _IDS.get(self.runtime.split(",")[0], self.runtime)
+        return RowKey(self.scheme, runtime, self.file or "/".join(parts[start:]))
 
     @property
     def p50(self) -> dict[int, float]:

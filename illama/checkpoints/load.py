@@ -234,6 +234,8 @@ def _stored_config(weights: Path, manifest: Manifest | None) -> ModelConfig | No
     carried = read_config(weights) if weights.suffix == ".safetensors" else None
     if manifest is None:
         return carried
+    if manifest.network != "illama":
+        raise UserError(f"{weights} is of a {manifest.network} network, not of an iLLaMA: give another checkpoint")
     listed = parse_json(json.dumps(manifest.config), ModelConfig, f"the config in {weights.with_name(MANIFEST)}")
     if carried is not None and carried != listed:
         differences = _differences(carried, listed)

@@ -1,6 +1,6 @@
 """The gate for files of tensors from outside: dense tensors by name, or one error in one line.
 
-Nothing in a file is executed, and nothing is allocated that the file does not hold: a tensor that repeats its storage
+Nothing in a file is executed, and nothing is filled that the file does not hold: a tensor that repeats its storage
 (stride 0), a zip entry that grows when it is read, and a network that is larger than the file are refused.
 """
 
@@ -43,7 +43,6 @@ def read_tensors(path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> dict[str,
         UserError: the file is missing, damaged, or has other values than dense tensors of ``dtypes``.
     """
     if path.suffix == ".safetensors":
-        check_regular(path)
         with _damaged(path):
             state: Any = safetensors.torch.load_file(path)
     else:
@@ -63,7 +62,6 @@ def read_pickle(path: Path) -> dict[Any, Any]:
     Raises:
         UserError: the file is missing, damaged, or has other objects than a dict of plain values and tensors.
     """
-    check_regular(path)
     with _damaged(path):
         mapped = zipfile.is_zipfile(path)
         if mapped:
@@ -95,14 +93,12 @@ def check_tensors(state: Mapping[Any, Any], path: Path, dtypes: Sequence[torch.d
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Returns the metadata of a .safetensors file; raises UserError if it is missing or damaged."""
-    check_regular(path)
     with _damaged(path), safe_open(path, "pt") as file:
         return file.metadata() or {}
 
 
 def read_names(path: Path) -> list[str]:
     """Returns the names of the tensors in a .safetensors file; raises UserError if it is missing or damaged."""
-    check_regular(path)
     with _damaged(path), safe_open(path, "pt") as file:
         return list(file.keys())
 
@@ -115,7 +111,6 @@ def read_tensor(path: Path, name: str) -> Tensor:
     Raises:
         UserError: the file is missing or damaged, or has no such tensor that can be used.
     """
-    check_regular(path)
     with _damaged(path), safe_open(path, "pt") as file:
         if name not in file.keys():  # noqa: SIM118 - it is not a dict
             raise UserError(f"{path} has no tensor {name}: download it again")
@@ -139,7 +134,8 @@ def check_config(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -
 
 @contextmanager
 def _damaged(path: Path) -> Iterator[None]:
-    """Turns what the readers raise into UserError; a damaged file can raise anything in them."""
+    """Refuses what is not a regular file, and turns what the readers raise for a damaged one into UserError."""
+    check_regular(path)
     try:
         yield
     except UserError:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import timm
 import torch
@@ -130,5 +130,8 @@ def _timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) 
     if channels == 1:
         mean, std = ((sum(values) / len(values),) for values in (mean, std))
     resize = None if timm_s["crop_mode"] == "squash" else math.floor(image_size / timm_s["crop_pct"])
-    interpolation: Interpolation = "bilinear" if timm_s["interpolation"] == "bilinear" else "bicubic"
+    if (interpolation := timm_s["interpolation"]) not in get_args(Interpolation):
+        raise UserError(
+            f"its images are resized by {interpolation} interpolation: only {get_args(Interpolation)} is supported"
+        )
     return Preprocessing((image_size, image_size), channels, mean, std, resize, interpolation, class_order="natural")

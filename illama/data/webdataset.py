@@ -228,10 +228,9 @@ def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, int], bo
 
 def _check_member(member: tarfile.TarInfo, twice: bool, limit: int, path: Path) -> None:
     """Raises UserError for a second member of one key, one that is no regular file, or one that is too large."""
-    problem = "is there twice" if twice else f"has {member.size} bytes"
-    if not member.isreg() or member.issparse():
-        problem = "is not a regular file"
-    if twice or not member.isreg() or member.issparse() or not 0 <= member.size <= limit:
+    regular = member.isreg() and not member.issparse()
+    if twice or not regular or not 0 <= member.size <= limit:
+        problem = "is there twice" if twice else f"has {member.size} bytes" if regular else "is not a regular file"
         raise UserError(f"{path}: {member.name} {problem}, which a shard cannot hold")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx import AttributeProto, ModelProto, TensorProto, ValueInfoProto
+from onnx import AttributeProto, ModelProto, TensorProto, TypeProto, ValueInfoProto
 
 from illama.bundle import data_file
 from illama.errors import UserError
@@ -70,20 +70,30 @@ def _check(path: Path, file: _Stamp, data: _Stamp | None) -> tuple[ValueInfoProt
             _check_tensor(tensor, path, data)
         onnx.checker.check_model(path)
         _drop_weights(model)
-        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
     except _RejectedError:
         raise
     except Exception as error:  # the exceptions of protobuf, onnx and onnx_ir have no other common base class
         raise _RejectedError(f"is not a valid ONNX file: {' '.join(str(error).split())[:200]}") from error
     empty = {name for node in model.graph.node if node.op_type == "Split" for name in node.output}  # part of 0 tokens
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    known = {value.name for value in values if _is_known(value.type.tensor_type)}
+    if lost := next((name for node in model.graph.node for name in node.output if name and name not in known), None):
+        raise _RejectedError(f"computes {lost[:80]!r}, whose shape cannot be inferred")
+    for value in values:
         sizes = [each.dim_value if each.HasField("dim_value") else 1 for each in value.type.tensor_type.shape.dim]
         least = 0 if value.name in empty else 1
-        if (len(sizes) > 1 and not least <= math.prod(sizes) <= MAX_ELEMENTS) or min((*sizes, 0)) < 0:
+        count = math.prod(sizes)
+        if count > MAX_ELEMENTS or (len(sizes) > 1 and count < least) or min((*sizes, 0)) < 0:
             raise _RejectedError(
-                f"computes {value.name[:80]!r} of no or more than {MAX_ELEMENTS} elements for one image"
+                f"computes {value.name[:80]!r}, which is empty or has more than {MAX_ELEMENTS} elements for one image"
             )
     return tuple(inferred.value_info)
+
+
+def _is_known(kind: TypeProto.Tensor) -> bool:
+    """Returns whether a value's shape is known, but for the batch, which has a name."""
+    return kind.HasField("shape") and all(size.HasField("dim_value") or size.dim_param for size in kind.shape.dim)
 
 
 def _check_structure(model: ModelProto) -> None:
@@ -100,7 +110,7 @@ def _check_structure(model: ModelProto) -> None:
             raise _RejectedError(f"has a node without outputs, {node.name[:80]!r} ({node.op_type[:80]})")
         counts = [each.i for each in node.attribute if each.name == "num_outputs"] if node.op_type == "Split" else []
         if any(count != len(node.output) for count in counts):  # ends the process inside onnx's type inference
-            raise _RejectedError(f"has a Split into other parts than it says, {node.name[:80]!r}")
+            raise _RejectedError(f"has a Split whose num_outputs is not its number of outputs, {node.name[:80]!r}")
         if any(each.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for each in node.attribute):
             raise _RejectedError(f"has control flow, {node.name[:80]!r} ({node.op_type[:80]}): export it without")
     for kind, names in (("nodes", graph.node), ("constants", graph.initializer)):

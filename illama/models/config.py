@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+
+from annotated_types import Interval
 
 from illama.errors import UserError
+from illama.structured_files import check_fields
 
 MaskKind = Literal["post_softmax", "pre_softmax", "bidirectional"]
 ClassToken = Literal["last", "first"]
@@ -32,8 +35,10 @@ _PRESETS: dict[str, dict[str, int]] = {
 }
 
 # Largest sizes, far above those of any network; a damaged file or a slip of the keyboard must not fill the memory.
-_LARGEST = {"depth": 1024, "heads": 1024, "num_classes": 1 << 20}
-_LARGEST_SIZE, _MOST_PATCHES = 1 << 16, 1 << 14  # the mask has a value for each pair of tokens
+Size = Annotated[int, Interval(ge=1, le=1 << 16)]
+Blocks = Annotated[int, Interval(ge=1, le=1024)]
+Classes = Annotated[int, Interval(ge=1, le=1 << 20)]
+_MOST_PATCHES = 1 << 14  # the mask has a value for each pair of tokens
 
 # The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17. Each changes the previous one in one
 # respect, except that "causal" moves the class token to the end, where it attends to every token without
@@ -126,13 +131,13 @@ class ModelConfig:
     """
 
     kind: ClassVar[NetworkKind] = "illama"
-    image_size: int = 224
-    patch_size: int = 16
-    in_channels: int = 3
-    width: int = 192
-    depth: int = 12
-    heads: int = 3
-    num_classes: int = 1000
+    image_size: Size = 224
+    patch_size: Size = 16
+    in_channels: Size = 3
+    width: Size = 192
+    depth: Blocks = 12
+    heads: Blocks = 3
+    num_classes: Classes = 1000
     class_token: ClassToken = "last"
     mask: MaskKind = "post_softmax"
     position: Position = "both"
@@ -141,15 +146,7 @@ class ModelConfig:
     class_sees_all: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            largest = _LARGEST.get(name, _LARGEST_SIZE)
-            if kind is int and (type(value) is not int or not 1 <= value <= largest):
-                raise UserError(f"{name} must be a whole number from 1 to {largest}, not {value!r:.30}")
-            if kind is bool and type(value) is not bool:
-                raise UserError(f"{name} must be true or false, not {value!r}")
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise UserError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+        check_fields(self)
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.patches > _MOST_PATCHES:
@@ -168,15 +165,7 @@ class ModelConfig:
             raise UserError(f"unknown model size {name!r}; choose one of {', '.join(_PRESETS)}")
         if variant not in VARIANTS:
             raise UserError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
-        return cls.from_dict({**_PRESETS[name], **VARIANTS[variant], **overrides})
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Returns the config with the values of :meth:`to_dict`; raises UserError for unknown names."""
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise UserError(f"unknown model settings: {', '.join(sorted(unknown))}")
-        return cls(**values)
+        return cls(**{**_PRESETS[name], **VARIANTS[variant], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

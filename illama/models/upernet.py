@@ -24,7 +24,7 @@ from illama.checkpoints.load import Checkpoint, check_state, read_state
 from illama.checkpoints.tensor_files import check_config
 from illama.errors import UserError
 from illama.manifest import Manifest
-from illama.models.config import ModelConfig, NetworkKind
+from illama.models.config import Classes, ModelConfig, NetworkKind, Size
 from illama.models.illama import ILLaMA, Linear
 from illama.models.norms import make_norm
 from illama.structured_files import parse_json
@@ -46,9 +46,9 @@ class SegmentationConfig(ModelConfig):
     """
 
     kind: ClassVar[NetworkKind] = "segmentation"
-    image_size: int = 512
-    num_classes: int = 150
-    decoder_channels: int = 256
+    image_size: Size = 512
+    num_classes: Classes = 150
+    decoder_channels: Size = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from illama.options import (
     ClassOrder,
     Count,
     CountOrZero,
+    Data,
     Exif,
     Fraction,
     ImageSize,
@@ -36,8 +37,7 @@ class TrainingOptions:
     """Options of every training run.
 
     Attributes:
-        data: fashion-mnist or fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER,
-            parquet:FOLDER, or a folder with train/ and val/.
+        data: the data set.
         exif: apply or ignore the orientation that image files declare. Defaults to apply; quant/qat.py defaults to the
             setting in the checkpoint's bundle.
         out: folder of the checkpoint, the log and, at the end, the bundle; an unfinished run there is resumed.
@@ -63,7 +63,7 @@ class TrainingOptions:
         seed: random seed.
     """
 
-    data: str = ""
+    data: Data = ""
     exif: Exif | None = None
     out: Path = Path("runs/train")
     epochs: Count = 300

@@ -15,7 +15,7 @@ from illama.options import SourceOptions
 from quant.export.weights import read_quantized_weights
 from quant.inputs import Inputs, onnx_scheme, open_inputs
 from quant.quantizers.calibrate import calibrate
-from quant.schemes.scheme import Scheme, resolve
+from quant.schemes.scheme import FLOAT, Scheme, resolve
 
 
 def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
@@ -43,10 +43,9 @@ def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
 def bundle_scheme(bundle: Path | None, name: str | None) -> Scheme:
     """Returns the scheme called ``name``; if not given, the bundle's own."""
     if bundle and not name:
-        own = bundle / SCHEME
-        name = str(own) if own.exists() else bundle.resolve().name
-    name = name or "int8"
-    return Scheme("float") if name in ("fp32", "float") else onnx_scheme(name)
+        quantization = Manifest.read(bundle).quantization
+        name = str(own) if (own := bundle / SCHEME).exists() else quantization.scheme if quantization else FLOAT
+    return Scheme(FLOAT) if name in ("fp32", FLOAT) else onnx_scheme(name or "int8")
 
 
 def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> MaskedNetwork:

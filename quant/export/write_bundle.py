@@ -14,7 +14,7 @@ from torch import Tensor
 
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
 from illama.data.preprocessing import Preprocessing
-from illama.manifest import Manifest, NoTensorRT, Provenance, Quantization
+from illama.manifest import Manifest, Provenance, Quantization
 from illama.models.attention import MaskedNetwork
 from illama.models.config import NetworkConfig
 from illama.partial_work import PartialWork
@@ -22,7 +22,7 @@ from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_torchao, write_torchao
-from quant.schemes.scheme import QuantizationPlan, Scheme, emulated_on_cpus, resolve, unfit_for_tensorrt, write_scheme
+from quant.schemes.scheme import QuantizationPlan, Scheme, resolve, write_scheme
 
 _REFERENCES = {"fp32": CPU_ONNX, "fp16": FUSED_ONNX}  # bundle -> its graph
 
@@ -86,15 +86,12 @@ def write_graphs(
 
 def write_quantized(folder: Path, quantized: MaskedNetwork, plan: QuantizationPlan, origin: Origin) -> Path:
     """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme."""
-    scheme, in_pytorch = plan.scheme, plan.scheme.backend == "torchao"
-    no_tensorrt: NoTensorRT | None = "pytorch" if in_pytorch else unfit_for_tensorrt(plan.tensors)
-    emulated = None if in_pytorch else emulated_on_cpus(plan.tensors)
-    files = () if in_pytorch else (CPU_ONNX,) if no_tensorrt else (CPU_ONNX, FUSED_ONNX)
-    quantization = Quantization(scheme.name, plan.layers, no_tensorrt, emulated)
+    quantization, in_pytorch = plan.quantization, plan.scheme.backend == "torchao"
+    files = () if in_pytorch else (CPU_ONNX,) if quantization.no_tensorrt else (CPU_ONNX, FUSED_ONNX)
     write_graphs(folder, quantized, origin, files, quantization)
     if in_pytorch:
         write_torchao(quantized, folder)
-    write_scheme(scheme, folder / SCHEME)
+    write_scheme(plan.scheme, folder / SCHEME)
     return folder
 
 
@@ -127,17 +124,15 @@ def write_bundles(
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
                 quantized = quantize(model, plan, batches)
-                write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin)
-                bundle = work.part(scheme.name, write)
-            print_layers(bundle)
+                work.part(scheme.name, partial(write_quantized, quantized=quantized, plan=plan, origin=origin))
+            print_layers(plan)
         if scheme.backend == "torchao":
             networks[scheme.name] = load_torchao(work.result / scheme.name, copy.deepcopy(model))
     return [work.result / name for name in (*_REFERENCES, *(plan.scheme.name for plan in plans))], networks
 
 
-def print_layers(bundle: Path) -> None:
-    """Prints how a scheme quantized each layer."""
-    quantization = Manifest.read(bundle).quantization
-    for each in quantization.layers if quantization else ():
+def print_layers(plan: QuantizationPlan) -> None:
+    """Prints how a scheme quantizes each layer."""
+    for each in plan.layers:
         weight = f"weight {each.weight}, input " if each.weight else ""
         print(f"  {each.layer:<26} {weight}{each.input}")

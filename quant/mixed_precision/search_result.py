@@ -12,7 +12,7 @@ from quant.export.write_bundle import Origin
 from quant.mixed_precision.budget import Budget
 from quant.mixed_precision.planner import Plan, Planner
 from quant.mixed_precision.search_space import SearchSpace, assignment_scheme
-from quant.schemes.scheme import write_scheme
+from quant.schemes.scheme import resolve, write_scheme
 
 RESULT = "search.json"
 
@@ -26,8 +26,9 @@ def write_search(folder: Path, planner: Planner, plans: list[Plan], best: Plan |
     result = search_result(planner.budget, planner.space, plans, best)
     (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     chosen, summary = (best or plans[-1]).chosen, f"found by {command_line()}"
-    write_scheme(assignment_scheme(planner.space, chosen, planner.iterations, summary), folder / SCHEME)
-    Origin.of(planner.inputs).manifest(planner.inputs.model.config).write(folder)
+    scheme, model = assignment_scheme(planner.space, chosen, planner.iterations, summary), planner.inputs.model
+    write_scheme(scheme, folder / SCHEME)
+    Origin.of(planner.inputs).manifest(model.config, resolve(scheme, model).quantization).write(folder)
     return result
 
 

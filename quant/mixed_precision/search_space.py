@@ -21,7 +21,7 @@ from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.layer_effects import Effect, layers_of, measure
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import FLOAT, Scheme, resolve, tensor_names
+from quant.schemes.scheme import FLOAT, QuantizationPlan, Scheme, resolve, tensor_names
 
 _ALL = "all layers"
 
@@ -96,8 +96,7 @@ class SearchSpaceBuilder:
     def __init__(self, inputs: Inputs, schemes: Sequence[Scheme], images: DataLoader[Any], threads: int = 0) -> None:
         self.inputs, self.images, self.threads = inputs, images, threads
         self.schemes = {FLOAT: Scheme(FLOAT), **{scheme.name: scheme for scheme in schemes}}
-        self.resolved = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
-        self.plans = {name: plan.tensors for name, plan in self.resolved.items()}
+        self.plans = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
         self.layers = layers_of(tensor_names(inputs.model))
         self.distinct = {layer: self._distinct_schemes(layer) for layer in self.layers}
         self.effects: dict[tuple[str, str], Effect] = {}
@@ -132,7 +131,7 @@ class SearchSpaceBuilder:
     def _export_all(self, folder: Path) -> dict[str, Path]:
         """Measures every scheme's effects, and exports one file for all schemes with the same operators."""
         paths: dict[str, Path] = {}
-        for name, plan in self.resolved.items():
+        for name, plan in self.plans.items():
             quantized = calibrate(self.inputs.model, plan, self.inputs.calibration)
             if name != FLOAT:
                 self._measure_effects(name, quantized)
@@ -144,7 +143,7 @@ class SearchSpaceBuilder:
 
     def _measure_effects(self, name: str, quantized: MaskedNetwork) -> None:
         own = {layer: tuple(self._specs(layer, name)) for layer, names in self.distinct.items() if name in names}
-        subsets = {**own, _ALL: tuple(self.plans[name])}
+        subsets = {**own, _ALL: tuple(self.plans[name].tensors)}
         found = measure(quantized, subsets, tqdm(self.images, desc=f"measure {name}"))
         self.whole[name] = found.pop(_ALL)
         self.effects.update({(layer, name): effect for layer, effect in found.items()})
@@ -164,10 +163,14 @@ class SearchSpaceBuilder:
         return 0.0 if name == FLOAT else self.effects[layer, name].kl
 
     def _specs(self, layer: str, name: str) -> dict[str, TensorSpec]:
-        return {tensor: self.plans[name][tensor] for tensor in self.layers[layer] if tensor in self.plans[name]}
+        return {
+            tensor: self.plans[name].tensors[tensor]
+            for tensor in self.layers[layer]
+            if tensor in self.plans[name].tensors
+        }
 
     def _strength(self, layer: str, name: str) -> float | None:
-        smoothed = f"{layer}.weight" in self.layers[layer] and f"{layer}.input" in self.plans[name]
+        smoothed = f"{layer}.weight" in self.layers[layer] and f"{layer}.input" in self.plans[name].tensors
         return self.schemes[name].strength(layer) if smoothed else None
 
     def _distinct_schemes(self, layer: str) -> list[str]:
@@ -186,7 +189,7 @@ class SearchSpaceBuilder:
     def _operators(self, name: str) -> dict[str, tuple[Any, ...]]:
         return {
             tensor: (spec.format, spec.granularity, spec.group_size, spec.symmetric)
-            for tensor, spec in self.plans[name].items()
+            for tensor, spec in self.plans[name].tensors.items()
         }
 
 
@@ -213,13 +216,13 @@ class _Costs:
         model: MaskedNetwork,
         times: Mapping[str, GraphTimes],
         sizes: Mapping[str, int],
-        plans: Mapping[str, Mapping[str, TensorSpec]],
+        plans: Mapping[str, QuantizationPlan],
         layers: Mapping[str, Sequence[str]],
     ) -> None:
         self.model, self.times, self.plans, self.layers = model, times, plans, layers
         self._extra = {}
         for name, each in times.items():
-            quantized = sum(any(tensor in plans[name] for tensor in tensors) for tensors in layers.values())
+            quantized = sum(any(tensor in plans[name].tensors for tensor in tensors) for tensors in layers.values())
             self._extra[name] = (each.rest - times[FLOAT].rest) / quantized if quantized else 0.0
         sums = {name: sum(self._ms(layer, name) for layer in layers) for name in times}
         # A call takes longer than its nodes. The difference is assumed to be the same for all files.
@@ -228,22 +231,22 @@ class _Costs:
         weights = {name: sum(self._weight_bytes(layer, name) for layer in layers) for name in times}
         self.fixed_bytes = sizes[FLOAT] - weights[FLOAT]
         self._node_bytes = {
-            name: (sizes[name] - self.fixed_bytes - weights[name]) // max(1, len(plans[name])) for name in times
+            name: (sizes[name] - self.fixed_bytes - weights[name]) // max(1, len(plans[name].tensors)) for name in times
         }
 
     def of(self, layer: str, name: str) -> tuple[int, float]:
         """Returns (bytes, ms) of a layer under a scheme."""
-        nodes = self._node_bytes[name] * sum(tensor in self.plans[name] for tensor in self.layers[layer])
+        nodes = self._node_bytes[name] * sum(tensor in self.plans[name].tensors for tensor in self.layers[layer])
         return self._weight_bytes(layer, name) + nodes, max(0.0, self._ms(layer, name))
 
     def _ms(self, layer: str, name: str) -> float:
-        quantized = any(tensor in self.plans[name] for tensor in self.layers[layer])
+        quantized = any(tensor in self.plans[name].tensors for tensor in self.layers[layer])
         return self.times[name].layers.get(layer, 0.0) + (self._extra[name] if quantized else 0.0)
 
     def _weight_bytes(self, layer: str, name: str) -> int:
         if layer.endswith((".qk", ".pv")):
             return 0  # a product has no weight
-        return weight_bytes(self.model.get_submodule(layer), self.plans[name].get(f"{layer}.weight"))
+        return weight_bytes(self.model.get_submodule(layer), self.plans[name].tensors.get(f"{layer}.weight"))
 
 
 def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], iterations: int, summary: str) -> Scheme:

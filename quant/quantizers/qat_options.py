@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from illama.bundle import SHIPPED
@@ -43,11 +43,5 @@ class QatOptions(ClassifierOptions):
     @property
     def source(self) -> SourceOptions:
         """The options that open the checkpoint and the images."""
-        return SourceOptions(
-            self.checkpoint,
-            data=self.data,
-            calibration_images=self.calibration_images,
-            image_size=self.image_size,
-            exif=self.exif,
-            class_order=self.class_order,
-        )
+        names = [each.name for each in fields(SourceOptions) if hasattr(self, each.name)]
+        return SourceOptions(**{name: getattr(self, name) for name in names})

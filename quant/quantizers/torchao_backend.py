@@ -198,10 +198,7 @@ class _Facts:
 
 
 def _make_network(values: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> ILLaMA:
-    try:
-        config = ModelConfig.from_dict(values)
-    except UserError as error:
-        raise UserError(f"{path} is not of an iLLaMA: give load_torchao the network, {values}") from error
+    config = parse_json(json.dumps(values), ModelConfig, f"the config of an iLLaMA in {path}")
     check_config(config, tensors, path)
     return ILLaMA(config)
 

@@ -27,7 +27,7 @@ import yaml
 from torch import nn
 
 from illama.errors import UserError
-from illama.manifest import Emulated, LayerFormats, NoTensorRT
+from illama.manifest import Emulated, LayerFormats, NoTensorRT, Quantization
 from illama.models.attention import QuantizerPoint
 from illama.structured_files import parse_json, read_yaml
 from quant.schemes.formats import FORMATS, FormatName, TensorSpec
@@ -67,13 +67,10 @@ class Scheme:
             raise UserError(
                 f"a scheme's name may have lower-case letters, digits, '.', '_' and '-' only: change {self.name!r}"
             )
-        if not isinstance(self.smooth, Mapping) or not all(0 <= strength <= 1 for strength in self.smooth.values()):
+        if not all(0 <= strength <= 1 for strength in self.smooth.values()):
             raise UserError(f"scheme {self.name}: smooth must map patterns of Linears to strengths from 0 to 1")
-        iterations = self.reconstruction_iterations
-        if not isinstance(iterations, int) or not 0 <= iterations <= 1_000_000:
+        if not 0 <= self.reconstruction_iterations <= 1_000_000:
             raise UserError(f"scheme {self.name}: reconstruction_iterations must be an integer from 0 to 1,000,000")
-        if self.backend not in ("onnx", "torchao"):
-            raise UserError(f"scheme {self.name}: backend must be onnx or torchao, not {self.backend!r}")
 
     def spec(self, tensor: str) -> TensorSpec | None:
         """Returns the spec of a tensor; None if it stays in floating point."""
@@ -115,6 +112,14 @@ class QuantizationPlan:
     scheme: Scheme
     tensors: Mapping[str, TensorSpec]
     layers: tuple[LayerFormats, ...]
+
+    @property
+    def quantization(self) -> Quantization:
+        """The plan as a bundle's manifest holds it."""
+        if self.scheme.backend == "torchao":
+            return Quantization(self.scheme.name, self.layers, "pytorch")
+        reasons = unfit_for_tensorrt(self.tensors), emulated_on_cpus(self.tensors)
+        return Quantization(self.scheme.name, self.layers, *reasons)
 
 
 def resolve(scheme: Scheme, model: nn.Module) -> QuantizationPlan:
@@ -232,29 +237,16 @@ def read_scheme(path: Path) -> Scheme:
     """
     given = read_yaml(path, dict[str, Any])
     try:
-        values = rename_old_keys(given)
-        file = parse_json(json.dumps(values), _SchemeFile, "the file")
-        base = shipped_scheme(file.base) if file.base else Scheme(path.stem.lower())
-        tensors = {pattern: _read_spec(value) for pattern, value in file.tensors.items()}
+        given = {"name": path.stem.lower(), **rename_old_keys(given)}
+        base = shipped_scheme(str(given.pop("base"))) if "base" in given else Scheme(path.stem.lower())
+        own = parse_json(json.dumps(given.pop("tensors", {})), dict[str, TensorSpec | str], "tensors")
         # The file's patterns come after all patterns of the base, so that they apply.
-        kept = {pattern: spec for pattern, spec in base.tensors.items() if pattern not in tensors}
-        own = {key: getattr(file, key) for key in values.keys() - {"base", "tensors"}}
-        return replace(base, **{"name": path.stem.lower(), **own}, tensors={**kept, **tensors})
+        kept = {pattern: spec for pattern, spec in base.tensors.items() if pattern not in own}
+        values = {**asdict(replace(base, tensors={})), **given}
+        tensors = {**kept, **{pattern: _read_spec(value) for pattern, value in own.items()}}
+        return replace(parse_json(json.dumps(values), Scheme, "the scheme"), tensors=tensors)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-@dataclass(frozen=True)
-class _SchemeFile:
-    """The keys of a scheme file, see :func:`read_scheme`; only those that are given count."""
-
-    base: str | None = None
-    name: str = ""
-    tensors: Mapping[str, TensorSpec | str] = field(default_factory=dict)
-    smooth: Mapping[str, float] = field(default_factory=dict)
-    reconstruction_iterations: int = 0
-    backend: Literal["onnx", "torchao"] = "onnx"
-    summary: str = ""
 
 
 def stored_scheme(values: Mapping[str, Any], name: str) -> Scheme:

@@ -84,7 +84,7 @@ def test_an_engine_and_its_record(bundle, model):
     assert record.engine_bytes == path.stat().st_size
     assert record.fused and record.attentions == model.config.depth
     assert record.batch == (1, 2, 4)
-    assert record.inputs == {"images": ["float", [-1, 3, 32, 32]]} and record.outputs == {"logits": ["float", [-1, 3]]}
+    assert record.inputs == {"images": ("float", (-1, 3, 32, 32))} and record.outputs == {"logits": ("float", (-1, 3))}
     assert record.preprocessing["mean"] and record.classes == ["class0", "class1", "class2"]
     assert record.precisions["blocks.0.attn.qkv"] == "fp16"
     assert "--optShapes=images:2x3x32x32" in record.trtexec
@@ -240,7 +240,7 @@ def test_workspace_and_verbosity_are_recorded(bundle):
 @pytest.mark.parametrize("mask", ["post_softmax", "pre_softmax", "bidirectional"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_with_every_mask_is_fused_in_half_precision(mask, dtype, tmp_path):
-    config = ModelConfig.from_dict({**SMALL.to_dict(), "mask": mask})
+    config = ModelConfig(**{**SMALL.to_dict(), "mask": mask})
     export_onnx(ILLaMA(config), tmp_path / "model.onnx", "fused", dtype)
     built = build_engine(library, tmp_path / "model.onnx")
     assert built.fused and built.attentions == config.depth

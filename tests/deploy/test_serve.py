@@ -615,14 +615,18 @@ def test_an_engine_that_does_not_match_its_record_is_not_served(small, tmp_path)
         "8 to 64": {"batch": (8, 8, 64)},
         "--weight-stripped": {"options": {**record.options, "weight_stripped": True}},
         "{'images': ..uint8'": {"inputs": {"images": ["uint8", [-1, 480, 640, 3]]}},
-        "{'logits': ..half'": {"outputs": {"logits": ["half", [-1, 3]]}},
+        r"tensorrt\.json.*outputs": {"outputs": {"logits": ["half", [-1, 3]]}},
         "{'logits': ..float'": {"outputs": {"logits": ["float", [-1, 3, 32, 32]]}},
     }
     for match, values in changes.items():
         replace(record, **values).write(engine)
         assert_rejected(match)
     record.write(engine)
+    values = json.loads(engine.with_suffix(".json").read_text())
+    engine.with_suffix(".json").write_text(json.dumps({**values, "inputs": {}}))
+    assert_rejected(r"tensorrt\.json.*0 inputs")
     engine.write_bytes(b"another")
+    record.write(engine)
     assert_rejected(r"SHA-256.*tensorrt\.json")
     engine.with_suffix(".json").write_text("{}")
     assert_rejected(r"tensorrt\.json")

@@ -20,7 +20,7 @@ CONFIG = ModelConfig(image_size=32, patch_size=8, width=32, depth=3, heads=2, nu
 def random_model(**changes):
     """Weights wide enough that the attention maps are far from uniform."""
     torch.manual_seed(0)
-    model = ILLaMA(ModelConfig.from_dict({**CONFIG.to_dict(), **changes}))
+    model = ILLaMA(ModelConfig(**{**CONFIG.to_dict(), **changes}))
     for block in model.blocks:
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.6)
     return model

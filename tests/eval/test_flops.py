@@ -19,7 +19,7 @@ SMALL = {"image_size": 32, "patch_size": 8, "width": 64, "depth": 2, "heads": 2,
 @pytest.mark.parametrize("form", ["plain", "fused"])
 @pytest.mark.parametrize("readout_only", [True, False])
 def test_the_count_is_torch_s_on_the_real_network(variant, form, readout_only):
-    config = ModelConfig.from_dict({**SMALL, **VARIANTS[variant]})
+    config = ModelConfig(**{**SMALL, **VARIANTS[variant]})
     model = ILLaMA(config).eval()
     model.readout_only = readout_only
     model.set_attention_form(form)
@@ -63,7 +63,7 @@ def test_the_paper_s_table_of_macs(size, paper):
 
 def test_what_the_mask_lets_through_is_what_the_network_s_mask_holds():
     for changes in ({}, {"class_token": "first"}, {"class_token": "first", "class_sees_all": True}):
-        config = ModelConfig.from_dict({**SMALL, **changes})
+        config = ModelConfig(**{**SMALL, **changes})
         assert visible_pairs(config) == ILLaMA(config).causal.sum()
 
 

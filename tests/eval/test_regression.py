@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from project_files import ROOT
 from sample_report import make_reliability, make_report, make_row
 
 from eval.benchmark.targets import BenchmarkTarget, scheme_names
@@ -140,6 +141,31 @@ def test_a_damaged_baseline_is_refused(tmp_path):
             Baseline.read(tmp_path / "report.json")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("latency", 0, "p50"), 0.0),
+        (("latency", 0, "p50"), float("nan")),
+        (("latency", 0, "p90"), float("inf")),
+        (("drop", "points"), float("nan")),
+        (("top1", "low"), float("inf")),
+        (("reliability", "nll"), float("nan")),
+        (("reliability", "ece"), 1.5),
+        (("onnx_bytes",), -1),
+    ],
+)
+def test_a_baseline_with_an_impossible_number_is_refused(place, value, tmp_path):
+    """A comparison with NaN is always false, so that every regression would pass."""
+    content = make_report().to_json()
+    inner = content["rows"][1]
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"report\.json"):
+        Baseline.read(tmp_path / "report.json")
+
+
 def _as_version_1(report):
     """Returns the contents of the report as version 1 had them, from a CPU with bfloat16."""
     content = report.to_json()
@@ -169,6 +195,30 @@ def test_a_baseline_of_a_cpu_with_bfloat16_fits_one_without(version, tmp_path):
     assert "| - → 9" not in compare_markdown(baseline, report, [])
     gone = replace(report, rows=[row for row in report.rows if row.runtime_id != "openvino"])
     assert [line for line in find_regressions(baseline, gone) if "bf16" in line]
+
+
+def test_an_old_baseline_fits_without_runtime_ids_and_in_a_folder_named_engines(tmp_path):
+    report = make_report()
+    ids = ("onnxruntime", "onnxruntime", "openvino", "torch", "tensorrt_rtx")
+    report.rows = [replace(row, runtime_id=each) for row, each in zip(report.rows, ids, strict=True)]
+    content = _as_version_1(report)
+    for row in content["rows"]:
+        del row["runtime_id"]
+        row["onnx"] = f"../engines/{row['onnx']}"
+        row["engine"] = row["engine"] and f"../engines/{row['engine']}"
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    old = Baseline.read(tmp_path / "report.json")
+    assert [row.key for row in old.rows] == [row.key for row in report.rows]
+    assert find_regressions(old, report) == []
+
+
+@pytest.mark.parametrize("name", ["ptq", "throughput"])
+def test_committed_reports_can_be_baselines(name):
+    baseline = Baseline.read(ROOT / "results" / name / "report.json")
+    keys = {row.key for row in baseline.rows}
+    assert len(keys) == len(baseline.rows)
+    assert {RowKey("int8", "openvino", "model.onnx"), RowKey("int8", "onnxruntime", "model.onnx")} < keys
+    assert RowKey("int8", "tensorrt_rtx", "engines/tensorrt_rtx.engine") in keys
 
 
 def test_the_key_of_a_target_depends_neither_on_links_nor_on_the_cpu(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -274,7 +275,7 @@ def _image(path: Path) -> None:
 def onnx_graph(draw: random.Random, content: bytes) -> bytes:
     """Changes nodes, names, attributes, constants or shapes of a graph."""
     model = onnx.load_from_string(content)
-    graph, kind = model.graph, draw.randrange(9)
+    graph, kind = model.graph, draw.randrange(10)
     node, constant = draw.choice(graph.node), draw.choice(graph.initializer)
     names = (
         [name for each in graph.node for name in each.output] + [each.name for each in graph.initializer] + ["", "x"]
@@ -295,6 +296,11 @@ def onnx_graph(draw: random.Random, content: bytes) -> bytes:
         entry.key, entry.value = "location", draw.choice(("../../../etc/passwd", "missing", "/dev/zero", "", "."))
     elif kind == 6:
         node.output[0] = draw.choice(names)
+    elif kind == 9:
+        shape = onnx.numpy_helper.from_array(np.array(draw.choice(([2**40], [2**20, 2**20]))), "shape")
+        graph.initializer.append(shape)
+        graph.node.append(onnx.helper.make_node(draw.choice(("Identity", "Mul", "Neg")), ["shape"] * 2, ["size"]))
+        graph.node.append(onnx.helper.make_node("ConstantOfShape", [draw.choice(("shape", "size"))], ["huge"]))
     elif kind == 7 and node.attribute:
         attribute = draw.choice(node.attribute)
         attribute.i, attribute.type = draw.choice((-1, 2**62, 0)), draw.choice((attribute.type, 2, 7))
@@ -397,12 +403,15 @@ def _parse(arguments: list[str], module: Any, options: type, path: Path) -> None
     sys.argv = arguments
     call = re.search(r"run_command\(\w+, main, (partial\(.*\))\)", path.read_text())
     parse = eval(call[1], vars(module)) if call else None
+    errors = io.StringIO()
     try:
-        cli.run_command(options, _checked, parse)
+        with contextlib.redirect_stderr(errors):
+            cli.run_command(options, _checked, parse)
     except SystemExit as end:
         assert end.code in (0, 2), end.code
         if end.code == 2:
-            raise UserError("a wrong option") from end
+            (line,) = errors.getvalue().splitlines()
+            raise UserError(line) from end
 
 
 def _checked(options: Any) -> None:

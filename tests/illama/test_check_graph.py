@@ -85,10 +85,23 @@ def recursion(model, _):
     model.graph.node.append(helper.make_node("F", ["flat"], ["z"], domain="own"))
 
 
-def huge_value(model, _):
-    shape = numpy_helper.from_array(np.array([2**20, 2**20]), "shape")
-    model.graph.initializer.append(shape)
-    model.graph.node.append(helper.make_node("ConstantOfShape", ["shape"], ["huge"]))
+def huge_value(shape, *before):
+    """A value of 2^40 elements, whose shape is a constant or is computed from one by the nodes ``before``."""
+
+    def edit(model, _):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(shape), "shape"))
+        name = "shape"
+        for kind in before:
+            model.graph.node.append(helper.make_node(kind, [name] * (2 if kind == "Mul" else 1), [f"{name}x"]))
+            name += "x"
+        model.graph.node.append(helper.make_node("ConstantOfShape", [name], ["huge"]))
+
+    return edit
+
+
+def tiled(model, _):
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 2**30]), "repeats"))
+    model.graph.node.append(helper.make_node("Tile", ["flat", "repeats"], ["huge"]))
 
 
 def split_by_sizes(model, _):
@@ -135,7 +148,11 @@ FAULTS = {
     "shapes that do not fit": claimed(dims=[3, 12]),
     "wrong output type": field(lambda model: model.graph.output[0].CopyFrom(value("logits", [1, 3], TensorProto.INT8))),
     "unknown operator": nodes(helper.make_node("Nonsense", ["flat"], ["x"])),
-    "huge value": huge_value,
+    "huge value": huge_value([2**20, 2**20]),
+    "huge list": huge_value([2**40]),
+    "huge value of a computed shape": huge_value([2**10, 2**10], "Mul"),
+    "huge value of a copied shape": huge_value([2**20, 2**20], "Identity"),
+    "huge tile": tiled,
     "control flow": deep_subgraph,
     "recursive function": recursion,
     "no operator set": field(lambda model: model.ClearField("opset_import")),

@@ -71,6 +71,10 @@ def test_a_value_outside_the_bounds_of_its_type_is_refused(changed, option):
         ("eval/accuracy.py", "x", "--images", "-1"),
         ("eval/robustness.py", "x", "--workers", "-3"),
         ("illama/convert.py", "x", "--out", "y", "--image-size", "1000000000"),
+        ("quant/ptq.py", "--seed", "1e23"),
+        ("quant/ptq.py", "--exif", "maybe"),
+        ("illama/train.py", "--epochs", "x"),
+        ("eval/roofline.py", "x", "--nonsense", "3"),
     ],
 )
 def test_commands_refuse_bad_options_before_the_work(arguments, run_here):
@@ -104,7 +108,16 @@ def test_errors_of_the_machine_end_in_one_line(act, monkeypatch, capsys):
     assert end.value.code == 2 and line.startswith("error: ") and len(line) <= 310
 
 
+def test_a_reader_that_ends_is_no_error():
+    code = "from illama.cli import run_command as r; from dataclasses import make_dataclass as m\n"
+    code += "r(m('O', []), lambda _: [print('x' * 1000) for _ in range(1000)])"
+    command = ["sh", "-c", f'{sys.executable} -c "$1" | true', "sh", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr
+
+
 def test_ctrl_c_while_modules_are_imported_is_one_line():
-    code = "import illama.cli, os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    code = "import illama.cli, os, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert len(result.stderr.strip().splitlines()) == 1 and result.returncode in (130, -signal.SIGINT)

@@ -19,7 +19,7 @@ from illama.options import SourceOptions
 SOURCE = SourceOptions(SHIPPED, None, "cifar10:x", 7, 32, "apply")
 FULL = Manifest(
     "illama",
-    ModelConfig.preset("nano").to_dict(),
+    ModelConfig.preset("nano", num_classes=3).to_dict(),
     Preprocessing((28, 32), 1, (0.2,), (0.3,), 40, "bilinear", "ignore", "natural"),
     ("a", "b\n", "ü"),
     Provenance("python x.py", 3, {"/a": "00"}, SOURCE, {"torch": "2"}),
@@ -61,7 +61,7 @@ def test_the_facts_of_quantized_bundles_of_format_1_are_read(tmp_path):
         **{"fp32_top1": 90.0, "fused_onnx_top1": 89.0, "fused_onnx_drop": drop, "test_images": 100, "epochs": 3},
         "frame": [48, 64, 3],
     }
-    old["config"] = SegmentationConfig().to_dict()
+    old["config"] = SegmentationConfig(num_classes=3).to_dict()
     (tmp_path / MANIFEST).write_text(json.dumps(old))
     new = Manifest.read(tmp_path)
     assert new.network == "segmentation" and new.frame == (48, 64, 3)
@@ -76,6 +76,7 @@ def test_the_facts_of_quantized_bundles_of_format_1_are_read(tmp_path):
 
 DAMAGE = {
     "of a later format": {"format": 3},
+    "fewer classes than the network's": {"config": {"num_classes": 4}},
     "format as text": {"format": "2"},
     "unknown section": {"colour": 1},
     "text for a number": {"frame": [480, "640", 3]},

@@ -1,5 +1,7 @@
 """The network, compared with the released code's outputs, float64, and published sizes."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -16,6 +18,7 @@ from illama.models.attention import AttentionMask, MaskedAttention
 from illama.models.config import VARIANTS
 from illama.models.illama import rotary_table, rotate
 from illama.models.norms import LayerNorm, RMSNorm
+from illama.structured_files import parse_json
 
 ALPHAS = (0.0, 0.25, 1.0)
 KINDS = ("post_softmax", "pre_softmax", "bidirectional")
@@ -36,7 +39,7 @@ def test_matches_the_released_code(parity, alpha, form, readout_only):
 
 def test_a_pre_softmax_mask_is_another_function(wide_parity):
     """The usual causal mask runs a released checkpoint without an error, but gives wrong results."""
-    config = ModelConfig.from_dict({**wide_parity.config.to_dict(), "mask": "pre_softmax"})
+    config = ModelConfig(**{**wide_parity.config.to_dict(), "mask": "pre_softmax"})
     model = ILLaMA(config).eval()
     model.load_state_dict(wide_parity.state)
     with torch.no_grad():
@@ -212,7 +215,7 @@ def test_timm_has_the_sizes():
 )
 def test_a_wrong_config_is_rejected(settings_, identifier):
     with pytest.raises(UserError, match=identifier):
-        ModelConfig.from_dict(settings_)
+        parse_json(json.dumps(settings_), ModelConfig, "config.json")
 
 
 def test_an_unknown_size_is_rejected():

@@ -123,7 +123,7 @@ def test_later_patches_affect_only_the_denominators(network):
 
 
 def test_a_classifier_initializes_the_backbone(network, tmp_path):
-    config = ModelConfig.from_dict({**SMALL.to_dict(), "depth": 4, "patch_size": 16})
+    config = ModelConfig(**{**SMALL.to_dict(), "depth": 4, "patch_size": 16})
     torch.manual_seed(1)
     classifier = ILLaMA(config)
     write_weights(classifier.state_dict(), config, tmp_path / "weights.safetensors")

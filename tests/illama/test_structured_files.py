@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from illama.errors import MAX_MESSAGE, UserError
@@ -34,11 +34,13 @@ class Whole:
     name: str = ""
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), PLAIN, max_size=4))
 def test_what_json_and_yaml_write_is_read_back(values: dict[str, Any]) -> None:
     assert parse_json(json.dumps(values), dict[str, Any], "values") == values
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text("abc .:-#'\"", min_size=1), st.integers() | st.text("ab1eE.:-~ #") | st.floats(-9, 9)))
 def test_yaml_of_plain_values_is_read_back(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("yaml") / "values.yaml"
