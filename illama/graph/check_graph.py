@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -76,24 +77,23 @@ def _check(path: Path, file: _Stamp, data: _Stamp | None) -> tuple[ValueInfoProt
     except Exception as error:  # the exceptions of protobuf, onnx and onnx_ir have no other common base class
         raise _RejectedError(f"is not a valid ONNX file: {' '.join(str(error).split())[:200]}") from error
     empty = {name for node in model.graph.node if node.op_type == "Split" for name in node.output}  # part of 0 tokens
+    batch = inferred.input[0].type.tensor_type.shape.dim[0].dim_param
     values = (*inferred.input, *inferred.value_info, *inferred.output)
-    known = {value.name for value in values if _is_known(value.type.tensor_type)}
+    known = {value.name: sizes for value in values if None not in (sizes := _sizes(value.type.tensor_type, batch))}
     if lost := next((name for node in model.graph.node for name in node.output if name and name not in known), None):
         raise _RejectedError(f"computes {lost[:80]!r}, whose shape cannot be inferred")
-    for value in values:
-        sizes = [each.dim_value if each.HasField("dim_value") else 1 for each in value.type.tensor_type.shape.dim]
-        least = 0 if value.name in empty else 1
-        count = math.prod(sizes)
+    for name, sizes in known.items():
+        count, least = math.prod(sizes), 0 if name in empty else 1
         if count > MAX_ELEMENTS or (len(sizes) > 1 and count < least) or min((*sizes, 0)) < 0:
-            raise _RejectedError(
-                f"computes {value.name[:80]!r}, which is empty or has more than {MAX_ELEMENTS} elements for one image"
-            )
+            raise _RejectedError(f"computes {name[:80]!r}, empty or with over {MAX_ELEMENTS} elements for an image")
     return tuple(inferred.value_info)
 
 
-def _is_known(kind: TypeProto.Tensor) -> bool:
-    """Returns whether a value's shape is known, but for the batch, which has a name."""
-    return kind.HasField("shape") and all(size.HasField("dim_value") or size.dim_param for size in kind.shape.dim)
+def _sizes(kind: TypeProto.Tensor, batch: str) -> list[Any]:
+    """Returns the sizes of a value for one image; None stands for one that is not known."""
+    sizes = [size.dim_value if size.HasField("dim_value") else size.dim_param or None for size in kind.shape.dim]
+    found = [1 if size == batch else None if isinstance(size, str) else size for size in sizes]
+    return found if kind.HasField("shape") else [None]
 
 
 def _check_structure(model: ModelProto) -> None:
