@@ -57,10 +57,6 @@ class Macs:
     def total(self) -> int:
         return sum(asdict(self).values())
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.total
-
 
 def count_macs(config: ModelConfig, form: Form = "needed", readout_only: bool = False) -> Macs:
     """Returns the MACs of a network for one image.

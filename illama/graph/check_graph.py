@@ -1,8 +1,7 @@
 """The check that every ONNX file passes before it is read, or before a runtime opens it.
 
-Runtimes trust a file: one that lies about its sizes, or a node without outputs, can end the process or take all memory.
-A file is accepted if it is a network of this toolkit's kind, one input and no control flow, that is valid by ONNX's own
-checker and type inference, and whose tensors are as large as it says.
+A file that lies about its sizes, or a node without outputs, can end a runtime's process or take all memory. A file is
+accepted if it has one input and no control flow, is valid for ONNX's checker, and its tensors are as large as it says.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx import AttributeProto, ModelProto, TensorProto, TypeProto, ValueInfoProto
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto
 
 from illama.bundle import data_file
 from illama.errors import UserError
@@ -71,17 +69,19 @@ def _check(path: Path, file: _Stamp, data: _Stamp | None) -> tuple[ValueInfoProt
             _check_tensor(tensor, path, data)
         onnx.checker.check_model(path)
         _drop_weights(model)
-        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+        inferred = _inferred(model)
+        _set_batch(model.graph)
+        one = _inferred(model)
     except _RejectedError:
         raise
     except Exception as error:  # the exceptions of protobuf, onnx and onnx_ir have no other common base class
         raise _RejectedError(f"is not a valid ONNX file: {' '.join(str(error).split())[:200]}") from error
     empty = {name for node in model.graph.node if node.op_type == "Split" for name in node.output}  # part of 0 tokens
-    batch = inferred.input[0].type.tensor_type.shape.dim[0].dim_param
-    values = (*inferred.input, *inferred.value_info, *inferred.output)
-    known = {value.name: sizes for value in values if None not in (sizes := _sizes(value.type.tensor_type, batch))}
-    if lost := next((name for node in model.graph.node for name in node.output if name and name not in known), None):
-        raise _RejectedError(f"computes {lost[:80]!r}, whose shape cannot be inferred")
+    values = (*one.input, *one.value_info, *one.output)
+    known = {value.name: sizes for value in values if (sizes := _sizes(value)) is not None}
+    names = (one.input[0].name, *(name for node in one.node for name in node.output if name))
+    if lost := next((name for name in names if name not in known), None):
+        raise _RejectedError(f"has {lost[:80]!r}, whose shape cannot be inferred")
     for name, sizes in known.items():
         count, least = math.prod(sizes), 0 if name in empty else 1
         if count > MAX_ELEMENTS or (len(sizes) > 1 and count < least) or min((*sizes, 0)) < 0:
@@ -89,11 +89,24 @@ def _check(path: Path, file: _Stamp, data: _Stamp | None) -> tuple[ValueInfoProt
     return tuple(inferred.value_info)
 
 
-def _sizes(kind: TypeProto.Tensor, batch: str) -> list[Any]:
-    """Returns the sizes of a value for one image; None stands for one that is not known."""
-    sizes = [size.dim_value if size.HasField("dim_value") else size.dim_param or None for size in kind.shape.dim]
-    found = [1 if size == batch else None if isinstance(size, str) else size for size in sizes]
-    return found if kind.HasField("shape") else [None]
+def _set_batch(graph: GraphProto) -> None:
+    """Makes it a graph for one image: without a number, the -1 of a Reshape cannot be inferred."""
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if batch and size.dim_param == batch:
+                size.dim_value = 1
+
+
+def _inferred(model: ModelProto) -> GraphProto:
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+
+
+def _sizes(value: ValueInfoProto) -> list[int] | None:
+    """Returns the sizes of a value; None if one of them is not known."""
+    shape = value.type.tensor_type.shape
+    known = value.type.tensor_type.HasField("shape") and all(size.HasField("dim_value") for size in shape.dim)
+    return [size.dim_value for size in shape.dim] if known else None
 
 
 def _check_structure(model: ModelProto) -> None:

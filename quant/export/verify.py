@@ -1,11 +1,10 @@
 """Comparison of an exported file with the PyTorch network that it was exported from, tensor by tensor.
 
 Two runtimes never compute one quantized network to the same bits. They add in another order, so a few values near a tie
-round to the next step, and these errors grow from block to block. Even PyTorch in float32 and in float64 differ by some
-tenths of a percent without any fault. Therefore, a difference at the end of a network, or at a layer inside, shows
-neither where a fault is nor whether there is one.
+round to the next step, and these errors grow from block to block; even PyTorch in float32 and in float64 differ by some
+tenths of a percent. So a difference at the end of a network, or inside, does not show whether there is a fault.
 
-:func:`local_differences` keeps errors from growing. PyTorch runs the same images, and every tensor that the file
+:func:`compare_with_trace` keeps errors from growing. PyTorch runs the same images, and every tensor that the file
 computes too is compared and then *replaced* by the file's. So every section between two such tensors gets the same
 inputs on both sides, and must give the same outputs, up to float rounding and ties. The fault is in the first
 section that does not.
@@ -139,22 +138,14 @@ def observable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def local_differences(model: MaskedNetwork, path: Path, images: np.ndarray) -> dict[str, Difference]:
+def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -> dict[str, Difference]:
     """Returns the difference of every tensor that both compute, from the same inputs, in the order of computation.
 
     Args:
-        model: the quantized network that ``path`` was exported from, in plain attention form.
-        images: real images (B, C, H, W), float32.
-
-    Raises:
-        UserError: the file cannot be run, or has none of the network's layers.
+        model: the quantized network that the file was exported from, in plain attention form.
+        trace: what the file computes, from :func:`trace_onnx`.
+        images: the images of the trace (B, C, H, W), float32.
     """
-    return compare_with_trace(model, trace_onnx(path, images, observable_layers(model)), images)
-
-
-@torch.inference_mode()
-def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -> dict[str, Difference]:
-    """Returns the :func:`local_differences` from the trace of a file."""
     model = as_exported(model)
     found: dict[str, Difference] = {}
     quantized = {name: list(arrays) for name, arrays in trace.quantized.items()}

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from step_difference import local_differences
 
 from deploy.rewrites.camera_bundle import write_camera_bundle
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
@@ -24,7 +25,7 @@ from illama.errors import UserError
 from illama.graph.reader import load_graph
 from illama.graph.writer import has_external_data, save_graph
 from quant.export.onnx_export import export_onnx
-from quant.export.verify import first_mismatch, local_differences
+from quant.export.verify import first_mismatch
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import resolve, shipped_scheme
 

@@ -211,6 +211,20 @@ def test_custom_operators_and_opset_23_attention_are_accepted(tmp_path):
     assert list(values["y"].shape)[1:] == [2, 4, 8]
 
 
+def test_the_number_of_images_may_be_inferred(tmp_path):
+    """As in ``x.view(-1, classes)``, and ``x.view(x.size(0), -1)``."""
+    sizes = [numpy_helper.from_array(np.array(each), name) for each, name in (([-1, 24], "flat"), ([-1], "rest"))]
+    nodes = [
+        helper.make_node("Reshape", ["images", "flat"], ["rows"]),
+        helper.make_node("Shape", ["rows"], ["batch"], start=0, end=1),
+        helper.make_node("Concat", ["batch", "rest"], ["both"], axis=0),
+        helper.make_node("Reshape", ["rows", "both"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "g", [value("images", ["b", 2, 3, 4])], [value("logits", ["b", 24])], sizes)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "model.onnx")
+    assert OnnxRuntimeEngine(tmp_path / "model.onnx").infer(np.ones((5, 2, 3, 4), np.float32)).shape == (5, 24)
+
+
 def test_mutated_files_are_read_or_refused(file, tmp_path):
     """Random bytes, cuts and repetitions: no exception but UserError, and none takes long."""
     data, path, draw = file.read_bytes(), tmp_path / "model.onnx", random.Random(0)

@@ -12,7 +12,7 @@ import timm
 import torch
 from onnx import numpy_helper
 from PIL import Image
-from step_difference import largest_step_difference
+from step_difference import largest_step_difference, local_differences
 from support import SMALL, assert_one_line_error, run_command
 
 from illama import ILLaMA
@@ -23,7 +23,7 @@ from illama.errors import UserError
 from illama.models.timm_vit import to_causal, to_quantizable
 from quant import debug_layers
 from quant.export.onnx_export import export_onnx
-from quant.export.verify import first_mismatch, local_differences
+from quant.export.verify import first_mismatch
 from quant.inputs import onnx_scheme
 from quant.mixed_precision.image_selection import selection_images
 from quant.mixed_precision.layer_effects import Tally, layers_of, measure, tensor_sqnr
