@@ -61,6 +61,7 @@ def main(options: AccuracyOptions) -> None:
     from eval.benchmark.open_bundles import open_bundles, open_fitting_data
     from eval.metrics.calibration import fit_temperatures, stored_temperatures
     from eval.metrics.measured import measure
+    from eval.metrics.predictions import refuse_not_finite
     from eval.report.accuracy_tables import write_accuracy
     from illama.atomic_write import lock_folder, remove_folder
     from illama.data.datasets import Transformed, evenly_spaced
@@ -88,7 +89,7 @@ def main(options: AccuracyOptions) -> None:
         group.barrier()  # all processes have read the chunks
         if group.main:
             settings = {"data": options.data, "calibration_images": images}
-            write_accuracy(options.out, settings, bundles, measure(results, temperatures), failed)
+            write_accuracy(options.out, settings, bundles, measure(refuse_not_finite(results), temperatures), failed)
             remove_folder(work)
             if options.store and images:
                 fitted = [(bundles.paths[name], value, bundles.runtimes[name]) for name, value in temperatures.items()]

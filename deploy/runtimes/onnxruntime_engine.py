@@ -11,7 +11,8 @@ from deploy.runtimes.engine import Engine
 from illama.bundle import FUSED_ONNX
 from illama.errors import UserError
 from illama.graph.check_graph import check_graph
-from illama.graph.session import cpu_session
+from illama.graph.emulate_half import Softmax
+from illama.graph.session import cpu_session, emulated_session
 
 PROVIDERS = {
     "onnxruntime-cuda": "CUDAExecutionProvider",
@@ -23,27 +24,37 @@ PROVIDERS = {
 class OnnxRuntimeEngine(Engine):
     """An ONNX file in ONNX Runtime.
 
+    On the CPU, a graph for TensorRT is rounded as a GPU does (:mod:`illama.graph.emulate_half`): ONNX Runtime itself
+    computes half precision in float32 there.
+
     Args:
         path: path to the ONNX file.
         threads: number of threads of an operator on the CPU; 0 for one per core.
         provider: an execution provider for GPUs. Defaults to the CPU's.
+        softmax: precision of the softmax inside attention, where the CPU emulates half precision.
 
     Raises:
         UserError: ONNX Runtime cannot load the file, or does not have the provider.
     """
 
-    def __init__(self, path: Path, threads: int = 0, provider: str | None = None) -> None:
+    def __init__(self, path: Path, threads: int = 0, provider: str | None = None, softmax: Softmax = "float32") -> None:
         self._path = path
         self.runtime = f"onnxruntime {onnxruntime.__version__} {provider or 'CPU'}"
+        emulate = path.name == FUSED_ONNX and not provider
+        if emulate:
+            self.runtime += f", half precision emulated, softmax in {softmax}"
         if provider and provider not in onnxruntime.get_available_providers():
             raise UserError(
                 f"ONNX Runtime has no {provider} here: install onnxruntime-gpu, or choose another --runtime"
             )
         check_graph(path)
         try:
-            self._session = (
-                gpu_session(path, provider) if provider else cpu_session(path, threads, fused=path.name == FUSED_ONNX)
-            )
+            if provider:
+                self._session = gpu_session(path, provider)
+            elif emulate:
+                self._session = emulated_session(path, threads, softmax)
+            else:
+                self._session = cpu_session(path, threads)
         except Exception as error:  # ONNX Runtime's exceptions have no other common base class
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name

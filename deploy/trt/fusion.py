@@ -8,44 +8,19 @@ https://github.com/onnx/onnx-tensorrt/blob/main/docs/TRT_custom_ops.md
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from annotated_types import Interval
 
 from deploy.trt.library import Library
-from illama.bundle import SOFTMAX_OUTPUT
 from illama.errors import UserError
-from illama.graph.reader import add_constant, layer_of
-from illama.structured_files import parse_json
+from illama.graph.reader import add_constant, layer_of, read_softmax_scales
 
 if TYPE_CHECKING:
     import tensorrt
 
 _KERNELS = ("mha", "attention")  # in the names of fused kernels
-_ONNX_TYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
-
-
-@dataclass(frozen=True)
-class SoftmaxOutput:
-    """How the scheme quantizes the softmax output of one attention.
-
-    Attributes:
-        number: dtype, fp8 or int8.
-        scale: quantization scale.
-    """
-
-    number: Literal["fp8", "int8"]
-    scale: Annotated[float, Interval(gt=0, lt=math.inf)]
-
-
-def read_softmax_scales(model: ir.Model) -> dict[str, SoftmaxOutput]:
-    """Returns attention -> how its softmax output is quantized, from the metadata that the exporter wrote."""
-    text = model.metadata_props.get(SOFTMAX_OUTPUT, "{}")
-    return parse_json(text, dict[str, SoftmaxOutput], f"the graph's metadata {SOFTMAX_OUTPUT}")
 
 
 def quantize_softmax_outputs(model: ir.Model) -> None:
@@ -69,7 +44,7 @@ def quantize_softmax_outputs(model: ir.Model) -> None:
             node.op_type = "TRT_QuantizedAttention"
             node.resize_inputs(5)  # no mask leaves the fourth empty
             node.replace_input_with(4, add_constant(model.graph, name, np.array(output.scale, dtype=np.float16)))
-            node.attributes.add(ir.AttrInt64("normalization_quantize_to_type", _ONNX_TYPES[output.number]))
+            node.attributes.add(ir.AttrInt64("normalization_quantize_to_type", output.dtype))
 
 
 def allow_decomposition(model: ir.Model) -> None:

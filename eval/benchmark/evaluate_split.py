@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.metrics.predictions import Evaluated, Predictions, refuse_overflow
+from eval.metrics.predictions import Evaluated, NotFinite, Predictions, count_not_finite
 from illama.atomic_write import write_file
 from illama.checkpoints.tensor_files import read_tensors
 from illama.errors import UserError
@@ -66,16 +66,18 @@ def evaluate(
     images: Dataset[tuple[Tensor, int]],
     temperatures: Mapping[str, float] | None = None,
     how: Evaluation | None = None,
-) -> dict[str, Evaluated]:
+) -> dict[str, Evaluated | NotFinite]:
     """Returns each model's predictions over a whole split; images are read once for all models.
+
+    A model whose logits are not finite has none, and does not affect the others.
 
     Args:
         images: the split's preprocessed images and labels.
         temperatures: model -> its temperature, if it has one.
 
     Raises:
-        UserError: a model's logits are not finite or do not fit the labels; ``work`` holds another evaluation or
-            damaged chunks; another process ended, or finished no chunk in ``patience`` seconds.
+        UserError: a model's logits do not fit the labels; ``work`` holds another evaluation or damaged chunks; another
+            process ended, or finished no chunk in ``patience`` seconds.
         ValueError: there are several processes and no ``work``.
     """
     how, temperatures, total = how or Evaluation(), temperatures or {}, len(images)  # type: ignore[arg-type]
@@ -117,11 +119,13 @@ def _progress(own: Sequence[range], missing: Sequence[range], processes: Process
 
 def _reduce(
     logits: Mapping[str, np.ndarray], labels: np.ndarray, temperatures: Mapping[str, float]
-) -> dict[str, Evaluated]:
-    """Returns each model's predictions for a chunk; UserError if logits are not finite or do not fit the labels."""
-    refuse_overflow(logits)
-    reduced = {}
+) -> dict[str, Evaluated | NotFinite]:
+    """Returns each model's predictions for a chunk; UserError if logits do not fit the labels."""
+    reduced: dict[str, Evaluated | NotFinite] = {}
     for name, values in logits.items():
+        if (failed := count_not_finite(values)) is not None:
+            reduced[name] = failed
+            continue
         try:
             scaled = Predictions.of(values, labels, temperatures[name]) if name in temperatures else None
             reduced[name] = Evaluated(Predictions.of(values, labels), scaled)
@@ -130,27 +134,41 @@ def _reduce(
     return reduced
 
 
-def _concatenate(parts: Sequence[Evaluated]) -> Evaluated:
+def _concatenate(parts: Sequence[Evaluated | NotFinite]) -> Evaluated | NotFinite:
+    whole = [part for part in parts if isinstance(part, Evaluated)]
+    if len(whole) < len(parts):
+        failed = [part for part in parts if isinstance(part, NotFinite)]
+        return NotFinite(sum(each.images for each in failed), sum(map(_images, parts)))
+    return _joined(whole)
+
+
+def _images(part: Evaluated | NotFinite) -> int:
+    return part.of if isinstance(part, NotFinite) else len(part.plain)
+
+
+def _joined(parts: Sequence[Evaluated]) -> Evaluated:
     scaled = [part.scaled for part in parts if part.scaled]
     return Evaluated(
         Predictions.concatenate([part.plain for part in parts]), Predictions.concatenate(scaled) if scaled else None
     )
 
 
-def _write(path: Path, part: Mapping[str, Evaluated]) -> None:
-    """Writes a chunk as arrays named MODEL/FORM/FIELD, where MODEL is the model's index."""
-    arrays = {
-        f"{place}/{form}/{entry.name}": getattr(predictions, entry.name)
-        for place, each in enumerate(part.values())
-        for form in ("plain", "scaled")
-        for entry in fields(Predictions)
-        if (predictions := getattr(each, form)) is not None
-    }
+def _write(path: Path, part: Mapping[str, Evaluated | NotFinite]) -> None:
+    """Writes a chunk as arrays named MODEL/FORM/FIELD or MODEL/not_finite, where MODEL is the model's index."""
+    arrays: dict[str, np.ndarray] = {}
+    for place, each in enumerate(part.values()):
+        if isinstance(each, NotFinite):
+            arrays[f"{place}/not_finite"] = np.array([each.images])
+            continue
+        forms = {"plain": each.plain, "scaled": each.scaled}
+        for form, predictions in forms.items():
+            if predictions is not None:
+                arrays |= {f"{place}/{form}/{name}": values for name, values in vars(predictions).items()}
     with write_file(path) as draft:
         draft.write_bytes(safetensors.numpy.save(arrays))
 
 
-def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Evaluated]:
+def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Evaluated | NotFinite]:
     stored = {name: value.numpy() for name, value in read_tensors(path, (torch.int64, torch.float64)).items()}
 
     def form(prefix: str) -> Predictions:
@@ -159,13 +177,15 @@ def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Eva
             raise ValueError(f"{wrong} instead of {images} images")
         return Predictions(*arrays)
 
+    def model(place: int) -> Evaluated | NotFinite:
+        if f"{place}/not_finite" in stored:
+            return NotFinite(int(stored[f"{place}/not_finite"].item()), images)
+        return Evaluated(
+            form(f"{place}/plain"), form(f"{place}/scaled") if f"{place}/scaled/labels" in stored else None
+        )
+
     try:
-        return {
-            name: Evaluated(
-                form(f"{place}/plain"), form(f"{place}/scaled") if f"{place}/scaled/labels" in stored else None
-            )
-            for place, name in enumerate(models)
-        }
+        return {name: model(place) for place, name in enumerate(models)}
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run the command again") from error
 

@@ -23,6 +23,8 @@ from eval.report.decision import RowKey
 from illama.atomic_write import list_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, bundle_of, sha256
 from illama.errors import UserError
+from illama.graph.emulate_half import half_dtypes
+from illama.graph.reader import load_graph
 from illama.inference import Infer
 from illama.manifest import EMULATED, Manifest
 
@@ -52,6 +54,7 @@ class BenchmarkTarget:
         runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
         built: TensorRT engine built from the ONNX file, with its record (read once, because reading hashes the whole
             engine).
+        emulates: whether the engine emulates the half precision of a file for TensorRT.
         on_gpu: whether it runs on a GPU.
         precision: float type that the runtime chose for this machine; None if the file alone determines it.
         not_timed: why it is not timed; None if it is. ``engine`` then only computes its accuracy.
@@ -64,6 +67,7 @@ class BenchmarkTarget:
     title: str
     runtime_id: str
     built: tuple[Path, EngineRecord] | None = None
+    emulates: bool = False
     on_gpu: bool = False
     not_timed: NotTimed | None = None
     left_out: tuple[str, ...] = ()
@@ -228,14 +232,15 @@ def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Ite
 
 
 def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
-    """Yields the engines built from a fused graph; ONNX Runtime runs the graph for engines that cannot run here."""
+    """Yields the engines built from a fused graph; for those that cannot run here, half precision is emulated."""
     graph = bundle_of(path) / FUSED_ONNX
     whole = path.is_dir() or path.name == FUSED_ONNX
     if not graph.exists() or not (whole or path.suffix == ".engine"):
         return
     usable, left_out = _engines_of(graph)
     engines = usable if whole else [(path, _read_record(path, graph))]
-    substitute = None
+    substitute, halves = None, half_dtypes(load_graph(graph))
+    emulated = f", emulated in {halves}" if halves else ""
     for built, record in engines:
         title = TITLES.get(record.library, record.library)
         if sum(each.library == record.library for _, each in usable) > 1:
@@ -244,9 +249,10 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
             engine, not_timed = open_engine(built), None
         except UserError as error:  # no GPU, or another than it was built for
             engine = substitute = substitute or OnnxRuntimeEngine(graph, threads)
+            title += emulated
             trouble = str(error).replace(str(built), "it")
             not_timed = NotTimed(
-                "cannot run", f"Accuracy is that of the ONNX file the engine was built from: {trouble}"
+                "cannot run", f"Accuracy is that of the ONNX file the engine was built from{emulated}: {trouble}"
             )
         yield BenchmarkTarget(
             scheme,
@@ -255,6 +261,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
             title,
             record.library,
             built=(built, record),
+            emulates=bool(not_timed and halves),
             on_gpu=not_timed is None,
             not_timed=not_timed,
             left_out=left_out if whole else (),
@@ -262,7 +269,16 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
     if not engines:
         not_timed = NotTimed("no engine", "No engine was built from it, or none can be used")
         engine = OnnxRuntimeEngine(graph, threads)
-        yield BenchmarkTarget(scheme, graph, engine, "TensorRT", "tensorrt", not_timed=not_timed, left_out=left_out)
+        yield BenchmarkTarget(
+            scheme,
+            graph,
+            engine,
+            f"TensorRT{emulated}",
+            "tensorrt",
+            emulates=bool(halves),
+            not_timed=not_timed,
+            left_out=left_out,
+        )
 
 
 def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:

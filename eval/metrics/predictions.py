@@ -72,6 +72,22 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class NotFinite:
+    """What is left of a model whose logits are not finite for some images, as when half precision overflows.
+
+    Attributes:
+        images: number of these images.
+        of: number of all images.
+    """
+
+    images: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.images:,} of {self.of:,} images have logits that are not finite"
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Predictions of one model over a split.
 
@@ -99,9 +115,22 @@ def check_predictions(logits: np.ndarray, labels: np.ndarray) -> None:
 
 def check_finite(logits: np.ndarray) -> None:
     """Raises ValueError if a logit of (images, ...) is not finite, for example because a model overflows."""
-    broken = ~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))
-    if broken.any():
-        raise ValueError(f"{int(broken.sum())} of {len(logits)} images have logits that are not finite")
+    if found := count_not_finite(logits):
+        raise ValueError(str(found))
+
+
+def count_not_finite(logits: np.ndarray) -> NotFinite | None:
+    """Returns how many images of (images, ...) have a logit that is not finite; None if none has."""
+    broken = int((~np.isfinite(logits).all(axis=tuple(range(1, logits.ndim)))).sum())
+    return NotFinite(broken, len(logits)) if broken else None
+
+
+def refuse_not_finite(results: Mapping[str, Evaluated | NotFinite]) -> dict[str, Evaluated]:
+    """Returns the results; raises UserError, with the model's name, if a model has none."""
+    for name, result in results.items():
+        if isinstance(result, NotFinite):
+            raise UserError(f"{name}: {result}: leave it out, or quantize it with another scheme")
+    return {name: result for name, result in results.items() if isinstance(result, Evaluated)}
 
 
 def refuse_overflow(logits: Mapping[str, np.ndarray]) -> None:

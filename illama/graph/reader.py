@@ -6,19 +6,23 @@ dtypes and shapes, and every constant is an initializer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from annotated_types import Interval
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
+from illama.bundle import SOFTMAX_OUTPUT
 from illama.errors import UserError
 from illama.graph.check_graph import check_graph
 from illama.quiet import quiet
+from illama.structured_files import parse_json
 
 LAYER = "layer"  # key in a node's metadata: the module that it was exported from
 Precision = Literal["fp32", "fp16", "int8", "fp8"]
@@ -168,6 +172,29 @@ def precisions(model: ir.Model) -> dict[str, str]:
         weights = f", {each.weights} weights" if each.weights not in ("", each.precision) else ""
         found.setdefault(each.layer, {})[each.precision + weights] = None
     return {layer: " + ".join(names) for layer, names in found.items()}
+
+
+@dataclass(frozen=True)
+class SoftmaxOutput:
+    """How the scheme quantizes the softmax output of one attention.
+
+    Attributes:
+        number: dtype, fp8 or int8.
+        scale: quantization scale.
+    """
+
+    number: Literal["fp8", "int8"]
+    scale: Annotated[float, Interval(gt=0, lt=math.inf)]
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return ir.DataType.INT8 if self.number == "int8" else ir.DataType.FLOAT8E4M3FN
+
+
+def read_softmax_scales(model: ir.Model) -> dict[str, SoftmaxOutput]:
+    """Returns attention -> how its softmax output is quantized, from the metadata that the exporter wrote."""
+    text = model.metadata_props.get(SOFTMAX_OUTPUT, "{}")
+    return parse_json(text, dict[str, SoftmaxOutput], f"the graph's metadata {SOFTMAX_OUTPUT}")
 
 
 def has_fp8(model: ir.Model) -> bool:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
+import onnx_ir as ir
 import onnxruntime
 
+from illama.bundle import FUSED_ONNX
 from illama.graph.check_graph import check_graph
+from illama.graph.emulate_half import Softmax, emulate_half
+from illama.graph.reader import load_graph
+from illama.graph.writer import save_graph
 from illama.inference import usable_cores
 
 
@@ -41,3 +47,17 @@ def cpu_session(
     return onnxruntime.InferenceSession(
         model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
     )
+
+
+def emulated_session(path: Path, threads: int = 0, softmax: Softmax = "float32") -> onnxruntime.InferenceSession:
+    """Returns a session of a graph for TensorRT that rounds as half precision does (:func:`emulate_half`)."""
+    model = load_graph(path)
+    emulate_half(model, softmax)
+    return session_of(model, threads)
+
+
+def session_of(model: ir.Model, threads: int = 0) -> onnxruntime.InferenceSession:
+    """Returns a session of a graph for TensorRT in memory, which may be too large for one message."""
+    with tempfile.TemporaryDirectory() as folder:  # the session maps the file, which exists until it is unmapped
+        save_graph(model, Path(folder) / FUSED_ONNX)
+        return cpu_session(Path(folder) / FUSED_ONNX, threads, fused=True)

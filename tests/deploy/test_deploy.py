@@ -27,14 +27,14 @@ from deploy.runtimes.open_engine import open_engine
 from deploy.trt.build_bundle import build_bundle, build_supported
 from deploy.trt.builder import _read_timing_cache, build_engine, trtexec_line
 from deploy.trt.engine_options import EngineOptions
-from deploy.trt.fusion import SoftmaxOutput, fused_kernels, quantize_softmax_outputs, read_softmax_scales
+from deploy.trt.fusion import fused_kernels, quantize_softmax_outputs
 from deploy.trt.library import find_library
 from deploy.trt.record import FORMAT, EngineRecord, find_engines
 from illama import ILLaMA, ModelConfig
 from illama.atomic_write import read_pinned, write_pinned
 from illama.bundle import FUSED_ONNX, bundle_of, sha256
 from illama.errors import UserError
-from illama.graph.reader import array, load_graph, precisions, to_bytes
+from illama.graph.reader import SoftmaxOutput, array, load_graph, precisions, read_softmax_scales, to_bytes
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import resolve, shipped_scheme

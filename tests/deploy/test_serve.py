@@ -219,7 +219,7 @@ def _schemes_of_a_color_network(folder):
     origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), Provenance())
     folder.mkdir()
     return [
-        write_quantized(folder / name, quantize(model, plan, images), plan, origin)
+        write_quantized(folder / name, quantize(model, plan, images), plan, origin, images)
         for name in SCHEMES
         for plan in [resolve(shipped_scheme(name), model)]
     ]
@@ -228,7 +228,7 @@ def _schemes_of_a_color_network(folder):
 def _timm_bundle(folder):
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=3, depth=2)
     origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), Provenance())
-    return write_graphs(folder, to_quantizable(vit.eval()), origin, (CPU_ONNX,))
+    return write_graphs(folder, to_quantizable(vit.eval()), origin, (CPU_ONNX,), [])
 
 
 def _noise_images(height, width, count, seed=0):

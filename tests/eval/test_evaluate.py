@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature, store_temperature
 from eval.benchmark.evaluate_split import Evaluation, _wait_for, evaluate
-from eval.metrics.predictions import Predictions
+from eval.metrics.predictions import NotFinite, Predictions
 from illama.bundle import FUSED_ONNX, TEMPERATURE
 from illama.data.datasets import Transformed, open_data
 from illama.errors import UserError
@@ -176,11 +176,20 @@ def test_a_folder_of_another_evaluation_is_refused(task, tmp_path):
         task.evaluate(processes=Processes(0, 2, torch.device("cpu")))
 
 
-def test_a_model_that_overflows_leaves_nothing(task, overflow, tmp_path):
-    models = {**task.models, "broken": OnnxRuntimeEngine(overflow / "model.onnx").infer}
-    with pytest.raises(UserError, match="broken: 7 of 7"):
-        task.evaluate(tmp_path / "work", models)
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["run.json"]
+def test_a_model_that_overflows_costs_no_other(task, overflow, tmp_path):
+    """Nor does it if it overflows for one image, or if the run is resumed."""
+
+    def overflows_once(images):
+        logits = task.models["one"](images)
+        logits[images[:, 0, 0, 0] == first] = np.nan
+        return logits
+
+    first = Transformed(task.split, task.transform)[9][0][0, 0, 0].numpy()
+    broken = {"broken": OnnxRuntimeEngine(overflow / "model.onnx").infer, "once": overflows_once}
+    for _ in range(2):
+        results = task.evaluate(tmp_path / "work", {**task.models, **broken})
+        assert results.pop("broken") == NotFinite(18, 18) and results.pop("once") == NotFinite(1, 18)
+        assert _equal(results, task.evaluate())
 
 
 def test_waiting_ends_when_no_chunk_comes(tmp_path):

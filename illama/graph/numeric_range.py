@@ -1,0 +1,64 @@
+"""How much of the range of half precision a network uses, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from illama.bundle import INPUT
+from illama.graph.emulate_half import HALF, emulate_half
+from illama.graph.reader import PRODUCTS, array, layer_of, load_graph
+from illama.graph.session import session_of
+from illama.manifest import LayerRange
+
+
+def measure_ranges(path: Path, batches: Iterable[np.ndarray]) -> tuple[LayerRange, ...]:
+    """Returns the range of each layer in half precision of a graph for TensorRT.
+
+    The results are computed in float32, so that one that overflows does not hide those after it.
+
+    Args:
+        batches: images (B, C, H, W) float32, the same number in each batch or fewer.
+    """
+    model = load_graph(path)
+    weights = _largest_weights(model)
+    computed = emulate_half(model, softmax="half", rounding=False)
+    layers = {name: (layer_of(node), dtype) for node, dtype in computed for name in _watch(model.graph, node)}
+    del model.graph.outputs[0]
+    session, names = session_of(model), list(layers)
+    found = np.max([session.run(names, {INPUT: images}) for images in batches], axis=0)
+    largest: dict[str, float] = {}
+    for (layer, _), value in zip(layers.values(), found.tolist(), strict=True):
+        largest[layer] = max(value, largest.get(layer, 0.0))
+    dtypes = {layer: "bfloat16" if dtype == ir.DataType.BFLOAT16 else "float16" for layer, dtype in layers.values()}
+    return tuple(LayerRange(layer, dtypes[layer], value, weights.get(layer)) for layer, value in largest.items())  # type: ignore[arg-type]
+
+
+def _largest_weights(model: ir.Model) -> dict[str, float]:
+    """Returns the largest magnitude of the constants in half precision that each layer multiplies by."""
+    found: dict[str, float] = {}
+    for node in (node for node in model.graph if node.op_type in PRODUCTS):
+        for value in node.inputs[1:2]:
+            if value is not None and value.const_value is not None and value.dtype in HALF:
+                layer, largest = layer_of(node), float(np.abs(array(value).astype(np.float32)).max(initial=0))
+                found[layer] = max(largest, found.get(layer, 0.0))
+    return found
+
+
+def _watch(graph: ir.Graph, node: ir.Node) -> list[str]:
+    """Adds the largest magnitude of each result of a node as an output of the graph; returns the outputs' names."""
+    names = []
+    for value in node.outputs:
+        magnitude = ir.node("Abs", [value])
+        largest = ir.node("ReduceMax", [magnitude.outputs[0]], {"keepdims": 0})
+        for each in (magnitude, largest):
+            each.outputs[0].name = each.name = f"{value.name}/{each.op_type}"
+            each.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        largest.outputs[0].shape = ir.Shape([])
+        graph.insert_after(node, [magnitude, largest])
+        graph.outputs.append(largest.outputs[0])
+        names.append(str(largest.outputs[0].name))
+    return names
