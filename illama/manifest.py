@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ TRAINED = "trained"  # key of the score of a training run
 Metric = Literal["top1", "miou"]
 NoTensorRT = Literal["pytorch", "activations", "weights"]
 Emulated = Literal["fp8", "6-bit", "4-bit activations"]
+HalfDtype = Literal["float16", "bfloat16"]
+WideDtype = Literal["float32", "bfloat16"]
+LARGEST: dict[HalfDtype, float] = {"float16": 65504.0, "bfloat16": (2 - 2**-7) * 2.0**127}  # finite values
 NO_TENSORRT: dict[NoTensorRT, str] = {
     "pytorch": "it runs inside PyTorch",
     "activations": "TensorRT needs symmetric 8-bit activations; only a layer's input can have its zero point folded",
@@ -80,12 +84,66 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class LayerRange:
+    """How much of the range of half precision a layer uses.
+
+    Attributes:
+        layer: the module.
+        dtype: its dtype in the graph for TensorRT.
+        largest: the largest magnitude of its results on calibration images, computed in float32.
+        weight: the largest magnitude of its weights; None without weights in half precision.
+    """
+
+    layer: str
+    dtype: HalfDtype
+    largest: float
+    weight: float | None = None
+
+    @property
+    def headroom(self) -> float:
+        """The largest finite value of the dtype divided by ``largest``."""
+        return LARGEST[self.dtype] / self.largest if self.largest else math.inf
+
+
+@dataclass(frozen=True)
+class NumericRange:
+    """The range of half precision that the graph for TensorRT uses.
+
+    Attributes:
+        images: number of calibration images.
+        layers: the layers in half precision, in the order of computation.
+        misfits: layers whose values float16 cannot represent, because of which the graph is not all in float16.
+        dtype: dtype of the graph, but for ``wide``.
+        wide: module -> dtype in which it is computed instead.
+    """
+
+    images: int
+    layers: tuple[LayerRange, ...]
+    misfits: tuple[str, ...] = ()
+    dtype: HalfDtype = "float16"
+    wide: Mapping[str, WideDtype] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A sentence on the layers that do not fit into float16; an empty string if all do."""
+        if not self.misfits:
+            return ""
+        names = ", ".join(self.misfits[:3]) + (f" and {len(self.misfits) - 3} more" if len(self.misfits) > 3 else "")
+        kept = ", ".join(f"{module} is in {dtype}" for module, dtype in self.wide.items())
+        return f"float16 cannot represent the values of {names}: {kept or f'the whole graph is in {self.dtype}'}"
+
+
+@dataclass(frozen=True)
 class Drop:
     """Points of accuracy lost (negative: gained), with a 95% interval."""
 
     points: float
     low: float
     high: float
+
+    @property
+    def includes_zero(self) -> bool:
+        """Whether the interval shows no difference."""
+        return self.low <= 0 <= self.high
 
     def __str__(self) -> str:
         return f"{self.points:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
@@ -126,7 +184,8 @@ class Manifest:
         quantization: None if the network was not quantized.
         scores: None if it was not evaluated.
         frame: (height, width, channels) of the uint8 frames that graphs with preprocessing take; None for others.
-        golden_answers, numeric_range, features, stream: reserved for later versions; this one keeps them unchanged.
+        numeric_range: of the graph for TensorRT; None if there is none, or it was not measured.
+        golden_answers, features, stream: reserved for later versions; this one keeps them unchanged.
         format: version of this format.
     """
 
@@ -139,7 +198,7 @@ class Manifest:
     scores: Scores | None = None
     frame: tuple[int, int, int] | None = None
     golden_answers: Mapping[str, Any] | None = None
-    numeric_range: Mapping[str, Any] | None = None
+    numeric_range: NumericRange | None = None
     features: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     format: Literal[2] = 2

@@ -6,7 +6,8 @@ import ast
 import copy
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def export_onnx(
     form: Form,
     dtype: torch.dtype = torch.float32,
     external_above: int = EXTERNAL_ABOVE,
+    wide: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Exports ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
 
@@ -77,12 +79,13 @@ def export_onnx(
         dtype: float16 computes everything except normalizations in half precision, as TensorRT's fused attention
             requires; inputs and outputs stay float32.
         external_above: see :func:`illama.graph.writer.save_graph`.
+        wide: module -> dtype in which it is computed instead.
     """
     model = copy.deepcopy(model).eval()
     if form == "plain":
         pair_halves(model)
     notes = softmax_scales(model) if form == "fused" else {}
-    network = _Casting(model, dtype, fold_zero_points=form == "fused")
+    network = _Casting(model, dtype, wide or {}, fold_zero_points=form == "fused")
     network.model.set_attention_form(form)
     dtypes = {quantizer.dtype.name for _, quantizer in quantizers(network)}
     config = model.config
@@ -122,17 +125,41 @@ def softmax_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 class _Casting(nn.Module):
-    """A network in another precision, with float32 inputs and outputs."""
+    """A network in another precision, with float32 inputs and outputs; ``wide``: modules in a third precision."""
 
-    def __init__(self, model: MaskedNetwork, dtype: torch.dtype, fold_zero_points: bool) -> None:
+    def __init__(
+        self, model: MaskedNetwork, dtype: torch.dtype, wide: Mapping[str, torch.dtype], fold_zero_points: bool
+    ) -> None:
         super().__init__()
         freeze(model, fold_zero_points)
-        # Not model.to(dtype), which would also convert the 8-bit floating-point weights.
-        self.model = model._apply(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor)  # type: ignore[no-untyped-call]
-        self.dtype = dtype
+        for name, module in model.named_modules():
+            own = next((kind for unit, kind in wide.items() if f"{name}.".startswith(f"{unit}.")), dtype)
+            _cast_own(module, own)
+            if name in wide:
+                module.register_forward_pre_hook(partial(_cast_inputs, own))
+                module.register_forward_hook(partial(_cast_output, dtype))
+        self.model, self.dtype = model, dtype
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.to(self.dtype)).to(torch.float32)
+
+
+def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
+    """Converts the float32 tensors of a module, but not of those in it; 8-bit floating-point weights stay."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.dtype == torch.float32:
+            module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.dtype == torch.float32:
+            module._buffers[name] = buffer.to(dtype)
+
+
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs)
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 class _LoweredProgram(ExportedProgram):

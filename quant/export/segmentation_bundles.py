@@ -78,8 +78,8 @@ def write_segmentation_bundles(job: SegmentationJob, out: Path) -> None:
     for name, file in (("fp32", CPU_ONNX), ("fp16", FUSED_ONNX)):
         print(f"export {name} ...", flush=True)
         with write_folder(out / name) as draft:
-            write_graphs(draft, job.model, job.origin, (file,))
+            write_graphs(draft, job.model, job.origin, (file,), batches)
     for plan in job.plans:
         print(f"quantize and export {plan.scheme.name} ...", flush=True)
         with write_folder(out / plan.scheme.name) as draft:
-            write_quantized(draft, calibrate(job.model, plan, batches), plan, job.origin)
+            write_quantized(draft, calibrate(job.model, plan, batches), plan, job.origin, batches)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
@@ -18,6 +17,7 @@ from illama.manifest import Manifest, Provenance, Quantization
 from illama.models.attention import MaskedNetwork
 from illama.models.config import NetworkConfig
 from illama.partial_work import PartialWork
+from quant.export.half_precision import export_half
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
@@ -68,27 +68,40 @@ def quantize(model: MaskedNetwork, plan: QuantizationPlan, batches: Sequence[Ten
 
 
 def write_graphs(
-    folder: Path, model: MaskedNetwork, origin: Origin, files: tuple[str, ...], quantization: Quantization | None = None
+    folder: Path,
+    model: MaskedNetwork,
+    origin: Origin,
+    files: tuple[str, ...],
+    batches: Sequence[Tensor],
+    quantization: Quantization | None = None,
 ) -> Path:
     """Exports ``model`` to the ONNX files named in a new folder, with a manifest, and returns the folder.
 
     Args:
         files: CPU_ONNX, FUSED_ONNX or both; the fused graph is in half precision.
+        batches: calibration images (B, C, H, W), on which the range of half precision is checked.
     """
     folder.mkdir(exist_ok=True)
+    manifest = origin.manifest(model.config, quantization)
     if CPU_ONNX in files:
         export_onnx(model, folder / CPU_ONNX, "plain")
     if FUSED_ONNX in files:
-        export_onnx(model, folder / FUSED_ONNX, "fused", torch.float16)
-    origin.manifest(model.config, quantization).write(folder)
+        manifest = replace(manifest, numeric_range=export_half(model, folder / FUSED_ONNX, batches))
+    manifest.write(folder)
     return folder
 
 
-def write_quantized(folder: Path, quantized: MaskedNetwork, plan: QuantizationPlan, origin: Origin) -> Path:
-    """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme."""
+def write_quantized(
+    folder: Path, quantized: MaskedNetwork, plan: QuantizationPlan, origin: Origin, batches: Sequence[Tensor]
+) -> Path:
+    """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme.
+
+    Args:
+        batches: see :func:`write_graphs`.
+    """
     quantization, in_pytorch = plan.quantization, plan.scheme.backend == "torchao"
     files = () if in_pytorch else (CPU_ONNX,) if quantization.no_tensorrt else (CPU_ONNX, FUSED_ONNX)
-    write_graphs(folder, quantized, origin, files, quantization)
+    write_graphs(folder, quantized, origin, files, batches, quantization)
     if in_pytorch:
         write_torchao(quantized, folder)
     write_scheme(plan.scheme, folder / SCHEME)
@@ -112,19 +125,20 @@ def write_bundles(
         The bundles, and the networks that run inside PyTorch by the name of their bundle.
     """
     model, networks, batches = inputs.model, {}, list[Tensor]()
-    if not work.finished.issuperset(plan.scheme.name for plan in plans):
+    if not work.finished.issuperset([*_REFERENCES, *(plan.scheme.name for plan in plans)]):
         with step("read calibration images"):
             batches = inputs.calibration
     if not work.finished.issuperset(_REFERENCES):
         with step("export fp32 and fp16"):
             for name, file in _REFERENCES.items():
-                work.part(name, partial(write_graphs, model=model, origin=origin, files=(file,)))
+                work.part(name, partial(write_graphs, model=model, origin=origin, files=(file,), batches=batches))
     for plan in plans:
         scheme = plan.scheme
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
                 quantized = quantize(model, plan, batches)
-                work.part(scheme.name, partial(write_quantized, quantized=quantized, plan=plan, origin=origin))
+                write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin, batches=batches)
+                work.part(scheme.name, write)
             print_layers(plan)
         if scheme.backend == "torchao":
             networks[scheme.name] = load_torchao(work.result / scheme.name, copy.deepcopy(model))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.schemes.formats import FORMATS, QuantDtype, TensorSpec
+from quant.schemes.formats import FORMATS, SMALLEST_SCALE, QuantDtype, TensorSpec, to_half_range
 
 
 @torch.library.custom_op("illama::quantize_dequantize", mutates_args=())
@@ -99,14 +99,14 @@ class Quantizer(nn.Module):
 
     def make_scale_buffer(self) -> None:
         """Undoes :meth:`make_scale_parameter`, with the trained value."""
-        scale = self.positive_scale().detach().clone()
+        scale = to_half_range(self.positive_scale().detach().clone())
         del self.scale
         self.register_buffer("scale", scale)
         self.differentiable = False
 
     def positive_scale(self) -> Tensor:
         """Returns the scale, clamped to a positive minimum in training."""
-        return self.scale.clamp(min=torch.finfo(torch.float16).tiny) if self.differentiable else self.scale
+        return self.scale.clamp(min=SMALLEST_SCALE) if self.differentiable else self.scale
 
     def extra_repr(self) -> str:
         return str(self.spec)
@@ -125,7 +125,7 @@ class QuantizeDequantize(Quantizer):
             scale, zero_point = dtype.scale(high.float().reshape(())), 0
         else:
             low, high = low.float().clamp(max=0).reshape(()), high.float().clamp(min=0).reshape(())
-            scale = torch.where(high > low, (high - low) / dtype.high, torch.ones_like(high))
+            scale = to_half_range(torch.where(high > low, (high - low) / dtype.high, torch.ones_like(high)))
             zero_point = int((-low / scale).round().clamp(dtype.low, dtype.high))
         super().__init__(spec, scale)
         self.zero_point = zero_point

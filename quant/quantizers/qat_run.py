@@ -119,7 +119,7 @@ def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDro
     trained.soft_mask = 0.0
     trained = job.deploy(trained)
     with write_folder(folder) as draft:
-        write_quantized(draft, trained, job.plan, job.origin)
+        write_quantized(draft, trained, job.plan, job.origin, job.inputs.calibration)
         if job.plan.scheme.backend == "onnx":
             write_quantized_weights(trained, job.plan.scheme, draft / WEIGHTS)
         (draft / "log.csv").write_text((options.out / "log.csv").read_text())

@@ -12,6 +12,7 @@ from illama.errors import UserError
 FormatName = Literal["int8", "uint8", "int6", "uint6", "int4", "uint4", "fp8"]
 Granularity = Literal["tensor", "channel", "group", "token"]
 Calibrator = Literal["max", "percentile", "entropy", "mse"]
+SMALLEST_SCALE = 2.0**-24  # of float16
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class QuantDtype:
 
     def scale(self, amax: torch.Tensor) -> torch.Tensor:
         """Returns the scale that maps the largest magnitude ``amax`` to the largest value; 1 for an all-zero tensor."""
-        return torch.where(amax > 0, amax / self.high, torch.ones_like(amax))
+        return to_half_range(torch.where(amax > 0, amax / self.high, torch.ones_like(amax)))
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor, zero_point: int = 0) -> torch.Tensor:
         """Returns x / scale, rounded half to even, plus the zero point, clamped, as ONNX QuantizeLinear (opset 23)."""
@@ -49,6 +50,16 @@ class QuantDtype:
         if self.rounds:
             scaled = scaled.round() + zero_point
         return scaled.clamp(self.low, self.high).to(self.storage)
+
+
+def to_half_range(scale: torch.Tensor) -> torch.Tensor:
+    """Rounds scales below float16's normal numbers up to its subnormal ones, so that none becomes zero there.
+
+    Graphs for TensorRT have their scales in float16. Rounding by another scale than the stored one would change the
+    weights of a channel by up to a half.
+    """
+    normal = torch.finfo(torch.float16).smallest_normal
+    return torch.where(scale < normal, (scale / SMALLEST_SCALE).ceil() * SMALLEST_SCALE, scale)
 
 
 FORMATS: dict[str, QuantDtype] = {
