@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import store_temperatures
 from eval.benchmark.evaluate_split import Evaluation, evaluate
 from eval.benchmark.evaluation_images import EvaluationImages
 from eval.benchmark.latency import TimingOptions, measure_latency
-from eval.benchmark.machine import peak_memory_gib, pin_threads, torch_on_all_cores
+from eval.benchmark.machine import peak_memory_gib, pin_threads, share_of_cores, torch_on_all_cores
 from eval.benchmark.sensors import find_gpu, open_meter
 from eval.benchmark.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.measured import measure
 from eval.metrics.paired import NO_DROP, paired_drop
-from eval.metrics.predictions import Predictions
+from eval.metrics.predictions import Evaluated, NotFinite, Predictions
 from eval.report.pareto import decide
-from eval.report.schema import FlippedImage, Measured, Report, Row
+from eval.report.schema import FailedRow, FlippedImage, HalfSoftmax, Measured, Report, Row
 from eval.report.store import read_results
-from illama.bundle import command_line, package_versions, sha256, size_of
+from illama.bundle import bundle_of, command_line, package_versions, sha256, size_of
 from illama.data.datasets import Transformed
+from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, chance_note, load_images, usable_cores
-from illama.manifest import NO_TENSORRT, Manifest
+from illama.manifest import NO_TENSORRT, Manifest, NumericRange
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 
@@ -45,12 +49,16 @@ class BenchmarkResult:
         conditions: the conditions during timing, such as threads and clocks.
         notes: what was not measured, and why.
         layers: scheme -> rows of (layer, format of its weight, format of its input).
+        ranges: scheme -> the range of half precision that its graph for TensorRT uses.
+        failed: the targets that could not be measured.
     """
 
     rows: list[Row]
-    conditions: dict[str, Any]
-    notes: list[str]
-    layers: dict[str, list[list[str]]]
+    conditions: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    layers: dict[str, list[list[str]]] = field(default_factory=dict)
+    ranges: dict[str, NumericRange] = field(default_factory=dict)
+    failed: list[FailedRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -81,44 +89,151 @@ def run_benchmark(
 ) -> BenchmarkResult:
     """Evaluates every target, and measures the latency of those that run here as they would be deployed.
 
+    A target that fails does not affect the others.
+
     Raises:
-        UserError: logits that are not finite, or do not fit the images.
+        UserError: the reference fails, or a target's logits do not fit the images.
     """
-    models, first = _models(targets)
-    transform, group = images.preprocessing.transform(), execution.processes
-    temperatures, failed = fit_temperatures(models, images.data, transform, images.calibration, group)
-    how = Evaluation(
-        execution.work, execution.workers, facts=_facts(targets, images), processes=group, restart=execution.restart
-    )
-    evaluated = evaluate(models, Transformed(images.split, transform), temperatures, how)
-    group.barrier()  # until all have read what the others computed
+    group, reference, everything = execution.processes, choose_reference(targets), targets
+    found = _evaluate(targets, images, execution)
+    if reason := found.failed.get(reference.name):
+        raise UserError(f"{reference.name}, which the others are compared with: {reason}: check its checkpoint")
+    failed = [_failed_row(each, found.failed[each.name]) for each in targets if each.name in found.failed]
+    targets = [each for each in targets if each.name not in found.failed]
+    base = found.predictions[reference.name].plain
+    drops = {name: paired_drop(base.right, each.plain.right, options.seed) for name, each in found.predictions.items()}
+    doubtful = [each for each in targets if each.emulates and not drops[each.name].includes_zero]
+    again = _evaluate_half_softmax(doubtful, images, execution)
     if not group.main:
-        return BenchmarkResult([], {}, [], {})
-    notes = [f"{model} has no temperature: {reason}." for model, reason in failed.items()]
+        return BenchmarkResult([])
+    notes = found.notes
     if execution.store:
-        scaled = [each for each in targets if first[each.name] in temperatures]
-        fitted = [(each.path, temperatures[first[each.name]], each.engine.runtime) for each in scaled]
+        fitted = [
+            (each.path, found.temperatures[each.name], each.engine.runtime)
+            for each in targets
+            if each.name in found.temperatures
+        ]
         notes += store_temperatures(fitted, images.calibration, images.name)
-    reference = choose_reference(targets)
-    measured, base = measure(evaluated, temperatures, first[reference.name]), evaluated[first[reference.name]].plain
-    rows = []
+    measured, rows = measure(found.predictions, found.temperatures, reference.name), []
     for each in targets:
-        own = evaluated[first[each.name]].plain
-        row = _row(each, measured[first[each.name]], execution.out)
+        own = found.predictions[each.name].plain
+        row = _row(each, measured[each.name], execution.out)
         row.reference = each is reference
-        row.drop = NO_DROP if row.reference else paired_drop(base.right, own.right, options.seed)
+        row.drop = NO_DROP if row.reference else drops[each.name]
         row.flipped = _flipped(row, base, own, images)
+        row.half_softmax = _half_softmax(base, again[each.name], options.seed) if each.name in again else None
         rows.append(row)
         if row.reference and (note := chance_note(row.name, row.top1.percent, len(images.data.classes))):
             notes.append(note)
     if execution.reopen and group.count > 1:
         _close(targets)
         pin_threads(options.threads or usable_cores())
-        targets = execution.reopen()
+        names = {row.name for row in rows}
+        targets = [each for each in execution.reopen() if each.name in names]
     with torch_on_all_cores():
         conditions, unread = _time(targets, rows, images, options)
     _close(targets)
-    return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + unread, _layers_of(targets))
+    manifests = {each.scheme: Manifest.read(bundle_of(each.path)) for each in everything}
+    layers, ranges = (
+        _layers_of(manifests),
+        {name: each.numeric_range for name, each in manifests.items() if each.numeric_range},
+    )
+    return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + unread, layers, ranges, failed)
+
+
+@dataclass(frozen=True)
+class _Evaluations:
+    """What the targets predict, by their names.
+
+    Attributes:
+        predictions: of the targets that have not failed.
+        temperatures: those that were fitted.
+        failed: the reason, of each other target.
+        notes: why a target has no temperature.
+    """
+
+    predictions: dict[str, Evaluated]
+    temperatures: dict[str, float]
+    failed: dict[str, str]
+    notes: list[str]
+
+
+def _evaluate(targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution) -> _Evaluations:
+    """Evaluates each engine once; targets may share one."""
+    classes, transform = len(images.data.classes), images.preprocessing.transform()
+    errors: dict[str, str] = {}
+    first: dict[int, str] = {}
+    shown = {each.name: first.setdefault(id(each.engine), each.name) for each in targets}
+    models = {
+        each.name: _guarded(each.name, each.infer, errors, classes) for each in targets if shown[each.name] == each.name
+    }
+    temperatures, unfitted = fit_temperatures(models, images.data, transform, images.calibration, execution.processes)
+    results = evaluate(
+        models, Transformed(images.split, transform), temperatures, _evaluation(targets, images, execution, "")
+    )
+    execution.processes.barrier()  # until all have read what the others computed
+    by_target = {name: results[model] for name, model in shown.items()}
+    failed = {
+        name: errors.get(shown[name], str(each)) for name, each in by_target.items() if isinstance(each, NotFinite)
+    }
+    return _Evaluations(
+        {name: each for name, each in by_target.items() if isinstance(each, Evaluated)},
+        {name: temperatures[model] for name, model in shown.items() if model in temperatures},
+        failed,
+        [f"{model} has no temperature: {reason}." for model, reason in unfitted.items() if model not in failed],
+    )
+
+
+def _evaluation(
+    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution, part: str
+) -> Evaluation:
+    """Returns how a part of the benchmark is evaluated; ``part`` is its folder in the folder of finished work."""
+    return Evaluation(
+        execution.work / part if execution.work else None,
+        execution.workers,
+        facts=_facts(targets, images),
+        processes=execution.processes,
+        restart=execution.restart,
+    )
+
+
+def _guarded(name: str, infer: Infer, errors: dict[str, str], classes: int) -> Infer:
+    """Returns a function whose logits are not finite if ``infer`` fails, which adds the reason to ``errors``."""
+
+    def guarded(images: np.ndarray) -> np.ndarray:
+        try:
+            return infer(images)
+        except UserError as error:
+            errors[name] = str(error)
+            return np.full((len(images), classes), np.nan, np.float32)
+
+    return guarded
+
+
+def _evaluate_half_softmax(
+    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution
+) -> dict[str, Evaluated | NotFinite]:
+    """Returns what emulated targets predict with the softmax inside attention in half precision, by their names."""
+    graphs = {each.path: each for each in targets}
+    if not graphs:
+        return {}
+    threads = share_of_cores() if execution.processes.count > 1 else 0
+    models = {each.name: OnnxRuntimeEngine(path, threads, softmax="half").infer for path, each in graphs.items()}
+    how = _evaluation(targets, images, execution, "half_softmax")
+    found = evaluate(models, Transformed(images.split, images.preprocessing.transform()), how=how)
+    execution.processes.barrier()
+    return {each.name: found[graphs[each.path].name] for each in targets}
+
+
+def _half_softmax(reference: Predictions, found: Evaluated | NotFinite, seed: int) -> HalfSoftmax:
+    if isinstance(found, NotFinite):
+        return HalfSoftmax()
+    right = found.plain.right
+    return HalfSoftmax(float(right.mean() * 100), paired_drop(reference.right, right, seed))
+
+
+def _failed_row(target: BenchmarkTarget, reason: str) -> FailedRow:
+    return FailedRow(target.scheme, target.runtime, target.runtime_id, target.key.file, reason)
 
 
 def _facts(targets: Sequence[BenchmarkTarget], images: EvaluationImages) -> dict[str, Any]:
@@ -163,15 +278,10 @@ def make_report(
         not_run=[*not_run, *result.notes, *([] if options.also else [_ELSEWHERE])],
         peak_memory_gib=round(peak_memory_gib(), 2),
         layers=result.layers,
+        ranges=result.ranges,
+        failed=result.failed,
         others=[other for folder in options.also for other in read_results(folder)],
     )
-
-
-def _models(targets: Sequence[BenchmarkTarget]) -> tuple[dict[str, Infer], dict[str, str]]:
-    """Returns (name of the first target of each engine -> its infer function; target -> that name)."""
-    names: dict[int, str] = {}
-    first = {each.name: names.setdefault(id(each.engine), each.name) for each in targets}
-    return {each.name: each.infer for each in targets if first[each.name] == each.name}, first
 
 
 def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
@@ -191,6 +301,7 @@ def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
         onnx_bytes=size_of(target.path),
         engine=os.path.relpath(built, out) if built else None,
         engine_bytes=record.engine_bytes if record else None,
+        quantized=not target.is_float,
         fused=record.fused if record else True,
         sha256={os.path.relpath(file, out): sha256(file) for file in files},
         note=target.not_timed.sentence if target.not_timed else None,
@@ -264,11 +375,10 @@ def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
     return notes
 
 
-def _layers_of(targets: Sequence[BenchmarkTarget]) -> dict[str, list[list[str]]]:
+def _layers_of(manifests: Mapping[str, Manifest]) -> dict[str, list[list[str]]]:
     """Returns scheme -> rows of (layer, format of its weight, format of its input), for quantized bundles."""
-    found = {each.scheme: Manifest.read(each.path.parent).quantization for each in targets}
     return {
-        scheme: [[layer.layer, layer.weight, layer.input] for layer in quantization.layers]
-        for scheme, quantization in found.items()
-        if quantization
+        scheme: [[layer.layer, layer.weight, layer.input] for layer in manifest.quantization.layers]
+        for scheme, manifest in manifests.items()
+        if manifest.quantization
     }

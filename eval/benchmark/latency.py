@@ -14,6 +14,7 @@ import numpy as np
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from tqdm import tqdm
 
+from eval.benchmark.early_stopping import percentile_bound
 from eval.benchmark.sensors import SYSFS, Meter, Sensor, Watch, find_gpu, read_governor
 from illama.errors import UserError
 from illama.inference import Infer, usable_cores
@@ -41,6 +42,8 @@ class Latency:
     """Milliseconds of one call with ``batch`` images.
 
     Attributes:
+        p90, p99: bounds of the percentiles (:func:`eval.benchmark.early_stopping.percentile_bound`); None if the number
+            of calls does not support them.
         calls: number of timed calls.
         joules: energy of one call; None if the device does not report it.
     """
@@ -48,8 +51,8 @@ class Latency:
     batch: int
     mean: float
     p50: float
-    p90: float
-    p99: float
+    p90: float | None
+    p99: float | None
     calls: int
     joules: float | None = None
 
@@ -293,5 +296,5 @@ def _energy(
 
 def _summarize(seconds: list[float], batch: int, joules: float | None) -> Latency:
     times = np.array(seconds) * 1e3
-    p50, p90, p99 = (float(value) for value in np.percentile(times, [50, 90, 99]))
-    return Latency(batch, float(np.mean(times)), p50, p90, p99, len(times), joules)
+    p90, p99 = (percentile_bound(times, percentile) for percentile in (0.9, 0.99))
+    return Latency(batch, float(np.mean(times)), float(np.median(times)), p90, p99, len(times), joules)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from eval.benchmark.open_bundles import OpenBundles, predict_checked
 from eval.metrics.corruptions import CorruptedImages, after_framing
-from eval.metrics.paired import NO_DROP, unseen_points, widened
+from eval.metrics.paired import NO_DROP, widened
 from illama.atomic_write import make_out, sweep, write_file
 from illama.checkpoints.tensor_files import read_tensors
 from illama.data.datasets import Sample
@@ -104,15 +104,9 @@ def mean_drop(differences: np.ndarray, seed: int = 0, largest: float = 1.0) -> D
             method="percentile",
             random_state=np.random.default_rng(seed),
         ).confidence_interval
-        low, high = interval.low * 100, interval.high * 100
-    return widened(
-        points,
-        low,
-        high,
-        bool((differences > 0).any()),
-        bool((differences < 0).any()),
-        largest * unseen_points(len(differences)),
-    )
+        low, high = float(interval.low * 100), float(interval.high * 100)
+    lost, gained = bool((differences > 0).any()), bool((differences < 0).any())
+    return widened(Drop(points, low, high), lost, gained, len(differences), largest)
 
 
 def measure_cells(

@@ -5,6 +5,7 @@ Top-1 alone hides changes: two models can be equally accurate, but right on diff
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,8 +164,8 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
     lost, gained = np.mean(reference & ~other), np.mean(other & ~reference)
     draws = np.random.default_rng(seed).multinomial(count, [lost, gained, max(0.0, 1 - lost - gained)], size=resamples)
     drops = (draws[:, 0] - draws[:, 1]) / count * 100
-    low, high = np.percentile(drops, [2.5, 97.5])
-    return widened((lost - gained) * 100, low, high, lost > 0, gained > 0, unseen_points(count))
+    low, high = map(float, np.percentile(drops, [2.5, 97.5]))
+    return widened(Drop(float(lost - gained) * 100, low, high), bool(lost > 0), bool(gained > 0), count)
 
 
 def unseen_points(count: int) -> float:
@@ -172,10 +173,21 @@ def unseen_points(count: int) -> float:
     return (1 - 0.025 ** (1 / count)) * 100
 
 
-def widened(points: float, low: float, high: float, lost: bool, gained: bool, unseen: float) -> Drop:
-    """Returns a drop with its bootstrap interval, widened by ``unseen`` points if no image was lost or gained."""
-    return Drop(
-        float(points),
-        float(low if gained else min(low, points - unseen)),
-        float(high if lost else max(high, points + unseen)),
-    )
+def images_to_tell(points: float) -> int:
+    """Returns the least number of images that can show a drop of at most ``points``: with none of them lost."""
+    return math.ceil(math.log(0.025) / math.log1p(-min(points, 99) / 100))
+
+
+def widened(drop: Drop, lost: bool, gained: bool, count: int, largest: float = 1.0) -> Drop:
+    """Returns a drop with its bootstrap interval, widened if no image was lost or gained, as in :func:`paired_drop`.
+
+    The interval stays within what is possible.
+
+    Args:
+        count: number of images.
+        largest: the largest difference that an image may have; 1 if it is right or wrong.
+    """
+    unseen, limit = largest * unseen_points(count), largest * 100
+    low = drop.low if gained else min(drop.low, drop.points - unseen)
+    high = drop.high if lost else max(drop.high, drop.points + unseen)
+    return Drop(drop.points, max(low, -limit), min(high, limit))

@@ -77,6 +77,8 @@ class Choice:
         rule: how it was chosen; None without a row.
         among: number of rows that the rule was applied to.
         rejected: the rows that violate constraints.
+        not_worth_it: the fastest quantized row that satisfies the constraints, if no quantized row is faster than the
+            float rows by :data:`eval.report.pareto.PAYS`; None otherwise.
     """
 
     row: RowKey | None
@@ -84,6 +86,7 @@ class Choice:
     rule: Rule | None = None
     among: int = 0
     rejected: tuple[Rejected, ...] = ()
+    not_worth_it: RowKey | None = None
 
 
 @dataclass(frozen=True)

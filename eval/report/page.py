@@ -22,7 +22,17 @@ from markupsafe import Markup
 
 from eval.report.markdown_html import markdown_to_html
 from eval.report.schema import FlippedImage, Report, Row
-from eval.report.table import HEADINGS, MISSING, TIMED, Cell, cells, not_measured, timed_cells
+from eval.report.table import (
+    HEADINGS,
+    MISSING,
+    TIMED,
+    Cell,
+    cells,
+    not_measured,
+    range_notes,
+    softmax_notes,
+    timed_cells,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("report.js", "plot.js")
@@ -69,6 +79,8 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
         classes=class_changes(report),
         galleries={row.name: flipped for row in report.rows if (flipped := shown_flips(row))},
         not_measured=not_measured(report),
+        softmax_notes=softmax_notes(report),
+        range_notes=range_notes(report),
         files=list_files(report.rows),
         others=[(other, Markup(markdown_to_html(other.markdown))) for other in report.others],
     )
@@ -108,7 +120,8 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
     found = [KeyFigure("Top-1", f"{row.top1.percent:.2f}", "%", loss)]
     if latency := row.at(batch):
         speed = timed_cells(row, batch, reference, ())["speed"]
-        remark = f"p99 {latency.p99:.2f} ms" + (f"; {speed.text} the reference's speed" if speed.value else "")
+        remark = f"p90 {latency.p90:.2f} ms" if latency.p90 else "too few calls for a p90"
+        remark += f"; {speed.text} the reference's speed" if speed.value else ""
         found.append(KeyFigure(f"Latency, batch {batch}", f"{latency.p50:.2f}", "ms", remark))
     smaller = reference.megabytes / row.megabytes if reference and reference is not row else None
     times = f"{smaller:.1f} times smaller than the reference" if smaller and smaller >= 1 else ""
@@ -138,8 +151,8 @@ def plot_data(report: Report) -> dict[str, Any]:
             "scheme": row.scheme,
             "runtime": row.runtime,
             "top1": row.top1.percent,
-            "low": row.top1.percent - (row.drop.high - row.drop.points),
-            "high": row.top1.percent + (row.drop.points - row.drop.low),
+            "low": max(row.top1.percent - (row.drop.high - row.drop.points), 0.0),
+            "high": min(row.top1.percent + (row.drop.points - row.drop.low), 100.0),
             "device": row.device,
             "drop": "the reference" if row.reference else f"drop {row.drop} points",
             "megabytes": row.megabytes,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+from eval.metrics.paired import images_to_tell, unseen_points
 from eval.report.decision import Choice, Decision, Rejected, RowKey, Rule, Violation
 from eval.report.schema import Row
 from illama.options import Constraints, check_bounds
 
+PAYS = 1.02  # how many times as fast as the best float file a quantized file must be
 _TIE = 1.05  # latencies whose ratio is smaller count as equal: runs differ by as much
 _RULES: dict[Rule, str] = {
     "fastest": "the fastest of",
@@ -66,31 +69,64 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
 
     With a limit on the drop, or without constraints, it is the fastest row that satisfies the constraints; of those
     within 5% of the fastest, the smallest. With constraints on latency or size alone, it is the most accurate (ties:
-    the faster, then the smaller). If none of them was timed, it is the smallest instead of the fastest.
+    the faster, then the smaller).
+
+    Quantization must pay: a quantized row is chosen only if it is :data:`PAYS` times as fast as every float row on its
+    device that satisfies the constraints, or if there is a limit on the size. A row that was not timed is chosen only
+    for its size.
 
     Raises:
         UserError: a limit is not a number, or one on latency or size is not positive.
     """
     constraints = constraints or Constraints()
     check_bounds(constraints)
+    batch, for_size = constraints.batch, constraints.megabytes is not None
     rejected = tuple(Rejected(row.key, found) for row in rows if (found := find_violations(row, constraints)))
     refused = {each.key for each in rejected}
     satisfying = [row for row in rows if row.key not in refused]
-    timed = [row for row in satisfying if row.at(constraints.batch)]
+    timed = [row for row in satisfying if row.at(batch)]
     if not satisfying:
         return Choice(None, _closest(rows, rejected, constraints), rejected=rejected)
-    if not timed and not _limits(constraints):
-        sentence = f"Nothing was timed at batch {constraints.batch}, and there are no constraints to choose by."
+    if not timed and not for_size:
+        sentence = f"There is no recommendation: no file{_limits(constraints)} was timed at batch {batch}."
         return Choice(None, sentence, rejected=rejected)
+    worth = timed if for_size else [row for row in timed if not row.quantized or _pays(row, timed, batch)]
+    worthy = {row.key for row in worth}
+    lost = [row for row in timed if row.key not in worthy]
     rule: Rule
     if constraints.drop is None and _limits(constraints):
-        row, rule, pool = _most_accurate(satisfying, constraints.batch), "most accurate", satisfying
+        pool = satisfying if for_size else worth
+        row, rule = _most_accurate(pool, batch), "most accurate"
     elif timed:
-        (row, rule), pool = _fastest(timed, constraints.batch), timed
+        (row, rule), pool = _fastest(worth, batch), worth
     else:
         row, rule, pool = min(satisfying, key=lambda row: (row.megabytes, -row.top1.percent)), "smallest", satisfying
-    sentence = f"{_sentence(row, rule, pool, rows, constraints)} {_figures(row, rows, constraints.batch)}"
-    return Choice(row.key, sentence, rule, len(pool), rejected)
+    sentence = f"{_sentence(row, rule, pool, rows, constraints)} {_figures(row, rows, batch)}"
+    if not lost or row.quantized:
+        return Choice(row.key, sentence, rule, len(pool), rejected)
+    best = min(lost, key=lambda each: _p50(each, batch))
+    return Choice(
+        row.key, f"{_does_not_pay(best, timed, batch)} {sentence}", rule, len(pool), rejected, not_worth_it=best.key
+    )
+
+
+def _fastest_float(row: Row, timed: Sequence[Row], batch: int) -> Row | None:
+    """Returns the fastest float row on the device of a row; None if there is none."""
+    floats = [each for each in timed if not each.quantized and each.device == row.device]
+    return min(floats, key=lambda each: _p50(each, batch), default=None)
+
+
+def _pays(row: Row, timed: Sequence[Row], batch: int) -> bool:
+    """Whether a quantized row is worth it for its speed alone."""
+    best = _fastest_float(row, timed, batch)
+    return best is None or _p50(best, batch) >= PAYS * _p50(row, batch)
+
+
+def _does_not_pay(row: Row, timed: Sequence[Row], batch: int) -> str:
+    best = _fastest_float(row, timed, batch)
+    assert best is not None
+    speed = f"{_p50(best, batch) / _p50(row, batch):.2f} times as fast as {best.name}"
+    return f"{row.scheme.upper()} does not pay here: at batch {batch}, {row.name} is {speed}."
 
 
 def _most_accurate(rows: Sequence[Row], batch: int) -> Row:
@@ -141,12 +177,27 @@ def _sentence(row: Row, rule: Rule, pool: Sequence[Row], rows: Sequence[Row], co
 
 
 def _closest(rows: Sequence[Row], rejected: Sequence[Rejected], constraints: Constraints) -> str:
-    """Returns the text if no row satisfies the constraints: the row that violates the fewest, by the least."""
+    """Returns the text if no row satisfies the constraints: the row that violates the fewest, by the least.
+
+    Of rows that are equally close, it is the fastest. If a row is rejected only because there are too few test images
+    for the limit on the drop, the text says so.
+    """
     if not rows:
         return "Nothing was measured."
-    least = min(rejected, key=lambda each: (len(each.violations), max(found.excess for found in each.violations)))
-    name = next(row.name for row in rows if row.key == least.key)
-    return f"No file is{_limits(constraints)}. {name} is the closest: it {_listed(least.violations)}."
+    found = {row.key: row for row in rows}
+
+    def distance(each: Rejected) -> tuple[int, float, float]:
+        row = found[each.key]
+        measured = [replace(one, value=row.drop.points) if one.constraint == "drop" else one for one in each.violations]
+        return len(measured), max(0.0, *(one.excess for one in measured)), _p50(row, constraints.batch)
+
+    least = min(rejected, key=distance)
+    row, limit = found[least.key], constraints.drop
+    sentence = f"No file is{_limits(constraints)}. {row.name} is the closest: it {_listed(least.violations)}."
+    if limit is not None and limit > 0 and any(each.drop.points <= limit < each.drop.high for each in rows):
+        needed = f": at least {images_to_tell(limit):,} are needed" if unseen_points(row.images) > limit else ""
+        sentence += f" {row.images:,} test images are too few to tell {limit:g} points{needed}."
+    return sentence
 
 
 def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:

@@ -55,6 +55,7 @@ def draw_tradeoff(report: Report) -> bytes:
 
 def _mark(axes: Axes, row: Row, p50: float, color: str, mark: str) -> None:
     low, high = row.drop.points - row.drop.low, row.drop.high - row.drop.points
+    low, high = min(low, 100 - row.top1.percent), min(high, row.top1.percent)
     axes.errorbar(
         p50, row.top1.percent, [[max(high, 0)], [max(low, 0)]], fmt=mark, ms=8, capsize=3, lw=1.2, color=color, zorder=3
     )

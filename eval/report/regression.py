@@ -35,7 +35,7 @@ class ComparedLatency:
 
     batch: int
     p50: Positive
-    p90: Positive
+    p90: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class ComparedRow:
         return {each.batch: each.p50 for each in self.latency}
 
     def spread(self, batch: int) -> float:
-        """Returns p90 / p50 at a batch size."""
-        return next(each.p90 / each.p50 for each in self.latency if each.batch == batch)
+        """Returns p90 / p50 at a batch size; 1 if there were too few calls for a p90."""
+        return next((each.p90 or each.p50) / each.p50 for each in self.latency if each.batch == batch)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from eval.benchmark.latency import Latency
 from eval.metrics.measured import Measured
 from eval.report.decision import Decision, RowKey
-from illama.manifest import Drop
+from illama.manifest import Drop, NumericRange
 from illama.options import Constraints
 
 SCHEMA_VERSION = 2
+Kept = Literal["99.9%", "99%", "less", "too few images"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,19 @@ class FlippedImage:
     label: int
     before: int
     after: int
+
+
+@dataclass(frozen=True)
+class HalfSoftmax:
+    """What a file for TensorRT computes if the softmax inside attention is in half precision.
+
+    Attributes:
+        top1: accuracy in percent; None if logits are not finite.
+        drop: accuracy drop from the reference row; None likewise.
+    """
+
+    top1: float | None = None
+    drop: Drop | None = None
 
 
 @dataclass(kw_only=True)
@@ -55,11 +69,15 @@ class Row(Measured):
         engine: path of the TensorRT engine, relative to the report; None if there is none.
         engine_bytes: its size.
         sha256: path of each of these files -> its SHA-256.
+        quantized: whether its network is quantized.
         fused: whether attention is fused in an engine; True for other files.
         reference: whether it is the row that drops are measured against.
         latency: latency at each batch size; empty if the file was not timed.
         device: device that it was timed on; None if it was not timed.
         note: why a measurement is missing.
+        half_softmax: a second measurement of a file whose half precision was emulated, if the interval of its drop
+            excludes zero: a fused attention kernel may compute the softmax in float32, as in the row, or in half
+            precision.
     """
 
     scheme: str
@@ -75,11 +93,13 @@ class Row(Measured):
     engine: str | None = None
     engine_bytes: int | None = None
     sha256: dict[str, str] = field(default_factory=dict)
+    quantized: bool = False
     fused: bool = True
     reference: bool = False
     latency: list[Latency] = field(default_factory=list)
     device: str | None = None
     note: str | None = None
+    half_softmax: HalfSoftmax | None = None
 
     @property
     def name(self) -> str:
@@ -91,6 +111,16 @@ class Row(Measured):
         return RowKey(self.scheme, self.runtime_id, self.file)
 
     @property
+    def kept(self) -> Kept:
+        """The largest share of the reference's top-1 that it keeps, at the upper end of the drop's interval."""
+        reference = self.top1.percent + self.drop.points
+        shares: dict[Kept, float] = {"99.9%": 0.001, "99%": 0.01}
+        for name, loss in shares.items():
+            if self.drop.high <= loss * reference:
+                return name
+        return "too few images" if self.drop.points <= 0.01 * reference else "less"
+
+    @property
     def megabytes(self) -> float:
         """Size of the deployed file, the engine if there is one and else the ONNX file, in 10^6 bytes."""
         return (self.engine_bytes or self.onnx_bytes) / 1e6
@@ -98,6 +128,27 @@ class Row(Measured):
     def at(self, batch: int) -> Latency | None:
         """Returns the latency at a batch size; None if it was not measured."""
         return next((each for each in self.latency if each.batch == batch), None)
+
+
+@dataclass(frozen=True)
+class FailedRow:
+    """A file in a runtime that has no measurements.
+
+    Attributes:
+        scheme, runtime, runtime_id, file: see :class:`Row`.
+        reason: what failed, for people.
+    """
+
+    scheme: str
+    runtime: str
+    runtime_id: str
+    file: str
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """Unique name for people."""
+        return f"{self.scheme}, {self.runtime}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +180,9 @@ class Report:
         seconds: step -> its duration, without Python's imports.
         not_run: messages about what was not measured, and why.
         layers: scheme -> rows of layer, format of its weight, format of its input.
+        ranges: scheme -> the range of half precision that its graph for TensorRT uses.
         others: results of other commands.
+        failed: files that could not be measured; one of them never costs the others.
     """
 
     rows: list[Row]
@@ -147,7 +200,9 @@ class Report:
     not_run: list[str] = field(default_factory=list)
     peak_memory_gib: float = 0.0
     layers: dict[str, list[list[str]]] = field(default_factory=dict)
+    ranges: dict[str, NumericRange] = field(default_factory=dict)
     others: list[OtherResult] = field(default_factory=list)
+    failed: list[FailedRow] = field(default_factory=list)
 
     @property
     def reference(self) -> Row | None:
@@ -170,7 +225,7 @@ class Report:
         """Returns the contents of ``report.json``."""
         content = {"schema_version": SCHEMA_VERSION, **plain(asdict(self))}
         for row, written in zip(self.rows, content["rows"], strict=True):
-            written["name"] = row.name
+            written["name"], written["kept"] = row.name, row.kept
             for latency, figures in zip(row.latency, written["latency"], strict=True):
                 figures["images_per_second"] = latency.images_per_second
         return content

@@ -11,8 +11,9 @@ from eval.report.schema import Report, Row
 
 MISSING = "-"
 PARETO = "Pareto"  # heading: whether the row is Pareto-optimal
-HEADINGS = ("scheme", "runs in", "top-1 %", "drop (95% interval)", "file MB", "engine MB", "p50 ms", "p99 ms")
-TIMED = ("p50 ms", "p99 ms", "speed", PARETO)  # columns that depend on the batch size
+KEEPS = "keeps"  # heading: the share of the reference's top-1 that the row keeps
+HEADINGS = ("scheme", "runs in", "top-1 %", "drop (95% interval)", KEEPS, "file MB", "engine MB", "p50 ms", "p90 ms")
+TIMED = ("p50 ms", "p90 ms", "speed", PARETO)  # columns that depend on the batch size
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ def cells(row: Row, batch: int) -> dict[str, Cell]:
         "runs in": Cell(runtime, runtime),
         "top-1 %": _number(row.top1.percent),
         "drop (95% interval)": Cell(drop, row.drop.points),
+        KEEPS: Cell(MISSING if row.reference else row.kept, -row.drop.high),
         "file MB": _number(row.onnx_bytes / 1e6),
         "engine MB": _number(row.engine_bytes / 1e6 if row.engine_bytes else None),
         "p50 ms": _number(latency.p50 if latency else None),
-        "p99 ms": _number(latency.p99 if latency else None),
+        "p90 ms": _number(latency.p90 if latency else None),
     }
 
 
@@ -52,7 +54,7 @@ def timed_cells(row: Row, batch: int, reference: Row | None, pareto: Collection[
     optimal = float(row.key in pareto) if row.latency else None
     return {
         "p50 ms": all_cells["p50 ms"],
-        "p99 ms": all_cells["p99 ms"],
+        "p90 ms": all_cells["p90 ms"],
         "speed": Cell(f"{speed:.2f}×" if speed else MISSING, speed),  # noqa: RUF001
         PARETO: Cell("yes" if row.key in pareto else "no" if latency else MISSING, optimal),
     }
@@ -74,6 +76,26 @@ def markdown_table(rows: Sequence[Row], batch: int = 1, pareto: Collection[RowKe
     ]
     aligned.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(aligned)
+
+
+def failures(report: Report) -> list[str]:
+    """Returns the files that could not be measured, and why."""
+    return [f"{each.name} failed: {each.reason}" for each in report.failed]
+
+
+def range_notes(report: Report) -> list[str]:
+    """Returns which files for TensorRT are not all in float16, and why."""
+    return [f"{scheme}: {sentence}." for scheme, each in report.ranges.items() if (sentence := str(each))]
+
+
+def softmax_notes(report: Report) -> list[str]:
+    """Returns what files for TensorRT compute if their fused attention has its softmax in half precision."""
+    notes = []
+    for row in report.rows:
+        if (other := row.half_softmax) is not None:
+            found = "logits are not finite" if other.drop is None else f"top-1 is {other.top1:.2f}%, drop {other.drop}"
+            notes.append(f"{row.name}: if attention computes its softmax in half precision, {found}.")
+    return notes
 
 
 def escape(text: str) -> str:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from eval.report.page import render_html
 from eval.report.plots import draw_reliability, draw_tradeoff
 from eval.report.schema import Report, Row
-from eval.report.table import escape, markdown_table, not_measured
+from eval.report.table import escape, failures, markdown_table, not_measured, range_notes, softmax_notes
 from eval.report.thumbnails import draw_thumbnails
 from illama.atomic_write import list_folder, write_file
 from illama.data.datasets import Sample
@@ -60,8 +60,8 @@ def write_and_print(report: Report, split: Dataset[Sample], folder: Path, shown_
     batch = report.constraints.batch
     print(f"\n{markdown_table(report.rows, batch, report.pareto(batch))}\n")
     print(report.decision.choice.sentence)
-    for reason in report.not_run:
-        print(reason)
+    for line in (*failures(report), *range_notes(report), *softmax_notes(report), *report.not_run):
+        print(line)
     print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {shown_as / PAGE}")
 
 
@@ -84,11 +84,12 @@ def _summarize(row: Row, batch: int) -> dict[str, Any]:
         "top1": row.top1.percent,
         "drop": row.drop.points,
         "drop_ci95": [row.drop.low, row.drop.high],
+        "kept": row.kept,
         "onnx": row.onnx,
         "onnx_bytes": row.onnx_bytes,
         "engine": row.engine,
         "engine_bytes": row.engine_bytes,
-        "latency_ms": {"p50": latency.p50, "p99": latency.p99, "batch": batch} if latency else None,
+        "latency_ms": {"p50": latency.p50, "p90": latency.p90, "p99": latency.p99, "batch": batch} if latency else None,
         "device": row.device,
     }
 
@@ -122,6 +123,10 @@ def markdown_summary(report: Report) -> str:
         + (f"; latency of one call at batch {batch}, on {escape(devices)}." if devices else ".")
         + (" Bold: on the Pareto front." if pareto else ""),
     ]
+    half = [*range_notes(report), *softmax_notes(report)]
+    for title, texts in (("Failed", failures(report)), ("Half precision", half)):
+        if texts:
+            lines += ["", f"{title}:", "", *(f"- {escape(text)}" for text in texts)]
     if reasons := not_measured(report):
         lines += ["", "Not measured:", "", *(f"- {escape(reason)}" for reason in reasons)]
     return "\n".join(lines) + "\n"

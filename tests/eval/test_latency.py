@@ -42,7 +42,8 @@ def test_engines_take_turns_in_a_new_order_each_round():
     rounds = [tuple(turns[start : start + 3]) for start in range(0, 60, 3)]
     assert all(len(set(each)) == 3 for each in rounds) and len(set(rounds)) > 3
     (latency,) = timings.latency["a"]
-    assert (latency.batch, latency.calls, latency.joules) == (1, 40, None) and 0 < latency.p50 <= latency.p99
+    assert (latency.batch, latency.calls, latency.joules) == (1, 40, None) and latency.p50 > 0
+    assert latency.p90 is latency.p99 is None  # of 40 calls
     assert latency.images_per_second == pytest.approx(1e3 / latency.mean)
     assert timings.conditions["energy"] == UNREADABLE and timings.conditions["threads"] == usable_cores()
     assert timings.conditions["involuntary context switches a second"] >= 0

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from illama.manifest import Drop
 from illama.options import Constraints
 
 
-def make_row(name, p50, top1, megabytes=5.0, drop=None, device="a CPU", reference=False, batch=1):
+def make_row(name, p50, top1, megabytes=5.0, drop=None, device="a CPU", reference=False, batch=1, **more):
     latency = [] if p50 is None else [Latency(batch, p50, p50, p50, p50, 10)]
     return Row(
         scheme=name,
@@ -25,7 +26,6 @@ def make_row(name, p50, top1, megabytes=5.0, drop=None, device="a CPU", referenc
         runtime_id="onnxruntime",
         file="model.onnx",
         evaluated_with="something",
-        images=1000,
         top1=Share(top1, top1 - 1, top1 + 1),
         top5=Share(99, 98, 100),
         reliability=Reliability(0, 0, 0, 0, ()),
@@ -35,6 +35,7 @@ def make_row(name, p50, top1, megabytes=5.0, drop=None, device="a CPU", referenc
         latency=latency,
         device=device,
         reference=reference,
+        **{"images": 1000, **more},
     )
 
 
@@ -92,7 +93,7 @@ def test_a_choice_satisfies_the_constraints_and_is_the_best_that_does(rows, late
     assert {each.key for each in choice.rejected} == {row.key for row in rows} - {row.key for row in kept}
     assert choice.sentence.endswith(".") and "nan" not in choice.sentence and "inf" not in choice.sentence
     timed = [row for row in kept if row.latency]
-    if not kept or (constraints == Constraints() and not timed):
+    if not kept or (megabytes is None and not timed):
         assert choice.row is choice.rule is None
         return
     best = next(row for row in kept if row.key == choice.row)
@@ -126,7 +127,8 @@ ROWS = [REFERENCE, FAST, BIG, SLOW, NEVER]
         (Constraints(latency_ms=3), "fp16 in C", "most accurate", 2, "3 2.0 1.5 0.10"),
         (Constraints(drop=0.35, megabytes=1.2), "odd in D", "fastest", 1, "0.35 1.2 1.5 6.00 4.00"),
         (Constraints(megabytes=1.8), "odd in D", "most accurate", 2, "1.8 6.0 1.00 6.00"),
-        (Constraints(batch=8, drop=1.0), "odd in D", "smallest", 5, "8 1 6.0 1.00"),
+        (Constraints(batch=8, drop=1.0), None, None, 0, "8 1"),
+        (Constraints(batch=8, drop=1.0, megabytes=9), "odd in D", "smallest", 5, "8 1 9 6.0 1.00"),
         (Constraints(batch=8), None, None, 0, "8"),
         (Constraints(latency_ms=0.9, drop=2), None, None, 0, "0.9 2 1"),
         (Constraints(batch=8, latency_ms=3), None, None, 0, "3 8"),
@@ -174,6 +176,69 @@ def test_violations_are_numbers():
 def test_where_no_row_satisfies_them_the_closest_is_named(constraints, closest):
     sentence = choose(ROWS, constraints).sentence
     assert [row.scheme for row in ROWS if row.name in sentence] == [closest]
+
+
+def make_quantized(p50, name="int8", **more):
+    return make_row(name, p50, 91.9, 2.0, Drop(0.1, -0.1, 0.3), quantized=True, **more)
+
+
+@pytest.mark.parametrize(
+    ("p50", "constraints", "pays"),
+    [
+        (1.0, Constraints(), True),
+        (3.9, Constraints(), True),
+        (3.93, Constraints(), False),  # 1.018 times as fast, and smaller: but nobody asked for size
+        (5.0, Constraints(drop=1), False),
+        (5.0, Constraints(latency_ms=6), False),
+        (5.0, Constraints(latency_ms=6, megabytes=3), True),
+        (5.0, Constraints(drop=1, megabytes=9), False),  # the float file satisfies it, and is faster
+    ],
+)
+def test_quantization_must_pay(p50, constraints, pays):
+    quantized = make_quantized(p50)
+    choice = choose([REFERENCE, quantized], constraints)
+    assert choice.row == (quantized if pays else REFERENCE).key
+    said = constraints.megabytes is None and not pays
+    assert choice.not_worth_it == (quantized.key if said else None)
+    assert choice.sentence.startswith("INT8 does not pay here: ") == said
+
+
+def test_the_fastest_quantized_row_is_the_one_that_does_not_pay():
+    rows = [REFERENCE, make_quantized(5.0), make_quantized(4.5, "fp8")]
+    choice = choose(rows)
+    assert choice.row == REFERENCE.key and choice.sentence.startswith("FP8 does not pay here: at batch 1, fp8")
+    assert "0.89 times as fast as fp32" in choice.sentence
+    on_gpu = make_quantized(3.99, "int4", device="a GPU")  # no float row was timed there
+    assert choose([*rows, on_gpu]).row == on_gpu.key
+    assert choose([*rows, make_quantized(1.0, "w4")]).row.scheme == "w4"
+
+
+def test_the_closest_of_equally_close_rows_is_the_fastest_and_too_few_images_are_named():
+    """With 100 images the interval of every drop ends above 0.3 points, whatever is lost."""
+    few = [make_row(f"s{p50}", p50, 92.0, drop=Drop(0.0, -3.6, 3.6), images=100) for p50 in (6.0, 2.0, 1.0, 4.0)]
+    sentence = choose(few, Constraints(drop=0.3)).sentence
+    assert "s1.0, somewhere is the closest" in sentence and "s6.0" not in sentence
+    assert "100 test images are too few to tell 0.3 points: at least 1,228 are needed" in sentence
+    enough = [replace(row, images=1228) for row in few]
+    assert "1,228 test images are too few to tell 0.3 points." in choose(enough, Constraints(drop=0.3)).sentence
+    lossy = [make_row("lossy", 1.0, 82.0, drop=Drop(10, 9, 11))]
+    assert "too few" not in choose(lossy, Constraints(drop=0.3)).sentence
+
+
+@pytest.mark.parametrize(
+    ("drop", "kept"),
+    [
+        (Drop(0.0, 0.0, 0.0), "99.9%"),
+        (Drop(-0.5, -1, 0.09), "99.9%"),
+        (Drop(0.0, -0.2, 0.2), "99%"),
+        (Drop(0.5, 0.1, 0.92), "99%"),
+        (Drop(0.5, 0.1, 0.94), "too few images"),
+        (Drop(0.94, 0.8, 1.1), "less"),
+    ],
+)
+def test_a_row_says_what_share_of_the_reference_it_keeps(drop, kept):
+    """The reference has 92%, of which a hundredth is 0.92."""
+    assert make_row("x", 1.0, 92 - drop.points, drop=drop).kept == kept
 
 
 def test_another_device_and_an_untimed_choice_are_named():

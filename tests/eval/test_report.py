@@ -62,12 +62,13 @@ def test_summary_json_keeps_the_promised_form(folder):
         "images": 1200,
         "top1": 92.9,
         "drop": pytest.approx(0.1),
+        "kept": "99%",
         "drop_ci95": [pytest.approx(-0.15), pytest.approx(0.35)],
         "onnx": "int8/model.onnx",
         "onnx_bytes": 2_000_000,
         "engine": None,
         "engine_bytes": None,
-        "latency_ms": {"p50": 1.0, "p99": 2.0, "batch": 1},
+        "latency_ms": {"p50": 1.0, "p90": 1.3, "p99": 2.0, "batch": 1},
         "device": "a <CPU>",
     }
     assert content["rows"][4]["latency_ms"] is None and content["rows"][4]["device"] is None
