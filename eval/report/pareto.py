@@ -98,7 +98,8 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
         pool = satisfying if for_size else worth
         row, rule = _most_accurate(pool, batch), "most accurate"
     elif timed:
-        (row, rule), pool = _fastest(worth, batch), worth
+        row, rule = _fastest(worth, batch)
+        pool = timed if row.quantized else worth  # it is faster than those left out
     else:
         row, rule, pool = min(satisfying, key=lambda row: (row.megabytes, -row.top1.percent)), "smallest", satisfying
     sentence = f"{_sentence(row, rule, pool, rows, constraints)} {_figures(row, rows, batch)}"
@@ -165,7 +166,8 @@ def _listed(parts: Sequence[object]) -> str:
 def _sentence(row: Row, rule: Rule, pool: Sequence[Row], rows: Sequence[Row], constraints: Constraints) -> str:
     """Returns the sentence that names the chosen row and the rule."""
     batch = constraints.batch
-    files = "files" if len(pool) > 1 else "file"
+    left_out = any(row.quantized and row.at(batch) for row in rows) and not any(row.quantized for row in pool)
+    files = ("float file" if left_out else "file") + ("s" if len(pool) > 1 else "")
     if rule in ("fastest", "smallest of the fastest"):
         files += f" timed at batch {batch}"
     place = f"{_RULES[rule]} the {len(pool)} {files}" if len(pool) > 1 else f"the only {files}"

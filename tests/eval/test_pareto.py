@@ -207,7 +207,9 @@ def test_the_fastest_quantized_row_is_the_one_that_does_not_pay():
     rows = [REFERENCE, make_quantized(5.0), make_quantized(4.5, "fp8")]
     choice = choose(rows)
     assert choice.row == REFERENCE.key and choice.sentence.startswith("FP8 does not pay here: at batch 1, fp8")
-    assert "0.89 times as fast as fp32" in choice.sentence
+    assert "0.89 times as fast as fp32" in choice.sentence and "the only float file" in choice.sentence
+    both = choose([REFERENCE, make_quantized(1.0), make_quantized(4.5, "fp8")])
+    assert both.row.scheme == "int8" and both.among == 3 and "the 3 files timed" in both.sentence
     on_gpu = make_quantized(3.99, "int4", device="a GPU")  # no float row was timed there
     assert choose([*rows, on_gpu]).row == on_gpu.key
     assert choose([*rows, make_quantized(1.0, "w4")]).row.scheme == "w4"
