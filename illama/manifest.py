@@ -129,7 +129,8 @@ class NumericRange:
             return ""
         names = ", ".join(self.misfits[:3]) + (f" and {len(self.misfits) - 3} more" if len(self.misfits) > 3 else "")
         kept = ", ".join(f"{module} is in {dtype}" for module, dtype in self.wide.items())
-        return f"float16 cannot represent the values of {names}: {kept or f'the whole graph is in {self.dtype}'}"
+        whole = "the whole graph is in bfloat16" if self.dtype == "bfloat16" else "no other precision is finite either"
+        return f"float16 cannot represent the values of {names}: {kept or whole}"
 
 
 @dataclass(frozen=True)

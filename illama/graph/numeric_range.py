@@ -29,7 +29,7 @@ def measure_ranges(path: Path, batches: Iterable[np.ndarray]) -> tuple[LayerRang
     layers = {name: (layer_of(node), dtype) for node, dtype in computed for name in _watch(model.graph, node)}
     del model.graph.outputs[0]
     session, names = session_of(model), list(layers)
-    found = np.max([session.run(names, {INPUT: images}) for images in batches], axis=0)
+    found = _finite(np.max([session.run(names, {INPUT: images}) for images in batches], axis=0))
     largest: dict[str, float] = {}
     for (layer, _), value in zip(layers.values(), found.tolist(), strict=True):
         largest[layer] = max(value, largest.get(layer, 0.0))
@@ -43,9 +43,15 @@ def _largest_weights(model: ir.Model) -> dict[str, float]:
     for node in (node for node in model.graph if node.op_type in PRODUCTS):
         for value in node.inputs[1:2]:
             if value is not None and value.const_value is not None and value.dtype in HALF:
-                layer, largest = layer_of(node), float(np.abs(array(value).astype(np.float32)).max(initial=0))
+                layer, largest = layer_of(node), float(_finite(np.abs(array(value).astype(np.float32)).max(initial=0)))
                 found[layer] = max(largest, found.get(layer, 0.0))
     return found
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Replaces what is not finite by float32's largest number, which JSON can hold."""
+    largest = float(np.finfo(np.float32).max)
+    return np.nan_to_num(values, nan=largest, posinf=largest)
 
 
 def _watch(graph: ir.Graph, node: ir.Node) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from illama.bundle import FUSED_ONNX, INPUT
-from illama.errors import UserError
 from illama.graph.numeric_range import measure_ranges
 from illama.graph.session import emulated_session
 from illama.graph.writer import copy_graph
@@ -48,9 +47,6 @@ def export_half(model: MaskedNetwork, path: Path, batches: Sequence[Tensor]) -> 
 
     Args:
         batches: calibration images (B, C, H, W), float32.
-
-    Raises:
-        UserError: no candidate has finite logits.
     """
     images = [batch.numpy() for batch in batches]
     export_onnx(model, path, "fused", torch.float16)
@@ -58,7 +54,7 @@ def export_half(model: MaskedNetwork, path: Path, batches: Sequence[Tensor]) -> 
     misfits = [each.layer for each in ranges if not fits(each)]
     best = Candidate()
     if misfits:
-        best = _choose(model, path, candidates(misfits), images)
+        best = _choose(model, path, candidates(misfits, [name for name, _ in model.named_modules()]), images)
         ranges = measure_ranges(path, images)
     found = NumericRange(sum(map(len, images)), ranges, tuple(misfits), best.dtype, best.wide)
     if misfits:
@@ -76,15 +72,16 @@ def fits(layer: LayerRange) -> bool:
     )
 
 
-def candidates(misfits: Sequence[str]) -> list[Candidate]:
+def candidates(misfits: Sequence[str], modules: Collection[str]) -> list[Candidate]:
     """Returns the ways to export a network whose layers ``misfits`` do not fit into float16, the smallest change first.
 
     An MLP, or an attention, is one unit, because values pass between its layers. Attention is never computed in
-    float32, for which TensorRT has no fused kernel. The residual stream passes through all blocks.
+    float32, for which TensorRT has no fused kernel. The residual stream, and what no module computes, is changed with
+    the whole network.
     """
     units = list(dict.fromkeys(unit.group() if (unit := _UNIT.match(layer)) else layer for layer in misfits))
     found: list[Candidate] = []
-    if not any(_BLOCK.fullmatch(unit) for unit in units):
+    if not any(_BLOCK.fullmatch(unit) or unit not in modules for unit in units):
         if not any(unit.endswith(".attn") for unit in units):
             found.append(Candidate(wide=dict.fromkeys(units, "float32")))
         found.append(Candidate(wide=dict.fromkeys(units, "bfloat16")))
@@ -92,12 +89,14 @@ def candidates(misfits: Sequence[str]) -> list[Candidate]:
 
 
 def _choose(model: MaskedNetwork, path: Path, ways: Sequence[Candidate], images: Sequence[np.ndarray]) -> Candidate:
-    """Writes the graph of the first candidate that is about as accurate as the best, and returns the candidate."""
+    """Writes the graph of the first candidate that is about as accurate as the best, and returns the candidate.
+
+    If none has finite logits, the graph in float16 stays, and fails in the report.
+    """
     infer = torch_infer(model)
     exact = np.concatenate([infer(each) for each in images]).astype(np.float64)
     with tempfile.TemporaryDirectory() as folder:
-        paths = {}
-        accuracies = {}
+        paths, accuracies = {}, {}
         for number, way in enumerate(ways):
             place = Path(folder) / str(number)
             place.mkdir()
@@ -108,7 +107,7 @@ def _choose(model: MaskedNetwork, path: Path, ways: Sequence[Candidate], images:
             if np.isfinite(logits).all():
                 paths[number], accuracies[number] = place, decibels((exact**2).sum(), ((logits - exact) ** 2).sum())
         if not paths:
-            raise UserError("the network has logits that are not finite in float16 and in bfloat16: check its weights")
+            return Candidate()
         chosen = min(number for number, found in accuracies.items() if found >= max(accuracies.values()) - _WITHIN)
         copy_graph(paths[chosen] / FUSED_ONNX, path.parent)
     return ways[chosen]

@@ -14,9 +14,10 @@ from deploy.trt.engine_options import EngineOptions
 from deploy.trt.library import find_library
 from illama import ILLaMA
 from illama.bundle import FUSED_ONNX
+from illama.data.preprocessing import Preprocessing
 from illama.graph.numeric_range import measure_ranges
 from illama.graph.reader import load_graph
-from illama.manifest import LayerRange, NumericRange
+from illama.manifest import LayerRange, Manifest, NumericRange
 from quant.export.half_precision import candidates, export_half, fits
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
@@ -103,6 +104,17 @@ def test_ranges_are_those_of_pytorch(tmp_path):
         assert ranges[layer].headroom == pytest.approx(65504 / found[layer], rel=2e-3)
 
 
+def test_a_network_that_is_finite_in_no_precision_fails_alone(tmp_path):
+    """Its file stays as it is, and its manifest can be read again."""
+    model = network(lambda model: model.head.weight.fill_(1e38))
+    found = export_half(model, tmp_path / FUSED_ONNX, [IMAGES])
+    assert (found.dtype, found.wide) == ("float16", {}) and "head" in found.misfits
+    assert not np.isfinite(OnnxRuntimeEngine(tmp_path / FUSED_ONNX).infer(IMAGES.numpy())).any()
+    preprocessing = Preprocessing.imagenet(32, 3)
+    Manifest("illama", {}, preprocessing, ("a", "b", "c"), numeric_range=found).write(tmp_path)
+    assert Manifest.read(tmp_path).numeric_range == found
+
+
 def test_what_fits():
     def layer(largest, weight=None, dtype="float16"):
         return LayerRange("x", dtype, largest, weight)
@@ -114,13 +126,14 @@ def test_what_fits():
 
 def test_candidates():
     def ways(*misfits):
-        return [(each.dtype, each.wide) for each in candidates(misfits)]
+        modules = ["blocks.1", "blocks.1.mlp", "head", "backbone.blocks.11.attn"]
+        return [(each.dtype, each.wide) for each in candidates(misfits, modules)]
 
     whole = ("bfloat16", {})
     mlp = {"blocks.1.mlp": "float32", "head": "float32"}
     assert ways("blocks.1.mlp.fc1", "blocks.1.mlp", "head")[0] == ("float16", mlp)
     assert ways("backbone.blocks.11.attn.core") == [("float16", {"backbone.blocks.11.attn": "bfloat16"}), whole]
-    assert ways("blocks.1", "blocks.1.mlp") == [whole]
+    assert ways("blocks.1", "blocks.1.mlp") == ways("network/Add", "head") == [whole]
     sentence = str(NumericRange(1, (), tuple("abcd"), wide={"m": "float32"}))
     assert sentence.endswith("a, b, c and 1 more: m is in float32")
 
