@@ -11,7 +11,8 @@ from deploy.runtimes.engine import Engine
 from illama.bundle import FUSED_ONNX
 from illama.errors import UserError
 from illama.graph.check_graph import check_graph
-from illama.graph.emulate_half import Softmax
+from illama.graph.emulate_half import Softmax, half_dtypes
+from illama.graph.reader import load_graph
 from illama.graph.session import cpu_session, emulated_session
 
 PROVIDERS = {
@@ -24,8 +25,8 @@ PROVIDERS = {
 class OnnxRuntimeEngine(Engine):
     """An ONNX file in ONNX Runtime.
 
-    On the CPU, a graph for TensorRT is rounded as a GPU does (:mod:`illama.graph.emulate_half`): ONNX Runtime itself
-    computes half precision in float32 there.
+    On the CPU, a graph in half precision is rounded as a GPU does (:mod:`illama.graph.emulate_half`); ONNX Runtime
+    itself computes it in float32 there.
 
     Args:
         path: path to the ONNX file.
@@ -40,21 +41,21 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, path: Path, threads: int = 0, provider: str | None = None, softmax: Softmax = "float32") -> None:
         self._path = path
         self.runtime = f"onnxruntime {onnxruntime.__version__} {provider or 'CPU'}"
-        emulate = path.name == FUSED_ONNX and not provider
-        if emulate:
-            self.runtime += f", half precision emulated, softmax in {softmax}"
         if provider and provider not in onnxruntime.get_available_providers():
             raise UserError(
                 f"ONNX Runtime has no {provider} here: install onnxruntime-gpu, or choose another --runtime"
             )
         check_graph(path)
+        emulated = not provider and bool(half_dtypes(load_graph(path)))
+        if emulated:
+            self.runtime += f", half precision emulated, softmax in {softmax}"
         try:
             if provider:
                 self._session = gpu_session(path, provider)
-            elif emulate:
+            elif emulated:
                 self._session = emulated_session(path, threads, softmax)
             else:
-                self._session = cpu_session(path, threads)
+                self._session = cpu_session(path, threads, fused=path.name == FUSED_ONNX)
         except Exception as error:  # ONNX Runtime's exceptions have no other common base class
             raise UserError(f"ONNX Runtime cannot load {path}: {' '.join(str(error).split())}") from error
         self._input = self._session.get_inputs()[0].name

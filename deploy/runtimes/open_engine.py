@@ -6,7 +6,7 @@
 |                                   | weights                                                              |
 | an engine's folder, ``*.engine``  | ``tensorrt`` or ``tensorrt_rtx``, as its record says                 |
 | ``*.onnx``                        | OpenVINO if it is installed and supports the graph (no FP8, no 4-bit |
-|                                   | activations), else ONNX Runtime                                      |
+|                                   | activations, no half precision), else ONNX Runtime                   |
 | ``*.safetensors``                 | ``torch``                                                            |
 
 ``runtime`` chooses another one, such as ``torch-compile`` or one of ONNX Runtime's providers for GPUs.
@@ -29,6 +29,7 @@ from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of
 from illama.checkpoints.load import load_network
 from illama.errors import UserError
+from illama.graph.emulate_half import half_dtypes
 from illama.graph.reader import has_4bit_activations, has_fp8, load_graph
 from illama.manifest import Manifest
 
@@ -83,14 +84,16 @@ def _open(path: Path, runtime: RuntimeName | None, threads: int) -> Engine:
 def cpu_runtime(path: Path) -> RuntimeName:
     """Returns the preferred runtime for an ONNX file on a CPU (docs/cpu.md).
 
-    OpenVINO if it is installed and supports the graph (no FP8, no 4-bit activations), else ONNX Runtime.
+    OpenVINO if it is installed and supports the graph (no FP8, no 4-bit activations), else ONNX Runtime; ONNX Runtime
+    for half precision, which it emulates.
     """
     try:
         import openvino  # noqa: F401
     except ImportError:
         return "onnxruntime"
     model = load_graph(path)
-    return "onnxruntime" if has_fp8(model) or has_4bit_activations(model) else "openvino"
+    unsupported = has_fp8(model) or has_4bit_activations(model) or half_dtypes(model)
+    return "onnxruntime" if unsupported else "openvino"
 
 
 def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:

@@ -94,51 +94,58 @@ def run_benchmark(
     Raises:
         UserError: the reference fails, or a target's logits do not fit the images.
     """
-    group, reference, everything = execution.processes, choose_reference(targets), targets
-    found = _evaluate(targets, images, execution)
+    reference, found = choose_reference(targets), _evaluate(targets, images, execution)
     if reason := found.failed.get(reference.name):
         raise UserError(f"{reference.name}, which the others are compared with: {reason}: check its checkpoint")
+    manifests = {each.scheme: Manifest.read(bundle_of(each.path)) for each in targets}
     failed = [_failed_row(each, found.failed[each.name]) for each in targets if each.name in found.failed]
     targets = [each for each in targets if each.name not in found.failed]
     base = found.predictions[reference.name].plain
     drops = {name: paired_drop(base.right, each.plain.right, options.seed) for name, each in found.predictions.items()}
     doubtful = [each for each in targets if each.emulates and not drops[each.name].includes_zero]
     again = _evaluate_half_softmax(doubtful, images, execution)
-    if not group.main:
+    if not execution.processes.main:
         return BenchmarkResult([])
-    notes = found.notes
-    if execution.store:
-        fitted = [
-            (each.path, found.temperatures[each.name], each.engine.runtime)
-            for each in targets
-            if each.name in found.temperatures
-        ]
-        notes += store_temperatures(fitted, images.calibration, images.name)
+    notes = [*found.notes, *(_store(targets, found.temperatures, images) if execution.store else [])]
     measured, rows = measure(found.predictions, found.temperatures, reference.name), []
     for each in targets:
-        own = found.predictions[each.name].plain
         row = _row(each, measured[each.name], execution.out)
         row.reference = each is reference
         row.drop = NO_DROP if row.reference else drops[each.name]
-        row.flipped = _flipped(row, base, own, images)
+        row.flipped = _flipped(row, base, found.predictions[each.name].plain, images)
         row.half_softmax = _half_softmax(base, again[each.name], options.seed) if each.name in again else None
         rows.append(row)
         if row.reference and (note := chance_note(row.name, row.top1.percent, len(images.data.classes))):
             notes.append(note)
-    if execution.reopen and group.count > 1:
-        _close(targets)
-        pin_threads(options.threads or usable_cores())
-        names = {row.name for row in rows}
-        targets = [each for each in execution.reopen() if each.name in names]
+    targets = _reopened(targets, execution, options.threads)
     with torch_on_all_cores():
         conditions, unread = _time(targets, rows, images, options)
     _close(targets)
-    manifests = {each.scheme: Manifest.read(bundle_of(each.path)) for each in everything}
-    layers, ranges = (
-        _layers_of(manifests),
-        {name: each.numeric_range for name, each in manifests.items() if each.numeric_range},
-    )
-    return BenchmarkResult(rows, conditions, notes + _notes_on(targets) + unread, layers, ranges, failed)
+    notes += [*_notes_on(targets, manifests), *unread]
+    ranges = {scheme: each.numeric_range for scheme, each in manifests.items() if each.numeric_range}
+    return BenchmarkResult(rows, conditions, notes, _layers_of(manifests), ranges, failed)
+
+
+def _store(
+    targets: Sequence[BenchmarkTarget], temperatures: Mapping[str, float], images: EvaluationImages
+) -> list[str]:
+    """Stores the temperatures beside their files; returns why some could not be stored."""
+    fitted = [
+        (each.path, temperatures[each.name], each.engine.runtime) for each in targets if each.name in temperatures
+    ]
+    return store_temperatures(fitted, images.calibration, images.name)
+
+
+def _reopened(
+    targets: Sequence[BenchmarkTarget], execution: Execution, threads: int | None
+) -> Sequence[BenchmarkTarget]:
+    """Returns the targets with all cores, if several processes shared these."""
+    if execution.reopen is None or execution.processes.count == 1:
+        return targets
+    _close(targets)
+    pin_threads(threads or usable_cores())
+    names = {each.name for each in targets}
+    return [each for each in execution.reopen() if each.name in names]
 
 
 @dataclass(frozen=True)
@@ -353,11 +360,11 @@ def _close(targets: Sequence[BenchmarkTarget]) -> None:
         each.engine.close()
 
 
-def _notes_on(targets: Sequence[BenchmarkTarget]) -> list[str]:
+def _notes_on(targets: Sequence[BenchmarkTarget], manifests: Mapping[str, Manifest]) -> list[str]:
     """Returns notes on what was not measured, over all targets."""
     notes = []
-    for bundle, scheme in {each.path.parent: each.scheme for each in targets}.items():
-        quantization = Manifest.read(bundle).quantization
+    for scheme, manifest in manifests.items():
+        quantization = manifest.quantization
         if quantization and quantization.no_tensorrt:
             notes.append(f"{scheme} has no graph for TensorRT: {NO_TENSORRT[quantization.no_tensorrt]}.")
     notes += dict.fromkeys(line for each in targets for line in each.left_out)

@@ -30,11 +30,3 @@ def percentile_bound(values: Sequence[float] | np.ndarray, percentile: float) ->
     while above > 0 and scipy.stats.binom.cdf(above, count, 1 - percentile) > 1 - CONFIDENCE:
         above -= 1
     return float(np.sort(values)[count - above]) if above > 0 else None
-
-
-def least_calls(percentile: float) -> int:
-    """Returns the smallest number of calls that supports a percentile: 64 for 0.9, and 662 for 0.99."""
-    count = 2
-    while scipy.stats.binom.cdf(1, count, 1 - percentile) > 1 - CONFIDENCE:
-        count += 1
-    return count

@@ -240,7 +240,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
     usable, left_out = _engines_of(graph)
     engines = usable if whole else [(path, _read_record(path, graph))]
     substitute, halves = None, half_dtypes(load_graph(graph))
-    emulated = f", emulated in {halves}" if halves else ""
+    emulated = f", emulated in {' and '.join(halves)}" if halves else ""
     for built, record in engines:
         title = TITLES.get(record.library, record.library)
         if sum(each.library == record.library for _, each in usable) > 1:

@@ -135,11 +135,7 @@ def refuse_not_finite(results: Mapping[str, Evaluated | NotFinite]) -> dict[str,
 
 def refuse_overflow(logits: Mapping[str, np.ndarray]) -> None:
     """Raises UserError, with the model's name, if a model has logits that are not finite."""
-    for name, values in logits.items():
-        try:
-            check_finite(values)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}: leave it out, or quantize it with another scheme") from error
+    refuse_not_finite({name: found for name, values in logits.items() if (found := count_not_finite(values))})
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

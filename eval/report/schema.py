@@ -18,7 +18,7 @@ from illama.manifest import Drop, NumericRange
 from illama.options import Constraints
 
 SCHEMA_VERSION = 2
-Kept = Literal["99.9%", "99%", "less", "too few images"]
+Kept = Literal["99.9%", "99%", "less than 99%", "too few images"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Row(Measured):
         for name, loss in shares.items():
             if self.drop.high <= loss * reference:
                 return name
-        return "too few images" if self.drop.points <= 0.01 * reference else "less"
+        return "too few images" if self.drop.points <= 0.01 * reference else "less than 99%"
 
     @property
     def megabytes(self) -> float:

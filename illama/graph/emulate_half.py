@@ -27,10 +27,10 @@ _EXACT = (
 )
 
 
-def half_dtypes(model: ir.Model) -> str:
-    """Returns the half-precision dtypes of a graph, for people; an empty string without any."""
-    found = {value.dtype.name.lower() for node in model.graph for value in node.outputs if value.dtype in HALF}
-    return " and ".join(sorted(found, reverse=True))
+def half_dtypes(model: ir.Model) -> tuple[str, ...]:
+    """Returns the names of the half-precision dtypes of a graph's values."""
+    found = {value.dtype for node in model.graph for value in node.outputs}
+    return tuple(dtype.name.lower() for dtype in HALF if dtype in found)
 
 
 def emulate_half(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from illama.bundle import INPUT
 from illama.graph.emulate_half import HALF, emulate_half
 from illama.graph.reader import PRODUCTS, array, layer_of, load_graph
 from illama.graph.session import session_of
-from illama.manifest import LayerRange
+from illama.manifest import HalfDtype, LayerRange
 
 
 def measure_ranges(path: Path, batches: Iterable[np.ndarray]) -> tuple[LayerRange, ...]:
@@ -26,15 +27,16 @@ def measure_ranges(path: Path, batches: Iterable[np.ndarray]) -> tuple[LayerRang
     model = load_graph(path)
     weights = _largest_weights(model)
     computed = emulate_half(model, softmax="half", rounding=False)
-    layers = {name: (layer_of(node), dtype) for node, dtype in computed for name in _watch(model.graph, node)}
-    del model.graph.outputs[0]
-    session, names = session_of(model), list(layers)
+    model.graph.outputs.clear()
+    watched = [(layer_of(node), dtype, _watch(model.graph, node)) for node, dtype in computed]
+    session = session_of(model)
+    names = [name for _, _, added in watched for name in added]
     found = _finite(np.max([session.run(names, {INPUT: images}) for images in batches], axis=0))
-    largest: dict[str, float] = {}
-    for (layer, _), value in zip(layers.values(), found.tolist(), strict=True):
-        largest[layer] = max(value, largest.get(layer, 0.0))
-    dtypes = {layer: "bfloat16" if dtype == ir.DataType.BFLOAT16 else "float16" for layer, dtype in layers.values()}
-    return tuple(LayerRange(layer, dtypes[layer], value, weights.get(layer)) for layer, value in largest.items())  # type: ignore[arg-type]
+    values, largest = dict(zip(names, found.tolist(), strict=True)), dict[str, float]()
+    for layer, _, added in watched:
+        largest[layer] = max([largest.get(layer, 0.0), *(values[name] for name in added)])
+    dtypes = {layer: cast("HalfDtype", dtype.name.lower()) for layer, dtype, _ in watched}
+    return tuple(LayerRange(layer, dtypes[layer], value, weights.get(layer)) for layer, value in largest.items())
 
 
 def _largest_weights(model: ir.Model) -> dict[str, float]:

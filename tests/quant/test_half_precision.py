@@ -62,7 +62,6 @@ def large_stream(model):
     ("change", "scheme", "wide", "dtype"),
     [
         (None, None, {}, "float16"),
-        (large_mlp, None, {"blocks.0.mlp": "float32"}, "float16"),
         (large_mlp, "int8-weight-only", {"blocks.0.mlp": "float32"}, "float16"),
         (large_mlp, "int8", {}, "float16"),  # SmoothQuant has made the values smaller
         (large_values, None, {"blocks.0.attn": "bfloat16"}, "float16"),
