@@ -16,16 +16,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python quant/ptq.py
 
-# loadfile: the fixtures of a file are made in one process, not in both.
+# worksteal: each process has its own files, whose fixtures are made once, and helps the other at the end.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The tests again, with the share of the statements that they run; tracing makes them slower.
 coverage: setup
-	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=
+	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=
 	@echo "coverage of illama, quant, deploy and eval: $$($(BIN)/coverage report --format=total)% of the statements"
 
 # Kill train, build and ptq before each of their file operations (docs/reliability.md).
