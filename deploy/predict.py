@@ -32,6 +32,7 @@ class PredictOptions:
         watch: path to a folder; every image that appears in it is classified.
         seconds: time after which --watch stops; if not given, it runs until Ctrl-C.
         threads: number of threads on a CPU; 0 for one per core.
+        unverified: run an engine even if it computes other logits than its golden answers.
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
@@ -40,6 +41,7 @@ class PredictOptions:
     watch: Path | None = None
     seconds: Positive | None = None
     threads: ThreadsOrAll = 0
+    unverified: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.images) == bool(self.watch):
@@ -55,10 +57,11 @@ def main(options: PredictOptions) -> None:
     from illama.manifest import Manifest
 
     manifest = Manifest.read(bundle_of(options.engine))
-    engine, file = open_file(options.engine, options.runtime, options.threads)
+    engine, file = open_file(options.engine, options.runtime, options.threads, options.unverified)
     temperature = read_temperature(file)
     calibration = f"calibrated (temperature {temperature:.3f})" if temperature else "not calibrated"
-    print(f"{options.engine} in {engine.runtime}; probabilities are {calibration}", flush=True)
+    verified = "verified" if engine.verified else "NOT verified"
+    print(f"{options.engine} in {engine.runtime}, {verified}; probabilities are {calibration}", flush=True)
     until = time.monotonic() + options.seconds if options.seconds is not None else None
     paths = new_images(options.watch, until) if options.watch else options.images
     image_input = ImageInput.of(manifest)

@@ -84,6 +84,11 @@ def read_pinned(path: Path) -> bytes | None:
     return data if _pin_line(path, data).split()[0] in pin.split() else None
 
 
+def cache_folder() -> Path:
+    """Returns the folder of this user's caches, ``$XDG_CACHE_HOME/illama`` or ``~/.cache/illama``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "illama"
+
+
 @contextmanager
 def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Creates a file, holds ``flock`` on it, and removes it at the end; yields False on a file system without locks.

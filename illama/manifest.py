@@ -16,7 +16,7 @@ from illama.bundle import MANIFEST, command_line, package_versions
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.models.config import NetworkKind
-from illama.options import SourceOptions
+from illama.options import Golden, SourceOptions
 from illama.structured_files import parse_json, read_json
 
 TRAINED = "trained"  # key of the score of a training run
@@ -186,7 +186,9 @@ class Manifest:
         scores: None if it was not evaluated.
         frame: (height, width, channels) of the uint8 frames that graphs with preprocessing take; None for others.
         numeric_range: of the graph for TensorRT; None if there is none, or it was not measured.
-        golden_answers, features, stream: reserved for later versions; this one keeps them unchanged.
+        golden_answers: the images of its golden answers (:mod:`illama.golden_answers`); None if it was written before
+            there were any.
+        features, stream: reserved for later versions; this one keeps them unchanged.
         format: version of this format.
     """
 
@@ -198,8 +200,8 @@ class Manifest:
     quantization: Quantization | None = None
     scores: Scores | None = None
     frame: tuple[int, int, int] | None = None
-    golden_answers: Mapping[str, Any] | None = None
     numeric_range: NumericRange | None = None
+    golden_answers: Golden | None = None
     features: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     format: Literal[2] = 2

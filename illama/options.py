@@ -23,6 +23,7 @@ DATA_FORMS = (
 Data = Annotated[str, tyro.conf.arg(help=DATA_FORMS)]  # a data set, as illama.data.datasets.open_data takes it
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
+Golden = Literal["calibration", "noise", "none"]  # images of golden answers
 
 # Types of options with their bounds, which :func:`check_bounds` checks.
 _MOST = (1 << 31) - 1

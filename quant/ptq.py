@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.trt.engine_options import EngineOptions, LibraryName
 from illama.cli import run_command
-from illama.options import BenchmarkOptions, Flat, SourceOptions
+from illama.options import BenchmarkOptions, Flat, Golden, SourceOptions
 
 if TYPE_CHECKING:
     from quant.inputs import Inputs
@@ -36,6 +36,8 @@ class PtqOptions:
         library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
         targets: compute capabilities of the engines, such as sm86 sm89. Defaults to this GPU for tensorrt,
             and to Ampere and newer for tensorrt_rtx.
+        golden: images of the golden answers, which every bundle and engine contains to check its logits where it runs:
+            calibration (8 of them, at most 32x32 pixels), noise, or none.
         restart: discard the unfinished run in OUT.partial instead of continuing it.
     """
 
@@ -45,6 +47,7 @@ class PtqOptions:
     out: Path = Path("runs/ptq")
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()
+    golden: Golden = "calibration"
     restart: bool = False
 
 
@@ -75,7 +78,7 @@ def main(options: PtqOptions) -> None:
         images = EvaluationImages(options.source.data, inputs.data, test, inputs.preprocessing, calibration)
         check_baseline(baseline, images)
 
-        origin = Origin.of(inputs, options.benchmark.seed)
+        origin = Origin.of(inputs, options.benchmark.seed, golden=options.golden)
         work.start(_facts(options, inputs, schemes), options.restart)
         bundles, networks = write_bundles(work, inputs, plans, origin, steps.show)
         not_run = build_engines(library, bundles, EngineOptions(options.targets), steps.show)
@@ -99,6 +102,7 @@ def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> di
         **asdict(options.benchmark),
         "library": options.library,
         "targets": options.targets,
+        "golden": options.golden,
         "schemes": list(map(repr, schemes)),  # not as mappings: JSON ignores the order of patterns, which matters
         "checkpoint": sha256(inputs.checkpoint.weights),
         "network": inputs.model.config.to_dict(),

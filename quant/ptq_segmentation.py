@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.options import Count
+from illama.options import Count, Golden
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class PtqSegmentationOptions:
         data: folder in ADE20K's layout; its training images are used for calibration.
         schemes: names of shipped schemes for ONNX (python quant/list_schemes.py), or paths to YAML files.
         calibration_images: number of training images for calibration, evenly spaced.
+        golden: images of the golden answers in the bundles: calibration (8 of them, at most 32x32 pixels), noise, or
+            none.
         out: folder for the bundles, each named after its scheme; earlier ones of these names are replaced.
     """
 
@@ -32,6 +34,7 @@ class PtqSegmentationOptions:
     data: Path
     schemes: tuple[str, ...] = ("int8", "fp8")
     calibration_images: Count = 64
+    golden: Golden = "calibration"
     out: Path = Path("runs/ptq-segmentation")
 
 
@@ -40,7 +43,8 @@ def main(options: PtqSegmentationOptions) -> None:
     from illama.atomic_write import make_out
     from quant.export.segmentation_bundles import open_segmentation_job, write_segmentation_bundles
 
-    job = open_segmentation_job(options.bundle, options.data, options.schemes, options.calibration_images)
+    images, golden = options.calibration_images, options.golden
+    job = open_segmentation_job(options.bundle, options.data, options.schemes, images, golden)
     make_out(options.out)
     write_segmentation_bundles(job, options.out)
     print(f"bundles in {options.out}; compare them with python eval/segmentation.py {options.out}/*")

@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torchvision.transforms.functional import to_pil_image
+
 from deploy.rewrites.add_preprocessing import add_preprocessing
+from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.temperature import copy_temperature
+from deploy.runtimes.verification import find_golden
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, command_line, sha256
 from illama.errors import UserError
+from illama.golden_answers import GOLDEN, GoldenAnswers
 from illama.graph.reader import load_graph
 from illama.graph.writer import save_graph
 from illama.manifest import Manifest
@@ -36,6 +43,25 @@ def write_camera_bundle(bundle: Path, frame: tuple[int, int, int], out: Path) ->
             add_preprocessing(model, manifest.preprocessing, frame)
             save_graph(model, folder / source.name)
             copy_temperature(source, folder / source.name)
+        if (golden := _golden_of_frames(bundle, sources[0], frame)) is not None:
+            golden.write(folder)
         inputs = {str(source): sha256(source) for source in sources}
         provenance = replace(manifest.provenance, command=command_line(), inputs=inputs)
         replace(manifest, provenance=provenance, frame=frame).write(folder)
+
+
+def _golden_of_frames(bundle: Path, source: Path, frame: tuple[int, int, int]) -> GoldenAnswers | None:
+    """Returns golden answers whose images have the frame's size, or None if the bundle has none.
+
+    Pillow resizes and crops them, and the bundle's own graph, verified before, computes their logits.
+    """
+    if find_golden(source) is None:
+        return None
+    golden, (height, width, channels) = GoldenAnswers.read(bundle / GOLDEN), frame
+    images = golden.images if golden.images.shape[-1] == channels else golden.images[..., :1].repeat(channels, axis=-1)
+    answers = replace(golden, images=images, facts=replace(golden.facts, size=(height, width), mean=(), std=()))
+    transform = Manifest.read(bundle).preprocessing.transform()
+    frames = torch.from_numpy(answers.inputs(len(images))).permute(0, 3, 1, 2)
+    inputs = np.stack([transform(to_pil_image(each)).numpy() for each in frames])
+    logits = open_engine(source, "onnxruntime").infer(inputs).reshape(len(inputs), -1)
+    return replace(answers, logits=np.ascontiguousarray(logits[:, golden.positions]))

@@ -47,6 +47,8 @@ class OnnxRuntimeEngine(Engine):
             )
         check_graph(path)
         emulated = not provider and bool(half_dtypes(load_graph(path)))
+        if provider or emulated:
+            self.arithmetic = "tensorrt"
         if emulated:
             self.runtime += f", half precision emulated, softmax in {softmax}"
         try:

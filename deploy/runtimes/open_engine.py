@@ -24,6 +24,7 @@ from deploy.runtimes.onnxruntime_engine import PROVIDERS, OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.runtimes.torch_engine import TorchEngine
+from deploy.runtimes.verification import verify
 from deploy.trt.library import fits_this_gpu
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of
@@ -34,8 +35,8 @@ from illama.graph.reader import has_4bit_activations, has_fp8, load_graph
 from illama.manifest import Manifest
 
 
-def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:
-    """Opens an engine, a file or a bundle.
+def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0, unverified: bool = False) -> Engine:
+    """Opens an engine, a file or a bundle, and verifies it by its golden answers, if it has any.
 
     If an engine of a bundle cannot be opened, a warning gives the reason and the next file of the bundle is tried.
 
@@ -43,15 +44,18 @@ def open_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
         path: see the table above.
         runtime: if not given, the preferred one for the path (the table above, and docs/cpu.md).
         threads: number of threads on a CPU; 0 for one per core.
+        unverified: whether to open an engine whose answers are wrong, with a warning.
 
     Raises:
-        UserError: the path does not exist, the file is damaged or rejected, or the runtime is not installed or cannot
-            run the file.
+        UserError: the path does not exist, the file is damaged or rejected, its golden answers are wrong, or the
+            runtime is not installed or cannot run the file.
     """
-    return open_file(path, runtime, threads)[0]
+    return open_file(path, runtime, threads, unverified)[0]
 
 
-def open_file(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> tuple[Engine, Path]:
+def open_file(
+    path: Path, runtime: RuntimeName | None = None, threads: int = 0, unverified: bool = False
+) -> tuple[Engine, Path]:
     """Same as :func:`open_engine`; also returns the file that was opened."""
     if runtime is not None and runtime not in get_args(RuntimeName):
         raise UserError(f"unknown runtime {runtime!r}: choose from {', '.join(get_args(RuntimeName))}")
@@ -60,13 +64,25 @@ def open_file(path: Path, runtime: RuntimeName | None = None, threads: int = 0) 
     paths = files_of(path, runtime)
     for each in paths[:-1]:
         try:
-            return _open(each, runtime, threads), each
+            return _open_verified(each, runtime, threads, unverified), each
         except UserError as error:
             print(f"warning: {each} is skipped: {error}", file=sys.stderr)
-    return _open(paths[-1], runtime, threads), paths[-1]
+    return _open_verified(paths[-1], runtime, threads, unverified), paths[-1]
 
 
-def _open(path: Path, runtime: RuntimeName | None, threads: int) -> Engine:
+def _open_verified(path: Path, runtime: RuntimeName | None, threads: int, unverified: bool) -> Engine:
+    engine = load_engine(path, runtime, threads)
+    try:
+        engine.verified = verify(engine, path)
+    except UserError as error:
+        if not unverified:
+            raise
+        print(f"warning: --unverified: {error}", file=sys.stderr)
+    return engine
+
+
+def load_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0) -> Engine:
+    """Opens one file without verifying it; raises UserError as :func:`open_engine` does."""
     if path.suffix == ".engine":
         record = EngineRecord.read(path)
         if runtime not in (None, record.library):

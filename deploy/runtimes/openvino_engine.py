@@ -14,9 +14,12 @@ from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.engine import Engine
 from illama.bundle import CPU_ONNX
 from illama.errors import UserError
+from illama.golden_answers import Arithmetic
 from illama.graph.reader import has_4bit_activations, load_graph, to_bytes
 from illama.graph.writer import has_external_data, save_graph
 from illama.inference import usable_cores
+
+_ARITHMETIC: dict[str, Arithmetic] = {"f32": "float32", "bf16": "bfloat16"}
 
 
 def _read(core: Any, model: ir.Model) -> Any:
@@ -81,6 +84,7 @@ class OpenVinoEngine(Engine):
         except RuntimeError as error:
             raise UserError(f"OpenVINO cannot load {path}: {' '.join(str(error).split())[:300]}") from error
         self.floats = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        self.arithmetic = _ARITHMETIC.get(self.floats, "tensorrt")
         self.runtime = f"openvino {openvino.__version__.split('-')[0]} CPU, {self.floats}"
         self._request = compiled.create_infer_request()
 

@@ -26,11 +26,13 @@ class RuntimeChoice:
 
     Attributes:
         reason: why it was chosen, for the user.
+        unverified: whether it is served even if its golden answers are wrong.
     """
 
     file: Path
     runtime: RuntimeName
     reason: str
+    unverified: bool = False
 
     def write(self, folder: Path) -> None:
         """Writes the choice into the folder of a copy of the file."""

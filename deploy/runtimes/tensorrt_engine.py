@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deploy.runtimes.engine import Engine
 from deploy.runtimes.least_recently_used import LeastRecentlyUsed
 from deploy.runtimes.names import TITLES
 from deploy.trt.library import Library, find_library
@@ -39,7 +40,7 @@ class _Call:
     graph: torch.cuda.CUDAGraph | None = None
 
 
-class TensorRTEngine:
+class TensorRTEngine(Engine):
     """An engine of TensorRT or TensorRT-RTX.
 
     Args:
@@ -58,6 +59,7 @@ class TensorRTEngine:
         library = find_library(record.library)
         assert library is not None  # find_library raises if a name is given
         self.runtime = f"{TITLES[record.library]} {library.version} {torch.cuda.get_device_name()}"
+        self.arithmetic, self.batches = "tensorrt", (record.batch[0], record.batch[2])
         self._library, self._record = library, record
         self._engine = library.deserialize(path.read_bytes(), bool(record.options.get("version_compatible")))
         if record.options.get("weight_stripped"):

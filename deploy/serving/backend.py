@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import triton_python_backend_utils as triton  # exists only inside Triton's Python backend
 
-from deploy.runtimes.open_engine import open_engine
+from deploy.runtimes.open_engine import load_engine
 from deploy.runtimes.recommended_runtime import RuntimeChoice
+from deploy.runtimes.verification import verify
 from deploy.serving.model_config import PreprocessParameters
 from illama.errors import UserError
 from illama.inference import usable_cores
@@ -64,7 +65,10 @@ class Network:
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
         threads = max(1, usable_cores() // config["instance_group"][0]["count"])
         choice = RuntimeChoice.read(Path(args["model_repository"]) / args["model_version"])
-        self._engine = open_engine(choice.file, choice.runtime, threads)
+        self._engine = load_engine(choice.file, choice.runtime, threads)
+        if not choice.unverified:
+            # The outcome is not stored: a new file in this folder would make a polling server load the model again.
+            verify(self._engine, choice.file, remember=False)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Returns one response for each request; the requests are computed as one batch."""

@@ -1,4 +1,4 @@
-"""Known answers: a synthetic image and its logits, to check whether a server answers correctly.
+"""Known answers: an image and its logits, to check whether a server answers correctly.
 
 Imports no large library but NumPy, because :mod:`deploy.probe` runs every few seconds.
 """
@@ -10,15 +10,20 @@ import io
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from illama.errors import UserError
+from illama.golden_answers import Arithmetic, GoldenAnswers, repeat_pixels
 from illama.structured_files import read_json
 
-TOLERANCE = 0.1  # of the largest logit; other runtimes and float dtypes differ by much less, other networks by more
+if TYPE_CHECKING:
+    from illama.data.preprocessing import Preprocessing
+
+TOLERANCE = 0.1  # of the logits without golden answers; other runtimes differ by much less, other networks by more
 
 
 @dataclass(frozen=True)
@@ -27,35 +32,41 @@ class KnownAnswer:
 
     Attributes:
         image: PNG file in base64.
-        logits: (classes,).
+        positions: the classes whose logits are stored.
+        logits: their logits.
+        tolerance: the largest Euclidean distance between right logits and the stored ones.
         seconds: time of the engine for this image.
     """
 
     image: str
+    positions: list[int]
     logits: list[float]
+    tolerance: float
     seconds: float
 
     @classmethod
     def create(
-        cls,
-        infer: Callable[[np.ndarray], np.ndarray],
-        prepare: Callable[[io.BytesIO], np.ndarray],
-        size: tuple[int, int],
+        cls, infer: Callable[[np.ndarray], np.ndarray], prepare: Callable[[io.BytesIO], np.ndarray], file: bytes
     ) -> KnownAnswer:
-        """Runs a network on an image of a fixed pattern.
+        """Returns a network's own answer for an image.
 
         Args:
             infer: images (1, ...) -> logits (1, classes).
             prepare: PNG file -> input of the network, without the batch.
-            size: (height, width) of the image.
+            file: the PNG file.
         """
-        file = _pattern(*size)
         images = prepare(io.BytesIO(file))[None]
         infer(images)  # warm-up
         start = time.perf_counter()
         logits = infer(images)[0]
         seconds = time.perf_counter() - start
-        return cls(base64.b64encode(file).decode(), [float(value) for value in logits], seconds)
+        image, tolerance = base64.b64encode(file).decode(), TOLERANCE * float(np.linalg.norm(logits.astype(np.float64)))
+        return cls(image, list(range(len(logits))), logits.tolist(), tolerance, seconds)
+
+    def with_golden(self, golden: GoldenAnswers, arithmetic: Arithmetic) -> KnownAnswer:
+        """Returns this answer with PyTorch's logits, for the file of :func:`golden_file`."""
+        tolerance = golden.distance(arithmetic)
+        return replace(self, positions=golden.positions.tolist(), logits=golden.logits[0].tolist(), tolerance=tolerance)
 
     @property
     def file(self) -> bytes:
@@ -63,11 +74,10 @@ class KnownAnswer:
         return base64.b64decode(self.image)
 
     def matches(self, logits: np.ndarray) -> bool:
-        """Whether logits (classes,) equal the known ones within :data:`TOLERANCE`."""
-        expected = np.asarray(self.logits)
-        if logits.shape != expected.shape or not np.isfinite(logits).all():
+        """Whether logits (classes,) equal the known ones within the tolerance."""
+        if logits.ndim != 1 or len(logits) <= max(self.positions) or not np.isfinite(logits).all():
             return False
-        return bool(np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max())
+        return bool(np.linalg.norm(logits[self.positions] - np.asarray(self.logits)) <= self.tolerance)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)) + "\n")
@@ -76,7 +86,9 @@ class KnownAnswer:
     def read(cls, path: Path) -> KnownAnswer:
         """Reads a file of :meth:`write`; raises UserError if it is missing or damaged."""
         answer = read_json(path, cls)
-        if not np.isfinite([*answer.logits, answer.seconds]).all() or not _is_base64(answer.image):
+        numbers = [*answer.logits, answer.seconds, answer.tolerance]
+        fit = len(answer.positions) == len(answer.logits) > 0 and min(answer.positions) >= 0
+        if not (fit and np.isfinite(numbers).all() and _is_base64(answer.image)):
             raise UserError(f"{path} is damaged: write the repository again")
         return answer
 
@@ -88,12 +100,30 @@ def _is_base64(text: str) -> bool:
         return False
 
 
-def _pattern(height: int, width: int) -> bytes:
-    """Returns a PNG file of sine waves, with another wavelength and direction in each channel."""
-    from PIL import Image  # not needed to read an answer
+def golden_file(golden: GoldenAnswers, preprocessing: Preprocessing) -> bytes:
+    """Returns a PNG file that the preprocessing of a bundle converts to its first golden input, exactly."""
+    height, width = golden.facts.size
+    image = repeat_pixels(golden.images[:1], golden.facts.size)[0]
+    if golden.facts.mean and (short := preprocessing.resize):  # what the crop removes is added around the image
+        from illama.data.images import crop_of_resized  # not needed to read an answer
 
+        (_, top), (_, left) = crop_of_resized((short, short), short, preprocessing.size)
+        around = ((top, short - height - top), (left, short - width - left), (0, 0))
+        image = np.pad(image, around, mode="edge")
+    return _as_png(image)
+
+
+def pattern_file(height: int, width: int) -> bytes:
+    """Returns a PNG file of sine waves, with another wavelength and direction in each channel."""
     rows, columns = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(2 * np.pi * (a * rows + b * columns)) for a, b in ((1, 2), (3, -1), (-2, 4))]
+    return _as_png((127.5 + 127.5 * np.stack(waves, axis=-1)).astype(np.uint8))
+
+
+def _as_png(image: np.ndarray) -> bytes:
+    """Returns an image (height, width, channels) uint8 as a PNG file."""
+    from PIL import Image  # not needed to read an answer
+
     file = io.BytesIO()
-    Image.fromarray((127.5 + 127.5 * np.stack(waves, axis=-1)).astype(np.uint8)).save(file, "PNG")
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
     return file.getvalue()

@@ -11,11 +11,12 @@ Each version has a known answer (:mod:`deploy.serving.known_answer`), by which a
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +25,22 @@ from deploy.runtimes.image_input import ImageInput
 from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.recommended_runtime import RuntimeChoice, recommend_runtime
+from deploy.runtimes.verification import find_golden
 from deploy.serving.health import KNOWN_ANSWER
-from deploy.serving.known_answer import KnownAnswer
+from deploy.serving.known_answer import KnownAnswer, golden_file, pattern_file
 from deploy.serving.model_config import config_texts
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, command_line, package_versions
 from illama.errors import UserError
+from illama.golden_answers import GOLDEN, GoldenAnswers
 from illama.graph.writer import copy_graph
 from illama.manifest import Manifest
 from illama.structured_files import read_json
 
 RECORD = "repository.json"  # Triton ignores files in the repository's folder
-FORMAT = 3
+FORMAT = 4
 PLAN = "model.plan"
 
 
@@ -166,25 +169,32 @@ def write_version(out: Path, name: str, bundle: Path, number: int, options: Serv
         if options.device == "gpu":
             shutil.copyfile(find_servable_engine(bundle, options.max_batch), draft / PLAN)
             graph = bundle / (FUSED_ONNX if (bundle / FUSED_ONNX).exists() else CPU_ONNX)
-            known = create_known_answer(bundle, graph, "onnxruntime")  # this machine may have no GPU
+            known = create_known_answer(graph, "onnxruntime", options.unverified)  # this machine may have no GPU
         else:
-            choice = recommend_runtime(bundle, options.runtime)
-            known = create_known_answer(bundle, choice.file, choice.runtime)
+            choice = replace(recommend_runtime(bundle, options.runtime), unverified=options.unverified)
+            known = create_known_answer(choice.file, choice.runtime, options.unverified)
             copy_graph(choice.file, draft)
             choice.write(draft)
             _write_code(draft, "Network")
         known.write(draft / KNOWN_ANSWER)
-        shutil.copyfile(bundle / MANIFEST, draft / MANIFEST)
+        for name in (MANIFEST, GOLDEN):
+            if (bundle / name).exists():
+                shutil.copyfile(bundle / name, draft / name)
 
 
-def create_known_answer(bundle: Path, file: Path, runtime: RuntimeName) -> KnownAnswer:
-    """Creates the known answer of a file of a bundle.
+def create_known_answer(file: Path, runtime: RuntimeName, unverified: bool = False) -> KnownAnswer:
+    """Creates the known answer of a file of a bundle: a golden answer if it has any, else the engine's own.
+
+    Args:
+        unverified: see :func:`deploy.runtimes.open_engine.open_engine`.
 
     Raises:
-        UserError: the file cannot be run, or its input or its classes are not those of the bundle's manifest.
+        UserError: the file cannot be run, its golden answers are wrong, or its input or its classes are not those of
+            the bundle's manifest.
     """
-    manifest = Manifest.read(bundle)
-    image_input, classes, engine = ImageInput.of(manifest), len(manifest.classes), open_engine(file, runtime)
+    manifest, golden = Manifest.read(file.parent), find_golden(file)
+    image_input, classes = ImageInput.of(manifest), len(manifest.classes)
+    engine = open_engine(file, runtime, unverified=unverified)
 
     def infer(images: np.ndarray) -> np.ndarray:
         try:
@@ -203,8 +213,14 @@ def create_known_answer(bundle: Path, file: Path, runtime: RuntimeName) -> Known
             raise UserError(f"the logits of {file} are not finite: find the layer with python quant/debug_layers.py")
         return logits
 
-    shape = (image_input.frame or image_input.preprocessing.size)[:2]
-    return KnownAnswer.create(infer, lambda png: image_input.read(png, lambda: "of the known answer"), shape)
+    def prepare(png: io.BytesIO) -> np.ndarray:
+        return image_input.read(png, lambda: "of the known answer")
+
+    if golden is None:
+        return KnownAnswer.create(infer, prepare, pattern_file(*(image_input.frame or manifest.preprocessing.size)[:2]))
+    answers = GoldenAnswers.read(golden)
+    known = KnownAnswer.create(infer, prepare, golden_file(answers, manifest.preprocessing))
+    return known if unverified else known.with_golden(answers, engine.arithmetic)
 
 
 def find_servable_engine(bundle: Path, max_batch: int) -> Path:

@@ -29,6 +29,7 @@ class ServingOptions:
         live_versions: number of newest versions to load; older versions stay in the folder.
         max_file_mb: maximum size of an image file, in 10^6 bytes.
         max_megapixels: maximum size of an image, in 10^6 pixels; a larger one is not decoded.
+        unverified: serve a network even if it computes other logits than its golden answers.
     """
 
     device: Literal["cpu", "gpu"] = "cpu"
@@ -41,6 +42,7 @@ class ServingOptions:
     live_versions: Count = 2
     max_file_mb: float = 20
     max_megapixels: float = 50
+    unverified: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self)

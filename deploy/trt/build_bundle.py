@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ from deploy.trt.record import ENGINE, RECORD, EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
 from illama.bundle import ENGINES, FUSED_ONNX, sha256
 from illama.errors import UserError
+from illama.golden_answers import GOLDEN
 from illama.graph.reader import has_fp8, load_graph, precisions
 from illama.manifest import Manifest
 
@@ -72,9 +74,12 @@ def write_engine(
         preprocessing=asdict(manifest.preprocessing),
         classes=list(manifest.classes),
         trtexec=trtexec_line(library, source, path, options),
+        golden_answers=manifest.golden_answers,
     )
     with write_folder(path.parent, partial(_may_replace, record.origin)) as draft:
         (draft / ENGINE).write_bytes(built.data)
+        if (golden := bundle / GOLDEN).exists():  # an engine may be copied without its bundle
+            shutil.copyfile(golden, draft / GOLDEN)
         record.write(draft / ENGINE)
     return path
 

@@ -14,6 +14,7 @@ from deploy.trt.engine_options import LibraryName
 from illama.atomic_write import list_folder
 from illama.bundle import ENGINES, sha256
 from illama.errors import UserError
+from illama.options import Golden
 from illama.structured_files import check_regular, read_json
 
 FORMAT = 2
@@ -41,6 +42,7 @@ class EngineRecord:
         outputs: likewise, of the one output.
         preprocessing: :class:`illama.data.preprocessing.Preprocessing` as a dict; in the engine if its input is uint8.
         classes: names of the classes, in the order of the logits.
+        golden_answers: the images of the golden answers beside the engine.
         trtexec: command of the library's own tool that builds an equivalent engine, run in the bundle's folder.
     """
 
@@ -60,6 +62,7 @@ class EngineRecord:
     preprocessing: dict[str, Any]
     classes: list[str]
     trtexec: str
+    golden_answers: Golden | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:

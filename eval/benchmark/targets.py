@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,10 @@ from torch import nn
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from deploy.runtimes.open_engine import cpu_runtime, open_engine
+from deploy.runtimes.open_engine import cpu_runtime, load_engine
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.torch_engine import TorchEngine
+from deploy.runtimes.verification import verify
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from eval.benchmark.open_bundles import check_alike
 from eval.report.decision import RowKey
@@ -104,6 +106,34 @@ class BenchmarkTarget:
             return self.engine.infer(images)
         min_batch, _, max_batch = self.built[1].batch
         return in_calls_of(self.engine.infer, images, min_batch, max_batch)
+
+
+class FailedEngine(Engine):
+    """An engine that cannot be opened, or whose answers are wrong; ``infer`` raises the UserError that says so."""
+
+    def __init__(self, error: UserError) -> None:
+        self.runtime, self._error = "failed", error
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Raises UserError."""
+        raise self._error
+
+
+def _open(load: Callable[[], Engine], file: Path) -> Engine:
+    """Returns the verified engine of a file, or a :class:`FailedEngine`."""
+    try:
+        return _verified(load(), file)
+    except UserError as error:
+        return FailedEngine(error)
+
+
+def _verified(engine: Engine, file: Path) -> Engine:
+    """Returns the engine; a :class:`FailedEngine` if its golden answers are wrong."""
+    try:
+        engine.verified = verify(engine, file)
+    except UserError as error:
+        return FailedEngine(error)
+    return engine
 
 
 def in_calls_of(infer: Infer, images: np.ndarray, min_batch: int, max_batch: int) -> np.ndarray:
@@ -212,13 +242,12 @@ def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
     quantization = Manifest.read(graph.parent).quantization
     emulated = quantization and quantization.emulated
     not_timed = NotTimed("emulated", f"Not timed: {EMULATED[emulated]}") if emulated else None
-    engine = OnnxRuntimeEngine(graph, threads)
+    engine = _open(partial(OnnxRuntimeEngine, graph, threads), graph)
     yield BenchmarkTarget(scheme, graph, engine, "ONNX Runtime, CPU", "onnxruntime", not_timed=not_timed)
-    if cpu_runtime(graph) == "openvino":
-        other = OpenVinoEngine(graph, threads)
-        yield BenchmarkTarget(
-            scheme, graph, other, "OpenVINO, CPU", "openvino", not_timed=not_timed, precision=other.floats
-        )
+    if not isinstance(engine, FailedEngine) and cpu_runtime(graph) == "openvino":
+        other = _open(partial(OpenVinoEngine, graph, threads), graph)
+        floats = other.floats if isinstance(other, OpenVinoEngine) else None
+        yield BenchmarkTarget(scheme, graph, other, "OpenVINO, CPU", "openvino", not_timed=not_timed, precision=floats)
 
 
 def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[BenchmarkTarget]:
@@ -226,7 +255,8 @@ def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Ite
     if weights.name != TORCHAO or not weights.exists():
         return
     network = networks.get(weights.parent.name)
-    engine = TorchEngine(network, "cpu") if network is not None else open_engine(weights)
+    given = partial(TorchEngine, network, "cpu") if network is not None else partial(load_engine, weights)
+    engine = _open(given, weights)
     on_gpu = "cuda" in engine.runtime
     yield BenchmarkTarget(scheme, weights, engine, f"PyTorch, {'GPU' if on_gpu else 'CPU'}", "torch", on_gpu=on_gpu)
 
@@ -239,16 +269,16 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
         return
     usable, left_out = _engines_of(graph)
     engines = usable if whole else [(path, _read_record(path, graph))]
-    substitute, halves = None, half_dtypes(load_graph(graph))
+    substitute, halves = None, _half_dtypes_of(graph)
     emulated = f", emulated in {' and '.join(halves)}" if halves else ""
     for built, record in engines:
         title = TITLES.get(record.library, record.library)
         if sum(each.library == record.library for _, each in usable) > 1:
             title += f", {built.parent.name if built.name == ENGINE else built.stem}"
         try:
-            engine, not_timed = open_engine(built), None
+            engine, not_timed = _verified(load_engine(built), built), None
         except UserError as error:  # no GPU, or another than it was built for
-            engine = substitute = substitute or OnnxRuntimeEngine(graph, threads)
+            engine = substitute = substitute or _open(partial(OnnxRuntimeEngine, graph, threads), graph)
             title += emulated
             trouble = str(error).replace(str(built), "it")
             not_timed = NotTimed(
@@ -268,7 +298,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
         )
     if not engines:
         not_timed = NotTimed("no engine", "No engine was built from it, or none can be used")
-        engine = OnnxRuntimeEngine(graph, threads)
+        engine = _open(partial(OnnxRuntimeEngine, graph, threads), graph)
         yield BenchmarkTarget(
             scheme,
             graph,
@@ -279,6 +309,14 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
             not_timed=not_timed,
             left_out=left_out,
         )
+
+
+def _half_dtypes_of(graph: Path) -> Sequence[str]:
+    """Returns the half-precision dtypes in a graph; none if it is damaged, which its engine says."""
+    try:
+        return half_dtypes(load_graph(graph))
+    except UserError:
+        return ()
 
 
 def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:

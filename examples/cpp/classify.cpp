@@ -1,6 +1,7 @@
-// Classifies one image with a TensorRT engine: classify ENGINE LABELS IMAGE.ppm
+// Classifies one image with a TensorRT engine: classify ENGINE LABELS IMAGE.ppm [--unverified]
 //
-// Prints the five most probable classes. The engine's input is either float32 (B, C, H, W), which this program
+// Prints the five most probable classes. First, the engine must give its golden answers, at its smallest and its largest
+// batch; --unverified makes a wrong answer a warning. The engine's input is either float32 (B, C, H, W), which this program
 // normalizes, or uint8 (B, H, W, C), a camera frame that the engine normalizes itself. The source compiles with
 // TensorRT 10 and 11 and with TensorRT for RTX; it uses only what their C++ interfaces have in common.
 
@@ -11,7 +12,7 @@
 #include <memory>
 #include <mutex>
 
-#include "image.hpp"
+#include "golden.hpp"
 
 namespace {
 
@@ -65,11 +66,11 @@ std::string text(const Dims& shape) {
     return "(" + sizes + ")";
 }
 
-// Returns the shape of this image as the engine's input, with batch 1. -1 in the engine's shape is any size.
-Dims input_shape(const nvinfer1::ICudaEngine& engine, const Image& image, bool is_frame) {
+// Returns the shape of a batch of such images as the engine's input. -1 in the engine's shape is any size.
+Dims input_shape(const nvinfer1::ICudaEngine& engine, const Image& image, std::int64_t batch, bool is_frame) {
     const Dims taken = engine.getTensorShape(kInput);
-    const Dims given = is_frame ? Dims{4, {1, image.height, image.width, image.channels}}
-                                : Dims{4, {1, image.channels, image.height, image.width}};
+    const Dims given = is_frame ? Dims{4, {batch, image.height, image.width, image.channels}}
+                                : Dims{4, {batch, image.channels, image.height, image.width}};
     bool fits = taken.nbDims == 4;
     for (int i = 0; fits && i < 4; ++i) fits = taken.d[i] == -1 || taken.d[i] == given.d[i];
     if (!fits) {
@@ -79,8 +80,9 @@ Dims input_shape(const nvinfer1::ICudaEngine& engine, const Image& image, bool i
     return given;
 }
 
-// Returns the logits (classes). Throws std::runtime_error if the engine, the image and the labels do not match.
-std::vector<float> infer(nvinfer1::ICudaEngine& engine, const Image& image, const Labels& labels,
+// Returns the logits (batch, classes) of images of one size. Throws std::runtime_error if the engine, the images and the
+// normalization do not match.
+std::vector<float> infer(nvinfer1::ICudaEngine& engine, const std::vector<Image>& images, const Labels& normalization,
                          const Logger& logger) {
     const DataType type = engine.getTensorDataType(kInput);
     const bool is_frame = type == DataType::kUINT8;
@@ -90,25 +92,32 @@ std::vector<float> infer(nvinfer1::ICudaEngine& engine, const Image& image, cons
         fail("the engine must have an input `images`, float32 or uint8, and an output `logits`, float32");
     }
     const auto context = own(engine.createExecutionContext(), "cannot create an execution context", logger);
-    if (!context->setInputShape(kInput, input_shape(engine, image, is_frame))) {
+    const std::int64_t batch = static_cast<std::int64_t>(images.size());
+    if (!context->setInputShape(kInput, input_shape(engine, images[0], batch, is_frame))) {
         fail("the engine rejects the image's shape: " + logger.reason());
     }
     const Dims output = context->getTensorShape(kOutput);
-    if (output.nbDims != 2 || output.d[1] != static_cast<std::int64_t>(labels.classes.size())) {
-        fail("the engine's output is " + text(output) + ", but there are " + std::to_string(labels.classes.size()) +
-             " labels: use the labels of this network");
+    if (output.nbDims != 2) fail("the engine's output is " + text(output) + ", not (batch, classes)");
+    std::vector<float> planes;
+    std::vector<std::uint8_t> frames;
+    for (const Image& image : images) {
+        if (is_frame) {
+            frames.insert(frames.end(), image.pixels.begin(), image.pixels.end());
+        } else {
+            const std::vector<float> normalized = normalize(image, normalization);
+            planes.insert(planes.end(), normalized.begin(), normalized.end());
+        }
     }
-    const std::vector<float> planes = is_frame ? std::vector<float>() : normalize(image, labels);
-    const void* source = is_frame ? static_cast<const void*>(image.pixels.data()) : planes.data();
-    const std::size_t bytes = is_frame ? image.pixels.size() : planes.size() * sizeof(float);
-    std::vector<float> logits(labels.classes.size());
+    const void* source = is_frame ? static_cast<const void*>(frames.data()) : planes.data();
+    const std::size_t bytes = is_frame ? frames.size() : planes.size() * sizeof(float);
+    std::vector<float> logits(static_cast<std::size_t>(batch * output.d[1]));
 
-    const DeviceBuffer images(bytes), results(logits.size() * sizeof(float));
+    const DeviceBuffer inputs(bytes), results(logits.size() * sizeof(float));
     cudaStream_t stream = nullptr;
     check(cudaStreamCreate(&stream), "cannot create a stream");
     const std::unique_ptr<CUstream_st, cudaError_t (*)(cudaStream_t)> owner(stream, cudaStreamDestroy);
-    check(cudaMemcpyAsync(images.data(), source, bytes, cudaMemcpyHostToDevice, stream), "cannot copy the image");
-    if (!context->setTensorAddress(kInput, images.data()) || !context->setTensorAddress(kOutput, results.data()) ||
+    check(cudaMemcpyAsync(inputs.data(), source, bytes, cudaMemcpyHostToDevice, stream), "cannot copy the image");
+    if (!context->setTensorAddress(kInput, inputs.data()) || !context->setTensorAddress(kOutput, results.data()) ||
         !context->enqueueV3(stream)) {
         fail("cannot run the engine: " + logger.reason());
     }
@@ -118,7 +127,24 @@ std::vector<float> infer(nvinfer1::ICudaEngine& engine, const Image& image, cons
     return logits;
 }
 
-void classify(const char* engine_path, const char* labels_path, const char* image_path) {
+// Throws std::runtime_error if the engine computes other logits than the golden answers in its folder.
+void verify(nvinfer1::ICudaEngine& engine, const std::string& golden_path, const Logger& logger) {
+    if (!std::ifstream(golden_path)) {
+        std::fprintf(stderr, "warning: not verified: there is no %s\n", golden_path.c_str());
+        return;
+    }
+    const Golden golden = read_golden(golden_path);
+    for (const auto limit : {nvinfer1::OptProfileSelector::kMIN, nvinfer1::OptProfileSelector::kMAX}) {
+        const std::int64_t batch = engine.getProfileShape(kInput, 0, limit).d[0];
+        std::vector<Image> images;
+        for (std::int64_t i = 0; i < batch; ++i) {
+            images.push_back(golden.images[static_cast<std::size_t>(i) % golden.images.size()]);
+        }
+        check_logits(golden, infer(engine, images, golden.labels, logger), images.size());
+    }
+}
+
+void classify(const std::string& engine_path, const char* labels_path, const char* image_path, bool unverified) {
     const std::string plan = read_file(engine_path);
     const Labels labels = read_labels(labels_path);
     const Image image = read_image(image_path);
@@ -131,7 +157,18 @@ void classify(const char* engine_path, const char* labels_path, const char* imag
     Logger logger;
     const auto runtime = own(nvinfer1::createInferRuntime(logger), "cannot start TensorRT", logger);
     const auto engine = own(runtime->deserializeCudaEngine(plan.data(), plan.size()), "cannot load the engine", logger);
-    for (const auto& [index, probability] : top(infer(*engine, image, labels, logger), 5)) {
+    try {
+        verify(*engine, engine_path.substr(0, engine_path.find_last_of('/') + 1) + "golden.safetensors", logger);
+    } catch (const std::exception& error) {
+        if (!unverified) throw;
+        std::fprintf(stderr, "warning: --unverified: %s\n", error.what());
+    }
+    const std::vector<float> logits = infer(*engine, {image}, labels, logger);
+    if (logits.size() != labels.classes.size()) {
+        fail("the engine has " + std::to_string(logits.size()) + " classes, but there are " +
+             std::to_string(labels.classes.size()) + " labels: use the labels of this network");
+    }
+    for (const auto& [index, probability] : top(logits, 5)) {
         std::printf("%6.2f%%  %s\n", 100 * probability, labels.classes[index].c_str());
     }
 }
@@ -140,8 +177,9 @@ void classify(const char* engine_path, const char* labels_path, const char* imag
 
 int main(int count, char** arguments) {
     try {
-        if (count != 4) fail("usage: classify ENGINE LABELS IMAGE.ppm");
-        classify(arguments[1], arguments[2], arguments[3]);
+        const bool unverified = count == 5 && std::string(arguments[4]) == "--unverified";
+        if (count != 4 && !unverified) fail("usage: classify ENGINE LABELS IMAGE.ppm [--unverified]");
+        classify(arguments[1], arguments[2], arguments[3], unverified);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "error: %s\n", error.what());
         return 2;

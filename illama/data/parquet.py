@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +28,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from illama.atomic_write import file_lock, sweep, write_folder
+from illama.atomic_write import cache_folder, file_lock, sweep, write_folder
 from illama.data.images import decode_image
 from illama.data.webdataset import (
     MAX_CLASSES,
@@ -238,7 +237,7 @@ def _cache_folder(images: ParquetImages) -> Path:
     stats = [(path.resolve(), path.stat()) for path in images.paths]
     facts = [images.image_column, images.label_column, [(str(p), s.st_size, s.st_mtime_ns) for p, s in stats]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "illama" / f"parquet-{key}"
+    return cache_folder() / f"parquet-{key}"
 
 
 def _unpack(images: ParquetImages, folder: Path) -> None:

@@ -29,9 +29,9 @@ def cpu_session(
         model: path to the file, or its content.
         threads: number of threads within an operator; 0 for one per core.
         profile: prefix of the file that ``end_profiling`` writes.
-        fused: whether the graph is one for TensorRT. If so, two optimizations of ONNX Runtime are disabled: one rounds
-            a quantized convolution's bias to integers that exceed half precision, the other removes a Relu before a
-            QuantizeLinear to FP8.
+        fused: whether the graph is one for TensorRT. If so, three optimizations of ONNX Runtime are disabled: one
+            rounds a quantized convolution's bias to integers that exceed half precision, one removes a Relu before a
+            QuantizeLinear to FP8, and one makes int8 unsigned, which ONNX Runtime then rejects across a Transpose.
         folder: folder of the external data, if ``model`` is the content of a file.
     """
     if isinstance(model, Path):
@@ -43,7 +43,7 @@ def cpu_session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    disabled = ["WeightBiasQuantization", "ReluQuantRewrite"] if fused else None
+    disabled = ["WeightBiasQuantization", "ReluQuantRewrite", "QDQS8ToU8Transformer"] if fused else None
     return onnxruntime.InferenceSession(
         model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
     )

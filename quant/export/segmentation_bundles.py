@@ -19,7 +19,7 @@ from illama.errors import UserError
 from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
 from illama.models.upernet import fold_batch_norms, load_segmentation
-from illama.options import SourceOptions
+from illama.options import Golden, SourceOptions
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
 from quant.inputs import check_names, onnx_scheme
 from quant.quantizers.calibrate import calibrate
@@ -47,12 +47,15 @@ class SegmentationJob:
         return list(torch.stack([transform(images[i][0]).as_subclass(Tensor) for i in bar]).split(_BATCH))
 
 
-def open_segmentation_job(bundle: Path, folder: Path, names: Sequence[str], calibration_images: int) -> SegmentationJob:
+def open_segmentation_job(
+    bundle: Path, folder: Path, names: Sequence[str], calibration_images: int, golden: Golden = "calibration"
+) -> SegmentationJob:
     """Opens and checks everything before any work is done.
 
     Args:
         folder: images in ADE20K's layout.
         names: schemes by name or YAML file.
+        golden: images of the golden answers.
 
     Raises:
         UserError: network, images and schemes do not fit each other, or one cannot be read.
@@ -68,7 +71,7 @@ def open_segmentation_job(bundle: Path, folder: Path, names: Sequence[str], cali
     plans = [resolve(scheme, model) for scheme in schemes]
     source = SourceOptions(bundle, data=str(folder), calibration_images=calibration_images)
     hashes = {str(checkpoint.weights): sha256(checkpoint.weights)}
-    origin = Origin(preprocessing, data.classes, Provenance(inputs=hashes, source=source))
+    origin = Origin(preprocessing, data.classes, Provenance(inputs=hashes, source=source), golden)
     return SegmentationJob(model, plans, data, origin, calibration_images)
 
 

@@ -16,7 +16,9 @@ from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest, Provenance, Quantization
 from illama.models.attention import MaskedNetwork
 from illama.models.config import NetworkConfig
+from illama.options import Golden
 from illama.partial_work import PartialWork
+from quant.export.golden import golden_answers
 from quant.export.half_precision import export_half
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
@@ -34,14 +36,22 @@ class Origin:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     provenance: Provenance
+    golden: Golden = "calibration"
 
     @classmethod
-    def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
-        """Returns the origin of a checkpoint and its data; ``files``: SHA-256 of other input files, by path."""
+    def of(
+        cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None, golden: Golden = "calibration"
+    ) -> Origin:
+        """Returns the origin of a checkpoint and its data.
+
+        Args:
+            files: SHA-256 of other input files, by path.
+            golden: images of the golden answers.
+        """
         weights = inputs.checkpoint.weights
         hashes = {str(weights): sha256(weights), **(files or {})}
         provenance = Provenance(seed=seed, inputs=hashes, source=inputs.source)
-        return cls(inputs.preprocessing, tuple(inputs.data.classes), provenance)
+        return cls(inputs.preprocessing, tuple(inputs.data.classes), provenance, golden)
 
     def manifest(self, config: NetworkConfig, quantization: Quantization | None = None) -> Manifest:
         """Returns the manifest of a bundle of a network with that config."""
@@ -78,8 +88,9 @@ def write_graphs(
     """Exports ``model`` to the ONNX files named in a new folder, with a manifest, and returns the folder.
 
     Args:
-        files: CPU_ONNX, FUSED_ONNX or both; the fused graph is in half precision.
-        batches: calibration images (B, C, H, W), on which the range of half precision is checked.
+        files: CPU_ONNX, FUSED_ONNX, both or none; the fused graph is in half precision.
+        batches: calibration images (B, C, H, W), on which the range of half precision is checked, and of which golden
+            answers are made.
     """
     folder.mkdir(exist_ok=True)
     manifest = origin.manifest(model.config, quantization)
@@ -87,7 +98,11 @@ def write_graphs(
         export_onnx(model, folder / CPU_ONNX, "plain")
     if FUSED_ONNX in files:
         manifest = replace(manifest, numeric_range=export_half(model, folder / FUSED_ONNX, batches))
-    manifest.write(folder)
+    if origin.golden != "none":
+        images = batches if origin.golden == "calibration" else []
+        golden = golden_answers(model, origin.preprocessing, images, quantization is not None)
+        golden.write(folder)
+    replace(manifest, golden_answers=golden.facts.source if origin.golden != "none" else "none").write(folder)
     return folder
 
 

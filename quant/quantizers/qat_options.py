@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from illama.bundle import SHIPPED
-from illama.options import Count, Fraction, ImageSize, NotNegative, Positive, SourceOptions
+from illama.options import Count, Fraction, Golden, ImageSize, NotNegative, Positive, SourceOptions
 from illama.training.recipe import ClassifierOptions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -24,6 +24,8 @@ class QatOptions(ClassifierOptions):
         scheme: name of a shipped scheme (python quant/list_schemes.py), or path to a YAML file.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         calibration_images: number of training images for calibration.
+        golden: images of the golden answers in the bundle: calibration (8 of them, at most 32x32 pixels), noise, or
+            none.
         distillation: weight, 0 to 1, of the distillation loss against the unquantized network; the weight of the label
             loss is 1 minus this.
         temperature: temperature of the distillation loss.
@@ -36,6 +38,7 @@ class QatOptions(ClassifierOptions):
     scheme: str = "w4a4"
     image_size: ImageSize | None = None
     calibration_images: Count = 512
+    golden: Golden = "calibration"
     distillation: Fraction = 1.0
     temperature: Positive = 2.0
     scale_rate: NotNegative = 1.0

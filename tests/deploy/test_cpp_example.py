@@ -12,15 +12,32 @@ from PIL import Image
 from support import ROOT, assert_one_line_error
 
 from illama.data.preprocessing import Preprocessing
+from illama.golden_answers import GOLDEN, GoldenAnswers, GoldenFacts, WrongAnswerError
 
 SOURCE = ROOT / "examples" / "cpp"
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="C++ example not compiled: g++ is not installed")
 
 HARNESS = r"""
 #include <cstdio>
-#include "image.hpp"
-int main(int, char** arguments) {
+#include "golden.hpp"
+int main(int count, char** arguments) {
     try {
+        if (count == 4) {  // GOLDEN BATCH LOGITS: the input of the first images, and the check of the logits
+            const Golden golden = read_golden(arguments[1]);
+            const std::size_t batch = std::stoul(arguments[2]);
+            for (std::size_t i = 0; i < std::min(batch, golden.images.size()); ++i) {
+                if (golden.labels.mean.empty()) {
+                    for (const int value : golden.images[i].pixels) std::printf("%d\n", value);
+                } else {
+                    for (const float value : normalize(golden.images[i], golden.labels)) std::printf("%.9g\n", value);
+                }
+            }
+            std::istringstream words(read_file(arguments[3]));
+            std::vector<float> logits;
+            for (std::string word; words >> word;) logits.push_back(std::stof(word));
+            check_logits(golden, logits, batch);
+            return 0;
+        }
         const Labels labels = read_labels(arguments[1]);
         for (const float value : normalize(read_image(arguments[2]), labels)) std::printf("%.9g\n", value);
         for (const auto& [index, probability] : top({0.5f, 3.0f, -1.0f, 3.0f}, 3)) {
@@ -103,6 +120,57 @@ def test_an_invalid_image_is_a_one_line_error(harness, tmp_path, content, words)
 def test_labels_without_mean_and_std_are_a_one_line_error(harness, tmp_path, content):
     (tmp_path / "labels.txt").write_text(content)
     assert_one_line_error(_run(harness, tmp_path / "labels.txt", "image.ppm"), "labels.txt")
+
+
+def _golden(frames=False):
+    random = np.random.default_rng(0)
+    mean, std = ((), ()) if frames else ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    facts = GoldenFacts("noise", (37, 64), mean, std, {"float32": 0.1, "bfloat16": 0.2, "tensorrt": 0.04})
+    images = random.integers(0, 256, (3, 19, 32, 3), dtype=np.uint8)
+    return GoldenAnswers(images, np.array([0, 2, 5, 9]), random.normal(size=(3, 4)).astype(np.float32), facts)
+
+
+@pytest.mark.parametrize("frames", [False, True])
+@pytest.mark.parametrize("fault", [None, "nan", "swapped", "small error", "large error", "one image"])
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_golden_answers_equal_those_in_python(harness, tmp_path, batch, fault, frames):
+    golden = _golden(frames)
+    golden.write(tmp_path)
+    logits = np.zeros((batch, 10), np.float32)
+    logits[:, golden.positions] = golden.logits[np.arange(batch) % 3]
+    if fault == "nan":
+        logits[-1, 5] = np.nan
+    elif fault == "swapped":
+        logits = logits[::-1]
+    elif fault in ("small error", "large error"):
+        logits[:, 2] += 0.05 if fault == "small error" else 0.5
+    elif fault == "one image":
+        logits[-1, 9] += 0.3
+    (tmp_path / "logits.txt").write_text(" ".join(map(str, logits.ravel().tolist())))
+    result = _run(harness, tmp_path / GOLDEN, batch, tmp_path / "logits.txt")
+    found = np.array(result.stdout.split(), np.float32)
+    np.testing.assert_allclose(found, golden.inputs(min(batch, 3)).ravel(), atol=1e-5)
+    try:
+        golden.check(logits, "tensorrt")
+    except WrongAnswerError:
+        assert_one_line_error(result, "logits")
+    else:
+        assert result.returncode == 0 and (fault in (None, "small error") or (fault == "swapped" and batch == 1))
+
+
+def test_damaged_golden_answers_are_a_one_line_error(harness, tmp_path):
+    _golden().write(tmp_path)
+    (tmp_path / "logits.txt").write_text("0 " * 10)
+    whole = (tmp_path / GOLDEN).read_bytes()
+    random = np.random.default_rng(0)
+    for start in (0, 5, 9, 60, len(whole) // 2, len(whole) - 3):
+        (tmp_path / GOLDEN).write_bytes(whole[:start])
+        assert_one_line_error(_run(harness, tmp_path / GOLDEN, 1, tmp_path / "logits.txt"), "")
+    for _ in range(20):
+        changed = bytearray(whole)
+        changed[random.integers(0, 600)] = random.integers(0, 256)
+        (tmp_path / GOLDEN).write_bytes(changed)
+        assert _run(harness, tmp_path / GOLDEN, 1, tmp_path / "logits.txt").returncode in (0, 2)
 
 
 def _tensorrt():

@@ -505,7 +505,7 @@ def _leftovers(name):
 def test_a_server_that_is_starting_ends_with_its_command(end, tmp_path):
     """It prints one line if it is terminated. If it is killed, the next start deletes its temporary files."""
     models = _python_model(tmp_path / "models", "slow", "import time\ntime.sleep(600)\n")
-    (models / "repository.json").write_text('{"format": 3}')
+    (models / "repository.json").write_text('{"format": 4}')
     log = tmp_path / "log"
     with log.open("wb") as errors:
         process = subprocess.Popen(_command(free_ports(), "--out", models), cwd=ROOT, stdout=errors, stderr=errors)

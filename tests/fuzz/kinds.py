@@ -38,9 +38,12 @@ from illama.checkpoints.load import load_checkpoint, load_network, write_weights
 from illama.data.datasets import open_data
 from illama.data.idx_files import read_idx_pair
 from illama.data.images import decode_image
+from illama.data.preprocessing import Preprocessing
+from illama.golden_answers import GOLDEN, GoldenAnswers, WrongAnswerError
 from illama.manifest import Manifest
 from illama.partial_work import RUN, claim
 from illama.training.recipe import RECIPES, load_recipe
+from quant.export.golden import golden_answers
 from quant.export.onnx_export import export_onnx
 from quant.export.weights import read_quantized_weights, write_quantized_weights
 from quant.quantizers.calibrate import calibrate
@@ -85,7 +88,7 @@ def _structured(folder: Path) -> list[Kind]:
     engine = bundle / "engines" / "tiny" / "model.engine"
     write_made_up_engine(engine)
     store_temperature(bundle / "model.safetensors", 1.5, 100, "data", "test")
-    answer = KnownAnswer("aGk=", [0.5, 1.5], 0.1)
+    answer = KnownAnswer("aGk=", [0, 1], [0.5, 1.5], 0.2, 0.1)
     answer.write(folder / "known_answer.json")
     claim(folder / "run", {"a": {"b": [1, 2]}, "images": 3})
     report = folder / "report.json"
@@ -125,8 +128,11 @@ def _tensors(folder: Path) -> list[Kind]:
         quantize_with_torchao(model, resolve(shipped_scheme("int8-weight-only-torchao"), model)), folder / "bundle"
     )
     export_onnx(model, folder / "model.onnx", "plain")
+    golden_answers(model, Preprocessing.imagenet(32), [], False).write(folder / "run")
+    golden = folder / "run" / GOLDEN  # a folder without the files that it would verify
     tensors, zipped = (m.safetensors_header, m.safetensors_header, m.in_front(0.05), m.raw), m.zipped(m.raw)
     return [
+        Kind("golden.safetensors", golden, tensors, partial(_golden, golden)),
         Kind("safetensors", ours, tensors, partial(_checkpoint, ours)),
         Kind("safetensors", bare, tensors, partial(_checkpoint, bare)),
         Kind("safetensors", torchao, tensors, partial(_network, torchao)),
@@ -219,6 +225,13 @@ def _manifest(bundle: Path) -> None:
 def _known_answer(folder: Path) -> None:
     answer = KnownAnswer.read(folder / "known_answer.json")
     answer.matches(np.zeros(2))
+
+
+def _golden(path: Path) -> None:
+    answers = GoldenAnswers.read(path)
+    assert np.isfinite(answers.inputs(2)).all()
+    with contextlib.suppress(WrongAnswerError):
+        answers.check(np.zeros((2, 3), np.float32), "float32")
 
 
 def _report(path: Path) -> None:

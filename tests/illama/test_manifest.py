@@ -26,7 +26,7 @@ FULL = Manifest(
     Quantization("int8", (LayerFormats("blocks.0-5.attn.qkv", "int8", "uint8"),), "weights", "6-bit"),
     Scores("top1", 10, {"fp32": 50.0, "qat": 40.0}, {"qat": Drop(10.0, -1.0, 20.0)}, 2, {"cores": 2, "gpu": None}),
     (480, 640, 3),
-    golden_answers={"later": [1, 2]},
+    golden_answers="noise",
 )
 
 
