@@ -2,7 +2,8 @@
 
 Exports the shipped network by every scheme for ONNX, and runs its golden answers in each runtime for CPUs: calibration
 images and noise. Then it doubles the scale of one weight after the other, the smallest fault that golden answers should
-find. At the end it times the verification of an iLLaMA-Tiny at 224 pixels, with random weights. Writes ``golden-answers.json`` and ``golden-answers.md`` to ``results/golden-answers``.
+find. At the end it times the verification of an iLLaMA-Tiny at 224 pixels, with random weights. Writes
+``golden-answers.json`` and ``golden-answers.md`` to ``results/golden-answers``.
 """
 
 from __future__ import annotations

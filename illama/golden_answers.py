@@ -88,7 +88,7 @@ class GoldenAnswers:
             raise WrongAnswerError(f"has {found.shape[1]} logits for an image, fewer than PyTorch")
         found, expected = found[:, self.positions], self.logits[np.arange(len(found)) % len(self.logits)]
         if bad := int((~np.isfinite(found).all(axis=1)).sum()):
-            raise WrongAnswerError(f"computes logits that are not finite, for {bad} of {len(found)} images")
+            raise WrongAnswerError(f"computes logits that are not finite, for {bad} images in a batch of {len(found)}")
         errors = np.linalg.norm(found - expected, axis=1) / _spread(self.logits)
         total, wrong = float(np.sqrt((errors**2).mean())), np.flatnonzero(errors > ONE_IMAGE * tolerance)
         for image in wrong:
@@ -97,8 +97,8 @@ class GoldenAnswers:
                 raise WrongAnswerError(f"mixes up the images of a batch: image {image} gets the logits of {other}")
         if len(wrong) or (total > tolerance and len(found) >= len(self.logits)):
             raise WrongAnswerError(
-                f"computes other logits than PyTorch, for {len(wrong) or 'most'} of {len(found)} images: the error is "
-                f"{max(total, errors.max()):.1%} of their spread, and {tolerance:.1%} is rounding"
+                f"computes other logits than PyTorch, for {len(wrong) or 'most'} images in a batch of {len(found)}: "
+                f"the error is {max(total, errors.max()):.1%} of their spread, and {tolerance:.1%} is rounding"
             )
         return total
 
@@ -181,16 +181,16 @@ def _is_valid(answers: GoldenAnswers) -> bool:
     count, height, width, channels = images.shape
     (stored,) = positions.shape
     return (
-        1 <= count <= MAX_IMAGES
-        and images.dtype == np.uint8
+        images.dtype == np.uint8
+        and positions.dtype == np.int64
+        and logits.shape == (count, stored)
+        and 1 <= count <= MAX_IMAGES
         and 1 <= min(height, width) <= max(height, width) <= MAX_SIDE
         and min(facts.size) >= 1
         and facts.size[0] * facts.size[1] <= MAX_PIXELS
         and channels in (1, 3)
         and len(facts.mean) == len(facts.std) in (0, channels)
-        and logits.shape == (count, stored)
         and 1 <= stored <= MAX_POSITIONS
-        and positions.dtype == np.int64
         and int(positions.min()) >= 0
         and bool(np.isfinite(logits).all() and np.isfinite(facts.mean).all() and all(each > 0 for each in facts.std))
         and set(facts.tolerances) == {"float32", "bfloat16", "tensorrt"}

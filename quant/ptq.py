@@ -78,7 +78,7 @@ def main(options: PtqOptions) -> None:
         images = EvaluationImages(options.source.data, inputs.data, test, inputs.preprocessing, calibration)
         check_baseline(baseline, images)
 
-        origin = Origin.of(inputs, options.benchmark.seed, golden=options.golden)
+        origin = replace(Origin.of(inputs, options.benchmark.seed), golden=options.golden)
         work.start(_facts(options, inputs, schemes), options.restart)
         bundles, networks = write_bundles(work, inputs, plans, origin, steps.show)
         not_run = build_engines(library, bundles, EngineOptions(options.targets), steps.show)

@@ -47,11 +47,6 @@ class Outcome:
     passed: bool
 
 
-@dataclass(frozen=True)
-class _Outcomes:
-    outcomes: tuple[Outcome, ...] = ()
-
-
 def verify(engine: Engine, file: Path, remember: bool = True) -> bool:
     """Verifies that an engine computes the golden answers of its file, at its smallest batch and at a large one.
 
@@ -73,7 +68,7 @@ def verify(engine: Engine, file: Path, remember: bool = True) -> bool:
     golden = GoldenAnswers.read(path)
     try:
         for batch in dict.fromkeys(engine.batches):
-            _check(engine, golden, batch)
+            golden.check(engine.infer(golden.inputs(batch)), engine.arithmetic)
     except WrongAnswerError as error:
         if remember:
             _store(_outcome(engine, file, path, False), file)
@@ -90,14 +85,6 @@ def find_golden(file: Path) -> Path | None:
     """Returns the golden answers beside a file of a bundle, or of the bundle of an engine; None if there are none."""
     beside = (file.with_name(GOLDEN), bundle_of(file) / GOLDEN)
     return next((path for path in beside if path.exists()), None)
-
-
-def _check(engine: Engine, golden: GoldenAnswers, batch: int) -> None:
-    """Raises WrongAnswerError, with the batch in the message, if the engine computes other logits."""
-    try:
-        golden.check(engine.infer(golden.inputs(batch)), engine.arithmetic)
-    except WrongAnswerError as error:
-        raise WrongAnswerError(f"{error}, at batch {batch}") from error
 
 
 def _outcome(engine: Engine, file: Path, golden: Path, passed: bool) -> Outcome:
@@ -118,7 +105,7 @@ def _stored(file: Path) -> list[Outcome]:
     found: list[Outcome] = []
     for place in _places(file):
         try:
-            found += read_json(place, _Outcomes).outcomes
+            found += read_json(place, tuple[Outcome, ...])
         except UserError:
             continue
     return found
@@ -127,7 +114,7 @@ def _stored(file: Path) -> list[Outcome]:
 def _store(outcome: Outcome, file: Path) -> None:
     """Adds an outcome to the stored ones, in the first place that can be written."""
     others = [each for each in _stored(file) if (each.file, each.runtime) != (outcome.file, outcome.runtime)]
-    text = json.dumps({"outcomes": [asdict(each) for each in (*others[1 - _KEPT :], outcome)]}, indent=2) + "\n"
+    text = json.dumps([asdict(each) for each in (*others[1 - _KEPT :], outcome)], indent=2) + "\n"
     for place in _places(file):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -152,7 +152,7 @@ class ServedRepository:
 
     def _infer(self, model: str, known: KnownAnswer) -> np.ndarray:
         headers = {"Content-Type": "application/octet-stream", _HEADER: "0"}
-        post = urllib.request.Request(f"{self.url}/v2/models/{model}/infer", known.file, headers)
+        post = urllib.request.Request(f"{self.url}/v2/models/{model}/infer", known.image, headers)
         body, head = self._open(post, self.timeout + _MAX_SLOWDOWN * known.seconds)
         return np.frombuffer(body[head:], np.float32)
 

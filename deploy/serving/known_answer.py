@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Base64Bytes
 
 from illama.errors import UserError
 from illama.golden_answers import Arithmetic, GoldenAnswers, repeat_pixels
@@ -31,14 +32,14 @@ class KnownAnswer:
     """An image and its logits.
 
     Attributes:
-        image: PNG file in base64.
+        image: PNG file; in base64 on disk.
         positions: the classes whose logits are stored.
         logits: their logits.
         tolerance: the largest Euclidean distance between right logits and the stored ones.
         seconds: time of the engine for this image.
     """
 
-    image: str
+    image: Base64Bytes
     positions: list[int]
     logits: list[float]
     tolerance: float
@@ -60,18 +61,13 @@ class KnownAnswer:
         start = time.perf_counter()
         logits = infer(images)[0]
         seconds = time.perf_counter() - start
-        image, tolerance = base64.b64encode(file).decode(), TOLERANCE * float(np.linalg.norm(logits.astype(np.float64)))
-        return cls(image, list(range(len(logits))), logits.tolist(), tolerance, seconds)
+        tolerance = TOLERANCE * float(np.linalg.norm(logits.astype(np.float64)))
+        return cls(file, list(range(len(logits))), logits.tolist(), tolerance, seconds)
 
     def with_golden(self, golden: GoldenAnswers, arithmetic: Arithmetic) -> KnownAnswer:
         """Returns this answer with PyTorch's logits, for the file of :func:`golden_file`."""
         tolerance = golden.distance(arithmetic)
         return replace(self, positions=golden.positions.tolist(), logits=golden.logits[0].tolist(), tolerance=tolerance)
-
-    @property
-    def file(self) -> bytes:
-        """The image as a PNG file."""
-        return base64.b64decode(self.image)
 
     def matches(self, logits: np.ndarray) -> bool:
         """Whether logits (classes,) equal the known ones within the tolerance."""
@@ -80,7 +76,7 @@ class KnownAnswer:
         return bool(np.linalg.norm(logits[self.positions] - np.asarray(self.logits)) <= self.tolerance)
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)) + "\n")
+        path.write_text(json.dumps({**asdict(self), "image": base64.b64encode(self.image).decode()}) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> KnownAnswer:
@@ -88,16 +84,9 @@ class KnownAnswer:
         answer = read_json(path, cls)
         numbers = [*answer.logits, answer.seconds, answer.tolerance]
         fit = len(answer.positions) == len(answer.logits) > 0 and min(answer.positions) >= 0
-        if not (fit and np.isfinite(numbers).all() and _is_base64(answer.image)):
+        if not (fit and np.isfinite(numbers).all() and answer.image):
             raise UserError(f"{path} is damaged: write the repository again")
         return answer
-
-
-def _is_base64(text: str) -> bool:
-    try:
-        return bool(base64.b64decode(text, validate=True))
-    except ValueError:
-        return False
 
 
 def golden_file(golden: GoldenAnswers, preprocessing: Preprocessing) -> bytes:

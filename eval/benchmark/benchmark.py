@@ -29,7 +29,7 @@ from illama.bundle import bundle_of, command_line, package_versions, sha256, siz
 from illama.data.datasets import Transformed
 from illama.errors import UserError
 from illama.hardware import describe_machine
-from illama.inference import Infer, chance_note, load_images, usable_cores
+from illama.inference import Infer, load_images, usable_cores
 from illama.manifest import NO_TENSORRT, Manifest, NumericRange
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
@@ -115,8 +115,6 @@ def run_benchmark(
         row.flipped = _flipped(row, base, found.predictions[each.name].plain, images)
         row.half_softmax = _half_softmax(base, again[each.name], options.seed) if each.name in again else None
         rows.append(row)
-        if row.reference and (note := chance_note(row.name, row.top1.percent, len(images.data.classes))):
-            notes.append(note)
     targets = _reopened(targets, execution, options.threads)
     with torch_on_all_cores():
         conditions, unread = _time(targets, rows, images, options)
@@ -287,6 +285,7 @@ def make_report(
         layers=result.layers,
         ranges=result.ranges,
         failed=result.failed,
+        preprocessing=str(images.preprocessing),
         others=[other for folder in options.also for other in read_results(folder)],
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ class BenchmarkTarget:
         scheme: scheme of its bundle.
         path: the ONNX file, or PyTorch's weights.
         engine: engine that computes its logits on this machine; targets may share one.
-        title: title of the runtime that the file is for.
+        runtime: the runtime that the file is for, for people.
         runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
         built: TensorRT engine built from the ONNX file, with its record (read once, because reading hashes the whole
             engine).
@@ -66,7 +67,7 @@ class BenchmarkTarget:
     scheme: str
     path: Path
     engine: Engine
-    title: str
+    runtime: str
     runtime_id: str
     built: tuple[Path, EngineRecord] | None = None
     emulates: bool = False
@@ -74,11 +75,6 @@ class BenchmarkTarget:
     not_timed: NotTimed | None = None
     left_out: tuple[str, ...] = ()
     precision: str | None = None
-
-    @property
-    def runtime(self) -> str:
-        """The runtime for people, with its precision if this depends on the machine."""
-        return f"{self.title} ({self.precision})" if self.precision else self.title
 
     @property
     def name(self) -> str:
@@ -269,7 +265,9 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
         return
     usable, left_out = _engines_of(graph)
     engines = usable if whole else [(path, _read_record(path, graph))]
-    substitute, halves = None, _half_dtypes_of(graph)
+    substitute, halves = None, tuple[str, ...]()
+    with suppress(UserError):  # its engine says that it is damaged
+        halves = half_dtypes(load_graph(graph))
     emulated = f", emulated in {' and '.join(halves)}" if halves else ""
     for built, record in engines:
         title = TITLES.get(record.library, record.library)
@@ -309,14 +307,6 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
             not_timed=not_timed,
             left_out=left_out,
         )
-
-
-def _half_dtypes_of(graph: Path) -> Sequence[str]:
-    """Returns the half-precision dtypes in a graph; none if it is damaged, which its engine says."""
-    try:
-        return half_dtypes(load_graph(graph))
-    except UserError:
-        return ()
 
 
 def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:

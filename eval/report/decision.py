@@ -73,7 +73,8 @@ class Choice:
 
     Attributes:
         row: None if no row satisfies the constraints, or if nothing was timed and there are no constraints.
-        sentence: the row, the rule, and its figures compared with the reference; for a headline.
+        sentence: the row, the rule, and its figures compared with the reference.
+        reason: the same without the figures, for a page that shows them below.
         rule: how it was chosen; None without a row.
         among: number of rows that the rule was applied to.
         rejected: the rows that violate constraints.
@@ -87,6 +88,7 @@ class Choice:
     among: int = 0
     rejected: tuple[Rejected, ...] = ()
     not_worth_it: RowKey | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from eval.report.cautions import cautions
 from eval.report.markdown_html import markdown_to_html
 from eval.report.schema import FlippedImage, Report, Row
 from eval.report.table import (
@@ -41,10 +44,11 @@ SHOWN_FLIPS = 24  # for each row
 _THUMBNAIL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 
 
-def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -> str:
+def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str], folder: Path = Path()) -> str:
     """Returns the report as an HTML page.
 
     Args:
+        folder: the report's folder, for the paths in commands.
         picture: plot of accuracy and latency as PNG, shown without JavaScript.
         thumbnails: as :func:`eval.report.write_report.write_report`.
 
@@ -69,6 +73,9 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str]) -
         thumbnails=thumbnails,
         choice=choice,
         figures=key_figures(report, report.chosen),
+        cautions=cautions(report),
+        steps=how_to_use(report, folder),
+        diagrams=shown_diagrams(report),
         reference=report.reference,
         rejected={names[each.key]: each.violations for each in choice.rejected},
         headings=HEADINGS + tuple(name for name in TIMED if name not in HEADINGS),
@@ -124,15 +131,44 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
         remark += f"; {speed.text} the reference's speed" if speed.value else ""
         found.append(KeyFigure(f"Latency, batch {batch}", f"{latency.p50:.2f}", "ms", remark))
     smaller = reference.megabytes / row.megabytes if reference and reference is not row else None
-    times = f"{smaller:.1f} times smaller than the reference" if smaller and smaller >= 1 else ""
-    larger = f"{1 / smaller:.1f} times the reference's" if smaller and smaller < 1 else ""
-    found.append(KeyFigure("File", f"{row.megabytes:.2f}", "MB", times or larger or "as it is deployed"))
+    remark = "as it is deployed"
+    if smaller is not None:
+        remark = f"{smaller:.1f} times smaller than the reference" if smaller > 1 else f"{1 / smaller:.1f} times larger"
+        remark = "as large as the reference" if 0.95 < smaller < 1.05 else remark
+    found.append(KeyFigure("File", f"{row.megabytes:.2f}", "MB", remark))
     if row.change:
         flips = row.change.flips
         changed = len(flips.lost) + len(flips.gained) + len(flips.moved)
         remark = f"{changed:,} of {row.images:,} predictions differ"
         found.append(KeyFigure("Agreement", f"{row.change.agreement:.2f}", "%", remark))
     return found
+
+
+def how_to_use(report: Report, folder: Path) -> dict[str, str]:
+    """Returns what to do with the chosen file: its path, a command and code that run it; nothing without a choice.
+
+    Args:
+        folder: the report's folder.
+    """
+    if (row := report.chosen) is None:
+        return {}
+    path = os.path.normpath(folder / (row.engine or row.onnx))
+    runtime = "" if row.engine else f" --runtime {row.runtime_id}"
+    code = [
+        "from pathlib import Path",
+        "from deploy.runtimes.open_engine import open_engine",
+        f"engine = open_engine(Path({path!r}){'' if row.engine else f', {row.runtime_id!r}'})",
+        "logits = engine.infer(images)  # (B, C, H, W) float32",
+    ]
+    command = f"python deploy/predict.py --engine {shlex.quote(path)}{runtime} photo.jpg"
+    return {"path": path, "command": command, "code": "\n".join(code)}
+
+
+def shown_diagrams(report: Report) -> list[Row]:
+    """Returns the rows with a reliability diagram: the reference, the chosen row, and the worst calibrated one."""
+    worst = max(report.rows, key=lambda row: (row.scaled or row.reliability).ece)
+    keys = {row.key for row in (report.reference, report.chosen, worst) if row}
+    return [row for row in report.rows if row.key in keys]
 
 
 def table_row(report: Report, row: Row, batch: int) -> dict[str, Cell]:

@@ -102,13 +102,12 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
         pool = timed if row.quantized else worth  # it is faster than those left out
     else:
         row, rule, pool = min(satisfying, key=lambda row: (row.megabytes, -row.top1.percent)), "smallest", satisfying
-    sentence = f"{_sentence(row, rule, pool, rows, constraints)} {_figures(row, rows, batch)}"
-    if not lost or row.quantized:
-        return Choice(row.key, sentence, rule, len(pool), rejected)
-    best = min(lost, key=lambda each: _p50(each, batch))
-    return Choice(
-        row.key, f"{_does_not_pay(best, timed, batch)} {sentence}", rule, len(pool), rejected, not_worth_it=best.key
-    )
+    reason, not_worth_it = _sentence(row, rule, pool, rows, constraints), None
+    if lost and not row.quantized:
+        best = min(lost, key=lambda each: _p50(each, batch))
+        reason, not_worth_it = f"{_does_not_pay(best, timed, batch)} {reason}", best.key
+    sentence = f"{reason} {_figures(row, rows, batch)}"
+    return Choice(row.key, sentence, rule, len(pool), rejected, not_worth_it, reason)
 
 
 def _fastest_float(row: Row, timed: Sequence[Row], batch: int) -> Row | None:

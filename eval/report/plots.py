@@ -1,16 +1,14 @@
-"""The plots of a report as PNG, for slides and for pages without JavaScript."""
+"""The plot of a report as PNG, for slides and for pages without JavaScript."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from eval.metrics.calibration import Reliability
 from eval.report.schema import Report, Row
 
 INK, QUIET, FAINT, WARN, DOMINATED = "#16202c", "#566273", "#d9dde3", "#b42318", "#8b95a3"
@@ -120,42 +118,6 @@ def _legend(figure: Figure, axes: Axes, rows: Sequence[Row], styles: dict[str, i
     if not all(row.at(batch) for row in rows):
         axes.plot([], [], ls=(0, (4, 4)), color=QUIET, label="not timed")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False, labelcolor=INK)
-
-
-def draw_reliability(rows: Sequence[Row]) -> bytes:
-    """Plots reliability diagrams of all rows as PNG: bars without temperature scaling, dots with it.
-
-    The area of a dot grows with the number of images in its bin.
-    """
-    columns = min(4, len(rows))
-    lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(2.6 * columns + 0.4, 2.9 * lines), layout="constrained")
-    figure.set_layout_engine("constrained", h_pad=0.12)
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in grid.flat[len(rows) :]:
-        axes.set_visible(False)
-    for axes, row in zip(grid.flat, rows, strict=False):
-        _reliability_of(axes, row.reliability, row.scaled)
-        error = f"ECE {row.reliability.ece * 100:.1f}%" + (f" → {row.scaled.ece * 100:.1f}%" if row.scaled else "")
-        axes.set_title(f"{row.scheme}, {row.runtime}\n{error}", fontsize=8.5, color=INK, loc="left")
-    figure.supxlabel("confidence", fontsize=9, color=QUIET)
-    figure.supylabel("accuracy", fontsize=9, color=QUIET)
-    return _png(figure)
-
-
-def _reliability_of(axes: Axes, before: Reliability, after: Reliability | None) -> None:
-    for each in before.diagram:
-        width = each.high - each.low
-        axes.bar(each.low, each.accuracy, 0.92 * width, align="edge", color=COLORS[0], alpha=0.55, lw=0)
-    axes.plot([0, 1], [0, 1], color=QUIET, lw=1, ls=(0, (3, 3)))
-    if after:
-        confidence, accuracy = ([getattr(each, name) for each in after.diagram] for name in ("confidence", "accuracy"))
-        total = sum(each.count for each in after.diagram)
-        sizes = [8 + 90 * each.count / total for each in after.diagram]
-        axes.plot(confidence, accuracy, lw=0.8, color=COLORS[1], alpha=0.5)
-        axes.scatter(confidence, accuracy, sizes, color=COLORS[1], zorder=3, clip_on=False)
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    _plain_axes(axes)
 
 
 def _plain_axes(axes: Axes) -> None:

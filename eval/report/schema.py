@@ -57,7 +57,7 @@ class Row(Measured):
 
     Attributes:
         scheme: fp32, fp16 or a quantization scheme.
-        runtime: the runtime that the file is for, with its precision if this depends on the machine, for people.
+        runtime: the runtime that the file is for, for people.
         runtime_id: the runtime's name, as :func:`deploy.runtimes.open_engine.open_engine` takes it.
         file: path of the deployed file within its bundle.
         precision: float type that the runtime chose for this machine; None if the file alone determines it.
@@ -103,7 +103,7 @@ class Row(Measured):
 
     @property
     def name(self) -> str:
-        """Unique name for people, such as "int8, OpenVINO, CPU (bf16)"; :attr:`key` identifies the row."""
+        """Unique name for people, such as "int8, OpenVINO, CPU"; :attr:`key` identifies the row."""
         return f"{self.scheme}, {self.runtime}"
 
     @property
@@ -183,6 +183,7 @@ class Report:
         ranges: scheme -> the range of half precision that its graph for TensorRT uses.
         others: results of other commands.
         failed: files that could not be measured; one of them never costs the others.
+        preprocessing: how an image becomes the networks' input, for people.
     """
 
     rows: list[Row]
@@ -203,6 +204,7 @@ class Report:
     ranges: dict[str, NumericRange] = field(default_factory=dict)
     others: list[OtherResult] = field(default_factory=list)
     failed: list[FailedRow] = field(default_factory=list)
+    preprocessing: str = ""
 
     @property
     def reference(self) -> Row | None:

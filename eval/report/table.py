@@ -78,11 +78,6 @@ def markdown_table(rows: Sequence[Row], batch: int = 1, pareto: Collection[RowKe
     return "\n".join(aligned)
 
 
-def failures(report: Report) -> list[str]:
-    """Returns the files that could not be measured, and why."""
-    return [f"{each.name} failed: {each.reason}" for each in report.failed]
-
-
 def range_notes(report: Report) -> list[str]:
     """Returns which files for TensorRT are not all in float16, and why."""
     return [f"{scheme}: {sentence}." for scheme, each in report.ranges.items() if (sentence := str(each))]

@@ -1,4 +1,4 @@
-"""Writes a report: an HTML page, a summary in Markdown, plots, and the figures in JSON."""
+"""Writes a report: an HTML page, a summary in Markdown, a plot, and the figures in JSON."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from eval.report.cautions import cautions
 from eval.report.page import render_html
-from eval.report.plots import draw_reliability, draw_tradeoff
+from eval.report.plots import draw_tradeoff
 from eval.report.schema import Report, Row
-from eval.report.table import escape, failures, markdown_table, not_measured, range_notes, softmax_notes
+from eval.report.table import escape, markdown_table, not_measured, range_notes, softmax_notes
 from eval.report.thumbnails import draw_thumbnails
 from illama.atomic_write import list_folder, write_file
 from illama.data.datasets import Sample
@@ -21,14 +22,17 @@ from illama.errors import UserError
 from illama.structured_files import read_json
 
 SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
-TRADEOFF, RELIABILITY = "tradeoff.png", "reliability.png"
-FILES = (SUMMARY, FIGURES, PAGE, MARKDOWN, TRADEOFF, RELIABILITY)
+TRADEOFF = "tradeoff.png"
+FILES = (SUMMARY, FIGURES, PAGE, MARKDOWN, TRADEOFF)
 
 
-def write_report(report: Report, folder: Path, thumbnails: Mapping[int, str] | None = None) -> None:
+def write_report(
+    report: Report, folder: Path, thumbnails: Mapping[int, str] | None = None, shown_as: Path | None = None
+) -> None:
     """Writes each of ``FILES`` into an existing folder.
 
     Args:
+        shown_as: path of the folder in the page's commands, if it will be renamed.
         thumbnails: data URIs (PNG or JPEG) of flipped images, by their index in the test split.
 
     Raises:
@@ -36,12 +40,11 @@ def write_report(report: Report, folder: Path, thumbnails: Mapping[int, str] | N
     """
     picture = draw_tradeoff(report)
     contents = {
-        PAGE: render_html(report, picture, thumbnails or {}).encode(),
+        PAGE: render_html(report, picture, thumbnails or {}, shown_as or folder).encode(),
         MARKDOWN: markdown_summary(report).encode(),
         FIGURES: _json(report.to_json()),
         SUMMARY: _json(summary(report)),
         TRADEOFF: picture,
-        RELIABILITY: draw_reliability(report.rows),
     }
     for name, content in contents.items():
         with write_file(folder / name) as draft:
@@ -56,11 +59,12 @@ def write_and_print(report: Report, split: Dataset[Sample], folder: Path, shown_
         folder: folder of the report; may be a temporary one that is later renamed to ``shown_as``, which is printed.
     """
     flipped = [flip.image for row in report.rows for flip in row.flipped]
-    write_report(report, folder, draw_thumbnails(split, flipped))
+    write_report(report, folder, draw_thumbnails(split, flipped), shown_as)
     batch = report.constraints.batch
     print(f"\n{markdown_table(report.rows, batch, report.pareto(batch))}\n")
     print(report.decision.choice.sentence)
-    for line in (*failures(report), *range_notes(report), *softmax_notes(report), *report.not_run):
+    warned = [f"warning: {each}" for each in cautions(report)]
+    for line in (*warned, *range_notes(report), *softmax_notes(report), *report.not_run):
         print(line)
     print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {shown_as / PAGE}")
 
@@ -103,7 +107,7 @@ def is_result(folder: Path) -> bool:
     """Returns whether a folder holds only the files of :func:`write_report` and the bundles of its rows."""
     try:
         rows = read_json(folder / SUMMARY, _Summary, unknown="ignore").rows
-        ours = {*FILES, *(Path(str(row["onnx"])).parts[0] for row in rows)}
+        ours = {*FILES, "reliability.png", *(Path(str(row["onnx"])).parts[0] for row in rows)}
     except (UserError, LookupError):
         return False
     return {path.name for path in list_folder(folder)} <= ours
@@ -124,7 +128,7 @@ def markdown_summary(report: Report) -> str:
         + (" Bold: on the Pareto front." if pareto else ""),
     ]
     half = [*range_notes(report), *softmax_notes(report)]
-    for title, texts in (("Failed", failures(report)), ("Half precision", half)):
+    for title, texts in (("Warnings", cautions(report)), ("Half precision", half)):
         if texts:
             lines += ["", f"{title}:", "", *(f"- {escape(text)}" for text in texts)]
     if reasons := not_measured(report):

@@ -60,6 +60,15 @@ class Preprocessing:
         if self.resize is not None and not max(self.size) <= self.resize <= MAX_SIDE:
             raise UserError(f"resize {self.resize} does not fit an input of {self.size[0]}x{self.size[1]}: change it")
 
+    def __str__(self) -> str:
+        """The steps in words."""
+        size = f"{self.size[0]}x{self.size[1]}"
+        crop = f"the shorter side to {self.resize} pixels ({self.interpolation}), then a center crop of {size}"
+        resize = crop if self.resize else f"to {size} ({self.interpolation})"
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        color = "gray" if self.in_channels == 1 else "RGB"
+        return f"resize {resize}; {color} from 0 to 1, minus {mean}, divided by {std}"
+
     @classmethod
     def imagenet(cls, side: int, in_channels: int = 3) -> Preprocessing:
         """Returns the released code's, for an input of side x side pixels: resize to 256/224 and crop; without a crop

@@ -31,7 +31,10 @@ _REFERENCES = {"fp32": CPU_ONNX, "fp16": FUSED_ONNX}  # bundle -> its graph
 
 @dataclass(frozen=True)
 class Origin:
-    """The parts of the manifest that all bundles of one checkpoint share; see :class:`illama.manifest.Manifest`."""
+    """The parts of the manifest that all bundles of one checkpoint share; see :class:`illama.manifest.Manifest`.
+
+    ``golden`` is where the images of their golden answers come from.
+    """
 
     preprocessing: Preprocessing
     classes: tuple[str, ...]
@@ -39,19 +42,12 @@ class Origin:
     golden: Golden = "calibration"
 
     @classmethod
-    def of(
-        cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None, golden: Golden = "calibration"
-    ) -> Origin:
-        """Returns the origin of a checkpoint and its data.
-
-        Args:
-            files: SHA-256 of other input files, by path.
-            golden: images of the golden answers.
-        """
+    def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
+        """Returns the origin of a checkpoint and its data; ``files``: SHA-256 of other input files, by path."""
         weights = inputs.checkpoint.weights
         hashes = {str(weights): sha256(weights), **(files or {})}
         provenance = Provenance(seed=seed, inputs=hashes, source=inputs.source)
-        return cls(inputs.preprocessing, tuple(inputs.data.classes), provenance, golden)
+        return cls(inputs.preprocessing, tuple(inputs.data.classes), provenance)
 
     def manifest(self, config: NetworkConfig, quantization: Quantization | None = None) -> Manifest:
         """Returns the manifest of a bundle of a network with that config."""

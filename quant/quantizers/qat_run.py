@@ -87,7 +87,7 @@ def open_job(options: QatOptions) -> QatJob:
     files = {options.scheme: sha256(Path(options.scheme))} if Path(options.scheme).suffix else {}
     # The hash of the scheme itself keeps a run from resuming under a changed scheme of the same name.
     files[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()
-    return QatJob(options, plan, inputs, Origin.of(inputs, options.seed, files, options.golden))
+    return QatJob(options, plan, inputs, replace(Origin.of(inputs, options.seed, files), golden=options.golden))
 
 
 def start_run(job: QatJob, group: Processes) -> Run:

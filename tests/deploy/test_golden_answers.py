@@ -235,7 +235,7 @@ def test_the_outcome_of_a_read_only_bundle_is_in_the_cache(own, cache, monkeypat
     (own / VERIFIED).mkdir()  # nobody can write the file, not even root
     assert open_engine(own / CPU_ONNX, "onnxruntime").verified
     (stored,) = cache.glob("verified-*.json")
-    assert json.loads(stored.read_text())["outcomes"][0]["passed"]
+    assert json.loads(stored.read_text())[0]["passed"]
     monkeypatch.setattr(GoldenAnswers, "check", lambda *_: pytest.fail("it was verified again"))
     assert open_engine(own / CPU_ONNX, "onnxruntime").verified
 
@@ -248,13 +248,13 @@ def test_a_refused_engine_runs_unverified_with_a_warning(own, run_here, capfd, t
     picture.write_bytes(golden_file(GoldenAnswers.read(own / GOLDEN), Manifest.read(own).preprocessing))
     command = ("deploy/predict.py", "--engine", own, picture)
     assert_one_line_error(run_here(*command), "mixes up the images")
-    assert not json.loads((own / VERIFIED).read_text())["outcomes"][0]["passed"]
+    assert not json.loads((own / VERIFIED).read_text())[0]["passed"]
     result = run_here(*command, "--unverified")
     assert result.returncode == 0 and "NOT verified" in result.stdout and "mixes up" in result.stderr
 
 
 def test_bundles_without_golden_answers(inputs, tmp_path, run_here):
-    folder = write_graphs(tmp_path / "b", inputs.model, Origin.of(inputs, golden="none"), (CPU_ONNX,), [])
+    folder = write_graphs(tmp_path / "b", inputs.model, replace(Origin.of(inputs), golden="none"), (CPU_ONNX,), [])
     assert not (folder / GOLDEN).exists() and Manifest.read(folder).golden_answers == "none"
     assert not open_engine(folder).verified
     known = create_known_answer(folder / CPU_ONNX, "onnxruntime")
@@ -342,6 +342,6 @@ def test_the_largest_batch_repeats_the_images(bundle):
                 logits[-1] = 0
             return logits
 
-    with pytest.raises(UserError, match="1 of 21 images"):
+    with pytest.raises(UserError, match="1 images in a batch of 21"):
         verify(Late(), bundle / CPU_ONNX, remember=False)
     assert golden.inputs(21).shape == (21, 1, 28, 28)

@@ -1,20 +1,36 @@
 """The report on disk: JSON, Markdown, plots and the HTML page, with strings meant to break them."""
 
+import ast
 import html.parser
 import io
 import json
+import shlex
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from markupsafe import escape
 from PIL import Image
 from sample_report import HOSTILE, make_report, make_row, make_thumbnails
 
+from eval.report.cautions import cautions
+from eval.report.decision import Choice
 from eval.report.markdown_html import markdown_to_html
-from eval.report.page import SHOWN_CLASSES, class_changes, key_figures, render_html, shown_flips
+from eval.report.page import (
+    SHOWN_CLASSES,
+    class_changes,
+    how_to_use,
+    key_figures,
+    render_html,
+    shown_diagrams,
+    shown_flips,
+)
 from eval.report.pareto import decide
+from eval.report.schema import FailedRow
 from eval.report.table import HEADINGS, markdown_table, not_measured
 from eval.report.write_report import FILES, is_result, markdown_summary, summary, write_report
+from illama.manifest import Drop
 from illama.options import Constraints
 
 
@@ -90,11 +106,52 @@ def test_only_a_result_of_ours_may_be_replaced(tmp_path):
     assert not is_result(tmp_path / "nothing")
 
 
-def test_the_plots_are_pictures_of_a_slide_s_size(folder):
-    for name in ("tradeoff.png", "reliability.png"):
-        assert min(Image.open(folder / name).size) >= 600
+def test_the_plot_is_a_picture_of_a_slide_s_size(folder):
+    assert min(Image.open(folder / "tradeoff.png").size) >= 600
     colors = Image.open(io.BytesIO((folder / "tradeoff.png").read_bytes())).convert("RGB").getcolors(1 << 24)
     assert (11, 87, 208) in {color for _, color in colors}  # a mark on the Pareto front
+
+
+def test_what_a_reader_must_know_is_above_everything_else(folder):
+    report = make_report()
+    assert cautions(report) == []
+    few = [replace(row, latency=[replace(each, p90=None) for each in row.latency]) for row in report.rows]
+    busy = replace(
+        report,
+        rows=few,
+        failed=[FailedRow("w9", "OpenVINO, CPU", "openvino", "model.onnx", "its logits are not finite")],
+        conditions={"involuntary context switches a second": 400.0},
+    )
+    found = cautions(busy)
+    assert len(found) == 3 and "w9" in found[0] and "p90" in found[2] and "fp8, TensorRT-RTX" not in found[2]
+    text = render_html(busy, b"", {})
+    assert 0 < text.index("w9, OpenVINO") < text.index("<h1>")
+    rows = [replace(row, top1=replace(row.top1, percent=4.0)) for row in report.rows]
+    assert "chance" in cautions(replace(report, rows=rows))[0]
+    wide = [replace(row, drop=Drop(0.1, -2.0, 2.2)) if not row.reference else row for row in report.rows]
+    assert "1,200 test images" in cautions(replace(report, rows=wide))[0]  # more than the limit of 0.8 points
+    assert "99%" in cautions(replace(report, rows=wide, constraints=Constraints()))[0]
+
+
+def test_the_first_screen_says_what_to_do(folder):
+    report, place = make_report(), Path("runs/a b")
+    steps = how_to_use(report, place)
+    assert steps["path"] == "runs/a b/int8/model.onnx"
+    assert shlex.split(steps["command"])[2:6] == ["--engine", steps["path"], "--runtime", "onnxruntime"]
+    assert len(steps["code"].splitlines()) == 4 and ast.parse(steps["code"])
+    text = render_html(report, b"", {}, place)
+    assert text.index(str(escape(steps["command"]))) < text.index('id="tradeoff"')
+    engine = replace(report.rows[1], engine="int8/engines/x/model.engine")
+    steps = how_to_use(replace(report, rows=[report.rows[0], engine]), place)
+    assert steps["path"].endswith("model.engine") and "--runtime" not in steps["command"]
+    nothing = replace(report, decision=replace(report.decision, choice=Choice(None, "none")))
+    assert how_to_use(nothing, place) == {} and "No recommendation" in render_html(nothing, b"", {})
+
+
+def test_few_files_have_a_reliability_diagram():
+    rows = make_report().rows
+    assert [row.scheme for row in shown_diagrams(make_report())] == ["fp32", "int8", "w4"]  # w4 is not calibrated
+    assert len(rows) == 5
 
 
 def test_the_table_is_aligned_and_marks_the_pareto_front():

@@ -217,6 +217,10 @@ def test_axe_finds_nothing_to_object_to_and_a_phone_scrolls_only_down(open_page,
     found = axe.Axe().run(page).response["violations"]
     assert [(each["id"], [node["html"] for node in each["nodes"][:3]]) for each in found] == []
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    # Every cell is in sight, with the heading of its column.
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].every(e => e.scrollWidth <= e.clientWidth)")
+    headings = page.eval_on_selector_all("#rows tbody tr:first-child td", "all => all.map(e => e.dataset.column)")
+    assert "p90 ms" in headings and "Pareto" in headings
 
 
 def test_on_paper_all_is_light_open_and_without_buttons(open_page):

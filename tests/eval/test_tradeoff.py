@@ -1,7 +1,9 @@
 """python eval/tradeoff.py on networks with known answers, and mistakes that end in a one-line error."""
 
+import html
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -106,9 +108,23 @@ def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
         "report.md",
         "summary.json",
         "tradeoff.png",
-        "reliability.png",
     }
     assert "at batch 2" in result.stdout and result.stdout.count("\n| ") == 1 + len(rows)
+
+
+def test_the_page_s_command_and_code_run(tradeoff, runs, tmp_path, run_here):
+    assert tradeoff("--max-megabytes", 100).returncode == 0
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    (command,), (code,) = (
+        re.findall(rf'aria-label="{name}[^>]*><code>(.*?)</code>', page, re.S) for name in ("Command to", "Code to")
+    )
+    picture = next((runs / "images" / "val").rglob("*.png"))
+    answer = run_here(*shlex.split(command)[1:-1], picture)
+    assert answer.returncode == 0 and "%" in answer.stdout, answer.stderr
+    shape = Manifest.read(runs / "runs" / "int8").preprocessing
+    names = {"images": np.zeros((2, shape.in_channels, *shape.size), np.float32)}
+    exec(code, names)
+    assert names["logits"].shape[0] == 2
 
 
 def test_images_that_flip_are_named_by_their_place_in_the_whole_split(tradeoff, runs, tmp_path):

@@ -88,7 +88,7 @@ def _structured(folder: Path) -> list[Kind]:
     engine = bundle / "engines" / "tiny" / "model.engine"
     write_made_up_engine(engine)
     store_temperature(bundle / "model.safetensors", 1.5, 100, "data", "test")
-    answer = KnownAnswer("aGk=", [0, 1], [0.5, 1.5], 0.2, 0.1)
+    answer = KnownAnswer(b"hi", [0, 1], [0.5, 1.5], 0.2, 0.1)
     answer.write(folder / "known_answer.json")
     claim(folder / "run", {"a": {"b": [1, 2]}, "images": 3})
     report = folder / "report.json"

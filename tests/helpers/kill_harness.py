@@ -197,17 +197,7 @@ class Ptq(Command):
         check_names(place, {"out"})
         check_names(
             place / "out",
-            {
-                "fp32",
-                "fp16",
-                *self.schemes,
-                "report.html",
-                "report.json",
-                "report.md",
-                "summary.json",
-                "tradeoff.png",
-                "reliability.png",
-            },
+            {"fp32", "fp16", *self.schemes, "report.html", "report.json", "report.md", "summary.json", "tradeoff.png"},
         )
 
 

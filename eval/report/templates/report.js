@@ -130,6 +130,22 @@ function startTheme() {
   button.hidden = false;
 }
 
+// On a narrow screen each row of a table is a list of its cells with the headings of their columns, so that none is hidden.
+function nameCells() {
+  for (const each of document.querySelectorAll(".scroll > table")) {
+    const headings = [...each.tHead.rows[0].cells].map((heading) => heading.textContent.trim());
+    for (const row of [...each.tBodies].flatMap((body) => [...body.rows])) {
+      const first = headings.length - [...row.cells].reduce((sum, cell) => sum + cell.colSpan, 0); // after a row group
+      let column = first;
+      for (const cell of row.cells) {
+        cell.dataset.column ??= cell.querySelector("svg") || cell.colSpan > 1 ? "" : headings[column];
+        column += cell.colSpan;
+      }
+    }
+    each.classList.add("cards");
+  }
+}
+
 function openFoldsToPrint() {
   let closed = [];
   addEventListener("beforeprint", () => {
@@ -139,6 +155,7 @@ function openFoldsToPrint() {
   addEventListener("afterprint", () => closed.forEach((fold) => (fold.open = false)));
 }
 
+nameCells();
 makeSortable();
 byId("filter").addEventListener("input", filterRows);
 byId("pareto-only").addEventListener("change", filterRows);

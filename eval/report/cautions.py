@@ -1,0 +1,40 @@
+"""What a reader must know before believing a report; shown above everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eval.report.schema import Report, Row
+from illama.inference import chance_note
+
+_BUSY = 100  # involuntary context switches a second; an idle machine has fewer
+
+
+def cautions(report: Report) -> list[str]:
+    """Returns warnings about a report's accuracies and latencies, the most serious first."""
+    reference, timed = report.reference, [row for row in report.rows if row.latency]
+    found = [f"{each.name} failed and is in no comparison: {each.reason}" for each in report.failed]
+    if reference and (note := chance_note(reference.name, reference.top1.percent, len(report.classes))):
+        found.append(f"{note}.")
+    if timed and report.conditions.get("involuntary context switches a second", 0) > _BUSY:
+        found.append("Other work disturbed the timing: time again on an idle machine before you compare latencies.")
+    if few := [row for row in timed if row.latency[0].p90 is None]:
+        found.append(f"Too few calls for a p90 of {_names(few)}: give more --seconds.")
+    limit = report.constraints.drop
+    wide = [row for row in report.rows if _is_wide(row, limit)]
+    if wide:
+        asked = "whether they keep 99% of the reference's top-1" if limit is None else f"a drop of {limit:g} points"
+        found.append(f"{wide[0].images:,} test images are too few to tell {asked}, for {_names(wide)}.")
+    return found
+
+
+def _is_wide(row: Row, limit: float | None) -> bool:
+    """Whether the interval of a row's drop is too wide for the limit, or without one for 99% of the reference."""
+    if limit is None:
+        return row.kept == "too few images"
+    return not row.reference and row.drop.points <= limit < row.drop.high
+
+
+def _names(rows: Sequence[Row]) -> str:
+    names = [row.name for row in rows]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
