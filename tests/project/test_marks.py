@@ -1,7 +1,9 @@
 """The README's figures of the shipped checkpoint, on the whole test split."""
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from eval.metrics.paired import paired_drop
@@ -36,15 +38,17 @@ def test_the_shipped_checkpoint_has_the_accuracy_of_its_manifest(reference):
 
 @pytest.mark.parametrize(("name", "most_lost"), [("int8", 0.1), ("fp8", 0.05), ("w4a8", 0.2)])
 def test_accuracy_drop_of_the_quantized_file(name, most_lost, shipped, reference, tmp_path):
-    """Checks the accuracy drop, and that PyTorch's quantized network and the file predict the same classes."""
+    """Checks the accuracy drop, and that PyTorch's quantized network predicts the same classes, for a fifth of them."""
     data, transform = open_data("fashion-mnist"), shipped.preprocessing.transform()
     images, _ = load_images(data.calibration(512), transform)
     quantized = calibrate(
         shipped.model, resolve(shipped_scheme(name), shipped.model), torch.from_numpy(images).split(64)
     )
     export_onnx(quantized, tmp_path / "m.onnx", "plain")
-    both = {"onnx": OnnxRuntimeEngine(tmp_path / "m.onnx").infer, "torch": torch_infer(quantized)}
-    logits, labels = predict(both, data.test(), transform)
-    classes = {key: values.argmax(1) for key, values in logits.items()}
-    assert paired_drop(reference, classes["onnx"] == labels).points <= most_lost
-    assert (classes["onnx"] == classes["torch"]).mean() >= 0.999
+    test = data.test()
+    logits, labels = predict({"onnx": OnnxRuntimeEngine(tmp_path / "m.onnx").infer}, test, transform)
+    classes = logits["onnx"].argmax(1)
+    assert paired_drop(reference, classes == labels).points <= most_lost
+    fifth = np.arange(0, len(test), 5)
+    logits, _ = predict({"torch": torch_infer(quantized)}, Subset(test, fifth.tolist()), transform)
+    assert (classes[fifth] == logits["torch"].argmax(1)).mean() >= 0.999
