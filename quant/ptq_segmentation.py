@@ -25,17 +25,17 @@ class PtqSegmentationOptions:
         data: folder in ADE20K's layout; its training images are used for calibration.
         schemes: names of shipped schemes for ONNX (python quant/list_schemes.py), or paths to YAML files.
         calibration_images: number of training images for calibration, evenly spaced.
+        out: folder for the bundles, each named after its scheme; earlier ones of these names are replaced.
         golden: images of the golden answers in the bundles: calibration (8 of them, at most 32x32 pixels), noise, or
             none.
-        out: folder for the bundles, each named after its scheme; earlier ones of these names are replaced.
     """
 
     bundle: Annotated[Path, tyro.conf.Positional]
     data: Path
     schemes: tuple[str, ...] = ("int8", "fp8")
     calibration_images: Count = 64
-    golden: Golden = "calibration"
     out: Path = Path("runs/ptq-segmentation")
+    golden: Golden = "calibration"
 
 
 def main(options: PtqSegmentationOptions) -> None:

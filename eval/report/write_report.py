@@ -42,7 +42,7 @@ def write_report(
     contents = {
         PAGE: render_html(report, picture, thumbnails or {}, shown_as or folder).encode(),
         MARKDOWN: markdown_summary(report).encode(),
-        FIGURES: _json(report.to_json()),
+        FIGURES: _json({**report.to_json(), "warnings": cautions(report)}),
         SUMMARY: _json(summary(report)),
         TRADEOFF: picture,
     }
