@@ -348,9 +348,9 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
-def test_a_bundle_that_takes_frames(color_bundle, photo, tmp_path):
+def test_a_bundle_that_takes_frames(color_bundle, photo, tmp_path, run_here):
     out = tmp_path / "camera"
-    result = run_command("deploy/camera.py", color_bundle, "--frame", "60x80", "--out", out)
+    result = run_here("deploy/camera.py", color_bundle, "--frame", "60x80", "--out", out)
     assert result.returncode == 0, result.stderr
     prepared = Manifest.read(color_bundle).preprocessing.transform()(Image.open(photo))[None].numpy()
     frame = np.asarray(Image.open(photo))[None]
@@ -360,20 +360,20 @@ def test_a_bundle_that_takes_frames(color_bundle, photo, tmp_path):
     if library := find_library():
         record = EngineRecord.read(build_bundle(library, out))
         assert record.inputs == {"images": ("uint8", (-1, 60, 80, 3))} and record.fused
-    plain = run_command("deploy/predict.py", photo, "--engine", color_bundle, "--runtime", "onnxruntime")
-    camera = run_command("deploy/predict.py", photo, "--engine", out, "--runtime", "onnxruntime")
+    plain = run_here("deploy/predict.py", photo, "--engine", color_bundle, "--runtime", "onnxruntime")
+    camera = run_here("deploy/predict.py", photo, "--engine", out, "--runtime", "onnxruntime")
     assert plain.returncode == camera.returncode == 0, plain.stderr + camera.stderr
     assert [line.split(": ")[1].split(" ")[0] for line in plain.stdout.splitlines()[1:]] == [
         line.split(": ")[1].split(" ")[0] for line in camera.stdout.splitlines()[1:]
     ]
-    assert_one_line_error(run_command("deploy/camera.py", out, "--out", tmp_path / "x"), "camera")
-    assert_one_line_error(run_command("deploy/camera.py", color_bundle, "--frame", "big"), "--frame", "big")
+    assert_one_line_error(run_here("deploy/camera.py", out, "--out", tmp_path / "x"), "camera")
+    assert_one_line_error(run_here("deploy/camera.py", color_bundle, "--frame", "big"), "--frame", "big")
     Image.new("RGB", (10, 10)).save(tmp_path / "small.png")
-    result = run_command("deploy/predict.py", tmp_path / "small.png", "--engine", out)
+    result = run_here("deploy/predict.py", tmp_path / "small.png", "--engine", out)
     assert_one_line_error(result, "10x10", "60x80")
 
 
-def test_predictions_that_are_rejected(color_bundle, tmp_path, photo):
+def test_predictions_that_are_rejected(color_bundle, tmp_path, photo, run_here):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     for arguments, words in (
         ((tmp_path / "broken.jpg", "--engine", color_bundle), "broken.jpg"),
@@ -381,7 +381,7 @@ def test_predictions_that_are_rejected(color_bundle, tmp_path, photo):
         ((photo, "--engine", tmp_path / "nowhere"), tmp_path.name),
         (("--watch", tmp_path / "nowhere", "--engine", color_bundle), "nowhere"),
     ):
-        assert_one_line_error(run_command("deploy/predict.py", *arguments), words)
+        assert_one_line_error(run_here("deploy/predict.py", *arguments), words)
 
 
 def test_watching_a_folder(color_bundle, photo, tmp_path):

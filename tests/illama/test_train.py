@@ -373,21 +373,21 @@ def test_torchrun_restarts_a_killed_worker(finished, own_store, training_folder,
     assert _losses(out) == pytest.approx(_losses(finished), abs=1e-5)
 
 
-def test_a_run_is_not_resumed_with_other_options(finished, training_folder, tmp_path):
-    with_file = run_command(*_arguments(training_folder, training_folder / "train-images-idx3-ubyte.gz"))
+def test_a_run_is_not_resumed_with_other_options(finished, training_folder, tmp_path, run_here):
+    with_file = run_here(*_arguments(training_folder, training_folder / "train-images-idx3-ubyte.gz"))
     assert_one_line_error(with_file, "cannot write")
     same = ("--autocast", "float32")
-    assert_one_line_error(run_command(*_arguments(training_folder, finished, *same, "--seed", 1)), "other options")
+    assert_one_line_error(run_here(*_arguments(training_folder, finished, *same, "--seed", 1)), "other options")
     for kind, size in (("labels-idx1", 8), ("images-idx3", 16)):  # thirty images fewer
         path = training_folder / f"train-{kind}-ubyte.gz"
         content = gzip.decompress(path.read_bytes())
         kept = size + 300 * (1 if size == 8 else 28 * 28)
         path.write_bytes(gzip.compress(content[:4] + (300).to_bytes(4, "big") + content[8:kept]))
-    assert_one_line_error(run_command(*_arguments(training_folder, finished, *same)), "images")
+    assert_one_line_error(run_here(*_arguments(training_folder, finished, *same)), "images")
     path = finished / "checkpoint.pt"
     for content in (path.read_bytes()[:1000], b"hello"):
         path.write_bytes(content)
-        assert_one_line_error(run_command(*_arguments(training_folder, finished, *same)), "damaged")
+        assert_one_line_error(run_here(*_arguments(training_folder, finished, *same)), "damaged")
 
 
 def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_path):
@@ -444,8 +444,8 @@ def test_fine_tuning_starts_from_a_checkpoint_s_weights(training_folder, tmp_pat
         (("--init", "/etc/passwd"), "not a checkpoint"),
     ],
 )
-def test_wrong_options_are_rejected(option, identifier, training_folder, tmp_path):
-    assert_one_line_error(run_command(*_arguments(training_folder, tmp_path / "out", *option)), identifier)
+def test_wrong_options_are_rejected(option, identifier, training_folder, tmp_path, run_here):
+    assert_one_line_error(run_here(*_arguments(training_folder, tmp_path / "out", *option)), identifier)
 
 
 def test_the_error_for_a_broken_training_image_is_one_line(image_folder, tmp_path):

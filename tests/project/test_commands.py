@@ -39,7 +39,7 @@ def _ptq(run, bundle, images, out, *more):
     )
 
 
-def test_the_whole_path(small_bundle, image_folder, tmp_path):
+def test_the_whole_path(small_bundle, image_folder, tmp_path, run_here):
     out = tmp_path / "out"
     result = _ptq(run_command, small_bundle, image_folder, out)
     assert result.returncode == 0, result.stderr
@@ -70,7 +70,7 @@ def test_the_whole_path(small_bundle, image_folder, tmp_path):
     session = onnxruntime.InferenceSession(out / "int8" / "model.onnx")
     assert top1(session.run(None, {"images": images})[0], labels) == pytest.approx(rows["int8", "model.onnx"]["top1"])
 
-    again = _ptq(run_command, small_bundle, image_folder, out, "--schemes", "int8")
+    again = _ptq(run_here, small_bundle, image_folder, out, "--schemes", "int8")
     assert again.returncode == 0, again.stderr
     assert not (out / "fp8").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images", "out"]

@@ -452,5 +452,5 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
     assert min(changed) > 0.01  # ten times the tolerance
 
 
-def test_a_mistake_is_one_line(material, tmp_path):
-    assert_one_line_error(run_command(*_arguments(material, tmp_path / "out", "--scheme", "int3")), "int3", "w4a4")
+def test_a_mistake_is_one_line(material, tmp_path, run_here):
+    assert_one_line_error(run_here(*_arguments(material, tmp_path / "out", "--scheme", "int3")), "int3", "w4a4")

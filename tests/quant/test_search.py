@@ -218,7 +218,7 @@ def _search(data, out, *more):
     )
 
 
-def test_the_command_and_its_replay(data, tmp_path):
+def test_the_command_and_its_replay(data, tmp_path, run_here):
     """The scheme of a search, calibrated and exported again, gives the same file byte for byte."""
     out = tmp_path / "search"
     result = _search(data, out, "--max-megabytes", 0.3, "--formats", "int8", "int8-smooth")
@@ -240,7 +240,7 @@ def test_the_command_and_its_replay(data, tmp_path):
         calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration), tmp_path / "again.onnx", "plain"
     )
     assert sha256(tmp_path / "again.onnx") == sha256(out / "model.onnx")
-    debug = run_command(
+    debug = run_here(
         "quant/debug_layers.py",
         out,
         "--checkpoint",

@@ -13,7 +13,7 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 from step_difference import largest_step_difference, local_differences
-from support import SMALL, assert_one_line_error, run_command
+from support import SMALL, assert_one_line_error
 
 from illama import ILLaMA
 from illama.bundle import SHIPPED
@@ -216,10 +216,10 @@ def test_a_file_of_another_kind_is_refused(small, exported, tmp_path):
         local_differences(exported[0], tmp_path / "model.onnx", small[1].numpy())
 
 
-def test_the_commands(small_bundle, image_folder, tmp_path):
+def test_the_commands(small_bundle, image_folder, tmp_path, run_here):
     arguments = ("--checkpoint", small_bundle, "--data", image_folder, "--calibration-images", 8, "--images", 6)
     out = tmp_path / "sensitivity"
-    result = run_command("quant/sensitivity.py", *arguments, "--scheme", "w4a8", "--out", out)
+    result = run_here("quant/sensitivity.py", *arguments, "--scheme", "w4a8", "--out", out)
     assert result.returncode == 0, result.stderr
     found = json.loads((out / "sensitivity.json").read_text())
     rows = list(csv.DictReader((out / "sensitivity.csv").open()))
@@ -230,11 +230,11 @@ def test_the_commands(small_bundle, image_folder, tmp_path):
     )
     shown, right = (out / "sensitivity.md").read_text(), found["all"]["right"] / found["all"]["images"]
     assert shown in result.stdout and ("class order" in shown) == (right < 0.4)  # a tenth from a third to all
-    again = run_command("quant/sensitivity.py", *arguments, "--images", 100, "--out", out)
+    again = run_here("quant/sensitivity.py", *arguments, "--images", 100, "--out", out)
     assert_one_line_error(again, "100 images", "16", "--images")
     assert json.loads((out / "sensitivity.json").read_text()) == found
 
-    debug = run_command("quant/debug_layers.py", *arguments)
+    debug = run_here("quant/debug_layers.py", *arguments)
     assert debug.returncode == 0, debug.stderr
     assert "<-" not in debug.stdout and "blocks.1.mlp.fc2" in debug.stdout
     with pytest.raises(UserError, match=r"manifest\.json"):
