@@ -17,11 +17,12 @@ from illama.manifest import Drop
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images in percent, with its 95% Wilson interval."""
+    """A share of ``images`` in percent, with its 95% Wilson interval; 0 images in a report of an earlier version."""
 
     percent: float
     low: float
     high: float
+    images: int = 0
 
     def __str__(self) -> str:
         return f"{self.percent:.2f} ({self.low:.2f} to {self.high:.2f})"
@@ -94,7 +95,7 @@ def top_k_accuracy(predictions: Predictions, k: int = 1) -> Share:
     """Returns the share of images whose label is among the ``k`` largest logits, ties by class."""
     right, images = int((predictions.rank < k).sum()), len(predictions)
     interval = scipy.stats.binomtest(right, images).proportion_ci(method="wilson")
-    return Share(right / images * 100, float(interval.low) * 100, float(interval.high) * 100)
+    return Share(right / images * 100, float(interval.low) * 100, float(interval.high) * 100, images)
 
 
 def mcnemar(reference: np.ndarray, other: np.ndarray) -> McNemar:

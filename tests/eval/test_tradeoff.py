@@ -21,6 +21,7 @@ from illama import ILLaMA
 from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.data.datasets import open_data
 from illama.data.preprocessing import Preprocessing
+from illama.golden_answers import GoldenAnswers, GoldenFacts
 from illama.inference import load_images, usable_cores
 from illama.manifest import Drop, Manifest
 from quant.export.onnx_export import export_onnx
@@ -321,6 +322,26 @@ def test_a_file_that_overflows_in_half_precision_fails_alone(tradeoff, runs, tmp
     assert (failed["scheme"], failed["runtime_id"]) == ("int8", "tensorrt") and "18 of 18" in failed["reason"]
     for place in (result.stdout, *((tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))):
         assert failed["reason"] in place
+
+
+@pytest.mark.parametrize("fault", ["damaged", "wrong"])
+def test_a_file_that_cannot_be_used_fails_alone(fault, tradeoff, runs, tmp_path):
+    """A file that no runtime opens, and one that computes other logits than its golden answers."""
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    bundle = tmp_path / "runs" / "int8"
+    if fault == "damaged":
+        (bundle / "model.onnx").write_bytes(b"no graph")
+    else:
+        tolerances = {"float32": 0.1, "bfloat16": 0.1, "tensorrt": 0.1}
+        facts = GoldenFacts("noise", (16, 16), (0.5,) * 3, (0.25,) * 3, tolerances)
+        images, logits = np.zeros((2, 16, 16, 3), np.uint8), np.array([[1, 2, 3], [3, 2, 1]], np.float32)
+        GoldenAnswers(images, np.arange(3), logits, facts).write(bundle)
+    result = tradeoff(paths=(tmp_path / "runs",))
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {row["scheme"] for row in report["rows"]} == {"fp32"}
+    assert {row["scheme"] for row in report["failed"]} == {"int8"} and report["failed"][0]["reason"] in result.stdout
+    assert any("int8" in each for each in report["warnings"])
 
 
 def test_a_significant_drop_is_measured_with_both_softmaxes(tradeoff, runs, tmp_path, monkeypatch):
