@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from eval.report.schema import Report, Row
 from illama.inference import chance_note
 
-_BUSY = 100  # involuntary context switches a second; an idle machine has fewer
+_STEADY = 2.0  # the largest p90 of an idle machine, relative to the p50
 
 
 def cautions(report: Report) -> list[str]:
@@ -16,8 +16,12 @@ def cautions(report: Report) -> list[str]:
     found = [f"{each.name} failed and is in no comparison: {each.reason}" for each in report.failed]
     if reference and (note := chance_note(reference.name, reference.top1.percent, len(report.classes))):
         found.append(f"{note}.")
-    if timed and report.conditions.get("involuntary context switches a second", 0) > _BUSY:
-        found.append("Other work disturbed the timing: time again on an idle machine before you compare latencies.")
+    ratios = {row.name: each.p90 / each.p50 for row in timed if (each := row.latency[0]).p90}
+    if unsteady := [row for row in timed if ratios.get(row.name, 0) > _STEADY]:
+        found.append(
+            f"Latencies vary as under other load: p90 is up to {max(ratios.values()):.1f} times p50, for "
+            f"{_names(unsteady)}. Time again on an idle machine."
+        )
     if few := [row for row in timed if row.latency[0].p90 is None]:
         found.append(f"Too few calls for a p90 of {_names(few)}: give more --seconds.")
     limit = report.constraints.drop
