@@ -26,7 +26,7 @@ class BuildOptions(EngineOptions):
     An engine that was built from the same graph, by the same library and with the same options, is kept.
 
     Attributes:
-        bundles: paths to bundles with a model.fused.onnx.
+        bundles: paths to bundles with a model.fused.onnx, or to folders of bundles such as runs/ptq.
         library: tensorrt or tensorrt_rtx. Defaults to the first of the two that can build here.
         name: name of the engine's folder in the bundle's engines/. Defaults to LIBRARY-TARGETS-BATCH.
     """
@@ -45,14 +45,14 @@ class BuildOptions(EngineOptions):
 
 def main(options: BuildOptions) -> None:
     # Imported here, so that --help does not wait for the libraries.
-    from deploy.trt.build_bundle import build_supported
+    from deploy.trt.build_bundle import build_supported, expand_bundles
     from deploy.trt.library import find_library
     from deploy.trt.record import EngineRecord
 
     library = find_library(options.library)
     if library is None:
         raise UserError("no TensorRT that can build here: pip install tensorrt-rtx, or see docs/jetson.md on a Jetson")
-    for bundle in options.bundles:
+    for bundle in expand_bundles(options.bundles):
         path, unsupported = build_supported(library, bundle, options, options.name)
         if unsupported:
             print(f"{bundle}: not built for {', '.join(unsupported)}, which has no FP8; use INT8 there")

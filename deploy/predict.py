@@ -26,7 +26,7 @@ class PredictOptions:
     Probabilities are calibrated if a temperature is stored with the engine (python eval/accuracy.py --store).
 
     Attributes:
-        images: paths to image files.
+        images: paths to image files, or to folders of them.
         engine: path to a bundle, to an engine (its folder or its .engine file), or to an .onnx file.
         runtime: openvino, onnxruntime, tensorrt, torch, ...; if not given, the preferred runtime for the engine.
         watch: path to a folder; every image that appears in it is classified.
@@ -50,7 +50,7 @@ class PredictOptions:
 
 def main(options: PredictOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from deploy.runtimes.classify import classify, new_images
+    from deploy.runtimes.classify import classify, expand_images, new_images
     from deploy.runtimes.image_input import ImageInput
     from deploy.runtimes.open_engine import open_file
     from deploy.runtimes.temperature import read_temperature
@@ -63,7 +63,7 @@ def main(options: PredictOptions) -> None:
     verified = "verified" if engine.verified else "NOT verified"
     print(f"{options.engine} in {engine.runtime}, {verified}; probabilities are {calibration}", flush=True)
     until = time.monotonic() + options.seconds if options.seconds is not None else None
-    paths = new_images(options.watch, until) if options.watch else options.images
+    paths = new_images(options.watch, until) if options.watch else expand_images(options.images)
     image_input = ImageInput.of(manifest)
     try:
         classify(engine, image_input, manifest.classes, temperature or 1.0, paths, skip_broken=bool(options.watch))

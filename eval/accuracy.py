@@ -28,9 +28,11 @@ class AccuracyOptions:
 
     Attributes:
         paths: bundles of python quant/ptq.py, or files or engines of them; the first is the reference.
-        data: data set that they were trained on; its test split is used.
+        data: data set that they were trained on; its test split is used. Defaults to the one in
+            the first bundle's manifest.
         images: number of test images, evenly spaced; all if not given.
         calibration_images: number of training images that temperatures are fitted on; 0 to use stored temperatures.
+            Defaults to 512, or to all if there are fewer.
         store: store each temperature with its file, for deploy/predict.py.
         runtime: openvino, onnxruntime, tensorrt, torch, ... Defaults to the preferred runtime for each file.
         threads: number of CPU threads of each process; 0 divides the cores of the machine among its processes.
@@ -41,9 +43,9 @@ class AccuracyOptions:
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: Data = "fashion-mnist"
+    data: Data | None = None
     images: Count | None = None
-    calibration_images: CountOrZero = 512
+    calibration_images: CountOrZero | None = None
     store: bool = False
     runtime: RuntimeName | None = None
     threads: ThreadsOrAll = 0
@@ -64,22 +66,24 @@ def main(options: AccuracyOptions) -> None:
     from eval.metrics.predictions import refuse_not_finite
     from eval.report.accuracy_tables import write_accuracy
     from illama.atomic_write import lock_folder, remove_folder
-    from illama.data.datasets import Transformed, evenly_spaced
+    from illama.data.datasets import Transformed, calibration_count, evenly_spaced
     from illama.training.distributed import processes
 
-    work, images = options.out / UNFINISHED, options.calibration_images
+    work = options.out / UNFINISHED
     with (
         processes(apart=True, timeout=timedelta(seconds=options.patience)) as group,
         lock_folder(options.out, group.main),
     ):
         bundles = open_bundles(options.paths, options.runtime, options.threads or share_of_cores())
-        data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
+        name = options.data or bundles.data
+        data = open_fitting_data(name, bundles.classes, bundles.preprocessing)
+        images = calibration_count(data, options.calibration_images)
         split, transform = evenly_spaced(data.test(), options.images), bundles.preprocessing.transform()
         if images:
             temperatures, failed = fit_temperatures(bundles.models, data, transform, images, group)
         else:
             temperatures, failed = stored_temperatures(bundles.paths)
-        facts = {"data": options.data, **bundles.facts, "runtimes": bundles.runtimes}
+        facts = {"data": name, **bundles.facts, "runtimes": bundles.runtimes}
         results = evaluate(
             bundles.models,
             Transformed(split, transform),
@@ -88,12 +92,12 @@ def main(options: AccuracyOptions) -> None:
         )
         group.barrier()  # all processes have read the chunks
         if group.main:
-            settings = {"data": options.data, "calibration_images": images}
+            settings = {"data": name, "calibration_images": images}
             write_accuracy(options.out, settings, bundles, measure(refuse_not_finite(results), temperatures), failed)
             remove_folder(work)
             if options.store and images:
                 fitted = [(bundles.paths[name], value, bundles.runtimes[name]) for name, value in temperatures.items()]
-                for failure in store_temperatures(fitted, images, options.data):
+                for failure in store_temperatures(fitted, images, name):
                     print(failure)
 
 

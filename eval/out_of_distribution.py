@@ -23,14 +23,15 @@ class OutsideOptions:
     Attributes:
         bundles: bundles of python quant/ptq.py.
         outside: another data set: a folder of pictures at any depth, or a value that --data takes.
-        data: data set that the bundles were trained on; its test split is used.
+        data: data set that the bundles were trained on; its test split is used. Defaults to the one in
+            the first bundle's manifest.
         images: number of images of each data set, evenly spaced; all if not given.
         out: folder for the results.
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     outside: str
-    data: Data = "fashion-mnist"
+    data: Data | None = None
     images: Count | None = None
     out: Path = Path("runs/out-of-distribution")
 
@@ -42,7 +43,8 @@ def main(options: OutsideOptions) -> None:
     from eval.report.store import write_results
 
     bundles = open_bundles(options.bundles)
-    data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
+    name = options.data or bundles.data
+    data = open_fitting_data(name, bundles.classes, bundles.preprocessing)
     splits = data.test(), open_outside(options.outside, bundles.preprocessing.exif)
     inside, outside = (at_most(options.images, split) for split in splits)
     transform = bundles.preprocessing.transform()
@@ -50,12 +52,12 @@ def main(options: OutsideOptions) -> None:
     results = {model: measure_separation(logits[model], outside_logits[model]) for model in bundles.models}
     images: tuple[int, int] = (len(inside), len(outside))  # type: ignore[arg-type]
     facts = {
-        "data": options.data,
+        "data": name,
         "outside": options.outside,
         "images": images,
         "models": {model: {name: asdict(each) for name, each in scores.items()} for model, scores in results.items()},
     }
-    print(f"{images[0]} images of {options.data}, {images[1]} of {options.outside}\n")
+    print(f"{images[0]} images of {name}, {images[1]} of {options.outside}\n")
     write_results(options.out, "out-of-distribution", facts, separation_table(results))
 
 

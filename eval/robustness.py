@@ -25,7 +25,8 @@ class RobustnessOptions:
 
     Attributes:
         bundles: bundles of python quant/ptq.py; the first is the reference.
-        data: data set that they were trained on; its test split is corrupted.
+        data: data set that they were trained on; its test split is corrupted. Defaults to the one in
+            the first bundle's manifest.
         corruptions: names of corruptions of ImageNet-C; defaults to all 15.
         severities: severities from 1 to 5; defaults to all.
         images: number of test images, evenly spaced.
@@ -35,7 +36,7 @@ class RobustnessOptions:
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: Data = "fashion-mnist"
+    data: Data | None = None
     corruptions: tuple[str, ...] = CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES
     images: Count = 1000
@@ -64,15 +65,16 @@ def main(options: RobustnessOptions) -> None:
         check_corruption(*cell)
     with lock_folder(options.out):
         bundles = open_bundles(options.bundles)
-        data = open_fitting_data(options.data, bundles.classes, bundles.preprocessing)
+        name = options.data or bundles.data
+        data = open_fitting_data(name, bundles.classes, bundles.preprocessing)
         images = evenly_spaced(data.test(), options.images)
-        settings = {"data": options.data, "images": options.images, "seed": options.seed}
+        settings = {"data": name, "images": options.images, "seed": options.seed}
         claim(options.out, {**settings, **bundles.facts})
         measured = measure_cells(bundles, images, cells, options.out, options.seed, options.workers)
         results = summarize(measured, options.seed)
         reference = next(iter(results))
         note = chance_note(reference, results[reference].clean, len(bundles.classes))
-        print(f"{options.images} images of {options.data}; severities {' '.join(map(str, options.severities))}\n")
+        print(f"{options.images} images of {name}; severities {' '.join(map(str, options.severities))}\n")
         facts = {**settings, **robustness_json(measured, results)}
         write_results(options.out, "robustness", facts, f"{robustness_tables(results)}\n{note}")
     print(f"written to {options.out}")

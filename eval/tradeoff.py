@@ -27,9 +27,11 @@ class TradeoffOptions:
     Attributes:
         benchmark: the benchmark.
         paths: paths to bundles, folders of bundles such as runs/ptq, or single files or engines.
-        data: data set that the models were trained on; its test split is evaluated.
+        data: data set that the models were trained on; its test split is evaluated. Defaults to the
+            one in the first bundle's manifest.
         images: number of test images, evenly spaced; all if not given.
-        calibration_images: number of training images that temperatures are fitted on; 0 for none.
+        calibration_images: number of training images that temperatures are fitted on; 0 for none. Defaults to 512, or
+            to all if there are fewer.
         workers: number of processes that read images.
         store: store each model's calibration temperature beside its file, for deploy/predict.py.
         out: folder of the report; an interrupted evaluation resumes from it.
@@ -37,9 +39,9 @@ class TradeoffOptions:
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
-    data: Data = "fashion-mnist"
+    data: Data | None = None
     images: Count | None = None
-    calibration_images: CountOrZero = 512
+    calibration_images: CountOrZero | None = None
     workers: Workers = 0
     store: bool = False
     out: Path = Path("runs/tradeoff")
@@ -63,7 +65,8 @@ def main(options: TradeoffOptions) -> None:
     with processes(apart=True) as group, lock_folder(options.out, group.main), steps.time("evaluate and time"):
         paths = expand(options.paths)
         manifest = check_alike(paths)
-        images = EvaluationImages.open(options.data, manifest, options.images, options.calibration_images)
+        name = options.data or manifest.data
+        images = EvaluationImages.open(name, manifest, options.images, options.calibration_images)
         check_baseline(baseline, images)
         pin_threads(options.benchmark.threads)
         unfinished = options.out / UNFINISHED

@@ -47,9 +47,13 @@ _PACKAGES = (
 )
 
 
+program: str | None = None  # "illama quantize", for example, if :mod:`illama.dispatch` runs a command
+
+
 def command_line() -> str:
     """Returns the command line of this process."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    start = program or shlex.join(["python", os.path.relpath(sys.argv[0])])
+    return " ".join([start, *map(shlex.quote, sys.argv[1:])])
 
 
 def package_versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 import docstring_parser
 import tyro
 
+import illama.bundle
 from illama.errors import UserError
 from illama.options import DATA_FORMS, Data, check_bounds
 from illama.quiet import without_noise
@@ -44,7 +45,7 @@ def run_command(
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up like Ctrl-C
         with without_noise():
-            given = _in_one_line(parse or partial(tyro.cli, options))
+            given = _in_one_line(parse or partial(tyro.cli, options, prog=illama.bundle.program))
             check_bounds(given)
             main(given)
             sys.stdout.flush()
@@ -120,7 +121,7 @@ def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
     }
     named = TypedDict(options.__name__, fields, total=False)  # type: ignore[operator, misc]
     named.__doc__ = options.__doc__
-    return dict(tyro.cli(named))
+    return dict(tyro.cli(named, prog=illama.bundle.program))
 
 
 def option_helps(options: type[Any]) -> dict[str, str]:

@@ -210,6 +210,12 @@ class Manifest:
         if (count := self.config.get("num_classes", len(self.classes))) != len(self.classes):
             raise UserError(f"the network has {count!s:.20} classes, and {len(self.classes)} are named")
 
+    @property
+    def data(self) -> str:
+        """The data set that it was made with, as :func:`illama.data.datasets.open_data` takes it."""
+        source = self.provenance.source or SourceOptions()
+        return source.data
+
     def write(self, folder: Path) -> None:
         """Writes ``manifest.json`` into a bundle's folder, without the sections that are None."""
         content = {name: value for name, value in asdict(self).items() if value is not None}

@@ -55,7 +55,8 @@ class SourceOptions:
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
         model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
         data: the data set.
-        calibration_images: number of training images that ranges are calibrated on.
+        calibration_images: number of training images that ranges are calibrated on. Defaults to 512, or to all if there
+            are fewer.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         exif: apply or ignore the orientation that image files declare. Defaults to the value in the checkpoint's
             bundle, or to apply without a bundle.
@@ -66,7 +67,7 @@ class SourceOptions:
     checkpoint: Path = SHIPPED
     model: str | None = None
     data: Data = "fashion-mnist"
-    calibration_images: Count = 512
+    calibration_images: Count | None = None
     image_size: ImageSize | None = None
     exif: Exif | None = None
     class_order: ClassOrder | None = None

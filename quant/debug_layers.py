@@ -67,7 +67,7 @@ def main(options: DebugOptions) -> None:
     inputs = open_source(bundle, {name: getattr(options, name) for name in names})
     scheme = bundle_scheme(bundle, options.scheme)
     reference, quantized = inputs.float_model(scheme), open_quantized(bundle, inputs, scheme)
-    pool = selection_images(inputs.data, inputs.source.calibration_images, options.images)
+    pool = selection_images(inputs.data, inputs.calibration_images, options.images)
     images = np.concatenate([batch.numpy() for batch, _ in inputs.batches(pool)])
     with tempfile.TemporaryDirectory() as folder:
         path = (bundle or Path(folder)) / CPU_ONNX

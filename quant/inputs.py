@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from illama.checkpoints.load import Checkpoint, load_checkpoint
 from illama.checkpoints.timm_checkpoint import load_timm
-from illama.data.datasets import ImageData, Sample, Transformed, open_data
+from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, open_data
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import load_images
@@ -42,8 +42,19 @@ class Inputs:
     @cached_property
     def calibration(self) -> list[Tensor]:
         """Calibration images in batches (B, C, H, W)."""
-        images, _ = load_images(self.data.calibration(self.source.calibration_images), self.preprocessing.transform())
+        images, _ = load_images(self.data.calibration(self.calibration_images), self.preprocessing.transform())
         return list(torch.from_numpy(images).split(_BATCH))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, of the data or else of the checkpoint; numbers if neither has them."""
+        numbers = map(str, range(self.model.config.num_classes))
+        return tuple(self.data.classes) or self.checkpoint.classes or tuple(numbers)
+
+    @property
+    def calibration_images(self) -> int:
+        """Number of calibration images."""
+        return calibration_count(self.data, self.source.calibration_images)
 
     @property
     def model(self) -> MaskedNetwork:
@@ -81,7 +92,7 @@ def open_inputs(options: SourceOptions) -> Inputs:
         options.exif or (stored.exif if stored else "apply"),
         options.class_order or (stored.class_order if stored else "words"),
     )
-    if len(images.classes) != config.num_classes:
+    if images.classes and len(images.classes) != config.num_classes:
         raise UserError(
             f"{checkpoint} has {config.num_classes} classes, {data} has {len(images.classes)}: they must be the same"
         )
@@ -90,7 +101,8 @@ def open_inputs(options: SourceOptions) -> Inputs:
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
     fitting = stored or images.preprocessing(config.image_size, config.in_channels)
     preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order)
-    source = replace(options, exif=images.exif, class_order=images.class_order)
+    count = calibration_count(images, options.calibration_images)
+    source = replace(options, exif=images.exif, class_order=images.class_order, calibration_images=count)
     return Inputs(loaded, images, preprocessing, source)
 
 

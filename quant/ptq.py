@@ -14,11 +14,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.trt.engine_options import EngineOptions, LibraryName
+from deploy.trt.engine_options import BatchRange, EngineOptions, LibraryName
 from illama.cli import run_command
-from illama.options import BenchmarkOptions, Flat, Golden, SourceOptions
+from illama.options import BenchmarkOptions, Count, Flat, Golden, SourceOptions, Workers
 
 if TYPE_CHECKING:
+    from eval.benchmark.evaluation_images import EvaluationImages
+    from eval.benchmark.targets import BenchmarkTarget
+    from eval.report.schema import Report
+    from illama.partial_work import PartialWork
+    from illama.steps import Steps
     from quant.inputs import Inputs
     from quant.schemes.scheme import Scheme
 
@@ -38,6 +43,12 @@ class PtqOptions:
             and to Ampere and newer for tensorrt_rtx.
         golden: images of the golden answers, which every bundle and engine contains to check its logits where it runs:
             calibration (8 of them, at most 32x32 pixels), noise, or none.
+        engines: build an engine of every bundle with a graph for TensorRT.
+        engine_batch: min, opt and max batch of the engines; one number for all three.
+        report: evaluate and time the bundles beside the float references, and write a report. Without it, OUT holds the
+            bundles of the schemes alone, and no test image is read.
+        images: number of test images, evenly spaced; all if not given.
+        workers: number of processes that read test images.
         restart: discard the unfinished run in OUT.partial instead of continuing it.
     """
 
@@ -48,6 +59,11 @@ class PtqOptions:
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()
     golden: Golden = "calibration"
+    engines: bool = True
+    engine_batch: BatchRange = (1, 8, 64)
+    report: bool = True
+    images: Count | None = None
+    workers: Workers = 0
     restart: bool = False
 
 
@@ -55,15 +71,14 @@ def main(options: PtqOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from deploy.trt.build_bundle import build_engines
     from deploy.trt.library import find_library
-    from eval.benchmark.benchmark import Execution, make_report, run_benchmark
     from eval.benchmark.evaluation_images import EvaluationImages
     from eval.benchmark.machine import pin_threads
     from eval.benchmark.targets import find_targets
     from eval.report.baseline import check_baseline, exit_on_regression, read_baseline
-    from eval.report.write_report import is_result, write_and_print
+    from eval.report.write_report import is_result
     from illama.partial_work import partial_work
     from illama.steps import Steps
-    from quant.export.write_bundle import Origin, plan_quantization, write_bundles
+    from quant.export.write_bundle import Origin, describe_bundle, plan_quantization, write_bundles
     from quant.inputs import open_inputs, schemes_from_options
 
     baseline, steps = read_baseline(options.benchmark), Steps()
@@ -71,25 +86,49 @@ def main(options: PtqOptions) -> None:
         schemes = schemes_from_options(options.schemes)
         inputs = open_inputs(options.source)
         plans = [plan_quantization(inputs.model, scheme) for scheme in schemes]
-        library = find_library(options.library)
+        engine_options = EngineOptions(options.targets, options.engine_batch)
+        library = find_library(options.library) if options.engines else None
         if library:
             library.resolve_targets(options.targets)
-        test, calibration = inputs.data.test(), options.source.calibration_images
-        images = EvaluationImages(options.source.data, inputs.data, test, inputs.preprocessing, calibration)
-        check_baseline(baseline, images)
+        images = None
+        if options.report:
+            data, count = inputs.data, inputs.calibration_images
+            images = EvaluationImages.of(options.source.data, data, inputs.preprocessing, options.images, count)
+            check_baseline(baseline, images)
 
         origin = replace(Origin.of(inputs, options.benchmark.seed), golden=options.golden)
         work.start(_facts(options, inputs, schemes), options.restart)
-        bundles, networks = write_bundles(work, inputs, plans, origin, steps.show)
-        not_run = build_engines(library, bundles, EngineOptions(options.targets), steps.show)
-        with steps.show("evaluate and time"):
+        bundles, networks = write_bundles(work, inputs, plans, origin, steps.show, references=options.report)
+        not_built = build_engines(library, bundles, engine_options, steps.show) if options.engines else []
+        if images:
             pin_threads(options.benchmark.threads)
-            execution = Execution(work.result, work.step("evaluation"), restart=True, store=True)
-            result = run_benchmark(find_targets(bundles, networks), images, options.benchmark, execution)
-        checkpoint = os.path.relpath(options.source.checkpoint)
-        report = make_report(result, images, options.benchmark, checkpoint, steps.seconds, not_run)
-        write_and_print(report, test, work.result, options.out)
-    exit_on_regression(baseline, report)
+            report = _report(options, work, images, find_targets(bundles, networks), steps, not_built)
+        else:
+            print("\n".join([*not_built, *(describe_bundle(options.out / bundle.name, bundle) for bundle in bundles)]))
+    if images:
+        exit_on_regression(baseline, report)
+
+
+def _report(
+    options: PtqOptions,
+    work: PartialWork,
+    images: EvaluationImages,
+    targets: Sequence[BenchmarkTarget],
+    steps: Steps,
+    not_built: Sequence[str],
+) -> Report:
+    """Evaluates and times the targets, writes the report into the result of ``work``, and returns it."""
+    from eval.benchmark.benchmark import Execution, make_report, run_benchmark
+    from eval.report.write_report import write_and_print
+
+    with steps.show("evaluate and time"):
+        unfinished = work.step("evaluation")
+        execution = Execution(work.result, unfinished, restart=True, workers=options.workers, store=True)
+        result = run_benchmark(targets, images, options.benchmark, execution)
+    checkpoint = os.path.relpath(options.source.checkpoint)
+    report = make_report(result, images, options.benchmark, checkpoint, steps.seconds, not_built)
+    write_and_print(report, images.data.test(), work.result, options.out)
+    return report
 
 
 def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> dict[str, Any]:
@@ -102,13 +141,16 @@ def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> di
         **asdict(options.benchmark),
         "library": options.library,
         "targets": options.targets,
+        "engines": options.engine_batch if options.engines else None,
+        "report": options.report,
+        "images": options.images,
         "golden": options.golden,
         "schemes": list(map(repr, schemes)),  # not as mappings: JSON ignores the order of patterns, which matters
         "checkpoint": sha256(inputs.checkpoint.weights),
         "network": inputs.model.config.to_dict(),
         "preprocessing": asdict(inputs.preprocessing),
-        "classes": inputs.data.classes,
-        "number of test images": len(inputs.data.test()),  # type: ignore[arg-type]
+        "classes": inputs.classes,
+        "number of test images": len(inputs.data.test()) if options.report else None,  # type: ignore[arg-type]
         "package versions": package_versions(),
         "version of this toolkit": sources_digest(),
     }

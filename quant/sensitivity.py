@@ -50,10 +50,10 @@ def main(options: SensitivityOptions) -> None:
 
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
         inputs, scheme = open_inputs(options.source), onnx_scheme(options.scheme)
-        images = split_images(inputs.data, options.split, options.source.calibration_images, options.images)
+        images = split_images(inputs.data, options.split, inputs.calibration_images, options.images)
         result = {
             "command": command_line(),
-            **{key: str(value) for key, value in asdict(options.source).items()},
+            **{key: str(value) for key, value in asdict(inputs.source).items()},
             "checkpoint": os.path.relpath(options.source.checkpoint),
             "scheme": options.scheme,
             "images": str(options.images),

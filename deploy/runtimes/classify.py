@@ -11,9 +11,9 @@ import numpy as np
 
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.image_input import ImageInput
+from illama.data.images import PICTURES, list_pictures
 from illama.errors import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SETTLED = 0.2  # seconds without a change after which a file in a watched folder is complete
 
 
@@ -30,6 +30,11 @@ def top5(logits: np.ndarray, classes: Sequence[str], temperature: float = 1.0) -
     wide = np.exp((logits - logits.max()).astype(np.float64) / temperature)
     order = np.argsort(-logits, kind="stable")[:5]
     return [(classes[index], float(wide[index] / wide.sum())) for index in order]
+
+
+def expand_images(paths: Sequence[Path]) -> list[Path]:
+    """Returns the paths, and in place of a folder the image files in it at any depth; UserError if it has none."""
+    return [each for path in paths for each in (list_pictures(path) if path.is_dir() else [path])]
 
 
 def new_images(folder: Path, until: float | None) -> Iterator[Path]:
@@ -51,7 +56,7 @@ def new_images(folder: Path, until: float | None) -> Iterator[Path]:
             except OSError:  # the writer renamed its temporary file, or it is a link to itself
                 continue
             version = (path, status.st_mtime_ns)
-            is_image = stat.S_ISREG(status.st_mode) and path.suffix.lower() in SUFFIXES
+            is_image = stat.S_ISREG(status.st_mode) and path.suffix.lower() in PICTURES
             if is_image and version not in seen and time.time() - status.st_mtime > SETTLED:
                 seen.add(version)
                 yield path

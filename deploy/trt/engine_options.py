@@ -17,11 +17,12 @@ Verbosity = Literal["none", "layer-names", "detailed"]
 
 
 def read_batch(text: str) -> tuple[int, int, int]:
-    """1:8:64 -> (1, 8, 64); raises UserError for other text."""
+    """1:8:64 -> (1, 8, 64), and 8 -> (8, 8, 8); raises UserError for other text."""
     try:
-        min_batch, opt_batch, max_batch = (int(part) for part in text.split(":"))
+        sizes = [int(part) for part in text.split(":")]
+        min_batch, opt_batch, max_batch = sizes * 3 if len(sizes) == 1 else sizes
     except ValueError as error:
-        raise UserError(f"--batch must be MIN:OPT:MAX, such as 1:8:64, not {text!r}") from error
+        raise UserError(f"a batch must be MIN:OPT:MAX, such as 1:8:64, or one number, not {text!r}") from error
     return min_batch, opt_batch, max_batch
 
 
@@ -44,7 +45,7 @@ class EngineOptions:
     Attributes:
         targets: compute capabilities, such as sm86,sm89. Defaults to this GPU for tensorrt, and to Ampere and newer
             for tensorrt_rtx.
-        batch: min, opt and max batch of the optimization profile.
+        batch: min, opt and max batch of the optimization profile; one number for all three.
         workspace_gib: maximum workspace memory of a layer in GiB; defaults to the library's limit.
         timing_cache: path to a file of kernel timings, which is read if it exists, and updated (full TensorRT only).
         refit: allow replacing the weights of the built engine.

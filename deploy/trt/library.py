@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Compute capabilities for which TensorRT-RTX builds ahead of time; tensorrt builds for the GPU it runs on.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+JETSONS = ("sm72", "sm87", "sm101", "sm110", "jetson", "xavier", "orin", "thor")
 FUSED_ATTENTION_SINCE = (10, 14)  # first version of TensorRT with the Attention operator
 
 
@@ -76,6 +77,11 @@ class Library:
                 )
             return (here,)
         for target in targets:
+            if target.lower() in JETSONS:
+                raise UserError(
+                    f"TensorRT-RTX builds no engine for a Jetson, such as {target}: build on the module itself, with "
+                    "JetPack's TensorRT (docs/jetson.md)"
+                )
             if target not in RTX_TARGETS:
                 raise UserError(f"unknown target {target!r}: choose from {', '.join(RTX_TARGETS)}")
         return tuple(target for target in RTX_TARGETS if target in targets)

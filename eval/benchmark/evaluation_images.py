@@ -9,7 +9,7 @@ from typing import cast
 from torch.utils.data import Dataset, Subset
 
 from eval.benchmark.open_bundles import open_fitting_data
-from illama.data.datasets import ImageData, Sample, evenly_spaced
+from illama.data.datasets import ImageData, Sample, calibration_count, evenly_spaced
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest
 
@@ -34,7 +34,7 @@ class EvaluationImages:
     indices: Sequence[int] | None = None
 
     @classmethod
-    def open(cls, name: str, manifest: Manifest, images: int | None, calibration: int) -> EvaluationImages:
+    def open(cls, name: str, manifest: Manifest, images: int | None, calibration: int | None) -> EvaluationImages:
         """Returns the test split of the data set ``name``, read as a bundle's manifest says.
 
         Args:
@@ -43,11 +43,17 @@ class EvaluationImages:
         Raises:
             UserError: the data set does not exist, has other classes or too few images.
         """
-        preprocessing = manifest.preprocessing
-        data = open_fitting_data(name, manifest.classes, preprocessing)
+        data = open_fitting_data(name, manifest.classes, manifest.preprocessing)
+        return cls.of(name, data, manifest.preprocessing, images, calibration)
+
+    @classmethod
+    def of(
+        cls, name: str, data: ImageData, preprocessing: Preprocessing, images: int | None, calibration: int | None
+    ) -> EvaluationImages:
+        """Returns the test split of a data set that is open; see :meth:`open`."""
         split = evenly_spaced(data.test(), images)
         indices = cast(Subset[Sample], split).indices if images is not None else None
-        return cls(name, data, split, preprocessing, calibration, indices)
+        return cls(name, data, split, preprocessing, calibration_count(data, calibration), indices)
 
     def index_in_test_split(self, index: int) -> int:
         """Returns the index in the whole test split of an image of ``split``."""

@@ -33,6 +33,7 @@ class OpenBundles:
         runtimes: name -> its runtime, with version, device and precision.
         preprocessing: preprocessing of all of them.
         classes: names of the classes of all of them.
+        data: the data set that the first was made with.
     """
 
     models: dict[str, Infer]
@@ -41,6 +42,7 @@ class OpenBundles:
     runtimes: dict[str, str]
     preprocessing: Preprocessing
     classes: tuple[str, ...]
+    data: str
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
         {name: engine.runtime for name, (engine, _) in opened.items()},
         manifest.preprocessing,
         manifest.classes,
+        manifest.data,
     )
 
 

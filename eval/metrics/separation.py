@@ -17,10 +17,8 @@ import scipy.stats
 from torch.utils.data import Dataset
 
 from eval.metrics.predictions import probabilities
-from illama.data.datasets import evenly_spaced, open_data
-from illama.data.images import decode_image
-from illama.data.webdataset import IMAGE_SUFFIXES, Sample
-from illama.errors import UserError
+from illama.data.datasets import Pictures, evenly_spaced, open_data
+from illama.data.webdataset import Sample
 from illama.markdown_table import markdown
 from illama.options import Exif
 
@@ -37,27 +35,6 @@ class Separation:
 
     auroc: float
     fpr_at_95: float
-
-
-class Pictures(Dataset[Sample]):
-    """All pictures under a folder, at any depth, in the order of their paths; every label is 0.
-
-    Raises:
-        UserError: there are no pictures.
-    """
-
-    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
-        self.exif = exif
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
-        if not self.paths:
-            raise UserError(f"no pictures under {folder}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Sample:
-        path = str(self.paths[index])
-        return decode_image(path, lambda: path, self.exif), 0
 
 
 def familiarity(logits: np.ndarray) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from eval.report.thumbnails import draw_thumbnails
 from illama.atomic_write import list_folder, write_file
 from illama.data.datasets import Sample
 from illama.errors import UserError
+from illama.manifest import is_bundle
 from illama.structured_files import read_json
 
 SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
@@ -104,7 +105,9 @@ class _Summary:
 
 
 def is_result(folder: Path) -> bool:
-    """Returns whether a folder holds only the files of :func:`write_report` and the bundles of its rows."""
+    """Returns whether a folder holds only the files of :func:`write_report` and the bundles of its rows, or bundles."""
+    if not (folder / SUMMARY).exists():
+        return bool(found := list_folder(folder)) and all(map(is_bundle, found))
     try:
         rows = read_json(folder / SUMMARY, _Summary, unknown="ignore").rows
         ours = {*FILES, "reliability.png", *(Path(str(row["onnx"])).parts[0] for row in rows)}

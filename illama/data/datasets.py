@@ -30,7 +30,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
 from illama.data.idx_files import read_idx_pair
-from illama.data.images import decode_image
+from illama.data.images import PICTURES, decode_image, list_pictures
 from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample, WebDataset
 from illama.errors import UserError, warn_once
@@ -51,6 +51,7 @@ FASHION_MNIST_CLASSES: tuple[str, ...] = (
     "Ankle boot",
 )
 VALIDATION_IMAGES = 2000
+_CALIBRATION_IMAGES = 512  # if not given
 
 Transform = Callable[[Any], Tensor]
 
@@ -76,8 +77,8 @@ class ImageData(Protocol):
     def test(self) -> Dataset[Sample]:
         """Returns the test split."""
 
-    def calibration(self, count: int) -> Dataset[Sample]:
-        """Returns ``count`` evenly spaced images of the training split; raises UserError if there are fewer."""
+    def calibration(self, count: int | None) -> Dataset[Sample]:
+        """Returns ``count`` evenly spaced images of the training split, or all; raises UserError if there are fewer."""
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
         """Returns (training images, validation images), two disjoint parts of the training split."""
@@ -115,7 +116,7 @@ class FashionMNIST:
     def test(self) -> Dataset[Sample]:
         return self._read(SHIPPED_FASHION_MNIST, "t10k")
 
-    def calibration(self, count: int) -> Dataset[Sample]:
+    def calibration(self, count: int | None) -> Dataset[Sample]:
         images = self._read(SHIPPED_FASHION_MNIST, "calibration")
         return evenly_spaced(images, count, "calibration images")
 
@@ -148,7 +149,7 @@ class ImageSplits:
     def test(self) -> Dataset[Sample]:
         return self._test
 
-    def calibration(self, count: int) -> Dataset[Sample]:
+    def calibration(self, count: int | None) -> Dataset[Sample]:
         return evenly_spaced(self._train(shuffled=False), count, "calibration images")
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
@@ -204,6 +205,41 @@ class ImageFolder(ImageSplits):
         if tuple(images.classes) != self.classes:
             raise UserError(f"train/ and val/ in {self.folder} have different classes")
         return images
+
+
+class Pictures(Dataset[Sample]):
+    """All pictures under a folder, at any depth, in the order of their paths; every label is 0.
+
+    Raises:
+        UserError: there are no pictures.
+    """
+
+    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
+        self.exif = exif
+        self.paths = list_pictures(folder)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = str(self.paths[index])
+        return decode_image(path, lambda: path, self.exif), 0
+
+
+class UnlabeledFolder(ImageSplits):
+    """Pictures without classes, in one folder: enough to calibrate a network, but not to measure its accuracy."""
+
+    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
+        self.name, self.folder, self.exif, self.classes = folder.name, folder, exif, ()
+
+    def test(self) -> Dataset[Sample]:
+        raise UserError(
+            f"the pictures in {self.folder} have no classes, so that accuracy cannot be measured: give a folder with "
+            "train/ and val/, or --no-report for the bundle alone"
+        )
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        return Pictures(self.folder, self.exif)
 
 
 class _ClassFolders(datasets.ImageFolder):
@@ -292,7 +328,8 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
     elif name in ("webdataset", "parquet"):
         data = Shards(name, Path(folder or "."), exif)
     elif Path(spec).is_dir():
-        data = ImageFolder(Path(spec), exif, class_order)
+        flat = any(path.suffix.lower() in PICTURES for path in Path(spec).iterdir())
+        data = UnlabeledFolder(Path(spec), exif) if flat else ImageFolder(Path(spec), exif, class_order)
     else:
         raise UserError(
             f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, "
@@ -329,6 +366,11 @@ def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "image
         option = f"--{what.replace(' ', '-')}"
         raise UserError(f"{count} {what} requested, but 1 to {total} are available: change {option}")
     return Subset(images, [i * total // count for i in range(count)])
+
+
+def calibration_count(data: ImageData, given: int | None) -> int:
+    """Returns the number of calibration images: the given one, else 512, or all if there are fewer."""
+    return given if given is not None else min(_CALIBRATION_IMAGES, len(data.calibration(None)))  # type: ignore[arg-type]
 
 
 def _hold_out(images: Dataset[Sample], at_most: int) -> tuple[Dataset[Sample], Dataset[Sample]]:

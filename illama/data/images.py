@@ -24,7 +24,15 @@ MAX_SIDE = 1_000_000  # pixels; Pillow's table for a resize takes 32 bytes per p
 MAX_RESIZED = 64_000_000  # pixels; if a resized image would be larger, only its crop is computed
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _SIGNED, _WHITE_IS_ZERO = 2, 0  # values of _SAMPLE_FORMAT and _PHOTOMETRIC
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _AT_ONCE = 1 << 20  # pixels that are scaled in float64 at a time
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Returns the image files in a folder, at any depth, in the order of their paths; UserError if there is none."""
+    if found := sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
+        return found
+    raise UserError(f"{folder} has no pictures: expected files ending in {', '.join(sorted(PICTURES))}")
 
 
 def decode_image(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, sha256, size_of
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest, Provenance, Quantization
 from illama.models.attention import MaskedNetwork
@@ -47,7 +47,7 @@ class Origin:
         weights = inputs.checkpoint.weights
         hashes = {str(weights): sha256(weights), **(files or {})}
         provenance = Provenance(seed=seed, inputs=hashes, source=inputs.source)
-        return cls(inputs.preprocessing, tuple(inputs.data.classes), provenance)
+        return cls(inputs.preprocessing, inputs.classes, provenance)
 
     def manifest(self, config: NetworkConfig, quantization: Quantization | None = None) -> Manifest:
         """Returns the manifest of a bundle of a network with that config."""
@@ -125,23 +125,26 @@ def write_bundles(
     plans: Sequence[QuantizationPlan],
     origin: Origin,
     step: Callable[[str], AbstractContextManager[None]],
+    references: bool = True,
 ) -> tuple[list[Path], dict[str, MaskedNetwork]]:
     """Calibrates and exports by every plan, beside the FP32 and FP16 references, unless an earlier run did.
 
     Args:
         work: its result gets the bundles, each in a folder with the scheme's name.
         step: called with the name of each step; the step runs inside the context manager that it returns.
+        references: whether to write the FP32 and FP16 bundles too.
 
     Returns:
         The bundles, and the networks that run inside PyTorch by the name of their bundle.
     """
     model, networks, batches = inputs.model, {}, list[Tensor]()
-    if not work.finished.issuperset([*_REFERENCES, *(plan.scheme.name for plan in plans)]):
+    floats = _REFERENCES if references else {}
+    if not work.finished.issuperset([*floats, *(plan.scheme.name for plan in plans)]):
         with step("read calibration images"):
             batches = inputs.calibration
-    if not work.finished.issuperset(_REFERENCES):
+    if not work.finished.issuperset(floats):
         with step("export fp32 and fp16"):
-            for name, file in _REFERENCES.items():
+            for name, file in floats.items():
                 work.part(name, partial(write_graphs, model=model, origin=origin, files=(file,), batches=batches))
     for plan in plans:
         scheme = plan.scheme
@@ -153,7 +156,13 @@ def write_bundles(
             print_layers(plan)
         if scheme.backend == "torchao":
             networks[scheme.name] = load_torchao(work.result / scheme.name, copy.deepcopy(model))
-    return [work.result / name for name in (*_REFERENCES, *(plan.scheme.name for plan in plans))], networks
+    return [work.result / name for name in (*floats, *(plan.scheme.name for plan in plans))], networks
+
+
+def describe_bundle(shown_as: Path, bundle: Path) -> str:
+    """Returns the files of a bundle with their sizes in 10^6 bytes, as text; ``shown_as`` is where it will be."""
+    files = [bundle / name for name in (CPU_ONNX, FUSED_ONNX, TORCHAO) if (bundle / name).exists()]
+    return f"{shown_as}: {', '.join(f'{file.name} {size_of(file) / 1e6:.2f} MB' for file in files)}"
 
 
 def print_layers(plan: QuantizationPlan) -> None:

@@ -64,9 +64,9 @@ def search_batches(inputs: Inputs, budget: Budget, images: int, check_images: in
     Raises:
         UserError: there are fewer images, or too few for the limit on the drop to be verified.
     """
-    left = len(uncalibrated_images(inputs.data, inputs.source.calibration_images)) - images
+    left = len(uncalibrated_images(inputs.data, inputs.calibration_images)) - images
     checked = max(1, min(left, _CHECK_IMAGES) if check_images is None else check_images)
-    pool = selection_images(inputs.data, inputs.source.calibration_images, images + checked)
+    pool = selection_images(inputs.data, inputs.calibration_images, images + checked)
     nothing_lost = Effect(math.inf, 0.0, 0, 0, checked)
     if budget.kind == "drop" and nothing_lost.drop_at_most > budget.limit:
         raise UserError(

@@ -23,7 +23,7 @@ class QatOptions(ClassifierOptions):
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
         scheme: name of a shipped scheme (python quant/list_schemes.py), or path to a YAML file.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
-        calibration_images: number of training images for calibration.
+        calibration_images: number of training images for calibration. Defaults to 512, or to all if there are fewer.
         golden: images of the golden answers in the bundle: calibration (8 of them, at most 32x32 pixels), noise, or
             none.
         distillation: weight, 0 to 1, of the distillation loss against the unquantized network; the weight of the label
@@ -37,7 +37,7 @@ class QatOptions(ClassifierOptions):
     checkpoint: Path = SHIPPED
     scheme: str = "w4a4"
     image_size: ImageSize | None = None
-    calibration_images: Count = 512
+    calibration_images: Count | None = None
     golden: Golden = "calibration"
     distillation: Fraction = 1.0
     temperature: Positive = 2.0

@@ -84,6 +84,7 @@ def open_job(options: QatOptions) -> QatJob:
     scheme = scheme_from_name_or_file(options.scheme)
     inputs = open_inputs(options.source)
     plan = plan_quantization(inputs.model, scheme)
+    inputs.data.training()  # raises without training images, before minutes of calibration
     files = {options.scheme: sha256(Path(options.scheme))} if Path(options.scheme).suffix else {}
     # The hash of the scheme itself keeps a run from resuming under a changed scheme of the same name.
     files[f"scheme {scheme.name}"] = hashlib.sha256(json.dumps(asdict(scheme)).encode()).hexdigest()
