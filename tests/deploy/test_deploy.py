@@ -24,9 +24,9 @@ from deploy.rewrites.openvino_graph import (
     split_products,
 )
 from deploy.runtimes.open_engine import open_engine
-from deploy.trt.build_bundle import build_bundle, build_supported
+from deploy.trt.build_bundle import build_bundle, build_supported, expand_bundles
 from deploy.trt.builder import _read_timing_cache, build_engine, trtexec_line
-from deploy.trt.engine_options import EngineOptions
+from deploy.trt.engine_options import EngineOptions, read_batch
 from deploy.trt.fusion import fused_kernels, quantize_softmax_outputs
 from deploy.trt.library import find_library
 from deploy.trt.record import FORMAT, EngineRecord, find_engines
@@ -292,10 +292,33 @@ def test_attention_as_separate_operators_fails_the_build(model, tmp_path):
         build_engine(library, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(("text", "batch"), [("1:8:64", (1, 8, 64)), ("4", (4, 4, 4)), ("1:2", None), ("x", None)])
+def test_a_batch_is_three_numbers_or_one(text, batch):
+    if batch:
+        assert read_batch(text) == batch
+    else:
+        with pytest.raises(UserError, match=text):
+            read_batch(text)
+
+
+def test_a_folder_of_bundles_stands_for_those_with_a_graph_for_tensorrt(bundle, tmp_path):
+    folder = tmp_path / "all"
+    for name in ("b", "a"):
+        shutil.copytree(bundle, folder / name)
+    shutil.copytree(bundle, folder / "cpu")
+    (folder / "cpu" / FUSED_ONNX).unlink()
+    assert expand_bundles([folder, bundle]) == [folder / "a", folder / "b", bundle]
+    with pytest.raises(UserError, match="nowhere"):
+        expand_bundles([tmp_path / "nowhere"])
+
+
 @needs_rtx
 def test_targets_and_options_that_are_rejected(bundle):
     with pytest.raises(UserError, match="sm12"):
         build_supported(library, bundle, EngineOptions(("sm12",)))
+    for jetson in ("sm87", "orin", "Thor"):
+        with pytest.raises(UserError, match="JetPack"):
+            build_supported(library, bundle, EngineOptions((jetson,)))
     with pytest.raises(UserError, match="--timing-cache"):
         build_bundle(library, bundle, EngineOptions(timing_cache=bundle / "cache"))
     with pytest.raises(UserError, match="--hardware-compatible"):

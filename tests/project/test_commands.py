@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from deploy.trt.library import find_library
 from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import open_data
 from illama.inference import load_images, top1
+from illama.manifest import Manifest
 
 
 def _ptq(run, bundle, images, out, *more):
@@ -74,6 +76,40 @@ def test_the_whole_path(small_bundle, image_folder, tmp_path, run_here):
     assert again.returncode == 0, again.stderr
     assert not (out / "fp8").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "images", "out"]
+
+
+def test_only_what_was_asked(small_bundle, image_folder, tmp_path, run_here):
+    out = tmp_path / "out"
+    result = _ptq(run_here, small_bundle, image_folder, out, "--schemes", "int8", "--no-engines", "--images", 6)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    assert {row["images"] for row in rows} == {6} and not any(row["engine"] for row in rows)
+    assert not (out / "int8" / "engines").exists()
+    options = ("--schemes", "int8", "w4a16", "--no-engines", "--no-report", "--golden", "noise")
+    result = _ptq(run_here, small_bundle, image_folder, out, *options)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["int8", "w4a16"]
+    assert Manifest.read(out / "int8").golden_answers == "noise"
+    again = _ptq(run_here, small_bundle, image_folder, out, "--schemes", "int8", "--no-engines", "--no-report")
+    assert again.returncode == 0 and [path.name for path in out.iterdir()] == ["int8"]
+    (out / "notes.txt").touch()
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, "--no-report"), str(out))
+
+
+def test_pictures_without_classes_are_enough_for_a_bundle(small_bundle, image_folder, tmp_path, run_here):
+    flat, out = tmp_path / "flat", tmp_path / "out"
+    flat.mkdir()
+    for number, path in enumerate((image_folder / "train").rglob("*.png")):
+        shutil.copyfile(path, flat / f"{number}.png")
+    command = ("quant/ptq.py", "--checkpoint", small_bundle, "--data", flat, "--schemes", "int8", "--no-engines")
+    assert_one_line_error(run_here(*command, "--out", out), "no classes")
+    result = run_here(*command, "--no-report", "--out", out)  # fewer than 512, which is the default
+    assert result.returncode == 0, result.stderr
+    manifest = Manifest.read(out / "int8")
+    assert manifest.classes == Manifest.read(small_bundle).classes
+    assert manifest.provenance.source.calibration_images == 24
+    answer = run_here("deploy/predict.py", "--engine", out / "int8", flat)
+    assert answer.returncode == 0 and len(answer.stdout.splitlines()) == 1 + 24
 
 
 def _nan(bundle):
