@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deploy.runtimes.engine import Engine
 from illama.atomic_write import cache_folder, write_file
-from illama.bundle import bundle_of, size_of
+from illama.bundle import bundle_of, sha256, size_of, with_data
 from illama.errors import UserError
 from illama.golden_answers import GOLDEN, GoldenAnswers, WrongAnswerError
 from illama.hardware import cpu_name
@@ -69,6 +69,8 @@ def verify(engine: Engine, file: Path, remember: bool = True) -> bool:
     try:
         for batch in dict.fromkeys(engine.batches):
             golden.check(engine.infer(golden.inputs(batch)), engine.arithmetic)
+    except RuntimeError as error:  # of OpenVINO or PyTorch
+        raise UserError(f"{file} cannot run its golden answers: {error}") from error
     except WrongAnswerError as error:
         if remember:
             _store(_outcome(engine, file, path, False), file)
@@ -88,10 +90,10 @@ def find_golden(file: Path) -> Path | None:
 
 
 def _outcome(engine: Engine, file: Path, golden: Path, passed: bool) -> Outcome:
-    status, digest = file.stat(), hashlib.sha256(golden.read_bytes()).hexdigest()
+    modified, digest = max(each.stat().st_mtime_ns for each in with_data(file)), sha256(golden)
     driver = _DRIVER.read_text().splitlines()[0] if _DRIVER.exists() else ""
     device = f"{cpu_name()} {driver}".strip()
-    return Outcome(file.name, size_of(file), status.st_mtime_ns, digest, engine.runtime, device, passed)
+    return Outcome(file.name, size_of(file), modified, digest, engine.runtime, device, passed)
 
 
 def _places(file: Path) -> Iterator[Path]:

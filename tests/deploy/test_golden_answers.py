@@ -278,6 +278,14 @@ def test_damaged_golden_answers_are_refused(damage, own):
         open_engine(own / CPU_ONNX)
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_golden_answers_of_another_network_are_refused(runtime, own):
+    golden = GoldenAnswers.read(own / GOLDEN)
+    replace(golden, facts=replace(golden.facts, size=(64, 56))).write(own)
+    with pytest.raises(UserError, match=r"model\.onnx"):
+        open_engine(own / CPU_ONNX, runtime)
+
+
 def test_camera_bundles_have_golden_answers_of_their_own(bundle, tmp_path):
     for frame in ((56, 40, 1), (37, 61, 3)):
         out = tmp_path / "-".join(map(str, frame))
