@@ -107,7 +107,8 @@ class _Summary:
 def is_result(folder: Path) -> bool:
     """Returns whether a folder holds only the files of :func:`write_report` and the bundles of its rows, or bundles."""
     if not (folder / SUMMARY).exists():
-        return bool(found := list_folder(folder)) and all(map(is_bundle, found))
+        found = list_folder(folder) if folder.is_dir() else []
+        return bool(found) and all(map(is_bundle, found))
     try:
         rows = read_json(folder / SUMMARY, _Summary, unknown="ignore").rows
         ours = {*FILES, "reliability.png", *(Path(str(row["onnx"])).parts[0] for row in rows)}

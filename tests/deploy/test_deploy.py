@@ -373,7 +373,7 @@ def test_the_command(bundle, tmp_path, run_here):
     assert names(bundle / "engines") == [f"{library.name}-portable-1.2.4"] or library.name == "tensorrt"
     for name in (".hidden", "../up", "a/b", "-x", "a b", "", "x" * 101):
         assert_one_line_error(run_here("deploy/build.py", bundle, f"--name={name}"), "--name")
-    assert_one_line_error(run_here("deploy/build.py", bundle, "--batch", "1:x"), "--batch", "1:x")
+    assert_one_line_error(run_here("deploy/build.py", bundle, "--batch", "1:x"), "batch", "1:x")
     (bundle / FUSED_ONNX).write_bytes(b"not a graph")
     assert_one_line_error(run_here("deploy/build.py", bundle), "ONNX")
     assert_one_line_error(run_here("deploy/build.py", tmp_path / "nowhere"), "nowhere")

@@ -214,7 +214,10 @@ def test_an_old_baseline_fits_without_runtime_ids_and_in_a_folder_named_engines(
 
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [("ptq", "engines/tensorrt_rtx-portable-1.8.64/model.engine"), ("throughput", "engines/tensorrt_rtx.engine")],
+    [
+        ("ptq", "engines/tensorrt_rtx-portable-1.8.64/model.engine"),
+        ("throughput", "engines/tensorrt_rtx-portable-1.8.64/model.engine"),
+    ],
 )
 def test_committed_reports_can_be_baselines(name, engine):
     baseline = Baseline.read(ROOT / "results" / name / "report.json")
