@@ -1,4 +1,7 @@
-"""Build TensorRT engines from bundles: python deploy/build.py runs/ptq/int8 --targets sm86,sm89 --batch 1:8:64
+"""Build TensorRT engines from bundles:
+
+python deploy/build.py runs/ptq/int8 --targets sm86,sm89 --batch 1:8:64
+python deploy/build.py runs/ptq --targets sm89 --batch 1
 
 With tensorrt-rtx installed, no GPU is needed. The build fails unless every attention becomes one fused operator in the
 precision of the scheme (deploy/trt/fusion.py).

@@ -1,6 +1,7 @@
 """Add the preprocessing to the graphs of a bundle, so that they take camera frames:
 
-python deploy/camera.py runs/ptq/int8 --frame 480x640 --out runs/camera && python deploy/build.py runs/camera
+python deploy/camera.py runs/ptq/int8 --frame 480x640 --out runs/camera
+python deploy/camera.py runs/ptq/int8 --frame 720x1280 --out runs/camera-720
 """
 
 from __future__ import annotations

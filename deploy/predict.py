@@ -1,4 +1,7 @@
-"""Classify images with any engine: python deploy/predict.py --engine runs/ptq/int8 photo.jpg
+"""Classify images with any engine:
+
+python deploy/predict.py --engine runs/ptq/int8 photo.jpg
+python deploy/predict.py --engine runs/ptq/int8/model.onnx --runtime onnxruntime --watch /data/line
 
 Prints the five most probable classes of each image. The engine can be a bundle, a TensorRT engine or an ONNX file.
 """

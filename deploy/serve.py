@@ -1,4 +1,7 @@
-"""Serve bundles with Triton Inference Server: python deploy/serve.py runs/ptq/int8 --run
+"""Serve bundles with Triton Inference Server:
+
+python deploy/serve.py runs/ptq/int8 --run
+python deploy/serve.py runs/ptq/int8 --out runs/models --max-batch 16 --http-port 9000 --run
 
 Writes a model repository, and starts the server on it if --run is given. docs/scale.md computes how many machines a
 load needs.

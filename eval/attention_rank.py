@@ -1,4 +1,7 @@
-"""Rank of a checkpoint's attention maps, layer by layer: python eval/attention_rank.py --checkpoint CHECKPOINT
+"""Rank of a checkpoint's attention maps, layer by layer:
+
+python eval/attention_rank.py --checkpoint CHECKPOINT
+python eval/attention_rank.py --checkpoint runs/in1k-tiny/bundle --data /data/imagenet
 
 The rank is that of the mean map of some test images, as the released code of the iLLaMA paper (arXiv
 2404.06773) takes it. eval/metrics/rank.py defines it.

@@ -1,4 +1,7 @@
-"""Multiply-accumulates (MACs) of the published sizes: python eval/flops.py
+"""Multiply-accumulates (MACs) of the published sizes:
+
+python eval/flops.py
+python eval/flops.py --out results/flops
 
 Counts from the config alone, under every attention mask and for every form of attention. eval/cost_model/macs.py
 defines the forms, what is counted, and the formulas.

@@ -1,4 +1,7 @@
-"""Out-of-distribution detection by a model's own outputs: python eval/out_of_distribution.py BUNDLE ... --outside DIR
+"""Out-of-distribution detection by a model's own outputs:
+
+python eval/out_of_distribution.py BUNDLE ... --outside DIR
+python eval/out_of_distribution.py runs/ptq/fp32 runs/ptq/int8 --outside cifar10:data
 
 Measures how well three scores of the logits separate images of another data set from test images of the data that the
 bundles were trained on. eval/metrics/separation.py defines the scores.

@@ -1,4 +1,7 @@
-"""Top-1 on corrupted images, as in ImageNet-C: python eval/robustness.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
+"""Top-1 on corrupted images, as in ImageNet-C:
+
+python eval/robustness.py runs/ptq/fp32 runs/ptq/int8 runs/ptq/fp8
+python eval/robustness.py runs/ptq/fp32 runs/ptq/int8 --corruptions fog jpeg_compression --severities 3
 
 The first bundle is the reference. The results of every corruption and severity are stored in the output folder as they
 are measured: an interrupted run continues from there, and further ones can be added later.

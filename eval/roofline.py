@@ -1,4 +1,7 @@
-"""Predicted lower bound of a file's latency on a device: python eval/roofline.py runs/ptq/int8 --device orin-nano
+"""Predicted lower bound of a file's latency on a device:
+
+python eval/roofline.py runs/ptq/int8 --device orin-nano
+python eval/roofline.py runs/ptq/fp32 runs/ptq/int8 --device cpu
 
 A PREDICTION by the roofline model from published peak rates, as eval/cost_model/roofline_model.py describes. With
 ``--device cpu`` the peaks of this machine and the times of the layers are measured, and compared with the prediction.

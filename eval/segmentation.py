@@ -1,4 +1,7 @@
-"""mIoU of segmentation networks: python eval/segmentation.py runs/ptq-segmentation/* --data FOLDER
+"""mIoU of segmentation networks:
+
+python eval/segmentation.py runs/ptq-segmentation/* --data FOLDER
+python eval/segmentation.py runs/ptq-segmentation/int8 --data FOLDER --out runs/miou
 
 Runs every ONNX file of the bundles in ONNX Runtime on the CPU, over the whole validation split. The first bundle with a
 ``model.onnx`` is the reference of the drops.

@@ -1,4 +1,7 @@
-"""Shape bias of networks trained on ImageNet-1k: python eval/shape_bias.py BUNDLE --stimuli DIR
+"""Shape bias of networks trained on ImageNet-1k:
+
+python eval/shape_bias.py BUNDLE --stimuli DIR
+python eval/shape_bias.py runs/tiny/fp32 runs/tiny/int8 --stimuli DIR --out runs/shape-bias
 
 Measures whether a network decides by shape or by texture if the two disagree, by the cue-conflict protocol of Geirhos
 et al. (arXiv 1811.12231). eval/metrics/cue_conflict.py describes it and says where the pictures are published.

@@ -1,4 +1,8 @@
-"""Write a bundle from a checkpoint: python illama/convert.py illama-tiny-in1k-75.0.pth --out runs/illama-tiny"""
+"""Write a bundle from a checkpoint:
+
+python illama/convert.py illama-tiny-in1k-75.0.pth --out runs/illama-tiny
+python illama/convert.py vit_small.pth --classes imagenet-classes.txt --out runs/vit-small
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Train an iLLaMA from a recipe: python illama/train.py --recipe in1k-tiny --data /imagenet
+"""Train an iLLaMA from a recipe:
+
+python illama/train.py --recipe in1k-tiny --data /imagenet
+python illama/train.py --recipe nano-fashion-mnist --epochs 5 --out runs/try
 
 On several GPUs: torchrun --nproc-per-node 8 illama/train.py --recipe in1k-tiny --data /imagenet
 

@@ -1,4 +1,7 @@
-"""Train a UperNet on an iLLaMA: python illama/train_segmentation.py --init runs/illama-tiny --data ADEChallengeData2016
+"""Train a UperNet on an iLLaMA:
+
+python illama/train_segmentation.py --init runs/illama-tiny --data ADEChallengeData2016
+python illama/train_segmentation.py --data ADEChallengeData2016 --out runs/segmentation
 
 It uses the trainer of illama/train.py: the same command resumes an interrupted run, and torchrun starts it on several
 GPUs.

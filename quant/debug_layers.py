@@ -1,6 +1,7 @@
 """Find mismatches between an exported file and its PyTorch network, layer by layer:
 
 python quant/debug_layers.py runs/ptq/int8
+python quant/debug_layers.py runs/ptq/int8 --images 8
 
 The first two columns are SQNR in dB and normally fall, because errors accumulate. The third column compares each layer
 given the file's own inputs, so it locates a fault: see quant/export/verify.py.

@@ -1,4 +1,7 @@
-"""Post-training quantization of a UperNet: python quant/ptq_segmentation.py runs/segmentation/bundle --data FOLDER
+"""Post-training quantization of a UperNet:
+
+python quant/ptq_segmentation.py runs/segmentation/bundle --data FOLDER
+python quant/ptq_segmentation.py runs/segmentation/bundle --data FOLDER --schemes int8 --out runs/int8
 
 Writes a bundle for each scheme and for the float references, as ``python quant/ptq.py`` does for classifiers.
 ``python eval/segmentation.py`` compares them, and ``python deploy/build.py`` builds their engines.

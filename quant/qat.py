@@ -1,4 +1,7 @@
-"""Quantization-aware training of a trained iLLaMA: python quant/qat.py --scheme w4a4
+"""Quantization-aware training of a trained iLLaMA:
+
+python quant/qat.py --scheme w4a4
+python quant/qat.py --scheme w4a4 --checkpoint runs/in1k-tiny/bundle --data /imagenet --out runs/w4a4
 
 On several GPUs: torchrun --nproc-per-node 8 quant/qat.py --recipe qat-in1k-tiny --checkpoint ... --data /imagenet
 

@@ -1,6 +1,7 @@
 """Measure the effect of quantizing each layer alone, on real images:
 
 python quant/sensitivity.py --scheme w4a8
+python quant/sensitivity.py --scheme int8 --images 1000 --out runs/sensitivity
 
 Prints a table, and writes sensitivity.md, .json, .csv and .png.
 """

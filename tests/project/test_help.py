@@ -51,6 +51,13 @@ def test_help_imports_no_large_library(path):
     assert result.returncode == 0, result.stderr
     status, modules = json.loads(result.stdout.splitlines()[-1])
     assert status == 0 and "--" in result.stdout
+    if "argparse" not in path.read_text():
+        assert "(default: None)" not in result.stdout and str(ROOT) not in result.stdout
+        given = re.findall(r"^  ((?:python|torchrun) .*)", result.stdout.partition("Examples:")[2], re.MULTILINE)
+        assert len(given) >= 2 - ("list_schemes" in path.name)
+        assert {option for line in given for option in re.findall(r" (--[\w-]+)", line)} <= set(
+            re.findall(r"--[\w-]+", result.stdout.partition("─ ")[2])
+        ) | {"--nproc-per-node"}
     loaded = LARGE & set(modules) - NEEDED.get(relative(path), set())
     if not relative(path).startswith("eval/"):
         loaded |= {module for module in modules if module.split(".")[0] == "eval"}
