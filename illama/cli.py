@@ -156,7 +156,7 @@ def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
         field.name: Annotated[
             hints[field.name],
             tyro.conf.arg(
-                help=helps.get(field.name), help_behavior_hint=f"(default: {_text(getattr(defaults, field.name))})"
+                help=helps.get(field.name), help_behavior_hint=_readable(_text(getattr(defaults, field.name)))
             ),
         ]
         for field in dataclasses.fields(options)

@@ -1,4 +1,6 @@
-"""The shipped quantization schemes: python quant/list_schemes.py
+"""The shipped quantization schemes:
+
+python quant/list_schemes.py
 
 Prints the name and the summary of each. Their files are in quant/schemes.
 """
