@@ -25,11 +25,11 @@ from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.verification import verify
 from eval.report.store import write_results
-from illama.bundle import CPU_ONNX, FUSED_ONNX
+from illama.bundle import CPU_ONNX, FUSED_ONNX, GOLDEN
 from illama.cli import run_command
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
-from illama.golden_answers import GOLDEN, GoldenAnswers, relative_error
+from illama.golden_answers import GoldenAnswers, relative_error
 from illama.graph.reader import array, is_constant, load_graph
 from illama.graph.writer import save_graph
 from illama.manifest import Provenance

@@ -19,7 +19,7 @@ import tyro
 
 from deploy.runtimes.names import RuntimeName
 from illama.cli import run_command
-from illama.options import BatchSize, Count, CountOrZero, Data, Positive, ThreadsOrAll, Workers
+from illama.options import BatchSize, BundleData, Count, CountOrZero, Positive, ThreadsOrAll, Workers
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class AccuracyOptions:
 
     Attributes:
         paths: bundles of python quant/ptq.py, or files or engines of them; the first is the reference.
-        data: data set that they were trained on; its test split is used. Defaults to the one in
-            the first bundle's manifest.
+        data: data set that they were trained on; its test split is used.
         images: number of test images, evenly spaced; all if not given.
         calibration_images: number of training images that temperatures are fitted on; 0 to use stored temperatures.
             Defaults to 512, or to all if there are fewer.
@@ -43,7 +42,7 @@ class AccuracyOptions:
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: Data | None = None
+    data: BundleData = None
     images: Count | None = None
     calibration_images: CountOrZero | None = None
     store: bool = False

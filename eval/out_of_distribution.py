@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.options import Count, Data
+from illama.options import BundleData, Count
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,14 @@ class OutsideOptions:
     Attributes:
         bundles: bundles of python quant/ptq.py.
         outside: another data set: a folder of pictures at any depth, or a value that --data takes.
-        data: data set that the bundles were trained on; its test split is used. Defaults to the one in
-            the first bundle's manifest.
+        data: data set that the bundles were trained on; its test split is used.
         images: number of images of each data set, evenly spaced; all if not given.
         out: folder for the results.
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
     outside: str
-    data: Data | None = None
+    data: BundleData = None
     images: Count | None = None
     out: Path = Path("runs/out-of-distribution")
 

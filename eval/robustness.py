@@ -19,7 +19,7 @@ import tyro
 from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
 from illama.cli import run_command
 from illama.errors import UserError
-from illama.options import Count, Data, Seed, Workers
+from illama.options import BundleData, Count, Seed, Workers
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class RobustnessOptions:
 
     Attributes:
         bundles: bundles of python quant/ptq.py; the first is the reference.
-        data: data set that they were trained on; its test split is corrupted. Defaults to the one in
-            the first bundle's manifest.
+        data: data set that they were trained on; its test split is corrupted.
         corruptions: names of corruptions of ImageNet-C; defaults to all 15.
         severities: severities from 1 to 5; defaults to all.
         images: number of test images, evenly spaced.
@@ -39,7 +38,7 @@ class RobustnessOptions:
     """
 
     bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    data: Data | None = None
+    data: BundleData = None
     corruptions: tuple[str, ...] = CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES
     images: Count = 1000

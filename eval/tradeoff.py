@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.options import BenchmarkOptions, Count, CountOrZero, Data, Flat, Workers
+from illama.options import BenchmarkOptions, BundleData, Count, CountOrZero, Flat, Workers
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class TradeoffOptions:
     Attributes:
         benchmark: the benchmark.
         paths: paths to bundles, folders of bundles such as runs/ptq, or single files or engines.
-        data: data set that the models were trained on; its test split is evaluated. Defaults to the
-            one in the first bundle's manifest.
+        data: data set that the models were trained on; its test split is evaluated.
         images: number of test images, evenly spaced; all if not given.
         calibration_images: number of training images that temperatures are fitted on; 0 for none. Defaults to 512, or
             to all if there are fewer.
@@ -39,7 +38,7 @@ class TradeoffOptions:
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
-    data: Data | None = None
+    data: BundleData = None
     images: Count | None = None
     calibration_images: CountOrZero | None = None
     workers: Workers = 0

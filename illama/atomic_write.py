@@ -16,11 +16,12 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from illama.bundle import MANIFEST
 from illama.errors import UserError
 from illama.manifest import is_bundle
 
@@ -194,6 +195,15 @@ def remove_folder(folder: Path) -> None:
 def list_folder(folder: Path) -> list[Path]:
     """Returns the sorted content of a folder, without drafts and locks."""
     return sorted(path for path in folder.iterdir() if path.name != LOCK and not _temporary().fullmatch(path.name))
+
+
+def bundles_in(folder: Path, files: Collection[str]) -> list[Path]:
+    """Returns the bundles in a folder that have one of ``files``, sorted by name."""
+    return [
+        path
+        for path in list_folder(folder)
+        if (path / MANIFEST).exists() and any((path / name).exists() for name in files)
+    ]
 
 
 def _temporary(name: str = ".+", token: str = "[0-9a-f]{16}") -> re.Pattern[str]:

@@ -5,8 +5,10 @@
     model.onnx           after quantization: the graph for CPUs
     model.fused.onnx     after quantization: the graph for TensorRT
     model.torchao.safetensors  after quantization by torchao: the network for PyTorch
+    golden.safetensors   with a graph: golden answers, by which its files are verified (:mod:`illama.golden_answers`)
     engines/             after a build: a folder for each engine, with its record
     temperature.json     after an evaluation: the temperatures that calibrate the files' probabilities
+    verified.json        after a file was opened: whether it was right (:mod:`deploy.runtimes.verification`)
 
 It is written atomically (:mod:`illama.atomic_write`).
 """
@@ -19,6 +21,7 @@ import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -30,6 +33,8 @@ ENGINES = "engines"
 INPUT, OUTPUT = "images", "logits"  # names in every graph: (B, C, H, W) float32 and (B, classes, ...) float32
 SHIPPED = Path(__file__).parent / "weights" / "nano-fashion-mnist"  # the checkpoint in this repository
 TEMPERATURE = "temperature.json"
+GOLDEN = "golden.safetensors"
+GoldenImages = Literal["calibration", "noise", "none"]  # what the images of golden answers are made from
 SOFTMAX_OUTPUT = "softmax_output"  # key in the metadata of FUSED_ONNX: how attention's softmax output is rounded
 _PACKAGES = (
     "torch",

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from types import TracebackType
 from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_origin, get_type_hints
@@ -27,7 +27,6 @@ from illama.quiet import without_noise
 
 _INTERRUPTED = "interrupted; no incomplete file was left behind"
 Options = TypeVar("Options")
-_examples: list[str] = []  # command lines that --help shows
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 _BAD_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.EISDIR)
@@ -45,12 +44,10 @@ def run_command(
     Args:
         parse: returns the options of the command line. Defaults to ``tyro.cli(options)``.
     """
-    global _examples
-    _examples = examples(main.__globals__["__doc__"])
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up like Ctrl-C
         with without_noise():
-            show_readable_defaults(options)
+            _show_readable_defaults(options)  # type: ignore[arg-type]
             given = _in_one_line(
                 parse or partial(tyro.cli, options, prog=illama.bundle.program, description=_description(options))
             )
@@ -67,9 +64,10 @@ def run_command(
         _exit(message, 2)
 
 
-def examples(text: str | None) -> list[str]:
-    """Returns the command lines in a module's docstring, as the ``illama`` command takes them if it runs this one."""
-    lines = [line for line in (text or "").splitlines() if line.startswith(("python ", "torchrun "))]
+def _examples() -> list[str]:
+    """Returns the command lines in the docstring of the command, as ``illama`` takes them if it runs the command."""
+    text = sys.modules["__main__"].__doc__ or ""
+    lines = [line for line in text.splitlines() if line.startswith(("python ", "torchrun "))]
     if illama.bundle.program is None:
         return lines
     return [re.sub(r"^python \S+\.py", illama.bundle.program, line) for line in lines]
@@ -79,16 +77,17 @@ def _description(options: type[Any]) -> str:
     """Returns what ``--help`` says before the options: what the command does, and examples."""
     parsed = docstring_parser.parse(options.__doc__ or "")
     about = "\n\n".join(filter(None, (parsed.short_description, parsed.long_description)))
-    return "\n".join([about, *(["", "Examples:"] if _examples else []), *(f"  {line}" for line in _examples)])
+    return "\n".join([about, "", "Examples:", *(f"  {line}" for line in _examples())])
 
 
-def show_readable_defaults(options: type[Any]) -> None:
+@cache
+def _show_readable_defaults(options: type[Any]) -> None:
     """Makes ``--help`` show the defaults of an options dataclass, and of those within it, as a person reads them."""
     for each in options.__mro__:
         for name, hint in get_type_hints(each, include_extras=True).items() if dataclasses.is_dataclass(each) else ():
             kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
             if dataclasses.is_dataclass(kind):
-                show_readable_defaults(kind)  # type: ignore[arg-type]
+                _show_readable_defaults(kind)  # type: ignore[arg-type]
             elif name in vars(each).get("__annotations__", {}):
                 each.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=_readable)]
 

@@ -21,10 +21,9 @@ from typing import Literal
 
 import numpy as np
 
+from illama.bundle import GOLDEN, GoldenImages
 from illama.errors import UserError
-from illama.options import Golden
 
-GOLDEN = "golden.safetensors"
 MAX_IMAGES, MAX_SIDE, MAX_POSITIONS = 16, 32, 1000
 MAX_PIXELS = 1 << 25  # of the network's input or frame: 8K video
 Arithmetic = Literal["float32", "bfloat16", "tensorrt"]
@@ -50,7 +49,7 @@ class GoldenFacts:
             does, in half precision. The last is provisional: no GPU has confirmed it yet.
     """
 
-    source: Golden
+    source: GoldenImages
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]

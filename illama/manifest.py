@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from illama.bundle import MANIFEST, command_line, package_versions
+from illama.bundle import MANIFEST, GoldenImages, command_line, package_versions
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.models.config import NetworkKind
-from illama.options import Golden, SourceOptions
+from illama.options import SourceOptions
 from illama.structured_files import parse_json, read_json
 
 TRAINED = "trained"  # key of the score of a training run
@@ -201,7 +201,7 @@ class Manifest:
     scores: Scores | None = None
     frame: tuple[int, int, int] | None = None
     numeric_range: NumericRange | None = None
-    golden_answers: Golden | None = None
+    golden_answers: GoldenImages | None = None
     features: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     format: Literal[2] = 2

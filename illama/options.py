@@ -21,9 +21,11 @@ DATA_FORMS = (
     "folder with train/ and val/"
 )
 Data = Annotated[str, tyro.conf.arg(help=DATA_FORMS)]  # a data set, as illama.data.datasets.open_data takes it
+BundleData = Annotated[
+    str | None, tyro.conf.arg(help=f"{DATA_FORMS}; if not given, the data set in the first bundle's manifest")
+]
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
-Golden = Literal["calibration", "noise", "none"]  # images of golden answers
 
 # Types of options with their bounds, which :func:`check_bounds` checks.
 _MOST = (1 << 31) - 1

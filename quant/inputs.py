@@ -78,8 +78,11 @@ class Inputs:
         return DataLoader(Transformed(images, self.preprocessing.transform()), batch_size=_BATCH)
 
 
-def open_inputs(options: SourceOptions) -> Inputs:
+def open_inputs(options: SourceOptions, needs_classes: bool = True) -> Inputs:
     """Opens the checkpoint and the data.
+
+    Args:
+        needs_classes: whether to refuse pictures without classes, which are enough for calibration.
 
     Raises:
         UserError: one cannot be opened, or their classes differ.
@@ -92,6 +95,8 @@ def open_inputs(options: SourceOptions) -> Inputs:
         options.exif or (stored.exif if stored else "apply"),
         options.class_order or (stored.class_order if stored else "words"),
     )
+    if needs_classes and not images.classes:
+        images.test()  # raises
     if images.classes and len(images.classes) != config.num_classes:
         raise UserError(
             f"{checkpoint} has {config.num_classes} classes, {data} has {len(images.classes)}: they must be the same"

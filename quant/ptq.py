@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.trt.engine_options import BatchRange, EngineOptions, LibraryName
+from illama.bundle import GoldenImages
 from illama.cli import run_command
-from illama.options import BenchmarkOptions, Count, Flat, Golden, SourceOptions, Workers
+from illama.errors import UserError
+from illama.options import BenchmarkOptions, Count, Flat, SourceOptions, Workers
 
 if TYPE_CHECKING:
     from eval.benchmark.evaluation_images import EvaluationImages
@@ -58,13 +60,17 @@ class PtqOptions:
     out: Path = Path("runs/ptq")
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()
-    golden: Golden = "calibration"
+    golden: GoldenImages = "calibration"
     engines: bool = True
     engine_batch: BatchRange = (1, 8, 64)
     report: bool = True
     images: Count | None = None
     workers: Workers = 0
     restart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.benchmark.fail_on_regression and not self.report:
+            raise UserError("--fail-on-regression compares the report: leave out --no-report")
 
 
 def main(options: PtqOptions) -> None:
@@ -84,7 +90,7 @@ def main(options: PtqOptions) -> None:
     baseline, steps = read_baseline(options.benchmark), Steps()
     with partial_work(options.out, is_result) as work:
         schemes = schemes_from_options(options.schemes)
-        inputs = open_inputs(options.source)
+        inputs = open_inputs(options.source, needs_classes=options.report)
         plans = [plan_quantization(inputs.model, scheme) for scheme in schemes]
         engine_options = EngineOptions(options.targets, options.engine_batch)
         library = find_library(options.library) if options.engines else None

@@ -15,8 +15,9 @@ from typing import Annotated
 
 import tyro
 
+from illama.bundle import GoldenImages
 from illama.cli import run_command
-from illama.options import Count, Golden
+from illama.options import Count
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class PtqSegmentationOptions:
     schemes: tuple[str, ...] = ("int8", "fp8")
     calibration_images: Count = 64
     out: Path = Path("runs/ptq-segmentation")
-    golden: Golden = "calibration"
+    golden: GoldenImages = "calibration"
 
 
 def main(options: PtqSegmentationOptions) -> None:

@@ -14,9 +14,9 @@ from deploy.runtimes.open_engine import open_engine
 from deploy.runtimes.temperature import copy_temperature
 from deploy.runtimes.verification import find_golden
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, command_line, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, GOLDEN, command_line, sha256
 from illama.errors import UserError
-from illama.golden_answers import GOLDEN, GoldenAnswers
+from illama.golden_answers import GoldenAnswers
 from illama.graph.reader import load_graph
 from illama.graph.writer import save_graph
 from illama.manifest import Manifest

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from deploy.runtimes.engine import Engine
 from illama.atomic_write import cache_folder, write_file
-from illama.bundle import bundle_of, sha256, size_of, with_data
+from illama.bundle import GOLDEN, bundle_of, sha256, size_of, with_data
 from illama.errors import UserError
-from illama.golden_answers import GOLDEN, GoldenAnswers, WrongAnswerError
+from illama.golden_answers import GoldenAnswers, WrongAnswerError
 from illama.hardware import cpu_name
 from illama.structured_files import read_json
 
@@ -76,7 +76,8 @@ def verify(engine: Engine, file: Path, remember: bool = True) -> bool:
             _store(_outcome(engine, file, path, False), file)
         unsure = ". No GPU has confirmed this tolerance yet" if engine.arithmetic == "tensorrt" else ""
         raise UserError(
-            f"{file} in {engine.runtime} {error}{unsure}: do not use it here, or give --unverified"
+            f"{file} in {engine.runtime} {error}{unsure}: do not use it here (predict.py and serve.py run it if given "
+            "--unverified)"
         ) from error
     if remember:
         _store(passed, file)

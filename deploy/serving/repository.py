@@ -32,9 +32,9 @@ from deploy.serving.model_config import config_texts
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, INPUT, MANIFEST, OUTPUT, command_line, package_versions
+from illama.bundle import CPU_ONNX, FUSED_ONNX, GOLDEN, INPUT, MANIFEST, OUTPUT, command_line, package_versions
 from illama.errors import UserError
-from illama.golden_answers import GOLDEN, GoldenAnswers
+from illama.golden_answers import GoldenAnswers
 from illama.graph.writer import copy_graph
 from illama.manifest import Manifest
 from illama.structured_files import read_json
@@ -216,11 +216,11 @@ def create_known_answer(file: Path, runtime: RuntimeName, unverified: bool = Fal
     def prepare(png: io.BytesIO) -> np.ndarray:
         return image_input.read(png, lambda: "of the known answer")
 
-    if golden is None:
-        return KnownAnswer.create(infer, prepare, pattern_file(*(image_input.frame or manifest.preprocessing.size)[:2]))
-    answers = GoldenAnswers.read(golden)
-    known = KnownAnswer.create(infer, prepare, golden_file(answers, manifest.preprocessing))
-    return known if unverified else known.with_golden(answers, engine.arithmetic)
+    answers = GoldenAnswers.read(golden) if golden else None
+    pattern = pattern_file(*(image_input.frame or manifest.preprocessing.size)[:2])
+    png = golden_file(answers, manifest.preprocessing) if answers else pattern
+    known = KnownAnswer.create(infer, prepare, png)
+    return known.with_golden(answers, engine.arithmetic) if answers and engine.verified else known
 
 
 def find_servable_engine(bundle: Path, max_batch: int) -> Path:

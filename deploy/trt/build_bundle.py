@@ -15,10 +15,9 @@ from deploy.trt.builder import BuiltEngine, build_engine, check_kernels, trtexec
 from deploy.trt.engine_options import EngineOptions
 from deploy.trt.library import Library
 from deploy.trt.record import ENGINE, RECORD, EngineRecord, find_engines
-from illama.atomic_write import list_folder, sweep, write_folder
-from illama.bundle import ENGINES, FUSED_ONNX, MANIFEST, sha256
+from illama.atomic_write import bundles_in, sweep, write_folder
+from illama.bundle import ENGINES, FUSED_ONNX, GOLDEN, MANIFEST, sha256
 from illama.errors import UserError
-from illama.golden_answers import GOLDEN
 from illama.graph.reader import has_fp8, load_graph, precisions
 from illama.manifest import Manifest
 
@@ -29,15 +28,16 @@ def expand_bundles(paths: Sequence[Path]) -> list[Path]:
     """Returns bundles, and in place of a folder of bundles those of them that have a graph for TensorRT.
 
     Raises:
-        UserError: a path does not exist, or is a folder without such bundles.
+        UserError: a path is no folder, or neither a bundle nor a folder of such bundles.
     """
     found: list[Path] = []
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} not found: give a bundle, or a folder of bundles")
-        within = [] if (path / MANIFEST).exists() or not path.is_dir() else list_folder(path)
-        bundles = [each for each in within if (each / MANIFEST).exists() and (each / FUSED_ONNX).exists()]
-        found += bundles or [path]
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder: give a bundle, or a folder of bundles")
+        bundles = [path] if (path / MANIFEST).exists() else bundles_in(path, [FUSED_ONNX])
+        if not bundles:
+            raise UserError(f"{path} is not a bundle and holds none with a {FUSED_ONNX}: run python quant/ptq.py first")
+        found += bundles
     return found
 
 

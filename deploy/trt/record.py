@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from deploy.trt.engine_options import LibraryName
 from illama.atomic_write import list_folder
-from illama.bundle import ENGINES, sha256
+from illama.bundle import ENGINES, GoldenImages, sha256
 from illama.errors import UserError
-from illama.options import Golden
 from illama.structured_files import check_regular, read_json
 
 FORMAT = 2
@@ -62,7 +61,7 @@ class EngineRecord:
     preprocessing: dict[str, Any]
     classes: list[str]
     trtexec: str
-    golden_answers: Golden | None = None
+    golden_answers: GoldenImages | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:

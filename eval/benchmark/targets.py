@@ -23,7 +23,7 @@ from deploy.runtimes.verification import verify
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from eval.benchmark.open_bundles import check_alike
 from eval.report.decision import RowKey
-from illama.atomic_write import list_folder
+from illama.atomic_write import bundles_in
 from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, bundle_of, sha256
 from illama.errors import UserError
 from illama.graph.emulate_half import half_dtypes
@@ -203,17 +203,13 @@ def expand(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir() or (path / MANIFEST).exists() or bundle_of(path) != path:
             paths.append(path / ENGINE if path.is_dir() and bundle_of(path) != path else path)
             continue
-        bundles = [each for each in list_folder(path) if (each / MANIFEST).exists() and _has_graphs(each)]
+        bundles = bundles_in(path, (CPU_ONNX, FUSED_ONNX, TORCHAO))
         if not bundles:
             raise UserError(f"{path} is not a bundle and holds none that can run: run python quant/ptq.py first")
         paths += bundles
     if not paths:
         raise UserError("no bundles given: give at least one, such as runs/ptq/fp32, or a folder of them")
     return sorted(paths, key=lambda path: (bundle_of(path) / SCHEME).exists())  # the sort is stable
-
-
-def _has_graphs(bundle: Path) -> bool:
-    return any((bundle / name).exists() for name in (CPU_ONNX, FUSED_ONNX, TORCHAO))
 
 
 def scheme_names(given: Sequence[Path]) -> list[str]:

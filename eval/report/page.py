@@ -22,6 +22,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from deploy.runtimes.names import TITLES
 from eval.report.cautions import cautions
 from eval.report.markdown_html import markdown_to_html
 from eval.report.schema import FlippedImage, Report, Row
@@ -147,12 +148,16 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
 def how_to_use(report: Report, folder: Path) -> dict[str, str]:
     """Returns what to do with the chosen file: its path, a command and code that run it; nothing without a choice.
 
+    The command for a graph for TensorRT without an engine builds one, and there is no code.
+
     Args:
         folder: the report's folder.
     """
     if (row := report.chosen) is None:
         return {}
     path = os.path.normpath(folder / (row.engine or row.onnx))
+    if row.engine is None and row.runtime_id in TITLES:
+        return {"path": path, "command": f"python deploy/build.py {shlex.quote(str(Path(path).parent))}", "code": ""}
     runtime = "" if row.engine else f" --runtime {row.runtime_id}"
     code = [
         "from pathlib import Path",

@@ -233,9 +233,15 @@ class UnlabeledFolder(ImageSplits):
         self.name, self.folder, self.exif, self.classes = folder.name, folder, exif, ()
 
     def test(self) -> Dataset[Sample]:
-        raise UserError(
-            f"the pictures in {self.folder} have no classes, so that accuracy cannot be measured: give a folder with "
-            "train/ and val/, or --no-report for the bundle alone"
+        raise self._refusal()
+
+    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+        raise self._refusal()
+
+    def _refusal(self) -> UserError:
+        return UserError(
+            f"the pictures in {self.folder} have no classes: give a folder with train/ and val/ (python quant/ptq.py "
+            "--no-report needs no classes)"
         )
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
@@ -328,7 +334,8 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
     elif name in ("webdataset", "parquet"):
         data = Shards(name, Path(folder or "."), exif)
     elif Path(spec).is_dir():
-        flat = any(path.suffix.lower() in PICTURES for path in Path(spec).iterdir())
+        flat = not any((Path(spec) / split).exists() for split in ("train", "val"))
+        flat = flat and any(path.suffix.lower() in PICTURES for path in Path(spec).iterdir())
         data = UnlabeledFolder(Path(spec), exif) if flat else ImageFolder(Path(spec), exif, class_order)
     else:
         raise UserError(

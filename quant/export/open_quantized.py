@@ -34,7 +34,8 @@ def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
     if manifest:
         preprocessing = manifest.preprocessing
         source = replace(source, exif=preprocessing.exif, class_order=preprocessing.class_order)
-    inputs = open_inputs(replace(source, **{name: value for name, value in given.items() if value is not None}))
+    source = replace(source, **{name: value for name, value in given.items() if value is not None})
+    inputs = open_inputs(source, needs_classes=False)
     if manifest and sha256(inputs.checkpoint.weights) not in manifest.provenance.inputs.values():
         raise UserError(f"{bundle} was not made from {inputs.source.checkpoint}: give the right --checkpoint")
     return inputs

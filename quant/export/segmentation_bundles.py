@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, GoldenImages, sha256
 from illama.data.ade20k import SegmentationFolder
 from illama.errors import UserError
 from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
 from illama.models.upernet import fold_batch_norms, load_segmentation
-from illama.options import Golden, SourceOptions
+from illama.options import SourceOptions
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
 from quant.inputs import check_names, onnx_scheme
 from quant.quantizers.calibrate import calibrate
@@ -48,7 +48,7 @@ class SegmentationJob:
 
 
 def open_segmentation_job(
-    bundle: Path, folder: Path, names: Sequence[str], calibration_images: int, golden: Golden = "calibration"
+    bundle: Path, folder: Path, names: Sequence[str], calibration_images: int, golden: GoldenImages = "calibration"
 ) -> SegmentationJob:
     """Opens and checks everything before any work is done.
 

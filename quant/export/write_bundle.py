@@ -11,12 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, sha256, size_of
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, GoldenImages, sha256, size_of
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest, Provenance, Quantization
 from illama.models.attention import MaskedNetwork
 from illama.models.config import NetworkConfig
-from illama.options import Golden
 from illama.partial_work import PartialWork
 from quant.export.golden import golden_answers
 from quant.export.half_precision import export_half
@@ -39,7 +38,7 @@ class Origin:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     provenance: Provenance
-    golden: Golden = "calibration"
+    golden: GoldenImages = "calibration"
 
     @classmethod
     def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:

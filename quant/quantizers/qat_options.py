@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from illama.bundle import SHIPPED
-from illama.options import Count, Fraction, Golden, ImageSize, NotNegative, Positive, SourceOptions
+from illama.bundle import SHIPPED, GoldenImages
+from illama.options import Count, Fraction, ImageSize, NotNegative, Positive, SourceOptions
 from illama.training.recipe import ClassifierOptions
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -38,7 +38,7 @@ class QatOptions(ClassifierOptions):
     scheme: str = "w4a4"
     image_size: ImageSize | None = None
     calibration_images: Count | None = None
-    golden: Golden = "calibration"
+    golden: GoldenImages = "calibration"
     distillation: Fraction = 1.0
     temperature: Positive = 2.0
     scale_rate: NotNegative = 1.0

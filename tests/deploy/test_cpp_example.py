@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from support import ROOT, assert_one_line_error
 
+from illama.bundle import GOLDEN
 from illama.data.preprocessing import Preprocessing
-from illama.golden_answers import GOLDEN, GoldenAnswers, GoldenFacts, WrongAnswerError
+from illama.golden_answers import GoldenAnswers, GoldenFacts, WrongAnswerError
 
 SOURCE = ROOT / "examples" / "cpp"
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="C++ example not compiled: g++ is not installed")

@@ -308,8 +308,10 @@ def test_a_folder_of_bundles_stands_for_those_with_a_graph_for_tensorrt(bundle, 
     shutil.copytree(bundle, folder / "cpu")
     (folder / "cpu" / FUSED_ONNX).unlink()
     assert expand_bundles([folder, bundle]) == [folder / "a", folder / "b", bundle]
-    with pytest.raises(UserError, match="nowhere"):
-        expand_bundles([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    for wrong in ("nowhere", "empty"):
+        with pytest.raises(UserError, match=wrong):
+            expand_bundles([tmp_path / wrong])
 
 
 @needs_rtx

@@ -24,10 +24,10 @@ from deploy.runtimes.torch_engine import TorchEngine
 from deploy.runtimes.verification import VERIFIED, verify
 from deploy.serving.known_answer import golden_file
 from deploy.serving.repository import create_known_answer
-from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO
+from illama.bundle import CPU_ONNX, FUSED_ONNX, GOLDEN, TORCHAO
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
-from illama.golden_answers import GOLDEN, GoldenAnswers, golden_size, relative_error, repeat_pixels
+from illama.golden_answers import GoldenAnswers, golden_size, relative_error, repeat_pixels
 from illama.manifest import Manifest
 from illama.options import SourceOptions
 from quant.export.golden import golden_answers
@@ -251,6 +251,18 @@ def test_a_refused_engine_runs_unverified_with_a_warning(own, run_here, capfd, t
     assert not json.loads((own / VERIFIED).read_text())[0]["passed"]
     result = run_here(*command, "--unverified")
     assert result.returncode == 0 and "NOT verified" in result.stdout and "mixes up" in result.stderr
+
+
+def test_a_server_that_may_serve_wrong_networks_still_knows_the_right_answer(own):
+    right = create_known_answer(own / CPU_ONNX, "onnxruntime")
+    assert create_known_answer(own / CPU_ONNX, "onnxruntime", unverified=True).logits == right.logits
+    model = onnx.load(own / CPU_ONNX)
+    double_scale(model)
+    onnx.save(model, own / CPU_ONNX)
+    with pytest.raises(UserError, match="other logits"):
+        create_known_answer(own / CPU_ONNX, "onnxruntime")
+    wrong = create_known_answer(own / CPU_ONNX, "onnxruntime", unverified=True)
+    assert wrong.image == right.image and wrong.logits != right.logits  # its own, or every probe would fail
 
 
 def test_bundles_without_golden_answers(inputs, tmp_path, run_here):

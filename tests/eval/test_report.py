@@ -147,6 +147,11 @@ def test_the_first_screen_says_what_to_do(folder):
     engine = replace(report.rows[1], engine="int8/engines/x/model.engine")
     steps = how_to_use(replace(report, rows=[report.rows[0], engine]), place)
     assert steps["path"].endswith("model.engine") and "--runtime" not in steps["command"]
+    unbuilt = replace(report.rows[1], runtime_id="tensorrt", onnx="int8/model.fused.onnx")
+    chosen = replace(report, rows=[unbuilt], decision=replace(report.decision, choice=Choice(unbuilt.key, "")))
+    steps = how_to_use(chosen, place)
+    assert shlex.split(steps["command"]) == ["python", "deploy/build.py", "runs/a b/int8"] and not steps["code"]
+    assert "Code to run" not in render_html(chosen, b"", {})
     nothing = replace(report, decision=replace(report.decision, choice=Choice(None, "none")))
     assert how_to_use(nothing, place) == {} and "No recommendation" in render_html(nothing, b"", {})
 

@@ -32,14 +32,14 @@ from deploy.serving.known_answer import KnownAnswer
 from deploy.trt.record import EngineRecord, record_path
 from eval.report.regression import Baseline
 from illama import cli
-from illama.bundle import MANIFEST, TEMPERATURE
+from illama.bundle import GOLDEN, MANIFEST, TEMPERATURE
 from illama.checkpoints.conversion import class_names
 from illama.checkpoints.load import load_checkpoint, load_network, write_weights
 from illama.data.datasets import open_data
 from illama.data.idx_files import read_idx_pair
 from illama.data.images import decode_image
 from illama.data.preprocessing import Preprocessing
-from illama.golden_answers import GOLDEN, GoldenAnswers, WrongAnswerError
+from illama.golden_answers import GoldenAnswers, WrongAnswerError
 from illama.manifest import Manifest
 from illama.partial_work import RUN, claim
 from illama.training.recipe import RECIPES, load_recipe

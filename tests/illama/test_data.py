@@ -87,6 +87,23 @@ def test_too_many_calibration_images(image_folder):
         open_data("fashion-mnist").calibration(2001)
 
 
+def test_a_picture_beside_the_splits_does_not_take_the_classes_away(tmp_path, image_folder):
+    picture = next((image_folder / "val").rglob("*.png")).read_bytes()
+    (image_folder / "labels.png").write_bytes(picture)
+    assert len(open_data(str(image_folder)).classes) == 3
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "1.png").write_bytes(picture)
+    data = open_data(str(flat))
+    assert data.classes == () and len(data.calibration(None)) == 1
+    for split in (data.test, data.training):
+        with pytest.raises(UserError, match="no classes"):
+            split()
+    (flat / "val").mkdir()  # a split is missing: no folder of pictures
+    with pytest.raises(UserError):
+        open_data(str(flat))
+
+
 def test_wrong_folders_are_rejected(tmp_path, image_folder):
     with pytest.raises(UserError, match="nowhere"):
         open_data(str(tmp_path / "nowhere"))

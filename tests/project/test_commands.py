@@ -92,6 +92,8 @@ def test_only_what_was_asked(small_bundle, image_folder, tmp_path, run_here):
     assert Manifest.read(out / "int8").golden_answers == "noise"
     again = _ptq(run_here, small_bundle, image_folder, out, "--schemes", "int8", "--no-engines", "--no-report")
     assert again.returncode == 0 and [path.name for path in out.iterdir()] == ["int8"]
+    baseline = ("--no-report", "--fail-on-regression", out / "report.json")
+    assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, *baseline), "--no-report")
     (out / "notes.txt").touch()
     assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, "--no-report"), str(out))
 
@@ -101,13 +103,21 @@ def test_pictures_without_classes_are_enough_for_a_bundle(small_bundle, image_fo
     flat.mkdir()
     for number, path in enumerate((image_folder / "train").rglob("*.png")):
         shutil.copyfile(path, flat / f"{number}.png")
-    command = ("quant/ptq.py", "--checkpoint", small_bundle, "--data", flat, "--schemes", "int8", "--no-engines")
-    assert_one_line_error(run_here(*command, "--out", out), "no classes")
+    inputs = ("--checkpoint", small_bundle, "--data", flat)
+    command = ("quant/ptq.py", *inputs, "--schemes", "int8", "--no-engines")
+    others = ("quant/qat.py", "--scheme", "int8"), ("quant/sensitivity.py",), ("quant/search.py", "--max-drop", 1)
+    for each in (command, *((*other, *inputs) for other in others)):  # a label that is made up measures nothing
+        assert_one_line_error(run_here(*each, "--out", tmp_path / "none"), "no classes")
+    assert not (tmp_path / "none" / "checkpoint.pt").exists()
     result = run_here(*command, "--no-report", "--out", out)  # fewer than 512, which is the default
     assert result.returncode == 0, result.stderr
     manifest = Manifest.read(out / "int8")
     assert manifest.classes == Manifest.read(small_bundle).classes
     assert manifest.provenance.source.calibration_images == 24
+    eight = ("--calibration-images", 8, "--no-report", "--out", tmp_path / "eight")
+    assert run_here(*command, *eight).returncode == 0
+    debug = run_here("quant/debug_layers.py", tmp_path / "eight" / "int8", "--images", 8)
+    assert debug.returncode == 0 and "<-" not in debug.stdout, debug.stderr
     answer = run_here("deploy/predict.py", "--engine", out / "int8", flat)
     assert answer.returncode == 0 and len(answer.stdout.splitlines()) == 1 + 24
 

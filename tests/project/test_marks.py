@@ -35,9 +35,9 @@ def test_the_shipped_checkpoint_has_the_accuracy_of_its_manifest(reference):
     assert written > 92.5
 
 
-@pytest.mark.parametrize(("name", "most_lost", "step"), [("int8", 0.1, 1), ("fp8", 0.05, 2), ("w4a8", 0.2, 2)])
-def test_accuracy_drop_of_the_quantized_file(name, most_lost, step, shipped, reference, tmp_path):
-    """Checks the drop over every ``step``-th test image, and that PyTorch's network predicts the same for a tenth."""
+@pytest.mark.parametrize(("name", "most_lost"), [("int8", 0.1), ("fp8", 0.05), ("w4a8", 0.2)])
+def test_accuracy_drop_of_the_quantized_file(name, most_lost, shipped, reference, tmp_path):
+    """Checks the accuracy drop, and that PyTorch's quantized network predicts the same classes, for a fifth of them."""
     data, transform = open_data("fashion-mnist"), shipped.preprocessing.transform()
     images, _ = load_images(data.calibration(512), transform)
     quantized = calibrate(
@@ -45,12 +45,9 @@ def test_accuracy_drop_of_the_quantized_file(name, most_lost, step, shipped, ref
     )
     export_onnx(quantized, tmp_path / "m.onnx", "plain")
     test = data.test()
-    logits, labels = predict({"m": OnnxRuntimeEngine(tmp_path / "m.onnx").infer}, _every(step, test), transform)
+    logits, labels = predict({"m": OnnxRuntimeEngine(tmp_path / "m.onnx").infer}, test, transform)
     classes = logits["m"].argmax(1)
-    assert paired_drop(reference[::step], classes == labels).points <= most_lost
-    logits, _ = predict({"m": torch_infer(quantized)}, _every(10, test), transform)
-    assert (classes[:: 10 // step] == logits["m"].argmax(1)).mean() >= 0.999
-
-
-def _every(step, images):
-    return Subset(images, range(0, len(images), step))
+    assert paired_drop(reference, classes == labels).points <= most_lost
+    fifth = range(0, len(test), 5)
+    logits, _ = predict({"m": torch_infer(quantized)}, Subset(test, fifth), transform)
+    assert (classes[fifth] == logits["m"].argmax(1)).mean() >= 0.999
