@@ -26,7 +26,7 @@ from tqdm import tqdm
 from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine, openvino_core
-from eval.benchmark.latency import TimingOptions, measure_latency
+from eval.measure.latency import TimingOptions, measure_latency
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED

@@ -1,7 +1,7 @@
 """Measures the memory of an evaluation as the data set grows: python benchmarks/evaluate_memory.py
 
 Fashion-MNIST's test split is evaluated repeatedly with random weights and many classes, first by
-eval.benchmark.evaluate_split.evaluate, then by illama.inference.predict, which keeps all logits. Peak memory is that of
+eval.measure.evaluate_split.evaluate, then by illama.inference.predict, which keeps all logits. Peak memory is that of
 the process so far, so the sizes are in ascending order.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import ConcatDataset
 
-from eval.benchmark.evaluate_split import evaluate
-from eval.benchmark.machine import peak_memory_gib
+from eval.measure.evaluate_split import evaluate
+from eval.measure.machine import peak_memory_gib
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.cli import run_command

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from eval.benchmark.machine import peak_memory_gib
+from eval.measure.machine import peak_memory_gib
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.checkpoints.load import load_checkpoint, write_weights

@@ -30,7 +30,7 @@ from peers.base import be_quiet, reason
 from peers.runtimes import LOADERS, ORT
 from peers.work import LABELS, RESULT, WorkOptions, logits_file, open_both, peer_versions
 
-from eval.benchmark.latency import TimingOptions, measure_latency
+from eval.measure.latency import TimingOptions, measure_latency
 from eval.metrics.paired import paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file

@@ -57,9 +57,9 @@ class AccuracyOptions:
 def main(options: AccuracyOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from deploy.runtimes.temperature import store_temperatures
-    from eval.benchmark.evaluate_split import UNFINISHED, Evaluation, evaluate
-    from eval.benchmark.machine import share_of_cores
-    from eval.benchmark.open_bundles import open_bundles, open_fitting_data
+    from eval.measure.evaluate_split import UNFINISHED, Evaluation, evaluate
+    from eval.measure.machine import share_of_cores
+    from eval.measure.open_bundles import open_bundles, open_fitting_data
     from eval.metrics.calibration import fit_temperatures, stored_temperatures
     from eval.metrics.measured import measure
     from eval.metrics.predictions import refuse_not_finite

@@ -40,7 +40,7 @@ class OutsideOptions:
 
 def main(options: OutsideOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from eval.benchmark.open_bundles import open_bundles, open_fitting_data, predict_checked
+    from eval.measure.open_bundles import open_bundles, open_fitting_data, predict_checked
     from eval.metrics.separation import at_most, measure_separation, open_outside, separation_table
     from eval.report.store import write_results
 

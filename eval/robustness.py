@@ -53,7 +53,7 @@ class RobustnessOptions:
 
 def main(options: RobustnessOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from eval.benchmark.open_bundles import open_bundles, open_fitting_data
+    from eval.measure.open_bundles import open_bundles, open_fitting_data
     from eval.metrics.corrupted_accuracy import measure_cells, robustness_json, robustness_tables, summarize
     from eval.metrics.corruptions import check_corruption
     from eval.report.store import write_results

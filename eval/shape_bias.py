@@ -35,7 +35,7 @@ class ShapeBiasOptions:
 
 def main(options: ShapeBiasOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from eval.benchmark.open_bundles import open_bundles, predict_checked
+    from eval.measure.open_bundles import open_bundles, predict_checked
     from eval.metrics.cue_conflict import Stimuli, check_classes, measure_shape_bias, shape_bias_tables
     from eval.report.store import write_results
 

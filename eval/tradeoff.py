@@ -48,12 +48,12 @@ class TradeoffOptions:
 
 def main(options: TradeoffOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from eval.benchmark.benchmark import Execution, make_report, run_benchmark
-    from eval.benchmark.evaluate_split import UNFINISHED
-    from eval.benchmark.evaluation_images import EvaluationImages
-    from eval.benchmark.machine import pin_threads, share_of_cores
-    from eval.benchmark.open_bundles import check_alike
-    from eval.benchmark.targets import expand, find_targets
+    from eval.measure.benchmark import Execution, make_report, run_benchmark
+    from eval.measure.evaluate_split import UNFINISHED
+    from eval.measure.evaluation_images import EvaluationImages
+    from eval.measure.machine import pin_threads, share_of_cores
+    from eval.measure.open_bundles import check_alike
+    from eval.measure.targets import expand, find_targets
     from eval.report.baseline import check_baseline, exit_on_regression, read_baseline
     from eval.report.write_report import write_and_print
     from illama.atomic_write import lock_folder, remove_folder

@@ -96,7 +96,7 @@ class PartialWork:
         return part
 
     def step(self, name: str) -> Path:
-        """Returns a folder for a step that continues by itself, such as in :mod:`eval.benchmark.evaluate_split`."""
+        """Returns a folder for a step that continues by itself, such as in :mod:`eval.measure.evaluate_split`."""
         return self.folder / _STEPS / name
 
     def end(self, succeeded: bool) -> bool:

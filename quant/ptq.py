@@ -21,8 +21,8 @@ from illama.errors import UserError
 from illama.options import BenchmarkOptions, Count, Flat, SourceOptions, Workers
 
 if TYPE_CHECKING:
-    from eval.benchmark.evaluation_images import EvaluationImages
-    from eval.benchmark.targets import BenchmarkTarget
+    from eval.measure.evaluation_images import EvaluationImages
+    from eval.measure.targets import BenchmarkTarget
     from eval.report.schema import Report
     from illama.partial_work import PartialWork
     from illama.steps import Steps
@@ -77,9 +77,9 @@ def main(options: PtqOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from deploy.trt.build_bundle import build_engines
     from deploy.trt.library import find_library
-    from eval.benchmark.evaluation_images import EvaluationImages
-    from eval.benchmark.machine import pin_threads
-    from eval.benchmark.targets import find_targets
+    from eval.measure.evaluation_images import EvaluationImages
+    from eval.measure.machine import pin_threads
+    from eval.measure.targets import find_targets
     from eval.report.baseline import check_baseline, exit_on_regression, read_baseline
     from eval.report.write_report import is_result
     from illama.partial_work import partial_work
@@ -124,7 +124,7 @@ def _report(
     not_built: Sequence[str],
 ) -> Report:
     """Evaluates and times the targets, writes the report into the result of ``work``, and returns it."""
-    from eval.benchmark.benchmark import Execution, make_report, run_benchmark
+    from eval.measure.benchmark import Execution, make_report, run_benchmark
     from eval.report.write_report import write_and_print
 
     with steps.show("evaluate and time"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from eval.benchmark.machine import peak_memory_gib
+from eval.measure.machine import peak_memory_gib
 from illama.atomic_write import write_file
 from illama.bundle import package_versions
 from illama.cli import run_command

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.benchmark.open_bundles import refuse_frames
 from eval.cost_model.devices import CPU, Device
 from eval.cost_model.onnx_costs import ProductCost, product_costs
+from eval.measure.open_bundles import refuse_frames
 from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes, time_graphs

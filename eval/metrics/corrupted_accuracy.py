@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from eval.benchmark.open_bundles import OpenBundles, predict_checked
+from eval.measure.open_bundles import OpenBundles, predict_checked
 from eval.metrics.corruptions import CorruptedImages, after_framing
 from eval.metrics.paired import NO_DROP, widened
 from illama.atomic_write import make_out, sweep, write_file

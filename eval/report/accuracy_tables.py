@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark.open_bundles import OpenBundles
+from eval.measure.open_bundles import OpenBundles
 from eval.metrics.calibration import Reliability
 from eval.metrics.measured import Measured
 from eval.metrics.paired import Change

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from eval.benchmark.evaluation_images import EvaluationImages
+from eval.measure.evaluation_images import EvaluationImages
 from eval.report.regression import Baseline, check_images, compare_markdown, find_regressions
 from eval.report.schema import Report
 from eval.report.store import read_results

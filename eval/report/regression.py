@@ -31,7 +31,7 @@ _Bytes = Annotated[int, Interval(ge=0)]
 
 @dataclass(frozen=True)
 class ComparedLatency:
-    """See :class:`eval.benchmark.latency.Latency`."""
+    """See :class:`eval.measure.latency.Latency`."""
 
     batch: int
     p50: Positive

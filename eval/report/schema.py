@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eval.benchmark.latency import Latency
+from eval.measure.latency import Latency
 from eval.metrics.measured import Measured
 from eval.report.decision import Decision, RowKey
 from illama.manifest import Drop, NumericRange

@@ -17,8 +17,8 @@ from deploy.serving.repository import write_repository
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.builder import build_engine
 from deploy.trt.library import find_library
-from eval.benchmark.targets import find_targets
 from eval.cost_model.onnx_costs import product_costs
+from eval.measure.targets import find_targets
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SHIPPED, data_file, sha256, size_of
 from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature, store_temperature
-from eval.benchmark.evaluate_split import Evaluation, _wait_for, evaluate
+from eval.measure.evaluate_split import Evaluation, _wait_for, evaluate
 from eval.metrics.predictions import NotFinite, Predictions
 from illama.bundle import FUSED_ONNX, TEMPERATURE
 from illama.data.datasets import Transformed, open_data

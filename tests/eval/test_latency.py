@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from eval.benchmark.latency import UNREADABLE, TimingOptions, _Turns, measure_latency
-from eval.benchmark.machine import _cores_first, pin_threads
-from eval.benchmark.sensors import Gpu, Watch, find_gpu, open_meter, read_cpu, read_governor, read_gpu
+from eval.measure.latency import UNREADABLE, TimingOptions, _Turns, measure_latency
+from eval.measure.machine import _cores_first, pin_threads
+from eval.measure.sensors import Gpu, Watch, find_gpu, open_meter, read_cpu, read_governor, read_gpu
 from illama.errors import UserError
 from illama.inference import usable_cores
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.benchmark.latency import Latency
+from eval.measure.latency import Latency
 from eval.metrics.calibration import Reliability
 from eval.metrics.paired import Share
 from eval.report.pareto import Violation, choose, find_violations, pareto_front

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from project_files import ROOT
 from sample_report import make_reliability, make_report, make_row
 
-from eval.benchmark.targets import BenchmarkTarget, scheme_names
+from eval.measure.targets import BenchmarkTarget, scheme_names
 from eval.report.decision import RowKey
 from eval.report.regression import Baseline, Tolerances, compare_markdown, find_regressions
 from illama.errors import UserError

@@ -15,8 +15,8 @@ from support import SMALL, assert_one_line_error, run_command, write_images, wri
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature
-from eval.benchmark.machine import torch_on_all_cores
-from eval.benchmark.targets import expand, in_calls_of
+from eval.measure.machine import torch_on_all_cores
+from eval.measure.targets import expand, in_calls_of
 from illama import ILLaMA
 from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.data.datasets import open_data

@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from eval.benchmark.latency import Latency
+from eval.measure.latency import Latency
 from eval.metrics.calibration import Bin, Reliability
 from eval.metrics.paired import Change, ClassChange, Flips, McNemar, Share
 from eval.report.pareto import decide

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from support import SMALL, assert_one_line_error, write_bundle, write_format_1
 
-from eval.benchmark.open_bundles import check_alike
+from eval.measure.open_bundles import check_alike
 from eval.metrics.cue_conflict import Stimuli
 from eval.metrics.separation import open_outside
 from illama.bundle import CPU_ONNX, MANIFEST, SHIPPED

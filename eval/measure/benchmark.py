@@ -12,12 +12,12 @@ import numpy as np
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import store_temperatures
-from eval.benchmark.evaluate_split import Evaluation, evaluate
-from eval.benchmark.evaluation_images import EvaluationImages
-from eval.benchmark.latency import TimingOptions, measure_latency
-from eval.benchmark.machine import peak_memory_gib, pin_threads, share_of_cores, torch_on_all_cores
-from eval.benchmark.sensors import find_gpu, open_meter
-from eval.benchmark.targets import BenchmarkTarget, choose_reference
+from eval.measure.evaluate_split import Evaluation, evaluate
+from eval.measure.evaluation_images import EvaluationImages
+from eval.measure.latency import TimingOptions, measure_latency
+from eval.measure.machine import peak_memory_gib, pin_threads, share_of_cores, torch_on_all_cores
+from eval.measure.sensors import find_gpu, open_meter
+from eval.measure.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.measured import measure
 from eval.metrics.paired import NO_DROP, paired_drop
@@ -67,7 +67,7 @@ class Execution:
 
     Attributes:
         out: folder of the report; paths in the rows are relative to it.
-        work: folder for finished parts of the evaluation; see :func:`eval.benchmark.evaluate_split.evaluate`.
+        work: folder for finished parts of the evaluation; see :func:`eval.measure.evaluate_split.evaluate`.
         restart: discard another evaluation in ``work``, instead of raising UserError.
         workers: number of processes that read images.
         processes: those that share the evaluation. The main one alone measures latency and returns rows.

@@ -21,7 +21,7 @@ from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.torch_engine import TorchEngine
 from deploy.runtimes.verification import verify
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
-from eval.benchmark.open_bundles import check_alike
+from eval.measure.open_bundles import check_alike
 from eval.report.decision import RowKey
 from illama.atomic_write import bundles_in
 from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, bundle_of, sha256

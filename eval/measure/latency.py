@@ -14,8 +14,8 @@ import numpy as np
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from tqdm import tqdm
 
-from eval.benchmark.early_stopping import percentile_bound
-from eval.benchmark.sensors import SYSFS, Meter, Sensor, Watch, find_gpu, read_governor
+from eval.measure.early_stopping import percentile_bound
+from eval.measure.sensors import SYSFS, Meter, Sensor, Watch, find_gpu, read_governor
 from illama.errors import UserError
 from illama.inference import Infer, usable_cores
 from illama.options import Count, Positive, check_bounds
@@ -42,7 +42,7 @@ class Latency:
     """Milliseconds of one call with ``batch`` images.
 
     Attributes:
-        p90, p99: bounds of the percentiles (:func:`eval.benchmark.early_stopping.percentile_bound`); None if the number
+        p90, p99: bounds of the percentiles (:func:`eval.measure.early_stopping.percentile_bound`); None if the number
             of calls does not support them.
         calls: number of timed calls.
         joules: energy of one call; None if the device does not report it.

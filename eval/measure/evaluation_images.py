@@ -8,7 +8,7 @@ from typing import cast
 
 from torch.utils.data import Dataset, Subset
 
-from eval.benchmark.open_bundles import open_fitting_data
+from eval.measure.open_bundles import open_fitting_data
 from illama.data.datasets import ImageData, Sample, calibration_count, evenly_spaced
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest
