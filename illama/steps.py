@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from illama.progress import Activity
+
 
 class Steps:
     """Durations of the steps of a command.
@@ -36,7 +38,7 @@ class Steps:
 
     @contextmanager
     def show(self, name: str) -> Iterator[None]:
-        """Prints the name and measures the block as :meth:`time` does."""
+        """Prints the name, measures the block as :meth:`time` does, and shows how long it has taken so far."""
         print(f"{name} ...", flush=True)
-        with self.time(name):
+        with self.time(name), Activity(name):
             yield

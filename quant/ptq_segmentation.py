@@ -15,8 +15,8 @@ from typing import Annotated
 
 import tyro
 
-from illama.bundle import GoldenImages
 from illama.cli import run_command
+from illama.bundle import GoldenImages
 from illama.options import Count
 
 

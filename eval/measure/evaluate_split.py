@@ -20,7 +20,6 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from eval.metrics.predictions import Evaluated, NotFinite, Predictions, count_not_finite
 from illama.atomic_write import write_file
@@ -28,6 +27,7 @@ from illama.checkpoints.tensor_files import read_tensors
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
 from illama.partial_work import claim
+from illama.progress import Activity
 from illama.training.distributed import ALONE, Processes
 
 UNFINISHED = "unfinished"  # folder of an interrupted evaluation, beside its results
@@ -96,7 +96,8 @@ def evaluate(
             predicted = predict_chunks(models, images, missing, how.batch, how.workers, bar.update)
             for each, (logits, labels) in zip(missing, predicted, strict=True):
                 _write(paths[each], _reduce(logits, labels, temperatures))
-        _wait_for(list(paths.values()), how.patience)
+        with Activity("wait for the other processes", shown=processes.main):
+            _wait_for(list(paths.values()), how.patience)
         parts = [_read(path, models, len(each)) for each, path in paths.items()]
     return {name: _concatenate([part[name] for part in parts]) for name in models}
 
@@ -109,12 +110,11 @@ def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes, 
         claim(work, facts)
 
 
-def _progress(own: Sequence[range], missing: Sequence[range], processes: Processes) -> tqdm[Any]:
+def _progress(own: Sequence[range], missing: Sequence[range], processes: Processes) -> Activity:
     """Returns a progress bar over this process's share, which starts where the run was interrupted."""
     images, left = (sum(len(each) for each in chunks) for chunks in (own, missing))
     share = f" (1 of {processes.count} shares)" if processes.count > 1 else ""
-    disable = None if processes.main else True  # None: shown on a terminal only
-    return tqdm(total=images, initial=images - left, desc=f"evaluate{share}", unit="img", disable=disable, leave=False)
+    return Activity(f"evaluate{share}", "img", images, images - left, processes.main)
 
 
 def _reduce(

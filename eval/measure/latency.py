@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
-from tqdm import tqdm
 
 from eval.measure.early_stopping import percentile_bound
 from eval.measure.sensors import SYSFS, Meter, Sensor, Watch, find_gpu, read_governor
 from illama.errors import UserError
-from illama.inference import Infer, usable_cores
+from illama.hardware import usable_cores
+from illama.inference import Infer
 from illama.options import Count, Positive, check_bounds
+from illama.progress import track
 
-Item = TypeVar("Item")
 LEAST_TURNS = 3
 UNREADABLE = "not readable here"
 # Raised by runtimes for a batch that they reject or have no memory for; those of ONNX Runtime share no base class.
@@ -211,17 +211,12 @@ def _switches() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def _bar(items: Iterable[Item], doing: str, unit: str, progress: bool) -> Iterable[Item]:
-    disable = None if progress else True  # None: shown on a terminal only
-    return tqdm(items, desc=doing, unit=unit, disable=disable, leave=False)
-
-
 def _warm_up(
     engines: Mapping[str, Infer], images: np.ndarray, options: TimingOptions, share: float | None
 ) -> tuple[dict[str, _Turns], dict[str, str]]:
     """Returns the turns of each engine, and why the other engines do not take this batch."""
     plans, refused, wanted = {}, {}, _Turns(options.rounds, options.calls, options.settle)
-    for name in _bar(engines, f"warm up, batch {len(images)}", "engine", options.progress):
+    for name in track(engines, f"warm up, batch {len(images)}", "engine", options.progress):
         try:
             a_call = _settled(engines[name], images, wanted.settle, share)
         except _REFUSALS as error:
@@ -264,7 +259,7 @@ def _take_turns(
     """Returns the seconds of each engine's timed calls."""
     times: dict[str, list[float]] = {name: [] for name in engines}
     names, rounds = list(engines), options.rounds
-    for index in _bar(range(rounds), f"time, batch {len(images)}", "round", options.progress):
+    for index in track(range(rounds), f"time, batch {len(images)}", "round", options.progress):
         for name in (names[place] for place in order.permutation(len(names))):
             plan = plans[name]
             # The engine's turns are spread evenly over the rounds.
@@ -281,7 +276,7 @@ def _energy(
 ) -> dict[str, float | None]:
     """Returns the joules of a call of each engine, over as many consecutive calls as its meter needs."""
     found: dict[str, float | None] = {}
-    for name in _bar(meters, f"energy, batch {len(images)}", "engine", progress):
+    for name in track(meters, f"energy, batch {len(images)}", "engine", progress):
         meter, calls = meters[name], 0
         engines[name](images)
         end = time.perf_counter() + meter.shortest

@@ -20,6 +20,7 @@ from illama.data.preprocessing import Preprocessing, Transform
 from illama.errors import UserError
 from illama.inference import Infer, predict
 from illama.manifest import Manifest
+from illama.progress import track
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
             other images than the first.
     """
     manifest = check_alike(given)
-    opened = {name: open_file(path, runtime, threads) for name, path in zip(_names(given), given, strict=True)}
+    named = track([*zip(_names(given), given, strict=True)], "open", "bundle")
+    opened = {name: open_file(path, runtime, threads) for name, path in named}
     return OpenBundles(
         {name: engine.infer for name, (engine, _) in opened.items()},
         {name: path for name, (_, path) in opened.items()},

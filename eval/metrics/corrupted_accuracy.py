@@ -12,7 +12,6 @@ import safetensors.numpy
 import scipy.stats
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from eval.measure.open_bundles import OpenBundles, predict_checked
 from eval.metrics.corruptions import CorruptedImages, after_framing
@@ -23,6 +22,7 @@ from illama.data.datasets import Sample
 from illama.errors import UserError
 from illama.manifest import Drop
 from illama.markdown_table import markdown
+from illama.progress import track
 
 CELLS = "cells"  # folder of the stored results, a file for each cell
 CLEAN = ("clean", 0)
@@ -121,7 +121,7 @@ def measure_cells(
     make_out(out / CELLS)
     sweep(out / CELLS)
     measured = {}
-    for cell in tqdm([CLEAN, *cells], desc="corruptions", unit="cell"):
+    for cell in track([CLEAN, *cells], "corruptions", "cell"):
         path = out / CELLS / f"{cell[0]}-{cell[1]}.safetensors"
         if not path.exists():
             split = images if cell == CLEAN else CorruptedImages(images, bundles.preprocessing, *cell, seed)

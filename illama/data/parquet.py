@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from illama.atomic_write import cache_folder, file_lock, sweep, write_folder
 from illama.data.images import decode_image
@@ -43,6 +42,7 @@ from illama.data.webdataset import (
 )
 from illama.errors import UserError
 from illama.options import Exif
+from illama.progress import track
 from illama.structured_files import check_regular, parse_json
 
 IMAGE_COLUMNS = ("image", "img")
@@ -263,7 +263,7 @@ def _unpack(images: ParquetImages, folder: Path) -> None:
 def _write_images(images: ParquetImages, folder: Path) -> None:
     index = np.zeros(len(images), PLACE)
     with (folder / "images").open("wb") as file:
-        for row in tqdm(range(len(images)), desc="unpack train", unit="img", disable=None, leave=False):
+        for row in track(range(len(images)), "unpack train", "img"):
             content = images.read(row)
             index[row] = (0, images.labels[row], file.tell(), len(content))
             file.write(content)

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from illama.data.images import decode_image
 from illama.errors import UserError
 from illama.options import Exif
+from illama.progress import track
 from illama.structured_files import check_regular, read_lines
 
 Sample = tuple[Any, int]
@@ -151,7 +151,7 @@ class TarImages(PackedImages):
     """
 
     def __init__(self, paths: list[Path], split: str, exif: Exif) -> None:
-        bar = tqdm(paths, desc=f"index {split}", unit="shard", disable=None, leave=False)
+        bar = track(paths, f"index {split}", "shard")
         parts = [np.array(list(_scan(path, number)), dtype=PLACE) for number, path in enumerate(bar)]
         super().__init__(paths, np.concatenate(parts), exif)
         if not len(self):

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from illama.errors import UserError
 from illama.graph.reader import layer_of, load_graph
 from illama.graph.session import cpu_session
+from illama.progress import track
 from illama.structured_files import read_json
 
 PRODUCTS = {"q": "qk", "k": "qk", "p": "pv", "v": "pv"}  # input of attention -> the product that it belongs to
@@ -78,7 +78,7 @@ def time_graphs(
     plain, times = {name: cpu_session(path, threads) for name, path in paths.items()}, {name: [] for name in paths}  # type: ignore[var-annotated]
     with tempfile.TemporaryDirectory() as folder:
         profiled = {name: cpu_session(path, threads, Path(folder) / name) for name, path in paths.items()}
-        for _ in tqdm(range(rounds), desc="time layers", unit="round", leave=False):
+        for _ in track(range(rounds), "time layers", "round"):
             for name, session in plain.items():
                 feed = {session.get_inputs()[0].name: images}
                 for call in range(3 + calls):  # the first three are warm-up

@@ -14,6 +14,7 @@ from illama.graph.emulate_half import HALF, emulate_half
 from illama.graph.reader import PRODUCTS, array, layer_of, load_graph
 from illama.graph.session import session_of
 from illama.manifest import HalfDtype, LayerRange
+from illama.progress import track
 
 
 def measure_ranges(path: Path, batches: Iterable[np.ndarray]) -> tuple[LayerRange, ...]:
@@ -31,7 +32,8 @@ def measure_ranges(path: Path, batches: Iterable[np.ndarray]) -> tuple[LayerRang
     watched = [(layer_of(node), dtype, _watch(model.graph, node)) for node, dtype in computed]
     session = session_of(model)
     names = [name for _, _, added in watched for name in added]
-    found = _finite(np.max([session.run(names, {INPUT: images}) for images in batches], axis=0))
+    tracked = track(batches, "check half precision", "batch")
+    found = _finite(np.max([session.run(names, {INPUT: images}) for images in tracked], axis=0))
     values, largest = dict(zip(names, found.tolist(), strict=True)), dict[str, float]()
     for layer, _, added in watched:
         largest[layer] = max([largest.get(layer, 0.0), *(values[name] for name in added)])

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint import state_dict as sharded
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from illama.atomic_write import write_file
 from illama.checkpoints.tensor_files import check_tensors, read_pickle
@@ -29,6 +28,7 @@ from illama.errors import UserError
 from illama.inference import predict, torch_infer
 from illama.manifest import Metric
 from illama.models.attention import MaskedNetwork
+from illama.progress import Activity
 from illama.randomness import isolated_randomness
 from illama.structured_files import parse_json
 from illama.training.distributed import Processes, gradient_sync
@@ -259,7 +259,7 @@ def fit(run: Run) -> None:
     mix = run.mixer()
     log = Log(recipe.out, run.progress.step, run.score_name) if processes.main else None
     started, first = time.perf_counter(), run.progress.step
-    with tqdm(total=stop, initial=run.progress.step, unit="step", smoothing=0.05, disable=None if log else True) as bar:
+    with Activity("train", "step", stop, run.progress.step, processes.main) as bar:
         while run.progress.step < stop:
             training_step(run, mix, loader, batches.parts, per_epoch)
             bar.update()
@@ -269,7 +269,7 @@ def fit(run: Run) -> None:
                 log_loss(run, log)
             if ending:
                 speed = (run.progress.step - first) * recipe.batch_size / (time.perf_counter() - started)
-                bar.set_postfix(end_epoch(run, log, per_epoch, speed))
+                bar.note = end_epoch(run, log, per_epoch, speed)
             if saving:
                 run.save()
 
@@ -317,7 +317,7 @@ def log_loss(run: Run, log: Log | None) -> None:
     run.progress.steps_unlogged = 0
 
 
-def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> dict[str, str]:
+def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> str:
     """Evaluates the kept weights on the validation images, logs the epoch, and returns a summary to display."""
     epoch, rate = run.progress.step // per_epoch, run.optimizer.param_groups[-1]["lr"]
     soft_mask = run.model.soft_mask
@@ -325,7 +325,7 @@ def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> dict[s
     score = run.score(run.validation)
     if log:
         log.write_epoch(epoch, run.progress.step, rate, soft_mask, loss, score, speed)
-    return {"epoch": str(epoch), "loss": f"{loss:.3f}", "val": f"{score:.2f}%"}
+    return f"epoch {epoch}, loss {loss:.3f}, val {score:.2f}%"
 
 
 def evaluate(run: Run, split: Dataset[Sample]) -> float:

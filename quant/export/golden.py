@@ -24,6 +24,7 @@ from illama.golden_answers import (
 )
 from illama.inference import torch_infer
 from illama.models.attention import MaskedNetwork
+from illama.progress import track
 
 _COUNT = 8
 # The smallest tolerances, for a float network and for a quantized one, in which rounding to steps enlarges differences.
@@ -56,7 +57,7 @@ def golden_answers(
     positions = np.linspace(0, logits.shape[1] - 1, stored).round().astype(np.int64)
     logits = np.ascontiguousarray(logits[:, positions])
     errors = {}
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in track((torch.float16, torch.bfloat16), "golden answers", "dtype"):
         with _rounding(model, dtype):
             rounded = torch_infer(model)(inputs).reshape(_COUNT, -1)[:, positions]
         errors[dtype] = relative_error(rounded, logits)

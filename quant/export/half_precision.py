@@ -24,6 +24,7 @@ from illama.graph.writer import copy_graph
 from illama.inference import torch_infer
 from illama.manifest import HalfDtype, LayerRange, NumericRange, WideDtype
 from illama.models.attention import MaskedNetwork
+from illama.progress import say, track
 from quant.export.onnx_export import export_onnx
 from quant.mixed_precision.layer_effects import decibels
 
@@ -58,7 +59,7 @@ def export_half(model: MaskedNetwork, path: Path, batches: Sequence[Tensor]) -> 
         ranges = measure_ranges(path, images)
     found = NumericRange(sum(map(len, images)), ranges, tuple(misfits), best.dtype, best.wide)
     if misfits:
-        print(f"  {found}")
+        say(f"  {found}")
     return found
 
 
@@ -94,16 +95,16 @@ def _choose(model: MaskedNetwork, path: Path, ways: Sequence[Candidate], images:
     If none has finite logits, the graph in float16 stays, and fails in the report.
     """
     infer = torch_infer(model)
-    exact = np.concatenate([infer(each) for each in images]).astype(np.float64)
+    exact = np.concatenate([infer(each) for each in track(images, "float logits", "batch")]).astype(np.float64)
     with tempfile.TemporaryDirectory() as folder:
         paths, accuracies = {}, {}
-        for number, way in enumerate(ways):
+        for number, way in enumerate(track(ways, "compare wider dtypes", "graph")):
             place = Path(folder) / str(number)
             place.mkdir()
             wide = {module: getattr(torch, dtype) for module, dtype in way.wide.items()}
             export_onnx(model, place / FUSED_ONNX, "fused", getattr(torch, way.dtype), wide=wide)
             session = emulated_session(place / FUSED_ONNX)
-            logits = np.concatenate([session.run(None, {INPUT: each})[0] for each in images])
+            logits = np.concatenate([session.run(None, {INPUT: each})[0] for each in track(images, "run", "batch")])
             if np.isfinite(logits).all():
                 paths[number], accuracies[number] = place, decibels((exact**2).sum(), ((logits - exact) ** 2).sum())
         if not paths:

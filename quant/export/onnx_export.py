@@ -26,6 +26,7 @@ from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
 from illama.graph.reader import LAYER
 from illama.graph.writer import EXTERNAL_ABOVE, save_graph
 from illama.models.attention import Form, MaskedAttention, MaskedNetwork
+from illama.progress import Activity
 from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
 from quant.quantizers.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize, quantizers
@@ -90,23 +91,24 @@ def export_onnx(
     dtypes = {quantizer.dtype.name for _, quantizer in quantizers(network)}
     config = model.config
     images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
-    with quiet("torch.onnx"), torch.no_grad():
-        traced = torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch")},))
-        program = torch.onnx.export(
-            lower(traced),
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            custom_translation_table=translations(form, dtypes),
-        )
-    assert program is not None
-    graph = simplify(program.model)
-    if notes:
-        graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(notes)
-    save_graph(graph, path, external_above)
+    with Activity(f"export {path.name}"):
+        with quiet("torch.onnx"), torch.no_grad():
+            traced = torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch")},))
+            program = torch.onnx.export(
+                lower(traced),
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                custom_translation_table=translations(form, dtypes),
+            )
+        assert program is not None
+        graph = simplify(program.model)
+        if notes:
+            graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(notes)
+        save_graph(graph, path, external_above)
 
 
 def softmax_scales(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, GoldenImages, sha256
@@ -20,6 +19,7 @@ from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
 from illama.models.upernet import fold_batch_norms, load_segmentation
 from illama.options import SourceOptions
+from illama.progress import track
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
 from quant.inputs import check_names, onnx_scheme
 from quant.quantizers.calibrate import calibrate
@@ -43,8 +43,8 @@ class SegmentationJob:
         """The center crops of evenly spaced training images, in batches (B, C, H, W)."""
         count, transform = self.calibration_images, self.origin.preprocessing.transform()
         images = cast(Any, self.data.calibration(count))
-        bar = tqdm(range(count), "read", unit="img", leave=False)
-        return list(torch.stack([transform(images[i][0]).as_subclass(Tensor) for i in bar]).split(_BATCH))
+        numbers = track(range(count), "read calibration images", "img")
+        return list(torch.stack([transform(images[i][0]).as_subclass(Tensor) for i in numbers]).split(_BATCH))
 
 
 def open_segmentation_job(

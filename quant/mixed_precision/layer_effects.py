@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from illama.errors import UserError
 from illama.graph.layer_times import PRODUCTS
 from illama.models.attention import MaskedNetwork
+from illama.progress import track
 from quant.quantizers.layers import WeightQuantizer, quantizers
 from quant.quantizers.reconstruction import blocks
 
@@ -148,7 +149,7 @@ def measure(
 def compare_logits(reference: nn.Module, other: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Effect:
     """Returns the effect of ``other`` against ``reference`` over images (B, C, H, W) and labels (B,)."""
     tally = Tally()
-    for images, labels in batches:
+    for images, labels in track(batches, "compare the logits", "batch"):
         tally.add(reference(images), other(images), labels)
     return tally.effect()
 

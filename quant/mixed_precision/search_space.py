@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from illama.bundle import size_of
 from illama.errors import UserError
 from illama.graph.layer_times import GraphTimes, read_layer_times, time_graphs
 from illama.models.attention import MaskedNetwork
+from illama.progress import say, track
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs, onnx_scheme
 from quant.mixed_precision.costs import weight_bytes
@@ -136,7 +136,7 @@ class SearchSpaceBuilder:
             if name != FLOAT:
                 self._measure_effects(name, quantized)
             if self._first_with_same_operators(name) == name:
-                tqdm.write(f"export {name} ...")
+                say(f"export {name} ...")
                 paths[name] = folder / f"{name}.onnx"
                 export_onnx(quantized, paths[name], "plain")
         return paths
@@ -144,7 +144,7 @@ class SearchSpaceBuilder:
     def _measure_effects(self, name: str, quantized: MaskedNetwork) -> None:
         own = {layer: tuple(self._specs(layer, name)) for layer, names in self.distinct.items() if name in names}
         subsets = {**own, _ALL: tuple(self.plans[name].tensors)}
-        found = measure(quantized, subsets, tqdm(self.images, desc=f"measure {name}"))
+        found = measure(quantized, subsets, track(self.images, f"measure {name}", "batch"))
         self.whole[name] = found.pop(_ALL)
         self.effects.update({(layer, name): effect for layer, effect in found.items()})
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from illama.errors import UserError
 from illama.inference import chance_note
 from illama.markdown_table import markdown
+from illama.progress import Activity, track
 from quant.inputs import Inputs
 from quant.mixed_precision.layer_effects import Effect, block_number, kind_of, layers_of, measure, tensor_sqnr
 from quant.mixed_precision.layer_plots import draw_sensitivity
@@ -43,8 +43,9 @@ def measure_sensitivity(inputs: Inputs, scheme: Scheme, batches: Iterable[tuple[
     if not layers:
         raise UserError(f"scheme {scheme.name} quantizes no tensor: there is nothing to measure")
     everything = [tensor for tensors in layers.values() for tensor in tensors]
-    effects = measure(quantized, {**layers, _ALL: everything}, tqdm(batches, desc="quantize one layer at a time"))
-    tensors = tensor_sqnr(inputs.float_model(scheme), quantized, torch.cat(inputs.calibration)[:_TENSOR_IMAGES])
+    effects = measure(quantized, {**layers, _ALL: everything}, track(batches, "quantize one layer at a time", "batch"))
+    with Activity("round one tensor at a time"):
+        tensors = tensor_sqnr(inputs.float_model(scheme), quantized, torch.cat(inputs.calibration)[:_TENSOR_IMAGES])
     return {
         "classes": len(inputs.data.classes),
         "all": _record(effects.pop(_ALL)),

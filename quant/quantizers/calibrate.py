@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from illama.errors import UserError
 from illama.models.attention import MaskedNetwork, QuantizerPoint
 from illama.models.illama import Linear
+from illama.progress import track
 from illama.quiet import quiet
 from quant.quantizers.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
 from quant.quantizers.observers import RangeObserver, weight_amax
@@ -86,7 +87,7 @@ def observe(
 
     def run(network: nn.Module) -> None:
         with torch.inference_mode():
-            for images in batches:
+            for images in track(batches, "calibrate", "batch"):
                 network(images)
 
     # ModelOpt prints the number of quantizers, and warns of quantizers that it leaves disabled.

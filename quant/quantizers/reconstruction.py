@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from illama.progress import track
 from quant.quantizers.layers import QuantizedLinear, WeightQuantizer, quantizers
 
 _TOKENS = 800  # of an iteration, in at least 4 images
@@ -52,7 +52,7 @@ def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor
     exact, calls = _block_inputs(reference, batches)
     inputs, _ = _block_inputs(quantized, batches)
     pairs = list(zip(blocks(reference), blocks(quantized), calls, strict=True))
-    for (_, float_block), (_, block), call in tqdm(pairs, desc="reconstruct blocks", unit="block", leave=False):
+    for (_, float_block), (_, block), call in track(pairs, "reconstruct blocks", "block"):
         with torch.no_grad():
             targets = torch.cat([call.run(float_block, part) for part in exact.split(64)])
         _reconstruct_block(block, call, inputs, targets, iterations)
@@ -79,7 +79,7 @@ def _block_inputs(model: nn.Module, batches: list[Tensor]) -> tuple[Tensor, list
     for hook in hooks:
         hook.remove()
     hook = found[0].register_forward_pre_hook(note_first)
-    for images in batches:
+    for images in track(batches, "read block inputs", "batch"):
         model(images)
     hook.remove()
     return torch.cat(first), calls

@@ -20,6 +20,7 @@ import torch
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
+from illama.progress import track
 from quant.schemes.scheme import Scheme
 
 
@@ -74,7 +75,7 @@ def _channel_ranges(model: nn.Module, linears: list[str], batches: Iterable[Tens
         return hook
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in linears]
-    for images in batches:
+    for images in track(batches, "smooth", "batch"):
         model(images)
     for hook in hooks:
         hook.remove()
