@@ -7,9 +7,29 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
 
-from illama.inference import usable_cores
+def usable_cores() -> int:
+    """Returns the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def products_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether 8-bit products of this CPU can overflow: an x86 CPU without VNNI adds pairs of them in 16 bits.
+
+    u8 x s8 + u8 x s8 is up to 2 x 255 x 127, and the instruction (vpmaddubsw) clips it to 32767.
+    """
+    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.exists():
+        return False
+    return not {"avx512_vnni", "avx_vnni"} & set(cpuinfo.read_text().split())
+
+
+def cuda_gpu() -> Any | None:
+    """Returns ``torch.cuda`` if PyTorch is installed and there is an NVIDIA GPU, else None."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.cuda if torch.cuda.is_available() else None
 
 
 def describe_machine() -> dict[str, Any]:
@@ -20,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu.get_device_name() if (gpu := cuda_gpu()) else None,
     }
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from illama.data.datasets import Sample, Transformed
 from illama.data.preprocessing import Transform
+from illama.progress import Activity, track
 
 Infer = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) float32 -> logits
 _CALLS = 10  # number of consecutive calls of one model
-
-
-def usable_cores() -> int:
-    """Returns the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_images(
@@ -29,11 +23,8 @@ def load_images(
     """Returns a split, or its first ``limit`` images, as arrays: images (n, C, H, W) float32, labels (n,) int64."""
     images = Transformed(split, transform)
     chosen = images if limit is None else Subset(images, range(limit))
-    batches = list(DataLoader(chosen, batch_size=500))
-    return (
-        np.concatenate([images.numpy() for images, _ in batches]),
-        np.concatenate([labels.numpy() for _, labels in batches]),
-    )
+    read = list(track(DataLoader(chosen, batch_size=None), "read images", "img"))
+    return np.stack([image.numpy() for image, _ in read]), np.array([label for _, label in read], np.int64)
 
 
 def predict(
@@ -44,7 +35,7 @@ def predict(
     workers: int = 0,
     progress: bool = True,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Returns each model's logits (n, classes) over a split, and the labels (n,); shows a progress bar.
+    """Returns each model's logits (n, classes) over a split, and the labels (n,); shows the progress.
 
     Each image is read once for all models.
 
@@ -52,8 +43,8 @@ def predict(
         batch: images per call of a model.
         workers: number of processes that read images.
     """
-    total, disable = len(split), None if progress else True  # type: ignore[arg-type]
-    with tqdm(total=total, desc="evaluate", unit="img", disable=disable, leave=False) as bar:
+    total = len(split)  # type: ignore[arg-type]
+    with Activity("evaluate", "img", total, shown=progress) as bar:
         return next(predict_chunks(models, Transformed(split, transform), [range(total)], batch, workers, bar.update))
 
 

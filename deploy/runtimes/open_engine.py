@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import get_args
@@ -22,16 +23,14 @@ from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES, RuntimeName
 from deploy.runtimes.onnxruntime_engine import PROVIDERS, OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine
-from deploy.runtimes.tensorrt_engine import TensorRTEngine
-from deploy.runtimes.torch_engine import TorchEngine
 from deploy.runtimes.verification import verify
 from deploy.trt.library import fits_this_gpu
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of
-from illama.checkpoints.load import load_network
 from illama.errors import UserError
 from illama.graph.emulate_half import half_dtypes
-from illama.graph.reader import has_4bit_activations, has_fp8, load_graph
+from illama.graph.reader import has_4bit_activations, has_fp8, load_graph, products
+from illama.hardware import products_saturate
 from illama.manifest import Manifest
 
 
@@ -87,6 +86,8 @@ def load_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
         record = EngineRecord.read(path)
         if runtime not in (None, record.library):
             raise UserError(f"{path} does not run in {runtime}: it was built by {record.library}")
+        from deploy.runtimes.tensorrt_engine import TensorRTEngine  # here, since the other runtimes need no PyTorch
+
         return TensorRTEngine(path, record)
     if path.suffix == ".onnx":
         return _open_onnx(path, runtime or cpu_runtime(path), threads)
@@ -94,22 +95,28 @@ def load_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
         raise UserError(
             f"{path} does not run in {runtime}: it holds weights for PyTorch; export it with python quant/ptq.py"
         )
+    from deploy.runtimes.torch_engine import TorchEngine
+    from illama.checkpoints.load import load_network
+
     return TorchEngine(load_network(path), compiled=runtime == "torch-compile")
 
 
 def cpu_runtime(path: Path) -> RuntimeName:
     """Returns the preferred runtime for an ONNX file on a CPU (docs/cpu.md).
 
-    OpenVINO if it is installed and supports the graph (no FP8, no 4-bit activations), else ONNX Runtime; ONNX Runtime
-    for half precision, which it emulates.
+    OpenVINO if it runs the file, else ONNX Runtime; ONNX Runtime for 8-bit products on a CPU on which OpenVINO would
+    have to compute them in float32 (:func:`illama.hardware.products_saturate`).
     """
-    try:
-        import openvino  # noqa: F401
-    except ImportError:
-        return "onnxruntime"
+    slow = products_saturate() and any(each.precision == "int8" for each in products(load_graph(path)))
+    return "onnxruntime" if slow or not runs_in_openvino(path) else "openvino"
+
+
+def runs_in_openvino(path: Path) -> bool:
+    """Returns whether OpenVINO is installed and supports an ONNX file: no FP8, 4-bit activations, half precision."""
+    if importlib.util.find_spec("openvino") is None:
+        return False
     model = load_graph(path)
-    unsupported = has_fp8(model) or has_4bit_activations(model) or half_dtypes(model)
-    return "onnxruntime" if unsupported else "openvino"
+    return not (has_fp8(model) or has_4bit_activations(model) or half_dtypes(model))
 
 
 def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:

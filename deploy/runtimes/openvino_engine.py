@@ -17,7 +17,7 @@ from illama.errors import UserError
 from illama.golden_answers import Arithmetic
 from illama.graph.reader import has_4bit_activations, load_graph, to_bytes
 from illama.graph.writer import has_external_data, save_graph
-from illama.inference import usable_cores
+from illama.hardware import products_saturate, usable_cores
 
 _ARITHMETIC: dict[str, Arithmetic] = {"f32": "float32", "bf16": "bfloat16"}
 
@@ -51,7 +51,8 @@ class OpenVinoEngine(Engine):
     """An ONNX file in OpenVINO on the CPU.
 
     On a CPU that multiplies bfloat16 (AMX), OpenVINO computes the float32 operators of the graph in bfloat16;
-    ``precision="f32"`` prevents this, at half the speed. Integer operators are not affected.
+    ``precision="f32"`` prevents this, at half the speed. Integer operators are not affected. On a CPU whose 8-bit
+    products can overflow (:func:`illama.hardware.products_saturate`), integers are multiplied in float32.
 
     Attributes:
         floats: the dtype in which float32 operators are computed.
@@ -71,6 +72,8 @@ class OpenVinoEngine(Engine):
         except ImportError as error:
             raise UserError("OpenVINO is not installed: pip install openvino, or --runtime onnxruntime") from error
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or usable_cores()}
+        if products_saturate():
+            settings["LP_TRANSFORMS_MODE"] = False  # integers are multiplied in float32
         if precision:
             settings["INFERENCE_PRECISION_HINT"] = precision
         model, core = load_graph(path), openvino_core()

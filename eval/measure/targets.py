@@ -16,7 +16,7 @@ from torch import nn
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from deploy.runtimes.open_engine import cpu_runtime, load_engine
+from deploy.runtimes.open_engine import load_engine, runs_in_openvino
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.torch_engine import TorchEngine
 from deploy.runtimes.verification import verify
@@ -30,6 +30,7 @@ from illama.graph.emulate_half import half_dtypes
 from illama.graph.reader import load_graph
 from illama.inference import Infer
 from illama.manifest import EMULATED, Manifest
+from illama.progress import track
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class BenchmarkTarget:
     def key(self) -> RowKey:
         file = self.file.parent.resolve() / self.file.name  # in a cache of downloads the file itself may be a link
         return RowKey(self.scheme, self.runtime_id, file.relative_to(bundle_of(file)).as_posix())
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether this machine only emulates the formats of its file."""
+        return self.emulates or (self.not_timed is not None and self.not_timed.reason == "emulated")
 
     @property
     def is_float(self) -> bool:
@@ -165,7 +171,7 @@ def find_targets(
             [*_in_torch(path, scheme, networks or {})],
             [*_in_tensorrt(path, scheme, threads)],
         ]
-        for path, scheme in zip(given, scheme_names(given), strict=True)
+        for path, scheme in track([*zip(given, scheme_names(given), strict=True)], "open", "bundle")
     ]
     for path, kinds in zip(given, by_path, strict=True):
         if not any(kinds):
@@ -236,7 +242,7 @@ def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
     not_timed = NotTimed("emulated", f"Not timed: {EMULATED[emulated]}") if emulated else None
     engine = _open(partial(OnnxRuntimeEngine, graph, threads), graph)
     yield BenchmarkTarget(scheme, graph, engine, "ONNX Runtime, CPU", "onnxruntime", not_timed=not_timed)
-    if not isinstance(engine, FailedEngine) and cpu_runtime(graph) == "openvino":
+    if not isinstance(engine, FailedEngine) and runs_in_openvino(graph):
         other = _open(partial(OpenVinoEngine, graph, threads), graph)
         floats = other.floats if isinstance(other, OpenVinoEngine) else None
         yield BenchmarkTarget(scheme, graph, other, "OpenVINO, CPU", "openvino", not_timed=not_timed, precision=floats)

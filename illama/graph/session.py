@@ -5,21 +5,26 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 
 from illama.bundle import FUSED_ONNX
 from illama.graph.check_graph import check_graph
 from illama.graph.emulate_half import Softmax, emulate_half
-from illama.graph.reader import load_graph
+from illama.graph.reader import add_constant, array, dtype_of, is_constant, load_graph, to_bytes
 from illama.graph.writer import save_graph
-from illama.inference import usable_cores
+from illama.hardware import products_saturate, usable_cores
 
 
 def cpu_session(
     model: Path | bytes, threads: int = 0, profile: Path | None = None, fused: bool = False, folder: Path | None = None
 ) -> onnxruntime.InferenceSession:
     """Returns a session that computes exactly what the graph specifies.
+
+    On a CPU whose 8-bit products can overflow (:func:`illama.hardware.products_saturate`), weights are made unsigned,
+    which prevents it.
 
     By default, ONNX Runtime rounds the float inputs of layers with 8- or 4-bit weights to 8 bits
     (``session.qdq_matmulnbits_accuracy_level`` 4 in its documentation of session options). Level 1 keeps them in
@@ -36,9 +41,14 @@ def cpu_session(
     """
     if isinstance(model, Path):
         check_graph(model)
+    exact = products_saturate() and not fused
+    if exact:
+        folder = model.parent if isinstance(model, Path) else folder
+        model = _with_zero_points(model, folder)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry("session.x64quantprecision", str(int(exact)))  # 1: multiplies u8 x u8
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if profile is not None:
@@ -47,6 +57,22 @@ def cpu_session(
     return onnxruntime.InferenceSession(
         model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
     )
+
+
+def _with_zero_points(source: Path | bytes, folder: Path | None) -> bytes:
+    """Returns a graph in which every 8-bit constant has a zero point, which ONNX Runtime needs to make it unsigned."""
+    model = load_graph(source) if isinstance(source, Path) else ir.from_proto(onnx.load_from_string(source))
+    if folder is not None:
+        ir.external_data.set_base_dir(model.graph, folder)
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear" and len(node.inputs) == 2 and is_constant(node.inputs[0]):
+            value, scale = node.inputs
+            assert value is not None
+            if dtype_of(value) == ir.DataType.INT8:
+                zero = add_constant(model.graph, f"{value.name}.zero", np.zeros(array(scale).shape, np.int8))
+                node.resize_inputs(3)
+                node.replace_input_with(2, zero)
+    return to_bytes(model)
 
 
 def emulated_session(path: Path, threads: int = 0, softmax: Softmax = "float32") -> onnxruntime.InferenceSession:

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
-import deploy.runtimes.open_engine
 from deploy.rewrites.add_preprocessing import add_preprocessing
 from deploy.runtimes.classify import top5
 from deploy.runtimes.least_recently_used import LeastRecentlyUsed
@@ -184,7 +183,7 @@ def test_an_engine_is_checked_before_it_is_deserialized(bundle, monkeypatch):
         with pytest.raises(UserError, match="NVIDIA GPU"):
             open_engine(wanted)
     path.write_bytes(path.read_bytes() + b"x")
-    monkeypatch.setattr(deploy.runtimes.open_engine, "TensorRTEngine", lambda *_: pytest.fail("it was opened"))
+    monkeypatch.setattr("deploy.runtimes.tensorrt_engine.TensorRTEngine", lambda *_: pytest.fail("it was opened"))
     for wanted in (path, path.parent):
         with pytest.raises(UserError, match=r"SHA-256.*record\.json"):
             open_engine(wanted)
