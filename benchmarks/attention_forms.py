@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from illama.cli import run_command
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.cli import run_command
 from illama.markdown_table import markdown
 from illama.models.attention import Form
 

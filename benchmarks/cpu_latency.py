@@ -23,6 +23,7 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from tqdm import tqdm
 
+from illama.cli import run_command
 from deploy.rewrites.openvino_graph import has_matrix_unit, select_rewrites
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine, openvino_core
@@ -31,9 +32,9 @@ from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
 from illama.checkpoints.load import load_checkpoint
-from illama.cli import run_command
 from illama.graph.reader import load_graph, to_bytes
-from illama.inference import Infer, torch_infer, usable_cores
+from illama.hardware import usable_cores
+from illama.inference import Infer, torch_infer
 from quant.export.onnx_export import export_onnx
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import resolve, shipped_scheme

@@ -14,8 +14,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from illama.atomic_write import write_folder
 from illama.cli import run_command
+from illama.atomic_write import write_folder
 
 CLASSES = ("background", "rectangle", "disc", "ring")
 _COLORS = {2: (220, 60, 60), 3: (60, 60, 220), 4: (60, 220, 60)}

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import ConcatDataset
 
+from illama.cli import run_command
 from eval.measure.evaluate_split import evaluate
 from eval.measure.machine import peak_memory_gib
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.cli import run_command
 from illama.data.datasets import Sample, open_data
 from illama.errors import UserError
 from illama.inference import predict, torch_infer

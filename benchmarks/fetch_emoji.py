@@ -26,8 +26,8 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from illama.atomic_write import write_folder
 from illama.cli import run_command
+from illama.atomic_write import write_folder
 from illama.errors import UserError
 
 SIZE = 64

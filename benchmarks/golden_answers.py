@@ -20,13 +20,13 @@ import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
+from illama.cli import run_command
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.verification import verify
 from eval.report.store import write_results
 from illama.bundle import CPU_ONNX, FUSED_ONNX, GOLDEN
-from illama.cli import run_command
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.golden_answers import GoldenAnswers, relative_error

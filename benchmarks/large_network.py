@@ -19,6 +19,7 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
+from illama.cli import run_command
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.trt.builder import build_engine
@@ -26,7 +27,6 @@ from deploy.trt.engine_options import EngineOptions
 from deploy.trt.library import find_library
 from eval.report.store import write_results
 from illama.bundle import CPU_ONNX, FUSED_ONNX, sha256, size_of
-from illama.cli import run_command
 from illama.markdown_table import markdown
 from illama.models.timm_vit import to_quantizable
 from quant.export.onnx_export import export_onnx

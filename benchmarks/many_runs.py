@@ -16,7 +16,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from illama.errors import UserError
-from illama.inference import usable_cores
+from illama.hardware import usable_cores
 from illama.manifest import TRAINED, Manifest
 
 TRAIN = Path(__file__).parents[1] / "illama" / "train.py"

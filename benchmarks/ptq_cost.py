@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from illama.cli import run_command
 from eval.measure.machine import peak_memory_gib
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
 from illama.checkpoints.load import load_checkpoint, write_weights
-from illama.cli import run_command
 from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.inference import load_images

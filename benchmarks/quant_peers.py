@@ -1,7 +1,7 @@
 """Compares this project's quantizer with others, on the same checkpoint and images: python benchmarks/quant_peers.py
 
     python -m venv runs/peers-venv
-    runs/peers-venv/bin/pip install -c constraints.txt -e . -r benchmarks/peers-requirements.txt
+    runs/peers-venv/bin/pip install -c constraints.txt -e '.[all]' -r benchmarks/peers-requirements.txt
     runs/peers-venv/bin/python benchmarks/quant_peers.py
     runs/peers-venv/bin/python benchmarks/quant_peers.py --checkpoint illama/weights/tiny-emoji --data runs/emoji
 
@@ -30,16 +30,16 @@ from peers.base import be_quiet, reason
 from peers.runtimes import LOADERS, ORT
 from peers.work import LABELS, RESULT, WorkOptions, logits_file, open_both, peer_versions
 
+from illama.cli import run_command
 from eval.measure.latency import TimingOptions, measure_latency
 from eval.metrics.paired import paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import SHIPPED, package_versions, sha256
 from illama.checkpoints.load import load_checkpoint
-from illama.cli import run_command
 from illama.errors import UserError
-from illama.hardware import describe_machine
-from illama.inference import Infer, load_images, top1, usable_cores
+from illama.hardware import describe_machine, usable_cores
+from illama.inference import Infer, load_images, top1
 from illama.manifest import Drop
 from quant.mixed_precision.layer_effects import decibels
 

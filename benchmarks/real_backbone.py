@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from tqdm import tqdm
 
+from illama.cli import run_command
 from eval.metrics.paired import paired_drop
 from eval.report.store import write_results
 from illama.atomic_write import write_file
 from illama.bundle import SHIPPED, sha256
 from illama.checkpoints.load import load_checkpoint
-from illama.cli import run_command
 from illama.data.datasets import Transformed, open_data
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError

@@ -17,11 +17,11 @@ from many_runs import compare, final_top1, train_all
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from illama.cli import run_command
 from eval.metrics.rank import attention_rank
 from eval.report.store import write_results
 from illama import ILLaMA
 from illama.checkpoints.load import load_checkpoint
-from illama.cli import run_command
 from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.inference import load_images

@@ -30,12 +30,12 @@ from serve_client import MODEL, Answers, Client, Question, free_ports, read_ques
 from serve_faults import measure_faults
 from tqdm import tqdm
 
+from illama.cli import run_command
 from deploy.serving.repository import write_repository
 from deploy.serving.server import running_server
 from deploy.serving.serving_options import ListenOptions, ServingOptions
 from eval.report.store import write_results
 from illama.atomic_write import make_out
-from illama.cli import run_command
 from illama.data.datasets import open_data
 from illama.errors import UserError
 

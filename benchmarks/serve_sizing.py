@@ -14,8 +14,8 @@ from typing import Annotated
 
 import tyro
 
-from eval.report.store import write_results
 from illama.cli import run_command
+from eval.report.store import write_results
 from illama.errors import UserError
 from illama.markdown_table import markdown
 

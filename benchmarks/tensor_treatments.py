@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from illama.cli import run_command
 from eval.report.store import write_results
 from illama.bundle import SHIPPED
-from illama.cli import run_command
 from illama.inference import load_images
 from illama.models.attention import MaskedNetwork
 from illama.options import SourceOptions

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from illama.cli import run_command
 from eval.metrics.paired import paired_drop
 from eval.report.store import write_results
-from illama.cli import run_command
 from illama.data.datasets import open_data
 from illama.inference import predict, torch_infer
 from illama.models.timm_vit import CausalVisionTransformer, to_causal

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from illama.cli import run_command
 from eval.report.store import write_results
 from illama import ILLaMA, ModelConfig
-from illama.cli import run_command
 from illama.errors import UserError
 from illama.markdown_table import markdown
 from illama.models.illama import PatchEmbed, SwiGLU

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from many_runs import compare, final_top1, train_all
 
+from illama.cli import run_command
 from eval.report.store import write_results
 from illama.bundle import SHIPPED
-from illama.cli import run_command
 from illama.errors import UserError
 
 ARMS: dict[str, dict[str, Any]] = {

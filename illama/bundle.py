@@ -34,6 +34,7 @@ INPUT, OUTPUT = "images", "logits"  # names in every graph: (B, C, H, W) float32
 SHIPPED = Path(__file__).parent / "weights" / "nano-fashion-mnist"  # the checkpoint in this repository
 TEMPERATURE = "temperature.json"
 GOLDEN = "golden.safetensors"
+NetworkKind = Literal["illama", "timm", "segmentation"]  # of the network in a bundle
 GoldenImages = Literal["calibration", "noise", "none"]  # what the images of golden answers are made from
 SOFTMAX_OUTPUT = "softmax_output"  # key in the metadata of FUSED_ONNX: how attention's softmax output is rounded
 _PACKAGES = (

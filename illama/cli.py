@@ -21,10 +21,20 @@ import tyro
 
 import illama.bundle
 from illama.bundle import SHIPPED
-from illama.errors import UserError
+from illama.errors import UserError, check_packages
 from illama.options import DATA_FORMS, Data, check_bounds
 from illama.quiet import without_noise
 
+_OWN = ("illama", "quant", "deploy", "eval")
+_EXTRAS = {  # module -> the extra of pyproject.toml that installs it, if it is not quantize
+    "onnxruntime": "runtime",
+    "openvino": "openvino",
+    "tensorrt_rtx": "rtx",
+    "tensorboard": "train",
+    "tritonclient": "serve",
+    "segmentation_models_pytorch": "segmentation",
+    "imagecorruptions": "robustness",
+}
 _INTERRUPTED = "interrupted; no incomplete file was left behind"
 Options = TypeVar("Options")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -117,6 +127,9 @@ def _problem(error: Exception) -> str | None:
     """Returns one line about an error that the user can correct; None for a defect of this project."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and (name := (error.name or "").split(".")[0]) not in _OWN:
+        extra = _EXTRAS.get(name, "quantize")
+        return f"{name} is not installed here: pip install 'illama-toolkit[{extra}]', or [all] for every command"
     if isinstance(error, OSError) and error.errno in (*_DISK_FULL, *_NOT_WRITABLE, *_BAD_PATH):
         return str(UserError(f"cannot use {error.filename or 'the output folder'}: {os.strerror(error.errno)}"))
     if "embedded null byte" in str(error) or "Symlink loop" in str(error):  # of pathlib
@@ -137,7 +150,16 @@ def _report_interrupt(kind: type[BaseException], error: BaseException, trace: Tr
         sys.__excepthook__(kind, error, trace)
 
 
+def _exit(message: str, status: int) -> None:
+    print(f"error: {message}" if status == 2 else message, file=sys.stderr)
+    sys.exit(status)
+
+
 sys.excepthook = _report_interrupt
+try:
+    check_packages()
+except UserError as error:
+    _exit(str(error), 2)
 
 
 def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
@@ -176,8 +198,3 @@ def option_helps(options: type[Any]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _exit(message: str, status: int) -> None:
-    print(f"error: {message}" if status == 2 else message, file=sys.stderr)
-    sys.exit(status)

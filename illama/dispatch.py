@@ -10,8 +10,8 @@ import runpy
 import sys
 from importlib import metadata
 
-import illama.bundle
 import illama.cli  # reports Ctrl-C in one line from here on
+import illama.bundle
 
 GROUPS = {
     "Quantize a network and compare the results": {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from functools import cache
+from pathlib import Path
 
 MAX_MESSAGE = 300  # characters
 
@@ -30,3 +32,16 @@ def shorten(text: str, limit: int) -> str:
 def warn_once(message: str) -> None:
     """Prints a warning to the standard error stream, once per process."""
     print(f"warning: {shorten(message, MAX_MESSAGE)}", file=sys.stderr)
+
+
+def check_packages() -> None:
+    """Raises UserError if another project's ``quant``, ``deploy`` or ``eval`` is found instead of this toolkit's."""
+    here = Path(__file__).parents[1]
+    for name in ("quant", "deploy", "eval"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin or "") if spec else here
+        if here not in found.parents and found != here:
+            raise UserError(
+                f"Python finds another package {name!r} in {found.parent}: uninstall it, or install this toolkit in an "
+                "environment of its own"
+            )

@@ -115,15 +115,19 @@ class GoldenAnswers:
     @classmethod
     def read(cls, path: Path) -> GoldenAnswers:
         """Reads a file of :meth:`write`; raises UserError if it is missing or damaged."""
-        from illama.checkpoints.tensor_files import read_metadata, read_tensors  # not needed to compare logits
-        from illama.structured_files import parse_json
+        from safetensors import SafetensorError, safe_open  # not needed to compare logits
 
-        tensors = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
+        from illama.structured_files import check_regular, parse_json
+
+        check_regular(path)
         try:
-            facts = parse_json(read_metadata(path)[_METADATA], GoldenFacts, f"the metadata of {path}")
+            with safe_open(path, "np") as file:
+                text = file.metadata()[_METADATA]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
+            facts = parse_json(text, GoldenFacts, f"the metadata of {path}")
             answers = cls(**tensors, facts=facts)
             valid = _is_valid(answers)
-        except (KeyError, TypeError, AttributeError, ValueError):
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OSError):
             valid = False
         if not valid:
             raise UserError(f"{path} is damaged: make the bundle again")

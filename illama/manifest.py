@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from illama.bundle import MANIFEST, GoldenImages, command_line, package_versions
+from illama.bundle import MANIFEST, GoldenImages, NetworkKind, command_line, package_versions
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
-from illama.models.config import NetworkKind
 from illama.options import SourceOptions
 from illama.structured_files import parse_json, read_json
 

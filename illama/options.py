@@ -105,6 +105,8 @@ class BenchmarkOptions:
         max_megabytes: largest acceptable size of the deployed file, in 10^6 bytes.
         also: folders with results of other commands, such as runs/robustness, to include in the report.
         fail_on_regression: path to an earlier report.json; exit with status 1 after a regression (docs/evaluation.md).
+        emulate: evaluate files that this CPU can only emulate (FP8, half precision) on more than 10,000 test images
+            too, which can take hours.
         seed: random seed of the confidence intervals and of the order in which targets are timed.
     """
 
@@ -116,6 +118,7 @@ class BenchmarkOptions:
     max_megabytes: Positive | None = None
     also: tuple[Path, ...] = ()
     fail_on_regression: Path | None = None
+    emulate: bool = False
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 from illama.data.ade20k import IGNORED
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import Infer
+from illama.progress import track
 
 _WINDOWS = 8  # number of windows per call
 
@@ -117,12 +117,11 @@ def score_images(
         classes: number of classes.
         predict: returns the predicted class of every pixel, such as :func:`predict_map` with its other arguments.
         workers: number of processes that read images.
-        progress: whether to show a progress bar.
+        progress: whether to show the progress.
     """
     counts: dict[str, list[np.ndarray]] = {name: [] for name in models}
     loader = DataLoader(images, batch_size=None, num_workers=workers)
-    total, disable = len(cast(Sized, images)), None if progress else True
-    for image, true in tqdm(loader, "evaluate", total, unit="img", disable=disable, leave=False):
+    for image, true in track(loader, "evaluate", "img", progress):
         for name, infer in models.items():
             predicted = predict(infer, image)
             counts[name].append(count_pixels(predicted.numpy(), np.asarray(true), classes))
@@ -132,7 +131,7 @@ def score_images(
 def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views: Views | None = None) -> Tensor:
     """Returns the predicted class of every pixel (H, W) of an image (3, H, W), uint8."""
     shorter, views = preprocessing.resize or min(preprocessing.size), views or Views()
-    to_input: Callable[[Any], Tensor] = v2.Compose(preprocessing.to_input())
+    to_input: Callable[[Any], Tensor] = v2.Compose(preprocessing.tensor_steps())
     total: Tensor | None = None
     for scale in views.scales:
         size = [max(1, round(shorter * scale))]

@@ -22,6 +22,7 @@ from gpu_report import Report, add_latency, note_failure, relative_error
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from illama.cli import run_command
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.trt.build_bundle import write_engine
 from deploy.trt.builder import build_engine
@@ -31,7 +32,6 @@ from deploy.trt.library import Library, find_library
 from deploy.trt.record import EngineRecord
 from illama import ILLaMA, ModelConfig
 from illama.bundle import FUSED_ONNX, command_line, package_versions
-from illama.cli import run_command
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.hardware import describe_machine

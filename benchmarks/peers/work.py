@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
+from illama.cli import run_command
 from eval.measure.machine import peak_memory_gib
 from illama.atomic_write import write_file
 from illama.bundle import package_versions
-from illama.cli import run_command
 from illama.data.datasets import ImageData
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError

@@ -98,7 +98,7 @@ def _rows_come_first(rows: np.ndarray, columns: np.ndarray, preprocessing: Prepr
     """Whether Pillow resizes the rows first, tested with noise: it depends on the sizes and on Pillow's version."""
     frame = np.random.default_rng(0).integers(0, 256, (rows.shape[1], columns.shape[1]), dtype=np.uint8)
     gray = replace(preprocessing, in_channels=1, mean=(0.0,), std=(1 / 255,))
-    expected = gray.transform()(Image.fromarray(frame))[0].numpy()
+    expected = gray.to_array(Image.fromarray(frame))[0]
 
     def rounded(values: np.ndarray) -> np.ndarray:
         return values.round().clip(0, 255)

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
 
 from deploy.rewrites.add_preprocessing import add_preprocessing
 from deploy.runtimes.open_engine import open_engine
@@ -60,8 +59,8 @@ def _golden_of_frames(bundle: Path, source: Path, frame: tuple[int, int, int]) -
     golden, (height, width, channels) = GoldenAnswers.read(bundle / GOLDEN), frame
     images = golden.images if golden.images.shape[-1] == channels else golden.images[..., :1].repeat(channels, axis=-1)
     answers = replace(golden, images=images, facts=replace(golden.facts, size=(height, width), mean=(), std=()))
-    transform = Manifest.read(bundle).preprocessing.transform()
-    frames = torch.from_numpy(answers.inputs(len(images))).permute(0, 3, 1, 2)
-    inputs = np.stack([transform(to_pil_image(each)).numpy() for each in frames])
+    to_array = Manifest.read(bundle).preprocessing.to_array
+    frames = answers.inputs(len(images))
+    inputs = np.stack([to_array(Image.fromarray(each if channels == 3 else each[..., 0])) for each in frames])
     logits = open_engine(source, "onnxruntime").infer(inputs).reshape(len(inputs), -1)
     return replace(answers, logits=np.ascontiguousarray(logits[:, golden.positions]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from deploy.runtimes.image_input import ImageInput
 from illama.data.images import PICTURES, list_pictures
 from illama.errors import UserError
 
+Infer = Callable[[Path], tuple[np.ndarray, Sequence[str]]]
 SETTLED = 0.2  # seconds without a change after which a file in a watched folder is complete
 
 
@@ -63,17 +64,17 @@ def new_images(folder: Path, until: float | None) -> Iterator[Path]:
         time.sleep(0.02)
 
 
-def classify(
-    engine: Engine,
-    image_input: ImageInput,
-    classes: Sequence[str],
-    temperature: float,
-    paths: Iterable[Path],
-    skip_broken: bool,
-) -> None:
+def in_engine(engine: Engine, image_input: ImageInput, classes: Sequence[str]) -> Infer:
+    """Returns a function from an image file to its logits in an engine, and the names of the classes."""
+    return lambda path: (engine.infer(image_input.read(str(path), path.__str__)[None])[0], classes)
+
+
+def classify(infer: Infer, temperature: float, paths: Iterable[Path], skip_broken: bool) -> None:
     """Prints one line for each image: its five most probable classes, and the milliseconds from file to result.
 
     Args:
+        infer: takes a path, returns logits (classes,) and the names of the classes in their order; may raise UserError.
+        temperature: divides the logits.
         skip_broken: print a line for an image that cannot be read, and continue.
 
     Raises:
@@ -82,7 +83,7 @@ def classify(
     for path in paths:
         start = time.perf_counter()
         try:
-            logits = engine.infer(image_input.read(str(path), path.__str__)[None])[0]
+            logits, classes = infer(path)
         except UserError as error:
             if not skip_broken:
                 raise

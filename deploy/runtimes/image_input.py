@@ -53,7 +53,7 @@ class ImageInput:
         """
         image = decode_image(file, name, self.preprocessing.exif, max_pixels=max_pixels)
         if self.frame is None:
-            return np.ascontiguousarray(self.preprocessing.transform()(image).numpy())
+            return self.preprocessing.to_array(image)
         height, width, channels = self.frame
         if (image.height, image.width) != (height, width):
             raise UserError(

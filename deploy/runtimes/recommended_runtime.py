@@ -12,8 +12,7 @@ from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import cpu_runtime, files_of
 from illama.bundle import CPU_ONNX, TORCHAO
 from illama.errors import UserError
-from illama.hardware import cpu_name
-from illama.inference import usable_cores
+from illama.hardware import cpu_name, usable_cores
 from illama.structured_files import read_json
 
 REPORT = "report.json"  # beside the bundles of quant/ptq.py

@@ -23,7 +23,7 @@ from deploy.runtimes.recommended_runtime import RuntimeChoice
 from deploy.runtimes.verification import verify
 from deploy.serving.model_config import PreprocessParameters
 from illama.errors import UserError
-from illama.inference import usable_cores
+from illama.hardware import usable_cores
 from illama.structured_files import parse_json
 
 

@@ -10,11 +10,10 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from deploy.runtimes.names import TITLES
 from deploy.trt.engine_options import LibraryName
 from illama.errors import UserError
+from illama.hardware import cuda_gpu
 
 if TYPE_CHECKING:
     import tensorrt
@@ -70,7 +69,8 @@ class Library:
         """
         targets = tuple(target for part in targets for target in part.split(",") if target)
         if self.name == "tensorrt":
-            here = "sm{}{}".format(*torch.cuda.get_device_capability())
+            gpu = cuda_gpu()
+            here = "sm{}{}".format(*gpu.get_device_capability()) if gpu else ""
             if any(target != here for target in targets):
                 raise UserError(
                     f"tensorrt builds for the GPU it runs on, {here}: omit --targets, or use --library tensorrt_rtx"
@@ -100,7 +100,7 @@ class Library:
         """Raises UserError for options that TensorRT-RTX does not support at all, or not without a GPU."""
         if self.name == "tensorrt":
             return
-        no_gpu = refittable and not torch.cuda.is_available()
+        no_gpu = refittable and not cuda_gpu()
         for given, reason in (
             (timing_cache, "has no --timing-cache: it does not time kernels during a build"),
             (hardware_compatible, "has no --hardware-compatible: give several --targets, or none for all GPUs"),
@@ -143,9 +143,9 @@ class Library:
 
 def fits_this_gpu(targets: tuple[str, ...], hardware_compatible: bool = False) -> bool:
     """Whether an engine for these compute capabilities runs on this machine's GPU; False if there is none."""
-    if not torch.cuda.is_available():
+    if not (gpu := cuda_gpu()):
         return False
-    here = "sm{}{}".format(*torch.cuda.get_device_capability())
+    here = "sm{}{}".format(*gpu.get_device_capability())
     return hardware_compatible or not targets or here in targets
 
 
@@ -157,7 +157,7 @@ def find_library(name: LibraryName | None = None) -> Library | None:
     Raises:
         UserError: a ``name`` is given, and that library cannot build here.
     """
-    both: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx") if torch.cuda.is_available() else ("tensorrt_rtx",)
+    both: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx") if cuda_gpu() else ("tensorrt_rtx",)
     for each in (name,) if name else both:
         library = _import(each)
         problem = _problem(library, each)
@@ -166,6 +166,14 @@ def find_library(name: LibraryName | None = None) -> Library | None:
         if name:
             raise UserError(problem)
     return None
+
+
+def require_library(name: LibraryName | None = None) -> Library:
+    """Returns :func:`find_library`'s; raises UserError if there is none."""
+    library = find_library(name)
+    if library is None:
+        raise UserError("no TensorRT that can build here: pip install tensorrt-rtx, or see docs/jetson.md on a Jetson")
+    return library
 
 
 def _import(name: LibraryName) -> Library | None:
@@ -183,6 +191,6 @@ def _problem(library: Library | None, name: LibraryName) -> str:
         return f"{name} is not installed here"
     if name == "tensorrt" and tuple(int(part) for part in library.version.split(".")[:2]) < FUSED_ATTENTION_SINCE:
         return f"tensorrt {library.version} has no fused Attention operator: install 10.14 or newer, or {instead}"
-    if name == "tensorrt" and not torch.cuda.is_available():
+    if name == "tensorrt" and not cuda_gpu():
         return f"tensorrt must run on the GPU that the engine is for, and none is available: {instead}"
     return ""

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 
 from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
 from illama.data.datasets import Sample
-from illama.data.preprocessing import Preprocessing
+from illama.data.preprocessing import Preprocessing, Transform
 from illama.errors import UserError
 
 REFERENCE_SIZE = 224
@@ -57,7 +57,7 @@ class CorruptedImages(Dataset[Sample]):
     ) -> None:
         check_corruption(corruption, severity)
         self.images, self.corruption, self.severity, self.seed = images, corruption, severity, seed
-        self._frame = v2.Compose([_as_pil, *preprocessing.framing()])
+        self._preprocessing = preprocessing
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
@@ -66,12 +66,12 @@ class CorruptedImages(Dataset[Sample]):
         image, label = self.images[index]
         place = (self.seed, CORRUPTIONS.index(self.corruption), self.severity, index)
         seed = int(np.random.SeedSequence(place).generate_state(1)[0])
-        return corrupt(self._frame(image), self.corruption, self.severity, seed), label
+        return corrupt(self._preprocessing.frame(_as_pil(image)), self.corruption, self.severity, seed), label
 
 
-def after_framing(preprocessing: Preprocessing) -> v2.Transform:
+def after_framing(preprocessing: Preprocessing) -> Transform:
     """Returns the transform for images that :class:`CorruptedImages` has resized and cropped."""
-    return v2.Compose(preprocessing.to_input())
+    return v2.Compose(preprocessing.tensor_steps())
 
 
 def check_corruption(corruption: str, severity: int) -> None:

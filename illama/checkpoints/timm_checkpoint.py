@@ -69,7 +69,7 @@ def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheck
     vit = _create_timm(name, num_classes=len(state["head.weight"]), in_chans=channels, img_size=size)
     check_state(vit.state_dict(), state, path, f"timm's {name}")
     vit.load_state_dict({key: value.float() for key, value in state.items()})
-    return TimmCheckpoint(to_quantizable(vit.eval()), _timm_preprocessing(vit, size, channels), (), path)
+    return TimmCheckpoint(to_quantizable(vit.eval()), timm_preprocessing(vit, size, channels), (), path)
 
 
 def _refuse_ours(path: Path, name: str) -> None:
@@ -123,7 +123,7 @@ def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Pat
     return side
 
 
-def _timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) -> Preprocessing:
+def timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) -> Preprocessing:
     """Returns timm's preprocessing for the network; for gray images, mean and std are averaged over the colors."""
     timm_s = resolve_model_data_config(vit)
     mean, std = (tuple(timm_s[key]) for key in ("mean", "std"))

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from illama.errors import UserError
 from illama.options import Exif
 
 Interpolation = Literal["bicubic", "bilinear"]
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # a phone's MPO is opened as a JPEG
 MAX_SIDE = 1_000_000  # pixels; Pillow's table for a resize takes 32 bytes per pixel of a side
 MAX_RESIZED = 64_000_000  # pixels; if a resized image would be larger, only its crop is computed
@@ -192,34 +190,36 @@ def resize_weights(
     return low, weights / weights.sum(1, keepdims=True)
 
 
-@dataclass(frozen=True)
-class ResizeAndCrop:
-    """Resizes the shorter side to ``short`` pixels, then crops the center to ``size`` (height, width).
+def resize(image: Image.Image, size: tuple[int, int], interpolation: Interpolation) -> Image.Image:
+    """Resizes an image to (height, width); returns it unchanged if it has this size, as torchvision does."""
+    height, width = size
+    return image if image.size == (width, height) else image.resize((width, height), _RESAMPLING[interpolation])
 
-    Takes a gray or RGB image, or a uint8 tensor (C, H, W), and returns what torchvision's Resize and CenterCrop return.
+
+def resize_and_crop(
+    image: Image.Image, short: int, size: tuple[int, int], interpolation: Interpolation = "bicubic"
+) -> Image.Image:
+    """Resizes the shorter side of a gray or RGB image to ``short``, then crops the center, as torchvision does.
+
     If the resized image would have more than :data:`MAX_RESIZED` pixels, only the crop is computed, so that
     memory does not depend on the ratio of an image's sides. The result then equals torchvision's up to one gray level.
+
+    Args:
+        short: resized length of the shorter side in pixels.
+        size: height and width of the crop in pixels.
     """
-
-    short: int
-    size: tuple[int, int]
-    interpolation: Interpolation = "bicubic"
-
-    def __call__(self, image: Any) -> Any:
-        height, width = v2.functional.get_size(image)
-        (new_height, top), (new_width, left) = crop_of_resized((height, width), self.short, self.size)
-        if new_height * new_width <= MAX_RESIZED:
-            resized = v2.functional.resize(image, [self.short], InterpolationMode(self.interpolation))
-            return v2.functional.center_crop(resized, list(self.size))
-        picture = v2.functional.to_pil_image(image) if isinstance(image, Tensor) else image
-        upper, rows = resize_weights(height, new_height, top, self.size[0], self.interpolation)
-        start, columns = resize_weights(width, new_width, left, self.size[1], self.interpolation)
-        pixels = np.asarray(picture.crop((start, upper, start + columns.shape[1], upper + rows.shape[1])))
-        # Values are rounded between the axes. As in Pillow 13, tall images shrink in height first.
-        rows_first = height > 2 * width and new_height < height
-        for axis in (0, 1) if rows_first else (1, 0):
-            pixels = _resample(pixels, (rows, columns)[axis], axis)
-        return Image.fromarray(pixels)
+    (new_height, top), (new_width, left) = crop_of_resized((image.height, image.width), short, size)
+    if new_height * new_width <= MAX_RESIZED:
+        whole = resize(image, (new_height, new_width), interpolation)
+        return whole.crop((left, top, left + size[1], top + size[0]))
+    upper, rows = resize_weights(image.height, new_height, top, size[0], interpolation)
+    start, columns = resize_weights(image.width, new_width, left, size[1], interpolation)
+    pixels = np.asarray(image.crop((start, upper, start + columns.shape[1], upper + rows.shape[1])))
+    # Values are rounded between the axes. As in Pillow 13, tall images shrink in height first.
+    rows_first = image.height > 2 * image.width and new_height < image.height
+    for axis in (0, 1) if rows_first else (1, 0):
+        pixels = _resample(pixels, (rows, columns)[axis], axis)
+    return Image.fromarray(pixels)
 
 
 def _resample(pixels: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+import numpy as np
+from PIL import Image
 
-from illama.data.images import Interpolation, ResizeAndCrop
+from illama.data.images import Interpolation, resize, resize_and_crop
 from illama.errors import UserError
 from illama.options import ClassOrder, Exif
 
 MAX_SIDE = 16_384  # pixels of the network's input
 
-Transform = Callable[[Any], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Transform = Callable[[Any], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,30 @@ class Preprocessing:
         resize = None if side >= 384 or side <= 32 else side * 256 // 224
         return cls((side, side), in_channels, mean, std, resize)
 
-    def framing(self) -> list[Callable[[Any], Any]]:
-        """Returns the steps that bring an image to the network's size; the last does nothing if the size is right."""
-        crop = [ResizeAndCrop(self.resize, self.size, self.interpolation)] if self.resize else []
-        return [*crop, v2.Resize(list(self.size), InterpolationMode(self.interpolation))]
+    def to_array(self, image: Image.Image) -> np.ndarray:
+        """Converts an image to the network's input (in_channels, H, W) float32, without PyTorch."""
+        return self.normalize(self.frame(image))
 
-    def to_input(self) -> list[Callable[[Any], Any]]:
-        """Returns the steps from an image of the right size to the network's input."""
+    def frame(self, image: Image.Image) -> Image.Image:
+        """Resizes and crops an image to the network's size."""
+        cropped = resize_and_crop(image, self.resize, self.size, self.interpolation) if self.resize else image
+        return resize(cropped, self.size, self.interpolation)
+
+    def normalize(self, image: Image.Image) -> np.ndarray:
+        """Converts an image of the network's size to its input (in_channels, H, W) float32.
+
+        Every value is rounded as torchvision rounds it, so that both give the same input to the bit.
+        """
+        pixels = np.asarray(image.convert("L" if self.in_channels == 1 else "RGB"), np.float32)
+        mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
+        scaled = pixels.reshape(*self.size, self.in_channels) * np.float32(1 / 255)
+        return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+
+    def tensor_steps(self) -> list[Callable[[Any], Any]]:
+        """Returns torchvision's steps of :meth:`normalize`, which also take uint8 tensors (C, H, W) and label maps."""
+        import torch
+        from torchvision.transforms import v2
+
         return [
             v2.Grayscale(1) if self.in_channels == 1 else v2.RGB(),
             v2.ToImage(),
@@ -99,5 +119,17 @@ class Preprocessing:
         Args:
             augment: steps to use instead of the crop; they come first and must return an image of the input's shape.
         """
-        *crop, resize = self.framing()
-        return v2.Compose([*(augment or crop), resize, *self.to_input()])
+        from torchvision.transforms import InterpolationMode, v2
+
+        kind = InterpolationMode(self.interpolation)
+        crop = [v2.Resize(self.resize, kind), v2.CenterCrop(list(self.size))] if self.resize else []
+        steps = v2.Compose([*(augment or crop), v2.Resize(list(self.size), kind), *self.tensor_steps()])
+        return steps if augment else partial(_to_tensor, self, steps)
+
+
+def _to_tensor(preprocessing: Preprocessing, tensor_transform: Transform, image: Any) -> Tensor:
+    if not isinstance(image, Image.Image):
+        return tensor_transform(image)
+    import torch
+
+    return torch.from_numpy(preprocessing.to_array(image))

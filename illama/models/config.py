@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from annotated_types import Interval
 
+from illama.bundle import NetworkKind
 from illama.errors import UserError
 from illama.structured_files import check_fields
 
@@ -15,7 +16,6 @@ ClassToken = Literal["last", "first"]
 Position = Literal["learnable", "rope", "both"]
 Norm = Literal["rms", "layer"]
 Mlp = Literal["swiglu", "gelu"]
-NetworkKind = Literal["illama", "timm", "segmentation"]
 
 # width, depth and heads of arXiv 2404.06773, Table 13; "nano" is this project's, for 28- to 32-pixel images on a CPU.
 _PRESETS: dict[str, dict[str, int]] = {

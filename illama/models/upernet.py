@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from illama.bundle import WEIGHTS
+from illama.bundle import WEIGHTS, NetworkKind
 from illama.checkpoints.load import Checkpoint, check_state, read_state
 from illama.checkpoints.tensor_files import check_config
 from illama.errors import UserError
 from illama.manifest import Manifest
-from illama.models.config import Classes, ModelConfig, NetworkKind, Size
+from illama.models.config import Classes, ModelConfig, Size
 from illama.models.illama import ILLaMA, Linear
 from illama.models.norms import make_norm
 from illama.structured_files import parse_json

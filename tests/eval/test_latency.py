@@ -20,7 +20,7 @@ from eval.measure.latency import UNREADABLE, TimingOptions, _Turns, measure_late
 from eval.measure.machine import _cores_first, pin_threads
 from eval.measure.sensors import Gpu, Watch, find_gpu, open_meter, read_cpu, read_governor, read_gpu
 from illama.errors import UserError
-from illama.inference import usable_cores
+from illama.hardware import usable_cores
 
 IMAGES = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
 

@@ -93,7 +93,7 @@ def test_framing_comes_first_and_once():
         Preprocessing((32, 32), 3, (0.0,) * 3, (1.0,) * 3, resize=36),
     )
     split = CorruptedImages([(photo, 5)], preprocessing, "brightness", 1)
-    framed = split._frame(photo)
+    framed = preprocessing.frame(photo)
     assert framed.size == (32, 32)
     image, label = split[0]
     tensor = after_framing(preprocessing)(image)
