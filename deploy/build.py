@@ -17,8 +17,8 @@ from typing import Annotated
 
 import tyro
 
-from deploy.trt.engine_options import EngineOptions, LibraryName
 from illama.cli import run_command
+from deploy.trt.engine_options import EngineOptions, LibraryName
 from illama.errors import UserError
 
 
@@ -49,14 +49,14 @@ class BuildOptions(EngineOptions):
 def main(options: BuildOptions) -> None:
     # Imported here, so that --help does not wait for the libraries.
     from deploy.trt.build_bundle import build_supported, expand_bundles
-    from deploy.trt.library import find_library
+    from deploy.trt.library import require_library
     from deploy.trt.record import EngineRecord
+    from illama.progress import Activity
 
-    library = find_library(options.library)
-    if library is None:
-        raise UserError("no TensorRT that can build here: pip install tensorrt-rtx, or see docs/jetson.md on a Jetson")
+    library = require_library(options.library)
     for bundle in expand_bundles(options.bundles):
-        path, unsupported = build_supported(library, bundle, options, options.name)
+        with Activity(f"build {bundle.name} engine"):
+            path, unsupported = build_supported(library, bundle, options, options.name)
         if unsupported:
             print(f"{bundle}: not built for {', '.join(unsupported)}, which has no FP8; use INT8 there")
         if path:

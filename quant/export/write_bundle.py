@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -26,6 +27,16 @@ from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_
 from quant.schemes.scheme import QuantizationPlan, Scheme, resolve, write_scheme
 
 _REFERENCES = {"fp32": CPU_ONNX, "fp16": FUSED_ONNX}  # bundle -> its graph
+
+
+class NetworkAndImages(Protocol):
+    """A network, and batches of calibration images (B, C, H, W), which are read when they are needed."""
+
+    @property
+    def model(self) -> MaskedNetwork: ...
+
+    @property
+    def calibration(self) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def write_quantized(
 
 def write_bundles(
     work: PartialWork,
-    inputs: Inputs,
+    inputs: NetworkAndImages,
     plans: Sequence[QuantizationPlan],
     origin: Origin,
     step: Callable[[str], AbstractContextManager[None]],

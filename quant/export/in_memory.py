@@ -1,0 +1,88 @@
+"""Quantizes a network in memory: the work of :func:`quant.quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from illama.checkpoints.timm_checkpoint import timm_preprocessing
+from illama.data.preprocessing import Preprocessing
+from illama.errors import UserError
+from illama.manifest import Provenance
+from illama.models.attention import MaskedNetwork
+from illama.models.timm_vit import to_quantizable
+from illama.partial_work import partial_work
+from illama.steps import Steps
+from quant.export.write_bundle import Origin, plan_quantization, write_bundles
+from quant.inputs import scheme_from_name_or_file
+
+_IMAGES = 512  # for calibration
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A network, and batches of calibration images (B, C, H, W)."""
+
+    model: MaskedNetwork
+    calibration: list[Tensor]
+
+
+def write_bundles_of(
+    model: nn.Module,
+    loader: Iterable[Any],
+    scheme: str,
+    out: Path,
+    preprocessing: Preprocessing | None,
+    classes: tuple[str, ...],
+) -> Path:
+    """See :func:`quant.quantize`, which has the same arguments."""
+    network = _quantizable(model)
+    preprocessing = preprocessing or _preprocessing_of(model, network)
+    names = classes or tuple(map(str, range(network.config.num_classes)))
+    plan = plan_quantization(network, scheme_from_name_or_file(scheme))
+    inputs = InMemory(network, _calibration(loader, preprocessing))
+    with partial_work(out) as work:
+        work.start({}, restart=True)
+        origin = Origin(preprocessing, names, Provenance())
+        write_bundles(work, inputs, [plan], origin, Steps().show)
+    return out / plan.scheme.name
+
+
+def _quantizable(model: nn.Module) -> MaskedNetwork:
+    if isinstance(model, MaskedNetwork):
+        return model.eval()
+    if isinstance(model, VisionTransformer):
+        return to_quantizable(model).eval()
+    raise UserError(f"cannot quantize a {type(model).__name__}: give an iLLaMA or a timm VisionTransformer")
+
+
+def _preprocessing_of(model: nn.Module, network: MaskedNetwork) -> Preprocessing:
+    size, channels = network.config.image_size, network.config.in_channels
+    if isinstance(model, VisionTransformer):
+        return timm_preprocessing(model, size, channels)
+    return Preprocessing.imagenet(size, channels)
+
+
+def _calibration(loader: Iterable[Any], preprocessing: Preprocessing) -> list[Tensor]:
+    """Returns the first images of a loader in batches; UserError unless they are what the network takes."""
+    shape, found = (preprocessing.in_channels, *preprocessing.size), list[Tensor]()
+    for batch in loader:
+        images = batch[0] if isinstance(batch, tuple | list) else batch
+        images = torch.as_tensor(images) if isinstance(images, np.ndarray) else images
+        if not isinstance(images, Tensor) or images.dtype != torch.float32 or tuple(images.shape[1:]) != shape:
+            what = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise UserError(f"the loader yields {what}, and the network takes float32 images (B, {shape})")
+        found.append(images.cpu())
+        if sum(map(len, found)) >= _IMAGES:
+            break
+    if not found:
+        raise UserError("the loader yields no images: calibration needs at least one batch")
+    return list(torch.cat(found)[:_IMAGES].split(_BATCH))

@@ -1,0 +1,80 @@
+"""The toolkit from Python: a network in memory to a bundle, an engine and a report."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from support import ROOT, SMALL, write_images
+
+from deploy import build
+from deploy.runtimes.open_engine import open_engine
+from eval import benchmark
+from illama import ILLaMA
+from illama.errors import UserError
+from illama.manifest import Manifest
+from quant import quantize
+
+
+def _batches(size=32, count=2):
+    return list(torch.randn(count, 8, 3, size, size, generator=torch.Generator().manual_seed(0)))
+
+
+def test_the_example(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["quantize_in_memory.py", "pictures"])
+    runpy.run_path(str(ROOT / "examples" / "python" / "quantize_in_memory.py"))
+    assert (tmp_path / "runs" / "example-report" / "report.html").exists()
+    assert "rows in runs/example-report/report.html" in capsys.readouterr().out
+
+
+def test_a_network_in_memory_becomes_a_bundle_that_runs(tmp_path):
+    torch.manual_seed(0)
+    model = ILLaMA(SMALL)
+    training = model.training
+    bundle = quantize(model, [(batch, None) for batch in _batches()], "int8", tmp_path / "out", classes="abc")
+    manifest = Manifest.read(bundle)
+    assert (manifest.classes, manifest.quantization.scheme) == (("a", "b", "c"), "int8")
+    assert {path.name for path in bundle.parent.iterdir()} == {"fp32", "fp16", "int8"}
+    images = _batches()[0].numpy()
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(images)).numpy()
+    actual = open_engine(bundle.parent / "fp32").infer(images)
+    np.testing.assert_allclose(actual, expected, atol=0.05 * np.abs(expected).max())
+    assert training
+
+
+def test_a_timm_network_keeps_its_preprocessing(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32, depth=2)
+    bundle = quantize(model, _batches(), out=tmp_path / "out")
+    config = timm.data.resolve_model_data_config(model)
+    assert Manifest.read(bundle).preprocessing.mean == config["mean"]
+    engine = build(bundle, ["sm89"], (1, 1, 2))
+    assert engine == build(bundle, ["sm89"], (1, 1, 2)) and engine.exists()
+
+
+@pytest.mark.parametrize(
+    ("loader", "word"),
+    [
+        ([], "no images"),
+        ([torch.zeros(2, 3, 16, 16)], "(2, 3, 16, 16)"),
+        ([torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], "uint8"),
+        (["text"], "str"),
+    ],
+)
+def test_loaders_that_do_not_fit(loader, word, tmp_path):
+    with pytest.raises(UserError, match=word.replace("(", r"\(").replace(")", r"\)")):
+        quantize(ILLaMA(SMALL), loader, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_and_bundles_that_are_not_supported(tmp_path):
+    with pytest.raises(UserError, match="Linear"):
+        quantize(torch.nn.Linear(2, 2), _batches(), out=tmp_path / "out")
+    with pytest.raises(UserError):
+        build(tmp_path, ["sm89"])
+    with pytest.raises(UserError):
+        benchmark([tmp_path / "nowhere"])
