@@ -9,17 +9,21 @@ Prints the five most probable classes of each image. The engine can be a bundle,
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from illama.cli import run_command
 from deploy.runtimes.names import RuntimeName
 from illama.bundle import bundle_of
-from illama.cli import run_command
 from illama.errors import UserError
 from illama.options import Positive, ThreadsOrAll
+
+if TYPE_CHECKING:
+    from deploy.runtimes.classify import Infer
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class PredictOptions:
         seconds: time after which --watch stops; if not given, it runs until Ctrl-C.
         threads: number of threads on a CPU; 0 for one per core.
         unverified: run an engine even if it computes other logits than its golden answers.
+        server: URL of a model of python deploy/serve.py, such as http://127.0.0.1:8000/v2/models/int8, to ask instead
+            of --engine.
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
@@ -45,6 +51,7 @@ class PredictOptions:
     seconds: Positive | None = None
     threads: ThreadsOrAll = 0
     unverified: bool = False
+    server: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.images) == bool(self.watch):
@@ -52,8 +59,26 @@ class PredictOptions:
 
 
 def main(options: PredictOptions) -> None:
-    # Imported here, so that --help does not wait for PyTorch.
+    # Imported here, so that --help is fast.
     from deploy.runtimes.classify import classify, expand_images, new_images
+
+    with ExitStack() as stack:
+        infer, temperature = _on_server(options.server) if options.server else _in_engine(options, stack)
+        until = time.monotonic() + options.seconds if options.seconds is not None else None
+        paths = new_images(options.watch, until) if options.watch else expand_images(options.images)
+        classify(infer, temperature, paths, skip_broken=bool(options.watch))
+
+
+def _on_server(url: str) -> tuple[Infer, float]:
+    from deploy.serving.client import ServedModel
+
+    model = ServedModel(url)
+    print(f"{url}; probabilities are not calibrated", flush=True)
+    return model.infer, 1.0
+
+
+def _in_engine(options: PredictOptions, stack: ExitStack) -> tuple[Infer, float]:
+    from deploy.runtimes.classify import in_engine
     from deploy.runtimes.image_input import ImageInput
     from deploy.runtimes.open_engine import open_file
     from deploy.runtimes.temperature import read_temperature
@@ -61,17 +86,12 @@ def main(options: PredictOptions) -> None:
 
     manifest = Manifest.read(bundle_of(options.engine))
     engine, file = open_file(options.engine, options.runtime, options.threads, options.unverified)
+    stack.callback(engine.close)
     temperature = read_temperature(file)
     calibration = f"calibrated (temperature {temperature:.3f})" if temperature else "not calibrated"
     verified = "verified" if engine.verified else "NOT verified"
     print(f"{options.engine} in {engine.runtime}, {verified}; probabilities are {calibration}", flush=True)
-    until = time.monotonic() + options.seconds if options.seconds is not None else None
-    paths = new_images(options.watch, until) if options.watch else expand_images(options.images)
-    image_input = ImageInput.of(manifest)
-    try:
-        classify(engine, image_input, manifest.classes, temperature or 1.0, paths, skip_broken=bool(options.watch))
-    finally:
-        engine.close()
+    return in_engine(engine, ImageInput.of(manifest), manifest.classes), temperature or 1.0
 
 
 if __name__ == "__main__":

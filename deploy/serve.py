@@ -16,9 +16,9 @@ from typing import Annotated
 
 import tyro
 
+from illama.cli import run_command
 from deploy.serving.serving_options import ListenOptions, ServingOptions
 from deploy.serving.stop_signals import exit_on_signals
-from illama.cli import run_command
 from illama.errors import UserError
 from illama.options import Count
 

@@ -31,8 +31,8 @@ from typing import Any
 
 import yaml
 
-from illama.atomic_write import write_file
 from illama.cli import run_command
+from illama.atomic_write import write_file
 from illama.errors import UserError
 from illama.markdown_table import markdown
 

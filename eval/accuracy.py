@@ -17,8 +17,8 @@ from typing import Annotated
 
 import tyro
 
-from deploy.runtimes.names import RuntimeName
 from illama.cli import run_command
+from deploy.runtimes.names import RuntimeName
 from illama.options import BatchSize, BundleData, Count, CountOrZero, Positive, ThreadsOrAll, Workers
 
 

@@ -15,8 +15,8 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from illama.bundle import SHIPPED
 from illama.cli import run_command
+from illama.bundle import SHIPPED
 from illama.options import Count, Data
 
 

@@ -16,8 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
 from illama.cli import run_command
+from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
 from illama.errors import UserError
 from illama.options import BundleData, Count, Seed, Workers
 

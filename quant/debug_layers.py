@@ -16,8 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from illama.bundle import CPU_ONNX
 from illama.cli import run_command
+from illama.bundle import CPU_ONNX
 from illama.errors import UserError
 from illama.options import DATA_FORMS, Count
 

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from illama.cli import run_command
 from deploy.trt.engine_options import BatchRange, EngineOptions, LibraryName
 from illama.bundle import GoldenImages
-from illama.cli import run_command
 from illama.errors import UserError
 from illama.options import BenchmarkOptions, Count, Flat, SourceOptions, Workers
 

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from illama.bundle import command_line, package_versions
 from illama.cli import run_command
+from illama.bundle import command_line, package_versions
 from illama.options import Count, Flat, SourceOptions
 
 

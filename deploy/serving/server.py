@@ -90,7 +90,9 @@ def serve(repository: Path, options: ListenOptions) -> None:
             print(
                 f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "
                 f"{options.metrics_port}; Ctrl-C stops it\n"
-                "Triton has no authentication: everyone who can reach these ports can use it",
+                "Triton has no authentication: everyone who can reach these ports can use it\n"
+                f"next: python deploy/predict.py photo.jpg --server http://{options.address}:{options.http_port}"
+                f"/v2/models/{server.served.models[0]}",
                 flush=True,
             )
             server.watch()

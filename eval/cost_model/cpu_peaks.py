@@ -12,8 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from eval.cost_model.devices import CPU, Device
 from illama.graph.session import cpu_session
-from illama.hardware import describe_machine
-from illama.inference import usable_cores
+from illama.hardware import describe_machine, usable_cores
 
 _PROBE = 1024  # side of the square matrices that are multiplied
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import store_temperatures
+from eval.measure.estimate import describe_estimate, estimate_seconds
 from eval.measure.evaluate_split import Evaluation, evaluate
 from eval.measure.evaluation_images import EvaluationImages
 from eval.measure.latency import TimingOptions, measure_latency
@@ -28,8 +29,8 @@ from eval.report.store import read_results
 from illama.bundle import bundle_of, command_line, package_versions, sha256, size_of
 from illama.data.datasets import Transformed
 from illama.errors import UserError
-from illama.hardware import describe_machine
-from illama.inference import Infer, load_images, usable_cores
+from illama.hardware import describe_machine, usable_cores
+from illama.inference import Infer, load_images
 from illama.manifest import NO_TENSORRT, Manifest, NumericRange
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
@@ -39,6 +40,9 @@ _ELSEWHERE = (
     "Accuracy on corrupted and out-of-distribution images: eval/robustness.py and eval/out_of_distribution.py measure "
     "it, and --also adds their results to this report."
 )
+
+EMULATED_AT_MOST = 10_000  # test images, unless emulation was asked for
+_LONG = 5000  # test images from which the time is estimated before the evaluation
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def run_benchmark(
     Raises:
         UserError: the reference fails, or a target's logits do not fit the images.
     """
-    reference, found = choose_reference(targets), _evaluate(targets, images, execution)
+    reference = choose_reference(targets)
+    targets, left_out = _without_long_emulation(targets, reference, images, options.emulate)
+    found = _evaluate(targets, images, execution)
     if reason := found.failed.get(reference.name):
         raise UserError(f"{reference.name}, which the others are compared with: {reason}: check its checkpoint")
     manifests = {each.scheme: Manifest.read(bundle_of(each.path)) for each in targets}
@@ -106,7 +112,7 @@ def run_benchmark(
     again = _evaluate_half_softmax(doubtful, images, execution)
     if not execution.processes.main:
         return BenchmarkResult([])
-    notes = [*found.notes, *(_store(targets, found.temperatures, images) if execution.store else [])]
+    notes = [*left_out, *found.notes, *(_store(targets, found.temperatures, images) if execution.store else [])]
     measured, rows = measure(found.predictions, found.temperatures, reference.name), []
     for each in targets:
         row = _row(each, measured[each.name], execution.out)
@@ -122,6 +128,19 @@ def run_benchmark(
     notes += [*_notes_on(targets, manifests), *unread]
     ranges = {scheme: each.numeric_range for scheme, each in manifests.items() if each.numeric_range}
     return BenchmarkResult(rows, conditions, notes, _layers_of(manifests), ranges, failed)
+
+
+def _without_long_emulation(
+    targets: Sequence[BenchmarkTarget], reference: BenchmarkTarget, images: EvaluationImages, emulate: bool
+) -> tuple[list[BenchmarkTarget], list[str]]:
+    """Leaves out what would be emulated on many images, unless it was asked for; returns the others, and messages."""
+    count: int = len(images.split)  # type: ignore[arg-type]
+    kept = [each for each in targets if each is reference or not each.is_emulated]
+    if emulate or count <= EMULATED_AT_MOST or len(kept) == len(targets):
+        return list(targets), []
+    names = "; ".join(each.name for each in targets if each is not reference and each.is_emulated)
+    message = f"Not evaluated: {names}. Emulating them on {count} images is slow: give --images 5000, or --emulate."
+    return kept, [message]
 
 
 def _store(
@@ -172,6 +191,8 @@ def _evaluate(targets: Sequence[BenchmarkTarget], images: EvaluationImages, exec
     models = {
         each.name: _guarded(each.name, each.infer, errors, classes) for each in targets if shown[each.name] == each.name
     }
+    if execution.processes.main and (total := len(images.split)) >= _LONG:  # type: ignore[arg-type]
+        print(describe_estimate(estimate_seconds(models, Transformed(images.split, transform)), total), flush=True)
     temperatures, unfitted = fit_temperatures(models, images.data, transform, images.calibration, execution.processes)
     results = evaluate(
         models, Transformed(images.split, transform), temperatures, _evaluation(targets, images, execution, "")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from illama.errors import UserError
-from illama.inference import usable_cores
+from illama.hardware import usable_cores
 
 
 def pin_threads(threads: int | None, sysfs: Path = Path("/sys")) -> list[int]:

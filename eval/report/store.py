@@ -41,7 +41,7 @@ def write_results(folder: Path, name: str, content: Mapping[str, Any], table: st
     for suffix, text in ((".json", json.dumps({**content, **facts}, indent=2) + "\n"), (".md", f"{table.rstrip()}\n")):
         with write_file(folder / f"{name}{suffix}") as draft:
             draft.write_text(text)
-    print(table)
+    print(f"{table}\n\nresults: {folder / name}.md and .json")
 
 
 def read_results(folder: Path) -> list[OtherResult]:

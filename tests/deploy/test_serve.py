@@ -202,6 +202,20 @@ def test_a_jpeg_of_another_size_is_preprocessed_as_in_the_bundle(server, clothes
 
 
 @needs_server
+def test_a_command_asks_the_server(server, clothes, questions, run_here, tmp_path):
+    (tmp_path / "a.png").write_bytes(questions[0].file)
+    url = f"http://127.0.0.1:{server[0].http_port}/v2/models/served"
+    remote = run_here("deploy/predict.py", tmp_path / "a.png", "--server", url)
+    local = run_here("deploy/predict.py", tmp_path / "a.png", "--engine", clothes)
+    assert remote.returncode == local.returncode == 0, remote.stderr + local.stderr
+    ours, theirs = (each.stdout.splitlines()[-1].rpartition(" (")[0] for each in (local, remote))
+    assert ours == theirs and "%" in ours
+    (tmp_path / "b.png").write_text("no picture")
+    for file, address in (("b.png", url), ("a.png", url.replace("served", "other")), ("a.png", "http://127.0.0.1:1")):
+        assert_one_line_error(run_here("deploy/predict.py", tmp_path / file, "--server", address), "")
+
+
+@needs_server
 def test_an_invalid_image_does_not_affect_others(server, questions):
     for junk in (b"no picture", questions[0].file[:100]):
         with pytest.raises(tritonclient.grpc.InferenceServerException, match="number 1"):

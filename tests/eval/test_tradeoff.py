@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from support import SMALL, assert_one_line_error, run_command, write_images, wri
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature
+from eval.measure.estimate import describe_estimate, estimate_seconds, in_words
 from eval.measure.machine import torch_on_all_cores
 from eval.measure.targets import expand, in_calls_of
 from illama import ILLaMA
@@ -22,7 +24,8 @@ from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.data.datasets import open_data
 from illama.data.preprocessing import Preprocessing
 from illama.golden_answers import GoldenAnswers, GoldenFacts
-from illama.inference import load_images, usable_cores
+from illama.hardware import usable_cores
+from illama.inference import load_images
 from illama.manifest import Drop, Manifest
 from quant.export.onnx_export import export_onnx
 
@@ -322,6 +325,32 @@ def test_a_file_that_overflows_in_half_precision_fails_alone(tradeoff, runs, tmp
     assert (failed["scheme"], failed["runtime_id"]) == ("int8", "tensorrt") and "18 of 18" in failed["reason"]
     for place in (result.stdout, *((tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))):
         assert failed["reason"] in place
+
+
+def test_long_emulation_is_left_out_unless_asked_for(tradeoff, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.measure.benchmark.EMULATED_AT_MOST", 10)
+    monkeypatch.setattr("eval.measure.benchmark._LONG", 10)
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    write_half(tmp_path / "runs" / "int8", 1)
+    for options, expected in (((), 0), (("--emulate",), 1), (("--images", 9), 1)):
+        result = tradeoff(*options, paths=(tmp_path / "runs",))
+        assert result.returncode == 0, result.stderr
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert sum(row["runtime_id"] == "tensorrt" for row in report["rows"]) == expected
+        assert any("--emulate" in reason and "TensorRT" in reason for reason in report["not_run"]) == (not expected)
+        assert ("takes about" in result.stdout) == ("--images" not in options)
+
+
+def test_the_estimate_counts_every_model_and_reading():
+    images = [(torch.zeros(3, 4, 4), 0)] * 200
+
+    def slow(batch):
+        time.sleep(0.01)
+        return np.zeros((len(batch), 3))
+
+    seconds = estimate_seconds({"slow": slow, "fast": lambda batch: batch}, images)
+    assert seconds["slow"] >= 0.04 > seconds["fast"] and set(seconds) == {"reading", "slow", "fast"}
+    assert "slow" in describe_estimate({"reading": 1.0, "slow": 7200.0}, 50_000) and in_words(7200) == "2.0 h"
 
 
 @pytest.mark.parametrize("fault", ["damaged", "wrong"])
