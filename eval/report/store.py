@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,8 @@ def write_results(folder: Path, name: str, content: Mapping[str, Any], table: st
     for suffix, text in ((".json", json.dumps({**content, **facts}, indent=2) + "\n"), (".md", f"{table.rstrip()}\n")):
         with write_file(folder / f"{name}{suffix}") as draft:
             draft.write_text(text)
-    print(f"{table}\n\nresults: {folder / name}.md and .json")
+    print(table)
+    print(f"results: {folder / name}.md and .json", file=sys.stderr)  # so that the output can become a Markdown file
 
 
 def read_results(folder: Path) -> list[OtherResult]:
