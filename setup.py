@@ -5,12 +5,11 @@ makes it, uses the files of the repository.
 """
 
 import gzip
-import json
 import lzma
-import math
-import struct
 from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
@@ -27,26 +26,15 @@ class BuildSmaller(build_py):
             path.with_suffix(".xz").write_bytes(lzma.compress(gzip.decompress(path.read_bytes()), preset=9))
             path.unlink()
         for path in package.glob("weights/*/model.safetensors"):
-            path.write_bytes(to_half(path.read_bytes()))
+            to_half(path)
 
 
-def to_half(content: bytes) -> bytes:
-    """Returns the content of a .safetensors file with its float32 tensors in float16."""
-    (size,) = struct.unpack("<Q", content[:8])
-    header, data, parts, start = json.loads(content[8 : 8 + size]), content[8 + size :], [], 0
-    for name, tensor in header.items():
-        if name == "__metadata__":
-            continue
-        part = data[slice(*tensor["data_offsets"])]
-        if tensor["dtype"] == "F32":
-            count = math.prod(tensor["shape"])
-            part = struct.pack(f"<{count}e", *struct.unpack(f"<{count}f", part))
-            tensor["dtype"] = "F16"
-        tensor["data_offsets"] = [start, start + len(part)]
-        start += len(part)
-        parts.append(part)
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + b"".join(parts)
+def to_half(path: Path) -> None:
+    """Rounds the float32 tensors of a .safetensors file to float16, in place."""
+    with safe_open(path, "np") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - it is no dict
+    halves = {name: each.astype("float16") if each.dtype == "float32" else each for name, each in tensors.items()}
+    save_file(halves, path, metadata)
 
 
 setup(cmdclass={"build_py": BuildSmaller})

@@ -37,9 +37,6 @@ def build(
         UserError: no library can build here, it cannot build for a target, the bundle has no graph for TensorRT or
             one that no target supports, or an attention does not become one fused operator.
     """
-    from illama.errors import check_packages
-
-    check_packages()
     from deploy.trt.build_bundle import build_supported
     from deploy.trt.engine_options import EngineOptions
     from deploy.trt.library import require_library

@@ -56,6 +56,8 @@ class PredictOptions:
     def __post_init__(self) -> None:
         if bool(self.images) == bool(self.watch):
             raise UserError("give either images or --watch FOLDER")
+        if self.server and (self.runtime or self.unverified):
+            raise UserError("--runtime and --unverified are for an engine here, not for --server: leave them out")
 
 
 def main(options: PredictOptions) -> None:

@@ -68,7 +68,7 @@ class PartialWork:
             found = self._find_finished()
             if restart or not found:
                 self._clear()
-        claim(self.folder, facts, "give the same options, or --restart to discard it")
+        claim(self.folder, facts, "give the same options, or discard it (--restart, or delete the folder)")
         self.finished, self._started = set() if restart else found, True
         for folder in (self.result, *(self.result / name for name in self.finished)):
             folder.mkdir(exist_ok=True)

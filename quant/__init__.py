@@ -44,9 +44,6 @@ def quantize(
         UserError: the network or the scheme is not supported, they do not fit each other, or ``loader`` yields nothing
             that the network takes.
     """
-    from illama.errors import check_packages
-
-    check_packages()
     from quant.export.in_memory import write_bundles_of
 
     return write_bundles_of(model, loader, scheme, Path(out), preprocessing, tuple(classes))

@@ -25,7 +25,7 @@ from illama.errors import UserError
 
 CONFIG, KNOWN_ANSWER = "config.pbtxt", "known_answer.json"
 STUB = "triton_python_backend_stub"  # program that runs a Python model
-_HEADER = "Inference-Header-Content-Length"
+HEADER = "Inference-Header-Content-Length"
 _Read = TypeVar("_Read")
 _MAX_SLOWDOWN = 10  # maximum time of a known answer, relative to the time it took when it was created
 _BUSY_SHARE = 0.1  # minimum use of a core by a busy model, while an answer is awaited
@@ -151,7 +151,7 @@ class ServedRepository:
         return self._known[model, version]
 
     def _infer(self, model: str, known: KnownAnswer) -> np.ndarray:
-        headers = {"Content-Type": "application/octet-stream", _HEADER: "0"}
+        headers = {"Content-Type": "application/octet-stream", HEADER: "0"}
         post = urllib.request.Request(f"{self.url}/v2/models/{model}/infer", known.image, headers)
         body, head = self._open(post, self.timeout + _MAX_SLOWDOWN * known.seconds)
         return np.frombuffer(body[head:], np.float32)
@@ -186,19 +186,32 @@ class ServedRepository:
             raise UnhealthyError(f"the server at {self.url} is not Triton") from error
 
     def _open(self, request: urllib.request.Request, timeout: float) -> tuple[bytes, int]:
-        """Returns (body, length of the JSON header in it); raises TimeoutError if there is no response in time."""
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return answer.read(), int(answer.headers.get(_HEADER, 0))
-        except urllib.error.HTTPError as error:
-            reason = " ".join(error.read().decode(errors="replace").split())
-            raise UnhealthyError(f"{request.selector} fails with HTTP status {error.code}: {reason[:300]}") from error
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise TimeoutError from error
-            raise UnhealthyError(f"no server at {self.url}: {error.reason}") from error
-        except (ConnectionError, HTTPException) as error:
-            raise UnhealthyError(f"no server at {self.url}: {str(error).strip()}") from error
+        return ask(self.url, request, timeout)
+
+
+def ask(url: str, request: urllib.request.Request, timeout: float) -> tuple[bytes, int]:
+    """Returns the body of a server's response, and the length of the JSON header in it.
+
+    Args:
+        url: the server's address, for messages.
+        timeout: seconds.
+
+    Raises:
+        TimeoutError: there is no response in time.
+        UnhealthyError: there is no server, or it answers with an error.
+    """
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.read(), int(answer.headers.get(HEADER, 0))
+    except urllib.error.HTTPError as error:
+        reason = " ".join(error.read().decode(errors="replace").split())
+        raise UnhealthyError(f"{request.selector} fails with HTTP status {error.code}: {reason[:300]}") from error
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, TimeoutError):
+            raise TimeoutError from error
+        raise UnhealthyError(f"no server at {url}: {error.reason}") from error
+    except (ConnectionError, HTTPException) as error:
+        raise UnhealthyError(f"no server at {url}: {str(error).strip()}") from error
 
 
 def _ready_versions(stats: Any) -> dict[str, list[str]]:

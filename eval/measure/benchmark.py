@@ -12,7 +12,7 @@ import numpy as np
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import store_temperatures
-from eval.measure.estimate import describe_estimate, estimate_seconds
+from eval.measure.effort import describe_estimate, estimate_seconds, without_long_emulation
 from eval.measure.evaluate_split import Evaluation, evaluate
 from eval.measure.evaluation_images import EvaluationImages
 from eval.measure.latency import TimingOptions, measure_latency
@@ -41,7 +41,6 @@ _ELSEWHERE = (
     "it, and --also adds their results to this report."
 )
 
-EMULATED_AT_MOST = 10_000  # test images, unless emulation was asked for
 _LONG = 5000  # test images from which the time is estimated before the evaluation
 
 
@@ -99,7 +98,7 @@ def run_benchmark(
         UserError: the reference fails, or a target's logits do not fit the images.
     """
     reference = choose_reference(targets)
-    targets, left_out = _without_long_emulation(targets, reference, images, options.emulate)
+    targets, left_out = without_long_emulation(targets, reference, len(images.split), options.emulate)  # type: ignore[arg-type]
     found = _evaluate(targets, images, execution)
     if reason := found.failed.get(reference.name):
         raise UserError(f"{reference.name}, which the others are compared with: {reason}: check its checkpoint")
@@ -128,19 +127,6 @@ def run_benchmark(
     notes += [*_notes_on(targets, manifests), *unread]
     ranges = {scheme: each.numeric_range for scheme, each in manifests.items() if each.numeric_range}
     return BenchmarkResult(rows, conditions, notes, _layers_of(manifests), ranges, failed)
-
-
-def _without_long_emulation(
-    targets: Sequence[BenchmarkTarget], reference: BenchmarkTarget, images: EvaluationImages, emulate: bool
-) -> tuple[list[BenchmarkTarget], list[str]]:
-    """Leaves out what would be emulated on many images, unless it was asked for; returns the others, and messages."""
-    count: int = len(images.split)  # type: ignore[arg-type]
-    kept = [each for each in targets if each is reference or not each.is_emulated]
-    if emulate or count <= EMULATED_AT_MOST or len(kept) == len(targets):
-        return list(targets), []
-    names = "; ".join(each.name for each in targets if each is not reference and each.is_emulated)
-    message = f"Not evaluated: {names}. Emulating them on {count} images is slow: give --images 5000, or --emulate."
-    return kept, [message]
 
 
 def _store(

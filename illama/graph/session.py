@@ -59,20 +59,23 @@ def cpu_session(
     )
 
 
-def _with_zero_points(source: Path | bytes, folder: Path | None) -> bytes:
-    """Returns a graph in which every 8-bit constant has a zero point, which ONNX Runtime needs to make it unsigned."""
+def _with_zero_points(source: Path | bytes, folder: Path | None) -> Path | bytes:
+    """Returns a graph in which every 8-bit constant has a zero point, which ONNX Runtime needs to make it unsigned.
+
+    A graph without such constants is returned as it was given.
+    """
     model = load_graph(source) if isinstance(source, Path) else ir.from_proto(onnx.load_from_string(source))
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, folder)
+    changed = False
     for node in model.graph:
-        if node.op_type == "DequantizeLinear" and len(node.inputs) == 2 and is_constant(node.inputs[0]):
-            value, scale = node.inputs
-            assert value is not None
-            if dtype_of(value) == ir.DataType.INT8:
-                zero = add_constant(model.graph, f"{value.name}.zero", np.zeros(array(scale).shape, np.int8))
-                node.resize_inputs(3)
-                node.replace_input_with(2, zero)
-    return to_bytes(model)
+        value = node.inputs[0] if node.op_type == "DequantizeLinear" and len(node.inputs) == 2 else None
+        if value is not None and is_constant(value) and dtype_of(value) == ir.DataType.INT8:
+            shape = array(node.inputs[1]).shape
+            node.resize_inputs(3)
+            node.replace_input_with(2, add_constant(model.graph, f"{value.name}.zero", np.zeros(shape, np.int8)))
+            changed = True
+    return to_bytes(model) if changed else source
 
 
 def emulated_session(path: Path, threads: int = 0, softmax: Softmax = "float32") -> onnxruntime.InferenceSession:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +14,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from illama.bundle import package_versions
 from illama.checkpoints.timm_checkpoint import timm_preprocessing
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
 from illama.models.timm_vit import to_quantizable
-from illama.partial_work import partial_work
+from illama.partial_work import partial_work, sources_digest
 from illama.steps import Steps
 from quant.export.write_bundle import Origin, plan_quantization, write_bundles
 from quant.inputs import scheme_from_name_or_file
+from quant.schemes.scheme import QuantizationPlan
 
 _IMAGES = 512  # for calibration
 _BATCH = 64
@@ -50,15 +54,24 @@ def write_bundles_of(
     plan = plan_quantization(network, scheme_from_name_or_file(scheme))
     inputs = InMemory(network, _calibration(loader, preprocessing))
     with partial_work(out) as work:
-        work.start({}, restart=True)
+        work.start({"function": "quant.quantize", "digest": _digest(inputs, plan, preprocessing, names)})
         origin = Origin(preprocessing, names, Provenance())
         write_bundles(work, inputs, [plan], origin, Steps().show)
     return out / plan.scheme.name
 
 
+def _digest(inputs: InMemory, plan: QuantizationPlan, preprocessing: Preprocessing, classes: tuple[str, ...]) -> str:
+    """Returns a SHA-256 of everything that determines the bundles; an interrupted call continues with the same."""
+    facts = (plan.scheme, preprocessing, classes, inputs.model.config, package_versions(), sources_digest())
+    digest = hashlib.sha256(repr(facts).encode())
+    for tensor in (*inputs.model.state_dict().values(), *inputs.calibration):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _quantizable(model: nn.Module) -> MaskedNetwork:
     if isinstance(model, MaskedNetwork):
-        return model.eval()
+        return copy.deepcopy(model).eval()
     if isinstance(model, VisionTransformer):
         return to_quantizable(model).eval()
     raise UserError(f"cannot quantize a {type(model).__name__}: give an iLLaMA or a timm VisionTransformer")

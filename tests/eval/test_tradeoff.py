@@ -16,7 +16,7 @@ from support import SMALL, assert_one_line_error, run_command, write_images, wri
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature
-from eval.measure.estimate import describe_estimate, estimate_seconds, in_words
+from eval.measure.effort import describe_estimate, estimate_seconds, in_words
 from eval.measure.machine import torch_on_all_cores
 from eval.measure.targets import expand, in_calls_of
 from illama import ILLaMA
@@ -328,7 +328,7 @@ def test_a_file_that_overflows_in_half_precision_fails_alone(tradeoff, runs, tmp
 
 
 def test_long_emulation_is_left_out_unless_asked_for(tradeoff, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.measure.benchmark.EMULATED_AT_MOST", 10)
+    monkeypatch.setattr("eval.measure.effort.EMULATED_AT_MOST", 10)
     monkeypatch.setattr("eval.measure.benchmark._LONG", 10)
     shutil.copytree(runs / "runs", tmp_path / "runs")
     write_half(tmp_path / "runs" / "int8", 1)
@@ -341,15 +341,17 @@ def test_long_emulation_is_left_out_unless_asked_for(tradeoff, runs, tmp_path, m
         assert ("takes about" in result.stdout) == ("--images" not in options)
 
 
-def test_the_estimate_counts_every_model_and_reading():
-    images = [(torch.zeros(3, 4, 4), 0)] * 200
+def test_the_estimate_counts_every_model_and_reading(monkeypatch):
+    """By a clock that only a model moves: its first call by 100 seconds, and then by 2 for each call of 50 images."""
+    clock, calls = [0.0], iter((100.0, 2.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def slow(batch):
-        time.sleep(0.01)
-        return np.zeros((len(batch), 3))
+        assert batch.shape == (50, 3, 4, 4)
+        clock[0] += next(calls)
 
-    seconds = estimate_seconds({"slow": slow, "fast": lambda batch: batch}, images)
-    assert seconds["slow"] >= 0.04 > seconds["fast"] and set(seconds) == {"reading", "slow", "fast"}
+    seconds = estimate_seconds({"slow": slow, "fast": lambda batch: None}, [(torch.zeros(3, 4, 4), 0)] * 200)
+    assert seconds == {"reading": 0, "slow": 8, "fast": 0}
     assert "slow" in describe_estimate({"reading": 1.0, "slow": 7200.0}, 50_000) and in_words(7200) == "2.0 h"
 
 

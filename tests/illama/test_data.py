@@ -9,10 +9,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from support import write_images
 from timm.data import create_transform
 from torchvision import datasets
+from torchvision.transforms import v2
 
 from illama.data.datasets import DEBIAN_FASHION_MNIST, Transformed, open_data
 from illama.data.idx_files import read_idx
@@ -57,6 +60,26 @@ def test_the_evaluation_transform_is_timm_s(size):
     crop = {"crop_pct": 1.0, "crop_mode": "squash"} if size in (32, 384) else {"crop_pct": size / (size * 256 // 224)}
     expected = create_transform(size, is_training=False, interpolation="bicubic", **crop)(image)
     torch.testing.assert_close(Preprocessing.imagenet(size).transform()(image), expected, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["L", "RGB"]), st.sampled_from([1, 3]), st.tuples(*[st.integers(1, 90)] * 2), st.integers(1, 40),
+    st.one_of(st.none(), st.integers(0, 20)), st.sampled_from(["bicubic", "bilinear"]), st.integers(0, 99),
+)  # fmt: skip
+def test_an_image_becomes_the_same_input_to_the_bit_as_in_torchvision(
+    mode, channels, old, side, margin, interpolation, seed
+):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*old, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    resize = None if margin is None else side + margin
+    mean, std = (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels]
+    preprocessing = Preprocessing((side, side), channels, mean, std, resize, interpolation)
+    kind = v2.InterpolationMode(interpolation)
+    crop = [v2.Resize(resize, kind), v2.CenterCrop(side)] if resize else []
+    whole = v2.Compose([*crop, v2.Resize([side, side], kind), *preprocessing.tensor_steps()])
+    assert torch.equal(torch.from_numpy(preprocessing.to_array(image)), whole(image))
+    assert torch.equal(preprocessing.transform()(image), whole(image))
 
 
 def test_an_image_folder(image_folder):

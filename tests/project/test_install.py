@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,9 @@ from illama.bundle import SHIPPED
 from illama.data.datasets import SHIPPED_FASHION_MNIST
 from illama.data.idx_files import read_idx_pair
 from quant import quantize
-from quant.export.onnx_export import export_onnx  # noqa: F401 - imported before the tests are timed
 
 PACKAGE = "illama-toolkit"
+SHARED = ("google", "nvidia")  # folders that several distributions install into
 
 
 @pytest.fixture(scope="module")
@@ -37,46 +38,46 @@ def wheel(tmp_path_factory):
     return path
 
 
-def _needed(names):
-    """Returns the installed distributions that requirements need, and those that they need."""
-    found, left = {}, [Requirement(name) for name in names]
+def _needed(wheel, extra):
+    """Returns the installed distributions that `pip install 'WHEEL[EXTRA]'` would install besides the wheel."""
+    (metadata,) = (path for path in zipfile.Path(wheel).iterdir() if path.name.endswith(".dist-info"))
+    ours = importlib.metadata.PathDistribution(metadata)
+    found, left = {}, [Requirement(f"{PACKAGE}[{extra}]")]
     while left:
-        requirement = left.pop()
-        for extra in requirement.extras or {""}:
-            if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
-                continue
-        if requirement.name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-            continue
-        found[requirement.name] = importlib.metadata.distribution(requirement.name)
-        left += map(Requirement, found[requirement.name].requires or [])
-    return found
+        asked = left.pop()
+        found[asked.name] = ours if asked.name == PACKAGE else importlib.metadata.distribution(asked.name)
+        for needed in map(Requirement, found[asked.name].requires or []):
+            extras = [*asked.extras, ""]
+            wanted = needed.marker is None or any(needed.marker.evaluate({"extra": each}) for each in extras)
+            if wanted and (needed.name not in found or needed.extras):
+                left.append(needed)
+    return [each for name, each in found.items() if name != PACKAGE]
 
 
-def _runtime_requirements():
-    """Returns what `pip install 'illama-toolkit[runtime]'` needs."""
-    lines = map(Requirement, importlib.metadata.requires(PACKAGE))
-    return [str(each).split(";")[0] for each in lines if not each.marker or each.marker.evaluate({"extra": "runtime"})]
-
-
-@pytest.fixture(scope="module")
-def runtime(wheel, tmp_path_factory):
-    """Python in a new environment with the wheel and what its `runtime` extra needs, linked from this environment."""
-    folder = tmp_path_factory.mktemp("environment")
+def _environment(wheel, extra, folder):
+    """Returns the Python of a new environment with a wheel and what an extra of it needs, linked from this one."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    for distribution in _needed(_runtime_requirements()).values():
-        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            if not (packages / top).exists():
-                (packages / top).symlink_to(distribution.locate_file(top).resolve())
+    for distribution in _needed(wheel, extra):
+        for file in distribution.files:
+            part = Path(*file.parts[: 2 if file.parts[0] in SHARED else 1])
+            if part.name not in ("..", "__pycache__") and not (packages / part).is_symlink():
+                (packages / part).parent.mkdir(exist_ok=True)
+                (packages / part).symlink_to(distribution.locate_file(part).resolve())
     python = folder / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
     subprocess.run(list(map(str, install)), check=True, capture_output=True, timeout=300)
     return python
 
 
+@pytest.fixture(scope="module")
+def runtime(wheel, tmp_path_factory):
+    return _environment(wheel, "runtime", tmp_path_factory.mktemp("environment"))
+
+
 def _run(python, *arguments, cwd):
     command = [python.parent / "illama", *arguments]
-    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def test_the_wheel_is_small_and_holds_what_the_main_job_needs(wheel, tmp_path):
@@ -102,6 +103,16 @@ def test_the_runtime_extra_alone_classifies_images(runtime, shipped_int8, tmp_pa
     assert (result.returncode, result.stderr) == (0, "")
     assert "verified" in result.stdout and "NOT" not in result.stdout
     assert result.stdout.splitlines()[1].startswith("boot.png: Ankle boot ")
+
+
+def test_the_wheel_runs_the_main_job(wheel, tmp_path):
+    """With the extras that README names for it, and no more: the report's libraries are part of `quantize`."""
+    python = _environment(wheel, "quantize,rtx", tmp_path / "environment")
+    options = ("--schemes", "int8", "--images", 20, "--calibration-images", 32, "--batches", 1, "--seconds", 0.1)
+    result = _run(python, "quantize", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "runs" / "ptq"
+    assert (out / "report.html").exists() and list(out.glob("int8/engines/*/model.engine"))
 
 
 def test_a_missing_extra_is_named(runtime, tmp_path):

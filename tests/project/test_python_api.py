@@ -35,8 +35,9 @@ def test_the_example(tmp_path):
 def test_a_network_in_memory_becomes_a_bundle_that_runs(tmp_path):
     torch.manual_seed(0)
     model = ILLaMA(SMALL)
-    training = model.training
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     bundle = quantize(model, [(batch, None) for batch in _batches()], "int8", tmp_path / "out", classes="abc")
+    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     manifest = Manifest.read(bundle)
     assert (manifest.classes, manifest.quantization.scheme) == (("a", "b", "c"), "int8")
     assert {path.name for path in bundle.parent.iterdir()} == {"fp32", "fp16", "int8"}
@@ -45,7 +46,6 @@ def test_a_network_in_memory_becomes_a_bundle_that_runs(tmp_path):
         expected = model.eval()(torch.from_numpy(images)).numpy()
     actual = open_engine(bundle.parent / "fp32").infer(images)
     np.testing.assert_allclose(actual, expected, atol=0.05 * np.abs(expected).max())
-    assert training
 
 
 def test_a_timm_network_keeps_its_preprocessing(tmp_path):
@@ -55,6 +55,22 @@ def test_a_timm_network_keeps_its_preprocessing(tmp_path):
     assert Manifest.read(bundle).preprocessing.mean == config["mean"]
     engine = build(bundle, ["sm89"], (1, 1, 2))
     assert engine == build(bundle, ["sm89"], (1, 1, 2)) and engine.exists()
+
+
+def test_an_interrupted_call_continues_and_another_network_does_not(tmp_path, monkeypatch, capsys):
+    """It ends while the last bundle is written: the float references are kept, for the same network alone."""
+    out, model = tmp_path / "out", ILLaMA(SMALL)
+    with monkeypatch.context() as broken:
+        broken.setattr("quant.export.write_bundle.write_scheme", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize(model, _batches(), out=out)
+    with pytest.raises(UserError, match="digest"):
+        quantize(ILLaMA(SMALL), _batches(), out=out)
+    capsys.readouterr()
+    bundle = quantize(model, _batches(), out=out)
+    assert (
+        "fp16, fp32 done" in capsys.readouterr().out and bundle.exists() and not out.with_name("out.partial").exists()
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
-"""Estimates how long an evaluation takes, before it starts."""
+"""How long an evaluation takes, before it starts, and what is left out because it would take too long."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from eval.measure.targets import BenchmarkTarget
 from illama.inference import Infer
 
+EMULATED_AT_MOST = 10_000  # test images, unless emulation was asked for
 _BATCH = 50  # images, as in the evaluation
 
 
@@ -46,3 +48,24 @@ def in_words(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def without_long_emulation(
+    targets: Sequence[BenchmarkTarget], reference: BenchmarkTarget, images: int, emulate: bool
+) -> tuple[list[BenchmarkTarget], list[str]]:
+    """Leaves out targets that would be emulated on many images.
+
+    Args:
+        reference: the target that the others are compared with, which is kept.
+        images: number of test images.
+        emulate: whether emulation was asked for, so that nothing is left out.
+
+    Returns:
+        The other targets, and messages about what was left out.
+    """
+    kept = [each for each in targets if each is reference or not each.is_emulated]
+    if emulate or images <= EMULATED_AT_MOST or len(kept) == len(targets):
+        return list(targets), []
+    names = "; ".join(each.name for each in targets if each is not reference and each.is_emulated)
+    advice = f"Emulating them on {images} images is slow: give --images 5000, or --emulate."
+    return kept, [f"Not evaluated: {names}. {advice}"]
