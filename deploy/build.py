@@ -26,6 +26,8 @@ from illama.errors import UserError
 class BuildOptions(EngineOptions):
     """Build a TensorRT engine for each bundle that `python quant/ptq.py` wrote.
 
+    Writes BUNDLE/engines/NAME/, with the engine, the record of how it was built, and its golden answers.
+
     An engine that was built from the same graph, by the same library and with the same options, is kept.
 
     Attributes:
@@ -48,6 +50,7 @@ class BuildOptions(EngineOptions):
 
 def main(options: BuildOptions) -> None:
     # Imported here, so that --help does not wait for the libraries.
+    from deploy.runtimes.recommended_runtime import note_unmeasured
     from deploy.trt.build_bundle import build_supported, expand_bundles
     from deploy.trt.library import require_library
     from deploy.trt.record import EngineRecord
@@ -63,6 +66,8 @@ def main(options: BuildOptions) -> None:
             record = EngineRecord.read(path)
             attentions = "fused attentions" if record.fused else "attentions, possibly decomposed"
             print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.attentions} {attentions}")
+            if note := note_unmeasured(path, bundle):
+                print(f"  {note}")
             print(f"  cd {shlex.quote(str(bundle))} && {record.trtexec}")
 
 

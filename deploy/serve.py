@@ -27,6 +27,8 @@ from illama.options import Count
 class ServeOptions(ServingOptions, ListenOptions):
     """Write a Triton model repository from bundles, and run the server on it.
 
+    Writes a folder for each model, with its configuration, to OUT.
+
     Attributes:
         bundles: paths to bundles; each becomes a model named after its folder. If none is given, --run serves --out.
         out: path to the model repository; an existing one is replaced, unless --add is given.

@@ -26,6 +26,8 @@ from illama.options import BatchSize, BundleData, Count, CountOrZero, Positive, 
 class AccuracyOptions:
     """Compare the predictions of models image by image and class by class, and measure their calibration.
 
+    Prints a table, and writes it to OUT as accuracy.md, and with all figures as accuracy.json.
+
     Attributes:
         paths: bundles of python quant/ptq.py, or files or engines of them; the first is the reference.
         data: data set that they were trained on; its test split is used.

@@ -24,6 +24,8 @@ from illama.options import Count, Data
 class RankOptions:
     """Measure the rank of the attention maps of a checkpoint, layer by layer.
 
+    Prints a table, and writes it to OUT as attention-rank.md, and with all figures as attention-rank.json.
+
     Attributes:
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
         data: data set whose test images are used.

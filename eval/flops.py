@@ -19,6 +19,8 @@ from illama.cli import run_command
 class FlopsOptions:
     """Print the MACs of model sizes, for every mask and every form of attention.
 
+    Writes the table to OUT as flops.md, and with all figures as flops.json.
+
     Attributes:
         sizes: presets, such as tiny; NAME@PIXELS for another resolution.
         out: folder for the results.

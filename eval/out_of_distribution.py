@@ -23,6 +23,8 @@ from illama.options import BundleData, Count
 class OutsideOptions:
     """Compare how well bundles separate another data set's images from their own.
 
+    Prints a table, and writes it to OUT as out-of-distribution.md, and with all figures as .json.
+
     Attributes:
         bundles: bundles of python quant/ptq.py.
         outside: another data set: a folder of pictures at any depth, or a value that --data takes.

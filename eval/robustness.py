@@ -26,6 +26,8 @@ from illama.options import BundleData, Count, Seed, Workers
 class RobustnessOptions:
     """Compare the accuracy of bundles on corrupted images.
 
+    Prints a table, and writes it to OUT as robustness.md, and with all figures as robustness.json.
+
     Attributes:
         bundles: bundles of python quant/ptq.py; the first is the reference.
         data: data set that they were trained on; its test split is corrupted.

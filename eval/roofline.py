@@ -24,6 +24,8 @@ from illama.options import BatchSize
 class RooflineOptions:
     """Predict a lower bound of the latency of bundles on devices; for one bundle on one device, layer by layer.
 
+    Prints a table, and writes it to OUT as roofline.md, and with all figures as roofline.json.
+
     Attributes:
         bundles: bundles of python quant/ptq.py.
         device: names such as orin-nano, agx-orin, thor, rtx-4090, l4 or h100; cpu is this machine, measured.

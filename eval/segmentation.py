@@ -24,6 +24,8 @@ from illama.options import Positive, Seed
 class SegmentationEvalOptions:
     """Measure the mIoU of every ONNX file of the bundles, on a folder in ADE20K's layout.
 
+    Prints a table, and writes it to OUT.md and OUT.json if --out is given.
+
     Attributes:
         bundles: bundles of python quant/ptq_segmentation.py; the first with a model.onnx is the reference.
         data: folder of images and annotations; its validation images are used.

@@ -22,6 +22,8 @@ from illama.cli import run_command
 class ShapeBiasOptions:
     """Measure the shape bias of networks trained on ImageNet-1k.
 
+    Prints a table, and writes it to OUT as shape-bias.md, and with all figures as shape-bias.json.
+
     Attributes:
         bundles: bundles of python quant/ptq.py, with ImageNet's 1,000 classes in the order of their WordNet IDs.
         stimuli: path to the folder with the 16 folders of cue-conflict pictures.

@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from illama.errors import UserError
+
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 CPU_ONNX = "model.onnx"
@@ -98,7 +100,13 @@ def size_of(path: Path) -> int:
 
 
 def bundle_of(path: Path) -> Path:
-    """Returns the bundle that contains a file, an engine or an engine's folder; ``path`` may be the bundle itself."""
+    """Returns the bundle that contains a file, an engine or an engine's folder; ``path`` may be the bundle itself.
+
+    Raises:
+        UserError: ``path`` does not exist.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a bundle, or a file of one")
     folder = path if path.is_dir() else path.parent
     if not (folder / MANIFEST).exists():
         for each in (folder, folder.parent):

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import takewhile
-from types import TracebackType
-from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, TracebackType
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import tyro
@@ -99,7 +99,18 @@ def _show_readable_defaults(options: type[Any]) -> None:
             if dataclasses.is_dataclass(kind):
                 _show_readable_defaults(kind)  # type: ignore[arg-type]
             elif name in vars(each).get("__annotations__", {}):
-                each.__annotations__[name] = Annotated[hint, tyro.conf.arg(help_behavior_hint=_readable)]
+                arg = tyro.conf.arg(help_behavior_hint=_readable, metavar=_value_name(hint))
+                each.__annotations__[name] = Annotated[hint, arg]
+
+
+def _value_name(hint: Any) -> str | None:
+    """Returns what ``--help`` calls the value of an option that may be left out; None to let tyro choose."""
+    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    given = [each for each in get_args(plain) if each is not NoneType]
+    if NoneType not in get_args(plain) or len(given) != 1:
+        return None
+    kind = get_args(given[0])[0] if get_origin(given[0]) is Annotated else given[0]
+    return f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else kind.__name__.upper()
 
 
 def _readable(default: str) -> str:
@@ -177,7 +188,9 @@ def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
         field.name: Annotated[
             hints[field.name],
             tyro.conf.arg(
-                help=helps.get(field.name), help_behavior_hint=_readable(_text(getattr(defaults, field.name)))
+                help=helps.get(field.name),
+                help_behavior_hint=_readable(_text(getattr(defaults, field.name))),
+                metavar=_value_name(hints[field.name]),
             ),
         ]
         for field in dataclasses.fields(options)

@@ -60,9 +60,9 @@ class Activity:
         self._counted = time.monotonic()
 
     def __str__(self) -> str:
-        """The line of a log; the rate is the mean until the last count, so that pauses are in the remaining time."""
-        new, facts = self.done - self._first, []
-        seconds_each = (self._counted - self._start) / new if new else 0.0
+        """The line of a log; the rate is the mean until the last count, or slower if the next one takes long."""
+        new, facts, now = self.done - self._first, [], time.monotonic()
+        seconds_each = max((self._counted - self._start) / new, (now - self._start) / (new + 1)) if new else 0.0
         if self.unit:
             facts.append(f"{self.done}{'' if self.total is None else f'/{self.total}'} {self.unit}")
         if seconds_each:
@@ -70,7 +70,7 @@ class Activity:
         if seconds_each and self.total is not None:
             facts.append(f"{_clock(max(0, self.total - self.done) * seconds_each)} left")
         else:
-            facts.append(f"{_clock(time.monotonic() - self._start)} elapsed")
+            facts.append(f"{_clock(now - self._start)} elapsed")
         return f"{self.doing}: {', '.join(filter(None, [*facts, self.note]))}"
 
     def draw(self) -> None:

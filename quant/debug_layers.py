@@ -36,7 +36,7 @@ class DebugOptions:
         model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
         data: the data set.
         calibration_images: number of training images for calibration.
-        images: number of images to compare; calibration images are not used.
+        images: number of test images to compare.
     """
 
     bundle: Annotated[Path | None, tyro.conf.Positional] = None
@@ -62,13 +62,13 @@ def main(options: DebugOptions) -> None:
         print_differences,
         trace_onnx,
     )
-    from quant.mixed_precision.image_selection import selection_images
+    from quant.mixed_precision.image_selection import split_images
 
     bundle, names = options.bundle, ("checkpoint", "model", "data", "calibration_images")
     inputs = open_source(bundle, {name: getattr(options, name) for name in names})
     scheme = bundle_scheme(bundle, options.scheme)
     reference, quantized = inputs.float_model(scheme), open_quantized(bundle, inputs, scheme)
-    pool = selection_images(inputs.data, inputs.calibration_images, options.images)
+    pool = split_images(inputs.data, "test", inputs.calibration_images, options.images)
     images = np.concatenate([batch.numpy() for batch, _ in inputs.batches(pool)])
     with tempfile.TemporaryDirectory() as folder:
         path = (bundle or Path(folder)) / CPU_ONNX

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from illama.checkpoints.load import Checkpoint, load_checkpoint
 from illama.checkpoints.timm_checkpoint import load_timm
-from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, open_data
+from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, note_channels, open_data, unlabeled
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.inference import load_images
@@ -47,9 +47,8 @@ class Inputs:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, of the data or else of the checkpoint; numbers if neither has them."""
-        numbers = map(str, range(self.model.config.num_classes))
-        return tuple(self.data.classes) or self.checkpoint.classes or tuple(numbers)
+        """Names of the classes: the data's; if it has no labels, the checkpoint's, or numbers."""
+        return tuple(self.data.classes)
 
     @property
     def calibration_images(self) -> int:
@@ -78,11 +77,13 @@ class Inputs:
         return DataLoader(Transformed(images, self.preprocessing.transform()), batch_size=_BATCH)
 
 
-def open_inputs(options: SourceOptions, needs_classes: bool = True) -> Inputs:
+def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_share: int = 1) -> Inputs:
     """Opens the checkpoint and the data.
 
     Args:
-        needs_classes: whether to refuse pictures without classes, which are enough for calibration.
+        needs_labels: whether to refuse pictures without classes, which are enough for calibration.
+        calibration_share: unless a number is given, at most 1/``calibration_share`` of the training images calibrate,
+            so that others are left.
 
     Raises:
         UserError: one cannot be opened, or their classes differ.
@@ -95,9 +96,11 @@ def open_inputs(options: SourceOptions, needs_classes: bool = True) -> Inputs:
         options.exif or (stored.exif if stored else "apply"),
         options.class_order or (stored.class_order if stored else "words"),
     )
-    if needs_classes and not images.classes:
-        images.test()  # raises
-    if images.classes and len(images.classes) != config.num_classes:
+    if not images.labeled:
+        if needs_labels:
+            raise unlabeled(data)
+        images.classes = loaded.classes or tuple(map(str, range(config.num_classes)))
+    if len(images.classes) != config.num_classes:
         raise UserError(
             f"{checkpoint} has {config.num_classes} classes, {data} has {len(images.classes)}: they must be the same"
         )
@@ -106,7 +109,8 @@ def open_inputs(options: SourceOptions, needs_classes: bool = True) -> Inputs:
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
     fitting = stored or images.preprocessing(config.image_size, config.in_channels)
     preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order)
-    count = calibration_count(images, options.calibration_images)
+    count = calibration_count(images, options.calibration_images, calibration_share)
+    note_channels(images.calibration(count), config.in_channels)
     source = replace(options, exif=images.exif, class_order=images.class_order, calibration_images=count)
     return Inputs(loaded, images, preprocessing, source)
 

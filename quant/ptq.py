@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 class PtqOptions:
     """Quantize a trained vision transformer, build engines, and report accuracy against latency.
 
+    Writes a bundle for each scheme to OUT/SCHEME/, with model.onnx for CPUs, model.fused.onnx for TensorRT and the
+    engines in engines/; and the report, OUT/report.html. Unfinished work is in OUT.partial/.
+
     Attributes:
         source: the network and its images.
         benchmark: the benchmark.
@@ -90,7 +93,7 @@ def main(options: PtqOptions) -> None:
     baseline, steps = read_baseline(options.benchmark), Steps()
     with partial_work(options.out, is_result) as work:
         schemes = schemes_from_options(options.schemes)
-        inputs = open_inputs(options.source, needs_classes=options.report)
+        inputs = open_inputs(options.source, needs_labels=False)
         plans = [plan_quantization(inputs.model, scheme) for scheme in schemes]
         engine_options = EngineOptions(options.targets, options.engine_batch)
         library = find_library(options.library) if options.engines else None

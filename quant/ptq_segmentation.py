@@ -24,6 +24,8 @@ from illama.options import Count
 class PtqSegmentationOptions:
     """Calibrate and export a segmentation network; batch norms are folded into the convolutions.
 
+    Writes a bundle for each scheme to OUT/SCHEME/.
+
     Attributes:
         bundle: bundle written by python illama/train_segmentation.py.
         data: folder in ADE20K's layout; its training images are used for calibration.

@@ -28,6 +28,8 @@ from quant.mixed_precision.budget import Budget
 class SearchOptions:
     """Find the best number format for each layer under one budget: --max-drop, --max-ms or --max-megabytes.
 
+    Writes the scheme to OUT/scheme.yaml for `python quant/ptq.py`, its network to model.onnx, and search.json.
+
     Effects are measured on training images that calibration does not use, never on test images.
 
     Attributes:
@@ -39,7 +41,8 @@ class SearchOptions:
         formats: schemes whose formats each layer can take, by name or YAML file; float is always added.
         layer_times: SCHEME=FILE of TensorRT layer profiles (trtexec --exportProfile), one for each format and for
             float; if not given, ONNX Runtime is timed on this machine's CPU.
-        images: number of images on which the layers are measured.
+        images: number of images on which the layers are measured. Defaults to 1,000, or to half of what calibration
+            leaves if that is less.
         check_images: number of other images on which the drop of whole assignments is measured; defaults to 10,000, or
             to all that are left. --max-drop must hold with 95% confidence, which needs many images.
         reconstruction_iterations: number of iterations of block reconstruction for each assignment, as in a scheme.
@@ -55,7 +58,7 @@ class SearchOptions:
     minimise: Literal["ms", "bytes"] = "ms"
     formats: tuple[str, ...] = ("int8", "w4a8", "int8-weight-only", "w4a16")
     layer_times: tuple[str, ...] = ()
-    images: Count = 1000
+    images: Count | None = None
     check_images: Count | None = None
     reconstruction_iterations: Annotated[CountOrZero, tyro.conf.arg(aliases=["--learned"])] = 0
     rounds: Count = 6
@@ -86,7 +89,7 @@ def main(options: SearchOptions) -> None:
     from illama.bundle import CPU_ONNX, SCHEME
     from illama.inference import chance_note
     from quant.inputs import open_inputs
-    from quant.mixed_precision.image_selection import search_batches
+    from quant.mixed_precision.image_selection import image_count, search_batches
     from quant.mixed_precision.planner import Planner
     from quant.mixed_precision.search_result import RESULT, print_search, write_search
     from quant.mixed_precision.search_space import SearchSpaceBuilder, format_schemes, time_call
@@ -94,8 +97,9 @@ def main(options: SearchOptions) -> None:
     budget, profiles = options.budget(), options.profiles()
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
         schemes = format_schemes(options.formats)
-        inputs = open_inputs(options.source)
-        images, others = search_batches(inputs, budget, options.images, options.check_images)
+        inputs = open_inputs(options.source, calibration_share=2)
+        count = image_count(inputs, options.images)
+        images, others = search_batches(inputs, budget, count, options.check_images)
         with tempfile.TemporaryDirectory() as scratch:
             space = SearchSpaceBuilder(inputs, schemes, images, options.threads).build(Path(scratch), profiles)
         timed = None if profiles else partial(time_call, inputs, options.threads)

@@ -22,17 +22,20 @@ from illama.options import Count, Flat, SourceOptions
 class SensitivityOptions:
     """Measure the effect of quantizing each layer of a network alone, without block reconstruction.
 
+    Prints a table, and writes it to OUT as sensitivity.md, a plot, and all figures as sensitivity.json.
+
     Attributes:
         source: the network and its images.
         scheme: name of a shipped scheme (python quant/list_schemes.py), or path to a YAML file.
-        images: number of images, evenly spaced.
+        images: number of images, evenly spaced. Defaults to 1,000, or to half of what calibration leaves if that is
+            less.
         split: train uses training images that calibration does not use, test uses test images.
         out: folder for the results; an earlier result is replaced.
     """
 
     source: Flat[SourceOptions] = field(default_factory=SourceOptions)
     scheme: str = "int8"
-    images: Count = 1000
+    images: Count | None = None
     split: Literal["train", "test"] = "train"
     out: Path = Path("runs/sensitivity")
 
@@ -41,7 +44,7 @@ def main(options: SensitivityOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from illama.atomic_write import write_folder
     from quant.inputs import onnx_scheme, open_inputs
-    from quant.mixed_precision.image_selection import split_images
+    from quant.mixed_precision.image_selection import image_count, split_images
     from quant.mixed_precision.sensitivity_study import (
         RESULT,
         measure_sensitivity,
@@ -50,21 +53,22 @@ def main(options: SensitivityOptions) -> None:
     )
 
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
-        inputs, scheme = open_inputs(options.source), onnx_scheme(options.scheme)
-        images = split_images(inputs.data, options.split, inputs.calibration_images, options.images)
+        inputs, scheme = open_inputs(options.source, calibration_share=2), onnx_scheme(options.scheme)
+        count = image_count(inputs, options.images, options.split)
+        images = split_images(inputs.data, options.split, inputs.calibration_images, count)
         result = {
             "command": command_line(),
             **{key: str(value) for key, value in asdict(inputs.source).items()},
             "checkpoint": os.path.relpath(options.source.checkpoint),
             "scheme": options.scheme,
-            "images": str(options.images),
+            "images": str(count),
             "split": options.split,
             **measure_sensitivity(inputs, scheme, inputs.batches(images)),
             "versions": package_versions(),
         }
         write_sensitivity(result, folder)
     print(f"\n{sensitivity_table(result)}")
-    print(f"{options.images} images of the {options.split} split; written to {options.out}")
+    print(f"{count} images of the {options.split} split; written to {options.out}")
 
 
 if __name__ == "__main__":

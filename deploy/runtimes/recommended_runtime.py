@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import cpu_runtime, files_of
-from illama.bundle import CPU_ONNX, TORCHAO
+from illama.bundle import CPU_ONNX, TORCHAO, sha256
 from illama.errors import UserError
 from illama.hardware import cpu_name, usable_cores
 from illama.structured_files import read_json
@@ -55,6 +56,7 @@ class _Row:
     runtime_id: str
     engine: str | None
     latency: tuple[_Latency, ...]
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,18 @@ def recommend_runtime(bundle: Path, asked: RuntimeName | None = None) -> Runtime
     if not (bundle / CPU_ONNX).exists() and (bundle / TORCHAO).exists():
         return RuntimeChoice(bundle / TORCHAO, "torch", "the only runtime that supports the file")
     file = _existing(bundle / CPU_ONNX, bundle)
-    if fastest := _fastest(bundle.resolve().parent / REPORT, f"{bundle.resolve().name}/{CPU_ONNX}"):
+    if fastest := _fastest(file):
         return RuntimeChoice(file, fastest, f"the fastest in {bundle.parent / REPORT}")
-    return RuntimeChoice(file, cpu_runtime(file), "the default: there is no report for this CPU beside the bundle")
+    return RuntimeChoice(file, cpu_runtime(file), "the default: no report beside the bundle is of this file and CPU")
+
+
+def note_unmeasured(engine: Path, bundle: Path) -> str:
+    """Returns a note if the report beside a bundle is not of this engine, such as one that was built again."""
+    folder, report = _report_beside(bundle)
+    path = os.path.relpath(engine.resolve(), folder)
+    if not report or any(row.sha256.get(path) == sha256(engine) for row in report.rows):
+        return ""
+    return f"{bundle.parent / REPORT} is not of this engine: measure again with python eval/tradeoff.py {bundle.parent}"
 
 
 def _existing(file: Path, bundle: Path) -> Path:
@@ -93,18 +104,25 @@ def _existing(file: Path, bundle: Path) -> Path:
     return file
 
 
-def _fastest(report: Path, file: str) -> RuntimeName | None:
-    """Returns the runtime with the lowest median latency of one file; None if the report is not of this kind of CPU."""
+def _report_beside(bundle: Path) -> tuple[Path, _Report | None]:
+    """Returns the folder of a bundle, and the report in it; None if there is none, or it is of another version."""
+    folder = bundle.resolve().parent
     try:
-        content = read_json(report, _Report, unknown="ignore")
-    except UserError:  # there is none, or it is of another version
+        return folder, read_json(folder / REPORT, _Report, unknown="ignore")
+    except UserError:
+        return folder, None
+
+
+def _fastest(file: Path) -> RuntimeName | None:
+    """Returns the runtime with the lowest median latency of a bundle's file; None if it was not measured here."""
+    folder, content = _report_beside(file.parent)
+    if content is None or (content.machine.get("cpu"), content.machine.get("cores")) != (cpu_name(), usable_cores()):
         return None
-    if (content.machine.get("cpu"), content.machine.get("cores")) != (cpu_name(), usable_cores()):
-        return None
+    digest, own = sha256(file), file.resolve()
     timed = [
         (row.latency[0].p50, row.runtime_id)
         for row in content.rows
-        if row.onnx == file and row.latency and row.engine is None
+        if row.latency and row.engine is None and row.sha256.get(row.onnx) == digest and folder / row.onnx == own
     ]
     runtime = min(timed, default=(0.0, None))[1]
     return cast(RuntimeName, runtime) if runtime in get_args(RuntimeName) else None

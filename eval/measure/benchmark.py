@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def run_benchmark(
     """
     reference = choose_reference(targets)
     targets, left_out = without_long_emulation(targets, reference, len(images.split), options.emulate)  # type: ignore[arg-type]
-    found = _evaluate(targets, images, execution)
+    found = _evaluate(targets, images, execution, reference)
     if reason := found.failed.get(reference.name):
         raise UserError(f"{reference.name}, which the others are compared with: {reason}: check its checkpoint")
     manifests = {each.scheme: Manifest.read(bundle_of(each.path)) for each in targets}
@@ -112,7 +112,7 @@ def run_benchmark(
     if not execution.processes.main:
         return BenchmarkResult([])
     notes = [*left_out, *found.notes, *(_store(targets, found.temperatures, images) if execution.store else [])]
-    measured, rows = measure(found.predictions, found.temperatures, reference.name), []
+    measured, rows = measure(found.predictions, found.temperatures, reference.name, images.data.labeled), []
     for each in targets:
         row = _row(each, measured[each.name], execution.out)
         row.reference = each is reference
@@ -168,7 +168,9 @@ class _Evaluations:
     notes: list[str]
 
 
-def _evaluate(targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution) -> _Evaluations:
+def _evaluate(
+    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution, reference: BenchmarkTarget
+) -> _Evaluations:
     """Evaluates each engine once; targets may share one."""
     classes, transform = len(images.data.classes), images.preprocessing.transform()
     errors: dict[str, str] = {}
@@ -180,9 +182,10 @@ def _evaluate(targets: Sequence[BenchmarkTarget], images: EvaluationImages, exec
     if execution.processes.main and (total := len(images.split)) >= _LONG:  # type: ignore[arg-type]
         print(describe_estimate(estimate_seconds(models, Transformed(images.split, transform)), total), flush=True)
     temperatures, unfitted = fit_temperatures(models, images.data, transform, images.calibration, execution.processes)
-    results = evaluate(
-        models, Transformed(images.split, transform), temperatures, _evaluation(targets, images, execution, "")
+    how = replace(
+        _evaluation(targets, images, execution, ""), reference=shown[reference.name], labeled=images.data.labeled
     )
+    results = evaluate(models, Transformed(images.split, transform), temperatures, how)
     execution.processes.barrier()  # until all have read what the others computed
     by_target = {name: results[model] for name, model in shown.items()}
     failed = {
@@ -240,7 +243,7 @@ def _evaluate_half_softmax(
 def _half_softmax(reference: Predictions, found: Evaluated | NotFinite, seed: int) -> HalfSoftmax:
     if isinstance(found, NotFinite):
         return HalfSoftmax()
-    right = found.plain.right
+    right = found.plain.predicted == reference.labels  # which are the reference's classes if there are no labels
     return HalfSoftmax(float(right.mean() * 100), paired_drop(reference.right, right, seed))
 
 

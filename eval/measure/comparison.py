@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class TradeoffOptions:
     """Benchmark any number of bundles and engines: accuracy, calibration, latency, size.
 
+    Prints a table, and writes the report to OUT: report.html for people, report.json, report.md, summary.json, a plot.
+
     Attributes:
         benchmark: the benchmark.
         paths: paths to bundles, folders of bundles such as runs/ptq, or single files or engines.

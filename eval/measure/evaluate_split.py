@@ -49,6 +49,8 @@ class Evaluation:
         chunk: number of images in a chunk.
         patience: seconds that a finished process waits for a new chunk of the others.
         restart: discard another evaluation in ``work``.
+        reference: model whose logits the others' are compared with; None for no comparison.
+        labeled: whether the images have labels; if not, the classes that ``reference`` predicts take their place.
     """
 
     work: Path | None = None
@@ -59,6 +61,8 @@ class Evaluation:
     chunk: int = CHUNK
     patience: float = PATIENCE
     restart: bool = False
+    reference: str | None = None
+    labeled: bool = True
 
 
 def evaluate(
@@ -85,6 +89,7 @@ def evaluate(
     chunks = [range(start, min(start + how.chunk, total)) for start in range(0, total, how.chunk)]
     sizes = {"images": total, "batch": how.batch, "chunk": how.chunk}
     pinned = {**how.facts, "models": list(models), "temperatures": dict(temperatures), **sizes}
+    pinned |= {"reference": how.reference, "labeled": how.labeled}
     if how.work is None and processes.count > 1:
         raise ValueError("several processes must share a work folder: give one")
     with nullcontext(how.work) if how.work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
@@ -95,7 +100,7 @@ def evaluate(
         with _progress(own, missing, processes) as bar:
             predicted = predict_chunks(models, images, missing, how.batch, how.workers, bar.update)
             for each, (logits, labels) in zip(missing, predicted, strict=True):
-                _write(paths[each], _reduce(logits, labels, temperatures))
+                _write(paths[each], _reduce(logits, labels, temperatures, how))
         with Activity("wait for the other processes", shown=processes.main):
             _wait_for(list(paths.values()), how.patience)
         parts = [_read(path, models, len(each)) for each, path in paths.items()]
@@ -118,17 +123,22 @@ def _progress(own: Sequence[range], missing: Sequence[range], processes: Process
 
 
 def _reduce(
-    logits: Mapping[str, np.ndarray], labels: np.ndarray, temperatures: Mapping[str, float]
+    logits: Mapping[str, np.ndarray], labels: np.ndarray, temperatures: Mapping[str, float], how: Evaluation
 ) -> dict[str, Evaluated | NotFinite]:
     """Returns each model's predictions for a chunk; UserError if logits do not fit the labels."""
     reduced: dict[str, Evaluated | NotFinite] = {}
+    exact = logits[how.reference].astype(np.float64) if how.reference else None
+    if exact is not None and not how.labeled:
+        labels = exact.argmax(1)
     for name, values in logits.items():
         if (failed := count_not_finite(values)) is not None:
             reduced[name] = failed
             continue
         try:
             scaled = Predictions.of(values, labels, temperatures[name]) if name in temperatures else None
-            reduced[name] = Evaluated(Predictions.of(values, labels), scaled)
+            plain = Predictions.of(values, labels)
+            powers = None if exact is None else np.stack([(exact**2).sum(1), ((values - exact) ** 2).sum(1)], 1)
+            reduced[name] = Evaluated(plain, scaled, powers)
         except ValueError as error:
             raise UserError(f"{name} does not fit the images: {error}") from error
     return reduced
@@ -148,13 +158,16 @@ def _images(part: Evaluated | NotFinite) -> int:
 
 def _joined(parts: Sequence[Evaluated]) -> Evaluated:
     scaled = [part.scaled for part in parts if part.scaled]
+    powers = [part.powers for part in parts if part.powers is not None]
     return Evaluated(
-        Predictions.concatenate([part.plain for part in parts]), Predictions.concatenate(scaled) if scaled else None
+        Predictions.concatenate([part.plain for part in parts]),
+        Predictions.concatenate(scaled) if scaled else None,
+        np.concatenate(powers) if powers else None,
     )
 
 
 def _write(path: Path, part: Mapping[str, Evaluated | NotFinite]) -> None:
-    """Writes a chunk as arrays named MODEL/FORM/FIELD or MODEL/not_finite, where MODEL is the model's index."""
+    """Writes a chunk as arrays named MODEL/FORM/FIELD, MODEL/powers or MODEL/not_finite; MODEL is the model's index."""
     arrays: dict[str, np.ndarray] = {}
     for place, each in enumerate(part.values()):
         if isinstance(each, NotFinite):
@@ -164,6 +177,8 @@ def _write(path: Path, part: Mapping[str, Evaluated | NotFinite]) -> None:
         for form, predictions in forms.items():
             if predictions is not None:
                 arrays |= {f"{place}/{form}/{name}": values for name, values in vars(predictions).items()}
+        if each.powers is not None:
+            arrays[f"{place}/powers"] = each.powers
     with write_file(path) as draft:
         draft.write_bytes(safetensors.numpy.save(arrays))
 
@@ -180,9 +195,11 @@ def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Eva
     def model(place: int) -> Evaluated | NotFinite:
         if f"{place}/not_finite" in stored:
             return NotFinite(int(stored[f"{place}/not_finite"].item()), images)
-        return Evaluated(
-            form(f"{place}/plain"), form(f"{place}/scaled") if f"{place}/scaled/labels" in stored else None
-        )
+        scaled = form(f"{place}/scaled") if f"{place}/scaled/labels" in stored else None
+        powers = stored.get(f"{place}/powers")
+        if powers is not None and powers.shape != (images, 2):
+            raise ValueError(f"{powers.shape} instead of {(images, 2)} powers")
+        return Evaluated(form(f"{place}/plain"), scaled, powers)
 
     try:
         return {name: model(place) for place, name in enumerate(models)}

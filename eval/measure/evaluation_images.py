@@ -22,7 +22,8 @@ class EvaluationImages:
         name: the data set, as the user named it.
         split: the images; a part of ``data``'s test split.
         preprocessing: preprocessing that all targets share.
-        calibration: number of images of the training split that temperatures are fitted on; 0 for none.
+        calibration: number of images of the training split that temperatures are fitted on; 0 for none, as without
+            labels.
         indices: index of each image of ``split`` in the whole test split; None if ``split`` is the whole of it.
     """
 
@@ -43,7 +44,7 @@ class EvaluationImages:
         Raises:
             UserError: the data set does not exist, has other classes or too few images.
         """
-        data = open_fitting_data(name, manifest.classes, manifest.preprocessing)
+        data = open_fitting_data(name, manifest.classes, manifest.preprocessing, needs_labels=False)
         return cls.of(name, data, manifest.preprocessing, images, calibration)
 
     @classmethod
@@ -53,7 +54,8 @@ class EvaluationImages:
         """Returns the test split of a data set that is open; see :meth:`open`."""
         split = evenly_spaced(data.test(), images)
         indices = cast(Subset[Sample], split).indices if images is not None else None
-        return cls(name, data, split, preprocessing, calibration_count(data, calibration), indices)
+        fitted_on = calibration_count(data, calibration) if data.labeled else 0
+        return cls(name, data, split, preprocessing, fitted_on, indices)
 
     def index_in_test_split(self, index: int) -> int:
         """Returns the index in the whole test split of an image of ``split``."""

@@ -15,7 +15,7 @@ from deploy.runtimes.names import RuntimeName
 from deploy.runtimes.open_engine import open_file
 from eval.metrics.predictions import refuse_overflow
 from illama.bundle import bundle_of, sha256
-from illama.data.datasets import ImageData, Sample, open_data
+from illama.data.datasets import ImageData, Sample, note_channels, open_data, unlabeled
 from illama.data.preprocessing import Preprocessing, Transform
 from illama.errors import UserError
 from illama.inference import Infer, predict
@@ -113,18 +113,28 @@ def refuse_frames(bundle: Path, manifest: Manifest) -> None:
         raise UserError(f"{bundle} takes camera frames: give the bundle that it was made from")
 
 
-def open_fitting_data(spec: str, classes: Sequence[str], preprocessing: Preprocessing) -> ImageData:
+def open_fitting_data(
+    spec: str, classes: Sequence[str], preprocessing: Preprocessing, needs_labels: bool = True
+) -> ImageData:
     """Opens the data set that ``spec`` names, read as the bundles' preprocessing says.
+
+    Args:
+        needs_labels: whether to refuse pictures without classes.
 
     Raises:
         UserError: its classes are not those of the bundles.
     """
     data = open_data(spec, preprocessing.exif, preprocessing.class_order)
+    if not data.labeled:
+        if needs_labels:
+            raise unlabeled(spec)
+        data.classes = tuple(classes)
     if tuple(data.classes) != tuple(classes):
         raise UserError(
             f"{spec} has other classes than the bundles ({len(data.classes)} and {len(classes)}): "
             "give the data that they were trained on"
         )
+    note_channels(data.test(), preprocessing.in_channels)
     return data
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from eval.metrics.calibration import Reliability, reliability
 from eval.metrics.paired import Change, Share, compare_predictions, top_k_accuracy
@@ -18,8 +19,10 @@ class Measured:
         images: number of test images.
         top1: share of images whose label is the predicted class.
         top5: share of images whose label is among the five largest logits.
+        labeled: whether the images have labels; if not, the classes that the reference predicts take their place.
         change: changes from the reference model's predictions; None for the reference itself.
-        reliability: calibration of the probabilities as they are.
+        sqnr: SQNR of the logits against the reference's, in dB; None for the reference, and for equal logits.
+        reliability: calibration of the probabilities as they are; None without labels.
         temperature: temperature fitted on calibration images; None if there is none.
         scaled: calibration with the logits divided by the temperature; None if there is none.
     """
@@ -27,19 +30,30 @@ class Measured:
     images: int
     top1: Share
     top5: Share
+    labeled: bool = True
     change: Change | None = None
-    reliability: Reliability
+    sqnr: float | None = None
+    reliability: Reliability | None
     temperature: float | None = None
     scaled: Reliability | None = None
 
+    @property
+    def metric(self) -> Literal["top-1", "agreement"]:
+        """What ``top1`` is called: without labels, it is the agreement with the reference."""
+        return "top-1" if self.labeled else "agreement"
+
 
 def measure(
-    results: Mapping[str, Evaluated], temperatures: Mapping[str, float], reference_name: str | None = None
+    results: Mapping[str, Evaluated],
+    temperatures: Mapping[str, float],
+    reference_name: str | None = None,
+    labeled: bool = True,
 ) -> dict[str, Measured]:
     """Returns the measurements of each model's predictions.
 
     Args:
         reference_name: the model that the others are compared with; the first if not given.
+        labeled: see :class:`Measured`.
     """
     reference = results[reference_name or next(iter(results))].plain
     return {
@@ -47,8 +61,10 @@ def measure(
             images=len(each.plain),
             top1=top_k_accuracy(each.plain),
             top5=top_k_accuracy(each.plain, 5),
+            labeled=labeled,
             change=None if each.plain is reference else compare_predictions(reference, each.plain),
-            reliability=reliability(each.plain),
+            sqnr=each.sqnr,
+            reliability=reliability(each.plain) if labeled else None,
             temperature=temperatures.get(name),
             scaled=reliability(each.scaled) if each.scaled else None,
         )

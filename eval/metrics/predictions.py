@@ -94,10 +94,21 @@ class Evaluated:
     Attributes:
         plain: predictions from the logits.
         scaled: predictions from the logits divided by the model's temperature; None if it has none.
+        powers: (n, 2) float64: for each image the sum of the squares of the reference's logits, and of the difference
+            from them; None without a reference.
     """
 
     plain: Predictions
     scaled: Predictions | None = None
+    powers: np.ndarray | None = None
+
+    @property
+    def sqnr(self) -> float | None:
+        """SQNR of the logits in dB over all images; None without a reference, or if the logits are equal."""
+        if self.powers is None:
+            return None
+        signal, noise = self.powers.sum(0)
+        return float(10 * np.log10(signal / noise)) if signal and noise else None
 
 
 def check_predictions(logits: np.ndarray, labels: np.ndarray) -> None:

@@ -100,7 +100,8 @@ def _calibration(measured: Mapping[str, Measured], failed: Mapping[str, str]) ->
     heads = ("model", "temperature", "ECE %", "adaptive ECE %", "NLL", "Brier")
     rows = []
     for name, each in measured.items():
-        rows.append((name, "none", *_reliability(each.reliability)))
+        if each.reliability:
+            rows.append((name, "none", *_reliability(each.reliability)))
         if each.scaled:
             rows.append((name, f"{each.temperature:.3f}", *_reliability(each.scaled)))
     missing = [f"- {name}: no temperature: {failed[name]}" for name, each in measured.items() if not each.scaled]

@@ -14,6 +14,11 @@ def cautions(report: Report) -> list[str]:
     """Returns warnings about a report's accuracies and latencies, the most serious first."""
     reference, timed = report.reference, [row for row in report.rows if row.latency]
     found = [f"{each.name} failed and is in no comparison: {each.reason}" for each in report.failed]
+    if reference and not reference.labeled:
+        found.append(
+            f"The pictures have no classes: accuracy is unknown, and files are compared with {reference.name}. "
+            "If that is wrong for a picture, a file that agrees is wrong too."
+        )
     if reference and (note := chance_note(reference.name, reference.top1.percent, len(report.classes))):
         found.append(f"{note}.")
     ratios = {row.name: each.p90 / each.p50 for row in timed if (each := row.latency[0]).p90}
@@ -27,7 +32,8 @@ def cautions(report: Report) -> list[str]:
     limit = report.constraints.drop
     wide = [row for row in report.rows if _is_wide(row, limit)]
     if wide:
-        asked = "whether they keep 99% of the reference's top-1" if limit is None else f"a drop of {limit:g} points"
+        kept = "top-1" if wide[0].labeled else "predictions"
+        asked = f"whether they keep 99% of the reference's {kept}" if limit is None else f"a drop of {limit:g} points"
         found.append(f"{wide[0].images:,} test images are too few to tell {asked}, for {_names(wide)}.")
     return found
 

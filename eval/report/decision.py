@@ -55,7 +55,7 @@ class Violation:
         if self.constraint == "latency":
             return f"takes {self.value:.4g} ms at batch {self.batch}, more than {self.limit:g}"
         if self.constraint == "drop":
-            return f"may lose {self.value:.2f} points of top-1, more than {self.limit:g}"
+            return f"may lose {self.value:.2f} points, more than {self.limit:g}"
         return f"takes {self.value:.4g} MB, more than {self.limit:g}"
 
 

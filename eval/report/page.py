@@ -26,17 +26,7 @@ from deploy.runtimes.names import TITLES
 from eval.report.cautions import cautions
 from eval.report.markdown_html import markdown_to_html
 from eval.report.schema import FlippedImage, Report, Row
-from eval.report.table import (
-    HEADINGS,
-    MISSING,
-    TIMED,
-    Cell,
-    cells,
-    not_measured,
-    range_notes,
-    softmax_notes,
-    timed_cells,
-)
+from eval.report.table import MISSING, Cell, cells, not_measured, range_notes, softmax_notes, timed_cells
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("report.js", "plot.js")
@@ -65,6 +55,7 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str], f
     script = _inline(SCRIPTS)
     plot = plot_data(report)
     choice, names = report.decision.choice, {row.key: row.name for row in report.rows}
+    table = [table_row(report, row, plot["batch"]) for row in report.rows]
     return environment.get_template("report.html").render(
         report=report,
         style=style,
@@ -79,8 +70,8 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str], f
         diagrams=shown_diagrams(report),
         reference=report.reference,
         rejected={names[each.key]: each.violations for each in choice.rejected},
-        headings=HEADINGS + tuple(name for name in TIMED if name not in HEADINGS),
-        table=[table_row(report, row, plot["batch"]) for row in report.rows],
+        headings=tuple(table[0]),
+        table=table,
         plot=plot,
         span=_span(report.rows),
         fastest=max((each.images_per_second for row in report.rows for each in row.latency), default=1.0),
@@ -125,7 +116,7 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
     if row is None:
         return []
     loss = "the reference" if row.reference else f"drop {row.drop} points"
-    found = [KeyFigure("Top-1", f"{row.top1.percent:.2f}", "%", loss)]
+    found = [KeyFigure("Top-1", f"{row.top1.percent:.2f}", "%", loss)] if row.labeled else []
     if latency := row.at(batch):
         speed = timed_cells(row, batch, reference, ())["speed"]
         remark = f"p90 {latency.p90:.2f} ms" if latency.p90 else "too few calls for a p90"
@@ -141,6 +132,7 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
         flips = row.change.flips
         changed = len(flips.lost) + len(flips.gained) + len(flips.moved)
         remark = f"{changed:,} of {row.images:,} predictions differ"
+        remark += "" if row.sqnr is None else f"; SQNR {row.sqnr:.1f} dB"
         found.append(KeyFigure("Agreement", f"{row.change.agreement:.2f}", "%", remark))
     return found
 
@@ -171,7 +163,9 @@ def how_to_use(report: Report, folder: Path) -> dict[str, str]:
 
 def shown_diagrams(report: Report) -> list[Row]:
     """Returns the rows with a reliability diagram: the reference, the chosen row, and the worst calibrated one."""
-    worst = max(report.rows, key=lambda row: (row.scaled or row.reliability).ece)
+    if not (errors := {row.key: each.ece for row in report.rows if (each := row.scaled or row.reliability)}):
+        return []
+    worst = max(report.rows, key=lambda row: errors[row.key])
     keys = {row.key for row in (report.reference, report.chosen, worst) if row}
     return [row for row in report.rows if row.key in keys]
 
@@ -196,6 +190,7 @@ def plot_data(report: Report) -> dict[str, Any]:
             "high": min(row.top1.percent + (row.drop.points - row.drop.low), 100.0),
             "device": row.device,
             "drop": "the reference" if row.reference else f"drop {row.drop} points",
+            "metric": row.metric,
             "megabytes": row.megabytes,
             "p50": {each.batch: each.p50 for each in row.latency},
             "pareto": [batch for batch in batches if row.key in fronts[batch]],

@@ -151,7 +151,7 @@ def _limits(constraints: Constraints) -> str:
     if constraints.latency_ms is not None:
         parts.append(f"{constraints.latency_ms:g} ms at batch {constraints.batch}")
     if constraints.drop is not None:
-        parts.append(f"a drop of {constraints.drop:g} points of top-1")
+        parts.append(f"a drop of {constraints.drop:g} points")
     if constraints.megabytes is not None:
         parts.append(f"{constraints.megabytes:g} MB")
     return f" within {_listed(parts)}" if parts else ""
@@ -207,7 +207,10 @@ def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
     reference = find_reference(rows)
     if reference is None or row is reference:
         speed = f"It takes {latency.p50:.2f} ms per call at batch {batch}, its" if latency else "Its"
-        accuracy = f"its top-1 is {row.top1.percent:.2f}% ({row.images:,} images)"
+        accuracy = f"its {row.metric} is {row.top1.percent:.2f}% ({row.images:,} images)"
+        accuracy = (
+            accuracy if row.labeled or row is not reference else f"the others were compared on {row.images:,} images"
+        )
         return f"{speed} file has {row.megabytes:.2f} MB and {accuracy}."
     parts = []
     if latency and (other := reference.at(batch)):
@@ -220,7 +223,7 @@ def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
         f"its file is {_size(row.megabytes / reference.megabytes)} "
         f"({row.megabytes:.2f} against {reference.megabytes:.2f} MB)"
     )
-    parts.append(f"it {_loss(row)} ({row.images:,} images)")
+    parts.append(f"it {_loss(row) if row.labeled else _agreement(row, reference)} ({row.images:,} images)")
     sentence = _listed(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
@@ -235,6 +238,12 @@ def _size(ratio: float) -> str:
     if 0.95 < ratio < 1.05:
         return "as large"
     return f"{ratio:.1f} times as large" if ratio > 1 else f"{1 / ratio:.1f} times smaller"
+
+
+def _agreement(row: Row, reference: Row) -> str:
+    sqnr = "" if row.sqnr is None else f", with an SQNR of {row.sqnr:.1f} dB"
+    same = f"{row.top1.percent:.2f}% of the images (95% interval {row.top1.low:.2f} to {row.top1.high:.2f})"
+    return f"predicts the class that {reference.name} predicts for {same}{sqnr}"
 
 
 def _loss(row: Row) -> str:

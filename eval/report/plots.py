@@ -44,7 +44,7 @@ def draw_tradeoff(report: Report) -> bytes:
     axes.set_xlim(0, 1.18 * max((each.p50 for row in report.rows if (each := row.at(batch))), default=1.0))
     _shade_limits(axes, report)
     axes.set_xlabel(f"p50 of one call at batch {batch}, ms")
-    axes.set_ylabel("top-1, %")
+    axes.set_ylabel(f"{report.metric}, %")
     _plain_axes(axes)
     axes.grid(color=FAINT, lw=0.6)
     _legend(figure, axes, report.rows, styles, batch)

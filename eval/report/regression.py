@@ -56,7 +56,7 @@ class ComparedRow:
     images: int
     top1: Share
     drop: Drop
-    reliability: ComparedReliability
+    reliability: ComparedReliability | None
     onnx: str
     onnx_bytes: _Bytes
     engine: str | None
@@ -206,7 +206,7 @@ def _of_row(old: ComparedRow, new: ComparedRow, limits: Tolerances) -> Iterator[
     noise = math.hypot(after.points - after.low, before.high - before.points)
     if growth > limits.drop and growth > noise:
         yield (
-            f"{name}: the drop of top-1 is {after.points:+.2f} points, and was {before.points:+.2f}: "
+            f"{name}: the drop is {after.points:+.2f} points, and was {before.points:+.2f}: "
             f"an increase of {growth:.2f} points, with noise of up to {noise:.2f}"
         )
     if new.reference and new.top1.percent < old.top1.low:
@@ -222,6 +222,8 @@ def _of_row(old: ComparedRow, new: ComparedRow, limits: Tolerances) -> Iterator[
             yield f"{name}: {file} has {large:,} bytes, and had {small:,}: {large / small - 1:.1%} more"
     if old.fused and not new.fused:
         yield f"{name}: its attention is no longer fused"
+    if not (old.reliability and new.reliability):
+        return
     for title, low, high, limit in (
         ("negative log-likelihood", old.reliability.nll, new.reliability.nll, limits.nll),
         ("calibration error", old.reliability.ece, new.reliability.ece, limits.ece),
@@ -254,7 +256,7 @@ def compare_markdown(baseline: Baseline, report: Report, regressions: list[str])
     for row in now.rows:
         pairs = zip(_figures(baseline, old.get(row.key), batch), _figures(now, row, batch), strict=True)
         lines.append([escape(row.name), *(f"{_text(before)} → {_text(after)}" for before, after in pairs)])
-    headings = ("file", "top-1 %", "drop", f"p50, batch {batch}, relative to the reference", "MB", "NLL")
+    headings = ("file", f"{report.metric} %", "drop", f"p50, batch {batch}, relative to the reference", "MB", "NLL")
     listed = [f"- {escape(line)}" for line in regressions] or ["No regressions."]
     return "\n".join(["### Compared with the baseline", "", *listed, "", markdown(headings, lines)]) + "\n"
 
@@ -264,7 +266,7 @@ def _figures(report: Baseline, row: ComparedRow | None, batch: int) -> list[floa
         return [None] * 5
     size = (row.engine_bytes or row.onnx_bytes) / 1e6
     ratio = report.ratios(row).get(batch)
-    return [row.top1.percent, row.drop.points, ratio, size, row.reliability.nll]
+    return [row.top1.percent, row.drop.points, ratio, size, row.reliability.nll if row.reliability else None]
 
 
 def _text(value: float | None) -> str:

@@ -207,6 +207,11 @@ class Report:
     preprocessing: str = ""
 
     @property
+    def metric(self) -> str:
+        """What the report measures: top-1, or without labels the agreement with the reference."""
+        return self.rows[0].metric if self.rows else "top-1"
+
+    @property
     def reference(self) -> Row | None:
         """Row that the others are compared with."""
         return self._row(self.decision.reference)

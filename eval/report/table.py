@@ -12,7 +12,6 @@ from eval.report.schema import Report, Row
 MISSING = "-"
 PARETO = "Pareto"  # heading: whether the row is Pareto-optimal
 KEEPS = "keeps"  # heading: the share of the reference's top-1 that the row keeps
-HEADINGS = ("scheme", "runs in", "top-1 %", "drop (95% interval)", KEEPS, "file MB", "engine MB", "p50 ms", "p90 ms")
 TIMED = ("p50 ms", "p90 ms", "speed", PARETO)  # columns that depend on the batch size
 
 
@@ -25,21 +24,28 @@ class Cell:
 
 
 def cells(row: Row, batch: int) -> dict[str, Cell]:
-    """Returns the cells of a row under ``HEADINGS``, with latencies at ``batch``; a dash if not measured."""
+    """Returns the cells of a row by heading, with latencies at ``batch``; a dash if not measured."""
     latency = row.at(batch)
-    drop = "reference" if row.reference else str(row.drop)
     runtime = row.runtime if row.fused else f"{row.runtime}, unfused"
     return {
         "scheme": Cell(row.scheme, row.scheme),
         "runs in": Cell(runtime, runtime),
-        "top-1 %": _number(row.top1.percent),
-        "drop (95% interval)": Cell(drop, row.drop.points),
+        **_accuracy(row),
         KEEPS: Cell(MISSING if row.reference else row.kept, -row.drop.high),
         "file MB": _number(row.onnx_bytes / 1e6),
         "engine MB": _number(row.engine_bytes / 1e6 if row.engine_bytes else None),
         "p50 ms": _number(latency.p50 if latency else None),
         "p90 ms": _number(latency.p90 if latency else None),
     }
+
+
+def _accuracy(row: Row) -> dict[str, Cell]:
+    if row.labeled:
+        drop = Cell("reference" if row.reference else str(row.drop), row.drop.points)
+        return {"top-1 %": _number(row.top1.percent), "drop (95% interval)": drop}
+    sqnr = None if row.sqnr is None else f"{row.sqnr:.1f}"
+    same = Cell("reference" if row.reference else str(row.top1), row.top1.percent)
+    return {"agreement % (95% interval)": same, "SQNR dB": Cell(sqnr or MISSING, row.sqnr)}
 
 
 def timed_cells(row: Row, batch: int, reference: Row | None, pareto: Collection[RowKey]) -> dict[str, Cell]:
@@ -66,11 +72,11 @@ def _number(value: float | None) -> Cell:
 
 def markdown_table(rows: Sequence[Row], batch: int = 1, pareto: Collection[RowKey] = ()) -> str:
     """Returns the table in Markdown, with aligned columns for terminals; rows in ``pareto`` are bold."""
-    lines = [list(HEADINGS)]
+    lines = [list(cells(rows[0], batch))]
     for row in rows:
         texts = [escape(cell.text) for cell in cells(row, batch).values()]
         lines.append([f"**{texts[0]}**" if row.key in pareto else texts[0], *texts[1:]])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = [
         "| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
@@ -88,7 +94,11 @@ def softmax_notes(report: Report) -> list[str]:
     notes = []
     for row in report.rows:
         if (other := row.half_softmax) is not None:
-            found = "logits are not finite" if other.drop is None else f"top-1 is {other.top1:.2f}%, drop {other.drop}"
+            found = (
+                "logits are not finite"
+                if other.drop is None
+                else f"{row.metric} is {other.top1:.2f}%, drop {other.drop}"
+            )
             notes.append(f"{row.name}: if attention computes its softmax in half precision, {found}.")
     return notes
 

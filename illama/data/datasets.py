@@ -52,6 +52,7 @@ FASHION_MNIST_CLASSES: tuple[str, ...] = (
 )
 VALIDATION_IMAGES = 2000
 _CALIBRATION_IMAGES = 512  # if not given
+_LOOKED_AT = 4  # images that show whether a data set is gray
 
 Transform = Callable[[Any], Tensor]
 
@@ -62,12 +63,14 @@ class ImageData(Protocol):
     Attributes:
         name: name of the data set.
         classes: class names in the order of the labels.
+        labeled: whether the images have labels; without them, ``classes`` are the network's, and labels are 0.
         exif: see :class:`Preprocessing`.
         class_order: see :class:`Preprocessing`.
     """
 
     name: str
     classes: tuple[str, ...]
+    labeled: bool
     exif: Exif
     class_order: ClassOrder
 
@@ -102,6 +105,7 @@ class FashionMNIST:
 
     name = "fashion-mnist"
     classes = FASHION_MNIST_CLASSES
+    labeled = True
     exif: Exif = "apply"
     class_order: ClassOrder = "words"
 
@@ -137,6 +141,7 @@ class ImageSplits:
     """Base class of CIFAR, image folders and shards: ImageNet's preprocessing, and splits of RGB images."""
 
     classes: tuple[str, ...]
+    labeled = True
     exif: Exif = "apply"
     class_order: ClassOrder = "words"
     held_out = VALIDATION_IMAGES
@@ -227,25 +232,25 @@ class Pictures(Dataset[Sample]):
 
 
 class UnlabeledFolder(ImageSplits):
-    """Pictures without classes, in one folder: enough to calibrate a network, but not to measure its accuracy."""
+    """Pictures without classes, in one folder. In the order of their paths, every second one is a test image.
+
+    They are enough to calibrate a network, and to measure its agreement with another, but not its accuracy.
+    """
+
+    labeled = False
 
     def __init__(self, folder: Path, exif: Exif = "apply") -> None:
         self.name, self.folder, self.exif, self.classes = folder.name, folder, exif, ()
-
-    def test(self) -> Dataset[Sample]:
-        raise self._refusal()
+        pictures = Pictures(folder, exif)
+        if len(pictures) < 2:
+            raise UserError(f"{folder} has one picture only: give two or more, one half for calibration")
+        self._calibration, self._test = (Subset(pictures, range(first, len(pictures), 2)) for first in (0, 1))
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
-        raise self._refusal()
-
-    def _refusal(self) -> UserError:
-        return UserError(
-            f"the pictures in {self.folder} have no classes: give a folder with train/ and val/ (python quant/ptq.py "
-            "--no-report needs no classes)"
-        )
+        raise unlabeled(self.folder)
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
-        return Pictures(self.folder, self.exif)
+        return self._calibration
 
 
 class _ClassFolders(datasets.ImageFolder):
@@ -339,11 +344,34 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
         data = UnlabeledFolder(Path(spec), exif) if flat else ImageFolder(Path(spec), exif, class_order)
     else:
         raise UserError(
-            f"no data at {spec!r}: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, "
-            "parquet:FOLDER or an existing folder"
+            f"{spec!r} is no data set and no folder: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, "
+            "webdataset:FOLDER, parquet:FOLDER or an existing folder"
         )
     data.exif, data.class_order = exif, class_order
     return data
+
+
+def note_channels(images: Dataset[Sample], in_channels: int) -> None:
+    """Says how images are converted if the network's channels are others than those of the first few images."""
+    some = [images[index][0] for index in range(min(_LOOKED_AT, len(images)))]  # type: ignore[arg-type]
+    gray = all(isinstance(each, Tensor) or _is_gray(each) for each in some)
+    if gray and in_channels == 3:
+        warn_once("the images are gray and the network takes RGB: each gray value is used for all three channels")
+    elif not gray and in_channels == 1:
+        warn_once("the images are in color and the network takes gray: they are converted to gray (ITU-R 601)")
+
+
+def _is_gray(image: Image.Image) -> bool:
+    values = np.asarray(image)
+    return values.ndim == 2 or bool((values == values[..., :1]).all())
+
+
+def unlabeled(folder: object) -> UserError:
+    """Returns the error of a command that needs labels for pictures that have none."""
+    return UserError(
+        f"the pictures in {folder} have no classes, and this command needs them: give a folder with train/CLASS/ and "
+        "val/CLASS/ (quantize and benchmark need no classes)"
+    )
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
@@ -375,9 +403,11 @@ def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "image
     return Subset(images, [i * total // count for i in range(count)])
 
 
-def calibration_count(data: ImageData, given: int | None) -> int:
-    """Returns the number of calibration images: the given one, else 512, or all if there are fewer."""
-    return given if given is not None else min(_CALIBRATION_IMAGES, len(data.calibration(None)))  # type: ignore[arg-type]
+def calibration_count(data: ImageData, given: int | None, share: int = 1) -> int:
+    """Returns the number of calibration images: the given one, else 512, but at most 1/``share`` of those there are."""
+    if given is not None:
+        return given
+    return min(_CALIBRATION_IMAGES, max(1, len(data.calibration(None)) // share))  # type: ignore[arg-type]
 
 
 def _hold_out(images: Dataset[Sample], at_most: int) -> tuple[Dataset[Sample], Dataset[Sample]]:

@@ -180,6 +180,8 @@ class Recipe(NetworkOptions, ClassifierOptions):
     """Train an iLLaMA from scratch or from given weights. Every option overrides the recipe.
     The defaults shown are those of the recipe nano-fashion-mnist.
 
+    Writes the network to OUT/bundle/, a checkpoint to continue from to OUT/checkpoint.pt, and logs.
+
     Attributes:
         recipe: name of a recipe in illama/recipes, or path to a YAML file.
         new_head: with --init, initialize the classifier randomly instead of loading it; needed if the classes differ.

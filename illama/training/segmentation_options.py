@@ -14,6 +14,8 @@ from illama.training.schedules import SoftMaskSchedule
 class SegmentationOptions(NetworkOptions, TrainingOptions):
     """Train a UperNet, whose backbone is initialized from --init, on a folder in ADE20K's layout.
 
+    Writes the network to OUT/bundle/, a checkpoint to continue from to OUT/checkpoint.pt, and logs.
+
     Image size, optimizer, learning rate and weight decay are the paper's. The paper gives no batch size, epochs or
     warm-up: those here amount to the usual 160,000 steps of 16 images, of which 1,500 are warm-up, on ADE20K.
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from illama.bundle import WEIGHTS, sha256
 from illama.checkpoints.llama_init import initialize_from_llama
 from illama.checkpoints.load import initialize_from
-from illama.data.datasets import ImageData, open_data
+from illama.data.datasets import ImageData, note_channels, open_data, unlabeled
 from illama.errors import UserError
 from illama.manifest import Manifest, is_bundle
 from illama.models.config import ModelConfig
@@ -32,10 +32,13 @@ def start_run(recipe: Recipe, group: Processes) -> Run:
     if not recipe.data:
         raise UserError("no images to train on: give --data (see --help)")
     data: ImageData = open_data(recipe.data, recipe.exif or "apply", recipe.class_order or "words")
+    if not data.labeled:
+        raise unlabeled(recipe.data)
     model = make_model(recipe, len(data.classes))
     if recipe.init and not recipe.new_head:
         check_class_order(recipe.init, data.classes)
     preprocessing = data.preprocessing(model.config.image_size, model.config.in_channels)
+    note_channels(data.test(), model.config.in_channels)
     return Run(recipe, Task(data, preprocessing, hash_inputs(recipe)), model, group)
 
 

@@ -35,7 +35,7 @@ def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
         preprocessing = manifest.preprocessing
         source = replace(source, exif=preprocessing.exif, class_order=preprocessing.class_order)
     source = replace(source, **{name: value for name, value in given.items() if value is not None})
-    inputs = open_inputs(source, needs_classes=False)
+    inputs = open_inputs(source, needs_labels=False)
     if manifest and sha256(inputs.checkpoint.weights) not in manifest.provenance.inputs.values():
         raise UserError(f"{bundle} was not made from {inputs.source.checkpoint}: give the right --checkpoint")
     return inputs

@@ -16,7 +16,22 @@ from quant.mixed_precision.budget import Budget
 from quant.mixed_precision.layer_effects import Effect
 
 Batches = DataLoader[tuple[Tensor, int]]
-_CHECK_IMAGES = 10_000
+_CHECK_IMAGES, _IMAGES = 10_000, 1000
+
+
+def image_count(inputs: Inputs, given: int | None, split: Literal["train", "test"] = "train") -> int:
+    """Returns the number of images that measure layers: the given one, else 1,000, or fewer in a small data set.
+
+    Of the training images that calibration does not use, it is at most half: the others check the result of a search.
+    """
+    if given is not None:
+        return given
+    pool: Any = inputs.data.test() if split == "test" else range(_left(inputs) // 2)
+    return min(_IMAGES, len(pool))
+
+
+def _left(inputs: Inputs) -> int:
+    return len(uncalibrated_images(inputs.data, inputs.calibration_images))
 
 
 def selection_images(data: ImageData, calibration_images: int, count: int) -> Dataset[Sample]:
@@ -28,8 +43,8 @@ def selection_images(data: ImageData, calibration_images: int, count: int) -> Da
     rest = uncalibrated_images(data, calibration_images)
     if not 1 <= count <= len(rest):
         raise UserError(
-            f"{count} images asked for, but 1 to {len(rest)} are left beside {calibration_images} for calibration: "
-            "change --images"
+            f"{count} images asked for, but of the training images {len(rest)} are left beside the "
+            f"{calibration_images} for calibration: lower --images or --calibration-images, or add training images"
         )
     return Subset(rest.dataset, [rest.indices[index * len(rest) // count] for index in range(count)])
 
@@ -64,7 +79,7 @@ def search_batches(inputs: Inputs, budget: Budget, images: int, check_images: in
     Raises:
         UserError: there are fewer images, or too few for the limit on the drop to be verified.
     """
-    left = len(uncalibrated_images(inputs.data, inputs.calibration_images)) - images
+    left = _left(inputs) - images
     checked = max(1, min(left, _CHECK_IMAGES) if check_images is None else check_images)
     pool = selection_images(inputs.data, inputs.calibration_images, images + checked)
     nothing_lost = Effect(math.inf, 0.0, 0, 0, checked)

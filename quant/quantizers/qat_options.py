@@ -18,6 +18,8 @@ class QatOptions(ClassifierOptions):
     """Fine-tune a trained iLLaMA with fake quantization. Every option overrides the recipe's value.
     The defaults shown are those of the recipe qat-nano-fashion-mnist.
 
+    Writes the quantized network as a bundle to OUT/SCHEME-qat/, a checkpoint to continue from, and logs.
+
     Attributes:
         recipe: name of a recipe in quant/recipes, or path to a YAML file.
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.

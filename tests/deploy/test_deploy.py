@@ -1,6 +1,7 @@
 """Real TensorRT builds: fused attention, records that verify the engines, and graph rewrites."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from sample_report import make_report, make_row
 from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
 from deploy.rewrites.openvino_graph import (
@@ -373,6 +375,14 @@ def test_the_command(bundle, tmp_path, run_here):
     assert result.returncode == 0, result.stderr
     assert "2 fused attentions" in result.stdout and "--saveEngine=" in result.stdout
     assert names(bundle / "engines") == [f"{library.name}-portable-1.2.4"] or library.name == "tensorrt"
+    (engine,) = (bundle / "engines").glob("*/model.engine")
+    shown = os.path.relpath(engine.resolve(), bundle.resolve().parent)
+    for measured, noted in ((sha256(engine), False), ("0f" * 32, True)):  # the report is of it, or of an earlier one
+        row = make_row("int8, TensorRT", 93.0, None, engine=shown, engine_bytes=1, sha256={shown: measured})
+        report = replace(make_report(), rows=[row]).to_json()
+        (bundle.parent / "report.json").write_text(json.dumps(report))
+        again = run_here("deploy/build.py", bundle, "--batch", "1:2:4")
+        assert again.returncode == 0 and ("report.json" in again.stdout) == noted, again.stdout
     for name in (".hidden", "../up", "a/b", "-x", "a b", "", "x" * 101):
         assert_one_line_error(run_here("deploy/build.py", bundle, f"--name={name}"), "--name")
     assert_one_line_error(run_here("deploy/build.py", bundle, "--batch", "1:x"), "batch", "1:x")

@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 from sample_report import make_report, make_row
 from support import write_linear_bundle
 
 from deploy.runtimes.open_engine import cpu_runtime
 from deploy.runtimes.recommended_runtime import RuntimeChoice, recommend_runtime
+from illama.bundle import sha256
 from illama.errors import UserError
 from illama.hardware import describe_machine
 
@@ -22,8 +24,9 @@ def write_report(folder, fastest, **changes):
     """A report in which one runtime takes half the time of the other two for int8/model.onnx."""
     report = make_report()
     report.machine = {**describe_machine(), **changes}
+    measured = {"int8/model.onnx": sha256(folder / "int8" / "model.onnx")}
     report.rows = [
-        make_row(f"int8, {runtime}", 93.0, 1.0 if runtime == fastest else 2.0, runtime_id=runtime)
+        make_row(f"int8, {runtime}", 93.0, 1.0 if runtime == fastest else 2.0, runtime_id=runtime, sha256=measured)
         for runtime in ("onnxruntime", "openvino", "torch")
     ] + [make_row("fp32, onnxruntime", 93.0, 0.1), make_row("int8, tensorrt", 93.0, 0.1, engine="x", engine_bytes=1)]
     (folder / "report.json").write_text(json.dumps(report.to_json()))
@@ -44,6 +47,11 @@ def test_a_report_of_another_cpu_or_none_leaves_the_default(bundle):
     for changes in ({"cpu": "another"}, {"cores": 1000}):
         write_report(bundle.parent, other, **changes)
         assert recommend_runtime(bundle).runtime == default
+    write_report(bundle.parent, other)
+    model = onnx.load(bundle / "model.onnx")
+    model.doc_string = "made again"
+    onnx.save(model, bundle / "model.onnx")
+    assert recommend_runtime(bundle).runtime == default
     (bundle.parent / "report.json").write_text("[")
     assert recommend_runtime(bundle).runtime == default
 

@@ -28,7 +28,7 @@ from eval.report.page import (
 )
 from eval.report.pareto import decide
 from eval.report.schema import FailedRow
-from eval.report.table import HEADINGS, markdown_table, not_measured
+from eval.report.table import markdown_table, not_measured
 from eval.report.write_report import FILES, is_result, markdown_summary, summary, write_report
 from illama.manifest import Drop
 from illama.options import Constraints
@@ -78,6 +78,8 @@ def test_summary_json_keeps_the_promised_form(folder):
         "runtime": "ONNX Runtime, CPU",
         "images": 1200,
         "top1": 92.9,
+        "agreement": 99.4,
+        "sqnr_db": None,
         "drop": pytest.approx(0.1),
         "kept": "99%",
         "drop_ci95": [pytest.approx(-0.15), pytest.approx(0.35)],
@@ -166,7 +168,9 @@ def test_the_table_is_aligned_and_marks_the_pareto_front():
     rows = make_report().rows
     lines = markdown_table(rows, 1, {rows[1].key}).splitlines()
     assert len(lines) == 2 + len(rows) and len({len(line) for line in lines}) == 1
-    assert [text.strip() for text in lines[0].strip("|").split("|")] == list(HEADINGS)
+    headings = ["scheme", "runs in", "top-1 %", "drop (95% interval)", "keeps"]
+    headings += ["file MB", "engine MB", "p50 ms", "p90 ms"]
+    assert [text.strip() for text in lines[0].strip("|").split("|")] == headings
     assert "reference" in lines[2] and "**int8**" in lines[3] and "+0.10 (-0.15 to +0.35)" in lines[3]
     assert "fp8\\|odd" in lines[4] and lines[6].split("|")[-3:-1] == [" -      ", " -      "]
     assert "| 8.00 " in markdown_table(rows[1:2], 8) and "unfused" in markdown_table([replace(rows[4], fused=False)])

@@ -76,8 +76,17 @@ def expected_classes(runs, name):
     bundle = runs / "runs" / name
     data = open_data(str(runs / "images"))
     images, labels = load_images(data.test(), Manifest.read(bundle).preprocessing.transform())
-    weights = onnx.numpy_helper.to_array(onnx.load(bundle / "model.onnx").graph.initializer[0]).astype(np.float64)
-    return (images.reshape(len(images), -1).astype(np.float64) @ weights).argmax(1), labels
+    return (images.reshape(len(images), -1) @ weights_of(runs, name)).argmax(1), labels
+
+
+def weights_of(runs, name):
+    """Returns the weights of a bundle, float64."""
+    model = onnx.load(runs / "runs" / name / "model.onnx")
+    return onnx.numpy_helper.to_array(model.graph.initializer[0]).astype(np.float64)
+
+
+def read_summary(folder):
+    return json.loads((folder / "out" / "summary.json").read_text())
 
 
 def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
@@ -114,6 +123,34 @@ def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
         "tradeoff.png",
     }
     assert "at batch 2" in result.stdout and result.stdout.count("\n| ") == 1 + len(rows)
+
+
+def test_without_labels_it_is_agreement_and_sqnr(tradeoff, runs, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted((runs / "images" / "val").rglob("*.png"))):
+        shutil.copyfile(path, flat / f"{number:03}.png")
+    result = tradeoff(data=flat)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows, short = ({row["scheme"]: row for row in reversed(each["rows"])} for each in (report, read_summary(tmp_path)))
+    pictures, _ = load_images(
+        open_data(str(flat)).test(), Manifest.read(runs / "runs" / "int8").preprocessing.transform()
+    )
+    exact, other = (pictures.reshape(len(pictures), -1) @ weights_of(runs, name) for name in ("fp32", "int8"))
+    same = (exact.argmax(1) == other.argmax(1)).mean() * 100
+    assert 0 < same < 100 and rows["int8"]["images"] == len(pictures)
+    assert rows["int8"]["top1"]["percent"] == rows["int8"]["change"]["agreement"] == pytest.approx(same)
+    assert rows["int8"]["sqnr"] == pytest.approx(
+        10 * np.log10((exact**2).sum() / ((other - exact) ** 2).sum()), abs=0.01
+    )
+    assert not rows["int8"]["labeled"] and rows["int8"]["reliability"] is None
+    assert short["int8"]["top1"] is None and short["int8"]["agreement"] == pytest.approx(same)
+    text = result.stdout + (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text().split("<script", 1)[0]
+    assert "top-1" not in text + page and "agreement" in text and "Calibration</h2>" not in page
+    again = tradeoff("--fail-on-regression", tmp_path / "out" / "report.json", data=flat, out=tmp_path / "again")
+    assert again.returncode == 0, again.stderr
 
 
 def test_the_page_s_command_and_code_run(tradeoff, runs, tmp_path, run_here):

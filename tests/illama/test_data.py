@@ -17,10 +17,10 @@ from timm.data import create_transform
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from illama.data.datasets import DEBIAN_FASHION_MNIST, Transformed, open_data
+from illama.data.datasets import DEBIAN_FASHION_MNIST, Transformed, note_channels, open_data
 from illama.data.idx_files import read_idx
 from illama.data.preprocessing import Preprocessing
-from illama.errors import UserError
+from illama.errors import UserError, warn_once
 from illama.structured_files import parse_json
 
 
@@ -117,14 +117,33 @@ def test_a_picture_beside_the_splits_does_not_take_the_classes_away(tmp_path, im
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "1.png").write_bytes(picture)
+    with pytest.raises(UserError, match="one picture"):
+        open_data(str(flat))
+    (flat / "2.png").write_bytes(picture)
+    (flat / "3.png").write_bytes(picture)
     data = open_data(str(flat))
-    assert data.classes == () and len(data.calibration(None)) == 1
-    for split in (data.test, data.training):
-        with pytest.raises(UserError, match="no classes"):
-            split()
+    assert data.classes == () and not data.labeled
+    taken = [[split.dataset.paths[i].name for i in split.indices] for split in (data.calibration(None), data.test())]
+    assert taken == [["1.png", "3.png"], ["2.png"]]  # no image is in both
+    with pytest.raises(UserError, match="no classes"):
+        data.training()
     (flat / "val").mkdir()  # a split is missing: no folder of pictures
     with pytest.raises(UserError):
         open_data(str(flat))
+
+
+@pytest.mark.parametrize(("color", "channels", "words"), [((9, 9, 9), 3, "gray"), ((9, 0, 9), 1, "color")])
+def test_images_of_other_channels_are_noted_once(tmp_path, capsys, color, channels, words):
+    for number in range(4):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{number}.png")
+    images = open_data(str(tmp_path)).test()
+    note_channels(images, 4 - channels)
+    assert not capsys.readouterr().err
+    warn_once.cache_clear()
+    for _ in range(2):
+        note_channels(images, channels)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
 
 
 def test_wrong_folders_are_rejected(tmp_path, image_folder):

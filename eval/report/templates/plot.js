@@ -73,7 +73,7 @@ function drawAxes(root, scale, size) {
     svg("text", { x: size.left - 7, y: scale.y(value) + 4, "text-anchor": "end" }, root, value.toFixed(yDigits));
   }
   svg("path", { class: "axis", fill: "none", d: `M${size.left} ${size.top}V${size.bottom}H${size.right}` }, root);
-  svg("text", { class: "title", x: size.left, y: 14 }, root, "top-1, %");
+  svg("text", { class: "title", x: size.left, y: 14 }, root, `${report.rows[0].metric}, %`);
   svg("text", { class: "title", x: size.right, y: size.bottom + 36, "text-anchor": "end" }, root,
       `p50 of one call at batch ${state.batch}, ms`);
 }
@@ -139,7 +139,7 @@ function drawPoint(root, row, scale) {
 }
 
 function describe(row) {
-  return [row.name, `${row.p50[state.batch].toFixed(2)} ms at batch ${state.batch}`, `${row.top1.toFixed(2)}% top-1, ${row.drop}`,
+  return [row.name, `${row.p50[state.batch].toFixed(2)} ms at batch ${state.batch}`, `${row.top1.toFixed(2)}% ${row.metric}, ${row.drop}`,
           `${row.megabytes.toFixed(2)} MB`, row.pareto.includes(state.batch) ? "Pareto-optimal" : "dominated",
           ...(row.name === report.chosen ? ["recommended"] : [])];
 }
@@ -173,7 +173,7 @@ function draw() {
   const along = ([low, high], from, to) => (place) => from + ((place - low) / (high - low)) * (to - from);
   const [placeX, placeY] = [along(view.x, size.left, size.right), along(view.y, size.bottom, size.top)];
   const scale = { axes, view, x: (value) => placeX(axes.x.to(value)), y: (value) => placeY(axes.y.to(value)) };
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Top-1 against latency; the table below has the same figures" });
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": "Accuracy against latency; the table below has the same figures" });
   const clip = svg("clipPath", { id: "inside" }, svg("defs", {}, root));
   svg("rect", { x: size.left, y: size.top, width: size.right - size.left, height: size.bottom - size.top }, clip);
   drawAxes(root, scale, size);
