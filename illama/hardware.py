@@ -23,6 +23,11 @@ def products_saturate(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not {"avx512_vnni", "avx_vnni"} & set(cpuinfo.read_text().split())
 
 
+def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies bfloat16; where it does not, PyTorch emulates it, far slower than float32."""
+    return cpuinfo.exists() and bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpuinfo.read_text().split()))
+
+
 def cuda_gpu() -> Any | None:
     """Returns ``torch.cuda`` if PyTorch is installed and there is an NVIDIA GPU, else None."""
     try:

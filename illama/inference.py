@@ -66,20 +66,24 @@ def predict_chunks(
         chunks: image indices; no chunk is empty.
         batch: images per call of a model, all from the same chunk.
         workers: number of processes that read images in advance.
-        advance: called with the number of images finished since the last call.
+        advance: called after every call of a model, with the number of images finished since; part of the models have
+            finished part of an image.
     """
     calls = [[list(chunk[start : start + batch]) for start in range(0, len(chunk), batch)] for chunk in chunks]
     in_order = [call for each in calls for call in each]
     loader = iter(DataLoader(images, batch_sampler=in_order, num_workers=workers))
+    finished = 0  # images of all models
     for chunk in calls:
         logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
         labels: list[np.ndarray] = []
         for start in range(0, len(chunk), _CALLS):
             read = [next(loader) for _ in chunk[start : start + _CALLS]]
             for name, infer in models.items():
-                logits[name] += [infer(pixels.numpy()) for pixels, _ in read]
+                for pixels, _ in read:
+                    logits[name].append(infer(pixels.numpy()))
+                    advance((finished + len(pixels)) // len(models) - finished // len(models))
+                    finished += len(pixels)
             labels += [each.numpy() for _, each in read]
-            advance(sum(len(each) for _, each in read))
         yield {name: np.concatenate(parts) for name, parts in logits.items()}, np.concatenate(labels)
 
 

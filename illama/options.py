@@ -18,7 +18,7 @@ Options = TypeVar("Options")
 Flat = Annotated[Options, tyro.conf.OmitArgPrefixes]  # options of a dataclass within a dataclass, without a prefix
 DATA_FORMS = (
     "fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a "
-    "folder with train/CLASS/ and val/CLASS/"
+    "folder with train/CLASS/ and val/CLASS/ (quantize and benchmark also take a folder of pictures without classes)"
 )
 Data = Annotated[str, tyro.conf.arg(help=DATA_FORMS)]  # a data set, as illama.data.datasets.open_data takes it
 BundleData = Annotated[

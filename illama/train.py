@@ -11,6 +11,7 @@ with the same weights, bit for bit on a CPU (some CUDA kernels sum in no fixed o
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -35,7 +36,9 @@ def main(recipe: Recipe) -> None:
     if group.main:
         scores = Manifest.read(bundle).scores
         assert scores is not None  # write_bundle evaluates
-        print(f"top-1 {scores.values[TRAINED]:.2f}% on {scores.images} test images; bundle in {bundle}")
+        print(
+            f"top-1 {scores.values[TRAINED]:.2f}% on {scores.images} test images; bundle in {os.path.relpath(bundle)}"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ GPUs.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from illama.cli import run_command
@@ -32,7 +33,9 @@ def main(options: SegmentationOptions) -> None:
     if group.main:
         scores = Manifest.read(bundle).scores
         assert scores is not None  # write_bundle evaluates
-        print(f"mIoU {scores.values[TRAINED]:.2f}% on {scores.images} validation images; bundle in {bundle}")
+        print(
+            f"mIoU {scores.values[TRAINED]:.2f}% on {scores.images} validation images; bundle in {os.path.relpath(bundle)}"
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ this command may import from every package.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -45,7 +46,7 @@ def main(options: QatOptions) -> None:
     print(
         f"top-1 of {scores.images} test images: FP32 {top1['fp32']:.2f}%, post-training quantization "
         f"{top1['ptq']:.2f}%, quantization-aware training {top1['qat']:.2f}%, exported file "
-        f"{top1.get('torchao', top1.get('onnx')):.2f}%; bundle in {bundle}"
+        f"{top1.get('torchao', top1.get('onnx')):.2f}%; bundle in {os.path.relpath(bundle)}"
     )
     if note := chance_note("FP32", top1["fp32"], len(job.inputs.data.classes)):
         print(note)

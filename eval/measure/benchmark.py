@@ -21,7 +21,7 @@ from eval.measure.sensors import find_gpu, open_meter
 from eval.measure.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.measured import measure
-from eval.metrics.paired import NO_DROP, paired_drop
+from eval.metrics.paired import NO_DROP, drop_between
 from eval.metrics.predictions import Evaluated, NotFinite, Predictions
 from eval.report.pareto import decide
 from eval.report.schema import FailedRow, FlippedImage, HalfSoftmax, Measured, Report, Row
@@ -105,20 +105,20 @@ def run_benchmark(
     manifests = {each.scheme: Manifest.read(bundle_of(each.path)) for each in targets}
     failed = [_failed_row(each, found.failed[each.name]) for each in targets if each.name in found.failed]
     targets = [each for each in targets if each.name not in found.failed]
-    base = found.predictions[reference.name].plain
-    drops = {name: paired_drop(base.right, each.plain.right, options.seed) for name, each in found.predictions.items()}
+    base, labeled = found.predictions[reference.name].plain, images.data.labeled
+    drops = {name: drop_between(base, each.plain, labeled, options.seed) for name, each in found.predictions.items()}
     doubtful = [each for each in targets if each.emulates and not drops[each.name].includes_zero]
     again = _evaluate_half_softmax(doubtful, images, execution)
     if not execution.processes.main:
         return BenchmarkResult([])
     notes = [*left_out, *found.notes, *(_store(targets, found.temperatures, images) if execution.store else [])]
-    measured, rows = measure(found.predictions, found.temperatures, reference.name, images.data.labeled), []
+    measured, rows = measure(found.predictions, found.temperatures, reference.name, labeled), []
     for each in targets:
         row = _row(each, measured[each.name], execution.out)
         row.reference = each is reference
         row.drop = NO_DROP if row.reference else drops[each.name]
         row.flipped = _flipped(row, base, found.predictions[each.name].plain, images)
-        row.half_softmax = _half_softmax(base, again[each.name], options.seed) if each.name in again else None
+        row.half_softmax = _half_softmax(base, again[each.name], labeled, options.seed) if each.name in again else None
         rows.append(row)
     targets = _reopened(targets, execution, options.threads)
     with torch_on_all_cores():
@@ -240,11 +240,11 @@ def _evaluate_half_softmax(
     return {each.name: found[graphs[each.path].name] for each in targets}
 
 
-def _half_softmax(reference: Predictions, found: Evaluated | NotFinite, seed: int) -> HalfSoftmax:
+def _half_softmax(reference: Predictions, found: Evaluated | NotFinite, labeled: bool, seed: int) -> HalfSoftmax:
     if isinstance(found, NotFinite):
         return HalfSoftmax()
-    right = found.plain.predicted == reference.labels  # which are the reference's classes if there are no labels
-    return HalfSoftmax(float(right.mean() * 100), paired_drop(reference.right, right, seed))
+    drop = drop_between(reference, found.plain, labeled, seed)
+    return HalfSoftmax(float(reference.right.mean() * 100) - drop.points, drop)
 
 
 def _failed_row(target: BenchmarkTarget, reason: str) -> FailedRow:

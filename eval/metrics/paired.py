@@ -169,6 +169,18 @@ def paired_drop(reference: np.ndarray, other: np.ndarray, seed: int = 0, resampl
     return widened(Drop(float(lost - gained) * 100, low, high), bool(lost > 0), bool(gained > 0), count)
 
 
+def drop_between(reference: Predictions, other: Predictions, labeled: bool = True, seed: int = 0) -> Drop:
+    """Returns the drop of top-1, as :func:`paired_drop`.
+
+    Without labels, it is the percent of the images for which another class is predicted, with its 95% Wilson interval.
+    """
+    if labeled:
+        return paired_drop(reference.right, other.right, seed)
+    changed = int((reference.predicted != other.predicted).sum())
+    interval = scipy.stats.binomtest(changed, len(reference)).proportion_ci(method="wilson")
+    return Drop(changed / len(reference) * 100, float(interval.low) * 100, float(interval.high) * 100)
+
+
 def unseen_points(count: int) -> float:
     """Returns the upper end of the exact 95% interval of a share of 0 of ``count`` images, in percent."""
     return (1 - 0.025 ** (1 / count)) * 100

@@ -207,10 +207,8 @@ def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
     reference = find_reference(rows)
     if reference is None or row is reference:
         speed = f"It takes {latency.p50:.2f} ms per call at batch {batch}, its" if latency else "Its"
-        accuracy = f"its {row.metric} is {row.top1.percent:.2f}% ({row.images:,} images)"
-        accuracy = (
-            accuracy if row.labeled or row is not reference else f"the others were compared on {row.images:,} images"
-        )
+        accuracy = f"its top-1 is {row.top1.percent:.2f}% ({row.images:,} images)"
+        accuracy = accuracy if row.labeled else f"the others are compared with it on {row.images:,} images"
         return f"{speed} file has {row.megabytes:.2f} MB and {accuracy}."
     parts = []
     if latency and (other := reference.at(batch)):

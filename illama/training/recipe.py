@@ -10,6 +10,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from illama.cli import given_options
 from illama.errors import UserError
+from illama.hardware import computes_bfloat16
 from illama.options import (
     BatchSize,
     ClassOrder,
@@ -56,7 +57,8 @@ class TrainingOptions:
         dropout: dropout rate after the embedding and in every residual branch.
         label_smoothing: label smoothing factor.
         ema_decay: decay of the exponential moving average of the weights, which is written to the bundle; 0 for none.
-        autocast: dtype of the forward pass; with float16, the loss is scaled.
+        autocast: dtype of the forward pass; with float16, the loss is scaled. Defaults to bfloat16, or to float32 on a
+            CPU that only emulates it.
         compile: compile the network with torch.compile (needs a C++ compiler on a CPU).
         workers: number of image-reading processes per training process.
         checkpoint_steps: number of steps between checkpoints.
@@ -80,7 +82,7 @@ class TrainingOptions:
     dropout: Fraction = 0.0
     label_smoothing: Fraction = 0.1
     ema_decay: Fraction = 0.0
-    autocast: Autocast = "bfloat16"
+    autocast: Autocast | None = None
     compile: bool = False
     workers: Workers = 8
     checkpoint_steps: Count = 500
@@ -98,6 +100,10 @@ class TrainingOptions:
     def sharded(self) -> bool:
         """Whether weights and optimizer state are sharded over the processes instead of replicated."""
         return False
+
+    def dtype_on(self, device: str) -> Autocast:
+        """Returns the dtype of the forward pass on a type of device, such as "cpu"."""
+        return self.autocast or ("bfloat16" if device != "cpu" or computes_bfloat16() else "float32")
 
     @property
     def images_per_part(self) -> int:

@@ -291,7 +291,8 @@ def training_step(run: Run, mix: Mix, loader: Iterator[Any], parts: range, steps
             gradient_sync(run.wrapped, now=part == parts[-1]),
         ):
             images, targets = mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-            with torch.autocast(device.type, getattr(torch, recipe.autocast), enabled=recipe.autocast != "float32"):
+            dtype = getattr(torch, recipe.dtype_on(device.type))
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = run.forward(images)
             loss = run.task.loss(images, logits.float(), targets)
             run.scaler.scale(loss / len(parts)).backward()

@@ -40,9 +40,8 @@ class Distillation:
         network.soft_mask = 0.0
         self.teacher = torch.compile(network) if recipe.compile else network
         self.temperature, self.share = temperature, share
-        self.autocast = torch.autocast(
-            device.type, getattr(torch, recipe.autocast), enabled=recipe.autocast != "float32"
-        )
+        dtype = getattr(torch, recipe.dtype_on(device.type))
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def __call__(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         """Images (B, C, H, W), logits and targets (B, classes) -> a scalar."""

@@ -22,7 +22,7 @@ from eval.metrics.predictions import NotFinite, Predictions
 from illama.bundle import FUSED_ONNX, TEMPERATURE
 from illama.data.datasets import Transformed, open_data
 from illama.errors import UserError
-from illama.inference import predict
+from illama.inference import predict, predict_chunks
 from illama.manifest import Manifest
 from illama.training.distributed import Processes
 
@@ -190,6 +190,14 @@ def test_a_model_that_overflows_costs_no_other(task, overflow, tmp_path):
         results = task.evaluate(tmp_path / "work", {**task.models, **broken})
         assert results.pop("broken") == NotFinite(18, 18) and results.pop("once") == NotFinite(1, 18)
         assert _equal(results, task.evaluate())
+
+
+def test_every_call_of_a_model_counts_as_progress(task):
+    counts, images = [], Transformed(task.split, task.transform)
+    total = len(images)
+    models = dict.fromkeys("abc", lambda images: np.zeros((len(images), 3), np.float32))
+    list(predict_chunks(models, images, [range(7), range(7, total)], batch=2, advance=counts.append))
+    assert sum(counts) == total and len(counts) == 3 * (4 + -(-(total - 7) // 2)) and counts[0] < 2
 
 
 def test_waiting_ends_when_no_chunk_comes(tmp_path):

@@ -145,6 +145,8 @@ def test_without_labels_it_is_agreement_and_sqnr(tradeoff, runs, tmp_path):
         10 * np.log10((exact**2).sum() / ((other - exact) ** 2).sum()), abs=0.01
     )
     assert not rows["int8"]["labeled"] and rows["int8"]["reliability"] is None
+    drop, top1 = rows["int8"]["drop"], rows["int8"]["top1"]
+    assert [drop["low"], drop["high"]] == pytest.approx([100 - top1["high"], 100 - top1["low"]])
     assert short["int8"]["top1"] is None and short["int8"]["agreement"] == pytest.approx(same)
     text = result.stdout + (tmp_path / "out" / "report.md").read_text()
     page = (tmp_path / "out" / "report.html").read_text().split("<script", 1)[0]

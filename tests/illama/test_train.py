@@ -24,10 +24,11 @@ from illama.data.augmentation import Augmented, MicroBatches, training_transform
 from illama.data.datasets import SHIPPED_FASHION_MNIST, open_data
 from illama.data.idx_files import read_idx
 from illama.errors import UserError
+from illama.hardware import computes_bfloat16
 from illama.manifest import TRAINED, Manifest
 from illama.training.distributed import Processes
 from illama.training.log import Log, read_log
-from illama.training.recipe import Recipe, load_recipe, recipe_names
+from illama.training.recipe import Recipe, TrainingOptions, load_recipe, recipe_names
 from illama.training.schedules import cosine_with_warmup, soft_mask_alpha
 from illama.training.start import make_model
 from illama.training.trainer import make_optimizer
@@ -491,3 +492,16 @@ def test_training_learns(training_folder, tmp_path):
     losses = _losses(tmp_path / "out", "log.csv")
     assert losses[-1] < 1.5 < losses[0]
     assert "top-1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("avx2 fma", "float32"), ("avx2 avx512_bf16", "bfloat16"), ("amx_bf16 amx_int8", "bfloat16")],
+)
+def test_bfloat16_is_the_default_where_it_is_computed(flags, expected, tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"flags : fpu {flags}\n")
+    monkeypatch.setattr("illama.training.recipe.computes_bfloat16", lambda: computes_bfloat16(info))
+    assert TrainingOptions().dtype_on("cpu") == expected and TrainingOptions().dtype_on("cuda") == "bfloat16"
+    assert TrainingOptions(autocast="float16").dtype_on("cpu") == "float16"
+    assert not computes_bfloat16(tmp_path / "none")
