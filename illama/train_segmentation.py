@@ -33,9 +33,8 @@ def main(options: SegmentationOptions) -> None:
     if group.main:
         scores = Manifest.read(bundle).scores
         assert scores is not None  # write_bundle evaluates
-        print(
-            f"mIoU {scores.values[TRAINED]:.2f}% on {scores.images} validation images; bundle in {os.path.relpath(bundle)}"
-        )
+        where = os.path.relpath(bundle)
+        print(f"mIoU {scores.values[TRAINED]:.2f}% on {scores.images} validation images; bundle in {where}")
 
 
 if __name__ == "__main__":
