@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ class SameTaskOptions:
         calibration_images: number of calibration pictures.
         images: number of test pictures.
         seconds: how long a tool may take.
+        again: run again the tools that succeeded in an earlier run, whose rows are in the results.
         out: folder of the results.
     """
 
@@ -131,6 +132,7 @@ class SameTaskOptions:
     calibration_images: int = 128
     images: int = 200
     seconds: float = 1200.0
+    again: bool = False
     out: Path = Path("results/same-task")
 
 
@@ -282,7 +284,8 @@ def main(options: SameTaskOptions) -> None:
     export_seconds = prepare(options)
     images = read_pictures(options.work / "pictures" / "val").numpy()
     exact = logits(options.work / "vit.onnx", images, optimized=False)
-    rows = [measure(tool, options, images, exact) for tool in track(TOOLS, "quantize", "tool")]
+    known = {} if options.again else earlier_rows(options)
+    rows = [known.get(tool.title) or measure(tool, options, images, exact) for tool in track(TOOLS, "quantize", "tool")]
     facts = {
         "network": NETWORK,
         "images": options.images,
@@ -293,6 +296,15 @@ def main(options: SameTaskOptions) -> None:
         "installed": {tool.venv: installed(options.work / "venvs" / tool.venv) for tool in TOOLS if tool.venv},
     }
     write_results(options.out, "same-task", facts, table(rows))
+
+
+def earlier_rows(options: SameTaskOptions) -> dict[str, Row]:
+    """Returns the rows of an earlier run with as many images, of the tools that succeeded."""
+    path = options.out / "same-task.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same = all(found.get(name) == getattr(options, name) for name in ("images", "calibration_images"))
+    rows = [Row(**{each.name: row[each.name] for each in fields(Row)}) for row in found.get("tools", ()) if same]
+    return {row.title: row for row in rows if not row.problem}
 
 
 def installed(venv: Path) -> dict[str, str]:
