@@ -47,4 +47,4 @@ def _is_wide(row: Row, limit: float | None) -> bool:
 
 def _names(rows: Sequence[Row]) -> str:
     names = [row.name for row in rows]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
