@@ -24,7 +24,7 @@ for number in range(2000):
 PYTHON
 cp "$(find ../same-task/pictures/val/1 -name '*.png' | sort | head -1)" photo.png
 
-fold_text() { awk '/^\|/ { print; next } { print | "fold -s -w 118"; close("fold -s -w 118") }'; }
+fold_text() { awk '/^[|$]/ { print; next } { print | "fold -s -w 118"; close("fold -s -w 118") }'; }
 
 show() {  # NAME COMMAND: the command, and the last part of its output, from the first line that matches FROM
     echo "== $2" >&2

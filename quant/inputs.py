@@ -120,7 +120,7 @@ def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> C
         return load_checkpoint(path, image_size=image_size)
     kind, _, name = model.partition(":")
     if kind != "timm" or not name:
-        raise UserError(f"--model is timm:NAME, such as timm:vit_small_patch16_224, not {model!r}")
+        raise UserError(f"--model is timm:NAME, not {model!r}: did you mean timm:{model.rpartition(':')[2]}?")
     return load_timm(name, path, image_size)
 
 
