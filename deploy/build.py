@@ -19,6 +19,7 @@ import tyro
 
 from illama.cli import run_command
 from deploy.trt.engine_options import EngineOptions, LibraryName
+from illama.bundle import as_run
 from illama.errors import UserError
 
 
@@ -67,7 +68,7 @@ def main(options: BuildOptions) -> None:
             attentions = "fused attentions" if record.fused else "attentions, possibly decomposed"
             print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.attentions} {attentions}")
             if note := note_unmeasured(path, bundle):
-                print(f"  {note}")
+                print(f"  {as_run(note)}")
             print(f"  cd {shlex.quote(str(bundle))} && {record.trtexec}")
 
 

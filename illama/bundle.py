@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import sys
 from importlib import metadata
@@ -56,6 +57,12 @@ _PACKAGES = (
 
 
 program: str | None = None  # "illama quantize", for example, if :mod:`illama.dispatch` runs a command
+names: dict[str, str] = {}  # "quant.ptq" -> "illama quantize" and so on, likewise
+
+
+def as_run(text: str) -> str:
+    """Returns a message that names commands as the user runs them: ``python quant/ptq.py`` or ``illama quantize``."""
+    return re.sub(r"python (\w+)/(\w+)\.py", lambda found: names.get(".".join(found.groups()), found[0]), text)
 
 
 def command_line() -> str:

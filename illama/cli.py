@@ -162,6 +162,7 @@ def _report_interrupt(kind: type[BaseException], error: BaseException, trace: Tr
 
 
 def _exit(message: str, status: int) -> None:
+    message = illama.bundle.as_run(message)
     print(f"error: {message}" if status == 2 else message, file=sys.stderr)
     sys.exit(status)
 

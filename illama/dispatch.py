@@ -64,6 +64,7 @@ def main() -> None:
         print(f"illama {metadata.version('illama-toolkit')}")
     elif first in COMMANDS:
         illama.bundle.program = f"illama {first}"
+        illama.bundle.names |= {module: f"illama {name}" for name, module in COMMANDS.items()}
         sys.argv = [first, *rest]
         runpy.run_module(COMMANDS[first], run_name="__main__", alter_sys=True)
     else:

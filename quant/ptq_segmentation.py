@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.bundle import GoldenImages
+from illama.bundle import GoldenImages, as_run
 from illama.options import Count
 
 
@@ -53,7 +53,7 @@ def main(options: PtqSegmentationOptions) -> None:
     job = open_segmentation_job(options.bundle, options.data, options.schemes, images, golden)
     make_out(options.out)
     write_segmentation_bundles(job, options.out)
-    print(f"bundles in {options.out}; compare them with python eval/segmentation.py {options.out}/*")
+    print(as_run(f"bundles in {options.out}; compare them with python eval/segmentation.py {options.out}/*"))
 
 
 if __name__ == "__main__":

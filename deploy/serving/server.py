@@ -26,6 +26,7 @@ from typing import IO
 from deploy.serving.health import STUB, LoadingError, ServedRepository, UnhealthyError, live_backends
 from deploy.serving.serving_options import ListenOptions
 from illama.atomic_write import file_lock
+from illama.bundle import as_run
 from illama.errors import UserError
 
 EXIT_SECONDS = 10  # time for running requests when the server is stopped
@@ -87,12 +88,13 @@ def serve(repository: Path, options: ListenOptions) -> None:
     """
     try:
         with running_server(repository, options) as server:
+            url = f"http://{options.address}:{options.http_port}"
             print(
-                f"ready: http://{options.address}:{options.http_port}, gRPC {options.grpc_port}, metrics "
-                f"{options.metrics_port}; Ctrl-C stops it\n"
+                f"ready: {url}, gRPC {options.grpc_port}, metrics {options.metrics_port}; Ctrl-C stops it\n"
                 "Triton has no authentication: everyone who can reach these ports can use it\n"
-                f"next: python deploy/predict.py photo.jpg --server http://{options.address}:{options.http_port}"
-                f"/v2/models/{server.served.models[0]}",
+                + as_run(
+                    f"next: python deploy/predict.py photo.jpg --server {url}/v2/models/{server.served.models[0]}"
+                ),
                 flush=True,
             )
             server.watch()

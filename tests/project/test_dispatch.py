@@ -35,6 +35,7 @@ def test_a_command_is_the_same_as_its_file():
     assert (by_name.returncode, by_name.stdout) == (by_file.returncode, by_file.stdout)
     assert "usage: illama predict" in _illama("predict", "--help").stdout
     assert_one_line_error(_illama("predict"), "images")
+    assert_one_line_error(_illama("build"), "illama build")  # and not its file, which only a clone has
 
 
 @pytest.mark.parametrize(("name", "near"), [("quantise", "quantize"), ("xyz", "--help"), ("ptq.py", "")])
