@@ -74,5 +74,5 @@ def test_no_name_hides_a_library():
     installed = _installed_modules()
     assert {"torch", "timm", "onnx", "tensorrt_rtx", "PIL", "yaml"} <= installed
     folders = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_dir()]
-    names = {path.stem for path in (*python_files(*PACKAGES), *folders)} - {"__init__"}
+    names = {path.stem for path in (*python_files(*PACKAGES), *folders)} - {"__init__", "__pycache__"}
     assert not names & (installed | sys.stdlib_module_names)
