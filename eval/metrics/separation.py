@@ -17,7 +17,8 @@ import scipy.stats
 from torch.utils.data import Dataset
 
 from eval.metrics.predictions import probabilities
-from illama.data.datasets import Pictures, evenly_spaced, open_data
+from illama.data.datasets import evenly_spaced, open_data
+from illama.data.image_folders import Pictures
 from illama.data.webdataset import Sample
 from illama.markdown_table import markdown
 from illama.options import Exif

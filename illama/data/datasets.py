@@ -14,23 +14,21 @@ Calibration images are evenly spaced images of the training split, never of the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 
 from illama.data.idx_files import read_idx_pair
-from illama.data.images import PICTURES, decode_image, list_pictures
+from illama.data.image_folders import ClassFolders, Pictures
+from illama.data.images import PICTURES
 from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample, WebDataset
 from illama.errors import UserError, warn_once
@@ -198,7 +196,7 @@ class ImageFolder(ImageSplits):
         if not folder.is_dir():
             raise UserError(f"{self.folder} has no {split}/ folder: expected train/CLASS/images and val/CLASS/images")
         try:
-            images = _ClassFolders(folder, self.exif, self.class_order)
+            images = ClassFolders(folder, self.exif, self.class_order)
         except FileNotFoundError as error:
             raise UserError(f"{folder}: {str(error).splitlines()[0]} Put the images in one folder per class") from error
         if len(images.classes) < 2:
@@ -210,25 +208,6 @@ class ImageFolder(ImageSplits):
         if tuple(images.classes) != self.classes:
             raise UserError(f"train/ and val/ in {self.folder} have different classes")
         return images
-
-
-class Pictures(Dataset[Sample]):
-    """All pictures under a folder, at any depth, in the order of their paths; every label is 0.
-
-    Raises:
-        UserError: there are no pictures.
-    """
-
-    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
-        self.exif = exif
-        self.paths = list_pictures(folder)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Sample:
-        path = str(self.paths[index])
-        return decode_image(path, lambda: path, self.exif), 0
 
 
 class UnlabeledFolder(ImageSplits):
@@ -251,54 +230,6 @@ class UnlabeledFolder(ImageSplits):
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
         return self._calibration
-
-
-class _ClassFolders(datasets.ImageFolder):
-    """A split of an image folder, with images read by :func:`decode_image` and classes in the given order."""
-
-    def __init__(self, folder: Path, exif: Exif, class_order: ClassOrder) -> None:
-        self.class_order = class_order
-        super().__init__(folder, loader=partial(_load_image, exif=exif))
-
-    @staticmethod
-    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
-        """Returns (path, label) of the images in each class's folder, at any depth; links to folders end there.
-
-        torchvision follows such links, and two of them that lead to each other double its work at every level.
-        """
-        images = []
-        for name, label in sorted(class_to_idx.items()):
-            paths = [
-                str(Path(folder) / file)
-                for folder, _, files in sorted(os.walk(Path(directory) / name))
-                for file in sorted(files)
-                if file.lower().endswith(datasets.folder.IMG_EXTENSIONS)
-            ]
-            if not paths:
-                raise FileNotFoundError(f"Found no valid file for the class {name}.")
-            images += [(path, label) for path in paths]
-        return images
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        words, _ = super().find_classes(directory)
-        if wrong := next((name for name in words if not _is_text(name)), None):
-            raise UserError(f"the class folder {wrong!a} in {directory} has a name that is not UTF-8: rename it")
-        try:
-            natural = sorted(words, key=natural_key)
-        except ValueError:  # timm cannot order digits that are not a decimal number, such as a superscript 2
-            natural = words
-        if natural != words:
-            warn_once(
-                f"the class folders in {Path(directory).parent} are read in the order {self.class_order!r}, and the "
-                "other order (words: 1 10 2, natural: 1 2 10) gives other labels: see docs/images.md"
-            )
-        names = natural if self.class_order == "natural" else words
-        return names, {name: label for label, name in enumerate(names)}
-
-
-def _is_text(name: str) -> bool:
-    """Returns whether a file's name is UTF-8; in Python, other bytes become surrogates, which JSON cannot hold."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 class Shards(ImageSplits):
@@ -386,10 +317,6 @@ class Transformed(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
         return self.transform(image), label
-
-
-def _load_image(path: str, exif: Exif) -> Image.Image:
-    return decode_image(path, lambda: path, exif)
 
 
 def evenly_spaced(images: Dataset[Sample], count: int | None, what: str = "images") -> Dataset[Sample]:

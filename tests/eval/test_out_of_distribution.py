@@ -11,7 +11,8 @@ from PIL import Image
 from support import assert_one_line_error, write_linear_bundle
 from torchmetrics.functional.classification import binary_auroc
 
-from eval.metrics.separation import Pictures, familiarity, measure_separation, separation
+from eval.metrics.separation import familiarity, measure_separation, separation
+from illama.data.image_folders import Pictures
 
 SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=40)
 
