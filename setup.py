@@ -9,7 +9,7 @@ import lzma
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
@@ -34,7 +34,7 @@ def to_half(path: Path) -> None:
     with safe_open(path, "np") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - it is no dict
     halves = {name: each.astype("float16") if each.dtype == "float32" else each for name, each in tensors.items()}
-    save_file(halves, path, metadata)
+    path.write_bytes(save(halves, metadata))
 
 
 setup(cmdclass={"build_py": BuildSmaller})

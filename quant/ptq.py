@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from illama.cli import run_command
 from deploy.trt.engine_options import BatchRange, EngineOptions, LibraryName
-from illama.bundle import GoldenImages
+from illama.bundle import GoldenImages, as_run
 from illama.errors import UserError
 from illama.options import BenchmarkOptions, Count, Flat, SourceOptions, Workers
 
@@ -114,6 +114,7 @@ def main(options: PtqOptions) -> None:
             report = _report(options, work, images, find_targets(bundles, networks), steps, not_built)
         else:
             print("\n".join([*not_built, *(describe_bundle(options.out / bundle.name, bundle) for bundle in bundles)]))
+            print(as_run(f"next: python deploy/predict.py --engine {options.out / bundles[0].name} photo.jpg"))
     if images:
         exit_on_regression(baseline, report)
 

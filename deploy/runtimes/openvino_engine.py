@@ -73,9 +73,8 @@ class OpenVinoEngine(Engine):
             raise UserError("OpenVINO is not installed: pip install openvino, or --runtime onnxruntime") from error
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or usable_cores()}
         if products_saturate():
-            settings["LP_TRANSFORMS_MODE"] = (
-                False  # of its CPU plugin, undocumented: integers are multiplied in float32
-            )
+            # Of OpenVINO's CPU plugin, undocumented: integers are multiplied in float32.
+            settings["LP_TRANSFORMS_MODE"] = False
         if precision:
             settings["INFERENCE_PRECISION_HINT"] = precision
         model, core = load_graph(path), openvino_core()

@@ -5,7 +5,7 @@ A string specifies a data set:
     fashion-mnist            the test split and 2,000 calibration images, which are in this repository
     fashion-mnist:FOLDER     the same, with the full training split from FOLDER's idx files
     cifar10:FOLDER           torchvision's layout (cifar-10-batches-py/); also cifar100:FOLDER
-    FOLDER                   ImageNet's layout: train/CLASS/*.jpg and val/CLASS/*.jpg
+    FOLDER                   ImageNet's layout: train/CLASS/*.jpg and val/CLASS/*.jpg; or pictures without classes
     webdataset:FOLDER        train-*.tar and val-*.tar (or train/*.tar and so on) with KEY.jpg and KEY.cls
     parquet:FOLDER           Hugging Face's data/train-*.parquet and validation-*.parquet (or test-*)
 

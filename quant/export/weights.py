@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from illama.checkpoints.load import CONFIG_METADATA, read_state
 from illama.checkpoints.tensor_files import check_config, read_metadata
@@ -33,7 +33,7 @@ def write_quantized_weights(model: ILLaMA, scheme: Scheme, path: Path) -> None:
         ZERO_POINTS_METADATA: json.dumps(_zero_points(model)),
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, path, metadata)
+    path.write_bytes(save(tensors, metadata))  # not save_file, whose file only its owner may read
 
 
 def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:

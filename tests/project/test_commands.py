@@ -92,6 +92,8 @@ def test_only_what_was_asked(small_bundle, image_folder, tmp_path, run_here):
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in out.iterdir()) == ["int8", "w4a16"]
     assert Manifest.read(out / "int8").golden_answers == "noise"
+    modes = {path.stat().st_mode for path in (out / "int8").iterdir() if path.is_file()}
+    assert len(modes) == 1  # who may read the manifest may read every file
     again = _ptq(run_here, small_bundle, image_folder, out, "--schemes", "int8", "--no-engines", "--no-report")
     assert again.returncode == 0 and [path.name for path in out.iterdir()] == ["int8"]
     baseline = ("--no-report", "--fail-on-regression", out / "report.json")
