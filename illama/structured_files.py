@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -83,6 +83,11 @@ def read_yaml(path: Path, kind: type[T]) -> T:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read {path} as YAML: {_problem(error)}") from error
     return parse_json(text, kind, str(path))
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Returns plain values as YAML that :func:`read_yaml` reads back: text that looks like a number is quoted."""
+    return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, width=120)
 
 
 def read_text(path: Path) -> str:
@@ -174,8 +179,13 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would read as another type, such as 1E1."""
+
+
 for _tag, _pattern, _first_characters in _SCALARS:
-    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first_characters)
+    for _kind in (_PlainLoader, _PlainDumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first_characters)
 
 
 def _check_events(events: Iterable[Event]) -> None:

@@ -23,13 +23,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
 from torch import nn
 
 from illama.errors import UserError
 from illama.manifest import Emulated, LayerFormats, NoTensorRT, Quantization
 from illama.models.attention import QuantizerPoint
-from illama.structured_files import parse_json, read_yaml
+from illama.structured_files import parse_json, read_yaml, to_yaml
 from quant.schemes.formats import FORMATS, FormatName, TensorSpec
 from quant.schemes.shipped import SHIPPED_SCHEMES, shipped_path
 
@@ -277,4 +276,4 @@ def write_scheme(scheme: Scheme, path: Path) -> None:
         tensors[pattern] = values or FLOAT
     content = {field.name: getattr(scheme, field.name) for field in fields(Scheme)}
     content |= {"tensors": tensors, "smooth": dict(scheme.smooth)}
-    path.write_text(yaml.safe_dump(content, sort_keys=False, width=120))
+    path.write_text(to_yaml(content))
