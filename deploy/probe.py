@@ -1,35 +1,49 @@
-"""Check whether a server on this machine answers correctly: python deploy/probe.py runs/models
+"""Check whether a server on this machine answers correctly:
 
-For health checks. Exits with 0 if every model of the repository is loaded, every Python backend is alive, and every
-model gives its known answer; otherwise with 1 and one line that says what is wrong. Triton's own /v2/health reports
-"ready" even if every request fails on a dead backend.
+python deploy/probe.py runs/models
+python deploy/probe.py runs/models --url http://127.0.0.1:9000 --timeout 10
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
+
+from illama.cli import run_command
 from deploy.serving.health import ServedRepository, UnhealthyError
+from illama.bundle import as_run
+from illama.options import NotNegative
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("repository", type=Path, help="path to the model repository that python deploy/serve.py wrote")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the server's HTTP protocol")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=3.0,
-        help="seconds to wait for an answer, in addition to 10 times the network's own time",
-    )
-    options = parser.parse_args()
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Check whether a server on this machine answers correctly, for health checks.
+
+    Exits with 0 if every model of the repository is loaded, every Python backend is alive, and every model gives its
+    known answer; otherwise with 1 and one line that says what is wrong. Triton's own /v2/health reports "ready" even if
+    every request fails on a dead backend.
+
+    Attributes:
+        repository: path to the model repository that python deploy/serve.py wrote.
+        url: URL of the server's HTTP protocol.
+        timeout: seconds to wait for an answer, in addition to 10 times the network's own time.
+    """
+
+    repository: Annotated[Path, tyro.conf.Positional]
+    url: str = "http://127.0.0.1:8000"
+    timeout: NotNegative = 3.0
+
+
+def main(options: ProbeOptions) -> None:
     try:
         ServedRepository(options.url, options.repository, options.timeout).check()
     except (UnhealthyError, TimeoutError, ValueError) as error:  # ValueError: an invalid URL
-        sys.exit(f"error: {error or 'the server does not answer'}")
+        sys.exit(f"error: {as_run(str(error) or 'the server does not answer')}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(ProbeOptions, main)

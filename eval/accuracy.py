@@ -19,7 +19,7 @@ import tyro
 
 from illama.cli import run_command
 from deploy.runtimes.names import RuntimeName
-from illama.options import BatchSize, BundleData, Count, CountOrZero, Positive, ThreadsOrAll, Workers
+from illama.options import BatchSize, BundleData, Count, CountOrZero, Existing, Positive, ThreadsOrAll, Workers
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AccuracyOptions:
         images: number of test images, evenly spaced; all if not given.
         calibration_images: number of training images that temperatures are fitted on; 0 to use stored temperatures.
             Defaults to 512, or to all if there are fewer.
-        store: store each temperature with its file, for deploy/predict.py.
+        store: store each temperature with its file, for python deploy/predict.py.
         runtime: openvino, onnxruntime, tensorrt, torch, ... Defaults to the preferred runtime for each file.
         threads: number of CPU threads of each process; 0 divides the cores of the machine among its processes.
         workers: number of processes that read images, for each process that runs the models.
@@ -43,7 +43,7 @@ class AccuracyOptions:
         out: folder for the results, from which an interrupted run continues; several machines must share it.
     """
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    paths: Annotated[tuple[Existing, ...], tyro.conf.Positional]
     data: BundleData = None
     images: Count | None = None
     calibration_images: CountOrZero | None = None

@@ -17,7 +17,7 @@ from annotated_types import Interval
 
 from illama.cli import run_command
 from illama.bundle import SHIPPED
-from illama.options import Count, Data
+from illama.options import Count, Data, Existing
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RankOptions:
         out: folder for the results.
     """
 
-    checkpoint: Path = SHIPPED
+    checkpoint: Existing = SHIPPED
     data: Data = "fashion-mnist"
     images: Count = 30
     threshold: Annotated[float, Interval(gt=0, le=1)] = 0.8

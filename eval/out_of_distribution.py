@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
-from illama.options import BundleData, Count
+from illama.options import BundleData, Count, Existing
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OutsideOptions:
         out: folder for the results.
     """
 
-    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    bundles: Annotated[tuple[Existing, ...], tyro.conf.Positional]
     outside: str
     data: BundleData = None
     images: Count | None = None

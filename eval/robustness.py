@@ -19,7 +19,7 @@ import tyro
 from illama.cli import run_command
 from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
 from illama.errors import UserError
-from illama.options import BundleData, Count, Seed, Workers
+from illama.options import BundleData, Count, Existing, Seed, Workers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RobustnessOptions:
         out: folder for the results, from which an interrupted run continues.
     """
 
-    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    bundles: Annotated[tuple[Existing, ...], tyro.conf.Positional]
     data: BundleData = None
     corruptions: tuple[str, ...] = CORRUPTIONS
     severities: tuple[int, ...] = SEVERITIES

@@ -17,7 +17,7 @@ import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
-from illama.options import BatchSize
+from illama.options import BatchSize, Existing
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RooflineOptions:
         out: folder for the results.
     """
 
-    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    bundles: Annotated[tuple[Existing, ...], tyro.conf.Positional]
     device: tuple[str, ...] = ("orin-nano",)
     batch: BatchSize = 1
     out: Path = Path("runs/roofline")

@@ -17,7 +17,7 @@ import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
-from illama.options import Positive, Seed
+from illama.options import Existing, Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SegmentationEvalOptions:
         seed: random seed of the bootstrap.
     """
 
-    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    bundles: Annotated[tuple[Existing, ...], tyro.conf.Positional]
     data: Path
     scales: tuple[Positive, ...] = (1.0,)
     flip: bool = False

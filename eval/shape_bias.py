@@ -16,6 +16,7 @@ from typing import Annotated
 import tyro
 
 from illama.cli import run_command
+from illama.options import Existing
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ShapeBiasOptions:
         out: folder for the results.
     """
 
-    bundles: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    bundles: Annotated[tuple[Existing, ...], tyro.conf.Positional]
     stimuli: Path
     out: Path = Path("runs/shape-bias")
 

@@ -22,7 +22,7 @@ import tyro
 import illama.bundle
 from illama.bundle import SHIPPED
 from illama.errors import UserError, check_packages
-from illama.options import DATA_FORMS, Data, check_bounds
+from illama.options import check_bounds
 from illama.quiet import without_noise
 
 _OWN = ("illama", "quant", "deploy", "eval")
@@ -80,13 +80,14 @@ def _examples() -> list[str]:
     lines = [line for line in text.splitlines() if line.startswith(("python ", "torchrun "))]
     if illama.bundle.program is None:
         return lines
-    return [re.sub(r"^python \S+\.py", illama.bundle.program, line) for line in lines]
+    own = {"python": illama.bundle.program, "torchrun": rf"\1--no-python {illama.bundle.program}"}
+    return [re.sub(r"^(?:python |(torchrun .*?))\S+\.py", own[line.split()[0]], line) for line in lines]
 
 
 def _description(options: type[Any]) -> str:
     """Returns what ``--help`` says before the options: what the command does, and examples."""
     parsed = docstring_parser.parse(options.__doc__ or "")
-    about = "\n\n".join(filter(None, (parsed.short_description, parsed.long_description)))
+    about = illama.bundle.as_run("\n\n".join(filter(None, (parsed.short_description, parsed.long_description))))
     return "\n".join([about, "", "Examples:", *(f"  {line}" for line in _examples())])
 
 
@@ -94,28 +95,35 @@ def _description(options: type[Any]) -> str:
 def _show_readable_defaults(options: type[Any]) -> None:
     """Makes ``--help`` show the defaults of an options dataclass, and of those within it, as a person reads them."""
     for each in options.__mro__:
+        helps = option_helps(each)
         for name, hint in get_type_hints(each, include_extras=True).items() if dataclasses.is_dataclass(each) else ():
             kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
             if dataclasses.is_dataclass(kind):
                 _show_readable_defaults(kind)  # type: ignore[arg-type]
             elif name in vars(each).get("__annotations__", {}):
-                arg = tyro.conf.arg(help_behavior_hint=_readable, metavar=_value_name(hint))
-                each.__annotations__[name] = Annotated[hint, arg]
+                each.__annotations__[name] = _shown(hint, helps.get(name), _readable)
+
+
+def _shown(hint: Any, documented: str | None, default: str | Callable[[str], str]) -> Any:
+    """Returns the type of an option with its help text: its type's own, such as the forms of ``--data``, if any."""
+    about = next(filter(None, (getattr(each, "help", None) for each in get_args(hint)[1:])), documented)
+    return Annotated[hint, tyro.conf.arg(help=about, help_behavior_hint=default, metavar=_value_name(hint))]
 
 
 def _value_name(hint: Any) -> str | None:
-    """Returns what ``--help`` calls the value of an option that may be left out; None to let tyro choose."""
+    """Returns what ``--help`` calls the value of an option that may be left out or repeated; None: tyro chooses."""
     plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    given = [each for each in get_args(plain) if each is not NoneType]
-    if NoneType not in get_args(plain) or len(given) != 1:
+    kinds = [each for each in get_args(plain) if each not in (NoneType, Ellipsis)]
+    if not {NoneType, Ellipsis} & set(get_args(plain)) or len(kinds) != 1:
         return None
-    kind = get_args(given[0])[0] if get_origin(given[0]) is Annotated else given[0]
-    return f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else kind.__name__.upper()
+    kind = get_args(kinds[0])[0] if get_origin(kinds[0]) is Annotated else kinds[0]
+    name = f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else kind.__name__.upper()
+    return f"{name} ..." if Ellipsis in get_args(plain) else name
 
 
 def _readable(default: str) -> str:
     """Returns the hint about a default, from tyro's text for it."""
-    if default in ("None", ""):  # the help text says what happens without a value
+    if default in ("None", "", "''"):  # the help text says what happens without a value
         return ""
     text = {"True": "yes", "False": "no", str(SHIPPED): "the shipped nano"}.get(default, default)
     return f"(default: {text})"
@@ -184,17 +192,9 @@ def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
         defaults: an instance of it, whose values ``--help`` shows as the defaults.
     """
     hints = get_type_hints(options, include_extras=True)
-    helps = option_helps(options) | {name: DATA_FORMS for name, hint in hints.items() if hint == Data}
     fields = {
-        field.name: Annotated[
-            hints[field.name],
-            tyro.conf.arg(
-                help=helps.get(field.name),
-                help_behavior_hint=_readable(_text(getattr(defaults, field.name))),
-                metavar=_value_name(hints[field.name]),
-            ),
-        ]
-        for field in dataclasses.fields(options)
+        name: _shown(hints[name], about, _readable(_text(getattr(defaults, name))))
+        for name, about in option_helps(options).items()
     }
     named = TypedDict(options.__name__, fields, total=False)  # type: ignore[operator, misc]
     named.__doc__ = options.__doc__
@@ -206,7 +206,7 @@ def option_helps(options: type[Any]) -> dict[str, str]:
     found = {}
     for each in reversed(options.__mro__):
         for entry in docstring_parser.parse(each.__doc__ or "").params:
-            found[entry.arg_name] = " ".join((entry.description or "").split())
+            found[entry.arg_name] = illama.bundle.as_run(" ".join((entry.description or "").split()))
     return found
 
 

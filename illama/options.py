@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from annotated_types import Interval
+from pydantic import AfterValidator
 
 from illama.bundle import SHIPPED
 from illama.errors import UserError
@@ -20,9 +21,28 @@ DATA_FORMS = (
     "fashion-mnist, fashion-mnist:FOLDER, cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER, or a "
     "folder with train/CLASS/ and val/CLASS/ (quantize and benchmark also take a folder of pictures without classes)"
 )
-Data = Annotated[str, tyro.conf.arg(help=DATA_FORMS)]  # a data set, as illama.data.datasets.open_data takes it
+DATA_SETS = ("fashion-mnist", "cifar10", "cifar100", "webdataset", "parquet")
+
+
+def check_data(spec: str) -> str:
+    """Returns the name of a data set; raises UserError if there is no such data set and no such folder."""
+    if spec.partition(":")[0] in DATA_SETS or Path(spec).is_dir():
+        return spec
+    raise UserError(f"{spec!r} is no data set and no folder: give {DATA_FORMS}")
+
+
+def check_exists(path: Path) -> Path:
+    """Returns the path; raises UserError if nothing is there."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give an existing file or folder")
+    return path
+
+
+Existing = Annotated[Path, AfterValidator(check_exists)]
+DataName = Annotated[str, AfterValidator(check_data)]  # a data set, as illama.data.datasets.open_data takes it
+Data = Annotated[DataName, tyro.conf.arg(help=DATA_FORMS)]
 BundleData = Annotated[
-    str | None, tyro.conf.arg(help=f"{DATA_FORMS}; if not given, the data set in the first bundle's manifest")
+    DataName | None, tyro.conf.arg(help=f"{DATA_FORMS}; if not given, the data set in the first bundle's manifest")
 ]
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
@@ -66,7 +86,7 @@ class SourceOptions:
             value in the checkpoint's bundle; without a bundle, natural for a timm ViT and words for an iLLaMA.
     """
 
-    checkpoint: Path = SHIPPED
+    checkpoint: Existing = SHIPPED
     model: str | None = None
     data: Data = "fashion-mnist"
     calibration_images: Count | None = None
@@ -116,8 +136,8 @@ class BenchmarkOptions:
     max_latency_ms: Positive | None = None
     max_drop: Number | None = None
     max_megabytes: Positive | None = None
-    also: tuple[Path, ...] = ()
-    fail_on_regression: Path | None = None
+    also: tuple[Existing, ...] = ()
+    fail_on_regression: Existing | None = None
     emulate: bool = False
     seed: Seed = 0
 

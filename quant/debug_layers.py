@@ -19,7 +19,8 @@ import tyro
 from illama.cli import run_command
 from illama.bundle import CPU_ONNX
 from illama.errors import UserError
-from illama.options import DATA_FORMS, Count
+from illama.options import DATA_FORMS, Count, Existing
+from quant.schemes.shipped import SchemeName
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class DebugOptions:
     """
 
     bundle: Annotated[Path | None, tyro.conf.Positional] = None
-    scheme: str | None = None
-    checkpoint: Path | None = None
+    scheme: SchemeName | None = None
+    checkpoint: Existing | None = None
     model: str | None = None
     data: Annotated[str | None, tyro.conf.arg(help=DATA_FORMS)] = None
     calibration_images: Count | None = None

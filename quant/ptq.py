@@ -19,6 +19,7 @@ from deploy.trt.engine_options import BatchRange, EngineOptions, LibraryName
 from illama.bundle import GoldenImages, as_run
 from illama.errors import UserError
 from illama.options import BenchmarkOptions, Count, Flat, SourceOptions, Workers
+from quant.schemes.shipped import SchemeName
 
 if TYPE_CHECKING:
     from eval.measure.evaluation_images import EvaluationImages
@@ -59,7 +60,7 @@ class PtqOptions:
 
     source: Flat[SourceOptions] = field(default_factory=SourceOptions)
     benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
-    schemes: tuple[str, ...] = ("int8", "fp8")
+    schemes: tuple[SchemeName, ...] = ("int8", "fp8")
     out: Path = Path("runs/ptq")
     library: LibraryName | None = None
     targets: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ import tyro
 from illama.cli import run_command
 from illama.bundle import GoldenImages, as_run
 from illama.options import Count
+from quant.schemes.shipped import SchemeName
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class PtqSegmentationOptions:
 
     bundle: Annotated[Path, tyro.conf.Positional]
     data: Path
-    schemes: tuple[str, ...] = ("int8", "fp8")
+    schemes: tuple[SchemeName, ...] = ("int8", "fp8")
     calibration_images: Count = 64
     out: Path = Path("runs/ptq-segmentation")
     golden: GoldenImages = "calibration"

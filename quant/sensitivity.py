@@ -16,6 +16,7 @@ from typing import Literal
 from illama.cli import run_command
 from illama.bundle import command_line, package_versions
 from illama.options import Count, Flat, SourceOptions
+from quant.schemes.shipped import SchemeName
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class SensitivityOptions:
     """
 
     source: Flat[SourceOptions] = field(default_factory=SourceOptions)
-    scheme: str = "int8"
+    scheme: SchemeName = "int8"
     images: Count | None = None
     split: Literal["train", "test"] = "train"
     out: Path = Path("runs/sensitivity")

@@ -19,8 +19,8 @@ class ServingOptions:
 
     Attributes:
         device: cpu, or gpu for engines that the full TensorRT built on the same kind of GPU.
-        runtime: runtime on a CPU: onnxruntime, openvino, ... Defaults to the fastest in the report beside the bundle if
-            the report was measured on this kind of CPU, else to OpenVINO or ONNX Runtime (docs/cpu.md).
+        runtime: runtime, with --device cpu. Defaults to the fastest in the report beside the bundle if the report was
+            measured on this kind of CPU, else to OpenVINO or ONNX Runtime (docs/cpu.md).
         max_batch: maximum number of images in a batch and in a request.
         preferred_batches: batch sizes that run at once, without waiting for --queue-delay-us.
         queue_delay_us: maximum time that an image waits for others to form a batch, in microseconds.

@@ -52,8 +52,8 @@ class EngineOptions:
         weight_stripped: build without weights; they are read from the ONNX file when the engine is loaded (refit).
         version_compatible: allow newer versions of the library to run the engine (full TensorRT only).
         hardware_compatible: allow all GPUs from Ampere on to run the engine, at a lower speed (full TensorRT only).
-        verbosity: how much the engine reports about its layers; detailed also checks that every attention has a fused
-            kernel (on a GPU that the engine is for).
+        verbosity: how much the engine reports about its layers. Every build proves that attention is fused; detailed
+            also looks for the kernels by name (on a GPU that the engine is for).
         allow_unfused: build even if an attention cannot be fused.
     """
 

@@ -26,7 +26,7 @@ from eval.metrics.predictions import Evaluated, NotFinite, Predictions
 from eval.report.pareto import decide
 from eval.report.schema import FailedRow, FlippedImage, HalfSoftmax, Measured, Report, Row
 from eval.report.store import read_results
-from illama.bundle import bundle_of, command_line, package_versions, sha256, size_of
+from illama.bundle import as_run, bundle_of, command_line, package_versions, sha256, size_of
 from illama.data.datasets import Transformed
 from illama.errors import UserError
 from illama.hardware import describe_machine, usable_cores
@@ -37,8 +37,8 @@ from illama.training.distributed import ALONE, Processes
 
 SHOWN = 24  # flipped images of each kind that a report may show
 _ELSEWHERE = (
-    "Accuracy on corrupted and out-of-distribution images: eval/robustness.py and eval/out_of_distribution.py measure "
-    "it, and --also adds their results to this report."
+    "Accuracy on corrupted and out-of-distribution images: python eval/robustness.py and python "
+    "eval/out_of_distribution.py measure it, and --also adds their results to this report."
 )
 
 _LONG = 5000  # test images from which the time is estimated before the evaluation
@@ -290,7 +290,7 @@ def make_report(
         conditions=result.conditions,
         calibration_images=images.calibration,
         seconds={**seconds, "all": sum(seconds.values())},
-        not_run=[*not_run, *result.notes, *([] if options.also else [_ELSEWHERE])],
+        not_run=[*not_run, *result.notes, *([] if options.also else [as_run(_ELSEWHERE)])],
         peak_memory_gib=round(peak_memory_gib(), 2),
         layers=result.layers,
         ranges=result.ranges,

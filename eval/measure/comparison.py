@@ -32,7 +32,7 @@ class TradeoffOptions:
         calibration_images: number of training images that temperatures are fitted on; 0 for none. Defaults to 512, or
             to all if there are fewer.
         workers: number of processes that read images.
-        store: store each model's calibration temperature beside its file, for deploy/predict.py.
+        store: store each model's calibration temperature beside its file, for python deploy/predict.py.
         out: folder of the report; an interrupted evaluation resumes from it.
     """
 

@@ -30,6 +30,7 @@ from illama.graph.emulate_half import half_dtypes
 from illama.graph.reader import load_graph
 from illama.inference import Infer
 from illama.manifest import EMULATED, Manifest
+from illama.options import check_exists
 from illama.progress import track
 
 
@@ -204,9 +205,7 @@ def expand(given: Sequence[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for path in given:
-        if not path.exists():
-            raise UserError(f"{path} not found: give a bundle, a folder of bundles, or a file of a bundle")
-        if not path.is_dir() or (path / MANIFEST).exists() or bundle_of(path) != path:
+        if not check_exists(path).is_dir() or (path / MANIFEST).exists() or bundle_of(path) != path:
             paths.append(path / ENGINE if path.is_dir() and bundle_of(path) != path else path)
             continue
         bundles = bundles_in(path, (CPU_ONNX, FUSED_ONNX, TORCHAO))

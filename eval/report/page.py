@@ -27,6 +27,7 @@ from eval.report.cautions import cautions
 from eval.report.markdown_html import markdown_to_html
 from eval.report.schema import FlippedImage, Report, Row
 from eval.report.table import MISSING, Cell, cells, not_measured, range_notes, softmax_notes, timed_cells
+from illama.bundle import as_run
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("report.js", "plot.js")
@@ -149,7 +150,8 @@ def how_to_use(report: Report, folder: Path) -> dict[str, str]:
         return {}
     path = os.path.normpath(folder / (row.engine or row.onnx))
     if row.engine is None and row.runtime_id in TITLES:
-        return {"path": path, "command": f"python deploy/build.py {shlex.quote(str(Path(path).parent))}", "code": ""}
+        command = as_run(f"python deploy/build.py {shlex.quote(str(Path(path).parent))}")
+        return {"path": path, "command": command, "code": ""}
     runtime = "" if row.engine else f" --runtime {row.runtime_id}"
     code = [
         "from pathlib import Path",
@@ -157,7 +159,7 @@ def how_to_use(report: Report, folder: Path) -> dict[str, str]:
         f"engine = open_engine(Path({path!r}){'' if row.engine else f', {row.runtime_id!r}'})",
         "logits = engine.infer(images)  # (B, C, H, W) float32",
     ]
-    command = f"python deploy/predict.py --engine {shlex.quote(path)}{runtime} photo.jpg"
+    command = as_run(f"python deploy/predict.py --engine {shlex.quote(path)}{runtime} photo.jpg")
     return {"path": path, "command": command, "code": "\n".join(code)}
 
 

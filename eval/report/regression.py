@@ -70,7 +70,7 @@ class ComparedRow:
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (*vars(self.top1).values(), *vars(self.drop).values()))):
-            raise UserError("an accuracy is not a finite number: make the report again with eval/tradeoff.py")
+            raise UserError("an accuracy is not a finite number: make the report again with python eval/tradeoff.py")
 
     @property
     def key(self) -> RowKey:

@@ -32,7 +32,7 @@ from illama.data.images import PICTURES
 from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample, WebDataset
 from illama.errors import UserError, warn_once
-from illama.options import ClassOrder, Exif
+from illama.options import ClassOrder, Exif, check_data
 
 SHIPPED_FASHION_MNIST = Path(__file__).parents[1] / "datasets" / "fashion_mnist"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -253,15 +253,14 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
     """Opens a data set without decoding an image.
 
     Args:
-        spec: fashion-mnist[:FOLDER], cifar10:FOLDER, cifar100:FOLDER, webdataset:FOLDER, parquet:FOLDER or a folder in
-            ImageNet's layout, see the docstring of this module.
+        spec: :data:`illama.options.DATA_FORMS`; see the docstring of this module.
         exif: see :class:`Preprocessing`; for a trained network, pass its bundle's setting.
         class_order: see :class:`Preprocessing`; for a trained network, pass its bundle's setting.
 
     Raises:
         UserError: the data set is missing, or its files are incomplete, damaged or inconsistent.
     """
-    name, _, folder = spec.partition(":")
+    name, _, folder = check_data(spec).partition(":")
     data: ImageData
     if name == "fashion-mnist":
         data = FashionMNIST(Path(folder)) if folder else FashionMNIST()
@@ -269,15 +268,10 @@ def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words"
         data = Cifar(name, Path(folder or "."))
     elif name in ("webdataset", "parquet"):
         data = Shards(name, Path(folder or "."), exif)
-    elif Path(spec).is_dir():
+    else:
         flat = not any((Path(spec) / split).exists() for split in ("train", "val"))
         flat = flat and any(path.suffix.lower() in PICTURES for path in Path(spec).iterdir())
         data = UnlabeledFolder(Path(spec), exif) if flat else ImageFolder(Path(spec), exif, class_order)
-    else:
-        raise UserError(
-            f"{spec!r} is no data set and no folder: give fashion-mnist, cifar10:FOLDER, cifar100:FOLDER, "
-            "webdataset:FOLDER, parquet:FOLDER or an existing folder"
-        )
     data.exif, data.class_order = exif, class_order
     return data
 

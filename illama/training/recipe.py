@@ -18,6 +18,7 @@ from illama.options import (
     CountOrZero,
     Data,
     Exif,
+    Existing,
     Fraction,
     ImageSize,
     NotNegative,
@@ -39,8 +40,8 @@ class TrainingOptions:
 
     Attributes:
         data: the data set.
-        exif: apply or ignore the orientation that image files declare. Defaults to apply; quant/qat.py defaults to the
-            setting in the checkpoint's bundle.
+        exif: apply or ignore the orientation that image files declare. Defaults to apply; python quant/qat.py defaults
+            to the setting in the checkpoint's bundle.
         out: folder of the checkpoint, the log and, at the end, the bundle; an unfinished run there is resumed.
         epochs: number of passes over the training images.
         batch_size: images per optimizer step, summed over processes and accumulated micro-batches.
@@ -122,7 +123,7 @@ class ClassifierOptions(TrainingOptions):
 
     Attributes:
         class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Default: words;
-            quant/qat.py defaults to the setting in the checkpoint's bundle.
+            python quant/qat.py defaults to the setting in the checkpoint's bundle.
         crop_padding: padding of random crops in pixels, for small images. If 0, random resized crops are used instead,
             for photographs.
         rand_augment: timm's RandAugment setting, such as rand-m9-mstd0.5-inc1; empty for none.
@@ -172,8 +173,8 @@ class NetworkOptions:
     depth: int | None = None
     heads: int | None = None
     mask: str | None = None
-    init: Path | None = None
-    init_llama: Path | None = None
+    init: Existing | None = None
+    init_llama: Existing | None = None
 
     def __post_init__(self) -> None:
         if self.init and self.init_llama:

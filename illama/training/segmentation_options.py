@@ -20,12 +20,13 @@ class SegmentationOptions(NetworkOptions, TrainingOptions):
     warm-up: those here amount to the usual 160,000 steps of 16 images, of which 1,500 are warm-up, on ADE20K.
 
     Attributes:
-        data: path to a folder in the layout of ADEChallengeData2016 (illama/data/ade20k.py).
+        data: path to a folder in the layout of ADEChallengeData2016 (docs/segmentation.md).
         init: initial weights of the backbone: a bundle, a .safetensors file or a released .pth file; position
             embeddings are resized.
         decoder_channels: number of channels of every feature map in the decoder.
     """
 
+    data: str = ""
     out: Path = Path("runs/segmentation")
     epochs: Count = 127
     batch_size: Count = 16

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from illama.bundle import SHIPPED, GoldenImages
-from illama.options import Count, Fraction, ImageSize, NotNegative, Positive, SourceOptions
+from illama.options import Count, Existing, Fraction, ImageSize, NotNegative, Positive, SourceOptions
 from illama.training.recipe import ClassifierOptions
+from quant.schemes.shipped import SchemeName
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEFAULT_RECIPE = "qat-nano-fashion-mnist"
@@ -36,8 +37,8 @@ class QatOptions(ClassifierOptions):
 
     recipe: str = DEFAULT_RECIPE
     out: Path = Path("runs/qat")
-    checkpoint: Path = SHIPPED
-    scheme: str = "w4a4"
+    checkpoint: Existing = SHIPPED
+    scheme: SchemeName = "w4a4"
     image_size: ImageSize | None = None
     calibration_images: Count | None = None
     golden: GoldenImages = "calibration"

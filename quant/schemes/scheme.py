@@ -30,7 +30,7 @@ from illama.manifest import Emulated, LayerFormats, NoTensorRT, Quantization
 from illama.models.attention import QuantizerPoint
 from illama.structured_files import parse_json, read_yaml, to_yaml
 from quant.schemes.formats import FORMATS, FormatName, TensorSpec
-from quant.schemes.shipped import SHIPPED_SCHEMES, shipped_path
+from quant.schemes.shipped import shipped_path
 
 FLOAT = "float"  # in a scheme file: these tensors stay in floating point
 _OLD_KEYS = {"learned": "reconstruction_iterations"}  # key of older scheme files -> its name now
@@ -219,8 +219,6 @@ def _ranges(numbers: list[int]) -> str:
 @cache
 def shipped_scheme(name: str) -> Scheme:
     """Returns the shipped scheme of that name; UserError if there is none."""
-    if name not in SHIPPED_SCHEMES:
-        raise UserError(f"unknown scheme {name!r}: choose from {', '.join(SHIPPED_SCHEMES)}")
     return read_scheme(shipped_path(name))
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import yaml
+from pydantic import AfterValidator
+
+from illama.errors import UserError
 
 # In the order of python quant/list_schemes.py.
 SHIPPED_SCHEMES = (
@@ -27,8 +31,22 @@ SHIPPED_SCHEMES = (
 )
 
 
+def check_scheme(name: str) -> str:
+    """Returns the name or file of a scheme; raises UserError if there is no such scheme."""
+    if not (name.endswith((".yaml", ".yml")) and Path(name).exists()):
+        shipped_path(name)
+    return name
+
+
+SchemeName = Annotated[str, AfterValidator(check_scheme)]  # of a shipped scheme, or a path to a YAML file
+
+
 def shipped_path(name: str) -> Path:
-    """Returns the path to the file of a shipped scheme."""
+    """Returns the path to the file of a shipped scheme; raises UserError if there is no such scheme."""
+    if name not in SHIPPED_SCHEMES:
+        raise UserError(
+            f"unknown scheme {name!r}: give a YAML file that exists, or one of {', '.join(SHIPPED_SCHEMES)}"
+        )
     return Path(__file__).parent / f"{name}.yaml"
 
 

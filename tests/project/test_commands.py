@@ -96,7 +96,7 @@ def test_only_what_was_asked(small_bundle, image_folder, tmp_path, run_here):
     assert len(modes) == 1  # who may read the manifest may read every file
     again = _ptq(run_here, small_bundle, image_folder, out, "--schemes", "int8", "--no-engines", "--no-report")
     assert again.returncode == 0 and [path.name for path in out.iterdir()] == ["int8"]
-    baseline = ("--no-report", "--fail-on-regression", out / "report.json")
+    baseline = ("--no-report", "--fail-on-regression", out / "int8" / "manifest.json")
     assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, *baseline), "--no-report")
     (out / "notes.txt").touch()
     assert_one_line_error(_ptq(run_here, small_bundle, image_folder, out, "--no-report"), str(out))
