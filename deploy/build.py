@@ -69,7 +69,7 @@ def main(options: BuildOptions) -> None:
             print(f"{path}: {record.engine_bytes / 1e6:.1f} MB, {record.attentions} {attentions}")
             if note := note_unmeasured(path, bundle):
                 print(f"  {as_run(note)}")
-            print(f"  cd {shlex.quote(str(bundle))} && {record.trtexec}")
+            print(f"  with NVIDIA's own tool: cd {shlex.quote(str(bundle))} && {record.trtexec}")
 
 
 if __name__ == "__main__":

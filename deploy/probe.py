@@ -41,6 +41,7 @@ class ProbeOptions:
 def main(options: ProbeOptions) -> None:
     try:
         ServedRepository(options.url, options.repository, options.timeout).check()
+        print(f"every model of {options.repository} answers correctly")
     except (UnhealthyError, TimeoutError, ValueError) as error:  # ValueError: an invalid URL
         sys.exit(f"error: {as_run(str(error) or 'the server does not answer')}")
 

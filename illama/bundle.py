@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from illama.errors import UserError
+from illama.errors import check_exists
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -112,9 +112,7 @@ def bundle_of(path: Path) -> Path:
     Raises:
         UserError: ``path`` does not exist.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a bundle, or a file of one")
-    folder = path if path.is_dir() else path.parent
+    folder = path if check_exists(path).is_dir() else path.parent
     if not (folder / MANIFEST).exists():
         for each in (folder, folder.parent):
             if each.name == ENGINES and (each.parent / MANIFEST).exists():

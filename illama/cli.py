@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import errno
@@ -22,7 +23,7 @@ import tyro
 import illama.bundle
 from illama.bundle import SHIPPED
 from illama.errors import UserError, check_packages
-from illama.options import check_bounds
+from illama.options import check_bounds, check_names
 from illama.quiet import without_noise
 
 _OWN = ("illama", "quant", "deploy", "eval")
@@ -62,6 +63,7 @@ def run_command(
                 parse or partial(tyro.cli, options, prog=illama.bundle.program, description=_description(options))
             )
             check_bounds(given)
+            check_names(given)
             main(given)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
@@ -121,8 +123,9 @@ def _value_name(hint: Any) -> str | None:
     return f"{name} ..." if Ellipsis in get_args(plain) else name
 
 
-def _readable(default: str) -> str:
-    """Returns the hint about a default, from tyro's text for it."""
+def _readable(default: Any) -> str:
+    """Returns the hint about a default, or about tyro's text for it."""
+    default = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
     if default in ("None", "", "''"):  # the help text says what happens without a value
         return ""
     text = {"True": "yes", "False": "no", str(SHIPPED): "the shipped nano"}.get(default, default)
@@ -138,8 +141,20 @@ def _in_one_line(parse: Callable[[], Options]) -> Options:
     except SystemExit as end:
         if end.code:
             lines = [line.strip("│╭╮╰╯─ ") for line in box.getvalue().splitlines()[1:]]  # the first is a title
-            raise UserError(f"{' '.join(takewhile(bool, lines)).rstrip('.')}: see --help") from end
+            raise UserError(f"{_in_plain_words(lines)}: see --help") from end
         raise
+
+
+def _in_plain_words(lines: list[str]) -> str:
+    """Returns the first problem of tyro's box, of which an empty line ends the text."""
+    text = " ".join(takewhile(bool, lines)).rstrip(".")
+    if unknown := re.match(r"Unrecognized options: .*?(--[^\s,]+)", text):
+        near = next((line.split()[0] for line in lines[1:] if line.startswith("--")), "")
+        return f"there is no option {unknown[1]}" + (f", perhaps {near}" if near else "")
+    text = text.removeprefix("Error parsing ").replace("invalid literal for int() with base 10", "not a whole number")
+    text = text.replace("could not convert string to float", "not a number")
+    text = re.sub(r"no type matching \{None\}\|(\S+) could be instantiated from \['(.*)'\]", r"not a \1: \2", text)
+    return re.sub(r"\('.*'\)", lambda each: ", ".join(sorted(set(ast.literal_eval(each[0])) - {"None"})), text)
 
 
 def _problem(error: Exception) -> str | None:
@@ -193,7 +208,7 @@ def given_options(options: type[Any], defaults: Any) -> dict[str, Any]:
     """
     hints = get_type_hints(options, include_extras=True)
     fields = {
-        name: _shown(hints[name], about, _readable(_text(getattr(defaults, name))))
+        name: _shown(hints[name], about, _readable(getattr(defaults, name)))
         for name, about in option_helps(options).items()
     }
     named = TypedDict(options.__name__, fields, total=False)  # type: ignore[operator, misc]
@@ -208,7 +223,3 @@ def option_helps(options: type[Any]) -> dict[str, str]:
         for entry in docstring_parser.parse(each.__doc__ or "").params:
             found[entry.arg_name] = illama.bundle.as_run(" ".join((entry.description or "").split()))
     return found
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -22,6 +22,13 @@ class UserError(Exception):
         super().__init__(shorten(message.strip().rpartition(f"{__name__}.UserError: ")[2], MAX_MESSAGE))
 
 
+def check_exists(path: Path) -> Path:
+    """Returns the path; raises UserError if nothing is there."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give an existing file or folder")
+    return path
+
+
 def shorten(text: str, limit: int) -> str:
     """Returns ``text`` in one line of at most ``limit`` characters: control characters become spaces."""
     line = "".join(each if each.isprintable() else " " for each in text)

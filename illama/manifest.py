@@ -225,8 +225,10 @@ class Manifest:
         """Reads the manifest of a bundle; raises UserError if it is missing, damaged or of another format."""
         path = folder / MANIFEST
         if not path.exists():
+            if inner := next(folder.glob(f"*/{MANIFEST}"), None):
+                raise UserError(f"{folder} is a folder of bundles: give one of them, such as {inner.parent}")
             found = f"is not a bundle: it has no {MANIFEST}" if folder.exists() else "does not exist"
-            raise UserError(f"{folder} {found}; python quant/ptq.py makes bundles")
+            raise UserError(f"{folder.absolute()} {found}; python quant/ptq.py makes bundles")
         values = read_json(path, dict[str, Any])
         try:
             values = _from_format_1(values) if values.get("format") == 1 else values

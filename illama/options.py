@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import FunctionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 from annotated_types import Interval
-from pydantic import AfterValidator
 
 from illama.bundle import SHIPPED
-from illama.errors import UserError
+from illama.errors import UserError, check_exists
 from illama.structured_files import check_fields
 
 Options = TypeVar("Options")
@@ -31,15 +32,9 @@ def check_data(spec: str) -> str:
     raise UserError(f"{spec!r} is no data set and no folder: give {DATA_FORMS}")
 
 
-def check_exists(path: Path) -> Path:
-    """Returns the path; raises UserError if nothing is there."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give an existing file or folder")
-    return path
-
-
-Existing = Annotated[Path, AfterValidator(check_exists)]
-DataName = Annotated[str, AfterValidator(check_data)]  # a data set, as illama.data.datasets.open_data takes it
+# Types of options with functions that :func:`check_names` calls where a command starts; stored values are not checked.
+Existing = Annotated[Path, check_exists]
+DataName = Annotated[str, check_data]  # a data set, as illama.data.datasets.open_data takes it
 Data = Annotated[DataName, tyro.conf.arg(help=DATA_FORMS)]
 BundleData = Annotated[
     DataName | None, tyro.conf.arg(help=f"{DATA_FORMS}; if not given, the data set in the first bundle's manifest")
@@ -67,6 +62,21 @@ NotNegative = Annotated[float, Interval(ge=0, lt=math.inf)]
 def check_bounds(options: Any) -> None:
     """Raises UserError for the first option whose value does not fit its type, or is out of the bounds of it."""
     check_fields(options, lambda name: f"--{name.replace('_', '-')}")
+
+
+def check_names(options: Any) -> None:
+    """Raises UserError for the first option that names something that does not exist."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        if is_dataclass(value):
+            check_names(value)
+        for each in value if isinstance(value, tuple) else (value,) if value is not None else ():
+            for check in _checks(hint):
+                check(each)
+
+
+def _checks(hint: Any) -> list[Callable[[Any], Any]]:
+    return [hint] if isinstance(hint, FunctionType) else [check for part in get_args(hint) for check in _checks(part)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import tyro
 
 from illama.cli import run_command
 from illama.bundle import CPU_ONNX
-from illama.errors import UserError
+from illama.errors import check_exists
 from illama.options import DATA_FORMS, Count, Existing
 from quant.schemes.shipped import SchemeName
 
@@ -76,9 +76,7 @@ def main(options: DebugOptions) -> None:
         if bundle is None:
             print(f"export {scheme.name} ...", flush=True)
             export_onnx(quantized, path, "plain")
-        if not path.exists():
-            raise UserError(f"{path} not found: only a bundle with this file can be compared")
-        trace = trace_onnx(path, images, observable_layers(quantized))
+        trace = trace_onnx(check_exists(path), images, observable_layers(quantized))
     differences = compare_with_trace(quantized, trace, images)
     print_differences(differences, accumulated_sqnr(reference, quantized, trace, images))
     if mismatch := first_mismatch(differences):

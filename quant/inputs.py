@@ -139,11 +139,7 @@ def check_names(schemes: Sequence[Scheme]) -> None:
 
 
 def scheme_from_name_or_file(name: str) -> Scheme:
-    """Returns a shipped scheme by its name, or the scheme in a file whose name ends in .yaml or .yml.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Returns a shipped scheme by its name, or the scheme in a .yaml or .yml file; UserError if there is none."""
     return read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else shipped_scheme(name)
 
 

@@ -27,7 +27,7 @@ from deploy.runtimes.verification import verify
 from deploy.trt.library import fits_this_gpu
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of
-from illama.errors import UserError
+from illama.errors import UserError, check_exists
 from illama.graph.emulate_half import half_dtypes
 from illama.graph.reader import has_4bit_activations, has_fp8, load_graph, products
 from illama.hardware import products_saturate
@@ -58,9 +58,10 @@ def open_file(
     """Same as :func:`open_engine`; also returns the file that was opened."""
     if runtime is not None and runtime not in get_args(RuntimeName):
         raise UserError(f"unknown runtime {runtime!r}: choose from {', '.join(get_args(RuntimeName))}")
-    if not path.exists():
-        raise UserError(f"{path} not found: give a bundle, an engine or an .onnx file")
-    paths = files_of(path, runtime)
+    paths = files_of(check_exists(path), runtime)
+    if not paths[-1].exists():
+        where = runtime or "this machine"
+        raise UserError(f"{path} has no file for {where}: give another, or build an engine with python deploy/build.py")
     for each in paths[:-1]:
         try:
             return _open_verified(each, runtime, threads, unverified), each

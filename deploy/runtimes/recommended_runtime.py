@@ -95,7 +95,7 @@ def note_unmeasured(engine: Path, bundle: Path) -> str:
     path = os.path.relpath(engine.resolve(), folder)
     if not report or any(row.sha256.get(path) == sha256(engine) for row in report.rows):
         return ""
-    return f"{bundle.parent / REPORT} has not measured this engine; python eval/tradeoff.py {bundle.parent} does"
+    return f"not in {bundle.parent / REPORT}; measure it on its GPU by python eval/tradeoff.py {bundle.parent}"
 
 
 def _existing(file: Path, bundle: Path) -> Path:

@@ -34,7 +34,9 @@ class ServedModel:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         if not self.url.startswith(("http://", "https://")) or "/v2/models/" not in self.url:
-            raise UserError(f"{url!r} is no address of a model: give one such as http://127.0.0.1:8000/v2/models/int8")
+            raise UserError(
+                f"{url!r} is not the address of a model: give one such as http://127.0.0.1:8000/v2/models/int8"
+            )
         self.classes = self._read(urllib.request.Request(self.url), lambda model: int(model["outputs"][0]["shape"][-1]))
 
     def infer(self, path: Path) -> tuple[np.ndarray, list[str]]:
@@ -49,14 +51,14 @@ class ServedModel:
         wanted = {"name": "logits", "parameters": {"classification": self.classes}}
         head = json.dumps({"inputs": [image], "outputs": [wanted]}).encode()
         headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
-        return self._read(urllib.request.Request(f"{self.url}/infer", head + content, headers), _in_order)
+        return self._read(urllib.request.Request(f"{self.url}/infer", head + content, headers), _in_order, f"{path}: ")
 
-    def _read(self, request: urllib.request.Request, read: Callable[[Any], _Read]) -> _Read:
-        """Returns ``read(response)`` for the JSON response to a request."""
+    def _read(self, request: urllib.request.Request, read: Callable[[Any], _Read], about: str = "") -> _Read:
+        """Returns ``read(response)`` for the JSON response to a request; ``about`` begins the message of an error."""
         try:
             return read(json.loads(ask(self.url, request, _SECONDS)[0]))
         except (UnhealthyError, TimeoutError) as error:
-            raise UserError(str(error) or f"no answer from {self.url} within {_SECONDS} seconds") from error
+            raise UserError(about + (str(error) or f"no answer from {self.url} within {_SECONDS} seconds")) from error
         except (ValueError, TypeError, LookupError) as error:
             raise UserError(f"{self.url} is no model of python deploy/serve.py") from error
 

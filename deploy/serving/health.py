@@ -204,8 +204,8 @@ def ask(url: str, request: urllib.request.Request, timeout: float) -> tuple[byte
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.read(), int(answer.headers.get(HEADER, 0))
     except urllib.error.HTTPError as error:
-        reason = " ".join(error.read().decode(errors="replace").split())
-        raise UnhealthyError(f"{request.selector} fails with HTTP status {error.code}: {reason[:300]}") from error
+        reason = " ".join(error.read().decode(errors="replace").removeprefix('{"error":"').removesuffix('"}').split())
+        raise UnhealthyError(f"{request.full_url}: HTTP status {error.code}, {reason[:300]}") from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise TimeoutError from error

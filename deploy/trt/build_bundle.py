@@ -33,7 +33,7 @@ def expand_bundles(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is no folder: give a bundle, or a folder of bundles")
+            raise UserError(f"{path} is not a folder: give a bundle, or a folder of bundles")
         bundles = [path] if (path / MANIFEST).exists() else bundles_in(path, [FUSED_ONNX])
         if not bundles:
             raise UserError(f"{path} is not a bundle and holds none with a {FUSED_ONNX}: run python quant/ptq.py first")

@@ -188,7 +188,7 @@ def _problem(library: Library | None, name: LibraryName) -> str:
     """Returns why a library cannot build here; empty if it can."""
     instead = "use --library tensorrt_rtx (pip install tensorrt-rtx)"
     if library is None:
-        return f"{name} is not installed here"
+        return f"{name} is not installed here: pip install {name.replace('_', '-')}"
     if name == "tensorrt" and tuple(int(part) for part in library.version.split(".")[:2]) < FUSED_ATTENTION_SINCE:
         return f"tensorrt {library.version} has no fused Attention operator: install 10.14 or newer, or {instead}"
     if name == "tensorrt" and not cuda_gpu():

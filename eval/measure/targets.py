@@ -25,12 +25,11 @@ from eval.measure.open_bundles import check_alike
 from eval.report.decision import RowKey
 from illama.atomic_write import bundles_in
 from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, bundle_of, sha256
-from illama.errors import UserError
+from illama.errors import UserError, check_exists
 from illama.graph.emulate_half import half_dtypes
 from illama.graph.reader import load_graph
 from illama.inference import Infer
 from illama.manifest import EMULATED, Manifest
-from illama.options import check_exists
 from illama.progress import track
 
 
@@ -198,10 +197,7 @@ def expand(given: Sequence[Path]) -> list[Path]:
     """Expands folders of bundles to the bundles that can run, and folders of engines to their files.
 
     Returns:
-        The paths, with the bundles of float networks first.
-
-    Raises:
-        UserError: a path does not exist, or is a folder without such bundles.
+        The paths, with the bundles of float networks first. UserError if one does not exist, or holds no such bundle.
     """
     paths: list[Path] = []
     for path in given:

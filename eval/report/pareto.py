@@ -96,7 +96,8 @@ def choose(rows: Sequence[Row], constraints: Constraints | None = None) -> Choic
     rule: Rule
     if constraints.drop is None and _limits(constraints):
         pool = satisfying if for_size else worth
-        row, rule = _most_accurate(pool, batch), "most accurate"
+        row = min(pool, key=lambda each: (-each.top1.percent, _p50(each, batch), each.megabytes))
+        rule = "most accurate"
     elif timed:
         row, rule = _fastest(worth, batch)
         pool = timed if row.quantized else worth  # it is faster than those left out
@@ -127,10 +128,6 @@ def _does_not_pay(row: Row, timed: Sequence[Row], batch: int) -> str:
     assert best is not None
     speed = f"{_p50(best, batch) / _p50(row, batch):.2f} times as fast as {best.name}"
     return f"{row.scheme.upper()} does not pay here: at batch {batch}, {row.name} is {speed}."
-
-
-def _most_accurate(rows: Sequence[Row], batch: int) -> Row:
-    return min(rows, key=lambda row: (-row.top1.percent, _p50(row, batch), row.megabytes))
 
 
 def _fastest(timed: Sequence[Row], batch: int) -> tuple[Row, Rule]:

@@ -118,7 +118,7 @@ class Row(Measured):
         for name, loss in shares.items():
             if self.drop.high <= loss * reference:
                 return name
-        return "too few images" if self.drop.points <= 0.01 * reference else "less than 99%"
+        return "less than 99%" if self.drop.low > 0.01 * reference else "too few images"
 
     @property
     def megabytes(self) -> float:

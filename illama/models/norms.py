@@ -21,8 +21,9 @@ class RMSNorm(nn.RMSNorm):
         wide, weight = _widen(x), _widen(self.weight)
         # In uncompiled training on a CPU, PyTorch's RMSNorm makes a dozen passes over memory.
         by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        norm = _TrainedRMSNorm.apply if by_hand else _rms_norm
-        return norm(wide, weight, self.eps).to(x.dtype)
+        if by_hand:
+            return _TrainedRMSNorm.apply(wide, weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -53,10 +54,6 @@ def widened(norm: nn.Module) -> nn.Module | None:
 
 def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class _TrainedRMSNorm(torch.autograd.Function):

@@ -100,7 +100,8 @@ def processes(apart: bool = False, timeout: timedelta | None = None) -> Iterator
             (github.com/pytorch/pytorch/issues/135712).
     """
     launched = dist.is_torchelastic_launched()
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and _shared_store():
+    shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and shared_store:
         raise UserError(
             "restarted workers would not find each other: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
             "for torchrun --max-restarts"
@@ -119,10 +120,6 @@ def processes(apart: bool = False, timeout: timedelta | None = None) -> Iterator
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
-
-
-def _shared_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class _Casting(nn.Module):
             _cast_own(module, own)
             if name in wide:
                 module.register_forward_pre_hook(partial(_cast_inputs, own))
-                module.register_forward_hook(partial(_cast_output, dtype))
+                module.register_forward_hook(lambda _, __, output: output.to(dtype))
         self.model, self.dtype = model, dtype
 
     def forward(self, images: Tensor) -> Tensor:
@@ -158,10 +158,6 @@ def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _cast_inputs(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(each.to(dtype) if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs)
-
-
-def _cast_output(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.to(dtype)
 
 
 class _LoweredProgram(ExportedProgram):

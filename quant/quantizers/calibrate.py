@@ -105,7 +105,8 @@ def quantize_layers(
         if name in plan and isinstance(module, QuantizerPoint):
             quantized.set_submodule(name, _activation(name, plan[name], observers[name]))
         elif f"{name}.weight" in plan or f"{name}.input" in plan:
-            weight = _weight(plan[f"{name}.weight"], module) if f"{name}.weight" in plan else None
+            spec: Any = plan.get(f"{name}.weight")
+            weight = WeightQuantizer(spec, weight_amax(module.weight, spec)) if spec else None  # type: ignore[arg-type]
             of_input = f"{name}.input"
             activation = _activation(of_input, plan[of_input], observers[of_input]) if of_input in plan else None
             kind = QuantizedConv2d if isinstance(module, nn.Conv2d) else QuantizedLinear
@@ -119,7 +120,3 @@ def _activation(name: str, spec: TensorSpec, observer: RangeObserver) -> Quantiz
             f"{name} has negative values, which {spec.format} cannot represent: use a signed one, or symmetric: false"
         )
     return QuantizeDequantize(spec, observer.low, observer.compute_amax() if spec.symmetric else observer.high)
-
-
-def _weight(spec: TensorSpec, layer: Any) -> WeightQuantizer:
-    return WeightQuantizer(spec, weight_amax(layer.weight, spec))

@@ -108,9 +108,6 @@ class Quantizer(nn.Module):
         """Returns the scale, clamped to a positive minimum in training."""
         return self.scale.clamp(min=SMALLEST_SCALE) if self.differentiable else self.scale
 
-    def extra_repr(self) -> str:
-        return str(self.spec)
-
 
 class QuantizeDequantize(Quantizer):
     """Quantizes and dequantizes an activation with one scale.

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import AfterValidator
 
 from illama.errors import UserError
 
@@ -38,7 +37,7 @@ def check_scheme(name: str) -> str:
     return name
 
 
-SchemeName = Annotated[str, AfterValidator(check_scheme)]  # of a shipped scheme, or a path to a YAML file
+SchemeName = Annotated[str, check_scheme]  # of a shipped scheme, or a path to a YAML file
 
 
 def shipped_path(name: str) -> Path:

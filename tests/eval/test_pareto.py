@@ -235,7 +235,7 @@ def test_the_closest_of_equally_close_rows_is_the_fastest_and_too_few_images_are
         (Drop(0.0, -0.2, 0.2), "99%"),
         (Drop(0.5, 0.1, 0.92), "99%"),
         (Drop(0.5, 0.1, 0.94), "too few images"),
-        (Drop(0.94, 0.8, 1.1), "less than 99%"),
+        (Drop(0.94, 0.8, 1.1), "too few images"),
     ],
 )
 def test_a_row_says_what_share_of_the_reference_it_keeps(drop, kept):
