@@ -20,7 +20,7 @@ from illama.errors import UserError
 from illama.inference import load_images
 from illama.models.attention import MaskedNetwork
 from illama.options import SourceOptions
-from quant.quantizers.smoothquant import smooth
+from quant.quantizers.rotation import prepare
 from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
 _BATCH = 64
@@ -66,10 +66,9 @@ class Inputs:
         return model
 
     def float_model(self, scheme: Scheme) -> MaskedNetwork:
-        """Returns :meth:`plain_model`, rescaled where ``scheme`` smooths, so that every tensor can be compared."""
+        """Returns :meth:`plain_model`, rotated and smoothed by ``scheme``, so that every tensor can be compared."""
         model = self.plain_model()
-        if scheme.smooth:
-            smooth(model, scheme, self.calibration)
+        prepare(model, scheme, self.calibration if scheme.smooth else [])
         return model
 
     def batches(self, images: Dataset[Sample]) -> DataLoader[tuple[Tensor, int]]:

@@ -86,9 +86,10 @@ class SwiGLU(nn.Module):
         self.fc1 = Linear(config.width, config.hidden, bias=False)
         self.fc2 = Linear(config.hidden, config.width, bias=False)
         self.fc3 = Linear(config.width, config.hidden, bias=False)
+        self.norm = nn.Identity()  # as in timm's MLPs: what comes before fc2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+        return self.fc2(self.norm(F.silu(self.fc1(x)) * self.fc3(x)))
 
 
 class GELUMLP(nn.Module):
@@ -98,9 +99,10 @@ class GELUMLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.width, config.hidden)
         self.fc2 = Linear(config.hidden, config.width)
+        self.norm = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.norm(F.gelu(self.fc1(x))))
 
 
 class Block(nn.Module):

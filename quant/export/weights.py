@@ -19,6 +19,7 @@ from illama.structured_files import parse_json
 from quant.quantizers.calibrate import quantize_layers
 from quant.quantizers.layers import QuantizeDequantize, quantizers
 from quant.quantizers.observers import RangeObserver
+from quant.quantizers.rotation import rotate, rotate_hidden
 from quant.schemes.scheme import Scheme, resolve, stored_scheme
 
 SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file; the values are JSON
@@ -54,6 +55,8 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
         ) from error
     check_config(config, state, path)
     plan = resolve(scheme, model := ILLaMA(config)).tensors
+    rotate(model, scheme.rotate)  # for the modules and biases that it adds
+    rotate_hidden(model, scheme.rotate)
     # The ranges are in the file; these observers only determine the quantizers' shapes.
     observers = {name: RangeObserver(spec) for name, spec in plan.items()}
     for observer in observers.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.layer_effects import Effect, layers_of, measure
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import FLOAT, QuantizationPlan, Scheme, resolve, tensor_names
+from quant.schemes.scheme import FLOAT, QuantizationPlan, Rotations, Scheme, resolve, tensor_names
 
 _ALL = "all layers"
 
@@ -59,6 +59,7 @@ class SearchSpace:
         fit_ms: scheme -> milliseconds of a whole network's call that fixed_ms and its layers' times do not explain.
         rest_ms: scheme -> milliseconds of nodes that belong to no layer; the excess over float's is spread over the
             layers.
+        rotate: what all schemes rotate.
     """
 
     layers: Mapping[str, Sequence[FormatChoice]]
@@ -67,13 +68,14 @@ class SearchSpace:
     fixed_ms: float
     fit_ms: Mapping[str, float]
     rest_ms: Mapping[str, float]
+    rotate: Rotations = field(default_factory=Rotations)
 
 
 def format_schemes(names: Sequence[str]) -> list[Scheme]:
     """Returns the schemes of ``--formats``, without block reconstruction.
 
     Raises:
-        UserError: a scheme is unknown, there is none, or two have one name.
+        UserError: a scheme is unknown, there is none, two have one name, or they rotate differently.
     """
     schemes = [
         replace(onnx_scheme(name), reconstruction_iterations=0) for name in dict.fromkeys(names) if name != FLOAT
@@ -82,6 +84,8 @@ def format_schemes(names: Sequence[str]) -> list[Scheme]:
         raise UserError("--formats names no scheme: give at least one besides float")
     if len({scheme.name for scheme in schemes}) < len(schemes):
         raise UserError("two of --formats have the same name: change it in the scheme file")
+    if len({scheme.rotate for scheme in schemes}) > 1:
+        raise UserError("--formats rotate differently: give schemes with the same rotate, since it is for all layers")
     return schemes
 
 
@@ -126,6 +130,7 @@ class SearchSpaceBuilder:
             costs.fixed_ms,
             costs.fit_ms,
             {name: each.rest for name, each in times.items()},
+            [*self.schemes.values()][-1].rotate,
         )
 
     def _export_all(self, folder: Path) -> dict[str, Path]:
@@ -257,4 +262,4 @@ def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], iterations:
         choice = space.layers[layer][index]
         tensors.update(choice.specs)
         smooth.update({layer: choice.smooth} if choice.smooth is not None else {})
-    return Scheme("searched", tensors, smooth, iterations, summary=summary)
+    return Scheme("searched", tensors, smooth, space.rotate, iterations, summary=summary)

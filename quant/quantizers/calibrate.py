@@ -22,7 +22,7 @@ from illama.quiet import quiet
 from quant.quantizers.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
 from quant.quantizers.observers import RangeObserver, weight_amax
 from quant.quantizers.reconstruction import reconstruct
-from quant.quantizers.smoothquant import smooth
+from quant.quantizers.rotation import prepare
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import QuantizationPlan
 
@@ -62,8 +62,7 @@ def calibrate(model: MaskedNetwork, plan: QuantizationPlan, batches: Iterable[Te
     scheme, tensors, batches = plan.scheme, plan.tensors, list(batches)
     reference = copy.deepcopy(model).eval()
     reference.set_attention_form("plain")  # the fused form has no softmax output to quantize
-    if scheme.smooth:
-        smooth(reference, scheme, batches)
+    prepare(reference, scheme, batches)
     quantized = quantize_layers(reference, tensors, observe(reference, tensors, batches))
     if scheme.reconstruction_iterations:
         reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)

@@ -53,7 +53,7 @@ from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA, Linear
 from illama.structured_files import parse_json
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import QuantizationPlan, Scheme
+from quant.schemes.scheme import QuantizationPlan, Rotations, Scheme
 
 _METADATA = "illama_torchao"  # one key only: safetensors writes several in no fixed order
 _PART = re.compile(r"(.*)\.parts\.0\.")  # of a name in a state dict
@@ -136,8 +136,10 @@ def check(model: MaskedNetwork, plan: QuantizationPlan) -> None:
     scheme = plan.scheme
     if scheme.backend != "torchao":
         raise UserError(f"scheme {scheme.name} has backend {scheme.backend}: give one with 'backend: torchao'")
-    if scheme.smooth or scheme.reconstruction_iterations:
-        raise UserError(f"scheme {scheme.name}: torchao has no smooth and no reconstruction_iterations; leave them out")
+    if scheme.smooth or scheme.reconstruction_iterations or scheme.rotate != Rotations():
+        raise UserError(
+            f"scheme {scheme.name}: torchao has no smooth, rotate or reconstruction_iterations; leave them out"
+        )
     for name in plan.tensors:
         layer = name.removesuffix(".weight").removesuffix(".input")
         if not isinstance(model.get_submodule(layer), nn.Linear):

@@ -37,6 +37,35 @@ _OLD_KEYS = {"learned": "reconstruction_iterations"}  # key of older scheme file
 
 
 @dataclass(frozen=True)
+class Rotations:
+    """What is rotated before quantization, which changes no result of the float network.
+
+    See :mod:`quant.quantizers.rotation`.
+
+    Attributes:
+        residual: the residual stream, in the weights; ``auto``: if the network allows it.
+        values: v of every attention, in the weights; ``auto``: if the network allows it.
+        hidden: channels in a block of the rotation before ``mlp.fc2``, which is computed at run time: a power of 2, or
+            a smaller one, at least 16, if it does not divide the hidden size; 0 for none.
+        seed: of the random rotations.
+
+    Raises:
+        UserError: ``hidden`` or ``seed`` is invalid.
+    """
+
+    residual: bool | Literal["auto"] = False
+    values: bool | Literal["auto"] = False
+    hidden: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden and (self.hidden & -self.hidden != self.hidden or not 16 <= self.hidden <= 1024):
+            raise UserError(f"rotate.hidden must be 0 or a power of 2 from 16 to 1024, not {self.hidden}")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"rotate.seed must be from 0 to 2^32 - 1, not {self.seed}")
+
+
+@dataclass(frozen=True)
 class Scheme:
     """A quantization scheme.
 
@@ -44,6 +73,7 @@ class Scheme:
         tensors: pattern (shell-style, matches the whole name) -> spec, or None for floating point.
         smooth: pattern of Linears' names -> SmoothQuant's migration strength, 0..1 (Xiao et al., arXiv 2211.10438,
             equation 4), for those whose input :mod:`quant.quantizers.smoothquant` can rescale; the last match applies.
+        rotate: what is rotated, before smoothing.
         reconstruction_iterations: iterations of block reconstruction for each block
             (:mod:`quant.quantizers.reconstruction`); 0 for none.
         backend: ``onnx`` exports a graph with Q/DQ for ONNX Runtime and TensorRT; ``torchao`` runs inside PyTorch with
@@ -57,6 +87,7 @@ class Scheme:
     name: str
     tensors: Mapping[str, TensorSpec | None] = field(default_factory=dict)
     smooth: Mapping[str, float] = field(default_factory=dict)
+    rotate: Rotations = field(default_factory=Rotations)
     reconstruction_iterations: int = 0
     backend: Literal["onnx", "torchao"] = "onnx"
     summary: str = ""
@@ -273,5 +304,5 @@ def write_scheme(scheme: Scheme, path: Path) -> None:
         values = {} if spec is None else {k: v for k, v in asdict(spec).items() if k == "format" or v != defaults[k]}
         tensors[pattern] = values or FLOAT
     content = {field.name: getattr(scheme, field.name) for field in fields(Scheme)}
-    content |= {"tensors": tensors, "smooth": dict(scheme.smooth)}
+    content |= {"tensors": tensors, "smooth": dict(scheme.smooth), "rotate": asdict(scheme.rotate)}
     path.write_text(to_yaml(content))

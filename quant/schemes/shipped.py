@@ -12,6 +12,7 @@ from illama.errors import UserError
 # In the order of python quant/list_schemes.py.
 SHIPPED_SCHEMES = (
     "int8",
+    "int8-accurate",
     "int8-attention",
     "int8-smooth",
     "int8-weight-only",

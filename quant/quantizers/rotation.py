@@ -1,0 +1,277 @@
+"""Rotations: orthogonal matrices that spread outliers over channels (QuaRot, arXiv 2404.00456; SpinQuant, 2405.16406).
+
+An orthogonal matrix R and its transpose, which undoes it, can stand between two products without changing the result:
+x W^T = (x R) (W R)^T. A tensor that has a few large channels has none after a rotation, and a narrower range.
+
+    residual   one R for the residual stream: what writes to it is multiplied by R, what reads it by R^T. A norm
+               commutes with R once its weight and bias are in the Linears after it: RMSNorm because R keeps lengths,
+               LayerNorm if R also keeps the vector of ones, and with it means.
+    values     one R for each head of v, undone in attn.proj: attention mixes tokens, not channels.
+    hidden     blocks of a Hadamard matrix before mlp.fc2, undone in its weight. The product or the GELU before it does
+               not commute with a rotation, so that this one is computed at run time, as a small matrix product.
+
+The first two change weights only and cost nothing at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from scipy.linalg import hadamard
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from torch import Tensor, nn
+
+from illama.errors import UserError
+from illama.models.attention import MaskedNetwork
+from illama.models.illama import ILLaMA
+from illama.models.timm_vit import CausalVisionTransformer
+from illama.models.upernet import UperNet
+from quant.quantizers.smoothquant import smooth
+from quant.schemes.scheme import Rotations, Scheme
+
+_SMALLEST = 16  # channels of a block before fc2; fewer spread too little
+
+
+class Rotate(nn.Module):
+    """Multiplies consecutive blocks of channels by one matrix, and adds a bias: (..., C) -> (..., C).
+
+    Args:
+        matrix: (block, block); ``block`` divides C.
+        bias: (C,).
+    """
+
+    matrix: Tensor
+    bias: Tensor | None
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = x if x.shape[-1] == len(self.matrix) else x.unflatten(-1, (-1, len(self.matrix)))
+        y = (blocks @ self.matrix).reshape(x.shape)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A residual branch of a block: x + scale(writer(...(readers(norm(x))))).
+
+    Attributes:
+        scale: name of the module in ``parent`` that scales the output by channel (timm's LayerScale), if there is one.
+    """
+
+    norm: Any
+    readers: Sequence[Any]
+    writer: Any
+    parent: nn.Module
+    scale: str
+
+
+def prepare(model: MaskedNetwork, scheme: Scheme, batches: Iterable[Tensor]) -> None:
+    """Rotates and smooths a float network in place, as the scheme says; its results stay the same.
+
+    Args:
+        batches: calibration images (B, C, H, W), for smoothing.
+
+    Raises:
+        UserError: a part of the network does not commute with a rotation that the scheme requires.
+    """
+    rotate(model, scheme.rotate)
+    if scheme.smooth:
+        smooth(model, scheme, batches)
+    rotate_hidden(model, scheme.rotate)  # last, since smoothing divides single channels
+
+
+@torch.no_grad()
+def rotate(model: MaskedNetwork, spec: Rotations) -> None:
+    """Folds the rotations of the residual stream and of v into the weights, in place; see :func:`prepare`."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    if spec.residual and _allowed(spec.residual, _obstacles_of_residual(model)):
+        _rotate_residual(model, generator)
+    if spec.values and _allowed(spec.values, _obstacles_of_values(model)):
+        for attention in _attentions(model).values():
+            _rotate_values(attention, generator)
+
+
+@torch.no_grad()
+def rotate_hidden(model: MaskedNetwork, spec: Rotations) -> None:
+    """Inserts the rotations before ``mlp.fc2`` where no norm is, in place, and undoes them in its weight."""
+    mlps: list[Any] = [module for module in model.modules() if spec.hidden and hasattr(module, "fc2")]
+    for mlp in mlps:
+        size: int = min(spec.hidden, mlp.fc2.in_features & -mlp.fc2.in_features)
+        if size >= _SMALLEST and isinstance(getattr(mlp, "norm", None), nn.Identity):
+            # Powers of 2 are exact in half precision; what is left of the length goes to the weight.
+            signs = torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(spec.seed)) * 2.0 - 1
+            matrix = signs.double() * torch.from_numpy(hadamard(size)) * 2.0 ** -(size.bit_length() // 2)
+            blocks = mlp.fc2.weight.double().unflatten(1, (-1, size))
+            _set(mlp.fc2.weight, blocks @ matrix / matrix[0].square().sum())
+            mlp.norm = Rotate(matrix.to(mlp.fc2.weight.dtype))
+
+
+def random_rotation(size: int, generator: torch.Generator, keeps_ones: bool = False) -> Tensor:
+    """Returns a random orthogonal matrix, (size, size), float64, that spreads every channel over all others.
+
+    It is the Kronecker product of a random rotation and the largest Hadamard matrix that divides ``size``, with random
+    signs.
+
+    Args:
+        keeps_ones: a reflection maps the image of the vector of ones back to it.
+    """
+    power = size & -size
+    signs = torch.randint(2, (size, 1), generator=generator) * 2.0 - 1
+    rest = torch.linalg.qr(torch.randn(size // power, size // power, dtype=torch.float64, generator=generator)).Q
+    blocks = torch.from_numpy(hadamard(power)).double() / power**0.5
+    matrix = signs.double() * torch.kron(rest.contiguous(), blocks)
+    ones = torch.full((size,), size**-0.5, dtype=torch.float64)
+    normal = ones @ matrix - ones
+    if keeps_ones and normal.norm() > 1e-9:
+        matrix -= 2 * torch.outer(matrix @ normal, normal) / normal.square().sum()
+    return matrix
+
+
+def _allowed(asked: bool | Literal["auto"], obstacle: str) -> bool:
+    """Whether there is no obstacle; UserError if there is one and the rotation was required."""
+    if obstacle and asked is True:
+        raise UserError(f"{obstacle}: leave this rotation out, or set it to auto")
+    if obstacle:
+        _note(obstacle)
+    return not obstacle
+
+
+@cache
+def _note(obstacle: str) -> None:
+    print(f"note: {obstacle}", flush=True)
+
+
+def _network(model: MaskedNetwork) -> Any:
+    return model.vit if isinstance(model, CausalVisionTransformer) else model
+
+
+def _obstacles_of_residual(model: MaskedNetwork) -> str:
+    """Returns why the residual stream cannot be rotated: something that is not linear writes to it; or nothing."""
+    network = _network(model)
+    writing = {
+        "patch_embed.norm": getattr(network.patch_embed, "norm", None),
+        "norm_pre": getattr(network, "norm_pre", None),
+    }
+    found = [name for name, module in writing.items() if module is not None and not isinstance(module, nn.Identity)]
+    found += [f"the norms of blocks.{i}" for i, block in enumerate(network.blocks) if isinstance(block, ResPostBlock)]
+    return f"the residual stream cannot be rotated, because {found[0]} writes to it" if found else ""
+
+
+def _obstacles_of_values(model: MaskedNetwork) -> str:
+    """Returns why v cannot be rotated: something between v and proj that depends on channels; or nothing."""
+    for name, attention in _attentions(model).items():
+        for part in ("norm", "gate"):
+            module = getattr(attention, part, None)
+            if module is not None and not isinstance(module, nn.Identity):
+                return f"v cannot be rotated, because {name}.{part} is between it and proj"
+    return ""
+
+
+def _rotate_residual(model: MaskedNetwork, generator: torch.Generator) -> None:
+    network = _network(model)
+    layer_norms = any(isinstance(module, nn.LayerNorm) for module in model.modules())
+    matrix = random_rotation(network.patch_embed.proj.out_channels, generator, keeps_ones=layer_norms)
+    _rotate_outputs(network.patch_embed.proj, matrix)
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        if (table := getattr(network, name, None)) is not None:
+            _set(table, table.double() @ matrix)
+    for branch in [branch for block in network.blocks for branch in _branches(block)]:
+        _fold_norm(branch.norm, branch.readers)
+        _fold_scale(branch)
+        for reader in branch.readers:
+            _set(reader.weight, reader.weight.double() @ matrix)
+        _rotate_outputs(branch.writer, matrix)
+    _rotate_back(network, matrix)
+
+
+def _branches(block: Any) -> Iterator[_Branch]:
+    """Yields the residual branches of a block of ours or of timm's."""
+    parts: list[Any]
+    if isinstance(block, ParallelThingsBlock):
+        parts = [(each.norm, each.attn, each, "ls") for each in block.attns]
+        parts += [(each.norm, each.mlp, each, "ls") for each in block.ffns]
+    else:
+        parts = [(block.norm1, block.attn, block, "ls1"), (block.norm2, block.mlp, block, "ls2")]
+    for norm, body, parent, scale in parts:
+        writer = body.proj if hasattr(body, "proj") else body.fc2
+        readers = [child for child in body.children() if isinstance(child, nn.Linear) and child is not writer]
+        yield _Branch(norm, readers, writer, parent, scale)
+
+
+def _rotate_back(network: Any, matrix: Tensor) -> None:
+    """Undoes the rotation of the stream after the last norm: in the classifier, or in front of anything else."""
+    norms, heads, linear = [network.norm], [network.head], not isinstance(network, UperNet)
+    if not isinstance(network, ILLaMA):
+        norms = [norm for norm in (network.norm, network.fc_norm) if not isinstance(norm, nn.Identity)]
+        heads += [network.head_dist] if hasattr(network, "head_dist") else []
+        linear = network.attn_pool is None and network.global_pool in ("", "token", "avg") and len(norms) == 1
+    if linear and all(isinstance(head, nn.Linear) for head in heads):
+        _fold_norm(norms[0], heads)
+        for head in heads:
+            _set(head.weight, head.weight.double() @ matrix)
+        return
+    weight, bias = getattr(network.norm, "weight", None), getattr(network.norm, "bias", None)
+    back = matrix.t() if weight is None else matrix.t() * weight.double()
+    back, bias = back.to(network.patch_embed.proj.weight.dtype), None if bias is None else bias.detach().clone()
+    _fold_norm(network.norm, [])
+    network.norm = nn.Sequential(network.norm, Rotate(back, bias))
+
+
+def _fold_norm(norm: Any, readers: Sequence[Any]) -> None:
+    """Moves the weight and the bias of a norm into the Linears after it."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    for reader in readers:
+        if bias is not None:
+            if reader.bias is None:
+                reader.bias = nn.Parameter(torch.zeros_like(reader.weight[:, 0]))
+            _set(reader.bias, reader.bias.double() + reader.weight.double() @ bias.double())
+        if weight is not None:
+            _set(reader.weight, reader.weight.double() * weight.double())
+    if weight is not None:
+        weight.fill_(1)
+    if bias is not None:
+        bias.zero_()
+
+
+def _fold_scale(branch: _Branch) -> None:
+    """Moves a LayerScale into the Linear before it."""
+    scale: Any = getattr(branch.parent, branch.scale, None)
+    if hasattr(scale, "gamma"):
+        _set(branch.writer.weight, scale.gamma.double()[:, None] * branch.writer.weight.double())
+        if branch.writer.bias is not None:
+            _set(branch.writer.bias, scale.gamma.double() * branch.writer.bias.double())
+        setattr(branch.parent, branch.scale, nn.Identity())
+
+
+def _attentions(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: module for name, module in model.named_modules() if hasattr(module, "core") and hasattr(module, "qkv")
+    }
+
+
+def _rotate_values(attention: Any, generator: torch.Generator) -> None:
+    """Rotates each head of v, and undoes it in ``proj``."""
+    width = attention.proj.in_features
+    heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    matrix = torch.block_diag(*(random_rotation(width // heads, generator) for _ in range(heads)))
+    _rotate_outputs(attention.qkv, matrix, slice(2 * width, None))
+    _set(attention.proj.weight, attention.proj.weight.double() @ matrix)
+
+
+def _rotate_outputs(layer: Any, matrix: Tensor, rows: slice = slice(None)) -> None:
+    """Rotates the outputs of a Linear or a convolution, or those in a slice."""
+    _set(layer.weight[rows], matrix.t() @ layer.weight[rows].double().flatten(1))
+    if layer.bias is not None:
+        _set(layer.bias[rows], layer.bias[rows].double() @ matrix)
+
+
+def _set(tensor: Tensor, value: Tensor) -> None:
+    tensor.copy_(value.reshape(tensor.shape))

@@ -1,0 +1,162 @@
+"""Rotations: the float network stays the same in float64, and quantized networks are closer to it."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+
+from deploy.runtimes.open_engine import load_engine
+from illama.errors import UserError
+from illama.models.config import ModelConfig
+from illama.models.illama import ILLaMA
+from illama.models.timm_vit import to_causal, to_quantizable
+from illama.models.upernet import SegmentationConfig, UperNet
+from quant.export.onnx_export import export_onnx
+from quant.export.weights import read_quantized_weights, write_quantized_weights
+from quant.mixed_precision.search_space import format_schemes
+from quant.quantizers.calibrate import calibrate
+from quant.quantizers.rotation import random_rotation, rotate, rotate_hidden
+from quant.quantizers.torchao_backend import check
+from quant.schemes.scheme import Rotations, resolve, shipped_scheme
+
+ALL = Rotations(residual=True, values=True, hidden=64)
+SHAPE = {"image_size": 16, "patch_size": 4, "width": 48, "depth": 4, "heads": 3, "num_classes": 5}
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+
+
+def randomized(model):
+    """The network in float64, with random norms, biases and scales, which a new network has at 1 and 0."""
+    generator = torch.Generator().manual_seed(1)
+    model = model.double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def difference(model, spec=ALL):
+    channels, size = model.config.in_channels, model.config.image_size
+    images = torch.randn(3, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rotated = copy.deepcopy(model)
+    rotate(rotated, spec)
+    rotate_hidden(rotated, spec)
+    weights = zip(model.parameters(), rotated.parameters(), strict=False)
+    assert any(not torch.equal(a, b) for a, b in weights if a.shape == b.shape)
+    with torch.no_grad():
+        exact, found = model(images), rotated(images)
+    return float((found - exact).abs().max() / exact.abs().max())
+
+
+@given(st.sampled_from([1, 2, 3, 12, 16, 24, 40, 64, 88]), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_a_random_rotation_is_orthogonal_and_keeps_the_vector_of_ones_if_asked(size, keeps_ones, seed):
+    matrix = random_rotation(size, torch.Generator().manual_seed(seed), keeps_ones)
+    torch.testing.assert_close(matrix @ matrix.t(), torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+    if keeps_ones:
+        torch.testing.assert_close(matrix.sum(1), torch.ones(size, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", ["post_softmax", "pre_softmax", "bidirectional"])
+@pytest.mark.parametrize("form", ["plain", "fused"])
+@pytest.mark.parametrize("changed", [{}, {"norm": "layer"}, {"mlp": "gelu"}, {"position": "learnable"}])
+def test_an_illama_computes_the_same(mask, form, changed):
+    model = randomized(ILLaMA(ModelConfig(**SHAPE, mask=mask, **changed)))
+    model.set_attention_form(form)
+    assert difference(model) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"init_values": 0.1},  # LayerScale
+        {"reg_tokens": 2},
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "fc_norm": False},
+        {"global_pool": "max"},
+        {"global_pool": "map"},
+        {"num_classes": 0},
+        {"class_token": False, "global_pool": "avg"},
+        {"qkv_bias": False, "qk_norm": True},
+        {"pos_embed": "none"},
+        {"block_fn": timm.models.vision_transformer.ParallelThingsBlock},
+        {"mlp_layer": timm.layers.SwiGLUPacked, "mlp_ratio": 4},
+        {"mlp_layer": timm.layers.SwiGLU},
+        {"norm_layer": timm.layers.RmsNorm},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("convert", [to_quantizable, to_causal])
+def test_a_timm_vit_computes_the_same(changed, convert):
+    assert difference(randomized(convert(VisionTransformer(**{**VIT, **changed})))) < 1e-12
+
+
+def test_a_distilled_deit_computes_the_same():
+    vit = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=2, num_classes=5)
+    assert difference(randomized(to_quantizable(vit))) < 1e-12
+
+
+def test_a_segmentation_network_computes_the_same():
+    pytest.importorskip("segmentation_models_pytorch")
+    config = SegmentationConfig(**{**SHAPE, "image_size": 32}, decoder_channels=16)
+    assert difference(randomized(UperNet(config))) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("changed", "spec", "named"),
+    [
+        ({"pre_norm": True}, Rotations(residual=True), "norm_pre"),
+        ({"block_fn": timm.models.vision_transformer.ResPostBlock}, Rotations(residual=True), "blocks.0"),
+        ({"scale_attn_norm": True}, Rotations(values=True), "blocks.0.attn.norm"),
+    ],
+    ids=["norm_pre", "post-norm", "attention norm"],
+)
+def test_a_network_that_does_not_commute_is_refused_by_name_or_left_as_it_is(changed, spec, named, capsys):
+    model = to_quantizable(VisionTransformer(**{**VIT, **changed})).double().eval()
+    with pytest.raises(UserError, match=named):
+        rotate(model, spec)
+    before = copy.deepcopy(model.state_dict())
+    rotate(model, Rotations(*("auto" if asked else False for asked in (spec.residual, spec.values))))
+    assert named in capsys.readouterr().out
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def small_network(**changed):
+    torch.manual_seed(0)
+    model = ILLaMA(ModelConfig(**{**SHAPE, "width": 64, "heads": 2}, **changed)).eval()
+    return model, torch.randn(16, 3, 16, 16)
+
+
+def test_the_exported_file_computes_what_pytorch_does(tmp_path):
+    model, images = small_network()
+    quantized = calibrate(model, resolve(shipped_scheme("int8-accurate"), model), [images])
+    export_onnx(quantized, tmp_path / "model.onnx", "plain")
+    found = torch.from_numpy(load_engine(tmp_path / "model.onnx", "onnxruntime").infer(images.numpy()))
+    with torch.no_grad():
+        expected = quantized(images)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("changed", [{}, {"norm": "layer"}])  # a LayerNorm's bias gives a SwiGLU's Linears one
+def test_a_stored_network_is_read_back(changed, tmp_path):
+    model, images = small_network(**changed)
+    scheme = shipped_scheme("int8-accurate")
+    quantized = calibrate(model, resolve(scheme, model), [images])
+    write_quantized_weights(quantized, scheme, tmp_path / "model.safetensors")
+    stored, found = read_quantized_weights(tmp_path / "model.safetensors")
+    assert found == scheme
+    with torch.no_grad():
+        assert torch.equal(stored(images), quantized(images))
+
+
+def test_schemes_that_rotate_differently_are_not_mixed_and_torchao_does_not_rotate():
+    with pytest.raises(UserError, match="rotate"):
+        format_schemes(["int8", "int8-accurate"])
+    model, _ = small_network()
+    scheme = replace(shipped_scheme("int8-weight-only-torchao"), rotate=ALL)
+    with pytest.raises(UserError, match="rotate"):
+        check(model, resolve(scheme, model))
