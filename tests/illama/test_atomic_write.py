@@ -369,8 +369,8 @@ def test_a_folder_is_removed_atomically(tmp_path, monkeypatch):
         ("illama/train_segmentation.py", "--data", "nowhere"),
         ("quant/qat.py",),
         ("eval/tradeoff.py", "nowhere"),
-        ("eval/accuracy.py", "nowhere"),
-        ("eval/robustness.py", "nowhere", "--data", "nowhere"),
+        ("eval/accuracy.py", "."),
+        ("eval/robustness.py", ".", "--data", "."),
     ],
 )
 def test_two_processes_cannot_use_the_same_folder(command, tmp_path, run_here):

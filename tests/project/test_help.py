@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from project_files import ROOT, commands, module_name, relative
@@ -75,7 +76,8 @@ def test_help_imports_no_large_library(path):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_commands_as_they_are_run(name):
-    text = subprocess.run(["illama", name, "--help"], capture_output=True, text=True, check=True).stdout
+    illama = Path(sys.executable).with_name("illama")
+    text = subprocess.run([illama, name, "--help"], capture_output=True, text=True, check=True).stdout
     joined = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
     assert not re.search(r"python \w+/|(quant|deploy|eval)/\w+\.py", joined)
     assert "[[" not in joined
