@@ -63,6 +63,7 @@ TENSORRT_SCHEMES = [
     "fp8",
     "fp8-attention",
     "int8",
+    "int8-accurate",
     "int8-smooth",
     "int8-weight-only",
     "w4a16",
@@ -492,5 +493,5 @@ def test_images_that_are_not_finite_are_refused(shipped):
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(UserError, match=r"int3.* int8, int8-attention"):
+    with pytest.raises(UserError, match=r"int3.* int8, int8-accurate"):
         shipped_scheme("int3")
