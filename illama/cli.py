@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import errno
@@ -147,14 +146,20 @@ def _in_one_line(parse: Callable[[], Options]) -> Options:
 
 def _in_plain_words(lines: list[str]) -> str:
     """Returns the first problem of tyro's box, of which an empty line ends the text."""
-    text = " ".join(takewhile(bool, lines)).rstrip(".")
+    problem = list(takewhile(bool, lines))
+    text = " ".join(problem).rstrip(".")
     if unknown := re.match(r"Unrecognized options: .*?(--[^\s,]+)", text):
-        near = next((line.split()[0] for line in lines[1:] if line.startswith("--")), "")
+        near = next((line.split()[0] for line in lines[len(problem) :] if line.startswith("--")), "")
         return f"there is no option {unknown[1]}" + (f", perhaps {near}" if near else "")
     text = text.removeprefix("Error parsing ").replace("invalid literal for int() with base 10", "not a whole number")
     text = text.replace("could not convert string to float", "not a number")
     text = re.sub(r"no type matching \{None\}\|(\S+) could be instantiated from \['(.*)'\]", r"not a \1: \2", text)
-    return re.sub(r"\('.*'\)", lambda each: ", ".join(sorted(set(ast.literal_eval(each[0])) - {"None"})), text)
+    return re.sub(r"Expected one of \((.*)\)$", lambda found: f"expected one of {_names(found[1])}", text)
+
+
+def _names(choices: str) -> str:
+    """Returns the names in tyro's list of an option's choices, in order; None stands for leaving the option out."""
+    return ", ".join(sorted(set(re.findall(r"[^\s',]+", choices)) - {"None"}))
 
 
 def _problem(error: Exception) -> str | None:

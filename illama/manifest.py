@@ -225,7 +225,7 @@ class Manifest:
         """Reads the manifest of a bundle; raises UserError if it is missing, damaged or of another format."""
         path = folder / MANIFEST
         if not path.exists():
-            if inner := next(folder.glob(f"*/{MANIFEST}"), None):
+            if inner := min(folder.glob(f"*/{MANIFEST}"), default=None):
                 raise UserError(f"{folder} is a folder of bundles: give one of them, such as {inner.parent}")
             found = f"is not a bundle: it has no {MANIFEST}" if folder.exists() else "does not exist"
             raise UserError(f"{folder.absolute()} {found}; python quant/ptq.py makes bundles")

@@ -23,6 +23,7 @@ from quant.export.half_precision import export_half
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
+from quant.quantizers.rotation import check_rotations
 from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_torchao, write_torchao
 from quant.schemes.scheme import QuantizationPlan, Scheme, resolve, write_scheme
 
@@ -68,6 +69,7 @@ class Origin:
 def plan_quantization(model: MaskedNetwork, scheme: Scheme) -> QuantizationPlan:
     """Returns the plan to quantize ``model``; raises UserError if the scheme does not fit it, or not its backend."""
     plan = resolve(scheme, model)
+    check_rotations(model, scheme.rotate)
     if scheme.backend == "torchao":
         check(model, plan)
     return plan

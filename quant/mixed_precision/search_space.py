@@ -93,12 +93,13 @@ class SearchSpaceBuilder:
     """Calibrates, evaluates, exports and times every scheme, and float.
 
     Args:
+        schemes: at least one, all with the same ``rotate``.
         images: batches for the effects.
         threads: threads of ONNX Runtime, if it is timed; 0 for one for each core.
     """
 
     def __init__(self, inputs: Inputs, schemes: Sequence[Scheme], images: DataLoader[Any], threads: int = 0) -> None:
-        self.inputs, self.images, self.threads = inputs, images, threads
+        self.inputs, self.images, self.threads, self.rotate = inputs, images, threads, schemes[0].rotate
         self.schemes = {FLOAT: Scheme(FLOAT), **{scheme.name: scheme for scheme in schemes}}
         self.plans = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
         self.layers = layers_of(tensor_names(inputs.model))
@@ -130,7 +131,7 @@ class SearchSpaceBuilder:
             costs.fixed_ms,
             costs.fit_ms,
             {name: each.rest for name, each in times.items()},
-            [*self.schemes.values()][-1].rotate,
+            self.rotate,
         )
 
     def _export_all(self, folder: Path) -> dict[str, Path]:

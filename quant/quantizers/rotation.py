@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from scipy.linalg import hadamard
@@ -91,27 +90,34 @@ def prepare(model: MaskedNetwork, scheme: Scheme, batches: Iterable[Tensor]) -> 
 @torch.no_grad()
 def rotate(model: MaskedNetwork, spec: Rotations) -> None:
     """Folds the rotations of the residual stream and of v into the weights, in place; see :func:`prepare`."""
+    for obstacle in check_rotations(model, spec):
+        print(f"note: {obstacle}", flush=True)
     generator = torch.Generator().manual_seed(spec.seed)
-    if spec.residual and _allowed(spec.residual, _obstacles_of_residual(model)):
+    if spec.residual and not _obstacle_of_residual(model):
         _rotate_residual(model, generator)
-    if spec.values and _allowed(spec.values, _obstacles_of_values(model)):
+    if spec.values and not _obstacle_of_values(model):
         for attention in _attentions(model).values():
             _rotate_values(attention, generator)
 
 
 @torch.no_grad()
 def rotate_hidden(model: MaskedNetwork, spec: Rotations) -> None:
-    """Inserts the rotations before ``mlp.fc2`` where no norm is, in place, and undoes them in its weight."""
-    mlps: list[Any] = [module for module in model.modules() if spec.hidden and hasattr(module, "fc2")]
-    for mlp in mlps:
-        size: int = min(spec.hidden, mlp.fc2.in_features & -mlp.fc2.in_features)
-        if size >= _SMALLEST and isinstance(getattr(mlp, "norm", None), nn.Identity):
-            # Powers of 2 are exact in half precision; what is left of the length goes to the weight.
+    """Inserts the rotations before ``mlp.fc2``, in place, and undoes them in its weight."""
+    for mlp in _mlps(model).values() if spec.hidden else ():
+        size = _block_size(mlp, spec)
+        if size and isinstance(mlp.norm, nn.Identity):
             signs = torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(spec.seed)) * 2.0 - 1
+            # Entries are powers of 2, which half precision represents; the weight takes the rest of the rows' length.
             matrix = signs.double() * torch.from_numpy(hadamard(size)) * 2.0 ** -(size.bit_length() // 2)
             blocks = mlp.fc2.weight.double().unflatten(1, (-1, size))
             _set(mlp.fc2.weight, blocks @ matrix / matrix[0].square().sum())
             mlp.norm = Rotate(matrix.to(mlp.fc2.weight.dtype))
+
+
+def _block_size(mlp: Any, spec: Rotations) -> int:
+    """Returns the number of channels in a block before ``fc2``; 0 if no block of that size or smaller fits."""
+    size: int = min(spec.hidden, mlp.fc2.in_features & -mlp.fc2.in_features)
+    return size if size >= _SMALLEST else 0
 
 
 def random_rotation(size: int, generator: torch.Generator, keeps_ones: bool = False) -> Tensor:
@@ -135,25 +141,19 @@ def random_rotation(size: int, generator: torch.Generator, keeps_ones: bool = Fa
     return matrix
 
 
-def _allowed(asked: bool | Literal["auto"], obstacle: str) -> bool:
-    """Whether there is no obstacle; UserError if there is one and the rotation was required."""
-    if obstacle and asked is True:
-        raise UserError(f"{obstacle}: leave this rotation out, or set it to auto")
-    if obstacle:
-        _note(obstacle)
-    return not obstacle
-
-
-@cache
-def _note(obstacle: str) -> None:
-    print(f"note: {obstacle}", flush=True)
+def check_rotations(model: MaskedNetwork, spec: Rotations) -> list[str]:
+    """Returns what stands in the way of rotations, in words; UserError if the scheme requires one of these."""
+    found = [(spec.residual, _obstacle_of_residual(model)), (spec.values, _obstacle_of_values(model))]
+    if required := next((obstacle for asked, obstacle in found if asked is True and obstacle), None):
+        raise UserError(f"{required}: leave this rotation out, or set it to auto")
+    return [obstacle for asked, obstacle in found if asked and obstacle] + _obstacles_of_hidden(model, spec)
 
 
 def _network(model: MaskedNetwork) -> Any:
     return model.vit if isinstance(model, CausalVisionTransformer) else model
 
 
-def _obstacles_of_residual(model: MaskedNetwork) -> str:
+def _obstacle_of_residual(model: MaskedNetwork) -> str:
     """Returns why the residual stream cannot be rotated: something that is not linear writes to it; or nothing."""
     network = _network(model)
     writing = {
@@ -165,7 +165,7 @@ def _obstacles_of_residual(model: MaskedNetwork) -> str:
     return f"the residual stream cannot be rotated, because {found[0]} writes to it" if found else ""
 
 
-def _obstacles_of_values(model: MaskedNetwork) -> str:
+def _obstacle_of_values(model: MaskedNetwork) -> str:
     """Returns why v cannot be rotated: something between v and proj that depends on channels; or nothing."""
     for name, attention in _attentions(model).items():
         for part in ("norm", "gate"):
@@ -173,6 +173,16 @@ def _obstacles_of_values(model: MaskedNetwork) -> str:
             if module is not None and not isinstance(module, nn.Identity):
                 return f"v cannot be rotated, because {name}.{part} is between it and proj"
     return ""
+
+
+def _obstacles_of_hidden(model: MaskedNetwork, spec: Rotations) -> list[str]:
+    """Returns why inputs of fc2 cannot be rotated: a norm before it, or channels that do not divide into blocks."""
+    for name, mlp in _mlps(model).items() if spec.hidden else ():
+        if not isinstance(mlp.norm, nn.Identity):
+            return [f"the inputs of {name}.fc2 cannot be rotated, because {name}.norm is before it"]
+        if not _block_size(mlp, spec):
+            return [f"the inputs of {name}.fc2 are not rotated: {_SMALLEST} does not divide {mlp.fc2.in_features}"]
+    return []
 
 
 def _rotate_residual(model: MaskedNetwork, generator: torch.Generator) -> None:
@@ -254,6 +264,12 @@ def _fold_scale(branch: _Branch) -> None:
 def _attentions(model: nn.Module) -> dict[str, Any]:
     return {
         name: module for name, module in model.named_modules() if hasattr(module, "core") and hasattr(module, "qkv")
+    }
+
+
+def _mlps(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: module for name, module in model.named_modules() if hasattr(module, "fc2") and hasattr(module, "norm")
     }
 
 

@@ -75,6 +75,8 @@ def test_a_value_outside_the_bounds_of_its_type_is_refused(changed, option):
         ("quant/ptq.py", "--exif", "maybe"),
         ("illama/train.py", "--epochs", "x"),
         ("eval/roofline.py", "x", "--nonsense", "3"),
+        ("deploy/predict.py", "--runtime", "x') is not one of ('y'"),
+        ("eval/tradeoff.py", "x", "--max-drop", "['"),
     ],
 )
 def test_commands_refuse_bad_options_before_the_work(arguments, run_here):

@@ -18,6 +18,7 @@ from illama.models.timm_vit import to_causal, to_quantizable
 from illama.models.upernet import SegmentationConfig, UperNet
 from quant.export.onnx_export import export_onnx
 from quant.export.weights import read_quantized_weights, write_quantized_weights
+from quant.export.write_bundle import plan_quantization
 from quant.mixed_precision.search_space import format_schemes
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.rotation import random_rotation, rotate, rotate_hidden
@@ -123,6 +124,22 @@ def test_a_network_that_does_not_commute_is_refused_by_name_or_left_as_it_is(cha
     rotate(model, Rotations(*("auto" if asked else False for asked in (spec.residual, spec.values))))
     assert named in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changed", [{"scale_mlp_norm": True}, {"mlp_ratio": 0.5}], ids=["norm", "24 channels"])
+def test_inputs_of_fc2_that_cannot_be_rotated_are_named_and_left_as_they_are(changed, capsys):
+    model = to_quantizable(VisionTransformer(**{**VIT, **changed})).double().eval()
+    before = copy.deepcopy(model.state_dict())
+    rotate(model, Rotations(hidden=64))
+    rotate_hidden(model, Rotations(hidden=64))
+    assert "blocks.0.mlp.fc2" in capsys.readouterr().out
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_required_rotation_is_refused_before_any_work():
+    model = to_quantizable(VisionTransformer(**VIT, pre_norm=True))
+    with pytest.raises(UserError, match="norm_pre"):
+        plan_quantization(model, replace(shipped_scheme("int8"), rotate=Rotations(residual=True)))
 
 
 def small_network(**changed):
