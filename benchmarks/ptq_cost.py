@@ -45,7 +45,7 @@ PHASES = (
     "imports",
     "load checkpoint",
     "read images",
-    "smooth",
+    "rotate and smooth",
     "calibrate",
     "learn rounding",
     "torch.export",
@@ -122,7 +122,7 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
         transform = data.preprocessing(config.image_size, config.in_channels).transform()
         pixels, _ = load_images(data.calibration(images), transform)
     inside = [
-        (calibrate, "smooth", "smooth"),
+        (calibrate, "prepare", "rotate and smooth"),
         (calibrate, "reconstruct", "learn rounding"),
         (torch.export, "export", "torch.export"),
         (torch.onnx, "export", "translate"),

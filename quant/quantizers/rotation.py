@@ -143,10 +143,13 @@ def random_rotation(size: int, generator: torch.Generator, keeps_ones: bool = Fa
 
 def check_rotations(model: MaskedNetwork, spec: Rotations) -> list[str]:
     """Returns what stands in the way of rotations, in words; UserError if the scheme requires one of these."""
-    found = [(spec.residual, _obstacle_of_residual(model)), (spec.values, _obstacle_of_values(model))]
-    if required := next((obstacle for asked, obstacle in found if asked is True and obstacle), None):
-        raise UserError(f"{required}: leave this rotation out, or set it to auto")
-    return [obstacle for asked, obstacle in found if asked and obstacle] + _obstacles_of_hidden(model, spec)
+    found = []
+    for asked, obstacle_of in ((spec.residual, _obstacle_of_residual), (spec.values, _obstacle_of_values)):
+        if asked and (obstacle := obstacle_of(model)):
+            if asked is True:
+                raise UserError(f"{obstacle}: leave this rotation out, or set it to auto")
+            found.append(obstacle)
+    return found + _obstacles_of_hidden(model, spec)
 
 
 def _network(model: MaskedNetwork) -> Any:

@@ -65,8 +65,11 @@ def attention_in_half(q, k, v, mask, output):
     return (p @ v.astype(np.float32)).astype(q.dtype)
 
 
-def assert_close(kind, found, expected):
-    """Equal to the bit, but for what the reference computes in several rounded steps, and ties."""
+def assert_close(kind, found, expected, tie=0.0):
+    """Equal to the bit, but for what the reference computes in several rounded steps, and ties.
+
+    A softmax output that is half-way between two steps of its format changes a row of the results by up to ``tie``.
+    """
     assert found.shape == expected.shape
     if expected.dtype not in (np.float16, ml_dtypes.bfloat16):
         expected = expected.view(found.dtype)  # ONNX Runtime returns FP8 as its bits
@@ -74,7 +77,8 @@ def assert_close(kind, found, expected):
         return
     ulp = np.abs(np.spacing(expected)).astype(np.float64)
     off = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    assert (off <= (ulp.max() if kind == "Attention" else ulp)).all(), kind
+    near = ulp.max() if kind == "Attention" else ulp
+    assert (off <= near + tie).all() and (off > near).mean() < 0.02, kind
     assert kind in ("Attention", "Sigmoid") or (off > 0).mean() < 0.001, kind
 
 
@@ -83,10 +87,14 @@ def check_every_node(path):
     values = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer} | {"images": IMAGES}
     checked = set()
     for node in model.graph.node:
+        tie = 0.0
         if node.op_type == "Attention":
             output = outputs.get({each.key: each.value for each in node.metadata_props}[LAYER])
             inputs = [*(values[name] for name in node.input), None][:4]
             results = [attention_in_half(*inputs, output)]
+            if output is not None:
+                step = output.scale * {"int8": 1, "fp8": 32}[output.number]  # the largest of the format
+                tie = step * np.abs(inputs[2].astype(np.float64)).max()
             if output is None:  # the reference's softmax rounds its sums too
                 reference = ReferenceEvaluator(node).run(None, dict(zip(node.input, inputs, strict=False)))[0]
                 wide = [each.astype(np.float64) for each in (reference, results[0])]
@@ -100,7 +108,7 @@ def check_every_node(path):
             for expected, found in zip(
                 results, run_emulated(single_node(node, values, model), softmax="half"), strict=True
             ):
-                assert_close(node.op_type, found, expected)
+                assert_close(node.op_type, found, expected, tie)
             checked.add(node.op_type)
     assert checked >= {"MatMul", "Conv", "Attention", "Mul", "Add", "Sigmoid", "Cast"}
     return checked
