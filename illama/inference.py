@@ -14,7 +14,13 @@ from illama.data.preprocessing import Transform
 from illama.progress import Activity, track
 
 Infer = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) float32 -> logits
-_CALLS = 10  # number of consecutive calls of one model
+_PIXELS = 400_000  # of the images in a call: more take more memory, and no less time per image
+_HELD = 2**28  # bytes of images that all models run on before others are read
+
+
+def images_per_call(image: Tensor, at_most: int = 50) -> int:
+    """Returns how many images like this one, (C, H, W), a model should be called with: fewer if they are large."""
+    return max(1, min(at_most, _PIXELS // image[0].numel()))
 
 
 def load_images(
@@ -31,7 +37,7 @@ def predict(
     models: Mapping[str, Infer],
     split: Dataset[Sample],
     transform: Transform,
-    batch: int = 50,
+    batch: int | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -40,7 +46,7 @@ def predict(
     Each image is read once for all models.
 
     Args:
-        batch: images per call of a model.
+        batch: images per call of a model; by their size if None.
         workers: number of processes that read images.
     """
     total = len(split)  # type: ignore[arg-type]
@@ -52,23 +58,26 @@ def predict_chunks(
     models: Mapping[str, Infer],
     images: Dataset[tuple[Tensor, int]],
     chunks: Sequence[range],
-    batch: int = 50,
+    batch: int | None = None,
     workers: int = 0,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Yields each model's logits (n, classes), and the labels (n,), for each chunk of a split.
 
-    Each image of the chunks is read once for all models. A model makes ten calls before the next model, since
+    Each image of the chunks is read once for all models. A model makes many calls before the next model, since
     switching costs time.
 
     Args:
         images: preprocessed images and labels.
         chunks: image indices; no chunk is empty.
-        batch: images per call of a model, all from the same chunk.
+        batch: images per call of a model, all from the same chunk; by their size if None.
         workers: number of processes that read images in advance.
         advance: called after every call of a model, with the number of images finished since; part of the models have
             finished part of an image.
     """
+    first = images[chunks[0][0]][0] if chunks else torch.empty(1, 1, 1)
+    batch = batch or images_per_call(first)
+    together = max(1, _HELD // (batch * first.nbytes))  # calls
     calls = [[list(chunk[start : start + batch]) for start in range(0, len(chunk), batch)] for chunk in chunks]
     in_order = [call for each in calls for call in each]
     loader = iter(DataLoader(images, batch_sampler=in_order, num_workers=workers))
@@ -76,8 +85,8 @@ def predict_chunks(
     for chunk in calls:
         logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
         labels: list[np.ndarray] = []
-        for start in range(0, len(chunk), _CALLS):
-            read = [next(loader) for _ in chunk[start : start + _CALLS]]
+        for start in range(0, len(chunk), together):
+            read = [next(loader) for _ in chunk[start : start + together]]
             for name, infer in models.items():
                 for pixels, _ in read:
                     logits[name].append(infer(pixels.numpy()))

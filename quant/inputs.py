@@ -17,7 +17,7 @@ from illama.checkpoints.timm_checkpoint import load_timm
 from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, note_channels, open_data, unlabeled
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
-from illama.inference import load_images
+from illama.inference import images_per_call, load_images
 from illama.models.attention import MaskedNetwork
 from illama.options import SourceOptions
 from quant.quantizers.rotation import prepare
@@ -43,7 +43,8 @@ class Inputs:
     def calibration(self) -> list[Tensor]:
         """Calibration images in batches (B, C, H, W)."""
         images, _ = load_images(self.data.calibration(self.calibration_images), self.preprocessing.transform())
-        return list(torch.from_numpy(images).split(_BATCH))
+        pixels = torch.from_numpy(images)
+        return list(pixels.split(images_per_call(pixels[0], _BATCH)))
 
     @property
     def classes(self) -> tuple[str, ...]:

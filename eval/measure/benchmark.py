@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import store_temperatures
+from eval.measure.benchmark_notes import layers_of, notes_on
 from eval.measure.effort import describe_estimate, estimate_seconds, without_long_emulation
 from eval.measure.evaluate_split import Evaluation, evaluate
 from eval.measure.evaluation_images import EvaluationImages
 from eval.measure.latency import TimingOptions, measure_latency
 from eval.measure.machine import peak_memory_gib, pin_threads, share_of_cores, torch_on_all_cores
+from eval.measure.reopened_engine import ReopenedEngine, engine_store, free, stay_open
 from eval.measure.sensors import find_gpu, open_meter
 from eval.measure.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
@@ -31,7 +34,7 @@ from illama.data.datasets import Transformed
 from illama.errors import UserError
 from illama.hardware import describe_machine, usable_cores
 from illama.inference import Infer, load_images
-from illama.manifest import NO_TENSORRT, Manifest, NumericRange
+from illama.manifest import Manifest, NumericRange
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 
@@ -108,6 +111,7 @@ def run_benchmark(
     base, labeled = found.predictions[reference.name].plain, images.data.labeled
     drops = {name: drop_between(base, each.plain, labeled, options.seed) for name, each in found.predictions.items()}
     doubtful = [each for each in targets if each.emulates and not drops[each.name].includes_zero]
+    free(each.engine for each in targets)
     again = _evaluate_half_softmax(doubtful, images, execution)
     if not execution.processes.main:
         return BenchmarkResult([])
@@ -124,9 +128,9 @@ def run_benchmark(
     with torch_on_all_cores():
         conditions, unread = _time(targets, rows, images, options)
     _close(targets)
-    notes += [*_notes_on(targets, manifests), *unread]
+    notes += [*notes_on(targets, manifests), *unread]
     ranges = {scheme: each.numeric_range for scheme, each in manifests.items() if each.numeric_range}
-    return BenchmarkResult(rows, conditions, notes, _layers_of(manifests), ranges, failed)
+    return BenchmarkResult(rows, conditions, notes, layers_of(manifests), ranges, failed)
 
 
 def _store(
@@ -233,7 +237,9 @@ def _evaluate_half_softmax(
     if not graphs:
         return {}
     threads = share_of_cores() if execution.processes.count > 1 else 0
-    models = {each.name: OnnxRuntimeEngine(path, threads, softmax="half").infer for path, each in graphs.items()}
+    store = engine_store()
+    opens = {path: partial(OnnxRuntimeEngine, path, threads, softmax="half") for path in graphs}
+    models = {each.name: ReopenedEngine(opens[path], path, store).infer for path, each in graphs.items()}
     how = _evaluation(targets, images, execution, "half_softmax")
     found = evaluate(models, Transformed(images.split, images.preprocessing.transform()), how=how)
     execution.processes.barrier()
@@ -348,7 +354,7 @@ def _time(
     timed = {each.name: each for each in targets if not each.not_timed}
     gpu, machine = find_gpu(), describe_machine()
     meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
-    engines = {name: each.engine.infer for name, each in timed.items()}
+    engines = {name: stay_open(each.engine).infer for name, each in timed.items()}
     some = min(max(options.batches), len(images.split))  # type: ignore[arg-type]
     inputs = load_images(images.split, images.preprocessing.transform(), some)[0]
     found = measure_latency(
@@ -367,34 +373,3 @@ def _time(
 def _close(targets: Sequence[BenchmarkTarget]) -> None:
     for each in targets:
         each.engine.close()
-
-
-def _notes_on(targets: Sequence[BenchmarkTarget], manifests: Mapping[str, Manifest]) -> list[str]:
-    """Returns notes on what was not measured, over all targets."""
-    notes = []
-    for scheme, manifest in manifests.items():
-        quantization = manifest.quantization
-        if quantization and quantization.no_tensorrt:
-            notes.append(f"{scheme} has no graph for TensorRT: {NO_TENSORRT[quantization.no_tensorrt]}.")
-    notes += dict.fromkeys(line for each in targets for line in each.left_out)
-    engines = [each.built[1] for each in targets if each.built]
-    cannot_run = [each for each in targets if each.not_timed and each.not_timed.reason == "cannot run"]
-    idle = [each.built[1] for each in cannot_run if each.built]
-    if idle:
-        proven = " with every attention proven fused" if all(record.fused for record in idle) else ""
-        notes.append(
-            f"{len(idle)} of {len(engines)} engines were built{proven} but not run or timed, because this machine "
-            "has no NVIDIA GPU that they were built for."
-        )
-    if any(record.library == "tensorrt_rtx" for record in engines):
-        notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
-    return notes
-
-
-def _layers_of(manifests: Mapping[str, Manifest]) -> dict[str, list[list[str]]]:
-    """Returns scheme -> rows of (layer, format of its weight, format of its input), for quantized bundles."""
-    return {
-        scheme: [[layer.layer, layer.weight, layer.input] for layer in manifest.quantization.layers]
-        for scheme, manifest in manifests.items()
-        if manifest.quantization
-    }

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from eval.measure.targets import BenchmarkTarget
-from illama.inference import Infer
+from illama.inference import Infer, images_per_call
 
 EMULATED_AT_MOST = 10_000  # test images, unless emulation was asked for
-_BATCH = 50  # images, as in the evaluation
 
 
 def estimate_seconds(models: Mapping[str, Infer], images: Dataset[tuple[Tensor, int]]) -> dict[str, float]:
@@ -22,7 +21,7 @@ def estimate_seconds(models: Mapping[str, Infer], images: Dataset[tuple[Tensor, 
     Each model runs one batch twice, and the second call is timed.
     """
     total: int = len(images)  # type: ignore[arg-type]
-    count = min(_BATCH, total)
+    count = min(images_per_call(images[0][0]), total)
     start = time.perf_counter()
     batch = np.stack([images[index * total // count][0].numpy() for index in range(count)])
     seconds = {"reading": (time.perf_counter() - start) * total / count}

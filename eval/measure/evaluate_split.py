@@ -43,7 +43,7 @@ class Evaluation:
         work: folder where finished chunks are stored, and from which an interrupted evaluation continues; a temporary
             folder if None. Several processes must share one.
         workers: number of processes that read images.
-        batch: number of images in a call of a model.
+        batch: number of images in a call of a model; by their size if None.
         facts: everything else that determines the result, such as the name of the data and the files' SHA-256.
         processes: the group of processes; each computes every ``count``-th chunk and returns the whole result.
         chunk: number of images in a chunk.
@@ -55,7 +55,7 @@ class Evaluation:
 
     work: Path | None = None
     workers: int = 0
-    batch: int = 50
+    batch: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     processes: Processes = ALONE
     chunk: int = CHUNK

@@ -22,6 +22,7 @@ from deploy.runtimes.torch_engine import TorchEngine
 from deploy.runtimes.verification import verify
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from eval.measure.open_bundles import check_alike
+from eval.measure.reopened_engine import EngineStore, ReopenedEngine, engine_store
 from eval.report.decision import RowKey
 from illama.atomic_write import bundles_in
 from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST, SCHEME, TORCHAO, bundle_of, sha256
@@ -121,10 +122,10 @@ class FailedEngine(Engine):
         raise self._error
 
 
-def _open(load: Callable[[], Engine], file: Path) -> Engine:
+def _open(load: Callable[[], Engine], file: Path, store: EngineStore) -> Engine:
     """Returns the verified engine of a file, or a :class:`FailedEngine`."""
     try:
-        return _verified(load(), file)
+        return _verified(ReopenedEngine(load, file, store), file)
     except UserError as error:
         return FailedEngine(error)
 
@@ -165,11 +166,12 @@ def find_targets(
         UserError: a path is given twice, has nothing to run, cannot run, or takes other images than the first.
     """
     check_alike(given)
+    store = engine_store()
     by_path = [
         [
-            [*_on_cpu(path, scheme, threads)],
-            [*_in_torch(path, scheme, networks or {})],
-            [*_in_tensorrt(path, scheme, threads)],
+            [*_on_cpu(path, scheme, threads, store)],
+            [*_in_torch(path, scheme, networks or {}, store)],
+            [*_in_tensorrt(path, scheme, threads, store)],
         ]
         for path, scheme in track([*zip(given, scheme_names(given), strict=True)], "open", "bundle")
     ]
@@ -228,33 +230,35 @@ def scheme_names(given: Sequence[Path]) -> list[str]:
     return [folder.relative_to(root).as_posix() for folder in folders]
 
 
-def _on_cpu(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
+def _on_cpu(path: Path, scheme: str, threads: int, store: EngineStore) -> Iterator[BenchmarkTarget]:
     graph = path / CPU_ONNX if path.is_dir() else path
     if graph.suffix != ".onnx" or graph.name == FUSED_ONNX or not graph.exists():
         return
     quantization = Manifest.read(graph.parent).quantization
     emulated = quantization and quantization.emulated
     not_timed = NotTimed("emulated", f"Not timed: {EMULATED[emulated]}") if emulated else None
-    engine = _open(partial(OnnxRuntimeEngine, graph, threads), graph)
+    engine = _open(partial(OnnxRuntimeEngine, graph, threads), graph, store)
     yield BenchmarkTarget(scheme, graph, engine, "ONNX Runtime, CPU", "onnxruntime", not_timed=not_timed)
     if not isinstance(engine, FailedEngine) and runs_in_openvino(graph):
-        other = _open(partial(OpenVinoEngine, graph, threads), graph)
-        floats = other.floats if isinstance(other, OpenVinoEngine) else None
+        other = _open(partial(OpenVinoEngine, graph, threads), graph, store)
+        floats = other.floats if isinstance(other, ReopenedEngine) else None
         yield BenchmarkTarget(scheme, graph, other, "OpenVINO, CPU", "openvino", not_timed=not_timed, precision=floats)
 
 
-def _in_torch(path: Path, scheme: str, networks: Mapping[str, nn.Module]) -> Iterator[BenchmarkTarget]:
+def _in_torch(
+    path: Path, scheme: str, networks: Mapping[str, nn.Module], store: EngineStore
+) -> Iterator[BenchmarkTarget]:
     weights = path / TORCHAO if path.is_dir() else path
     if weights.name != TORCHAO or not weights.exists():
         return
     network = networks.get(weights.parent.name)
     given = partial(TorchEngine, network, "cpu") if network is not None else partial(load_engine, weights)
-    engine = _open(given, weights)
+    engine = _open(given, weights, store)
     on_gpu = "cuda" in engine.runtime
     yield BenchmarkTarget(scheme, weights, engine, f"PyTorch, {'GPU' if on_gpu else 'CPU'}", "torch", on_gpu=on_gpu)
 
 
-def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTarget]:
+def _in_tensorrt(path: Path, scheme: str, threads: int, store: EngineStore) -> Iterator[BenchmarkTarget]:
     """Yields the engines built from a fused graph; for those that cannot run here, half precision is emulated."""
     graph = bundle_of(path) / FUSED_ONNX
     whole = path.is_dir() or path.name == FUSED_ONNX
@@ -273,7 +277,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
         try:
             engine, not_timed = _verified(load_engine(built), built), None
         except UserError as error:  # no GPU, or another than it was built for
-            engine = substitute = substitute or _open(partial(OnnxRuntimeEngine, graph, threads), graph)
+            engine = substitute = substitute or _open(partial(OnnxRuntimeEngine, graph, threads), graph, store)
             title += emulated
             trouble = str(error).replace(str(built), "it")
             not_timed = NotTimed(
@@ -293,7 +297,7 @@ def _in_tensorrt(path: Path, scheme: str, threads: int) -> Iterator[BenchmarkTar
         )
     if not engines:
         not_timed = NotTimed("no engine", "No engine was built from it, or none can be used")
-        engine = _open(partial(OnnxRuntimeEngine, graph, threads), graph)
+        engine = _open(partial(OnnxRuntimeEngine, graph, threads), graph, store)
         yield BenchmarkTarget(
             scheme,
             graph,

@@ -18,6 +18,7 @@ from illama.bundle import package_versions
 from illama.checkpoints.timm_checkpoint import timm_preprocessing
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.inference import images_per_call
 from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
 from illama.models.timm_vit import to_quantizable
@@ -98,4 +99,5 @@ def _calibration(loader: Iterable[Any], preprocessing: Preprocessing) -> list[Te
             break
     if not found:
         raise UserError("the loader yields no images: calibration needs at least one batch")
-    return list(torch.cat(found)[:_IMAGES].split(_BATCH))
+    pixels = torch.cat(found)[:_IMAGES]
+    return list(pixels.split(images_per_call(pixels[0], _BATCH)))

@@ -1,0 +1,66 @@
+"""Engines that are opened when they are used, so that large ones are not in memory together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from deploy.runtimes.engine import Engine
+from deploy.runtimes.least_recently_used import LeastRecentlyUsed
+from illama.bundle import size_of
+
+KEPT = 2**28  # bytes of files whose engines stay open together: small ones run faster than they are opened
+
+
+class ReopenedEngine(Engine):
+    """An engine that may be closed while others of the same store are used, and is then opened again.
+
+    Args:
+        load: opens the engine; called at once, to learn its attributes.
+        file: the file that it opens.
+        store: the engines that are open, from :func:`engine_store`.
+
+    Raises:
+        UserError: the engine cannot be opened.
+    """
+
+    def __init__(self, load: Callable[[], Engine], file: Path, store: EngineStore) -> None:
+        self.load, self.size, self._store = load, size_of(file), store
+        engine = store[self]
+        self.runtime, self.arithmetic, self.batches = engine.runtime, engine.arithmetic, engine.batches
+        self.floats: str | None = getattr(engine, "floats", None)  # of OpenVINO
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """Images (B, C, H, W) float32 -> logits (B, classes) float32."""
+        return self._store[self].infer(images)
+
+    def close(self) -> None:
+        """Frees the engine; the next call opens it again."""
+        self._store.discard(self)
+
+    def stay_open(self) -> Engine:
+        """Returns the engine itself, and closes none of the store from now on unless asked to."""
+        self._store.capacity = float("inf")
+        return self._store[self]
+
+
+EngineStore = LeastRecentlyUsed[ReopenedEngine, Engine]
+
+
+def engine_store() -> EngineStore:
+    """Returns an empty store, for files of 256 MiB in all or for one larger file."""
+    return EngineStore(KEPT, lambda key: key.load(), lambda engine: engine.close(), lambda key: key.size)
+
+
+def free(engines: Iterable[Engine]) -> None:
+    """Frees those that will be opened again when they are used."""
+    for engine in engines:
+        if isinstance(engine, ReopenedEngine):
+            engine.close()
+
+
+def stay_open(engine: Engine) -> Engine:
+    """Returns the engine that another one stands for, open until it is closed, so that calls are timed alone."""
+    return engine.stay_open() if isinstance(engine, ReopenedEngine) else engine
