@@ -5,8 +5,9 @@
 | a bundle                          | of its engine for this GPU, else of its model.onnx, else of its      |
 |                                   | weights                                                              |
 | an engine's folder, ``*.engine``  | ``tensorrt`` or ``tensorrt_rtx``, as its record says                 |
-| ``*.onnx``                        | OpenVINO if it is installed and supports the graph (no FP8, no 4-bit |
-|                                   | activations, no half precision), else ONNX Runtime                   |
+| ``*.onnx``                        | the faster of OpenVINO and ONNX Runtime, measured when it is opened  |
+|                                   | on a CPU for the first time; ONNX Runtime for FP8, 4-bit activations |
+|                                   | and half precision, which OpenVINO does not support                  |
 | ``*.safetensors``                 | ``torch``                                                            |
 
 ``runtime`` chooses another one, such as ``torch-compile`` or one of ONNX Runtime's providers for GPUs.
@@ -14,11 +15,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import get_args
 
+from deploy.runtimes.cpu_runtime import cpu_runtime
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES, RuntimeName
 from deploy.runtimes.onnxruntime_engine import PROVIDERS, OnnxRuntimeEngine
@@ -28,9 +29,6 @@ from deploy.trt.library import fits_this_gpu
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
 from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of
 from illama.errors import UserError, check_exists
-from illama.graph.emulate_half import half_dtypes
-from illama.graph.reader import has_4bit_activations, has_fp8, load_graph, products
-from illama.hardware import products_saturate
 from illama.manifest import Manifest
 
 
@@ -91,7 +89,7 @@ def load_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
 
         return TensorRTEngine(path, record)
     if path.suffix == ".onnx":
-        return _open_onnx(path, runtime or cpu_runtime(path), threads)
+        return _open_onnx(path, runtime or cpu_runtime(path, threads), threads)
     if runtime not in (None, "torch", "torch-compile"):
         raise UserError(
             f"{path} does not run in {runtime}: it holds weights for PyTorch; export it with python quant/ptq.py"
@@ -100,24 +98,6 @@ def load_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
     from illama.checkpoints.load import load_network
 
     return TorchEngine(load_network(path), compiled=runtime == "torch-compile")
-
-
-def cpu_runtime(path: Path) -> RuntimeName:
-    """Returns the preferred runtime for an ONNX file on a CPU (docs/cpu.md).
-
-    OpenVINO if it runs the file, else ONNX Runtime; ONNX Runtime for 8-bit products on a CPU on which OpenVINO would
-    have to compute them in float32 (:func:`illama.hardware.products_saturate`).
-    """
-    slow = products_saturate() and any(each.precision == "int8" for each in products(load_graph(path)))
-    return "onnxruntime" if slow or not runs_in_openvino(path) else "openvino"
-
-
-def runs_in_openvino(path: Path) -> bool:
-    """Returns whether OpenVINO is installed and supports an ONNX file: no FP8, 4-bit activations, half precision."""
-    if importlib.util.find_spec("openvino") is None:
-        return False
-    model = load_graph(path)
-    return not (has_fp8(model) or has_4bit_activations(model) or half_dtypes(model))
 
 
 def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:

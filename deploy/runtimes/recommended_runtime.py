@@ -1,4 +1,4 @@
-"""Recommends the file and the runtime for serving a bundle on this CPU: first the fastest of its report."""
+"""Recommends the file and the runtime for serving a bundle on this CPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast, get_args
 
+from deploy.runtimes.cpu_runtime import cpu_latencies
 from deploy.runtimes.names import RuntimeName
-from deploy.runtimes.open_engine import cpu_runtime, files_of
+from deploy.runtimes.open_engine import files_of
 from illama.bundle import CPU_ONNX, TORCHAO, sha256
 from illama.errors import UserError
-from illama.hardware import cpu_name, usable_cores
 from illama.structured_files import read_json
 
 REPORT = "report.json"  # beside the bundles of quant/ptq.py
@@ -46,32 +45,21 @@ class RuntimeChoice:
 
 
 @dataclass(frozen=True)
-class _Latency:
-    p50: float
-
-
-@dataclass(frozen=True)
 class _Row:
-    onnx: str
-    runtime_id: str
-    engine: str | None
-    latency: tuple[_Latency, ...]
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Report:
-    """The facts of a report that matter here."""
+    """The facts of a report that matter here: SHA-256 of the files that were measured, by their paths."""
 
-    machine: Mapping[str, Any]
     rows: tuple[_Row, ...]
 
 
 def recommend_runtime(bundle: Path, asked: RuntimeName | None = None) -> RuntimeChoice:
     """Returns the file and the runtime with which to serve a bundle on a CPU.
 
-    If the report beside the bundle was measured on the same kind of CPU, that is the runtime with the lowest median
-    latency; otherwise it is the result of :func:`deploy.runtimes.open_engine.cpu_runtime`.
+    The runtime is the faster one on this CPU (:func:`deploy.runtimes.cpu_runtime.cpu_latencies`).
 
     Args:
         asked: the user's choice of a runtime.
@@ -84,9 +72,11 @@ def recommend_runtime(bundle: Path, asked: RuntimeName | None = None) -> Runtime
     if not (bundle / CPU_ONNX).exists() and (bundle / TORCHAO).exists():
         return RuntimeChoice(bundle / TORCHAO, "torch", "the only runtime that supports the file")
     file = _existing(bundle / CPU_ONNX, bundle)
-    if fastest := _fastest(file):
-        return RuntimeChoice(file, fastest, f"the fastest in {bundle.parent / REPORT}")
-    return RuntimeChoice(file, cpu_runtime(file), "the default: no report beside the bundle is of this file and CPU")
+    latencies = [*cpu_latencies(file).items()]
+    if len(latencies) == 1:
+        return RuntimeChoice(file, latencies[0][0], "the only runtime that supports the file")
+    (name, fastest), (other, slower) = latencies
+    return RuntimeChoice(file, name, f"the faster here: {fastest:.3g} ms, against {slower:.3g} ms in {other}")
 
 
 def note_unmeasured(engine: Path, bundle: Path) -> str:
@@ -111,18 +101,3 @@ def _report_beside(bundle: Path) -> tuple[Path, _Report | None]:
         return folder, read_json(folder / REPORT, _Report, unknown="ignore")
     except UserError:
         return folder, None
-
-
-def _fastest(file: Path) -> RuntimeName | None:
-    """Returns the runtime with the lowest median latency of a bundle's file; None if it was not measured here."""
-    folder, content = _report_beside(file.parent)
-    if content is None or (content.machine.get("cpu"), content.machine.get("cores")) != (cpu_name(), usable_cores()):
-        return None
-    digest, own = sha256(file), file.resolve()
-    timed = [
-        (row.latency[0].p50, row.runtime_id)
-        for row in content.rows
-        if row.latency and row.engine is None and row.sha256.get(row.onnx) == digest and folder / row.onnx == own
-    ]
-    runtime = min(timed, default=(0.0, None))[1]
-    return cast(RuntimeName, runtime) if runtime in get_args(RuntimeName) else None

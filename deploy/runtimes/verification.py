@@ -5,23 +5,18 @@ The outcome is stored beside the file as ``verified.json``, or in the cache fold
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.runtimes.engine import Engine
-from illama.atomic_write import cache_folder, write_file
-from illama.bundle import GOLDEN, bundle_of, sha256, size_of, with_data
+from deploy.runtimes.kept_facts import keep_fact, kept_facts, stamp
+from illama.bundle import GOLDEN, bundle_of, sha256
 from illama.errors import UserError
 from illama.golden_answers import GoldenAnswers, WrongAnswerError
 from illama.hardware import cpu_name
-from illama.structured_files import read_json
 
 VERIFIED = "verified.json"
 _DRIVER = Path("/proc/driver/nvidia/version")  # a driver compiles kernels too
-_KEPT = 20  # outcomes in a file
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def verify(engine: Engine, file: Path, remember: bool = True) -> bool:
     if path is None:
         return False
     passed = _outcome(engine, file, path, True)
-    if remember and passed in _stored(file):
+    if remember and passed in kept_facts(file, VERIFIED, Outcome):
         return True
     golden = GoldenAnswers.read(path)
     try:
@@ -91,38 +86,11 @@ def find_golden(file: Path) -> Path | None:
 
 
 def _outcome(engine: Engine, file: Path, golden: Path, passed: bool) -> Outcome:
-    modified, digest = max(each.stat().st_mtime_ns for each in with_data(file)), sha256(golden)
+    digest = sha256(golden)
     driver = _DRIVER.read_text().splitlines()[0] if _DRIVER.exists() else ""
     device = f"{cpu_name()} {driver}".strip()
-    return Outcome(file.name, size_of(file), modified, digest, engine.runtime, device, passed)
-
-
-def _places(file: Path) -> Iterator[Path]:
-    yield file.with_name(VERIFIED)
-    key = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
-    yield cache_folder() / f"verified-{key}.json"
-
-
-def _stored(file: Path) -> list[Outcome]:
-    """Returns all stored outcomes; those that cannot be read are as if there were none."""
-    found: list[Outcome] = []
-    for place in _places(file):
-        try:
-            found += read_json(place, tuple[Outcome, ...])
-        except UserError:
-            continue
-    return found
+    return Outcome(*stamp(file), digest, engine.runtime, device, passed)
 
 
 def _store(outcome: Outcome, file: Path) -> None:
-    """Adds an outcome to the stored ones, in the first place that can be written."""
-    others = [each for each in _stored(file) if (each.file, each.runtime) != (outcome.file, outcome.runtime)]
-    text = json.dumps([asdict(each) for each in (*others[1 - _KEPT :], outcome)], indent=2) + "\n"
-    for place in _places(file):
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with write_file(place) as draft:
-                draft.write_text(text)
-            return
-        except OSError:  # read-only, or full
-            continue
+    keep_fact(file, VERIFIED, outcome, lambda old: (old.file, old.runtime) == (outcome.file, outcome.runtime))

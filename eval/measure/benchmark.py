@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from deploy.runtimes.cpu_runtime import CpuLatency
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import store_temperatures
 from eval.measure.benchmark_notes import layers_of, notes_on
 from eval.measure.effort import describe_estimate, estimate_seconds, without_long_emulation
 from eval.measure.evaluate_split import Evaluation, evaluate
 from eval.measure.evaluation_images import EvaluationImages
-from eval.measure.latency import TimingOptions, measure_latency
+from eval.measure.latency import TimingOptions, Timings, measure_latency
 from eval.measure.machine import peak_memory_gib, pin_threads, share_of_cores, torch_on_all_cores
 from eval.measure.reopened_engine import ReopenedEngine, engine_store, free, stay_open
 from eval.measure.sensors import find_gpu, open_meter
@@ -29,7 +30,7 @@ from eval.metrics.predictions import Evaluated, NotFinite, Predictions
 from eval.report.pareto import decide
 from eval.report.schema import FailedRow, FlippedImage, HalfSoftmax, Measured, Report, Row
 from eval.report.store import read_results
-from illama.bundle import as_run, bundle_of, command_line, package_versions, sha256, size_of
+from illama.bundle import CPU_ONNX, as_run, bundle_of, command_line, package_versions, sha256, size_of
 from illama.data.datasets import Transformed
 from illama.errors import UserError
 from illama.hardware import describe_machine, usable_cores
@@ -366,8 +367,21 @@ def _time(
             row.device = machine["gpu" if timed[row.name].on_gpu else "cpu"] if row.latency else None
             refused = [f"not timed at batch {batch}: {reason}" for batch, reason in found.refused[row.name].items()]
             row.note = "; ".join(refused) or None
+    _keep_latencies(timed.values(), found)
     missing = ", ".join(sorted({"temperature", "clock", "energy"} - found.sensors))
     return found.conditions, [f"No readable sensor during timing for: {missing}."] if missing else []
+
+
+def _keep_latencies(timed: Iterable[BenchmarkTarget], found: Timings) -> None:
+    """Keeps the latencies of files for CPUs, so that their fastest runtime is known when they are opened."""
+    measured: dict[Path, dict[str, float]] = {}
+    for target in timed:
+        single = next((each for each in found.latency[target.name] if each.batch == 1), None)
+        if single and target.path.name == CPU_ONNX:
+            measured.setdefault(target.path, {})[target.runtime_id] = single.p50
+    for path, milliseconds in measured.items():
+        if len(milliseconds) > 1:
+            CpuLatency.of(path, milliseconds).keep(path)
 
 
 def _close(targets: Sequence[BenchmarkTarget]) -> None:

@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from deploy.runtimes.cpu_runtime import runs_in_openvino
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.names import TITLES
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from deploy.runtimes.open_engine import load_engine, runs_in_openvino
+from deploy.runtimes.open_engine import load_engine
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.torch_engine import TorchEngine
 from deploy.runtimes.verification import verify

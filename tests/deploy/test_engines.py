@@ -21,9 +21,10 @@ from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundl
 
 from deploy.rewrites.add_preprocessing import add_preprocessing
 from deploy.runtimes.classify import top5
+from deploy.runtimes.cpu_runtime import cpu_runtime
 from deploy.runtimes.least_recently_used import LeastRecentlyUsed
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from deploy.runtimes.open_engine import cpu_runtime, open_engine, open_file
+from deploy.runtimes.open_engine import open_engine, open_file
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.trt.build_bundle import build_bundle

@@ -6,7 +6,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
-from deploy.runtimes.open_engine import cpu_runtime
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from illama.hardware import products_saturate
 
@@ -52,12 +51,6 @@ def test_products_do_not_saturate(engine, saturates, worst_case, monkeypatch):
         monkeypatch.setattr(f"{module}.products_saturate", lambda: saturates)
     path, images, expected = worst_case
     np.testing.assert_allclose(engine(path).infer(images), expected, rtol=0.01, atol=1e-3)
-
-
-@pytest.mark.parametrize(("saturates", "runtime"), [(True, "onnxruntime"), (False, "openvino")])
-def test_the_runtime_that_multiplies_integers_is_preferred(saturates, runtime, worst_case, monkeypatch):
-    monkeypatch.setattr("deploy.runtimes.open_engine.products_saturate", lambda: saturates)
-    assert cpu_runtime(worst_case[0]) == runtime
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,19 @@
-"""The recommended runtime: the fastest one in the report beside the bundle, if the report is of this kind of CPU."""
+"""The runtime of a file on this CPU: the faster one, measured when the file is first opened, and kept."""
 
 import json
+import time
+from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
-from sample_report import make_report, make_row
 from support import write_linear_bundle
 
-from deploy.runtimes.open_engine import cpu_runtime
+from deploy.runtimes.cpu_runtime import FASTEST, CpuLatency, cpu_runtime
+from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
+from deploy.runtimes.open_engine import open_engine
+from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.recommended_runtime import RuntimeChoice, recommend_runtime
-from illama.bundle import sha256
 from illama.errors import UserError
-from illama.hardware import describe_machine
 
 
 @pytest.fixture
@@ -20,44 +21,62 @@ def bundle(tmp_path):
     return write_linear_bundle(tmp_path / "int8", np.ones((768, 3)), 16, ["a", "b", "c"])
 
 
-def write_report(folder, fastest, **changes):
-    """A report in which one runtime takes half the time of the other two for int8/model.onnx."""
-    report = make_report()
-    report.machine = {**describe_machine(), **changes}
-    measured = {"int8/model.onnx": sha256(folder / "int8" / "model.onnx")}
-    report.rows = [
-        make_row(f"int8, {runtime}", 93.0, 1.0 if runtime == fastest else 2.0, runtime_id=runtime, sha256=measured)
-        for runtime in ("onnxruntime", "openvino", "torch")
-    ] + [make_row("fp32, onnxruntime", 93.0, 0.1), make_row("int8, tensorrt", 93.0, 0.1, engine="x", engine_bytes=1)]
-    (folder / "report.json").write_text(json.dumps(report.to_json()))
+def measured(bundle, fastest, **changes):
+    """What the toolkit keeps about a file that takes half the time in one runtime."""
+    path = bundle / "model.onnx"
+    milliseconds = {name: 1.0 if name == fastest else 2.0 for name in ("onnxruntime", "openvino")}
+    return replace(CpuLatency.of(path, milliseconds), **changes)
 
 
 @pytest.mark.parametrize("fastest", ["onnxruntime", "openvino"])
-def test_the_fastest_runtime_of_the_report_is_chosen(bundle, fastest):
-    write_report(bundle.parent, fastest)
+def test_the_runtime_that_was_measured_to_be_faster_is_chosen(bundle, fastest):
+    measured(bundle, fastest).keep(bundle / "model.onnx")
     choice = recommend_runtime(bundle)
     assert (choice.file, choice.runtime) == (bundle / "model.onnx", fastest)
-    assert "report.json" in choice.reason
+    assert "1 ms" in choice.reason and "2 ms" in choice.reason
+    assert open_engine(bundle).runtime.startswith(fastest)
 
 
-def test_a_report_of_another_cpu_or_none_leaves_the_default(bundle):
-    default = cpu_runtime(bundle / "model.onnx")
-    other = "onnxruntime" if default == "openvino" else "openvino"
-    assert recommend_runtime(bundle).runtime == default
-    for changes in ({"cpu": "another"}, {"cores": 1000}):
-        write_report(bundle.parent, other, **changes)
-        assert recommend_runtime(bundle).runtime == default
-    write_report(bundle.parent, other)
-    model = onnx.load(bundle / "model.onnx")
-    model.doc_string = "made again"
-    onnx.save(model, bundle / "model.onnx")
-    assert recommend_runtime(bundle).runtime == default
-    (bundle.parent / "report.json").write_text("[")
-    assert recommend_runtime(bundle).runtime == default
+def test_measured_at_first_use_and_kept(bundle, monkeypatch):
+    slower = {"onnxruntime": OnnxRuntimeEngine, "openvino": OpenVinoEngine}
+    opened = []
+    for name, kind in slower.items():
+        infer = kind.infer
+
+        def slowed(self, images, infer=infer, name=name):
+            opened.append(name)
+            time.sleep(0.02 if name == "openvino" else 0.0)
+            return infer(self, images)
+
+        monkeypatch.setattr(kind, "infer", slowed)
+    assert cpu_runtime(bundle / "model.onnx") == "onnxruntime" and set(opened) == set(slower)
+    opened.clear()
+    assert cpu_runtime(bundle / "model.onnx") == "onnxruntime" and not opened
+    [kept] = json.loads((bundle / FASTEST).read_text())
+    assert kept["milliseconds"]["openvino"] > 20 > kept["milliseconds"]["onnxruntime"]
+
+
+def test_measured_again_if_it_was_another_cpu_file_or_version(bundle):
+    path = bundle / "model.onnx"
+    for changes in ({"device": "another"}, {"threads": 1000}, {"modified_ns": 1}, {"versions": {"openvino": "1"}}):
+        measured(bundle, "openvino", **changes).keep(path)
+    assert cpu_runtime(path) in ("onnxruntime", "openvino")
+    assert len(json.loads((bundle / FASTEST).read_text())) == 5
+    (bundle / FASTEST).write_text("[")
+    assert cpu_runtime(path) in ("onnxruntime", "openvino")
+
+
+def test_a_runtime_with_wrong_answers_is_not_chosen(bundle, monkeypatch):
+    def refuse(engine, file):
+        if isinstance(engine, OnnxRuntimeEngine):
+            raise UserError("wrong")
+
+    monkeypatch.setattr("deploy.runtimes.cpu_runtime.verify", refuse)
+    assert cpu_runtime(bundle / "model.onnx") == "openvino"
 
 
 def test_the_users_choice_takes_precedence(bundle):
-    write_report(bundle.parent, "openvino")
+    measured(bundle, "openvino").keep(bundle / "model.onnx")
     assert recommend_runtime(bundle, "onnxruntime").runtime == "onnxruntime"
     with pytest.raises(UserError, match=r"model\.safetensors"):
         recommend_runtime(bundle, "torch")
