@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from illama.memory import release_memory
 from illama.progress import Activity
 
 
@@ -35,6 +36,7 @@ class Steps:
         finally:
             self._finished = self.seconds
             del self._started[name]
+            release_memory()
 
     @contextmanager
     def show(self, name: str) -> Iterator[None]:

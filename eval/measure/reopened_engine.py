@@ -10,6 +10,7 @@ import numpy as np
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.least_recently_used import LeastRecentlyUsed
 from illama.bundle import size_of
+from illama.memory import release_memory
 
 KEPT = 2**28  # bytes of files whose engines stay open together: small ones run faster than they are opened
 
@@ -51,7 +52,12 @@ EngineStore = LeastRecentlyUsed[ReopenedEngine, Engine]
 
 def engine_store() -> EngineStore:
     """Returns an empty store, for files of 256 MiB in all or for one larger file."""
-    return EngineStore(KEPT, lambda key: key.load(), lambda engine: engine.close(), lambda key: key.size)
+    return EngineStore(KEPT, _load, lambda engine: engine.close(), lambda key: key.size)
+
+
+def _load(key: ReopenedEngine) -> Engine:
+    release_memory()
+    return key.load()
 
 
 def free(engines: Iterable[Engine]) -> None:

@@ -46,8 +46,9 @@ def cpu_session(
         folder = model.parent if isinstance(model, Path) else folder
         model = _with_zero_points(model, folder)
     options = onnxruntime.SessionOptions()
-    if fused:  # in the order of the file; the default keeps what numeric_range.py watches until the end
+    if fused:  # as little memory as possible: numeric_range.py watches every result, and frees it in this order
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_mem_pattern = False
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.add_session_config_entry("session.x64quantprecision", str(int(exact)))  # 1: multiplies u8 x u8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -29,7 +28,14 @@ from illama.models.attention import Form, MaskedAttention, MaskedNetwork
 from illama.progress import Activity
 from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
-from quant.quantizers.layers import QuantizeDequantize, dequantize, freeze, quantize_dequantize, quantizers
+from quant.quantizers.layers import (
+    QuantizeDequantize,
+    copy_sharing_weights,
+    dequantize,
+    freeze,
+    quantize_dequantize,
+    quantizers,
+)
 from quant.schemes.formats import FORMATS
 
 OPSET = 23
@@ -82,7 +88,7 @@ def export_onnx(
         external_above: see :func:`illama.graph.writer.save_graph`.
         wide: module -> dtype in which it is computed instead.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy_sharing_weights(model).eval()
     if form == "plain":
         pair_halves(model)
     notes = softmax_scales(model) if form == "fused" else {}

@@ -59,9 +59,11 @@ def _halves(attention: Attention) -> Tensor:
 
 @torch.no_grad()
 def _reorder(linear: nn.Module, order: Tensor) -> None:
-    tensors = [linear.weight, linear.bias]
+    """Replaces the tensors of a layer, which other networks may share."""
+    parts = [(linear, "weight"), (linear, "bias")]
     if isinstance(linear, QuantizedLinear) and linear.weight_quantizer is not None:
-        tensors.append(linear.weight_quantizer.scale)
-    for tensor in tensors:
+        parts.append((linear.weight_quantizer, "scale"))
+    for module, name in parts:
+        tensor = getattr(module, name)
         if isinstance(tensor, Tensor) and len(tensor) == len(order):
-            tensor.copy_(tensor[order])
+            setattr(module, name, nn.Parameter(tensor[order]) if isinstance(tensor, nn.Parameter) else tensor[order])

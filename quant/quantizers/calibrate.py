@@ -19,7 +19,13 @@ from illama.models.attention import MaskedNetwork, QuantizerPoint
 from illama.models.illama import Linear
 from illama.progress import track
 from illama.quiet import quiet
-from quant.quantizers.layers import QuantizedConv2d, QuantizeDequantize, QuantizedLinear, WeightQuantizer
+from quant.quantizers.layers import (
+    QuantizedConv2d,
+    QuantizeDequantize,
+    QuantizedLinear,
+    WeightQuantizer,
+    copy_sharing_weights,
+)
 from quant.quantizers.observers import RangeObserver, weight_amax
 from quant.quantizers.reconstruction import reconstruct
 from quant.quantizers.rotation import prepare
@@ -64,7 +70,7 @@ def calibrate(model: MaskedNetwork, plan: QuantizationPlan, batches: Iterable[Te
     reference.set_attention_form("plain")  # the fused form has no softmax output to quantize
     prepare(reference, scheme, batches)
     quantized = quantize_layers(reference, tensors, observe(reference, tensors, batches))
-    if scheme.reconstruction_iterations:
+    if scheme.reconstruction_iterations:  # rounds weights in place, which both networks share, block after block
         reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)
     return quantized
 
@@ -91,15 +97,15 @@ def observe(
 
     # ModelOpt prints the number of quantizers, and warns of quantizers that it leaves disabled.
     with _registered_layers(), quiet(), contextlib.redirect_stdout(io.StringIO()):
-        mtq.quantize(copy.deepcopy(model), {"quant_cfg": config, "algorithm": "max"}, run)
+        mtq.quantize(copy_sharing_weights(model), {"quant_cfg": config, "algorithm": "max"}, run)
     return observers
 
 
 def quantize_layers(
     model: MaskedNetwork, plan: Mapping[str, TensorSpec], observers: Mapping[str, RangeObserver]
 ) -> MaskedNetwork:
-    """Returns a copy of ``model`` in which the layers and quantizer points of ``plan`` are quantized."""
-    quantized = copy.deepcopy(model)
+    """Returns a copy of ``model``, sharing its weights, in which what ``plan`` names is quantized."""
+    quantized = copy_sharing_weights(model)
     for name, module in list(quantized.named_modules()):
         if name in plan and isinstance(module, QuantizerPoint):
             quantized.set_submodule(name, _activation(name, plan[name], observers[name]))

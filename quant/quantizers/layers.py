@@ -12,13 +12,17 @@ differentiable operations, and scales are trained as in LSQ (Esser et al., arXiv
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.schemes.formats import FORMATS, SMALLEST_SCALE, QuantDtype, TensorSpec, to_half_range
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @torch.library.custom_op("illama::quantize_dequantize", mutates_args=())
@@ -288,6 +292,11 @@ def fold_zero_point(layer: QuantizedLayer) -> None:
     layer.shift = layer.input.fold_zero_point()
     excess = layer.shift * weight.flatten(1).sum(1)
     layer.bias = nn.Parameter(-excess if layer.bias is None else layer.bias - excess)
+
+
+def copy_sharing_weights(model: Network) -> Network:
+    """Returns a copy whose parameters and buffers are the same tensors: replace them, never change them in place."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
