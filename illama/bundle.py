@@ -9,6 +9,7 @@
     engines/             after a build: a folder for each engine, with its record
     temperature.json     after an evaluation: the temperatures that calibrate the files' probabilities
     verified.json        after a file was opened: whether it was right (:mod:`deploy.runtimes.verification`)
+    fastest.json         after a file was opened or timed: its latency in the runtimes of a CPU
 
 It is written atomically (:mod:`illama.atomic_write`).
 """
