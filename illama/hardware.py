@@ -7,6 +7,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from illama.errors import UserError
+
 
 def usable_cores() -> int:
     """Returns the number of cores that this process may run on."""
@@ -35,6 +37,14 @@ def cuda_gpu() -> Any | None:
     except ImportError:
         return None
     return torch.cuda if torch.cuda.is_available() else None
+
+
+def torch_device(name: str) -> str:
+    """Returns the device that an option names: auto is cuda if there is a GPU; UserError for cuda without one."""
+    gpu = cuda_gpu() is not None
+    if name == "cuda" and not gpu:
+        raise UserError("--device cuda: PyTorch finds no NVIDIA GPU here; give cpu or auto")
+    return name if name != "auto" else "cuda" if gpu else "cpu"
 
 
 def describe_machine() -> dict[str, Any]:

@@ -41,6 +41,7 @@ BundleData = Annotated[
 ]
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
+Device = Literal["auto", "cpu", "cuda"]
 
 # Types of options with their bounds, which :func:`check_bounds` checks.
 _MOST = (1 << 31) - 1
@@ -94,6 +95,7 @@ class SourceOptions:
             bundle, or to apply without a bundle.
         class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Defaults to the
             value in the checkpoint's bundle; without a bundle, natural for a timm ViT and words for an iLLaMA.
+        device: where PyTorch calibrates and reconstructs: cpu, cuda, or auto for the GPU if there is one.
     """
 
     checkpoint: Existing = SHIPPED
@@ -103,6 +105,7 @@ class SourceOptions:
     image_size: ImageSize | None = None
     exif: Exif | None = None
     class_order: ClassOrder | None = None
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from illama.checkpoints.timm_checkpoint import load_timm
 from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, note_channels, open_data, unlabeled
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.hardware import torch_device
 from illama.inference import images_per_call, load_images
 from illama.models.attention import MaskedNetwork
 from illama.options import SourceOptions
@@ -31,13 +32,15 @@ class Inputs:
     """A network and data with the same classes.
 
     Attributes:
-        source: options that open the same inputs again.
+        source: options that open the same inputs again, here or on another machine.
+        device: where to calibrate, "cpu" or "cuda".
     """
 
     checkpoint: Checkpoint
     data: ImageData
     preprocessing: Preprocessing
     source: SourceOptions
+    device: str = "cpu"
 
     @cached_property
     def calibration(self) -> list[Tensor]:
@@ -88,7 +91,7 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
     Raises:
         UserError: one cannot be opened, or their classes differ.
     """
-    checkpoint, data = options.checkpoint, options.data
+    checkpoint, data, device = options.checkpoint, options.data, torch_device(options.device)
     loaded = _open_checkpoint(checkpoint, options.model, options.image_size)
     stored, config = loaded.preprocessing, loaded.model.config
     images = open_data(
@@ -111,8 +114,8 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
     preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order)
     count = calibration_count(images, options.calibration_images, calibration_share)
     note_channels(images.calibration(count), config.in_channels)
-    source = replace(options, exif=images.exif, class_order=images.class_order, calibration_images=count)
-    return Inputs(loaded, images, preprocessing, source)
+    source = replace(options, exif=images.exif, class_order=images.class_order, calibration_images=count, device="auto")
+    return Inputs(loaded, images, preprocessing, source, device)
 
 
 def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> Checkpoint:

@@ -34,10 +34,11 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class InMemory:
-    """A network, and batches of calibration images (B, C, H, W)."""
+    """A network and batches of calibration images (B, C, H, W), both on the CPU, and where to calibrate."""
 
     model: MaskedNetwork
     calibration: list[Tensor]
+    device: str
 
 
 def write_bundles_of(
@@ -53,7 +54,8 @@ def write_bundles_of(
     preprocessing = preprocessing or _preprocessing_of(model, network)
     names = classes or tuple(map(str, range(network.config.num_classes)))
     plan = plan_quantization(network, scheme_from_name_or_file(scheme))
-    inputs = InMemory(network, _calibration(loader, preprocessing))
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    inputs = InMemory(network, _calibration(loader, preprocessing), device)
     with partial_work(out) as work:
         work.start({"function": "quant.quantize", "digest": _digest(inputs, plan, preprocessing, names)})
         origin = Origin(preprocessing, names, Provenance())
@@ -72,9 +74,9 @@ def _digest(inputs: InMemory, plan: QuantizationPlan, preprocessing: Preprocessi
 
 def _quantizable(model: nn.Module) -> MaskedNetwork:
     if isinstance(model, MaskedNetwork):
-        return copy.deepcopy(model).eval()
+        return copy.deepcopy(model).cpu().eval()
     if isinstance(model, VisionTransformer):
-        return to_quantizable(model).eval()
+        return to_quantizable(model).cpu().eval()
     raise UserError(f"cannot quantize a {type(model).__name__}: give an iLLaMA or a timm VisionTransformer")
 
 

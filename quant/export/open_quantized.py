@@ -54,4 +54,4 @@ def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> Maske
     trained = bundle / WEIGHTS if bundle else None
     if trained and trained.exists() and scheme.tensors:
         return read_quantized_weights(trained)[0]
-    return calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration)
+    return calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration, inputs.device)

@@ -31,13 +31,16 @@ _REFERENCES = {"fp32": CPU_ONNX, "fp16": FUSED_ONNX}  # bundle -> its graph
 
 
 class NetworkAndImages(Protocol):
-    """A network, and batches of calibration images (B, C, H, W), which are read when they are needed."""
+    """A network, batches of calibration images (B, C, H, W), read when they are needed, and where to calibrate."""
 
     @property
     def model(self) -> MaskedNetwork: ...
 
     @property
     def calibration(self) -> list[Tensor]: ...
+
+    @property
+    def device(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,17 @@ def plan_quantization(model: MaskedNetwork, scheme: Scheme) -> QuantizationPlan:
     return plan
 
 
-def quantize(model: MaskedNetwork, plan: QuantizationPlan, batches: Sequence[Tensor]) -> MaskedNetwork:
+def quantize(
+    model: MaskedNetwork, plan: QuantizationPlan, batches: Sequence[Tensor], device: str = "cpu"
+) -> MaskedNetwork:
     """Returns a copy of ``model`` quantized by the scheme's backend.
 
     Args:
         batches: calibration images (B, C, H, W); torchao uses none.
+        device: where to calibrate, "cpu" or "cuda".
     """
     in_pytorch = plan.scheme.backend == "torchao"
-    return quantize_with_torchao(model, plan) if in_pytorch else calibrate(model, plan, batches)
+    return quantize_with_torchao(model, plan) if in_pytorch else calibrate(model, plan, batches, device)
 
 
 def write_graphs(
@@ -162,7 +168,7 @@ def write_bundles(
         scheme = plan.scheme
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
-                quantized = quantize(model, plan, batches)
+                quantized = quantize(model, plan, batches, inputs.device)
                 write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin, batches=batches)
                 work.part(scheme.name, write)
             print_layers(plan)

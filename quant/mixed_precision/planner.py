@@ -129,7 +129,8 @@ class Planner:
     def check(self, plan: Plan, path: Path) -> None:
         """Quantizes the network by the assignment, exports it to ``path``, and measures the network and the file."""
         scheme = assignment_scheme(self.space, plan.chosen, self.iterations, "")
-        quantized = calibrate(self.inputs.model, resolve(scheme, self.inputs.model), self.inputs.calibration)
+        inputs = self.inputs
+        quantized = calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration, inputs.device)
         plan.effect = compare_logits(self.inputs.plain_model(), quantized, self.images)
         export_onnx(quantized, path, "plain")
         plan.measured = {

@@ -138,7 +138,7 @@ class SearchSpaceBuilder:
         """Measures every scheme's effects, and exports one file for all schemes with the same operators."""
         paths: dict[str, Path] = {}
         for name, plan in self.plans.items():
-            quantized = calibrate(self.inputs.model, plan, self.inputs.calibration)
+            quantized = calibrate(self.inputs.model, plan, self.inputs.calibration, self.inputs.device)
             if name != FLOAT:
                 self._measure_effects(name, quantized)
             if self._first_with_same_operators(name) == name:

@@ -38,7 +38,7 @@ def measure_sensitivity(inputs: Inputs, scheme: Scheme, batches: Iterable[tuple[
         UserError: the scheme quantizes no tensor of the network, or does not fit it.
     """
     scheme = replace(scheme, reconstruction_iterations=0)
-    quantized = calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration)
+    quantized = calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration, inputs.device)
     layers = layers_of(name for name, _ in quantizers(quantized))
     if not layers:
         raise UserError(f"scheme {scheme.name} quantizes no tensor: there is nothing to measure")

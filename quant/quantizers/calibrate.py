@@ -56,23 +56,27 @@ def _registered_layers() -> Iterator[None]:
             mtq.unregister(original)
 
 
-def calibrate(model: MaskedNetwork, plan: QuantizationPlan, batches: Iterable[Tensor]) -> MaskedNetwork:
+def calibrate(
+    model: MaskedNetwork, plan: QuantizationPlan, batches: Iterable[Tensor], device: str = "cpu"
+) -> MaskedNetwork:
     """Returns a copy of ``model`` with every tensor quantized that ``plan`` names, with ranges from ``batches``.
 
     Args:
         batches: images (B, C, H, W), preprocessed; iterated more than once.
+        device: where the networks run. ``model`` and the result are on the CPU.
 
     Raises:
         UserError: an activation is NaN or infinite.
     """
-    scheme, tensors, batches = plan.scheme, plan.tensors, list(batches)
+    scheme, tensors, batches = plan.scheme, plan.tensors, [images.to(device) for images in batches]
     reference = copy.deepcopy(model).eval()
     reference.set_attention_form("plain")  # the fused form has no softmax output to quantize
     prepare(reference, scheme, batches)
-    quantized = quantize_layers(reference, tensors, observe(reference, tensors, batches))
+    reference.to(device)
+    quantized = quantize_layers(reference, tensors, observe(reference, tensors, batches)).to(device)
     if scheme.reconstruction_iterations:  # rounds weights in place, which both networks share, block after block
         reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)
-    return quantized
+    return quantized.cpu()
 
 
 def observe(

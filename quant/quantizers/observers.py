@@ -42,7 +42,7 @@ class RangeObserver:
 
     def collect(self, x: Tensor) -> None:
         """Adds the values of one batch; UserError for NaN or infinity."""
-        low, high = x.detach().float().aminmax()
+        low, high = (value.cpu() for value in x.detach().float().aminmax())
         if not (low.isfinite() and high.isfinite()):
             raise UserError("NaN or infinite activations in calibration: check the images and the weights")
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
@@ -56,8 +56,8 @@ class RangeObserver:
         while largest > self.limit:
             self.counts = torch.cat([self.counts.unflatten(0, (-1, 2)).sum(1), torch.zeros(BINS // 2)])
             self.limit *= 2
-        counts = torch.histc(magnitudes, BINS, 0.0, self.limit)
-        counts[0] -= (magnitudes == 0).sum()
+        counts = torch.histc(magnitudes, BINS, 0.0, self.limit).cpu()
+        counts[0] -= (magnitudes == 0).sum().cpu()
         self.counts += counts
 
     def compute_amax(self) -> Tensor:

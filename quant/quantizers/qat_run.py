@@ -63,7 +63,7 @@ class QatJob:
         model.load_state_dict(self.trained.state_dict())
         if plan.scheme.backend == "torchao":
             return cast(ILLaMA, prepare_qat(model, plan))
-        return cast(ILLaMA, calibrate(model, plan, self.inputs.calibration))
+        return cast(ILLaMA, calibrate(model, plan, self.inputs.calibration, self.inputs.device))
 
     def deploy(self, trained: ILLaMA) -> ILLaMA:
         """Returns the network to export, from a trained network that :meth:`quantize` made."""

@@ -76,14 +76,17 @@ def prepare(model: MaskedNetwork, scheme: Scheme, batches: Iterable[Tensor]) -> 
     """Rotates and smooths a float network in place, as the scheme says; its results stay the same.
 
     Args:
-        batches: calibration images (B, C, H, W), for smoothing.
+        batches: calibration images (B, C, H, W), for smoothing, on the device where it runs.
 
     Raises:
         UserError: a part of the network does not commute with a rotation that the scheme requires.
     """
     rotate(model, scheme.rotate)
     if scheme.smooth:
+        batches = list(batches)
+        model.to(batches[0].device)
         smooth(model, scheme, batches)
+        model.cpu()
     rotate_hidden(model, scheme.rotate)  # last, since smoothing divides single channels
 
 
