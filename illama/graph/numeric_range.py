@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 
 from illama.bundle import INPUT
 from illama.graph.emulate_half import HALF, emulate_half
@@ -25,12 +26,7 @@ def measure_ranges(path: Path, batches: Iterable[np.ndarray]) -> tuple[LayerRang
     Args:
         batches: images (B, C, H, W) float32, the same number in each batch or fewer.
     """
-    model = load_graph(path)
-    weights = _largest_weights(model)
-    computed = emulate_half(model, softmax="half", rounding=False)
-    model.graph.outputs.clear()
-    watched = [(layer_of(node), dtype, _watch(model.graph, node)) for node, dtype in computed]
-    session = session_of(model)
+    weights, watched, session = _open_watched(path)
     names = [name for _, _, added in watched for name in added]
     tracked = track(batches, "check half precision", "batch")
     found = _finite(np.max([session.run(names, {INPUT: images}) for images in tracked], axis=0))
@@ -39,6 +35,21 @@ def measure_ranges(path: Path, batches: Iterable[np.ndarray]) -> tuple[LayerRang
         largest[layer] = max([largest.get(layer, 0.0), *(values[name] for name in added)])
     dtypes = {layer: cast("HalfDtype", dtype.name.lower()) for layer, dtype, _ in watched}
     return tuple(LayerRange(layer, dtypes[layer], value, weights.get(layer)) for layer, value in largest.items())
+
+
+def _open_watched(
+    path: Path,
+) -> tuple[dict[str, float], list[tuple[str, ir.DataType, list[str]]], onnxruntime.InferenceSession]:
+    """Returns each layer's largest weight; layer, dtype and outputs of each watched node; and a session.
+
+    The graph is freed, because its weights take as much memory as the session.
+    """
+    model = load_graph(path)
+    weights = _largest_weights(model)
+    computed = emulate_half(model, softmax="half", rounding=False)
+    model.graph.outputs.clear()
+    watched = [(layer_of(node), dtype, _watch(model.graph, node)) for node, dtype in computed]
+    return weights, watched, session_of(model)
 
 
 def _largest_weights(model: ir.Model) -> dict[str, float]:
