@@ -1,8 +1,10 @@
 """Measures time and memory of post-training quantization: python benchmarks/ptq_cost.py
 
+    python benchmarks/ptq_cost.py --models tiny small base large --sizes 224 384 --schemes int8 --images 64
+
 It measures the way from a checkpoint and 256 JPEG files to an ONNX graph, phase by phase, in a new process for each
-scheme. The network is iLLaMA-T at 224 pixels with random weights: the cost does not depend on them. The limits for
-`int8` on two cores are 60 s and 4 GiB.
+network and scheme. The networks are iLLaMAs with random weights: the cost does not depend on them. The limits for
+`int8` of the first one on two cores are 60 s and 4 GiB. A second table has the growth from the first network.
 """
 
 from __future__ import annotations
@@ -62,8 +64,9 @@ class CostOptions:
 
     Attributes:
         schemes: names of schemes for ONNX; python quant/list_schemes.py lists them.
-        checkpoint: path to a checkpoint. If not given, an iLLaMA of size --model with random weights and 1000 classes.
-        model: tiny, small, base or large.
+        checkpoint: path to a checkpoint, instead of iLLaMAs with random weights and 1000 classes.
+        models: of tiny, small, base and large.
+        sizes: image sizes in pixels.
         images: number of calibration images: upscaled Fashion-MNIST with noise, 500 x 375 pixels as common in ImageNet.
         fused: also write TensorRT's graph, in half precision.
         threads: number of PyTorch's threads.
@@ -72,11 +75,23 @@ class CostOptions:
 
     schemes: tuple[str, ...] = ("int8", "int8-smooth", "fp8", "w4a8")
     checkpoint: Path | None = None
-    model: str = "tiny"
+    models: tuple[str, ...] = ("tiny",)
+    sizes: tuple[int, ...] = (224,)
     images: int = 256
     fused: bool = False
     threads: int = 2
     out: Path = Path("results/ptq-cost")
+
+    @property
+    def networks(self) -> dict[str, ModelConfig | Path]:
+        """Name -> config, or path of the checkpoint."""
+        if self.checkpoint is not None:
+            return {self.checkpoint.stem: self.checkpoint}
+        return {
+            model if size == 224 else f"{model}-{size}": ModelConfig.preset(model, num_classes=1000, image_size=size)
+            for size in self.sizes
+            for model in self.models
+        }
 
 
 @dataclass
@@ -140,11 +155,12 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
             onnx_export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")
             if fused:
                 onnx_export.export_onnx(quantized, Path(folder) / "model.fused.onnx", "fused", torch.float16)
-    return {"phases": clock.seconds, "peak_memory_gib": peak_memory_gib()}
+    facts = {"parameters": sum(each.numel() for each in model.parameters()), "pixels": config.image_size}
+    return {"phases": clock.seconds, "peak_memory_gib": peak_memory_gib(), **facts}
 
 
 def prepare(options: CostOptions, folder: Path) -> None:
-    """Writes the inputs of the measurements: images in ImageNet's layout, and a checkpoint if none is given."""
+    """Writes the images of the measurements, in ImageNet's layout."""
     generator = np.random.default_rng(0)
     pictures = open_data("fashion-mnist").test()
     for split, count in (("train", options.images), ("val", 2)):
@@ -155,13 +171,18 @@ def prepare(options: CostOptions, folder: Path) -> None:
             noise = generator.normal(0, 12, (375, 500, 3))
             pixels = np.asarray(gray.convert("RGB")) + noise
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
-    if options.checkpoint is None:
-        torch.manual_seed(0)
-        config = ModelConfig.preset(options.model, num_classes=1000)
-        write_weights(ILLaMA(config).state_dict(), config, folder / "model.safetensors")
 
 
-def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, Any]:
+def write_checkpoint(network: ModelConfig | Path, folder: Path) -> Path:
+    """Writes an iLLaMA with random weights, unless the network is a checkpoint already; returns its path."""
+    if isinstance(network, Path):
+        return network
+    torch.manual_seed(0)
+    write_weights(ILLaMA(network).state_dict(), network, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def measure_apart(options: CostOptions, scheme: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     """Measures one scheme in a new process: phases in seconds, CPU seconds and peak memory in GiB.
 
     Raises:
@@ -170,7 +191,7 @@ def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, 
     start = time.monotonic()
     arguments = {
         "scheme": scheme,
-        "checkpoint": str(options.checkpoint or folder / "model.safetensors"),
+        "checkpoint": str(checkpoint),
         "folder": str(folder),
         "images": options.images,
         "fused": options.fused,
@@ -198,24 +219,42 @@ def measure_apart(options: CostOptions, scheme: str, folder: Path) -> dict[str, 
         "seconds_without_learning": round(seconds - learning, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_memory_gib": round(found["peak_memory_gib"], 2),
+        "parameters": found["parameters"],
+        "pixels": found["pixels"],
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns a Markdown table with a row per scheme and a column per phase, and whether int8 is within its limits."""
     columns = [name for name in PHASES if any(name in row["phases"] for row in rows)]
-    lines = ["| scheme | " + " | ".join(columns) + " | all, s | without learning, s | CPU s | peak GiB |"]
-    lines.append("|---" * (len(columns) + 5) + "|")
+    lines = ["| network | scheme | " + " | ".join(columns) + " | all, s | without learning, s | CPU s | peak GiB |"]
+    lines.append("|---" * (len(columns) + 6) + "|")
     for row in rows:
         phases = [f"{row['phases'][name]:.1f}" if name in row["phases"] else "-" for name in columns]
         ends = [str(row[k]) for k in ("seconds", "seconds_without_learning", "cpu_seconds", "peak_memory_gib")]
-        lines.append(f"| {row['scheme']} | " + " | ".join([*phases, *ends]) + " |")
+        lines.append(f"| {row['network']} | {row['scheme']} | " + " | ".join([*phases, *ends]) + " |")
+    marked = [row for row in rows if row["scheme"] == MARKED]
     lines += [
         f"\nThe mark, {MARK['seconds']:.0f} s and {MARK['peak_memory_gib']:.0f} GiB, is {mark_verdict(row)}."
-        for row in rows
-        if row["scheme"] == MARKED
+        for row in marked[:1]
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *growth(rows)]) + "\n"
+
+
+def growth(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines of a table of how much more each network costs than the first one, in the same scheme."""
+    first = {row["scheme"]: row for row in reversed(rows)}
+    others = [row for row in rows if row["network"] != first[row["scheme"]]["network"]]
+    if not others:
+        return []
+    lines = ["", "| network | scheme | parameters | pixels | seconds | GiB | GiB over its float32 weights |"]
+    lines.append("|---" * 7 + "|")
+    for row in others:
+        names = ("parameters", "pixels", "seconds", "peak_memory_gib")
+        times = [f"{row[name] / first[row['scheme']][name]:.1f} times" for name in names]
+        weights = row["peak_memory_gib"] * 2**28 / row["parameters"]
+        lines.append(f"| {row['network']} | {row['scheme']} | {' | '.join(times)} | {weights:.1f} times |")
+    return lines
 
 
 def mark_verdict(row: dict[str, Any]) -> str:
@@ -228,16 +267,20 @@ def main(options: CostOptions) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, load = Path(temporary), os.getloadavg()[0]
         prepare(options, folder)
-        rows = [measure_apart(options, name, folder) for name in tqdm(options.schemes, unit="scheme", disable=None)]
+        rows = []
+        for name, network in options.networks.items():
+            checkpoint = write_checkpoint(network, folder)
+            for scheme in tqdm(options.schemes, name, unit="scheme", disable=None):
+                rows.append({"network": name, **measure_apart(options, scheme, checkpoint, folder)})
     facts = {
-        "network": str(options.checkpoint or options.model),
+        "networks": list(options.networks),
         "images": options.images,
         "fused": options.fused,
         "threads": options.threads,
         "load_before": round(load, 2),
         "mark": MARK,
     }
-    name = f"{options.checkpoint.stem if options.checkpoint else options.model}{'-fused' if options.fused else ''}"
+    name = "-".join(options.networks) + ("-fused" if options.fused else "")
     write_results(options.out, name, {**facts, "rows": rows}, table(rows))
 
 

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from ptq_cost import Clock, CostOptions, main, mark_verdict, table
+from ptq_cost import Clock, CostOptions, growth, main, mark_verdict, table
 from support import run_command
 
 from illama.errors import UserError
@@ -43,6 +43,19 @@ def test_the_limits_are_of_seconds_and_memory():
     assert mark_verdict({"seconds": 60.0, "peak_memory_gib": 4.0}) == "met"
     assert mark_verdict({"seconds": 60.1, "peak_memory_gib": 1.0}) == "missed"
     assert mark_verdict({"seconds": 1.0, "peak_memory_gib": 4.1}) == "missed"
+
+
+def test_growth_is_from_the_first_network_in_the_same_scheme():
+    assert list(CostOptions(models=("tiny", "base"), sizes=(224, 384)).networks) == [
+        *("tiny", "base", "tiny-384", "base-384")
+    ]
+    facts = {"parameters": 10, "pixels": 224, "seconds": 2.0, "peak_memory_gib": 1.0}
+    rows = [{"network": "tiny", "scheme": scheme, **facts} for scheme in ("int8", "fp8")]
+    assert growth(rows) == []
+    rows += [{"network": "base", "scheme": "fp8", **facts, "parameters": 2**28, "seconds": 8.0, "peak_memory_gib": 3.0}]
+    assert (
+        growth(rows)[-1].startswith("| base | fp8 | ") and " | 4.0 times | 3.0 times | 3.0 times |" in growth(rows)[-1]
+    )
 
 
 def test_errors(tmp_path, monkeypatch):
