@@ -110,6 +110,7 @@ def main(options: PtqOptions) -> None:
         work.start(_facts(options, inputs, schemes), options.restart)
         bundles, networks = write_bundles(work, inputs, plans, origin, steps.show, references=options.report)
         not_built = build_engines(library, bundles, engine_options, steps.show) if options.engines else []
+        del inputs, plans  # the network takes as much memory as an engine
         if images:
             pin_threads(options.benchmark.threads)
             report = _report(options, work, images, find_targets(bundles, networks), steps, not_built)

@@ -101,7 +101,8 @@ def cpu_latencies(path: Path, threads: int = 0) -> dict[RuntimeName, float]:
     measured = next(filter(asked.is_same, kept_facts(path, FASTEST, CpuLatency)), None)
     if measured is None:
         measured = CpuLatency.of(path, _measure(path, threads), threads)
-        measured.keep(path)
+        if measured.milliseconds:
+            measured.keep(path)
     in_order = sorted((value, name) for name, value in measured.milliseconds.items() if name in _RUNTIMES)
     found = {cast(RuntimeName, name): value for value, name in in_order}
     return found or {"onnxruntime": math.nan}  # which says what is wrong when it opens the file
@@ -118,15 +119,17 @@ def runs_in_openvino(path: Path) -> bool:
 def _measure(path: Path, threads: int) -> dict[str, float]:
     """Times the runtimes that open the file and have right answers, in random order."""
     engines: dict[str, Engine] = {}
+    images = _example(path)
     with Activity(f"choose the runtime of {path.name}"):
         for name, kind in _RUNTIMES.items():
-            with suppress(UserError):
+            with suppress(UserError, RuntimeError):  # RuntimeError: of OpenVINO
                 engine = kind(path, threads)
                 verify(engine, path)
+                engine.infer(images)  # the first call takes longer
                 engines[name] = engine
         if len(engines) < 2:
             return dict.fromkeys(engines, 0.0)
-        return _time(engines, _example(path))
+        return _time(engines, images)
 
 
 def _example(path: Path) -> np.ndarray:
@@ -140,13 +143,10 @@ def _example(path: Path) -> np.ndarray:
 def _time(engines: Mapping[str, Engine], images: np.ndarray) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     names, generator, first = list(engines), random.Random(0), time.perf_counter()
-    rounds = -1  # the first call of each engine is not timed
-    while rounds < _ROUNDS or time.perf_counter() - first < _SECONDS:
+    while len(seconds[names[0]]) < _ROUNDS or time.perf_counter() - first < _SECONDS:
         generator.shuffle(names)
         for name in names:
             start = time.perf_counter()
             engines[name].infer(images)
             seconds[name].append(time.perf_counter() - start)
-        rounds += 1
-        first = time.perf_counter() if rounds == 0 else first
-    return {name: median(each[1:]) * 1000 for name, each in seconds.items()}
+    return {name: median(each) * 1000 for name, each in seconds.items()}
