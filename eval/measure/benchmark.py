@@ -18,9 +18,9 @@ from eval.measure.benchmark_notes import layers_of, notes_on
 from eval.measure.effort import describe_estimate, estimate_seconds, without_long_emulation
 from eval.measure.evaluate_split import Evaluation, evaluate
 from eval.measure.evaluation_images import EvaluationImages
-from eval.measure.latency import TimingOptions, Timings, measure_latency
+from eval.measure.latency import TimingOptions, Timings
 from eval.measure.machine import peak_memory_gib, pin_threads, share_of_cores, torch_on_all_cores
-from eval.measure.reopened_engine import ReopenedEngine, engine_store, free, stay_open
+from eval.measure.reopened_engine import ReopenedEngine, engine_store, free, time_engines
 from eval.measure.sensors import find_gpu, open_meter
 from eval.measure.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
@@ -355,12 +355,11 @@ def _time(
     timed = {each.name: each for each in targets if not each.not_timed}
     gpu, machine = find_gpu(), describe_machine()
     meters = {name: meter for name, each in timed.items() if (meter := open_meter(each.on_gpu, gpu=gpu))}
-    engines = {name: stay_open(each.engine).infer for name, each in timed.items()}
+    engines = {name: each.engine for name, each in timed.items()}
     some = min(max(options.batches), len(images.split))  # type: ignore[arg-type]
     inputs = load_images(images.split, images.preprocessing.transform(), some)[0]
-    found = measure_latency(
-        engines, inputs, options.batches, TimingOptions(seconds=options.seconds, seed=options.seed), meters
-    )
+    how = TimingOptions(seconds=options.seconds, seed=options.seed)
+    found = time_engines(engines, inputs, options.batches, how, meters)
     for row in rows:
         if row.name in timed:
             row.latency = found.latency[row.name]

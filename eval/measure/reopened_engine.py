@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from deploy.runtimes.engine import Engine
 from deploy.runtimes.least_recently_used import LeastRecentlyUsed
+from eval.measure.latency import TimingOptions, Timings, measure_latency
+from eval.measure.sensors import Meter
 from illama.bundle import size_of
 from illama.memory import release_memory
 
 KEPT = 2**28  # bytes of files whose engines stay open together: small ones run faster than they are opened
+TIMED_TOGETHER = 2**30  # bytes of files, at most: each runtime may hold its weights twice
 
 
 class ReopenedEngine(Engine):
@@ -67,6 +71,30 @@ def free(engines: Iterable[Engine]) -> None:
             engine.close()
 
 
-def stay_open(engine: Engine) -> Engine:
+def time_engines(
+    engines: Mapping[str, Engine],
+    images: np.ndarray,
+    batches: Sequence[int],
+    options: TimingOptions,
+    meters: Mapping[str, Meter],
+) -> Timings:
+    """Times engines as :func:`eval.measure.latency.measure_latency` does; large ones one after another, each alone."""
+    if sum(each.size for each in engines.values() if isinstance(each, ReopenedEngine)) <= TIMED_TOGETHER:
+        together = {name: _stay_open(each).infer for name, each in engines.items()}
+        return measure_latency(together, images, batches, options, meters)
+    alone = options if options.seconds is None else replace(options, seconds=options.seconds / len(engines))
+    parts = [
+        measure_latency({name: each.infer}, images, batches, alone, {name: meters[name]} if name in meters else {})
+        for name, each in engines.items()
+    ]
+    return Timings(
+        {name: found for part in parts for name, found in part.latency.items()},
+        {name: found for part in parts for name, found in part.refused.items()},
+        parts[-1].conditions | {"order": "one engine after another, since they are too large to be open together"},
+        {sensor for part in parts for sensor in part.sensors},
+    )
+
+
+def _stay_open(engine: Engine) -> Engine:
     """Returns the engine that another one stands for, open until it is closed, so that calls are timed alone."""
     return engine.stay_open() if isinstance(engine, ReopenedEngine) else engine
