@@ -70,14 +70,15 @@ def predict_chunks(
     Args:
         images: preprocessed images and labels.
         chunks: image indices; no chunk is empty.
-        batch: images per call of a model, all from the same chunk; by their size if None.
+        batch: images per call of a model, all from the same chunk; if None, by the size of the first, which is then
+            read once more.
         workers: number of processes that read images in advance.
         advance: called after every call of a model, with the number of images finished since; part of the models have
             finished part of an image.
     """
-    first = images[chunks[0][0]][0] if chunks else torch.empty(1, 1, 1)
-    batch = batch or images_per_call(first)
-    together = max(1, _HELD // (batch * first.nbytes))  # calls
+    if not chunks:
+        return
+    batch = batch or images_per_call(images[chunks[0][0]][0])
     calls = [[list(chunk[start : start + batch]) for start in range(0, len(chunk), batch)] for chunk in chunks]
     in_order = [call for each in calls for call in each]
     loader = iter(DataLoader(images, batch_sampler=in_order, num_workers=workers))
@@ -85,8 +86,12 @@ def predict_chunks(
     for chunk in calls:
         logits: dict[str, list[np.ndarray]] = {name: [] for name in models}
         labels: list[np.ndarray] = []
-        for start in range(0, len(chunk), together):
-            read = [next(loader) for _ in chunk[start : start + together]]
+        left = len(chunk)  # calls
+        while left:
+            read = [next(loader)]
+            together = min(left, max(1, _HELD // read[0][0].nbytes))
+            read += [next(loader) for _ in range(together - 1)]
+            left -= together
             for name, infer in models.items():
                 for pixels, _ in read:
                     logits[name].append(infer(pixels.numpy()))
