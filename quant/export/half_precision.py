@@ -23,6 +23,7 @@ from illama.graph.session import emulated_session
 from illama.graph.writer import copy_graph
 from illama.inference import torch_infer
 from illama.manifest import HalfDtype, LayerRange, NumericRange, WideDtype
+from illama.memory import release_memory
 from illama.models.attention import MaskedNetwork
 from illama.progress import say, track
 from quant.export.onnx_export import export_onnx
@@ -51,7 +52,9 @@ def export_half(model: MaskedNetwork, path: Path, batches: Sequence[Tensor]) -> 
     """
     images = [batch.numpy() for batch in batches]
     export_onnx(model, path, "fused", torch.float16)
+    release_memory()
     ranges = measure_ranges(path, images)
+    release_memory()
     misfits = [each.layer for each in ranges if not fits(each)]
     best = Candidate()
     if misfits:

@@ -15,6 +15,7 @@ from torch import Tensor
 from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, GoldenImages, sha256, size_of
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest, Provenance, Quantization
+from illama.memory import release_memory
 from illama.models.attention import MaskedNetwork
 from illama.models.config import NetworkConfig
 from illama.partial_work import PartialWork
@@ -110,6 +111,7 @@ def write_graphs(
     manifest = origin.manifest(model.config, quantization)
     if CPU_ONNX in files:
         export_onnx(model, folder / CPU_ONNX, "plain")
+        release_memory()
     if FUSED_ONNX in files:
         manifest = replace(manifest, numeric_range=export_half(model, folder / FUSED_ONNX, batches))
     if origin.golden != "none":
@@ -169,6 +171,7 @@ def write_bundles(
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
                 quantized = quantize(model, plan, batches, inputs.device)
+                release_memory()
                 write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin, batches=batches)
                 work.part(scheme.name, write)
             print_layers(plan)
