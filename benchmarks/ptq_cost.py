@@ -155,7 +155,7 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
             onnx_export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")
             if fused:
                 onnx_export.export_onnx(quantized, Path(folder) / "model.fused.onnx", "fused", torch.float16)
-    facts = {"parameters": sum(each.numel() for each in model.parameters()), "pixels": config.image_size}
+    facts = {"parameters": sum(each.numel() for each in model.parameters()), "tokens": config.patches + 1}
     return {"phases": clock.seconds, "peak_memory_gib": peak_memory_gib(), **facts}
 
 
@@ -220,7 +220,7 @@ def measure_apart(options: CostOptions, scheme: str, checkpoint: Path, folder: P
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_memory_gib": round(found["peak_memory_gib"], 2),
         "parameters": found["parameters"],
-        "pixels": found["pixels"],
+        "tokens": found["tokens"],
     }
 
 
@@ -247,10 +247,10 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
     others = [row for row in rows if row["network"] != first[row["scheme"]]["network"]]
     if not others:
         return []
-    lines = ["", "| network | scheme | parameters | pixels | seconds | GiB | GiB over its float32 weights |"]
+    lines = ["", "| network | scheme | parameters | tokens | seconds | GiB | GiB over its float32 weights |"]
     lines.append("|---" * 7 + "|")
     for row in others:
-        names = ("parameters", "pixels", "seconds", "peak_memory_gib")
+        names = ("parameters", "tokens", "seconds", "peak_memory_gib")
         times = [f"{row[name] / first[row['scheme']][name]:.1f} times" for name in names]
         weights = row["peak_memory_gib"] * 2**28 / row["parameters"]
         lines.append(f"| {row['network']} | {row['scheme']} | {' | '.join(times)} | {weights:.1f} times |")

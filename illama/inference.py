@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -14,13 +15,13 @@ from illama.data.preprocessing import Transform
 from illama.progress import Activity, track
 
 Infer = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) float32 -> logits
-_PIXELS = 400_000  # of the images in a call: more take more memory, and no less time per image
+_PIXELS = 400_000  # of the images in a call, which bound its memory
 _HELD = 2**28  # bytes of images that all models run on before others are read
 
 
-def images_per_call(image: Tensor, at_most: int = 50) -> int:
-    """Returns how many images like this one, (C, H, W), a model should be called with: fewer if they are large."""
-    return max(1, min(at_most, _PIXELS // image[0].numel()))
+def images_per_call(size: Sequence[int], at_most: int = 50) -> int:
+    """Returns how many images of a size (height, width) a model should be called with: fewer if they are large."""
+    return max(1, min(at_most, _PIXELS // math.prod(size)))
 
 
 def load_images(
@@ -78,7 +79,7 @@ def predict_chunks(
     """
     if not chunks:
         return
-    batch = batch or images_per_call(images[chunks[0][0]][0])
+    batch = batch or images_per_call(images[chunks[0][0]][0].shape[-2:])
     calls = [[list(chunk[start : start + batch]) for start in range(0, len(chunk), batch)] for chunk in chunks]
     in_order = [call for each in calls for call in each]
     loader = iter(DataLoader(images, batch_sampler=in_order, num_workers=workers))

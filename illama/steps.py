@@ -29,7 +29,7 @@ class Steps:
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Measures the block as the step ``name``; several blocks with the same name add up."""
+        """Measures the block as the step ``name``, and frees its memory; blocks with the same name add up."""
         self._started[name] = time.perf_counter()
         try:
             yield

@@ -46,8 +46,7 @@ class Inputs:
     def calibration(self) -> list[Tensor]:
         """Calibration images in batches (B, C, H, W)."""
         images, _ = load_images(self.data.calibration(self.calibration_images), self.preprocessing.transform())
-        pixels = torch.from_numpy(images)
-        return list(pixels.split(images_per_call(pixels[0], _BATCH)))
+        return split_images(torch.from_numpy(images))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -77,7 +76,13 @@ class Inputs:
 
     def batches(self, images: Dataset[Sample]) -> DataLoader[tuple[Tensor, int]]:
         """Returns a loader of a split with batches of images (B, C, H, W) and labels (B,)."""
-        return DataLoader(Transformed(images, self.preprocessing.transform()), batch_size=_BATCH)
+        count = images_per_call(self.preprocessing.size, _BATCH)
+        return DataLoader(Transformed(images, self.preprocessing.transform()), batch_size=count)
+
+
+def split_images(images: Tensor) -> list[Tensor]:
+    """Returns images (n, C, H, W) in batches for calibration, smaller ones if the images are large."""
+    return list(images.split(images_per_call(images.shape[-2:], _BATCH)))
 
 
 def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_share: int = 1) -> Inputs:

@@ -17,7 +17,7 @@ import tyro
 
 from illama.cli import run_command
 from illama.bundle import GoldenImages, as_run
-from illama.options import Count
+from illama.options import Count, Device
 from quant.schemes.shipped import SchemeName
 
 
@@ -35,6 +35,7 @@ class PtqSegmentationOptions:
         out: folder for the bundles, each named after its scheme; earlier ones of these names are replaced.
         golden: images of the golden answers in the bundles: calibration (8 of them, at most 32x32 pixels), noise, or
             none.
+        device: where PyTorch calibrates and reconstructs: cpu, cuda, or auto for the GPU if there is one.
     """
 
     bundle: Annotated[Path, tyro.conf.Positional]
@@ -43,17 +44,19 @@ class PtqSegmentationOptions:
     calibration_images: Count = 64
     out: Path = Path("runs/ptq-segmentation")
     golden: GoldenImages = "calibration"
+    device: Device = "auto"
 
 
 def main(options: PtqSegmentationOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from illama.atomic_write import make_out
+    from illama.hardware import torch_device
     from quant.export.segmentation_bundles import open_segmentation_job, write_segmentation_bundles
 
-    images, golden = options.calibration_images, options.golden
+    images, golden, device = options.calibration_images, options.golden, torch_device(options.device)
     job = open_segmentation_job(options.bundle, options.data, options.schemes, images, golden)
     make_out(options.out)
-    write_segmentation_bundles(job, options.out)
+    write_segmentation_bundles(job, options.out, device)
     print(as_run(f"bundles in {options.out}; compare them with python eval/segmentation.py {options.out}/*"))
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import random
+import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -34,8 +33,9 @@ from illama.hardware import cpu_name, usable_cores
 from illama.progress import Activity
 
 FASTEST = "fastest.json"
-_SECONDS = 0.5  # of timed calls
-_ROUNDS = 3  # timed calls of each runtime, at least
+_TURNS = 2  # of each runtime
+_SECONDS = 0.12  # of timed calls in a turn
+_SETTLE = 0.03  # seconds of calls before them, while the threads of the other runtime go to sleep
 _RUNTIMES: dict[str, type[OnnxRuntimeEngine | OpenVinoEngine]] = {
     "onnxruntime": OnnxRuntimeEngine,
     "openvino": OpenVinoEngine,
@@ -51,8 +51,7 @@ class CpuLatency:
         device: the processor.
         threads: number of threads.
         versions: version of each runtime.
-        milliseconds: runtime -> median latency at batch 1; one that cannot run the file, or whose golden answers are
-            wrong, is left out.
+        milliseconds: runtime -> median latency at batch 1, of those that run the file and have right answers.
     """
 
     file: str
@@ -117,19 +116,23 @@ def runs_in_openvino(path: Path) -> bool:
 
 
 def _measure(path: Path, threads: int) -> dict[str, float]:
-    """Times the runtimes that open the file and have right answers, in random order."""
-    engines: dict[str, Engine] = {}
+    """Times the runtimes that run the file and have right answers; a warning says why another one is left out."""
+    engines, failed = dict[str, Engine](), dict[str, Exception]()
     images = _example(path)
     with Activity(f"choose the runtime of {path.name}"):
         for name, kind in _RUNTIMES.items():
-            with suppress(UserError, RuntimeError):  # RuntimeError: of OpenVINO
+            try:
                 engine = kind(path, threads)
                 verify(engine, path)
-                engine.infer(images)  # the first call takes longer
+                engine.infer(images)
+            except (UserError, RuntimeError) as error:  # RuntimeError: of OpenVINO
+                failed[name] = error
+            else:
                 engines[name] = engine
-        if len(engines) < 2:
-            return dict.fromkeys(engines, 0.0)
-        return _time(engines, images)
+        latencies = _time(engines, images)
+    for name, reason in failed.items() if engines else ():
+        print(f"warning: {path} does not run in {name}: {reason}", file=sys.stderr)
+    return latencies
 
 
 def _example(path: Path) -> np.ndarray:
@@ -141,12 +144,19 @@ def _example(path: Path) -> np.ndarray:
 
 
 def _time(engines: Mapping[str, Engine], images: np.ndarray) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    names, generator, first = list(engines), random.Random(0), time.perf_counter()
-    while len(seconds[names[0]]) < _ROUNDS or time.perf_counter() - first < _SECONDS:
-        generator.shuffle(names)
-        for name in names:
-            start = time.perf_counter()
-            engines[name].infer(images)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(each) * 1000 for name, each in seconds.items()}
+    """Returns the median milliseconds of a call of each engine; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for name in [*engines] * _TURNS:
+        _calls(engines[name], images, _SETTLE)
+        times[name] += _calls(engines[name], images, _SECONDS)
+    return {name: median(each) for name, each in times.items()}
+
+
+def _calls(engine: Engine, images: np.ndarray, seconds: float) -> list[float]:
+    """Returns the milliseconds of consecutive calls for some seconds, at least of one."""
+    times: list[float] = []
+    while sum(times) < seconds * 1000:
+        start = time.perf_counter()
+        engine.infer(images)
+        times.append((time.perf_counter() - start) * 1000)
+    return times

@@ -74,7 +74,7 @@ def recommend_runtime(bundle: Path, asked: RuntimeName | None = None) -> Runtime
     file = _existing(bundle / CPU_ONNX, bundle)
     latencies = [*cpu_latencies(file).items()]
     if len(latencies) == 1:
-        return RuntimeChoice(file, latencies[0][0], "the only runtime that supports the file")
+        return RuntimeChoice(file, latencies[0][0], "the only runtime that runs the file")
     (name, fastest), (other, slower) = latencies
     return RuntimeChoice(file, name, f"the faster here: {fastest:.3g} ms, against {slower:.3g} ms in {other}")
 

@@ -112,7 +112,8 @@ def run_benchmark(
     base, labeled = found.predictions[reference.name].plain, images.data.labeled
     drops = {name: drop_between(base, each.plain, labeled, options.seed) for name, each in found.predictions.items()}
     doubtful = [each for each in targets if each.emulates and not drops[each.name].includes_zero]
-    free(each.engine for each in targets)
+    if doubtful:
+        free(each.engine for each in targets)
     again = _evaluate_half_softmax(doubtful, images, execution)
     if not execution.processes.main:
         return BenchmarkResult([])

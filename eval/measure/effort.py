@@ -21,7 +21,7 @@ def estimate_seconds(models: Mapping[str, Infer], images: Dataset[tuple[Tensor, 
     Each model runs one batch twice, and the second call is timed.
     """
     total: int = len(images)  # type: ignore[arg-type]
-    count = min(images_per_call(images[0][0]), total)
+    count = min(images_per_call(images[0][0].shape[-2:]), total)
     start = time.perf_counter()
     batch = np.stack([images[index * total // count][0].numpy() for index in range(count)])
     seconds = {"reading": (time.perf_counter() - start) * total / count}

@@ -46,7 +46,7 @@ def cpu_session(
         folder = model.parent if isinstance(model, Path) else folder
         model = _with_zero_points(model, folder)
     options = onnxruntime.SessionOptions()
-    if fused:  # as little memory as possible: numeric_range.py watches every result, and frees it in this order
+    if fused:  # for memory: by default, what numeric_range.py watches would be kept until the end
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_mem_pattern = False
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from illama.bundle import data_file, with_data
 from illama.graph.check_graph import check_graph
 
-EXTERNAL_ABOVE = 500_000_000  # bytes of weights. One file takes twice as much memory, and ends at 2^31 bytes
+EXTERNAL_ABOVE = 500_000_000  # bytes of weights; inside the file, which ends at 2^31, they take twice the memory
 
 
 def has_external_data(model: ir.Model) -> bool:

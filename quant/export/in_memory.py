@@ -18,18 +18,16 @@ from illama.bundle import package_versions
 from illama.checkpoints.timm_checkpoint import timm_preprocessing
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
-from illama.inference import images_per_call
 from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
 from illama.models.timm_vit import to_quantizable
 from illama.partial_work import partial_work, sources_digest
 from illama.steps import Steps
 from quant.export.write_bundle import Origin, plan_quantization, write_bundles
-from quant.inputs import scheme_from_name_or_file
+from quant.inputs import scheme_from_name_or_file, split_images
 from quant.schemes.scheme import QuantizationPlan
 
 _IMAGES = 512  # for calibration
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -101,5 +99,4 @@ def _calibration(loader: Iterable[Any], preprocessing: Preprocessing) -> list[Te
             break
     if not found:
         raise UserError("the loader yields no images: calibration needs at least one batch")
-    pixels = torch.cat(found)[:_IMAGES]
-    return list(pixels.split(images_per_call(pixels[0], _BATCH)))
+    return split_images(torch.cat(found)[:_IMAGES])

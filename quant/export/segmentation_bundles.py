@@ -75,8 +75,12 @@ def open_segmentation_job(
     return SegmentationJob(model, plans, data, origin, calibration_images)
 
 
-def write_segmentation_bundles(job: SegmentationJob, out: Path) -> None:
-    """Writes bundles of the float references and of every scheme into ``out``, each atomically."""
+def write_segmentation_bundles(job: SegmentationJob, out: Path, device: str = "cpu") -> None:
+    """Writes bundles of the float references and of every scheme into ``out``, each atomically.
+
+    Args:
+        device: where to calibrate, "cpu" or "cuda".
+    """
     batches = job.calibration
     for name, file in (("fp32", CPU_ONNX), ("fp16", FUSED_ONNX)):
         print(f"export {name} ...", flush=True)
@@ -85,4 +89,4 @@ def write_segmentation_bundles(job: SegmentationJob, out: Path) -> None:
     for plan in job.plans:
         print(f"quantize and export {plan.scheme.name} ...", flush=True)
         with write_folder(out / plan.scheme.name) as draft:
-            write_quantized(draft, calibrate(job.model, plan, batches), plan, job.origin, batches)
+            write_quantized(draft, calibrate(job.model, plan, batches, device), plan, job.origin, batches)

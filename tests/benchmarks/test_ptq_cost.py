@@ -49,7 +49,7 @@ def test_growth_is_from_the_first_network_in_the_same_scheme():
     assert list(CostOptions(models=("tiny", "base"), sizes=(224, 384)).networks) == [
         *("tiny", "base", "tiny-384", "base-384")
     ]
-    facts = {"parameters": 10, "pixels": 224, "seconds": 2.0, "peak_memory_gib": 1.0}
+    facts = {"parameters": 10, "tokens": 197, "seconds": 2.0, "peak_memory_gib": 1.0}
     rows = [{"network": "tiny", "scheme": scheme, **facts} for scheme in ("int8", "fp8")]
     assert growth(rows) == []
     rows += [{"network": "base", "scheme": "fp8", **facts, "parameters": 2**28, "seconds": 8.0, "peak_memory_gib": 3.0}]

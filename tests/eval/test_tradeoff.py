@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import SMALL, assert_one_line_error, run_command, write_images, write_linear_bundle, write_made_up_engine
 
+from deploy.runtimes.cpu_runtime import cpu_latencies
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import read_temperature
 from eval.measure.effort import describe_estimate, estimate_seconds, in_words
@@ -104,6 +105,8 @@ def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
         assert [latency["batch"] for latency in row["latency"]] == [2, 1] and row["device"]
         assert row["latency"][0]["p50"] > 0
         # The temperature of the last runtime of a file is stored, and OpenVINO computes in bfloat16.
+        timed = {each["runtime_id"]: each["latency"][1]["p50"] for each in report["rows"] if each["scheme"] == scheme}
+        assert cpu_latencies(runs / "runs" / scheme / "model.onnx") == timed  # kept, not measured again
         assert row["temperature"] == pytest.approx(read_temperature(runs / "runs" / scheme / "model.onnx"), rel=0.05)
     row = rows["int8, ONNX Runtime, CPU"]
     lost = np.flatnonzero((before == labels) & (after != labels)).tolist()

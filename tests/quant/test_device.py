@@ -47,12 +47,10 @@ def test_the_device_of_an_option(monkeypatch):
         torch_device("cuda")
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-accurate", "w4a8"])
-def test_quantization_and_export_leave_the_network_as_it_was(name, model, tmp_path):
-    """They share its weights instead of copying them."""
+def test_quantization_and_export_leave_the_network_as_it_was(model, tmp_path):
+    """They share its weights instead of copying them; rotations, smoothing and reconstruction change them."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    scheme = shipped_scheme(name)
-    plan = resolve(replace(scheme, reconstruction_iterations=min(scheme.reconstruction_iterations, 2)), model)
+    plan = resolve(replace(shipped_scheme("int8-accurate"), reconstruction_iterations=2), model)
     images = torch.randn(4, 3, 32, 32)
     quantized = calibrate(model, plan, [images])
     quantized_before = {key: value.clone() for key, value in quantized.state_dict().items()}
