@@ -38,7 +38,8 @@ class SearchOptions:
         max_ms: largest time of a call with one image, in milliseconds; the objective is the accuracy drop.
         max_megabytes: largest size of model.onnx, in 10^6 bytes; the objective is the accuracy drop.
         minimise: the objective under --max-drop.
-        formats: schemes whose formats each layer can take, by name or YAML file; float is always added.
+        formats: schemes whose formats each layer can take, by name or YAML file; float is always added. The network is
+            rotated as the first one says.
         layer_times: SCHEME=FILE of TensorRT layer profiles (trtexec --exportProfile), one for each format and for
             float; if not given, ONNX Runtime is timed on this machine's CPU.
         images: number of images on which the layers are measured. Defaults to 1,000, or to half of what calibration

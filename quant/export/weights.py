@@ -19,7 +19,7 @@ from illama.structured_files import parse_json
 from quant.quantizers.calibrate import quantize_layers
 from quant.quantizers.layers import QuantizeDequantize, quantizers
 from quant.quantizers.observers import RangeObserver
-from quant.quantizers.rotation import rotate, rotate_hidden
+from quant.quantizers.rotation import rotatable_mlps, rotate, rotate_hidden
 from quant.schemes.scheme import Scheme, resolve, stored_scheme
 
 SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file; the values are JSON
@@ -56,7 +56,10 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
     check_config(config, state, path)
     plan = resolve(scheme, model := ILLaMA(config)).tensors
     rotate(model, scheme.rotate)  # for the modules and biases that it adds
-    rotate_hidden(model, scheme.rotate)
+    names = rotatable_mlps(model, scheme)
+    if scheme.rotate.hidden_blocks:  # the chosen ones have their matrix in the file
+        names = [name for name in names if f"{name}.norm.matrix" in state]
+    rotate_hidden(model, scheme.rotate, names)
     # The ranges are in the file; these observers only determine the quantizers' shapes.
     observers = {name: RangeObserver(spec) for name, spec in plan.items()}
     for observer in observers.values():

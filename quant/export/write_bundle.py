@@ -24,7 +24,7 @@ from quant.export.half_precision import export_half
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.quantizers.calibrate import calibrate
-from quant.quantizers.rotation import check_rotations
+from quant.quantizers.rotation import check_rotations, rotated_mlps
 from quant.quantizers.torchao_backend import check, load_torchao, quantize_with_torchao, write_torchao
 from quant.schemes.scheme import QuantizationPlan, Scheme, resolve, write_scheme
 
@@ -171,6 +171,8 @@ def write_bundles(
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
                 quantized = quantize(model, plan, batches, inputs.device)
+                if rotated := rotated_mlps(quantized):
+                    print(f"  rotated at run time: inputs of {', '.join(f'{name}.fc2' for name in rotated)}")
                 release_memory()
                 write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin, batches=batches)
                 work.part(scheme.name, write)

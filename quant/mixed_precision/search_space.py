@@ -72,10 +72,12 @@ class SearchSpace:
 
 
 def format_schemes(names: Sequence[str]) -> list[Scheme]:
-    """Returns the schemes of ``--formats``, without block reconstruction.
+    """Returns the schemes of ``--formats``, without block reconstruction, and all rotated as the first one is.
+
+    Rotations are not chosen layer by layer: that of the residual stream is one for the whole network.
 
     Raises:
-        UserError: a scheme is unknown, there is none, two have one name, or they rotate differently.
+        UserError: a scheme is unknown, there is none, or two have one name.
     """
     schemes = [
         replace(onnx_scheme(name), reconstruction_iterations=0) for name in dict.fromkeys(names) if name != FLOAT
@@ -84,9 +86,7 @@ def format_schemes(names: Sequence[str]) -> list[Scheme]:
         raise UserError("--formats names no scheme: give at least one besides float")
     if len({scheme.name for scheme in schemes}) < len(schemes):
         raise UserError("two of --formats have the same name: change it in the scheme file")
-    if len({scheme.rotate for scheme in schemes}) > 1:
-        raise UserError("--formats rotate differently: give schemes with the same rotate, since it is for all layers")
-    return schemes
+    return [replace(scheme, rotate=schemes[0].rotate) for scheme in schemes]
 
 
 class SearchSpaceBuilder:

@@ -8,14 +8,15 @@ x W^T = (x R) (W R)^T. A tensor that has a few large channels has none after a r
                LayerNorm if R also keeps the vector of ones, and with it means.
     values     one R for each head of v, undone in attn.proj: attention mixes tokens, not channels.
     hidden     blocks of a Hadamard matrix before mlp.fc2, undone in its weight. The product or the GELU before it does
-               not commute with a rotation, so that this one is computed at run time, as a small matrix product.
+               not commute with a rotation, so that this one is computed at run time, as a small matrix product. A
+               scheme can limit it to the few blocks where it matters most.
 
 The first two change weights only and cost nothing at run time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Rotations, Scheme
 
 _SMALLEST = 16  # channels of a block before fc2; fewer spread too little
+_PROBED = 8  # images that rounding effects are estimated on
 
 
 class Rotate(nn.Module):
@@ -48,8 +50,8 @@ class Rotate(nn.Module):
 
     def __init__(self, matrix: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("matrix", matrix, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = x if x.shape[-1] == len(self.matrix) else x.unflatten(-1, (-1, len(self.matrix)))
@@ -76,18 +78,21 @@ def prepare(model: MaskedNetwork, scheme: Scheme, batches: Iterable[Tensor]) -> 
     """Rotates and smooths a float network in place, as the scheme says; its results stay the same.
 
     Args:
-        batches: calibration images (B, C, H, W), for smoothing, on the device where it runs.
+        batches: calibration images (B, C, H, W), on the device where they are run. They are needed to smooth, and to
+            choose the blocks of ``rotate.hidden_blocks``.
 
     Raises:
         UserError: a part of the network does not commute with a rotation that the scheme requires.
     """
     rotate(model, scheme.rotate)
-    if scheme.smooth:
-        batches = list(batches)
+    batches = list(batches)
+    if batches:
         model.to(batches[0].device)
+    if scheme.smooth:
         smooth(model, scheme, batches)
-        model.cpu()
-    rotate_hidden(model, scheme.rotate)  # last, since smoothing divides single channels
+    names = choose_mlps(model, scheme, batches)
+    model.cpu()
+    rotate_hidden(model, scheme.rotate, names)  # last, since smoothing divides single channels
 
 
 @torch.no_grad()
@@ -104,17 +109,80 @@ def rotate(model: MaskedNetwork, spec: Rotations) -> None:
 
 
 @torch.no_grad()
-def rotate_hidden(model: MaskedNetwork, spec: Rotations) -> None:
-    """Inserts the rotations before ``mlp.fc2``, in place, and undoes them in its weight."""
-    for mlp in _mlps(model).values() if spec.hidden else ():
+def rotate_hidden(model: MaskedNetwork, spec: Rotations, names: Iterable[str]) -> None:
+    """Inserts the rotations before ``fc2`` of the MLPs named, in place, and undoes them in its weight."""
+    for mlp in map(_mlps(model).__getitem__, names):
         size = _block_size(mlp, spec)
-        if size and isinstance(mlp.norm, nn.Identity):
-            signs = torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(spec.seed)) * 2.0 - 1
-            # Entries are powers of 2, which half precision represents; the weight takes the rest of the rows' length.
-            matrix = signs.double() * torch.from_numpy(hadamard(size)) * 2.0 ** -(size.bit_length() // 2)
-            blocks = mlp.fc2.weight.double().unflatten(1, (-1, size))
-            _set(mlp.fc2.weight, blocks @ matrix / matrix[0].square().sum())
-            mlp.norm = Rotate(matrix.to(mlp.fc2.weight.dtype))
+        signs = torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(spec.seed)) * 2.0 - 1
+        # Entries are powers of 2, which half precision represents; the weight takes the rest of the rows' length.
+        matrix = signs.double() * torch.from_numpy(hadamard(size)) * 2.0 ** -(size.bit_length() // 2)
+        blocks = mlp.fc2.weight.double().unflatten(1, (-1, size))
+        _set(mlp.fc2.weight, blocks @ matrix / matrix[0].square().sum())
+        mlp.norm = Rotate(matrix.to(mlp.fc2.weight.dtype))
+
+
+def rotatable_mlps(model: MaskedNetwork, scheme: Scheme) -> list[str]:
+    """Returns the names of the MLPs for :func:`rotate_hidden`: all that allow it and quantize the input of ``fc2``."""
+    return [
+        name
+        for name, mlp in _mlps(model).items()
+        if scheme.rotate.hidden
+        and scheme.spec(f"{name}.fc2.input")
+        and _block_size(mlp, scheme.rotate)
+        and isinstance(mlp.norm, nn.Identity)
+    ]
+
+
+def rotated_mlps(model: nn.Module) -> list[str]:
+    """Returns the names of the MLPs whose input of ``fc2`` is rotated at run time."""
+    return [name for name, mlp in _mlps(model).items() if isinstance(mlp.norm, Rotate)]
+
+
+def choose_mlps(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> list[str]:
+    """Returns the names of the MLPs to rotate: where rounding the input of ``fc2`` has the largest effect.
+
+    Args:
+        batches: images (B, C, H, W); needed if ``scheme.rotate.hidden_blocks`` is not 0.
+    """
+    names, count = rotatable_mlps(model, scheme), scheme.rotate.hidden_blocks
+    if not 0 < count < len(names):
+        return names
+    effects = _rounding_effects(model, [f"{name}.fc2" for name in names], batches)
+    return sorted(names, key=lambda name: -effects[f"{name}.fc2"])[:count]
+
+
+def _rounding_effects(model: nn.Module, layers: Sequence[str], batches: Sequence[Tensor]) -> dict[str, float]:
+    """Estimates how much the network's output changes if the input of a layer is rounded, for each layer.
+
+    The error of rounding is spread evenly over a step, which is proportional to the range. To first order, the squared
+    change of the output is then the squared range times the squared gradient; the gradient is of a sum of the outputs
+    with random signs, whose square is on average that of all outputs. Only ratios of the results have a meaning.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0]
+            inputs[name] = x if x.requires_grad else x.requires_grad_()
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in layers]
+    slopes, low, high = (dict.fromkeys(layers, 0.0) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.cat([batch[: -(-_PROBED // len(batches))] for batch in batches[:_PROBED]])[:_PROBED]
+    for image in images.split(1):
+        with torch.enable_grad():
+            y = model(image)
+            signs = torch.randint(2, y.shape, generator=generator).to(y) * 2 - 1
+            gradients = torch.autograd.grad((y * signs).sum(), [inputs[name] for name in layers])
+        for name, gradient in zip(layers, gradients, strict=True):
+            slopes[name] += float(gradient.square().sum())
+            least, most = inputs[name].detach().aminmax()
+            low[name], high[name] = min(low[name], float(least)), max(high[name], float(most))
+    for hook in hooks:
+        hook.remove()
+    return {name: slopes[name] * (high[name] - low[name]) ** 2 for name in layers}
 
 
 def _block_size(mlp: Any, spec: Rotations) -> int:

@@ -47,20 +47,25 @@ class Rotations:
         values: v of every attention, in the weights; ``auto``: if the network allows it.
         hidden: channels in a block of the rotation before ``mlp.fc2``, which is computed at run time: a power of 2, or
             a smaller one, at least 16, if it does not divide the hidden size; 0 for none.
+        hidden_blocks: how many transformer blocks get that rotation: those where a rounded input of ``mlp.fc2`` changes
+            the network's output most; 0 for all. A block whose input of ``mlp.fc2`` stays in floating point gets none.
         seed: of the random rotations.
 
     Raises:
-        UserError: ``hidden`` or ``seed`` is invalid.
+        UserError: ``hidden``, ``hidden_blocks`` or ``seed`` is invalid.
     """
 
     residual: bool | Literal["auto"] = False
     values: bool | Literal["auto"] = False
     hidden: int = 0
+    hidden_blocks: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.hidden and (self.hidden & -self.hidden != self.hidden or not 16 <= self.hidden <= 1024):
             raise UserError(f"rotate.hidden must be 0 or a power of 2 from 16 to 1024, not {self.hidden}")
+        if self.hidden_blocks < 0:
+            raise UserError(f"rotate.hidden_blocks must be 0 or more, not {self.hidden_blocks}")
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"rotate.seed must be from 0 to 2^32 - 1, not {self.seed}")
 

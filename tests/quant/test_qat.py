@@ -265,7 +265,9 @@ def test_a_run_is_not_mixed_with_another_scheme_s(material, tmp_path):
 def test_training_reduces_the_distance_to_the_float_network(material, tmp_path):
     """4-bit weights, 24 noise images: the distillation loss falls below that of the calibrated network."""
     activations = "'*.input': int8, '*.core.[qkv]': int8, '*.core.p': uint8, '*patch*.input': float"
-    (tmp_path / "w4.yaml").write_text(f"base: w4a4\nreconstruction_iterations: 0\ntensors: {{{activations}}}\n")
+    (tmp_path / "w4.yaml").write_text(
+        f"base: w4a4\nreconstruction_iterations: 0\nrotate: {{}}\ntensors: {{{activations}}}\n"
+    )
     options = _options(
         material,
         tmp_path / "out",

@@ -16,14 +16,25 @@ from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 from illama.models.timm_vit import to_causal, to_quantizable
 from illama.models.upernet import SegmentationConfig, UperNet
+from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
 from quant.export.weights import read_quantized_weights, write_quantized_weights
 from quant.export.write_bundle import plan_quantization
+from quant.inputs import open_inputs
 from quant.mixed_precision.search_space import format_schemes
 from quant.quantizers.calibrate import calibrate
-from quant.quantizers.rotation import random_rotation, rotate, rotate_hidden
+from quant.quantizers.rotation import (
+    choose_mlps,
+    prepare,
+    random_rotation,
+    rotatable_mlps,
+    rotate,
+    rotate_hidden,
+    rotated_mlps,
+)
 from quant.quantizers.torchao_backend import check
-from quant.schemes.scheme import Rotations, resolve, shipped_scheme
+from quant.schemes.formats import TensorSpec
+from quant.schemes.scheme import Rotations, Scheme, resolve, shipped_scheme
 
 ALL = Rotations(residual=True, values=True, hidden=64)
 SHAPE = {"image_size": 16, "patch_size": 4, "width": 48, "depth": 4, "heads": 3, "num_classes": 5}
@@ -44,7 +55,7 @@ def difference(model, spec=ALL):
     images = torch.randn(3, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rotated = copy.deepcopy(model)
     rotate(rotated, spec)
-    rotate_hidden(rotated, spec)
+    rotate_hidden(rotated, spec, rotatable_mlps(rotated, replace(shipped_scheme("int8"), rotate=spec)))
     weights = zip(model.parameters(), rotated.parameters(), strict=False)
     assert any(not torch.equal(a, b) for a, b in weights if a.shape == b.shape)
     with torch.no_grad():
@@ -130,8 +141,7 @@ def test_a_network_that_does_not_commute_is_refused_by_name_or_left_as_it_is(cha
 def test_inputs_of_fc2_that_cannot_be_rotated_are_named_and_left_as_they_are(changed, capsys):
     model = to_quantizable(VisionTransformer(**{**VIT, **changed})).double().eval()
     before = copy.deepcopy(model.state_dict())
-    rotate(model, Rotations(hidden=64))
-    rotate_hidden(model, Rotations(hidden=64))
+    prepare(model, replace(shipped_scheme("fp8"), rotate=Rotations(hidden=64)), [])
     assert "blocks.0.mlp.fc2" in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -150,7 +160,8 @@ def small_network(**changed):
 
 def test_the_exported_file_computes_what_pytorch_does(tmp_path):
     model, images = small_network()
-    quantized = calibrate(model, resolve(shipped_scheme("int8-accurate"), model), [images])
+    scheme = replace(shipped_scheme("int8-accurate"), reconstruction_iterations=2)
+    quantized = calibrate(model, resolve(scheme, model), [images])
     export_onnx(quantized, tmp_path / "model.onnx", "plain")
     found = torch.from_numpy(load_engine(tmp_path / "model.onnx", "onnxruntime").infer(images.numpy()))
     with torch.no_grad():
@@ -158,10 +169,34 @@ def test_the_exported_file_computes_what_pytorch_does(tmp_path):
     assert float((found - expected).abs().max() / expected.abs().max()) < 0.03
 
 
-@pytest.mark.parametrize("changed", [{}, {"norm": "layer"}])  # a LayerNorm's bias gives a SwiGLU's Linears one
-def test_a_stored_network_is_read_back(changed, tmp_path):
+def test_the_block_whose_rounding_changes_the_output_most_is_rotated():
+    inputs = open_inputs(SourceOptions(calibration_images=64))
+    model, images = inputs.model, inputs.calibration[0]
+    blocks = [name.removesuffix(".fc2") for name, _ in model.named_modules() if name.endswith("mlp.fc2")]
+    with torch.no_grad():
+        exact = model(images)
+    errors = {}
+    for name in blocks:
+        only = Scheme("only", {f"{name}.fc2.input": TensorSpec("uint8", symmetric=False)})
+        with torch.no_grad():
+            errors[name] = float((calibrate(model, resolve(only, model), [images])(images) - exact).square().mean())
+    int8 = shipped_scheme("int8")
+    rotations = [Rotations(hidden=32, hidden_blocks=count) for count in (1, 2, 0)]
+    chosen = [choose_mlps(model, replace(int8, rotate=each), [images]) for each in rotations]
+    order = sorted(blocks, key=errors.__getitem__, reverse=True)
+    assert chosen == [order[:1], order[:2], blocks]
+    assert rotated_mlps(calibrate(model, resolve(int8, model), [images])) == order[:1]
+    without = replace(int8, tensors={**int8.tensors, f"{order[0]}.fc2.input": None})
+    assert rotated_mlps(calibrate(model, resolve(without, model), [images]))[0] in order[1:]
+
+
+# A LayerNorm's bias gives a SwiGLU's Linears one; int8 rotates the inputs of one fc2 only.
+@pytest.mark.parametrize(
+    ("name", "changed"), [("int8-accurate", {}), ("int8", {}), ("int8-accurate", {"norm": "layer"})]
+)
+def test_a_stored_network_is_read_back(name, changed, tmp_path):
     model, images = small_network(**changed)
-    scheme = shipped_scheme("int8-accurate")
+    scheme = replace(shipped_scheme(name), reconstruction_iterations=0)
     quantized = calibrate(model, resolve(scheme, model), [images])
     write_quantized_weights(quantized, scheme, tmp_path / "model.safetensors")
     stored, found = read_quantized_weights(tmp_path / "model.safetensors")
@@ -170,9 +205,10 @@ def test_a_stored_network_is_read_back(changed, tmp_path):
         assert torch.equal(stored(images), quantized(images))
 
 
-def test_schemes_that_rotate_differently_are_not_mixed_and_torchao_does_not_rotate():
-    with pytest.raises(UserError, match="rotate"):
-        format_schemes(["int8", "int8-accurate"])
+def test_a_search_rotates_as_its_first_format_does_and_torchao_does_not_rotate():
+    assert {scheme.rotate for scheme in format_schemes(["int8-accurate", "int8", "w4a16"])} == {
+        shipped_scheme("int8-accurate").rotate
+    }
     model, _ = small_network()
     scheme = replace(shipped_scheme("int8-weight-only-torchao"), rotate=ALL)
     with pytest.raises(UserError, match="rotate"):
