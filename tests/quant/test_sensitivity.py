@@ -32,7 +32,7 @@ from quant.quantizers.layers import quantizers
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import Scheme, resolve, shipped_scheme, tensor_names
 
-INT8 = shipped_scheme("int8-attention")
+INT8 = replace(shipped_scheme("int8-attention"), reconstruction_iterations=0)
 PLAIN8 = Scheme("plain", {"*.weight": TensorSpec("int8", "channel"), "*.input": TensorSpec("int8")})
 
 
