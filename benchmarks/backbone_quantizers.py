@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
 from quant.quantizers.calibrate import calibrate, mtq
+from quant.quantizers.rotation import random_rotation
 from quant.schemes.scheme import resolve, shipped_scheme
 
 Outputs = tuple[Tensor, Tensor]
 Infer = Callable[[Tensor], Outputs]
 Quantizer = Callable[[nn.Module, Tensor], Infer]
 
-SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention", "w4a8")
+SCHEMES = ("int8", "int8-accurate", "int8-smooth", "fp8", "fp8-attention", "w4a8")
 MODELOPT = {
     "modelopt-int8": "INT8_DEFAULT_CFG",
     "modelopt-int8-smoothquant": "INT8_SMOOTHQUANT_CFG",
@@ -82,16 +83,20 @@ def torch_infer(network: nn.Module) -> Infer:
     return infer
 
 
-def ours(vit: nn.Module, images: Tensor, scheme: str) -> Infer:
+def ours(vit: Any, images: Tensor, scheme: str) -> Infer:
     """Quantizes by a scheme of this project; the PyTorch network has the arithmetic of its ONNX file."""
-    model = to_quantizable(vit)  # type: ignore[arg-type]
+    model, spec = to_quantizable(vit), shipped_scheme(scheme).rotate
     quantized = calibrate(model, resolve(shipped_scheme(scheme), model), images.split(_BATCH))
     assert isinstance(quantized, CausalVisionTransformer)
+    generator = torch.Generator().manual_seed(spec.seed)
+    back = random_rotation(vit.embed_dim, generator, keeps_ones=True).float().t()
 
     @torch.inference_mode()
     def infer(images: Tensor) -> Outputs:
         features = quantized.vit.forward_head(quantized.forward_features(images), pre_logits=True)
-        return features, quantized.vit.head(features)
+        logits = quantized.vit.head(features)
+        # The head of a rotated network has the norm's weight and the inverse rotation in its own weight.
+        return vit.norm.bias + features @ back * vit.norm.weight if spec.residual else features, logits
 
     return infer
 

@@ -15,7 +15,7 @@ from quant.export.onnx_export import export_onnx
 from quant.schemes.scheme import Scheme, resolve, shipped_scheme
 
 _NEEDS = (("quant.quantizers.calibrate", "illama-toolkit"),)
-SCHEMES = ("int8", "int8-smooth", "fp8", "fp8-attention")
+SCHEMES = ("int8", "int8-accurate", "int8-smooth", "fp8", "fp8-attention")
 
 
 def quantize_by_scheme(task: Task, scheme: Scheme) -> Path:
