@@ -34,7 +34,7 @@ from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Rotations, Scheme
 
 _SMALLEST = 16  # channels of a block before fc2; fewer spread too little
-_PROBED = 8  # images that rounding effects are estimated on
+_PROBED = 4  # images that rounding effects are estimated on
 
 
 class Rotate(nn.Module):
@@ -230,6 +230,8 @@ def _network(model: MaskedNetwork) -> Any:
 def _obstacle_of_residual(model: MaskedNetwork) -> str:
     """Returns why the residual stream cannot be rotated: something that is not linear writes to it; or nothing."""
     network = _network(model)
+    if not hasattr(network, "blocks"):
+        return "the residual stream cannot be rotated, because the network has no transformer blocks"
     writing = {
         "patch_embed.norm": getattr(network.patch_embed, "norm", None),
         "norm_pre": getattr(network, "norm_pre", None),

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -30,9 +31,10 @@ from quant.mixed_precision.layer_effects import Tally, layers_of, measure, tenso
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import quantizers
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme, resolve, shipped_scheme, tensor_names
+from quant.schemes.scheme import Rotations, Scheme, resolve, shipped_scheme, tensor_names
 
-INT8 = replace(shipped_scheme("int8-attention"), reconstruction_iterations=0)
+# Not rotated: norms of a rotated network have equal weights, which share one tensor in the file.
+INT8 = replace(shipped_scheme("int8-attention"), reconstruction_iterations=0, rotate=Rotations())
 PLAIN8 = Scheme("plain", {"*.weight": TensorSpec("int8", "channel"), "*.input": TensorSpec("int8")})
 
 
