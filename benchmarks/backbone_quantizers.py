@@ -95,8 +95,9 @@ def ours(vit: Any, images: Tensor, scheme: str) -> Infer:
     def infer(images: Tensor) -> Outputs:
         features = quantized.vit.forward_head(quantized.forward_features(images), pre_logits=True)
         logits = quantized.vit.head(features)
-        # The head of a rotated network has the norm's weight and the inverse rotation in its own weight.
-        return vit.norm.bias + features @ back * vit.norm.weight if spec.residual else features, logits
+        if spec.residual:  # the norm's parameters and the inverse rotation are in the head
+            features = features @ back * vit.norm.weight + vit.norm.bias
+        return features, logits
 
     return infer
 

@@ -51,7 +51,8 @@ class CpuLatency:
         device: the processor.
         threads: number of threads.
         versions: version of each runtime.
-        milliseconds: runtime -> median latency at batch 1, of those that run the file and have right answers.
+        milliseconds: runtime -> median latency at batch 1. A runtime that does not run the file, or gives wrong
+            answers, is not in it.
     """
 
     file: str

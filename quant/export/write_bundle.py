@@ -127,9 +127,13 @@ def write_quantized(
 ) -> Path:
     """Writes the scheme of a quantized network, and its graphs for the runtimes that support the scheme.
 
+    Prints which layers have rotated inputs.
+
     Args:
         batches: see :func:`write_graphs`.
     """
+    if rotated := rotated_mlps(quantized):
+        print(f"  rotated at run time: inputs of {', '.join(f'{name}.fc2' for name in rotated)}", flush=True)
     quantization, in_pytorch = plan.quantization, plan.scheme.backend == "torchao"
     files = () if in_pytorch else (CPU_ONNX,) if quantization.no_tensorrt else (CPU_ONNX, FUSED_ONNX)
     write_graphs(folder, quantized, origin, files, batches, quantization)
@@ -171,8 +175,6 @@ def write_bundles(
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
                 quantized = quantize(model, plan, batches, inputs.device)
-                if rotated := rotated_mlps(quantized):
-                    print(f"  rotated at run time: inputs of {', '.join(f'{name}.fc2' for name in rotated)}")
                 release_memory()
                 write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin, batches=batches)
                 work.part(scheme.name, write)

@@ -162,27 +162,24 @@ def _rounding_effects(model: nn.Module, layers: Sequence[str], batches: Sequence
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0]
-            inputs[name] = x if x.requires_grad else x.requires_grad_()
+            inputs[name] = arguments[0].requires_grad_()
 
         return hook
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in layers]
-    slopes, low, high = (dict.fromkeys(layers, 0.0) for _ in range(3))
-    generator = torch.Generator().manual_seed(0)
-    images = torch.cat([batch[: -(-_PROBED // len(batches))] for batch in batches[:_PROBED]])[:_PROBED]
-    for image in images.split(1):
+    effects, generator = dict.fromkeys(layers, 0.0), torch.Generator().manual_seed(0)
+    images = [image for batch in batches for image in batch.split(1)]
+    for image in images[:: max(1, len(images) // _PROBED)][:_PROBED]:
         with torch.enable_grad():
             y = model(image)
             signs = torch.randint(2, y.shape, generator=generator).to(y) * 2 - 1
             gradients = torch.autograd.grad((y * signs).sum(), [inputs[name] for name in layers])
         for name, gradient in zip(layers, gradients, strict=True):
-            slopes[name] += float(gradient.square().sum())
-            least, most = inputs[name].detach().aminmax()
-            low[name], high[name] = min(low[name], float(least)), max(high[name], float(most))
+            low, high = inputs[name].detach().aminmax()
+            effects[name] += float((high - low).square() * gradient.square().sum())
     for hook in hooks:
         hook.remove()
-    return {name: slopes[name] * (high[name] - low[name]) ** 2 for name in layers}
+    return effects
 
 
 def _block_size(mlp: Any, spec: Rotations) -> int:

@@ -64,8 +64,8 @@ class Rotations:
     def __post_init__(self) -> None:
         if self.hidden and (self.hidden & -self.hidden != self.hidden or not 16 <= self.hidden <= 1024):
             raise UserError(f"rotate.hidden must be 0 or a power of 2 from 16 to 1024, not {self.hidden}")
-        if self.hidden_blocks < 0:
-            raise UserError(f"rotate.hidden_blocks must be 0 or more, not {self.hidden_blocks}")
+        if self.hidden_blocks < 0 or (self.hidden_blocks and not self.hidden):
+            raise UserError("rotate.hidden_blocks must be 0 or more, and needs rotate.hidden")
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"rotate.seed must be from 0 to 2^32 - 1, not {self.seed}")
 

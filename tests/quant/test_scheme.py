@@ -58,6 +58,8 @@ def test_a_file_extends_its_base(tmp_path):
         ("reconstruction_iterations: -1", "reconstruction_iterations"),
         ("rotate: {hidden: 24}", "hidden"),
         ("rotate: {seed: -1}", "seed"),
+        ("rotate: {hidden: 32, hidden_blocks: -1}", "hidden_blocks"),
+        ("rotate: {hidden_blocks: 1}", "hidden_blocks"),
         ("rotate: {residual: sometimes}", "residual"),
         ("rotate: {sideways: true}", "sideways"),
         ("backend: tpu", "backend"),

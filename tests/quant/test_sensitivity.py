@@ -33,8 +33,9 @@ from quant.quantizers.layers import quantizers
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import Rotations, Scheme, resolve, shipped_scheme, tensor_names
 
-# Not rotated: norms of a rotated network have equal weights, which share one tensor in the file.
-INT8 = replace(shipped_scheme("int8-attention"), reconstruction_iterations=0, rotate=Rotations())
+# After a rotation of the residual stream, norms have equal weights, which share one tensor in the file.
+NORMS_DIFFER = Rotations(values="auto", hidden=32, hidden_blocks=1)
+INT8 = replace(shipped_scheme("int8-attention"), reconstruction_iterations=0, rotate=NORMS_DIFFER)
 PLAIN8 = Scheme("plain", {"*.weight": TensorSpec("int8", "channel"), "*.input": TensorSpec("int8")})
 
 
