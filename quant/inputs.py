@@ -71,7 +71,7 @@ class Inputs:
     def float_model(self, scheme: Scheme) -> MaskedNetwork:
         """Returns :meth:`plain_model`, rotated and smoothed by ``scheme``, so that every tensor can be compared."""
         model = self.plain_model()
-        prepare(model, scheme, self.calibration if scheme.smooth or scheme.rotate.hidden_blocks else [])
+        prepare(model, scheme, self.calibration)
         return model
 
     def batches(self, images: Dataset[Sample]) -> DataLoader[tuple[Tensor, int]]:

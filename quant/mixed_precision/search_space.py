@@ -72,16 +72,14 @@ class SearchSpace:
 
 
 def format_schemes(names: Sequence[str]) -> list[Scheme]:
-    """Returns the schemes of ``--formats``, without block reconstruction, and all rotated as the first one is.
+    """Returns the schemes of ``--formats``, with rounding to nearest, and all rotated as the first one is.
 
     Rotations are not chosen layer by layer: that of the residual stream is one for the whole network.
 
     Raises:
         UserError: a scheme is unknown, there is none, or two have one name.
     """
-    schemes = [
-        replace(onnx_scheme(name), reconstruction_iterations=0) for name in dict.fromkeys(names) if name != FLOAT
-    ]
+    schemes = [onnx_scheme(name).rounding_to_nearest() for name in dict.fromkeys(names) if name != FLOAT]
     if not schemes:
         raise UserError("--formats names no scheme: give at least one besides float")
     if len({scheme.name for scheme in schemes}) < len(schemes):
@@ -256,11 +254,14 @@ class _Costs:
 
 
 def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], iterations: int, summary: str) -> Scheme:
-    """Returns an assignment, layer -> index of its choice, as a scheme with every quantized tensor by its full name."""
+    """Returns an assignment, layer -> index of its choice, as a scheme with every quantized tensor by its full name.
+
+    Its weights are rounded by GPTQ, which no effect of a single layer includes: the result is better than predicted.
+    """
     tensors: dict[str, TensorSpec | None] = {}
     smooth: dict[str, float] = {}
     for layer, index in chosen.items():
         choice = space.layers[layer][index]
         tensors.update(choice.specs)
         smooth.update({layer: choice.smooth} if choice.smooth is not None else {})
-    return Scheme("searched", tensors, smooth, space.rotate, iterations, summary=summary)
+    return Scheme("searched", tensors, smooth, space.rotate, True, iterations, summary=summary)

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,12 @@ _TENSOR_IMAGES = 64  # enough for a tensor's SQNR: each image has thousands of i
 def measure_sensitivity(inputs: Inputs, scheme: Scheme, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Returns the measured part of sensitivity.json: each layer, all layers together, each tensor's SQNR.
 
-    Block reconstruction is left out, because it adapts a whole block to one scheme.
+    Weights are rounded to nearest: GPTQ and block reconstruction adapt them to one scheme.
 
     Raises:
         UserError: the scheme quantizes no tensor of the network, or does not fit it.
     """
-    scheme = replace(scheme, reconstruction_iterations=0)
+    scheme = scheme.rounding_to_nearest()
     quantized = calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration, inputs.device)
     layers = layers_of(name for name, _ in quantizers(quantized))
     if not layers:

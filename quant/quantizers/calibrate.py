@@ -19,6 +19,7 @@ from illama.models.attention import MaskedNetwork, QuantizerPoint
 from illama.models.illama import Linear
 from illama.progress import track
 from illama.quiet import quiet
+from quant.quantizers.gptq import round_weights
 from quant.quantizers.layers import (
     QuantizedConv2d,
     QuantizeDequantize,
@@ -74,6 +75,8 @@ def calibrate(
     prepare(reference, scheme, batches)
     reference.to(device)
     quantized = quantize_layers(reference, tensors, observe(reference, tensors, batches)).to(device)
+    if scheme.gptq:
+        round_weights(reference, quantized, batches)
     if scheme.reconstruction_iterations:  # rounds weights in place, which both networks share, block after block
         reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)
     return quantized.cpu()

@@ -209,7 +209,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         """(..., in) -> (..., out), or only the outputs in the slice."""
-        x = _rounded_input(self, x)
+        x = rounded_input(self, x)
         bias = self.bias if self.bias is None or outputs is None else self.bias[outputs]
         if self.frozen is not None and self.frozen_scale is not None and self.weight_quantizer is not None:
             weight, scale = self.frozen, self.frozen_scale
@@ -255,7 +255,7 @@ class QuantizedConv2d(nn.Module):
         padding = self.padding
         if self.shift is not None and any(padding):  # the zeros are shifted with the input
             x, padding = F.pad(x, [size for size in reversed(padding) for _ in range(2)]), (0, 0)  # type: ignore[misc]
-        x = _rounded_input(self, x)
+        x = rounded_input(self, x)
         if self.frozen is not None and self.weight_quantizer is not None:
             scale = self.weight_quantizer.scale.expand(len(self.frozen), 1, 1, 1).flatten()
             weight = dequantize(self.frozen, scale, self.weight_quantizer.dtype.name, 0)
@@ -273,7 +273,8 @@ class QuantizedConv2d(nn.Module):
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
 
-def _rounded_input(layer: QuantizedLayer, x: Tensor) -> Tensor:
+def rounded_input(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Returns the input as the layer multiplies it: quantized and dequantized, unless it stays in floating point."""
     if layer.input is None:
         return x
     return layer.input(x if layer.shift is None else x + layer.shift)

@@ -19,7 +19,7 @@ from illama.errors import UserError
 from quant.schemes.formats import QuantDtype, TensorSpec
 
 BINS = 4096
-_SHARES = 100  # mse and entropy compare the ranges 1/100, 2/100 ... of the largest magnitude
+_SHARES = 100  # mse and entropy compare the ranges 1/100, 2/100 ... of the largest magnitude, or FP8's octave above it
 
 
 class RangeObserver:
@@ -76,7 +76,7 @@ class RangeObserver:
             chosen = mse_amax(counts, limit, self.spec.dtype)
         else:
             chosen = entropy_amax(counts, limit, self.spec.dtype)
-        return torch.minimum(torch.tensor(chosen), largest)
+        return torch.minimum(torch.tensor(chosen), largest if self.spec.dtype.rounds else 2 * largest)
 
 
 def percentile_amax(counts: np.ndarray, limit: float, percentile: float) -> float:
@@ -88,12 +88,12 @@ def percentile_amax(counts: np.ndarray, limit: float, percentile: float) -> floa
 def mse_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
     """Returns the range with the smallest squared error of rounding and clamping together."""
     magnitudes = torch.from_numpy((np.arange(len(counts)) + 0.5) * limit / len(counts)).float()
-    errors = []
-    for amax in _ranges(limit):
+    errors, ranges = [], _ranges(limit, dtype)
+    for amax in ranges:
         scale = torch.tensor(amax / dtype.high)
         rounded = dtype.quantize(magnitudes, scale).float() * scale
         errors.append(float(((rounded - magnitudes).double().square().numpy() * counts).sum()))
-    return _ranges(limit)[int(np.argmin(errors))]
+    return ranges[int(np.argmin(errors))]
 
 
 def entropy_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
@@ -105,7 +105,7 @@ def entropy_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
     """
     levels = int(dtype.high) + 1
     divergences = []
-    ranges = [amax for amax in _ranges(limit) if amax / limit * len(counts) >= levels]
+    ranges = [amax for amax in _ranges(limit, dtype) if amax / limit * len(counts) >= levels]
     for amax in ranges:
         kept = round(amax / limit * len(counts))
         seen = counts[:kept].copy()
@@ -120,8 +120,14 @@ def entropy_amax(counts: np.ndarray, limit: float, dtype: QuantDtype) -> float:
     return ranges[int(np.argmin(divergences))]
 
 
-def _ranges(limit: float) -> list[float]:
-    return [limit * share / _SHARES for share in range(1, _SHARES + 1)]
+def _ranges(limit: float, dtype: QuantDtype) -> list[float]:
+    """Returns the ranges to compare for a largest magnitude.
+
+    FP8's relative error is the same for every magnitude, so clamping gains nothing. A range up to twice as large moves
+    its values within the octaves, which makes the most frequent magnitudes more exact.
+    """
+    first = 1 if dtype.rounds else _SHARES
+    return [limit * share / _SHARES for share in range(first, first + _SHARES)]
 
 
 def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
@@ -141,7 +147,7 @@ def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
 
 def _weight_mse_amax(rows: Tensor, largest: Tensor, dtype: QuantDtype) -> Tensor:
     best, least = largest, torch.full_like(largest, float("inf"))
-    for share in torch.arange(0.4, 1.001, 0.02).tolist():
+    for share in (torch.arange(0.4, 1.001, 0.02) if dtype.rounds else torch.arange(1, 2, 0.04)).tolist():
         scale = dtype.scale(largest * share)
         error = (dtype.quantize(rows, scale).float() * scale - rows).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, largest * share, best), torch.minimum(error, least)

@@ -94,9 +94,9 @@ def open_job(options: QatOptions) -> QatJob:
 def start_run(job: QatJob, group: Processes) -> Run:
     """Quantizes the network and returns its training run, resumed if ``out`` holds an unfinished one."""
     options = job.options
-    # A resumed run loads its weights from the training checkpoint: block reconstruction, minutes of work, is skipped.
+    # A resumed run loads its weights from the training checkpoint, so GPTQ and block reconstruction are skipped.
     interrupted = (options.out / CHECKPOINT).exists()
-    as_it_is = replace(job.plan, scheme=replace(job.plan.scheme, reconstruction_iterations=0))
+    as_it_is = replace(job.plan, scheme=job.plan.scheme.rounding_to_nearest())
     quantized = job.quantize(as_it_is) if interrupted else copy.deepcopy(job.untrained)
     make_scales_parameters(quantized)
     loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)

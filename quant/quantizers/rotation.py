@@ -30,6 +30,7 @@ from illama.models.attention import MaskedNetwork
 from illama.models.illama import ILLaMA
 from illama.models.timm_vit import CausalVisionTransformer
 from illama.models.upernet import UperNet
+from quant.quantizers.key_centering import center_keys
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Rotations, Scheme
 
@@ -74,22 +75,24 @@ class _Branch:
     scale: str
 
 
-def prepare(model: MaskedNetwork, scheme: Scheme, batches: Iterable[Tensor]) -> None:
+def prepare(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> None:
     """Rotates and smooths a float network in place, as the scheme says; its results stay the same.
 
+    Keys that are quantized are centered, if that costs nothing (:mod:`quant.quantizers.key_centering`).
+
     Args:
-        batches: calibration images (B, C, H, W), on the device where they are run. They are needed to smooth, and to
-            choose the blocks of ``rotate.hidden_blocks``.
+        batches: calibration images (B, C, H, W), on the device where they are run. They are needed to smooth, to center
+            keys, and to choose the blocks of ``rotate.hidden_blocks``.
 
     Raises:
         UserError: a part of the network does not commute with a rotation that the scheme requires.
     """
     rotate(model, scheme.rotate)
-    batches = list(batches)
     if batches:
         model.to(batches[0].device)
     if scheme.smooth:
         smooth(model, scheme, batches)
+    center_keys(model, scheme, batches)
     names = choose_mlps(model, scheme, batches)
     model.cpu()
     rotate_hidden(model, scheme.rotate, names)  # last, since smoothing divides single channels

@@ -136,9 +136,9 @@ def check(model: MaskedNetwork, plan: QuantizationPlan) -> None:
     scheme = plan.scheme
     if scheme.backend != "torchao":
         raise UserError(f"scheme {scheme.name} has backend {scheme.backend}: give one with 'backend: torchao'")
-    if scheme.smooth or scheme.reconstruction_iterations or scheme.rotate != Rotations():
+    if scheme.smooth or scheme.gptq or scheme.reconstruction_iterations or scheme.rotate != Rotations():
         raise UserError(
-            f"scheme {scheme.name}: torchao has no smooth, rotate or reconstruction_iterations; leave them out"
+            f"scheme {scheme.name}: torchao has no smooth, rotate, gptq or reconstruction_iterations; leave them out"
         )
     for name in plan.tensors:
         layer = name.removesuffix(".weight").removesuffix(".input")

@@ -79,6 +79,7 @@ class Scheme:
         smooth: pattern of Linears' names -> SmoothQuant's migration strength, 0..1 (Xiao et al., arXiv 2211.10438,
             equation 4), for those whose input :mod:`quant.quantizers.smoothquant` can rescale; the last match applies.
         rotate: what is rotated, before smoothing.
+        gptq: whether weights are rounded by GPTQ (:mod:`quant.quantizers.gptq`) instead of to nearest.
         reconstruction_iterations: iterations of block reconstruction for each block
             (:mod:`quant.quantizers.reconstruction`); 0 for none.
         backend: ``onnx`` exports a graph with Q/DQ for ONNX Runtime and TensorRT; ``torchao`` runs inside PyTorch with
@@ -93,6 +94,7 @@ class Scheme:
     tensors: Mapping[str, TensorSpec | None] = field(default_factory=dict)
     smooth: Mapping[str, float] = field(default_factory=dict)
     rotate: Rotations = field(default_factory=Rotations)
+    gptq: bool = False
     reconstruction_iterations: int = 0
     backend: Literal["onnx", "torchao"] = "onnx"
     summary: str = ""
@@ -106,6 +108,10 @@ class Scheme:
             raise UserError(f"scheme {self.name}: smooth must map patterns of Linears to strengths from 0 to 1")
         if not 0 <= self.reconstruction_iterations <= 1_000_000:
             raise UserError(f"scheme {self.name}: reconstruction_iterations must be an integer from 0 to 1,000,000")
+
+    def rounding_to_nearest(self) -> Scheme:
+        """Returns the scheme without GPTQ and block reconstruction, which adapt weights to each other's errors."""
+        return replace(self, gptq=False, reconstruction_iterations=0)
 
     def spec(self, tensor: str) -> TensorSpec | None:
         """Returns the spec of a tensor; None if it stays in floating point."""

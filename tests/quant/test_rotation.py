@@ -217,3 +217,49 @@ def test_a_search_rotates_as_its_first_format_does_and_torchao_does_not_rotate()
     scheme = replace(shipped_scheme("int8-weight-only-torchao"), rotate=ALL)
     with pytest.raises(UserError, match="rotate"):
         check(model, resolve(scheme, model))
+
+
+def _biased_keys(model):
+    """A network whose keys are far from 0, as in pretrained networks."""
+    generator = torch.Generator().manual_seed(2)
+    for name, bias in model.named_parameters():
+        if name.endswith("qkv.bias"):
+            width = len(bias) // 3
+            bias.data[width : 2 * width] += 20 * torch.randn(width, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("network", "centered"),
+    [
+        (lambda: ILLaMA(ModelConfig(**SHAPE, position="learnable")), True),
+        (lambda: ILLaMA(ModelConfig(**SHAPE)), False),  # RoPE turns the mean
+        (lambda: to_quantizable(VisionTransformer(**VIT)), True),
+        (lambda: to_quantizable(VisionTransformer(**VIT, qk_norm=True)), False),
+        (lambda: to_quantizable(VisionTransformer(**VIT, qkv_bias=False)), False),
+    ],
+    ids=["learnable", "rope", "timm", "k_norm", "no bias"],
+)
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_keys_are_centered_where_it_costs_nothing(network, centered, form):
+    model = _biased_keys(randomized(network()))
+    model.set_attention_form(form)
+    images = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    changed = copy.deepcopy(model)
+    prepare(changed, Scheme("keys", {"*.core.k": TensorSpec("int8")}), [images])
+    keys = []
+    for attention in [module for module in changed.modules() if hasattr(module, "core")]:
+        attention.core.register_forward_pre_hook(lambda _, inputs: keys.append(inputs[1].mean((0, 2)).abs().max()))
+    with torch.no_grad():
+        torch.testing.assert_close(changed(images), model(images), rtol=1e-10, atol=1e-10)
+    assert (max(keys) < 1e-10) == centered
+
+
+def test_a_bias_of_the_keys_does_not_change_the_quantized_network():
+    plain = randomized(to_quantizable(VisionTransformer(**VIT)))
+    biased = _biased_keys(copy.deepcopy(plain))
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme("keys", {"*.core.k": TensorSpec("int4")})
+    with torch.no_grad():
+        first, second = (calibrate(m.float(), resolve(scheme, m), [images])(images) for m in (plain, biased))
+    assert (first - second).norm() < 0.02 * first.norm()

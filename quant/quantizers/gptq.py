@@ -1,0 +1,201 @@
+"""GPTQ: rounds the weights of a layer so that their errors cancel in its output (arXiv 2210.17323).
+
+Rounding to nearest has the smallest error of each weight; the output has the error of a whole row at once. With
+correlated inputs, one weight can make up for the error of another. GPTQ rounds one input channel after another, and
+each time adds to the channels left what reduces the expected squared error of the output most, which the covariance of
+the inputs tells. It needs one pass over the calibration images and no iterations, and fits any grid of values:
+integers, groups with scales of their own, and FP8, whose steps grow with the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from illama.progress import track
+from quant.quantizers.layers import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    WeightQuantizer,
+    rounded_input,
+    split_groups,
+)
+
+_DAMPING = 0.01  # of the covariance's mean diagonal, added to it: the authors' value
+_COLUMNS = 128  # input channels that are rounded before the others are updated, which is faster than one by one
+_ENTRIES = 1 << 26  # of all covariances that are held at once: 0.5 GB
+_VECTORS = 1 << 15  # inputs of a layer are enough: for a ViT of 257 tokens, more than 128 images change nothing
+
+
+@dataclass
+class _InputMoments:
+    """Sums over all input vectors of a layer, less ``origin``, in float64.
+
+    Without a near origin, the covariance of inputs that hardly vary would be lost in the rounding of their squares.
+
+    Attributes:
+        exact, rounded: sums of the vectors, and of the vectors as the layer rounds them.
+        products: sums of the products of rounded channels, (width, width).
+    """
+
+    origin: Tensor
+    count: int = 0
+    exact: Tensor | float = 0.0
+    rounded: Tensor | float = 0.0
+    products: Tensor | float = 0.0
+
+    def add(self, x: Tensor, z: Tensor) -> None:
+        x, z = x - self.origin, z - self.origin
+        self.count += len(x)
+        self.exact = self.exact + x.sum(0).double()
+        self.rounded = self.rounded + z.sum(0).double()
+        self.products = self.products + (z.T @ z).double()
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Returns the mean of the exact and of the rounded vectors."""
+        return self.origin + self.exact / self.count, self.origin + self.rounded / self.count
+
+    def covariance(self) -> Tensor:
+        mean = torch.as_tensor(self.rounded / self.count)
+        return self.products / self.count - torch.outer(mean, mean)
+
+
+@torch.no_grad()
+def round_weights(reference: nn.Module, quantized: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Rounds every quantized weight of ``quantized`` by GPTQ, and corrects the bias for the errors that are left.
+
+    A layer without a bias gets none. The weights of a grouped convolution are rounded to nearest.
+
+    Args:
+        reference: the floating-point network, whose inputs of the layers are used. Its weights are not changed.
+        quantized: a copy of it from :func:`quant.quantizers.calibrate.quantize_layers`. Its layers get weights that
+            rounding to nearest leaves as they are.
+        batches: images (B, C, H, W). Every n-th is used, so that a layer has about 32,768 input vectors.
+    """
+    layers = _layers(quantized)
+    vectors = sum(map(len, batches)) * _vectors_per_image(reference, layers, batches[0][:1])
+    batches = [images[:: max(1, vectors // _VECTORS)] for images in batches]
+    for number, portion in enumerate(_portions(layers)):
+        moments = _observe(reference, portion, batches, "GPTQ" + (f", part {number + 1}" if number else ""))
+        for name, layer in portion.items():
+            if name in moments:  # a layer that no image reaches keeps its weights
+                _round_layer(layer, moments.pop(name))
+
+
+def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None
+        if isinstance(module, QuantizedLinear) or (module.groups == 1 and not isinstance(module.padding, str))
+    }
+
+
+def _portions(layers: Mapping[str, QuantizedLayer]) -> Iterator[dict[str, QuantizedLayer]]:
+    """Yields the layers in portions whose covariances fit in memory together."""
+    portion: dict[str, QuantizedLayer] = {}
+    entries = 0
+    for name, layer in layers.items():
+        size = layer.weight[0].numel() ** 2
+        if portion and entries + size > _ENTRIES:
+            yield portion
+            portion, entries = {}, 0
+        portion[name] = layer
+        entries += size
+    if portion:
+        yield portion
+
+
+def _vectors_per_image(reference: nn.Module, layers: Mapping[str, QuantizedLayer], image: Tensor) -> int:
+    """Returns how many input vectors a layer has for an image (1, C, H, W), the most of all layers."""
+    counts = [0]
+
+    def note(layer: QuantizedLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: counts.append(len(_vectors(layer, inputs[0])))
+
+    with _hooked(reference, {name: note(layer) for name, layer in layers.items()}):
+        reference(image)
+    return max(counts)
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable[[nn.Module, tuple[Tensor, ...]], None]]) -> Iterator[None]:
+    """Calls hooks with the inputs of the modules named, inside the block."""
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observe(
+    reference: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Sequence[Tensor], title: str
+) -> dict[str, _InputMoments]:
+    moments: dict[str, _InputMoments] = {}
+
+    def add(name: str, layer: QuantizedLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x, z = (_vectors(layer, each) for each in (inputs[0], rounded_input(layer, inputs[0])))
+            moments.setdefault(name, _InputMoments(z.mean(0))).add(x, z)
+
+        return hook
+
+    with _hooked(reference, {name: add(name, layer) for name, layer in layers.items()}):
+        for images in track(batches, title, "batch"):
+            reference(images)
+    return moments
+
+
+def _vectors(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Returns what each row of the flattened weight is multiplied by, (vectors, width)."""
+    if isinstance(layer, QuantizedConv2d):
+        size: Any = layer.weight.shape[2:]
+        return F.unfold(x, size, layer.dilation, layer.padding, layer.stride).mT.flatten(0, 1)  # type: ignore[arg-type]
+    return x.flatten(0, -2)
+
+
+def _round_layer(layer: QuantizedLayer, inputs: _InputMoments) -> None:
+    quantizer: Any = layer.weight_quantizer
+    (exact, rounded), moments = inputs.means(), inputs.covariance()
+    if layer.bias is None:  # else it takes the mean of the error, and the weights have the rest to reduce
+        moments += torch.outer(rounded, rounded)
+    weight = layer.weight.double().flatten(1)
+    layer.weight = nn.Parameter(gptq(layer.weight, quantizer, moments))
+    if layer.bias is not None:
+        error = weight @ exact - layer.weight.double().flatten(1) @ rounded
+        layer.bias = nn.Parameter((layer.bias + error).to(layer.bias.dtype))
+
+
+def gptq(weight: Tensor, quantizer: WeightQuantizer, moments: Tensor) -> Tensor:
+    """Returns a weight (out, ...) whose values are on the grid of ``quantizer``.
+
+    Args:
+        moments: mean products of input channels, or their covariances, (width, width) in float64, where width is the
+            number of weights of an output channel.
+    """
+    order = moments.diagonal().argsort(descending=True, stable=True)  # the largest first, while many can make up for it
+    width, damping = len(order), _DAMPING * moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damped = moments[order][:, order] + damping * torch.eye(width, dtype=moments.dtype, device=moments.device)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    left = weight.flatten(1).double()[:, order]
+    scales = quantizer.scale.expand_as(split_groups(weight, quantizer.spec)).reshape(left.shape)[:, order]
+    result = torch.empty_like(left)
+    for start in range(0, width, _COLUMNS):
+        end = min(start + _COLUMNS, width)
+        errors = torch.empty_like(left[:, start:end])
+        for column in range(start, end):
+            scale = scales[:, column]
+            result[:, column] = quantizer.dtype.quantize(left[:, column].to(scale.dtype), scale).double() * scale
+            error = (left[:, column] - result[:, column]) / factor[column, column]
+            left[:, column:end] -= torch.outer(error, factor[column, column:end])
+            errors[:, column - start] = error
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return result[:, order.argsort()].to(weight.dtype).reshape(weight.shape)
