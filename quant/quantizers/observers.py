@@ -74,9 +74,11 @@ class RangeObserver:
             chosen = percentile_amax(counts, limit, self.spec.percentile)
         elif self.spec.calibrator == "mse":
             chosen = mse_amax(counts, limit, self.spec.dtype)
+            if not self.spec.dtype.rounds:  # half a range of FP8 has the same values
+                return torch.tensor(chosen / 2 if chosen > 2 * largest else chosen)
         else:
             chosen = entropy_amax(counts, limit, self.spec.dtype)
-        return torch.minimum(torch.tensor(chosen), largest if self.spec.dtype.rounds else 2 * largest)
+        return torch.minimum(torch.tensor(chosen), largest)
 
 
 def percentile_amax(counts: np.ndarray, limit: float, percentile: float) -> float:

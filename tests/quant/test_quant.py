@@ -158,6 +158,24 @@ def _histogram(values):
     ).max()
 
 
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 999), first=st.floats(0.01, 1), spread=st.floats(0.05, 2))
+def test_fp8_ranges_are_within_an_octave_and_clamp_nothing(seed, first, spread):
+    """The error is at most that of the largest magnitude as the range, also if the histogram grew between batches."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (spread * torch.randn(4000, generator=generator)).exp()
+    observer = RangeObserver(TensorSpec("fp8", calibrator="mse"))
+    observer.collect(first * values[:2000])
+    observer.collect(values[2000:])
+    seen, amax = torch.cat([first * values[:2000], values[2000:]]), observer.compute_amax()
+    assert seen.max() <= amax <= 2 * seen.max()
+
+    def error(amax):
+        return (fake_quantize(seen, FORMATS["fp8"].scale(amax), FORMATS["fp8"]) - seen).square().sum()
+
+    assert error(amax) <= 1.05 * error(seen.max())
+
+
 def test_calibrators_against_numpy_and_modelopt():
     """Percentile against numpy's and ModelOpt's, mse against a search over the values."""
     values = np.random.default_rng(0).standard_t(3, 50_000).astype(np.float32)
