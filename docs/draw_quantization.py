@@ -22,7 +22,7 @@ from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import open_data
 from illama.inference import load_images
 from quant.quantizers.gptq import gptq
-from quant.quantizers.layers import WeightQuantizer
+from quant.quantizers.layers import WeightQuantizer, input_hooks
 from quant.quantizers.observers import weight_amax
 from quant.quantizers.rotation import rotate, rotate_hidden
 from quant.quantizers.smoothquant import smooth
@@ -36,10 +36,9 @@ BEFORE, AFTER = "#b0413e", "#2f6690"
 def inputs_of(model: nn.Module, layer: str, images: Tensor) -> Tensor:
     """Returns the inputs of a layer, (vectors, width)."""
     seen: list[Tensor] = []
-    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
-    with torch.no_grad():
+    note = {layer: lambda _, inputs: seen.append(inputs[0].flatten(0, -2))}
+    with torch.no_grad(), input_hooks(model, note):
         model(images)
-    hook.remove()
     return torch.cat(seen)
 
 

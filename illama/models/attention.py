@@ -20,7 +20,7 @@ second half, where their values are scaled by alpha. This is exact for every alp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,15 @@ class MaskedAttention(nn.Module):
             self.q(q), self.k(k), self.v(v), attn_mask=allowed, dropout_p=dropout, scale=1.0
         )
         return fused[..., :rows, :]
+
+
+def attentions(model: nn.Module) -> dict[str, Any]:
+    """Returns the self-attentions of a network by name: modules with ``qkv``, a ``core`` and ``proj``."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "core", None), MaskedAttention) and hasattr(module, "qkv")
+    }
 
 
 class MaskedNetwork(nn.Module):

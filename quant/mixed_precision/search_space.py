@@ -256,7 +256,7 @@ class _Costs:
 def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], iterations: int, summary: str) -> Scheme:
     """Returns an assignment, layer -> index of its choice, as a scheme with every quantized tensor by its full name.
 
-    Its weights are rounded by GPTQ, which no effect of a single layer includes: the result is better than predicted.
+    Its weights are rounded by GPTQ, which the effects of single layers do not include.
     """
     tensors: dict[str, TensorSpec | None] = {}
     smooth: dict[str, float] = {}
@@ -264,4 +264,6 @@ def assignment_scheme(space: SearchSpace, chosen: Mapping[str, int], iterations:
         choice = space.layers[layer][index]
         tensors.update(choice.specs)
         smooth.update({layer: choice.smooth} if choice.smooth is not None else {})
-    return Scheme("searched", tensors, smooth, space.rotate, True, iterations, summary=summary)
+    return Scheme(
+        "searched", tensors, smooth, space.rotate, gptq=True, reconstruction_iterations=iterations, summary=summary
+    )

@@ -9,9 +9,8 @@ integers, groups with scales of their own, and FP8, whose steps grow with the va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,67 +23,67 @@ from quant.quantizers.layers import (
     QuantizedLayer,
     QuantizedLinear,
     WeightQuantizer,
+    input_hooks,
     rounded_input,
     split_groups,
 )
 
 _DAMPING = 0.01  # of the covariance's mean diagonal, added to it: the authors' value
 _COLUMNS = 128  # input channels that are rounded before the others are updated, which is faster than one by one
-_ENTRIES = 1 << 26  # of all covariances that are held at once: 0.5 GB
-_VECTORS = 1 << 15  # inputs of a layer are enough: for a ViT of 257 tokens, more than 128 images change nothing
+_ENTRIES = 1 << 26  # of all covariances that are held at once, 0.5 GB; one of 8,192 inputs
+_VECTORS = 1 << 15  # inputs of a layer; more hardly change its covariance
 
 
-@dataclass
 class _InputMoments:
-    """Sums over all input vectors of a layer, less ``origin``, in float64.
+    """Sums over input vectors of a layer, less ``origin``, in float64.
 
     Without a near origin, the covariance of inputs that hardly vary would be lost in the rounding of their squares.
 
     Attributes:
-        exact, rounded: sums of the vectors, and of the vectors as the layer rounds them.
+        exact, rounded: sums of the vectors, and of the vectors as the layer rounds them, (width,).
         products: sums of the products of rounded channels, (width, width).
     """
 
-    origin: Tensor
-    count: int = 0
-    exact: Tensor | float = 0.0
-    rounded: Tensor | float = 0.0
-    products: Tensor | float = 0.0
+    def __init__(self, origin: Tensor) -> None:
+        self.origin, self.count = origin.double(), 0
+        self.exact, self.rounded = torch.zeros_like(self.origin), torch.zeros_like(self.origin)
+        self.products = torch.zeros(len(origin), len(origin), dtype=torch.float64, device=origin.device)
 
     def add(self, x: Tensor, z: Tensor) -> None:
-        x, z = x - self.origin, z - self.origin
+        """Adds vectors, (count, width): x, and z as the layer rounds them."""
+        origin = self.origin.to(x.dtype)
+        x, z = x - origin, z - origin
         self.count += len(x)
-        self.exact = self.exact + x.sum(0).double()
-        self.rounded = self.rounded + z.sum(0).double()
-        self.products = self.products + (z.T @ z).double()
+        self.exact += x.sum(0)
+        self.rounded += z.sum(0)
+        self.products += z.T @ z
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Returns the mean of the exact and of the rounded vectors."""
         return self.origin + self.exact / self.count, self.origin + self.rounded / self.count
 
     def covariance(self) -> Tensor:
-        mean = torch.as_tensor(self.rounded / self.count)
+        """Returns the covariance of the rounded vectors."""
+        mean = self.rounded / self.count
         return self.products / self.count - torch.outer(mean, mean)
 
 
 @torch.no_grad()
 def round_weights(reference: nn.Module, quantized: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Rounds every quantized weight of ``quantized`` by GPTQ, and corrects the bias for the errors that are left.
+    """Rounds the quantized weights of ``quantized`` by GPTQ, and corrects the bias for the errors that are left.
 
-    A layer without a bias gets none. The weights of a grouped convolution are rounded to nearest.
+    A layer without a bias gets none. Grouped convolutions and layers of more than 8,192 inputs, such as wide
+    convolutions of 3 x 3, are rounded to nearest.
 
     Args:
         reference: the floating-point network, whose inputs of the layers are used. Its weights are not changed.
         quantized: a copy of it from :func:`quant.quantizers.calibrate.quantize_layers`. Its layers get weights that
             rounding to nearest leaves as they are.
-        batches: images (B, C, H, W). Every n-th is used, so that a layer has about 32,768 input vectors.
+        batches: images (B, C, H, W).
     """
-    layers = _layers(quantized)
-    vectors = sum(map(len, batches)) * _vectors_per_image(reference, layers, batches[0][:1])
-    batches = [images[:: max(1, vectors // _VECTORS)] for images in batches]
-    for number, portion in enumerate(_portions(layers)):
-        moments = _observe(reference, portion, batches, "GPTQ" + (f", part {number + 1}" if number else ""))
-        for name, layer in portion.items():
+    for number, layers in enumerate(_portions(_layers(quantized))):
+        moments = _observe(reference, layers, batches, "GPTQ" + (f", part {number + 1}" if number else ""))
+        for name, layer in layers.items():
             if name in moments:  # a layer that no image reaches keeps its weights
                 _round_layer(layer, moments.pop(name))
 
@@ -94,6 +93,7 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLayer) and module.weight_quantizer is not None
+        if module.weight[0].numel() ** 2 <= _ENTRIES
         if isinstance(module, QuantizedLinear) or (module.groups == 1 and not isinstance(module.padding, str))
     }
 
@@ -104,7 +104,7 @@ def _portions(layers: Mapping[str, QuantizedLayer]) -> Iterator[dict[str, Quanti
     entries = 0
     for name, layer in layers.items():
         size = layer.weight[0].numel() ** 2
-        if portion and entries + size > _ENTRIES:
+        if entries + size > _ENTRIES:
             yield portion
             portion, entries = {}, 0
         portion[name] = layer
@@ -113,45 +113,33 @@ def _portions(layers: Mapping[str, QuantizedLayer]) -> Iterator[dict[str, Quanti
         yield portion
 
 
-def _vectors_per_image(reference: nn.Module, layers: Mapping[str, QuantizedLayer], image: Tensor) -> int:
-    """Returns how many input vectors a layer has for an image (1, C, H, W), the most of all layers."""
-    counts = [0]
-
-    def note(layer: QuantizedLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: counts.append(len(_vectors(layer, inputs[0])))
-
-    with _hooked(reference, {name: note(layer) for name, layer in layers.items()}):
-        reference(image)
-    return max(counts)
-
-
-@contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[str, Callable[[nn.Module, tuple[Tensor, ...]], None]]) -> Iterator[None]:
-    """Calls hooks with the inputs of the modules named, inside the block."""
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _observe(
     reference: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Sequence[Tensor], title: str
 ) -> dict[str, _InputMoments]:
     moments: dict[str, _InputMoments] = {}
+    images = sum(map(len, batches))
 
-    def add(name: str, layer: QuantizedLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x, z = (_vectors(layer, each) for each in (inputs[0], rounded_input(layer, inputs[0])))
+    def add(name: str, layer: QuantizedLayer) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, inputs: Any) -> None:
+            step = max(1, images * _positions(layer, inputs[0]) // _VECTORS)
+            some = inputs[0][::step]  # of the images, and of an image's vectors if one is still too many
+            pair = (_vectors(layer, each) for each in (some, rounded_input(layer, some)))
+            x, z = (vectors[:: max(1, step // len(inputs[0]))] for vectors in pair)
             moments.setdefault(name, _InputMoments(z.mean(0))).add(x, z)
 
         return hook
 
-    with _hooked(reference, {name: add(name, layer) for name, layer in layers.items()}):
-        for images in track(batches, title, "batch"):
-            reference(images)
+    with input_hooks(reference, {name: add(name, layer) for name, layer in layers.items()}):
+        for batch in track(batches, title, "batch"):
+            reference(batch)
     return moments
+
+
+def _positions(layer: QuantizedLayer, x: Tensor) -> int:
+    """Returns the number of input vectors of an image, for convolutions without their border."""
+    if isinstance(layer, QuantizedConv2d):
+        return x[0, 0].numel() // math.prod(layer.stride)
+    return x[0].numel() // x.shape[-1]
 
 
 def _vectors(layer: QuantizedLayer, x: Tensor) -> Tensor:

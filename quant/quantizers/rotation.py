@@ -26,11 +26,12 @@ from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
 from illama.errors import UserError
-from illama.models.attention import MaskedNetwork
+from illama.models.attention import MaskedNetwork, attentions
 from illama.models.illama import ILLaMA
 from illama.models.timm_vit import CausalVisionTransformer
 from illama.models.upernet import UperNet
 from quant.quantizers.key_centering import center_keys
+from quant.quantizers.layers import input_hooks
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Rotations, Scheme
 
@@ -107,7 +108,7 @@ def rotate(model: MaskedNetwork, spec: Rotations) -> None:
     if spec.residual and not _obstacle_of_residual(model):
         _rotate_residual(model, generator)
     if spec.values and not _obstacle_of_values(model):
-        for attention in _attentions(model).values():
+        for attention in attentions(model).values():
             _rotate_values(attention, generator)
 
 
@@ -163,25 +164,22 @@ def _rounding_effects(model: nn.Module, layers: Sequence[str], batches: Sequence
     """
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def keep(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, arguments: Any) -> None:
             inputs[name] = arguments[0].requires_grad_()
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in layers]
     effects, generator = dict.fromkeys(layers, 0.0), torch.Generator().manual_seed(0)
     images = [image for batch in batches for image in batch.split(1)]
     for image in images[:: max(1, len(images) // _PROBED)][:_PROBED]:
-        with torch.enable_grad():
+        with torch.enable_grad(), input_hooks(model, {name: keep(name) for name in layers}):
             y = model(image)
             signs = torch.randint(2, y.shape, generator=generator).to(y) * 2 - 1
             gradients = torch.autograd.grad((y * signs).sum(), [inputs[name] for name in layers])
         for name, gradient in zip(layers, gradients, strict=True):
             low, high = inputs[name].detach().aminmax()
             effects[name] += float((high - low).square() * gradient.square().sum())
-    for hook in hooks:
-        hook.remove()
     return effects
 
 
@@ -243,7 +241,7 @@ def _obstacle_of_residual(model: MaskedNetwork) -> str:
 
 def _obstacle_of_values(model: MaskedNetwork) -> str:
     """Returns why v cannot be rotated: something between v and proj that depends on channels; or nothing."""
-    for name, attention in _attentions(model).items():
+    for name, attention in attentions(model).items():
         for part in ("norm", "gate"):
             module = getattr(attention, part, None)
             if module is not None and not isinstance(module, nn.Identity):
@@ -335,12 +333,6 @@ def _fold_scale(branch: _Branch) -> None:
         if branch.writer.bias is not None:
             _set(branch.writer.bias, scale.gamma.double() * branch.writer.bias.double())
         setattr(branch.parent, branch.scale, nn.Identity())
-
-
-def _attentions(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: module for name, module in model.named_modules() if hasattr(module, "core") and hasattr(module, "qkv")
-    }
 
 
 def _mlps(model: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from illama.progress import track
+from quant.quantizers.layers import input_hooks
 from quant.schemes.scheme import Scheme
 
 
@@ -67,18 +68,16 @@ def _channel_ranges(model: nn.Module, linears: list[str], batches: Iterable[Tens
     """Returns the largest magnitude of every input channel of the Linears named."""
     ranges: dict[str, Tensor] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, inputs: Any) -> None:
             amax = inputs[0].abs().flatten(0, -2).amax(0)
             ranges[name] = torch.maximum(ranges[name], amax) if name in ranges else amax
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in linears]
-    for images in track(batches, "smooth", "batch"):
-        model(images)
-    for hook in hooks:
-        hook.remove()
+    with input_hooks(model, {name: note(name) for name in linears}):
+        for images in track(batches, "smooth", "batch"):
+            model(images)
     return ranges
 
 

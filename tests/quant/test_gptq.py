@@ -171,7 +171,40 @@ def test_the_bias_makes_up_for_the_mean_error_of_its_layer(network, images):
 def test_layers_in_portions_give_the_same_weights(network, images, monkeypatch):
     plan = resolve(replace(shipped_scheme("w4a16"), gptq=True, reconstruction_iterations=0), network)
     whole = calibrate(network, plan, images)
-    monkeypatch.setattr(module, "_ENTRIES", 64 * 64)
+    monkeypatch.setattr(module, "_ENTRIES", 256 * 256)  # of the widest layer
     parts = calibrate(network, plan, images)
     for (name, value), other in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("widest", [10, 1000])
+def test_convolutions_with_borders_strides_and_groups(groups, widest, monkeypatch):
+    """A grouped convolution, and one with more inputs than covariances are computed for, are rounded to nearest."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(8, 16, 3, stride=2, padding=1, dilation=2, groups=groups)
+    spec = TensorSpec("int4", "channel", calibrator="mse")
+    layer = QuantizedConv2d(convolution, _quantizer(convolution.weight.detach(), spec), None)
+    small = torch.randn(40, 8, 4, 4)
+    images = torch.nn.functional.interpolate(small, size=16, mode="bilinear")
+    used, unused = list(images[:32].split(8)), images[32:]
+    with torch.no_grad():
+        exact, nearest = convolution(unused), layer(unused)
+        monkeypatch.setattr(module, "_ENTRIES", widest**2)
+        module.round_weights(nn.Sequential(convolution), nn.Sequential(layer), used)
+        found = layer(unused)
+    if groups == 2 or widest == 10:
+        assert torch.equal(found, nearest)
+    else:
+        assert (found - exact).square().mean() < 0.5 * (nearest - exact).square().mean()
+
+
+def test_a_fraction_of_many_inputs_is_as_good(network, images, monkeypatch):
+    """Fewer images, and of a convolution's inputs also fewer positions, are enough for a covariance."""
+    plan = resolve(replace(shipped_scheme("w4a16"), reconstruction_iterations=0), network)
+    exact, errors = _logits(network, images[2:]), []
+    for limit in (1 << 15, 400):
+        monkeypatch.setattr(module, "_VECTORS", limit)
+        errors.append((_logits(calibrate(network, plan, images[:2]), images[2:]) - exact).square().mean())
+    nearest = calibrate(network, resolve(plan.scheme.rounding_to_nearest(), network), images[:2])
+    assert errors[0] != errors[1] and errors[1] < 0.8 * (_logits(nearest, images[2:]) - exact).square().mean()

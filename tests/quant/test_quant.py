@@ -161,7 +161,7 @@ def _histogram(values):
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 999), first=st.floats(0.01, 1), spread=st.floats(0.05, 2))
 def test_fp8_ranges_are_within_an_octave_and_clamp_nothing(seed, first, spread):
-    """The error is at most that of the largest magnitude as the range, also if the histogram grew between batches."""
+    """The error is that of the best range of the octave, also if the histogram grew between batches."""
     generator = torch.Generator().manual_seed(seed)
     values = (spread * torch.randn(4000, generator=generator)).exp()
     observer = RangeObserver(TensorSpec("fp8", calibrator="mse"))
@@ -173,7 +173,7 @@ def test_fp8_ranges_are_within_an_octave_and_clamp_nothing(seed, first, spread):
     def error(amax):
         return (fake_quantize(seen, FORMATS["fp8"].scale(amax), FORMATS["fp8"]) - seen).square().sum()
 
-    assert error(amax) <= 1.05 * error(seen.max())
+    assert error(amax) <= 1.05 * min(error(seen.max() * 2**share) for share in torch.linspace(0, 1, 33))
 
 
 def test_calibrators_against_numpy_and_modelopt():
