@@ -79,6 +79,9 @@ class NetworkConfig(Protocol):
     @property
     def num_classes(self) -> int: ...
 
+    @property
+    def mask(self) -> MaskKind: ...
+
     def to_dict(self) -> dict[str, Any]: ...
 
 

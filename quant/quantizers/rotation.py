@@ -30,7 +30,7 @@ from illama.models.attention import MaskedNetwork, attentions
 from illama.models.illama import ILLaMA
 from illama.models.timm_vit import CausalVisionTransformer
 from illama.models.upernet import UperNet
-from quant.quantizers.key_centering import center_keys
+from quant.quantizers.centering import center, part_before_proj
 from quant.quantizers.layers import input_hooks
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Rotations, Scheme
@@ -79,11 +79,11 @@ class _Branch:
 def prepare(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> None:
     """Rotates and smooths a float network in place, as the scheme says; its results stay the same.
 
-    Keys that are quantized are centered, if that costs nothing (:mod:`quant.quantizers.key_centering`).
+    Keys and values that are quantized are centered, if that costs nothing (:mod:`quant.quantizers.centering`).
 
     Args:
         batches: calibration images (B, C, H, W), on the device where they are run. They are needed to smooth, to center
-            keys, and to choose the blocks of ``rotate.hidden_blocks``.
+            keys and values, and to choose the blocks of ``rotate.hidden_blocks``.
 
     Raises:
         UserError: a part of the network does not commute with a rotation that the scheme requires.
@@ -93,7 +93,7 @@ def prepare(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> 
         model.to(batches[0].device)
     if scheme.smooth:
         smooth(model, scheme, batches)
-    center_keys(model, scheme, batches)
+    center(model, scheme, batches)
     names = choose_mlps(model, scheme, batches)
     model.cpu()
     rotate_hidden(model, scheme.rotate, names)  # last, since smoothing divides single channels
@@ -242,10 +242,8 @@ def _obstacle_of_residual(model: MaskedNetwork) -> str:
 def _obstacle_of_values(model: MaskedNetwork) -> str:
     """Returns why v cannot be rotated: something between v and proj that depends on channels; or nothing."""
     for name, attention in attentions(model).items():
-        for part in ("norm", "gate"):
-            module = getattr(attention, part, None)
-            if module is not None and not isinstance(module, nn.Identity):
-                return f"v cannot be rotated, because {name}.{part} is between it and proj"
+        if part := part_before_proj(attention):
+            return f"v cannot be rotated, because {name}.{part} is between it and proj"
     return ""
 
 

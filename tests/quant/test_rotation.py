@@ -14,7 +14,7 @@ from deploy.runtimes.open_engine import load_engine
 from illama.errors import UserError
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
-from illama.models.timm_vit import to_causal, to_quantizable
+from illama.models.timm_vit import CausalVisionTransformer, to_causal, to_quantizable
 from illama.models.upernet import SegmentationConfig, UperNet
 from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
@@ -219,47 +219,65 @@ def test_a_search_rotates_as_its_first_format_does_and_torchao_does_not_rotate()
         check(model, resolve(scheme, model))
 
 
-def _biased_keys(model):
-    """A network whose keys are far from 0, as in pretrained networks."""
+def _biased(model, part):
+    """A network whose keys or values are far from 0, as in pretrained networks."""
     generator = torch.Generator().manual_seed(2)
     for name, bias in model.named_parameters():
         if name.endswith("qkv.bias"):
             width = len(bias) // 3
-            bias.data[width : 2 * width] += 20 * torch.randn(width, generator=generator)
+            start = "qkv".index(part) * width
+            bias.data[start : start + width] += 20 * torch.randn(width, generator=generator)
     return model
 
 
 @pytest.mark.parametrize(
     ("network", "centered"),
     [
-        (lambda: ILLaMA(ModelConfig(**SHAPE, position="learnable")), True),
-        (lambda: ILLaMA(ModelConfig(**SHAPE)), False),  # RoPE turns the mean
-        (lambda: to_quantizable(VisionTransformer(**VIT)), True),
-        (lambda: to_quantizable(VisionTransformer(**VIT, qk_norm=True)), False),
-        (lambda: to_quantizable(VisionTransformer(**VIT, qkv_bias=False)), False),
+        (lambda: ILLaMA(ModelConfig(**SHAPE, position="learnable")), "k"),  # the mask is multiplied after the softmax
+        (lambda: ILLaMA(ModelConfig(**SHAPE)), ""),  # RoPE turns the mean of the keys
+        (lambda: ILLaMA(ModelConfig(**SHAPE, mask="pre_softmax")), "v"),
+        (lambda: to_quantizable(VisionTransformer(**VIT)), "kv"),
+        (lambda: to_causal(VisionTransformer(**VIT), mask="post_softmax"), "k"),
+        (lambda: to_quantizable(VisionTransformer(**VIT, init_values=0.5, proj_bias=False)), "kv"),
+        (lambda: to_quantizable(VisionTransformer(**VIT, qk_norm=True)), "v"),
+        (lambda: to_quantizable(VisionTransformer(**VIT, scale_attn_norm=True)), "k"),
+        (lambda: to_quantizable(VisionTransformer(**VIT, qkv_bias=False)), ""),
     ],
-    ids=["learnable", "rope", "timm", "k_norm", "no bias"],
+    ids=["learnable", "rope", "pre-softmax", "timm", "causal", "LayerScale", "k_norm", "norm of values", "no bias"],
 )
 @pytest.mark.parametrize("form", ["plain", "fused"])
-def test_keys_are_centered_where_it_costs_nothing(network, centered, form):
-    model = _biased_keys(randomized(network()))
+@pytest.mark.parametrize("rotations", [Rotations(), Rotations(residual="auto", values="auto")], ids=["", "rotated"])
+def test_keys_and_values_are_centered_where_it_costs_nothing(network, centered, form, rotations):
+    if centered == "" and rotations.residual and isinstance(network(), CausalVisionTransformer):
+        centered = "kv"  # the bias of the norm before qkv has become its bias
+    model = _biased(_biased(randomized(network()), "k"), "v")
     model.set_attention_form(form)
     images = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     changed = copy.deepcopy(model)
-    prepare(changed, Scheme("keys", {"*.core.k": TensorSpec("int8")}), [images])
-    keys = []
+    prepare(changed, Scheme("centered", {"*.core.[kv]": TensorSpec("int8")}, rotate=rotations), [images])
+    means = {"k": [], "v": []}
+
+    def note(_, inputs):
+        for part, tensor in zip("kv", inputs[1:3], strict=True):
+            means[part].append(tensor.mean((0, 2)).abs().max())
+
     for attention in [module for module in changed.modules() if hasattr(module, "core")]:
-        attention.core.register_forward_pre_hook(lambda _, inputs: keys.append(inputs[1].mean((0, 2)).abs().max()))
+        attention.core.register_forward_pre_hook(note)
     with torch.no_grad():
         torch.testing.assert_close(changed(images), model(images), rtol=1e-10, atol=1e-10)
-    assert (max(keys) < 1e-10) == centered
+    assert {part for part, found in means.items() if max(found) < 1e-9} == set(centered)
 
 
-def test_a_bias_of_the_keys_does_not_change_the_quantized_network():
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_a_bias_of_keys_or_values_does_not_change_the_quantized_network(part):
     plain = randomized(to_quantizable(VisionTransformer(**VIT)))
-    biased = _biased_keys(copy.deepcopy(plain))
+    biased = _biased(copy.deepcopy(plain), part)
+    if part == "v":  # the same network again: attention adds the bias to all of its outputs
+        for first, second in zip(plain.vit.blocks, biased.vit.blocks, strict=True):
+            change = (second.attn.qkv.bias - first.attn.qkv.bias)[-VIT["embed_dim"] :]
+            second.attn.proj.bias.data -= second.attn.proj.weight @ change
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    scheme = Scheme("keys", {"*.core.k": TensorSpec("int4")})
+    scheme = Scheme("centered", {"*.core.k": TensorSpec("int4"), "*.core.[pv]": TensorSpec("int8")})
     with torch.no_grad():
         first, second = (calibrate(m.float(), resolve(scheme, m), [images])(images) for m in (plain, biased))
     assert (first - second).norm() < 0.02 * first.norm()
