@@ -1,9 +1,9 @@
 """The quantizers of real_backbone.py: this project's schemes, and ModelOpt's and NNCF's defaults, on a timm ViT.
 
 Each is a function from a network and calibration images to a function from images (B, 3, H, W) to (features, logits),
-where features are the input of the head. ModelOpt and NNCF use their defaults. This project's `int8` was designed with
-this network, by the noise of its features (docs/quantization.md). Of attention's two products, ModelOpt quantizes none
-by default, NNCF both, and this project's INT8 the first.
+where features are the input of the head. ModelOpt and NNCF use their defaults. This project's schemes were designed
+with this network, by the noise of its features (docs/quantization.md). Of attention's two products, NNCF quantizes both
+by default, ModelOpt and this project's `int8` none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Outputs = tuple[Tensor, Tensor]
 Infer = Callable[[Tensor], Outputs]
 Quantizer = Callable[[nn.Module, Tensor], Infer]
 
-SCHEMES = ("int8", "int8-accurate", "int8-smooth", "fp8", "fp8-attention", "w4a8")
+SCHEMES = ("int8", "int8-accurate", "int8-smooth", "int8-attention", "fp8", "fp8-attention", "w4a8")
 MODELOPT = {
     "modelopt-int8": "INT8_DEFAULT_CFG",
     "modelopt-int8-smoothquant": "INT8_SMOOTHQUANT_CFG",

@@ -280,7 +280,8 @@ def main(options: CostOptions) -> None:
         "load_before": round(load, 2),
         "mark": MARK,
     }
-    name = "-".join(options.networks) + ("-fused" if options.fused else "")
+    name = "networks" if len(options.networks) > 1 else next(iter(options.networks))
+    name += "-fused" if options.fused else ""
     write_results(options.out, name, {**facts, "rows": rows}, table(rows))
 
 

@@ -92,6 +92,7 @@ class Row:
         drop: accuracy drop from the reference.
         agreement: percent of the test images with the reference's class.
         sqnr_db: SQNR of the logits against the reference's, in dB; None if they are equal.
+        cosine: mean cosine similarity of an image's logits to the reference's.
         mb: size in 10^6 bytes.
         seconds: duration of the quantization.
         peak_gib: peak memory of the quantization in GiB.
@@ -108,6 +109,7 @@ class Row:
     drop: Drop | None = None
     agreement: float | None = None
     sqnr_db: float | None = None
+    cosine: float | None = None
     mb: float | None = None
     seconds: float | None = None
     peak_gib: float | None = None
@@ -232,6 +234,7 @@ def evaluated(row: Row, result: dict[str, Any], folder: Path, reference: np.ndar
     """Returns the row with its accuracy, from logits (n, classes) and labels (n,)."""
     logits = np.load(folder / logits_file(row.runtime))
     classes, expected = logits.argmax(1), reference.argmax(1)
+    cosines = (logits * reference).sum(1) / (np.linalg.norm(logits, axis=1) * np.linalg.norm(reference, axis=1))
     sqnr = decibels(float(np.square(reference).sum()), float(np.square(logits - reference).sum()))
     return Row(
         row.peer,
@@ -243,6 +246,7 @@ def evaluated(row: Row, result: dict[str, Any], folder: Path, reference: np.ndar
         paired_drop(expected == labels, classes == labels),
         float((classes == expected).mean() * 100),
         round(sqnr, 2) if math.isfinite(sqnr) else None,
+        round(float(cosines.mean()), 6),
         result["mb"],
         result["seconds"],
         result["peak_gib"],
@@ -295,15 +299,15 @@ def markdown(rows: list[Row], title: str) -> str:
     lines = [
         title,
         "",
-        "| quantizer | runs in | top-1 % | drop (95% interval) | agrees % | SQNR dB | MB | quantize s | GiB | "
+        "| quantizer | runs in | top-1 % | drop (95% interval) | agrees % | SQNR dB | cosine | MB | quantize s | GiB | "
         f"{calls} |",
-        "|---" * (9 + len(BATCHES)) + "|",
+        "|---" * (10 + len(BATCHES)) + "|",
     ]
     for row in rows:
         if row.top1 is None or row.drop is None:
             lines.append(
                 f"| {row.title} | {row.runtime} | failed: {(row.error or '').replace('|', '/')} |"
-                + " - |" * (6 + len(BATCHES))
+                + " - |" * (7 + len(BATCHES))
             )
             continue
         speed = [
@@ -314,7 +318,7 @@ def markdown(rows: list[Row], title: str) -> str:
         drop = f"{row.drop.points:+.2f} ({row.drop.low:+.2f} to {row.drop.high:+.2f})"
         lines.append(
             f"| {row.title} | {row.runtime} | {row.top1:.2f} | {drop} | {row.agreement:.2f} | {sqnr} | "
-            f"{row.mb:.2f} | {row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} |"
+            f"{row.cosine:.5f} | {row.mb:.2f} | {row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} |"
         )
     settings = dict.fromkeys((row.title, row.about) for row in rows)
     lines += ["", "Settings, and where they are recommended:", "", *(f"- {name}: {text}" for name, text in settings)]

@@ -12,10 +12,10 @@ from peers.onnx_peers import ONNX_PEERS
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
 from peers.torch_peers import TORCH_PEERS
 from quant.export.onnx_export import export_onnx
-from quant.schemes.scheme import Scheme, resolve, shipped_scheme
+from quant.schemes.scheme import Scheme, emulated_on_cpus, read_scheme, resolve, shipped_scheme
 
 _NEEDS = (("quant.quantizers.calibrate", "illama-toolkit"),)
-SCHEMES = ("int8", "int8-accurate", "int8-smooth", "fp8", "fp8-attention")
+SCHEMES = ("int8", "int8-accurate", "int8-smooth", "int8-attention", "fp8", "fp8-attention", "w4a8", "w6a6", "w4a4")
 
 
 def quantize_by_scheme(task: Task, scheme: Scheme) -> Path:
@@ -29,11 +29,14 @@ def quantize_by_scheme(task: Task, scheme: Scheme) -> Path:
     return path
 
 
-def _peer(scheme: str) -> Peer:
-    is_fp8 = scheme.startswith("fp8")  # a CPU can only simulate FP8
-    runtimes = (ORT,) if is_fp8 else (ORT, OPENVINO, OPENVINO_F32)
-    make = partial(quantize_by_scheme, scheme=shipped_scheme(scheme))
-    return Peer(f"this project, {scheme}", make, runtimes, "docs/quantization.md", _NEEDS, timed=not is_fp8)
+def _peer(scheme: Scheme) -> Peer:
+    is_timed = emulated_on_cpus({name: spec for name, spec in scheme.tensors.items() if spec}) is None
+    runtimes = (ORT, OPENVINO, OPENVINO_F32) if is_timed else (ORT,)
+    about = f"{scheme.summary} (docs/quantization.md)"
+    make = partial(quantize_by_scheme, scheme=scheme)
+    return Peer(f"this project, {scheme.name}", make, runtimes, about, _NEEDS, timed=is_timed)
 
 
-PEERS: dict[str, Peer] = {**ONNX_PEERS, **TORCH_PEERS, **{f"ours-{scheme}": _peer(scheme) for scheme in SCHEMES}}
+_FILES = (Path(__file__).with_name("fp8-blocks.yaml"),)
+OURS = {f"ours-{each.name}": _peer(each) for each in (*map(shipped_scheme, SCHEMES), *map(read_scheme, _FILES))}
+PEERS: dict[str, Peer] = {**ONNX_PEERS, **TORCH_PEERS, **OURS}
