@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -82,7 +83,7 @@ def _refuse_ours(path: Path, name: str) -> None:
         raise UserError(f"{path} contains an iLLaMA's weights: {hint}; load an iLLaMA without --model")
 
 
-def _timm_outline(name: str) -> VisionTransformer:
+def _timm_outline(name: str) -> VisionTransformer | Eva:
     """Returns timm's network ``name`` on the meta device; raises UserError if it is not one of timm's ViTs."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -97,8 +98,8 @@ def _timm_outline(name: str) -> VisionTransformer:
     return outline
 
 
-def _create_timm(name: str, **options: Any) -> VisionTransformer:
-    return cast(VisionTransformer, timm.create_model(name, pretrained=False, **options))
+def _create_timm(name: str, **options: Any) -> VisionTransformer | Eva:
+    return cast(VisionTransformer | Eva, timm.create_model(name, pretrained=False, **options))
 
 
 def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Path) -> int:
@@ -123,7 +124,7 @@ def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Pat
     return side
 
 
-def timm_preprocessing(vit: VisionTransformer, image_size: int, channels: int) -> Preprocessing:
+def timm_preprocessing(vit: VisionTransformer | Eva, image_size: int, channels: int) -> Preprocessing:
     """Returns timm's preprocessing for the network; for gray images, mean and std are averaged over the colors."""
     timm_s = resolve_model_data_config(vit)
     mean, std = (tuple(timm_s[key]) for key in ("mean", "std"))

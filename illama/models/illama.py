@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.width = config.heads, config.width
+        self.num_heads, self.width = config.heads, config.width
         self.qkv = Linear(config.width, 3 * config.width)
         self.rotary = Rotary()
         self.core = MaskedAttention()
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         return self.proj(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

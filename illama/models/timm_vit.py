@@ -1,4 +1,4 @@
-"""A timm VisionTransformer with this project's attention: unchanged for quantization, or made causal.
+"""A timm VisionTransformer or Eva with this project's attention: unchanged for quantization, or made causal.
 
 :func:`to_quantizable` does not change what the network computes. It adds quantizer insertion points, the two forms of
 attention and float32 normalization. :func:`to_causal` gives the network of a bidirectional checkpoint the paper's mask.
@@ -10,10 +10,11 @@ alpha to 0, as training from scratch does (arXiv 2404.06773, section 3).
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import AttentionPoolLatent, PatchDropout, PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,42 +22,44 @@ from torch.utils.checkpoint import checkpoint
 from illama.errors import UserError
 from illama.models.attention import AttentionMask, MaskedAttention, MaskedNetwork
 from illama.models.config import MaskKind, TimmConfig
+from illama.models.illama import Rotary
 from illama.models.norms import widened
+from illama.models.timm_eva import eva_to_vit
 
 _BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
 
 
-def to_causal(vit: VisionTransformer, mask: MaskKind = "post_softmax") -> CausalVisionTransformer:
+def to_causal(vit: VisionTransformer | Eva, mask: MaskKind = "post_softmax") -> CausalVisionTransformer:
     """Returns a causal copy of ``vit``, with parameters of its own; ``vit`` is not changed.
 
     The copy starts with the hard mask, as in deployment. To fine-tune it, lower its ``soft_mask`` from 1 to 0.
 
     Args:
         vit: any timm ``VisionTransformer`` or its distilled DeiT variant, with any pooling, with or without class token
-            and registers; blocks may be timm's ``Block``, ``ResPostBlock`` or ``ParallelThingsBlock``.
+            and registers; blocks may be timm's ``Block``, ``ResPostBlock`` or ``ParallelThingsBlock``. Or any ``Eva``.
         mask: ``post_softmax`` (the paper's equation 2) or ``pre_softmax``.
 
     Raises:
         UserError: ``mask`` is neither of these, or a part of the network cannot be made causal exactly: another class
-            (EVA, BEiT, relative or rotary positions), other blocks, another attention, or images that are not square.
+            (BEiT, Swin, relative positions), other blocks, another attention, or images that are not square.
     """
     if mask not in ("post_softmax", "pre_softmax"):
         raise UserError(f"mask must be post_softmax or pre_softmax, not {mask!r}")
-    _check(vit, f"cannot make a {type(vit).__name__} causal")
-    return CausalVisionTransformer(copy.deepcopy(vit), mask)
+    return CausalVisionTransformer(_copy(vit, f"cannot make a {type(vit).__name__} causal"), mask)
 
 
-def to_quantizable(vit: VisionTransformer) -> CausalVisionTransformer:
+def to_quantizable(vit: VisionTransformer | Eva) -> CausalVisionTransformer:
     """Returns a copy of ``vit`` with the same results, for quantization and export; nothing is masked or reordered.
 
     Accepts the networks that :func:`to_causal` accepts, except hybrids, whose patches come from a convolutional
     network. The copy has the attention, normalization and code path of the causal networks.
     """
     refusal = f"cannot quantize a {type(vit).__name__}"
-    _check(vit, refusal)
-    if type(vit.patch_embed) is not PatchEmbed:
-        raise UserError(f"{refusal}: it has a {type(vit.patch_embed).__name__}; give one with timm's plain PatchEmbed")
-    return CausalVisionTransformer(copy.deepcopy(vit), "bidirectional")
+    plain = _copy(vit, refusal)
+    if type(plain.patch_embed) is not PatchEmbed:
+        kind = type(plain.patch_embed).__name__
+        raise UserError(f"{refusal}: it has a {kind}; give one with timm's plain PatchEmbed")
+    return CausalVisionTransformer(plain, "bidirectional")
 
 
 class CausalVisionTransformer(MaskedNetwork):
@@ -67,7 +70,7 @@ class CausalVisionTransformer(MaskedNetwork):
     are unchanged. An attention pooling (``map``, ``prr``) reads all tokens and is not masked.
 
     The state dict has timm's names with the prefix ``vit.``, and ``model.vit.state_dict()`` can be loaded into timm's
-    class. Pass ``model.vit`` to timm for ``reset_classifier``, ``set_input_size``, ``set_grad_checkpointing``, or an
+    class; an ``Eva`` becomes a ``VisionTransformer`` (:mod:`illama.models.timm_eva`). Pass ``model.vit`` to timm for ``reset_classifier``, ``set_input_size``, ``set_grad_checkpointing``, or an
     optimizer's parameter groups, but do not call it.
 
     Attributes:
@@ -88,6 +91,8 @@ class CausalVisionTransformer(MaskedNetwork):
         self.training = vit.training
         for parent, attention in _attentions(vit.blocks):
             parent.attn = CausalAttention(attention)
+            if mask != "bidirectional" and parent.attn.rotation is not None:
+                parent.attn.rotation = self._in_mask_order(parent.attn.rotation, -2)
         if type(vit.attn_pool) is AttentionPoolLatent:
             vit.set_submodule("attn_pool", LatentPool(vit.attn_pool))
         for name, module in list(vit.named_modules()):
@@ -107,10 +112,19 @@ class CausalVisionTransformer(MaskedNetwork):
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         if self.mask == "bidirectional":
             return vit.norm(self._run_blocks(x))
-        class_tokens = int(vit.cls_token is not None)
-        parts = [class_tokens, vit.num_prefix_tokens - class_tokens, x.shape[1] - vit.num_prefix_tokens]
-        x = self._run_blocks(_reverse_parts(x, parts))
-        return vit.norm(_reverse_parts(x, parts[::-1]))
+        x = self._run_blocks(self._in_mask_order(x))
+        return vit.norm(self._in_timm_order(x))
+
+    def _in_mask_order(self, x: Tensor, dim: int = 1) -> Tensor:
+        return _reverse_parts(x, self._parts(x.shape[dim]), dim)
+
+    def _in_timm_order(self, x: Tensor) -> Tensor:
+        return _reverse_parts(x, self._parts(x.shape[1])[::-1])
+
+    def _parts(self, tokens: int) -> list[int]:
+        """Returns the number of class tokens, of registers and of patches among ``tokens``."""
+        class_tokens, prefix = int(self.vit.cls_token is not None), self.vit.num_prefix_tokens
+        return [class_tokens, prefix - class_tokens, tokens - prefix]
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         """Runs all blocks on the tokens, which are in the mask's order: (B, N, width) -> (B, N, width)."""
@@ -130,10 +144,18 @@ class CausalVisionTransformer(MaskedNetwork):
 
 
 class CausalAttention(nn.Module):
-    """timm's ``Attention`` with the same submodules under the same names, around a :class:`MaskedAttention`."""
+    """timm's ``Attention`` with the same submodules under the same names, around a :class:`MaskedAttention`.
+
+    Attributes:
+        rotation: rotary table of the tokens in the mask's order (:func:`illama.models.timm_eva.eva_to_vit`), or None.
+    """
+
+    rotation: Tensor | None
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
+        self.register_buffer("rotation", getattr(attention, "rotation", None), persistent=False)
+        self.rotary = Rotary()
         self.num_heads: int = attention.num_heads
         self.qkv: nn.Module = attention.qkv
         self.q_norm: nn.Module = attention.q_norm
@@ -155,8 +177,11 @@ class CausalAttention(nn.Module):
         if not isinstance(attn_mask, AttentionMask):
             raise UserError("the blocks of a CausalVisionTransformer need a mask: call the model, not its .vit")
         q, k, v = (_split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotation is not None:
+            q, k = self.rotary(q, self.rotation), self.rotary(k, self.rotation)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        y = self.core(self.q_norm(q), self.k_norm(k), v, attn_mask, dropout)
+        y = self.core(q, k, v, attn_mask, dropout)
         y = self.norm(y.transpose(1, 2).flatten(2))
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
@@ -211,9 +236,9 @@ def _config(vit: VisionTransformer, mask: MaskKind) -> TimmConfig:
     return TimmConfig(name, vit.patch_embed.img_size[0], channels, vit.num_classes, mask)
 
 
-def _reverse_parts(x: Tensor, sizes: list[int]) -> Tensor:
-    """Splits (B, N, width) into consecutive parts of these sizes and reverses the order of the parts."""
-    return torch.cat(x.split(sizes, dim=1)[::-1], dim=1)
+def _reverse_parts(x: Tensor, sizes: list[int], dim: int = 1) -> Tensor:
+    """Splits (B, N, width), or another dimension, into consecutive parts of these sizes and reverses their order."""
+    return torch.cat(x.split(sizes, dim)[::-1], dim)
 
 
 def _attentions(blocks: nn.Module) -> list[tuple[nn.Module, Any]]:
@@ -221,14 +246,28 @@ def _attentions(blocks: nn.Module) -> list[tuple[nn.Module, Any]]:
     return [(parent, parent.attn) for parent in blocks.modules() if hasattr(parent, "attn")]
 
 
-def _check(vit: nn.Module, refusal: str) -> None:
-    """Raises UserError for a network that this module would compute wrongly."""
-    kind = type(vit)
-    if not isinstance(vit, VisionTransformer):
-        raise UserError(f"{refusal}: give a timm VisionTransformer, such as vit_tiny_patch16_224 or a deit_*")
+def _copy(vit: nn.Module, refusal: str) -> VisionTransformer:
+    """Returns a copy, as a VisionTransformer; UserError for a network that this module would compute wrongly."""
+    kind = next((each for each in (VisionTransformer, Eva) if isinstance(vit, each)), None)
+    if kind is None:
+        raise UserError(
+            f"{refusal}: give a timm VisionTransformer or Eva, such as vit_tiny_patch16_224, a deit_* or "
+            "vit_small_patch16_dinov3"
+        )
     for method in ("forward", "forward_features"):
-        if getattr(kind, method) is not getattr(VisionTransformer, method):
-            raise UserError(f"{refusal}: its class overrides {method}; give a plain VisionTransformer")
+        if getattr(type(vit), method) is not getattr(kind, method):
+            raise UserError(f"{refusal}: its class overrides {method}; give a plain {kind.__name__}")
+    try:
+        own = copy.deepcopy(vit)
+        plain = eva_to_vit(own) if isinstance(own, Eva) else cast(VisionTransformer, own)
+    except UserError as error:
+        raise UserError(f"{refusal}: {error}") from error
+    _check(plain, refusal)
+    return plain
+
+
+def _check(vit: VisionTransformer, refusal: str) -> None:
+    """Raises UserError for a part of the network that this module would compute wrongly."""
     if vit.patch_embed.img_size is None or len(set(vit.patch_embed.img_size)) != 1:
         raise UserError(f"{refusal}: its image size is {vit.patch_embed.img_size}; give one with square images")
     for block in vit.blocks:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -65,7 +66,7 @@ def _digest(inputs: InMemory, plan: QuantizationPlan, preprocessing: Preprocessi
     """Returns a SHA-256 of everything that determines the bundles; an interrupted call continues with the same."""
     facts = (plan.scheme, preprocessing, classes, inputs.model.config, package_versions(), sources_digest())
     digest = hashlib.sha256(repr(facts).encode())
-    for tensor in (*inputs.model.state_dict().values(), *inputs.calibration):
+    for tensor in (*inputs.model.parameters(), *inputs.model.buffers(), *inputs.calibration):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -73,14 +74,14 @@ def _digest(inputs: InMemory, plan: QuantizationPlan, preprocessing: Preprocessi
 def _quantizable(model: nn.Module) -> MaskedNetwork:
     if isinstance(model, MaskedNetwork):
         return copy.deepcopy(model).cpu().eval()
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         return to_quantizable(model).cpu().eval()
-    raise UserError(f"cannot quantize a {type(model).__name__}: give an iLLaMA or a timm VisionTransformer")
+    raise UserError(f"cannot quantize a {type(model).__name__}: give an iLLaMA, or a timm VisionTransformer or Eva")
 
 
 def _preprocessing_of(model: nn.Module, network: MaskedNetwork) -> Preprocessing:
     size, channels = network.config.image_size, network.config.in_channels
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         return timm_preprocessing(model, size, channels)
     return Preprocessing.imagenet(size, channels)
 

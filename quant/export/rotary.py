@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from illama.models.illama import Attention, Rotary
+from illama.models.attention import attentions
+from illama.models.illama import Rotary
 from quant.quantizers.layers import QuantizedLinear
 
 
@@ -29,8 +30,11 @@ class HalvesRotary(Rotary):
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
         cos, sin = rotation.to(x.dtype)
+        shape = x.shape
+        if cos.ndim == 3:  # a table for each head; the operator takes one, so all heads become one
+            x, cos, sin = x.flatten(1, 2).unsqueeze(1), cos.flatten(0, 1), sin.flatten(0, 1)
         positions = torch.arange(x.shape[-2], device=x.device).expand(x.shape[0], -1)
-        return rotary_embedding(x, cos, sin, positions)
+        return rotary_embedding(x, cos, sin, positions).reshape(shape)
 
 
 def pair_halves(model: nn.Module) -> None:
@@ -42,28 +46,26 @@ def pair_halves(model: nn.Module) -> None:
     The released weights rotate interleaved pairs. qkv' has the outputs of each head of q and k in the order 0, 2, 4,
     ..., 1, 3, 5, ..., so that a pair is an element of the first and one of the second half. Scores are sums over a
     head's dimensions, so they and the network's outputs do not change. A quantized layer keeps its integers, in the
-    new order.
+    new order, and norms of q and k follow.
     """
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.rotary = HalvesRotary()
-            _reorder(module.qkv, _halves(module))
-
-
-def _halves(attention: Attention) -> Tensor:
-    """Returns indices into the outputs of ``qkv``: even, then odd, in each head of q and of k; v in order."""
-    outputs = torch.arange(3 * attention.width)
-    heads = outputs[: 2 * attention.width].reshape(2 * attention.heads, -1)
-    return torch.cat([torch.cat([heads[:, ::2], heads[:, 1::2]], dim=1).flatten(), outputs[2 * attention.width :]])
+    for attention in attentions(model).values():
+        if getattr(attention, "rotation", ...) is None:  # an iLLaMA's table is of the network
+            continue
+        attention.rotary = HalvesRotary()
+        outputs = torch.arange(len(attention.qkv.weight)).reshape(3, attention.num_heads, -1)
+        order = torch.cat([outputs[0, 0, ::2], outputs[0, 0, 1::2]])  # even, then odd, in each head of q and of k
+        _reorder(attention.qkv, torch.cat([outputs[:2, :, order].flatten(), outputs[2].flatten()]))
+        for norm in ("q_norm", "k_norm"):
+            _reorder(getattr(attention, norm, None), order)
 
 
 @torch.no_grad()
-def _reorder(linear: nn.Module, order: Tensor) -> None:
+def _reorder(layer: nn.Module | None, order: Tensor) -> None:
     """Replaces the tensors of a layer, which other networks may share."""
-    parts = [(linear, "weight"), (linear, "bias")]
-    if isinstance(linear, QuantizedLinear) and linear.weight_quantizer is not None:
-        parts.append((linear.weight_quantizer, "scale"))
+    parts: list[tuple[nn.Module | None, str]] = [(layer, "weight"), (layer, "bias")]
+    if isinstance(layer, QuantizedLinear) and layer.weight_quantizer is not None:
+        parts.append((layer.weight_quantizer, "scale"))
     for module, name in parts:
-        tensor = getattr(module, name)
+        tensor = getattr(module, name, None)
         if isinstance(tensor, Tensor) and len(tensor) == len(order):
             setattr(module, name, nn.Parameter(tensor[order]) if isinstance(tensor, nn.Parameter) else tensor[order])

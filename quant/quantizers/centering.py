@@ -71,8 +71,9 @@ def _free_parts(model: MaskedNetwork, attention: Any) -> str:
     """Returns "k", "v", both or neither: what is computed by qkv and its bias alone, and may be shifted."""
     if attention.qkv.bias is None:
         return ""
-    learnable = getattr(model.config, "position", "learnable") == "learnable"
-    plain_keys = learnable and isinstance(getattr(attention, "k_norm", nn.Identity()), nn.Identity)
+    turned = getattr(attention, "rotation", None) is not None  # by RoPE, after the bias
+    turned |= getattr(model.config, "position", "learnable") != "learnable"
+    plain_keys = not turned and isinstance(getattr(attention, "k_norm", nn.Identity()), nn.Identity)
     plain_values = model.config.mask != "post_softmax" and not part_before_proj(attention)
     return "k" * plain_keys + "v" * plain_values
 

@@ -342,7 +342,7 @@ def _mlps(model: nn.Module) -> dict[str, Any]:
 def _rotate_values(attention: Any, generator: torch.Generator) -> None:
     """Rotates each head of v, and undoes it in ``proj``."""
     width = attention.proj.in_features
-    heads = attention.heads if hasattr(attention, "heads") else attention.num_heads
+    heads = attention.num_heads
     matrix = torch.block_diag(*(random_rotation(width // heads, generator) for _ in range(heads)))
     _rotate_outputs(attention.qkv, matrix, slice(2 * width, None))
     _set(attention.proj.weight, attention.proj.weight.double() @ matrix)

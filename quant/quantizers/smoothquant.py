@@ -6,8 +6,9 @@ same, but the input is easier to quantize. The division is folded into the opera
     attn.qkv, mlp.fc1, mlp.fc3   into the weight (and bias) of the norm before them
     mlp.fc2 of a SwiGLU          into fc3, whose output is a factor of the product
     attn.proj                    into the rows of qkv that compute v: attention mixes tokens, not channels
+    mlp.fc2 and attn.proj        into the weight (and bias) of a norm in front of them, if there is one
 
-fc2 of a ViT's MLP is not rescaled, because the GELU between fc1 and fc2 is not linear.
+Otherwise, fc2 of a ViT's MLP is not rescaled, because the GELU between fc1 and fc2 is not linear.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from illama.progress import track
+from quant.quantizers.centering import part_before_proj
 from quant.quantizers.layers import input_hooks
 from quant.schemes.scheme import Scheme
 
@@ -90,18 +92,22 @@ def _sites(name: str, block: Any) -> Iterator[_Site]:
     before = not isinstance(block, ResPostBlock)  # has its norms after attention and MLP
     if before and _scales(block.norm1) and getattr(attn, "gate", None) is None:  # a gate reads the norm's output too
         yield _Site((f"{name}.attn.qkv",), _divide_parameters(block.norm1))
-    if isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity) and getattr(attn, "gate", None) is None:
+    if _scales(getattr(attn, "norm", None)):
+        yield _Site((f"{name}.attn.proj",), _divide_parameters(attn.norm))
+    elif part_before_proj(attn) == "":
         values = slice(2 * attn.proj.in_features, None)
         yield _Site((f"{name}.attn.proj",), _divide_parameters(attn.qkv, values))
     if before and _scales(block.norm2) and isinstance(getattr(mlp, "fc1", None), nn.Linear):
         yield _Site(
             tuple(f"{name}.mlp.{fc}" for fc in (("fc1", "fc3") if gated else ("fc1",))), _divide_parameters(block.norm2)
         )
-    if gated:
+    if _scales(getattr(mlp, "norm", None)):
+        yield _Site((f"{name}.mlp.fc2",), _divide_parameters(mlp.norm))
+    elif gated and isinstance(mlp.norm, nn.Identity):
         yield _Site((f"{name}.mlp.fc2",), _divide_parameters(mlp.fc3))
 
 
-def _scales(norm: nn.Module) -> bool:
+def _scales(norm: nn.Module | None) -> bool:
     return isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.weight is not None
 
 

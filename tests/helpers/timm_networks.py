@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import Attention, RmsNorm, SwiGLU
 from timm.models import register_model
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -46,12 +47,30 @@ NAMED = {
     "vit_base_patch16_siglip_224": {},
 }
 
+# Together, these have every option of timm's Eva that its own names use.
+EVAS = {
+    "eva_giant_patch14_224": {},
+    "eva02_tiny_patch14_224": {},
+    "eva02_base_patch14_224": {},
+    "eva02_enormous_patch14_clip_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_huge_plus_patch16_dinov3": {},
+    "vit_pe_core_tiny_patch16_384": {"attn_pool_num_heads": 2},
+    "vit_pe_lang_large_patch14_448": {},
+    "vit_pe_spatial_tiny_patch16_512": {},
+    "vit_small_patch16_rope_ape_224": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_base_patch16_rope_reg1_gap_256": {},
+    "vit_base_patch16_sapiens2": {"num_heads": 4, "num_kv_heads": (2, 4)},
+}
 
-def build(name: str) -> VisionTransformer:
+
+def build(name: str) -> VisionTransformer | Eva:
     """Returns the variant in evaluation mode, with random weights, since initial norms and biases hide errors."""
     torch.manual_seed(0)
-    if name in NAMED:
-        vit = timm.create_model(name, pretrained=False, **{**SMALL, **NAMED[name]})
+    if name in NAMED or name in EVAS:
+        options = NAMED.get(name) or EVAS.get(name) or {}
+        vit = timm.create_model(name, pretrained=False, **{**SMALL, **options})
     elif name == "gated_odd_heads":
         vit = VisionTransformer(**SMALL)
         for block in vit.blocks:
@@ -83,21 +102,36 @@ REGISTERED = {
     "small_vit_layer_scale": {"init_values": 1e-5},
     "small_vit_no_table": {"pos_embed": "none"},
 }
+REGISTERED_EVAS = {
+    "small_eva02": {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "use_rot_pos_emb": True},
+    "small_dinov3": {
+        "num_reg_tokens": 4,
+        "init_values": 1e-5,
+        "use_abs_pos_emb": False,
+        "use_rot_pos_emb": True,
+        "rope_type": "dinov3",
+        "rope_rotate_half": True,
+        "no_embed_class": True,
+        "dynamic_img_size": True,
+    },
+}
 
 
-def _register(name, options):
+def _register(name, options, kind):
     def make(pretrained=False, **given):
         given = {key: value for key, value in given.items() if key in ("img_size", "num_classes", "in_chans")}
-        vit = VisionTransformer(**{**SMALL, "img_size": 64, **options, **given})
+        vit = kind(**{**SMALL, "img_size": 64, **options, **given})
         vit.pretrained_cfg = {"architecture": name}  # as in timm's networks
         return vit
 
-    make.__name__, make.__module__ = name, "timm.models.vision_transformer"
+    make.__name__, make.__module__ = name, kind.__module__
     register_model(make)
 
 
 for each, given in REGISTERED.items():
-    _register(each, given)
+    _register(each, given, VisionTransformer)
+for each, given in REGISTERED_EVAS.items():
+    _register(each, given, Eva)
 
 
 def saved(folder, name, suffix=".safetensors", key=None, **options):

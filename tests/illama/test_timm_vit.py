@@ -196,7 +196,7 @@ def test_squashed_images_are_warped():
     [
         ("resnet18", "ResNet"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer"),
-        ("eva02_tiny_patch14_224", "Eva"),
+        ("eva02_tiny_patch14_224", "eva02_tiny_patch14_224"),
         ("vit_small_r26_s32_224", "HybridEmbed"),
         ("illama_tiny", "ILLaMA"),
         ("vit_tny_patch16_224", "'vit_tny_patch16_224'.* vit_tiny_patch16_224 or "),
