@@ -8,7 +8,7 @@ positions: they become a table of cosines and sines for each block.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +39,11 @@ class GatedMLP(nn.Module):
 def eva_to_vit(eva: Eva) -> VisionTransformer:
     """Returns a VisionTransformer that takes over the modules of ``eva``; its attentions get a buffer ``rotation``.
 
-    That is the rotary table: the cosines and sines of all tokens, (2, N, head_dim / 2) or (2, heads, N, head_dim / 2), for pairs
-    (x0, x1), (x2, x3), ... of each head (:func:`illama.models.illama.rotate`); tokens before the patches are not
-    rotated. It is None without rotary positions. timm's attention ignores it, and
-    :class:`illama.models.timm_vit.CausalAttention` does not. Where timm pairs x[i] with x[i + head_dim / 2], the rows of q and k
-    are reordered, which does not change their product.
+    That is the rotary table: the cosines and sines of all tokens, (2, N, head_dim / 2) or (2, heads, N, head_dim / 2),
+    for pairs (x0, x1), (x2, x3), ... of each head (:func:`illama.models.illama.rotate`); tokens before the patches are
+    not rotated. It is None without rotary positions. timm's attention ignores it, and
+    :class:`illama.models.timm_vit.CausalAttention` does not. Where timm pairs x[i] with x[i + head_dim / 2], the rows
+    of q and k are reordered, which does not change their product.
 
     Raises:
         UserError: a part of the network is not among those that timm's own models have.
@@ -74,12 +74,13 @@ def eva_to_vit(eva: Eva) -> VisionTransformer:
         setattr(vit, name, getattr(eva, name))
     vit.pool_include_prefix = eva.attn_pool is not None  # Eva's attention pooling reads the class token too
     vit.blocks = nn.Sequential(*map(_block, eva.blocks))
-    for block, table in zip(vit.blocks, _tables(eva), strict=True):
-        block.attn.register_buffer("rotation", table, persistent=False)
+    attentions = [block.attn for block in cast(Any, vit.blocks)]
+    for attention, table in zip(attentions, _tables(eva), strict=True):
+        attention.register_buffer("rotation", table, persistent=False)
     return vit.train(eva.training)
 
 
-def _tables(eva: Eva) -> list[Tensor | None]:
+def _tables(eva: Any) -> list[Tensor | None]:
     """Returns the rotary table of each block."""
     if eva.rope is None:
         return [None] * len(eva.blocks)
@@ -141,7 +142,7 @@ def _joint_projection(attention: Any) -> tuple[Tensor, Tensor | None]:
         if getattr(attention, "q_bias", None) is not None:
             bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         return weight, None if bias is None else bias.detach()
-    weights, biases = [], []
+    weights, biases = list[Tensor](), list[Tensor]()
     for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
         heads = layer.weight.shape[0] // attention.head_dim
         bias = torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias

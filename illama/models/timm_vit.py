@@ -70,8 +70,9 @@ class CausalVisionTransformer(MaskedNetwork):
     are unchanged. An attention pooling (``map``, ``prr``) reads all tokens and is not masked.
 
     The state dict has timm's names with the prefix ``vit.``, and ``model.vit.state_dict()`` can be loaded into timm's
-    class; an ``Eva`` becomes a ``VisionTransformer`` (:mod:`illama.models.timm_eva`). Pass ``model.vit`` to timm for ``reset_classifier``, ``set_input_size``, ``set_grad_checkpointing``, or an
-    optimizer's parameter groups, but do not call it.
+    class; an ``Eva`` becomes a ``VisionTransformer`` (:mod:`illama.models.timm_eva`). Pass ``model.vit`` to timm for
+    ``reset_classifier``, ``set_input_size``, ``set_grad_checkpointing``, or an optimizer's parameter groups, but do not
+    call it.
 
     Attributes:
         vit: timm's network, with each attention replaced by :class:`CausalAttention`, each normalization by a float32

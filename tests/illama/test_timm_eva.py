@@ -119,7 +119,7 @@ def test_the_file_of_a_quantized_network_rounds_as_pytorch_does(scheme, tmp_path
     export_onnx(quantized, tmp_path / "model.onnx", "plain")
     expected, found = quantized(images), run(tmp_path / "model.onnx", images)
     rounding, ties = ((a - b).square().mean() for a, b in ((expected, model(images)), (found, expected)))
-    assert 0 < rounding and ties < 0.1 * rounding < 0.01 * expected.square().mean()
+    assert rounding > 0 and ties < 0.1 * rounding < 0.01 * expected.square().mean()
 
 
 @pytest.mark.parametrize("name", REGISTERED_EVAS)
