@@ -41,6 +41,7 @@ BundleData = Annotated[
 ]
 Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
+Interpolation = Literal["bicubic", "bilinear"]
 Device = Literal["auto", "cpu", "cuda"]
 
 # Types of options with their bounds, which :func:`check_bounds` checks.
@@ -86,11 +87,19 @@ class SourceOptions:
 
     Attributes:
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
-        model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA is read from the checkpoint.
+        model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA, and of a folder of timm's hub,
+            is read from the checkpoint.
         data: the data set.
         calibration_images: number of training images that ranges are calibrated on. Defaults to 512, or to all if there
             are fewer.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
+        model_args: options of timm.create_model that the weights were trained with and that neither they nor a folder's
+            config.json say, such as global_pool=avg,fc_norm=false.
+        mean: mean of each channel of pixels from 0 to 1. This and the next three default to the checkpoint's, or to
+            timm's for the model.
+        std: standard deviation of each channel.
+        crop_pct: share of the shorter side that the center crop keeps; 1 resizes the shorter side to the image size.
+        interpolation: interpolation of the resize.
         exif: apply or ignore the orientation that image files declare. Defaults to the value in the checkpoint's
             bundle, or to apply without a bundle.
         class_order: order of class folders; words: lexicographic (1 10 2); natural: numeric (1 2 10). Defaults to the
@@ -103,6 +112,11 @@ class SourceOptions:
     data: Data = "fashion-mnist"
     calibration_images: Count | None = None
     image_size: ImageSize | None = None
+    model_args: str = ""
+    mean: tuple[Number, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    crop_pct: Annotated[float, Interval(gt=0, le=1)] | None = None
+    interpolation: Interpolation | None = None
     exif: Exif | None = None
     class_order: ClassOrder | None = None
     device: Device = "auto"

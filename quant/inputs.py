@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from illama.checkpoints.load import Checkpoint, load_checkpoint
-from illama.checkpoints.timm_checkpoint import load_timm
+from illama.checkpoints.timm_checkpoint import TimmCheckpoint, load_timm
+from illama.checkpoints.timm_source import HUB_CONFIG, parse_options
 from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, note_channels, open_data, unlabeled
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
@@ -25,6 +27,7 @@ from quant.quantizers.rotation import prepare
 from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
 _BATCH = 64
+_GIVEN = ("mean", "std", "interpolation")  # options that replace values of the preprocessing
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
         UserError: one cannot be opened, or their classes differ.
     """
     checkpoint, data, device = options.checkpoint, options.data, torch_device(options.device)
-    loaded = _open_checkpoint(checkpoint, options.model, options.image_size)
+    loaded = _open_checkpoint(options)
     stored, config = loaded.preprocessing, loaded.model.config
     images = open_data(
         data,
@@ -112,24 +115,35 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
         raise UserError(
             f"{checkpoint} has {config.num_classes} classes, {data} has {len(images.classes)}: they must be the same"
         )
-    for trained, given in zip(loaded.classes, images.classes, strict=False):
+    names = loaded.classes
+    if isinstance(loaded, TimmCheckpoint) and not {*names} & {*images.classes}:
+        if names:
+            print(f"note: {checkpoint} names its classes otherwise ({names[0]!r}, ...) than {data}: in the same order?")
+        names = ()  # such as ImageNet's numbers and words
+    for trained, given in zip(names, images.classes, strict=False):
         if trained != given:
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
     fitting = stored or images.preprocessing(config.image_size, config.in_channels)
-    preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order)
+    changes: dict[str, Any] = {name: value for name in _GIVEN if (value := getattr(options, name)) is not None}
+    if options.crop_pct is not None:
+        changes["resize"] = int(fitting.size[0] / options.crop_pct)
+    preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order, **changes)
     count = calibration_count(images, options.calibration_images, calibration_share)
     note_channels(images.calibration(count), config.in_channels)
     source = replace(options, exif=images.exif, class_order=images.class_order, calibration_images=count, device="auto")
     return Inputs(loaded, images, preprocessing, source, device)
 
 
-def _open_checkpoint(path: Path, model: str | None, image_size: int | None) -> Checkpoint:
-    if model is None:
-        return load_checkpoint(path, image_size=image_size)
-    kind, _, name = model.partition(":")
-    if kind != "timm" or not name:
-        raise UserError(f"--model is timm:NAME, not {model!r}: did you mean timm:{model.rpartition(':')[2]}?")
-    return load_timm(name, path, image_size)
+def _open_checkpoint(options: SourceOptions) -> Checkpoint:
+    path, model = options.checkpoint, options.model
+    if model is None and not (path / HUB_CONFIG).exists():
+        if options.model_args:
+            raise UserError("--model-args are options of a timm network: give --model timm:NAME, too")
+        return load_checkpoint(path, image_size=options.image_size)
+    kind, _, name = (model or "timm:").partition(":")
+    if kind != "timm" or (model and not name):
+        raise UserError(f"--model is timm:NAME, not {model!r}: did you mean timm:{str(model).rpartition(':')[2]}?")
+    return load_timm(name, path, options.image_size, parse_options(options.model_args))
 
 
 def schemes_from_options(names: Sequence[str]) -> list[Scheme]:

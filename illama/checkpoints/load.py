@@ -172,10 +172,15 @@ def resize_positions(table: Tensor, side: int, class_token: ClassToken = "last")
 def read_state(path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> dict[str, Tensor]:
     """Reads the state dict in a file; raises UserError as :func:`read_tensors` does, or if a value is not finite."""
     state = read_tensors(path, dtypes)
+    check_finite(state, path)
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError if a value is not finite."""
     for name, value in state.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{path} has NaN or infinite values in {name}: train it again or use an earlier one")
-    return state
 
 
 def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:

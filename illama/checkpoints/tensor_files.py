@@ -42,18 +42,29 @@ def read_tensors(path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> dict[str,
     Raises:
         UserError: the file is missing, damaged, or has other values than dense tensors of ``dtypes``.
     """
-    if path.suffix == ".safetensors":
-        with _damaged(path):
-            state: Any = safetensors.torch.load_file(path)
-    else:
-        state = read_pickle(path)
-        if {"model", "average", "step"} <= state.keys():
-            raise UserError(f"{path} is the state of a training run, without its config: use the run's bundle")
-        state = state.get("model", state.get("state_dict", state))
+    content, key = read_content(path, ("model", "state_dict"))
+    state = content[key] if key else content
     if not isinstance(state, Mapping):
         raise UserError(f"{path} is not a state dict of tensors")
     check_tensors(state, path, dtypes)
     return dict(state)
+
+
+def read_content(path: Path, keys: Sequence[str]) -> tuple[dict[Any, Any], str]:
+    """Returns what a .safetensors file or a file of ``torch.save`` holds, and which of ``keys`` its state dict has.
+
+    The key is the first that the file has; it is empty if there is none, as for a state dict itself.
+
+    Raises:
+        UserError: see :func:`read_pickle`; also if the file is the state of an unfinished training run of this project.
+    """
+    if path.suffix == ".safetensors":
+        with _damaged(path):
+            return safetensors.torch.load_file(path), ""
+    content = read_pickle(path)
+    if {"model", "average", "step"} <= content.keys():
+        raise UserError(f"{path} is the state of a training run, without its config: use the run's bundle")
+    return content, next((key for key in keys if content.get(key) is not None), "")
 
 
 def read_pickle(path: Path) -> dict[Any, Any]:

@@ -18,11 +18,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from illama.bundle import MANIFEST
-from illama.checkpoints.load import PATCHES, POSITIONS, Checkpoint, check_state, read_config, read_state
-from illama.data.images import Interpolation
+from illama.checkpoints.load import PATCHES, POSITIONS, Checkpoint, check_state, read_config
+from illama.checkpoints.timm_source import HUB_CONFIG, TimmSource, read_timm
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
+from illama.options import Interpolation
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,26 @@ class TimmCheckpoint(Checkpoint):
     model: CausalVisionTransformer
 
 
-def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheckpoint:
-    """Loads a timm ViT's weights from a .safetensors or .pth file in timm's format.
+def load_timm(
+    name: str, path: Path, image_size: int | None = None, options: Mapping[str, Any] | None = None
+) -> TimmCheckpoint:
+    """Loads a timm ViT's weights from a file in timm's format, or from a folder of timm's hub.
 
     The network is ``timm.create_model(name)``, with classes, channels and image size inferred from the shapes; nothing
     is downloaded. Most other options of ``create_model`` change names or shapes, so weights that need them are refused.
-    A few change only the computation and cannot be noticed (such as another ``global_pool`` without its own norm).
+    A few change only the computation and cannot be noticed (such as another ``global_pool`` without its own norm),
+    unless the file has its training command, or the folder its config.
 
-    The preprocessing is timm's for the name and its tag, but resizing is always bicubic (two of timm's ViTs use
-    bilinear), and images are warped where timm's crop mode is ``squash``. Class folders are in timm's natural order.
+    The preprocessing is that of the file or folder, or timm's for the name and its tag; images are warped where timm's
+    crop mode is ``squash``. Class folders are in timm's natural order.
 
     Args:
-        name: timm's name of the model, with or without a tag.
-        path: path to the state dict, or to a ``.pth`` file with the key ``model`` or ``state_dict``. It must contain a
+        name: timm's name of the model, with or without a tag; may be empty for a folder.
+        path: path to a file or a folder (:func:`illama.checkpoints.timm_source.read_timm`). It must contain a
             classifier.
         image_size: side length of the input in pixels, a multiple of the patch size; position embeddings are
             interpolated as timm does. Defaults to the file's own, or to timm's if it has no position table.
+        options: options of ``timm.create_model``; they replace those of the file or folder.
 
     Raises:
         UserError: the file is missing or truncated, has values that are not finite, or belongs to another network; or
@@ -55,11 +60,13 @@ def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheck
     """
     path = Path(path)
     _refuse_ours(path, name)
-    outline = _timm_outline(name)
-    state = read_state(path)
+    source = read_timm(path)
+    name, state, path = _agreed_name(name, source), source.state, source.weights
+    options = {**source.options, **(options or {})}
+    outline = _timm_outline(name, options)
     prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
     patch_size = outline.patch_embed.patch_size[0]
-    side = _timm_side(state, prefix, outline.patch_embed.img_size[0] // patch_size, path)
+    side = _timm_side(state, prefix, (source.image_size or outline.patch_embed.img_size[0]) // patch_size, path)
     size = image_size or side * patch_size
     if size % patch_size:
         raise UserError(f"image_size {size} is not a multiple of patch_size {patch_size}")
@@ -67,23 +74,34 @@ def load_timm(name: str, path: Path, image_size: int | None = None) -> TimmCheck
         grid = [size // patch_size] * 2
         state[POSITIONS] = resample_abs_pos_embed(state[POSITIONS], grid, [side, side], prefix)
     channels = state[PATCHES].shape[1]
-    vit = _create_timm(name, num_classes=len(state["head.weight"]), in_chans=channels, img_size=size)
+    vit = _create_timm(name, num_classes=len(state["head.weight"]), in_chans=channels, img_size=size, **options)
     check_state(vit.state_dict(), state, path, f"timm's {name}")
     vit.load_state_dict({key: value.float() for key, value in state.items()})
-    return TimmCheckpoint(to_quantizable(vit.eval()), timm_preprocessing(vit, size, channels), (), path)
+    preprocessing = timm_preprocessing(vit, size, channels, source.preprocessing)
+    classes = source.classes if len(source.classes) == len(state["head.weight"]) else ()
+    return TimmCheckpoint(to_quantizable(vit.eval()), preprocessing, classes, path)
+
+
+def _agreed_name(name: str, source: TimmSource) -> str:
+    """Returns timm's name of the model, from the caller or the folder; UserError if there is none, or they differ."""
+    if not name and not source.name:
+        raise UserError(f"{source.weights} does not say which network it is: give --model timm:NAME")
+    if name and source.name and name.partition(".")[0] != source.name.partition(".")[0]:
+        raise UserError(f"{source.weights.parent} is of timm's {source.name}, not of {name}: leave --model out")
+    return name or source.name
 
 
 def _refuse_ours(path: Path, name: str) -> None:
     """Raises UserError for an iLLaMA's weights and for any folder."""
     hint = f"timm:{name} needs a .safetensors or .pth file of timm"
-    if path.is_dir():
-        kind = "a bundle" if (path / MANIFEST).exists() else "a folder"
+    if path.is_dir() and not (path / HUB_CONFIG).exists():
+        kind = "a bundle" if (path / MANIFEST).exists() else f"a folder without {HUB_CONFIG}"
         raise UserError(f"{path} is {kind}: {hint}; load a bundle without --model")
     if path.suffix == ".safetensors" and path.exists() and read_config(path) is not None:
         raise UserError(f"{path} contains an iLLaMA's weights: {hint}; load an iLLaMA without --model")
 
 
-def _timm_outline(name: str) -> VisionTransformer | Eva:
+def _timm_outline(name: str, options: Mapping[str, Any]) -> VisionTransformer | Eva:
     """Returns timm's network ``name`` on the meta device; raises UserError if it is not one of timm's ViTs."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -91,8 +109,8 @@ def _timm_outline(name: str) -> VisionTransformer | Eva:
         raise UserError(f"timm {timm.__version__} has no model {name!r}: {hint}")
     try:
         with torch.device("meta"):
-            outline = _create_timm(name)
-    except RuntimeError as error:  # an unknown tag
+            outline = _create_timm(name, **options)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:  # an unknown tag, or a wrong option
         raise UserError(f"timm cannot create {name}: {error}") from error
     to_quantizable(outline)  # raises UserError for networks that are not supported
     return outline
@@ -124,11 +142,17 @@ def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Pat
     return side
 
 
-def timm_preprocessing(vit: VisionTransformer | Eva, image_size: int, channels: int) -> Preprocessing:
-    """Returns timm's preprocessing for the network; for gray images, mean and std are averaged over the colors."""
-    timm_s = resolve_model_data_config(vit)
+def timm_preprocessing(
+    vit: VisionTransformer | Eva, image_size: int, channels: int, stated: Mapping[str, Any] | None = None
+) -> Preprocessing:
+    """Returns timm's preprocessing for the network; for gray images, mean and std are averaged over the colors.
+
+    Args:
+        stated: values that replace those of the network's name, such as ``mean`` (C,) and ``crop_pct``.
+    """
+    timm_s = {**resolve_model_data_config(vit), **(stated or {})}
     mean, std = (tuple(timm_s[key]) for key in ("mean", "std"))
-    if channels == 1:
+    if channels == 1 and len(mean) > 1:
         mean, std = ((sum(values) / len(values),) for values in (mean, std))
     resize = None if timm_s["crop_mode"] == "squash" else math.floor(image_size / timm_s["crop_pct"])
     if (interpolation := timm_s["interpolation"]) not in get_args(Interpolation):

@@ -7,15 +7,14 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from illama.errors import UserError
-from illama.options import Exif
+from illama.options import Exif, Interpolation
 
-Interpolation = Literal["bicubic", "bilinear"]
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # a phone's MPO is opened as a JPEG
 MAX_SIDE = 1_000_000  # pixels; Pillow's table for a resize takes 32 bytes per pixel of a side

@@ -201,7 +201,7 @@ def test_squashed_images_are_warped():
         ("illama_tiny", "ILLaMA"),
         ("vit_tny_patch16_224", "'vit_tny_patch16_224'.* vit_tiny_patch16_224 or "),
         ("hf-hub:timm/vit_tiny_patch16_224", "'hf-hub:timm/vit_tiny_patch16_224'"),
-        ("", "''"),
+        ("", "--model timm:NAME"),
         ("vit_tiny_patch16_224.nobody", "Invalid pretrained tag"),
     ],
 )
