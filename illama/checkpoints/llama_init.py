@@ -25,13 +25,11 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from illama.checkpoints.tensor_files import read_names, read_tensor
+from illama.checkpoints.tensor_files import read_tensor, shard_files
 from illama.errors import UserError
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 from illama.structured_files import read_json
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def initialize_from_llama(model: ILLaMA, folder: Path) -> None:
@@ -57,7 +55,7 @@ def initialize_from_llama(model: ILLaMA, folder: Path) -> None:
     folder = Path(folder)
     llama = LlamaConfig.read(folder)
     _check_sizes(llama, model.config)
-    files = _files(folder)
+    files = shard_files(folder)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, pieces in _mapping(llama, model.config):
@@ -79,13 +77,6 @@ class _HuggingFaceConfig:
     model_type: str = ""
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
-
-
-@dataclass(frozen=True)
-class _Index:
-    """The key of the shards' index that is used."""
-
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -177,15 +168,6 @@ def _head_rows(llama: LlamaConfig, model: ModelConfig) -> tuple[Tensor, Tensor]:
     shared = heads // (llama.heads // llama.key_value_heads)
     query, key = ((which[:, None] * llama.head_dim + within).flatten() for which in (heads, shared))
     return query, key
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """Returns tensor name -> file name."""
-    if (folder / INDEX).exists():
-        return read_json(folder / INDEX, _Index, "ignore").weight_map
-    if not (folder / SINGLE).exists():
-        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: give a LLaMA in Hugging Face's format")
-    return dict.fromkeys(read_names(folder / SINGLE), SINGLE)
 
 
 def _select(folder: Path, files: dict[str, str], piece: _Piece) -> Tensor:

@@ -12,6 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,21 @@ from torch import Tensor
 
 from illama.errors import UserError
 from illama.models.config import ModelConfig
-from illama.structured_files import check_regular
+from illama.structured_files import check_regular, read_json
 
 PLAIN = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHARED = 2  # tied weights make the tensors larger than the file, but hardly twice
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The key of the shards' index that is used."""
+
+    weight_map: dict[str, str]
 
 
 def read_tensors(path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> dict[str, Tensor]:
@@ -100,6 +109,15 @@ def check_tensors(state: Mapping[Any, Any], path: Path, dtypes: Sequence[torch.d
         claimed += math.prod(max(1, size) for size in value.shape) * value.element_size()
     if claimed > _SHARED * path.stat().st_size:
         raise UserError(f"{path} claims tensors of {claimed} bytes in all, more than the file has")
+
+
+def shard_files(folder: Path) -> dict[str, str]:
+    """Returns tensor name -> file name of a folder in Hugging Face's format; UserError if it has no .safetensors."""
+    if (folder / INDEX).exists():
+        return read_json(folder / INDEX, _Index, "ignore").weight_map
+    if not (folder / SINGLE).exists():
+        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: give a folder in Hugging Face's format")
+    return dict.fromkeys(read_names(folder / SINGLE), SINGLE)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -21,13 +21,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from illama.checkpoints.load import PATCHES, check_finite
-from illama.checkpoints.tensor_files import check_tensors, read_content
+from illama.checkpoints.tensor_files import INDEX, SINGLE, check_tensors, read_content, shard_files
 from illama.errors import UserError
 from illama.structured_files import parse_json, read_json
 
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # in timm's order
 HUB_CONFIG = "config.json"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_WEIGHTS = (INDEX, SINGLE, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 _FROM_SHAPES = ("num_classes", "in_chans", "img_size")  # options that weights decide
 # Options that change what is computed. Others of create_model read files, download, or change the type of the network.
@@ -100,7 +100,7 @@ def read_timm(path: Path) -> TimmSource:
     if path.is_dir():
         return _read_folder(path)
     content, key = read_content(path, _KEYS)
-    state = _take_network(content, key, path)
+    state = _take_network(_checked(content[key] if key else content, path), key, path)
     return TimmSource(state, path, **_read_arguments(content.get("args") if key else None, path))
 
 
@@ -130,18 +130,21 @@ def check_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     return options
 
 
-def _take_network(content: Mapping[Any, Any], key: str, path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of the only network in ``content[key]``, without the prefix of its wrappers."""
-    given = content[key] if key else content
-    names = [name for name in given if isinstance(name, str)] if isinstance(given, Mapping) else []
+def _checked(given: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path} is not a state dict of tensors")
+    check_tensors(given, path)
+    return dict(given)
+
+
+def _take_network(given: dict[str, Tensor], key: str, path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of the only network in a file, without the prefix of its wrappers."""
+    names = list(given)
     prefixes = [name.removesuffix(PATCHES) for name in names if name.endswith(PATCHES)]
     prefix = "" if "" in prefixes or not prefixes else prefixes[0]
     if prefix and len(prefixes) > 1:
         raise UserError(f"{path} holds several networks ({', '.join(prefixes)}): save the state dict of one of them")
     state = {name.removeprefix(prefix): given[name] for name in names if name.startswith(prefix)}
-    if len(names) != len(given):  # names that are not text
-        raise UserError(f"{path} is not a state dict of tensors")
-    check_tensors(state, path)
     check_finite(state, path)
     if prefix or key.endswith("ema"):
         rest = len(names) - len(state)
@@ -175,14 +178,11 @@ def _read_arguments(given: Any, path: Path) -> dict[str, Any]:
 def _read_folder(folder: Path) -> TimmSource:
     """Reads a folder of timm's hub: config.json and the weights."""
     config = read_json(folder / HUB_CONFIG, _HubConfig, "ignore")
-    weights = next((folder / each for each in _WEIGHTS if (folder / each).exists()), None)
-    if weights is None:
-        raise UserError(f"{folder} has no weights: one of {', '.join(_WEIGHTS)} is needed")
-    content, key = read_content(weights, _KEYS)
+    weights, state = _folder_state(folder)
     pool = {"global_pool": config.global_pool} if config.global_pool is not None else {}
     stated = config.pretrained_cfg
     return TimmSource(
-        _take_network(content, key, weights),
+        state,
         weights,
         config.architecture,
         check_options({**pool, **config.model_args}, str(folder / HUB_CONFIG)),
@@ -190,3 +190,17 @@ def _read_folder(folder: Path) -> TimmSource:
         stated.side,
         tuple(config.label_names or ()),
     )
+
+
+def _folder_state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Returns the path of the weights in a folder, or of their index, and their state dict."""
+    weights = next((folder / each for each in _WEIGHTS if (folder / each).exists()), None)
+    if weights is None:
+        raise UserError(f"{folder} has no weights: one of {', '.join(_WEIGHTS)} is needed")
+    if weights.name != INDEX:
+        content, key = read_content(weights, _KEYS)
+        return weights, _take_network(_checked(content[key] if key else content, weights), key, weights)
+    state: dict[str, Tensor] = {}
+    for path in sorted({folder / file for file in shard_files(folder).values()}):
+        state |= _checked(read_content(path, ())[0], path)
+    return weights, _take_network(state, "", weights)

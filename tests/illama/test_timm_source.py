@@ -142,6 +142,20 @@ def test_a_folder_of_timm_s_hub_needs_no_other_option(tmp_path):
         load_timm("deit_tiny_patch16_224", folder)
 
 
+def test_shards_are_read_as_one_file(tmp_path):
+    vit = _with_settings("vit_tiny_patch16_224", AVERAGE)
+    folder, state = hub_folder(tmp_path / "hub", vit), vit.state_dict()
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-{place % 3}.safetensors" for place, name in enumerate(state)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in state if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert equal(load_timm("", folder).model, vit)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(UserError, match="model-1"):
+        load_timm("", folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
