@@ -65,7 +65,7 @@ def load_timm(
     options = {**source.options, **(options or {})}
     outline = _timm_outline(name, options)
     prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
-    patch_size = outline.patch_embed.patch_size[0]
+    patch_size = cast(int, outline.patch_embed.feat_ratio())  # a hybrid's ResNet reduces the image, too
     side = _timm_side(state, prefix, (source.image_size or outline.patch_embed.img_size[0]) // patch_size, path)
     size = image_size or side * patch_size
     if size % patch_size:
@@ -73,7 +73,9 @@ def load_timm(
     if POSITIONS in state and size != side * patch_size:
         grid = [size // patch_size] * 2
         state[POSITIONS] = resample_abs_pos_embed(state[POSITIONS], grid, [side, side], prefix)
-    channels = state[PATCHES].shape[1]
+    kernels = [key for key, value in outline.state_dict().items() if key.startswith("patch_embed.") and value.ndim == 4]
+    first = state.get(kernels[0])  # a hybrid's is in its ResNet
+    channels = first.shape[1] if first is not None and first.ndim == 4 else 3
     vit = _create_timm(name, num_classes=len(state["head.weight"]), in_chans=channels, img_size=size, **options)
     check_state(vit.state_dict(), state, path, f"timm's {name}")
     vit.load_state_dict({key: value.float() for key, value in state.items()})
@@ -107,17 +109,17 @@ def _timm_outline(name: str, options: Mapping[str, Any]) -> VisionTransformer | 
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists them"
         raise UserError(f"timm {timm.__version__} has no model {name!r}: {hint}")
-    try:
-        with torch.device("meta"):
-            outline = _create_timm(name, **options)
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:  # an unknown tag, or a wrong option
-        raise UserError(f"timm cannot create {name}: {error}") from error
+    with torch.device("meta"):
+        outline = _create_timm(name, **options)
     to_quantizable(outline)  # raises UserError for networks that are not supported
     return outline
 
 
 def _create_timm(name: str, **options: Any) -> VisionTransformer | Eva:
-    return cast(VisionTransformer | Eva, timm.create_model(name, pretrained=False, **options))
+    try:
+        return cast(VisionTransformer | Eva, timm.create_model(name, pretrained=False, **options))
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:  # an unknown tag, or a wrong option
+        raise UserError(f"timm cannot create {name}: {str(error) or 'an option does not fit'}") from error
 
 
 def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Path) -> int:

@@ -34,6 +34,16 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(_widen(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
+class GroupNormAct(nn.GroupNorm):
+    """GroupNorm and an activation, for the ResNet of timm's hybrids: (B, C, H, W) -> (B, C, H, W)."""
+
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.group_norm(_widen(x), self.num_groups, _widen(self.weight), _widen(self.bias), self.eps)
+        return self.act(wide.to(x.dtype))
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     """Returns the normalization layer of a config."""
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config.width, eps=EPSILON)
@@ -46,6 +56,9 @@ def widened(norm: nn.Module) -> nn.Module | None:
         wide.bias = norm.bias
     elif type(norm) in (timm.layers.RmsNorm, timm.layers.RmsNormFp32) and norm.weight is not None:
         wide = RMSNorm(norm.normalized_shape, eps=norm.eps)  # type: ignore[arg-type]
+    elif type(norm) is timm.layers.GroupNormAct:
+        wide = GroupNormAct(norm.num_groups, norm.num_channels, norm.eps)
+        wide.act, wide.bias = norm.act, norm.bias
     else:
         return None
     wide.weight = norm.weight

@@ -13,7 +13,7 @@ import copy
 from typing import Any, cast
 
 import torch
-from timm.layers import AttentionPoolLatent, PatchDropout, PatchEmbed
+from timm.layers import AttentionPoolLatent, HybridEmbed, PatchDropout, PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from illama.models.config import MaskKind, TimmConfig
 from illama.models.illama import Rotary
 from illama.models.norms import widened
 from illama.models.timm_eva import eva_to_vit
+from illama.models.timm_hybrid import fold_hybrid
 
 _BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
 
@@ -51,14 +52,18 @@ def to_causal(vit: VisionTransformer | Eva, mask: MaskKind = "post_softmax") -> 
 def to_quantizable(vit: VisionTransformer | Eva) -> CausalVisionTransformer:
     """Returns a copy of ``vit`` with the same results, for quantization and export; nothing is masked or reordered.
 
-    Accepts the networks that :func:`to_causal` accepts, except hybrids, whose patches come from a convolutional
-    network. The copy has the attention, normalization and code path of the causal networks.
+    Accepts the networks that :func:`to_causal` accepts, but of hybrids, whose patches come from a convolutional
+    network, only those with a ResNet. The copy has the attention, normalization and code path of the causal networks.
     """
     refusal = f"cannot quantize a {type(vit).__name__}"
     plain = _copy(vit, refusal)
-    if type(plain.patch_embed) is not PatchEmbed:
+    if type(plain.patch_embed) not in (PatchEmbed, HybridEmbed):
         kind = type(plain.patch_embed).__name__
         raise UserError(f"{refusal}: it has a {kind}; give one with timm's plain PatchEmbed")
+    try:
+        fold_hybrid(plain)
+    except UserError as error:
+        raise UserError(f"{refusal}: {error}") from error
     return CausalVisionTransformer(plain, "bidirectional")
 
 
@@ -233,7 +238,7 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 def _config(vit: VisionTransformer, mask: MaskKind) -> TimmConfig:
     """Returns the configuration of timm's network."""
     name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or type(vit).__name__
-    channels: int = getattr(vit, "in_chans", vit.patch_embed.proj.in_channels)  # timm 1.0.20 has no in_chans
+    channels: int = vit.in_chans if hasattr(vit, "in_chans") else vit.patch_embed.proj.in_channels  # timm 1.0.20
     return TimmConfig(name, vit.patch_embed.img_size[0], channels, vit.num_classes, mask)
 
 

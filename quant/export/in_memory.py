@@ -21,7 +21,8 @@ from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.manifest import Provenance
 from illama.models.attention import MaskedNetwork
-from illama.models.timm_vit import to_quantizable
+from illama.models.timm_hybrid import fold_hybrid
+from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
 from illama.partial_work import partial_work, sources_digest
 from illama.steps import Steps
 from quant.export.write_bundle import Origin, plan_quantization, write_bundles
@@ -73,7 +74,10 @@ def _digest(inputs: InMemory, plan: QuantizationPlan, preprocessing: Preprocessi
 
 def _quantizable(model: nn.Module) -> MaskedNetwork:
     if isinstance(model, MaskedNetwork):
-        return copy.deepcopy(model).cpu().eval()
+        network = copy.deepcopy(model).cpu().eval()
+        if isinstance(network, CausalVisionTransformer):
+            fold_hybrid(network.vit)
+        return network
     if isinstance(model, VisionTransformer | Eva):
         return to_quantizable(model).cpu().eval()
     raise UserError(f"cannot quantize a {type(model).__name__}: give an iLLaMA, or a timm VisionTransformer or Eva")

@@ -10,10 +10,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import Attention, AttentionPoolLatent, RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer, checkpoint_filter_fn
 from timm_networks import REGISTERED, build, images_for, randomise, saved
 
 from illama.bundle import SHIPPED
@@ -191,13 +191,32 @@ def test_squashed_images_are_warped():
     assert timm_preprocessing(vit, 384, 3) == Preprocessing((384, 384), 3, **CLIP, resize=None)
 
 
+@pytest.mark.parametrize("asked", [None, 96])
+def test_a_hybrid_is_loaded_in_its_size_and_in_another(asked, tmp_path):
+    torch.manual_seed(0)
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    name, path, sizes = "vit_tiny_r_s16_p8_224", tmp_path / "hybrid.safetensors", {"in_chans": 1, "num_classes": 5}
+    vit = randomise(timm.create_model(name, **options, **sizes, img_size=64))
+    save_file(vit.state_dict(), path)
+    model = load_timm(name, path, asked, options).model
+    assert model.config == TimmConfig(name, asked or 64, 1, 5)
+    if asked:
+        vit = timm.create_model(name, **options, **sizes, img_size=asked).eval()
+        vit.load_state_dict(checkpoint_filter_fn(load_file(path), vit))
+    images = torch.randn(2, 1, asked or 64, asked or 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), vit(images), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="multiple of"):
+        load_timm(name, path, 80, options)
+
+
 @pytest.mark.parametrize(
     ("name", "identifier"),
     [
         ("resnet18", "ResNet"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer"),
         ("eva02_tiny_patch14_224", "eva02_tiny_patch14_224"),
-        ("vit_small_r26_s32_224", "HybridEmbed"),
+        ("vit_base_mci_224", "FastVit|ConvStem|patches come from"),
         ("illama_tiny", "ILLaMA"),
         ("vit_tny_patch16_224", "'vit_tny_patch16_224'.* vit_tiny_patch16_224 or "),
         ("hf-hub:timm/vit_tiny_patch16_224", "'hf-hub:timm/vit_tiny_patch16_224'"),

@@ -18,9 +18,10 @@ from illama.models.config import TimmConfig
 from illama.models.norms import LayerNorm, RMSNorm
 from illama.models.timm_vit import LatentPool, to_causal, to_quantizable
 from illama.structured_files import parse_json
+from quant.quantizers.rotation import rotate
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import TensorSpec
-from quant.schemes.scheme import Scheme
+from quant.schemes.scheme import Rotations, Scheme
 
 KINDS = ("post_softmax", "pre_softmax")
 FORMS = ("plain", "fused", None)
@@ -372,15 +373,31 @@ def test_networks_that_cannot_be_converted_exactly_are_rejected(make, identifier
         assert str(caught.value).startswith(refusal) and "\n" not in str(caught.value)
 
 
-def test_a_hybrid_is_made_causal_but_not_quantized():
-    options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 5}
-    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", **options).eval()
-    model = to_causal(hybrid)
-    model.soft_mask, images = 1.0, images_for("")
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_small_r26_s32_224"])
+@torch.no_grad()
+def test_a_hybrid_with_a_resnet_is_made_causal_and_quantizable(name, size):
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": size, "num_classes": 5}
+    hybrid = randomise(timm.create_model(name, **options))
+    model, images = to_causal(hybrid), torch.randn(2, 3, size, size)
+    model.soft_mask = 1.0
     assert model.config.in_channels == 3
     torch.testing.assert_close(model(images), hybrid(images), atol=1e-4, rtol=1e-4)
-    with pytest.raises(UserError, match="HybridEmbed"):
-        to_quantizable(hybrid)
+    plain = to_quantizable(hybrid)
+    torch.testing.assert_close(plain(images), hybrid(images), atol=1e-4, rtol=1e-4)
+    assert {type(each) for each in plain.modules() if isinstance(each, torch.nn.Conv2d)} == {torch.nn.Conv2d}
+    rotated = copy.deepcopy(plain).double()
+    rotate(rotated, Rotations(residual=True, values=True))
+    torch.testing.assert_close(rotated(images.double()), plain.double()(images.double()), atol=1e-9, rtol=1e-9)
+
+
+def test_another_convolutional_network_is_refused_in_a_line():
+    with torch.device("meta"):
+        vitamin = timm.create_model("vitamin_small_224", depth=1)
+    assert to_causal(vitamin).config.in_channels == 3
+    with pytest.raises(UserError, match="MbConvStages") as caught:
+        to_quantizable(vitamin)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
