@@ -63,9 +63,9 @@ def _plain(module: Any, size: tuple[int, int]) -> nn.Module:
     if isinstance(module, MaxPool2dSame) or getattr(module, "same_pad", False):
         high, wide = map(get_same_padding, size, module.kernel_size, module.stride, module.dilation)
     pads = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
-    if isinstance(module, MaxPool2dSame):
+    if isinstance(module, MaxPool2dSame):  # padded with the least value that half precision has
         new: Any = nn.MaxPool2d(module.kernel_size, module.stride, dilation=module.dilation)
-        return nn.Sequential(nn.ConstantPad2d(pads, float("-inf")), new) if any(pads) else new
+        return nn.Sequential(nn.ConstantPad2d(pads, -65504.0), new) if any(pads) else new
     new = nn.Conv2d(1, 1, module.kernel_size, module.stride, module.padding, module.dilation, module.groups, False)
     new.in_channels, new.out_channels = module.in_channels, module.out_channels
     flat = module.weight.reshape(1, module.out_channels, -1)
