@@ -23,7 +23,8 @@ class BuildSmaller(build_py):
             return
         package = Path(self.build_lib) / "illama"
         for path in package.glob("datasets/*/*.gz"):
-            path.with_suffix(".xz").write_bytes(lzma.compress(gzip.decompress(path.read_bytes()), preset=9))
+            smaller = lzma.compress(gzip.decompress(path.read_bytes()), preset=9 | lzma.PRESET_EXTREME)
+            path.with_suffix(".xz").write_bytes(smaller)
             path.unlink()
         for path in package.glob("weights/*/model.safetensors"):
             to_half(path)
