@@ -75,8 +75,10 @@ def shrunk(name: str) -> Any:
         options["num_kv_heads"] = (1, 2)
     if isinstance(whole, Eva) and whole.attn_pool is not None:
         options["attn_pool_num_heads"] = 2
+    if isinstance(whole.patch_embed.proj, nn.Conv2d):  # without it, what is in front decides the width
+        options |= {"embed_dim": WIDTH, "num_heads": 2}
     torch.manual_seed(0)
-    network = timm.create_model(name, embed_dim=WIDTH, num_heads=2, **options).eval()
+    network = timm.create_model(name, **options).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_((0.3 if parameter.ndim == 1 else 0.05) * torch.randn_like(parameter))
