@@ -21,8 +21,9 @@ from illama.bundle import SHIPPED
 from illama.checkpoints.load import load_checkpoint
 from illama.data.datasets import open_data
 from illama.inference import load_images
+from illama.models.hooks import input_hooks
 from quant.quantizers.gptq import gptq
-from quant.quantizers.layers import WeightQuantizer, input_hooks
+from quant.quantizers.layers import WeightQuantizer
 from quant.quantizers.observers import weight_amax
 from quant.quantizers.rotation import rotate, rotate_hidden
 from quant.quantizers.smoothquant import smooth

@@ -28,7 +28,7 @@ def quantize(
     """Quantizes a network after training and writes its bundle, and those of the float references, into a folder.
 
     Args:
-        model: an iLLaMA, or a timm VisionTransformer; it is not changed.
+        model: an iLLaMA, or a timm VisionTransformer or Eva; it is not changed.
         loader: batches of calibration images (B, C, H, W) float32 as the network takes them, alone or as (images,
             labels), such as a DataLoader's. The first 512 images are used; labels are not.
         scheme: name of a shipped scheme (``python quant/list_schemes.py``), or path to a YAML file.

@@ -116,9 +116,8 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
             f"{checkpoint} has {config.num_classes} classes, {data} has {len(images.classes)}: they must be the same"
         )
     names = loaded.classes
-    if isinstance(loaded, TimmCheckpoint) and not {*names} & {*images.classes}:
-        if names:
-            print(f"note: {checkpoint} names its classes otherwise ({names[0]!r}, ...) than {data}: in the same order?")
+    if isinstance(loaded, TimmCheckpoint) and names and not {*names} & {*images.classes}:
+        print(f"note: {checkpoint} names its classes otherwise ({names[0]!r}, ...) than {data}: in the same order?")
         names = ()  # such as ImageNet's numbers and words
     for trained, given in zip(names, images.classes, strict=False):
         if trained != given:
@@ -137,7 +136,7 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
 def _open_checkpoint(options: SourceOptions) -> Checkpoint:
     path, model = options.checkpoint, options.model
     if model is None and not (path / HUB_CONFIG).exists():
-        if options.model_args:
+        if options.model_args and path.exists():
             raise UserError("--model-args are options of a timm network: give --model timm:NAME, too")
         return load_checkpoint(path, image_size=options.image_size)
     kind, _, name = (model or "timm:").partition(":")

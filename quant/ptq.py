@@ -145,7 +145,7 @@ def _report(
 
 def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> dict[str, Any]:
     """Returns everything that determines the result; an unfinished run continues only with the same facts."""
-    from illama.bundle import package_versions, sha256
+    from illama.bundle import package_versions
     from illama.partial_work import sources_digest
 
     return {
@@ -158,7 +158,7 @@ def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> di
         "images": options.images,
         "golden": options.golden,
         "schemes": list(map(repr, schemes)),  # not as mappings: JSON ignores the order of patterns, which matters
-        "checkpoint": sha256(inputs.checkpoint.weights),
+        "checkpoint": list(inputs.checkpoint.digests().values()),
         "network": inputs.model.config.to_dict(),
         "preprocessing": asdict(inputs.preprocessing),
         "classes": inputs.classes,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from illama.bundle import MANIFEST, TORCHAO, WEIGHTS
+from illama.bundle import MANIFEST, TORCHAO, WEIGHTS, sha256
 from illama.checkpoints.tensor_files import PLAIN, check_config, read_metadata, read_tensors
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
@@ -44,12 +44,18 @@ class Checkpoint:
         preprocessing: preprocessing used in training, at the model's image size; None if the file has none.
         classes: class names in the order of the logits; empty if the file has none.
         weights: path to the file of the weights.
+        other_files: paths to its other files, such as a config and shards.
     """
 
     model: MaskedNetwork
     preprocessing: Preprocessing | None
     classes: tuple[str, ...]
     weights: Path
+    other_files: tuple[Path, ...] = ()
+
+    def digests(self) -> dict[str, str]:
+        """Returns the SHA-256 of each of its files, by path; that of the weights first."""
+        return {str(path): sha256(path) for path in (self.weights, *self.other_files)}
 
 
 @dataclass(frozen=True)

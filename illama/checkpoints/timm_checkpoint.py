@@ -63,7 +63,7 @@ def load_timm(
     source = read_timm(path)
     name, state, path = _agreed_name(name, source), source.state, source.weights
     options = {**source.options, **(options or {})}
-    outline = _timm_outline(name, options)
+    outline = _timm_outline(name, options, state, path)
     prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
     patch_size = cast(int, outline.patch_embed.feat_ratio())  # a hybrid's ResNet reduces the image, too
     side = _timm_side(state, prefix, (source.image_size or outline.patch_embed.img_size[0]) // patch_size, path)
@@ -81,7 +81,7 @@ def load_timm(
     vit.load_state_dict({key: value.float() for key, value in state.items()})
     preprocessing = timm_preprocessing(vit, size, channels, source.preprocessing)
     classes = source.classes if len(source.classes) == len(state["head.weight"]) else ()
-    return TimmCheckpoint(to_quantizable(vit.eval()), preprocessing, classes, path)
+    return TimmCheckpoint(to_quantizable(vit.eval()), preprocessing, classes, path, source.other_files)
 
 
 def _agreed_name(name: str, source: TimmSource) -> str:
@@ -103,22 +103,33 @@ def _refuse_ours(path: Path, name: str) -> None:
         raise UserError(f"{path} contains an iLLaMA's weights: {hint}; load an iLLaMA without --model")
 
 
-def _timm_outline(name: str, options: Mapping[str, Any]) -> VisionTransformer | Eva:
-    """Returns timm's network ``name`` on the meta device; raises UserError if it is not one of timm's ViTs."""
+def _timm_outline(
+    name: str, options: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
+) -> VisionTransformer | Eva:
+    """Returns timm's network ``name`` on the meta device.
+
+    Raises:
+        UserError: it is not one of timm's ViTs, or the options make it larger than its file.
+    """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('*vit*') lists them"
         raise UserError(f"timm {timm.__version__} has no model {name!r}: {hint}")
+    if isinstance(depth := options.get("depth", 0), int) and depth > len(state):  # each block would take time
+        raise UserError(f"{path} has {len(state)} tensors, too few for depth {depth}: correct the options")
     with torch.device("meta"):
         outline = _create_timm(name, **options)
     to_quantizable(outline)  # raises UserError for networks that are not supported
+    needed = sum(each.numel() for key, each in outline.named_parameters() if not key.startswith(("head", POSITIONS)))
+    if needed > 2 * sum(each.numel() for each in state.values()):
+        raise UserError(f"{path} holds less than half of timm's {name}: correct the name or the options")
     return outline
 
 
 def _create_timm(name: str, **options: Any) -> VisionTransformer | Eva:
     try:
         return cast(VisionTransformer | Eva, timm.create_model(name, pretrained=False, **options))
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:  # an unknown tag, or a wrong option
+    except Exception as error:  # an unknown tag, or whatever a wrong option leads to
         raise UserError(f"timm cannot create {name}: {str(error) or 'an option does not fit'}") from error
 
 

@@ -48,6 +48,7 @@ class TimmSource:
         preprocessing: values that replace those of the name: ``mean``, ``std``, ``crop_pct``, ``interpolation``.
         image_size: side length of the images that the network was trained with, if known.
         classes: names of the classes; empty if not known.
+        other_files: paths to the config and the shards, if there are any.
     """
 
     state: dict[str, Tensor]
@@ -57,6 +58,7 @@ class TimmSource:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     image_size: int | None = None
     classes: tuple[str, ...] = ()
+    other_files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,24 @@ def parse_options(text: str) -> dict[str, Any]:
             found[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
             found[name] = None if value == "None" else value
-    return check_options(found, "--model-args")
+    return _check_options(found, "--model-args")
 
 
-def check_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns options of ``timm.create_model`` without those that the weights decide; UserError for unknown ones."""
-    options = {name: value for name, value in options.items() if name not in _FROM_SHAPES}
+def _check_options(options: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns ``options``; UserError for one that timm's ViTs do not have, or that the weights decide."""
     if unknown := sorted(options.keys() - _OPTIONS):
-        raise UserError(f"{where} has an option {unknown[0]!r} that timm's ViTs do not have: leave it out")
+        decided = unknown[0] in _FROM_SHAPES
+        reason = "the weights decide" if decided else "timm's ViTs do not have"
+        raise UserError(f"{where} has an option {unknown[0]!r} that {reason}: leave it out")
     return options
+
+
+def _stated_options(pool: Any, options: Any, where: str) -> dict[str, Any]:
+    """Returns the options that a config or a training command states, without those that the weights decide."""
+    if not isinstance(options, Mapping):
+        raise UserError(f"{where} has options that are not a mapping: give the state dict and --model-args")
+    stated = {**({"global_pool": pool} if pool is not None else {}), **options}
+    return _check_options({name: value for name, value in stated.items() if name not in _FROM_SHAPES}, where)
 
 
 def _checked(given: Any, path: Path) -> dict[str, Tensor]:
@@ -167,9 +178,8 @@ def _read_arguments(given: Any, path: Path) -> dict[str, Any]:
         stated = parse_json(json.dumps(asdict(stated)), _Stated, where)
     except TypeError as error:
         raise UserError(f"{where} holds more than numbers and text: save the state dict alone") from error
-    pool = {"global_pool": values["gp"]} if values.get("gp") else {}
     return {
-        "options": check_options({**pool, **(values["model_kwargs"] or {})}, where),
+        "options": _stated_options(values.get("gp"), values["model_kwargs"] or {}, where),
         "preprocessing": stated.preprocessing,
         "image_size": stated.side,
     }
@@ -178,29 +188,30 @@ def _read_arguments(given: Any, path: Path) -> dict[str, Any]:
 def _read_folder(folder: Path) -> TimmSource:
     """Reads a folder of timm's hub: config.json and the weights."""
     config = read_json(folder / HUB_CONFIG, _HubConfig, "ignore")
-    weights, state = _folder_state(folder)
-    pool = {"global_pool": config.global_pool} if config.global_pool is not None else {}
+    files, state = _folder_state(folder)
     stated = config.pretrained_cfg
     return TimmSource(
         state,
-        weights,
+        files[0],
         config.architecture,
-        check_options({**pool, **config.model_args}, str(folder / HUB_CONFIG)),
+        _stated_options(config.global_pool, config.model_args, str(folder / HUB_CONFIG)),
         stated.preprocessing,
         stated.side,
         tuple(config.label_names or ()),
+        (folder / HUB_CONFIG, *files[1:]),
     )
 
 
-def _folder_state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """Returns the path of the weights in a folder, or of their index, and their state dict."""
+def _folder_state(folder: Path) -> tuple[list[Path], dict[str, Tensor]]:
+    """Returns the files of the weights in a folder, the index first if there is one, and their state dict."""
     weights = next((folder / each for each in _WEIGHTS if (folder / each).exists()), None)
     if weights is None:
         raise UserError(f"{folder} has no weights: one of {', '.join(_WEIGHTS)} is needed")
     if weights.name != INDEX:
         content, key = read_content(weights, _KEYS)
-        return weights, _take_network(_checked(content[key] if key else content, weights), key, weights)
+        return [weights], _take_network(_checked(content[key] if key else content, weights), key, weights)
     state: dict[str, Tensor] = {}
-    for path in sorted({folder / file for file in shard_files(folder).values()}):
+    shards = sorted({folder / file for file in shard_files(folder).values()})
+    for path in shards:
         state |= _checked(read_content(path, ())[0], path)
-    return weights, _take_network(state, "", weights)
+    return [weights, *shards], _take_network(state, "", weights)

@@ -129,6 +129,15 @@ def attentions(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def part_before_proj(attention: Any) -> str:
+    """Returns the name of a module between v and ``proj`` that depends on channels; nothing if there is none."""
+    for part in ("norm", "gate"):
+        module = getattr(attention, part, None)
+        if module is not None and not isinstance(module, nn.Identity):
+            return part
+    return ""
+
+
 class MaskedNetwork(nn.Module):
     """Base class of every network. All of its attentions share one soft mask.
 

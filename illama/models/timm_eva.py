@@ -28,12 +28,14 @@ class GatedMLP(nn.Module):
         self.fc1: nn.Module = mlp.fc1_g
         self.fc3: nn.Module = mlp.fc1_x
         self.act: nn.Module = mlp.act
+        self.drop1: nn.Module = mlp.drop1
         self.norm: nn.Module = mlp.norm
         self.fc2: nn.Module = mlp.fc2
+        self.drop2: nn.Module = mlp.drop2
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, width) -> (B, N, width)."""
-        return self.fc2(self.norm(self.act(self.fc1(x)) * self.fc3(x)))
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x)) * self.fc3(x)))))
 
 
 def eva_to_vit(eva: Eva) -> VisionTransformer:
@@ -51,21 +53,22 @@ def eva_to_vit(eva: Eva) -> VisionTransformer:
     if getattr(eva, "patch_drop", None) is not None:
         raise UserError("an Eva that drops patches is not supported: create it without patch_drop_rate")
     patches = eva.patch_embed
-    vit = VisionTransformer(
-        patches.img_size,
-        patches.patch_size,
-        patches.proj.in_channels,
-        eva.num_classes,
-        global_pool="avg",
-        embed_dim=eva.embed_dim,
-        depth=0,
-        num_heads=1,
-        class_token=eva.cls_token is not None,
-        reg_tokens=0 if eva.reg_token is None else eva.reg_token.shape[1],
-        no_embed_class=eva.no_embed_class,
-        pos_embed="none" if eva.pos_embed is None else "learn",
-        embed_layer=PatchEmbed,
-    )
+    with torch.device("meta"):  # every parameter is replaced
+        vit = VisionTransformer(
+            patches.img_size,
+            patches.patch_size,
+            patches.proj.in_channels,
+            eva.num_classes,
+            global_pool="avg",
+            embed_dim=eva.embed_dim,
+            depth=0,
+            num_heads=1,
+            class_token=eva.cls_token is not None,
+            reg_tokens=0 if eva.reg_token is None else eva.reg_token.shape[1],
+            no_embed_class=eva.no_embed_class,
+            pos_embed="none" if eva.pos_embed is None else "learn",
+            embed_layer=PatchEmbed,
+        )
     vit.patch_embed.proj = patches.proj
     for name in ("global_pool", "cls_token", "reg_token", "pos_embed", "pretrained_cfg"):
         if hasattr(eva, name):
@@ -115,7 +118,8 @@ def _attention(attention: Any) -> Attention:
     """Returns timm's plain attention with the modules of an Eva's, q, k and v in one projection."""
     if type(attention) not in (EvaAttention, AttentionRope):
         raise UserError(f"it has a {type(attention).__name__}; give one with EvaAttention or AttentionRope")
-    new: Any = Attention(8, 1)
+    with torch.device("meta"):
+        new: Any = Attention(8, 1)
     new.num_heads, new.head_dim, new.scale = attention.num_heads, attention.head_dim, attention.scale
     new.attn_dim = attention.num_heads * attention.head_dim
     for name in ("q_norm", "k_norm", "norm", "gate", "proj", "attn_drop", "proj_drop"):

@@ -6,6 +6,7 @@ trained and its image size fixed, both are constants; with them, layers that onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from illama.errors import UserError
+from illama.models.hooks import input_hooks
 
 
 @torch.no_grad()
@@ -43,17 +45,15 @@ def fold_hybrid(vit: VisionTransformer) -> None:
 
 def _input_sizes(embed: Any) -> dict[str, tuple[int, int]]:
     """Returns the (height, width) of the input of every module of the ResNet, by running it once."""
-    sizes, hooks = {}, []
-    for name, module in embed.backbone.named_modules():
+    sizes: dict[str, tuple[int, int]] = {}
 
-        def note(_: nn.Module, inputs: Any, name: str = name) -> None:
-            sizes[name] = tuple(inputs[0].shape[-2:])
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _, inputs: sizes.update({name: tuple(inputs[0].shape[-2:])})
 
-        hooks.append(module.register_forward_pre_hook(note))
     parameter = next(embed.backbone.parameters())
-    embed.backbone(torch.zeros(1, embed.in_chans, *embed.img_size, dtype=parameter.dtype, device=parameter.device))
-    for hook in hooks:
-        hook.remove()
+    images = torch.zeros(1, embed.in_chans, *embed.img_size, dtype=parameter.dtype, device=parameter.device)
+    with input_hooks(embed.backbone, {name: note(name) for name, _ in embed.backbone.named_modules()}):
+        embed.backbone(images)
     return sizes
 
 
@@ -66,8 +66,16 @@ def _plain(module: Any, size: tuple[int, int]) -> nn.Module:
     if isinstance(module, MaxPool2dSame):  # padded with the least value that half precision has
         new: Any = nn.MaxPool2d(module.kernel_size, module.stride, dilation=module.dilation)
         return nn.Sequential(nn.ConstantPad2d(pads, -65504.0), new) if any(pads) else new
-    new = nn.Conv2d(1, 1, module.kernel_size, module.stride, module.padding, module.dilation, module.groups, False)
-    new.in_channels, new.out_channels = module.in_channels, module.out_channels
+    with torch.device("meta"):
+        new = nn.Conv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+        )
     flat = module.weight.reshape(1, module.out_channels, -1)
     weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=module.eps).reshape_as(module.weight)
     new.weight, new.bias = nn.Parameter(weight), module.bias

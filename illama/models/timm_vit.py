@@ -46,7 +46,7 @@ def to_causal(vit: VisionTransformer | Eva, mask: MaskKind = "post_softmax") -> 
     """
     if mask not in ("post_softmax", "pre_softmax"):
         raise UserError(f"mask must be post_softmax or pre_softmax, not {mask!r}")
-    return CausalVisionTransformer(_copy(vit, f"cannot make a {type(vit).__name__} causal"), mask)
+    return CausalVisionTransformer(_copy(vit, f"cannot make this {type(vit).__name__} causal"), mask)
 
 
 def to_quantizable(vit: VisionTransformer | Eva) -> CausalVisionTransformer:
@@ -55,7 +55,7 @@ def to_quantizable(vit: VisionTransformer | Eva) -> CausalVisionTransformer:
     Accepts the networks that :func:`to_causal` accepts, but of hybrids, whose patches come from a convolutional
     network, only those with a ResNet. The copy has the attention, normalization and code path of the causal networks.
     """
-    refusal = f"cannot quantize a {type(vit).__name__}"
+    refusal = f"cannot quantize this {type(vit).__name__}"
     plain = _copy(vit, refusal)
     if type(plain.patch_embed) not in (PatchEmbed, HybridEmbed):
         kind = type(plain.patch_embed).__name__

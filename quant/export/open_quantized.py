@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from illama.bundle import SCHEME, WEIGHTS, sha256
+from illama.bundle import SCHEME, WEIGHTS
 from illama.errors import UserError
 from illama.manifest import Manifest
 from illama.models.attention import MaskedNetwork
@@ -36,7 +36,7 @@ def open_source(bundle: Path | None, given: Mapping[str, Any]) -> Inputs:
         source = replace(source, exif=preprocessing.exif, class_order=preprocessing.class_order)
     source = replace(source, **{name: value for name, value in given.items() if value is not None})
     inputs = open_inputs(source, needs_labels=False)
-    if manifest and sha256(inputs.checkpoint.weights) not in manifest.provenance.inputs.values():
+    if manifest and not {*inputs.checkpoint.digests().values()} <= {*manifest.provenance.inputs.values()}:
         raise UserError(f"{bundle} was not made from {inputs.source.checkpoint}: give the right --checkpoint")
     return inputs
 

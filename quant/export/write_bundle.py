@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, GoldenImages, sha256, size_of
+from illama.bundle import CPU_ONNX, FUSED_ONNX, SCHEME, TORCHAO, GoldenImages, size_of
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest, Provenance, Quantization
 from illama.memory import release_memory
@@ -59,8 +59,7 @@ class Origin:
     @classmethod
     def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
         """Returns the origin of a checkpoint and its data; ``files``: SHA-256 of other input files, by path."""
-        weights = inputs.checkpoint.weights
-        hashes = {str(weights): sha256(weights), **(files or {})}
+        hashes = {**inputs.checkpoint.digests(), **(files or {})}
         provenance = Provenance(seed=seed, inputs=hashes, source=inputs.source)
         return cls(inputs.preprocessing, inputs.classes, provenance)
 

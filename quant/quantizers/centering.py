@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from illama.models.attention import MaskedNetwork, attentions
+from illama.models.attention import MaskedNetwork, attentions, part_before_proj
+from illama.models.hooks import input_hooks
 from illama.progress import track
-from quant.quantizers.layers import input_hooks
 from quant.schemes.scheme import Scheme
 
 
@@ -56,15 +56,6 @@ def center(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> N
             model(images)
     for (name, part), found in means.items():
         _subtract(attentions(model)[name], part, torch.stack(found).mean(0))
-
-
-def part_before_proj(attention: Any) -> str:
-    """Returns the name of a module between v and ``proj`` that depends on channels; nothing if there is none."""
-    for part in ("norm", "gate"):
-        module = getattr(attention, part, None)
-        if module is not None and not isinstance(module, nn.Identity):
-            return part
-    return ""
 
 
 def _free_parts(model: MaskedNetwork, attention: Any) -> str:

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from illama.models.hooks import input_hooks
 from illama.progress import track
 from quant.quantizers.layers import (
     QuantizedConv2d,
     QuantizedLayer,
     QuantizedLinear,
     WeightQuantizer,
-    input_hooks,
     rounded_input,
     split_groups,
 )

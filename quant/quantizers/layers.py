@@ -13,9 +13,8 @@ differentiable operations, and scales are trained as in LSQ (Esser et al., arXiv
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -294,17 +293,6 @@ def fold_zero_point(layer: QuantizedLayer) -> None:
     layer.shift = layer.input.fold_zero_point()
     excess = layer.shift * weight.flatten(1).sum(1)
     layer.bias = nn.Parameter(-excess if layer.bias is None else layer.bias - excess)
-
-
-@contextmanager
-def input_hooks(model: nn.Module, hooks: Mapping[str, Callable[[nn.Module, Any], None]]) -> Iterator[None]:
-    """Inside the block, calls each hook with the module named and its inputs, before the module runs."""
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def copy_sharing_weights(model: Network) -> Network:

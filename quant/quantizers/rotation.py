@@ -26,12 +26,12 @@ from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
 from illama.errors import UserError
-from illama.models.attention import MaskedNetwork, attentions
+from illama.models.attention import MaskedNetwork, attentions, part_before_proj
+from illama.models.hooks import input_hooks
 from illama.models.illama import ILLaMA
 from illama.models.timm_vit import CausalVisionTransformer
 from illama.models.upernet import UperNet
-from quant.quantizers.centering import center, part_before_proj
-from quant.quantizers.layers import input_hooks
+from quant.quantizers.centering import center
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Rotations, Scheme
 

@@ -21,9 +21,9 @@ import torch
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
+from illama.models.attention import part_before_proj
+from illama.models.hooks import input_hooks
 from illama.progress import track
-from quant.quantizers.centering import part_before_proj
-from quant.quantizers.layers import input_hooks
 from quant.schemes.scheme import Scheme
 
 

@@ -150,7 +150,9 @@ def test_shards_are_read_as_one_file(tmp_path):
     for file in set(files.values()):
         save_file({name: state[name] for name in state if files[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    assert equal(load_timm("", folder).model, vit)
+    loaded = load_timm("", folder)
+    names = [path.rpartition("/")[2] for path in loaded.digests()]
+    assert equal(loaded.model, vit) and names[1:] == ["config.json", *sorted(set(files.values()))]
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(UserError, match="model-1"):
         load_timm("", folder)
@@ -164,6 +166,10 @@ def test_shards_are_read_as_one_file(tmp_path):
         ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "checkpoint_path"),
         ({"model_args": {"pretrained": True}}, "pretrained"),
         ({"model_args": {"depth": "two"}}, "vit_tiny_patch16_224"),
+        ({"model_args": {"num_heads": 0}}, "vit_tiny_patch16_224"),
+        ({"model_args": {**SIZES, "depth": 10**9}}, "depth"),
+        ({"model_args": {**SIZES, "embed_dim": 1 << 20}}, "less than half"),
+        ({"model_args": ["depth"]}, "model_args"),
         ({"pretrained_cfg": {"mean": "half"}}, "mean"),
     ],
 )
@@ -174,8 +180,8 @@ def test_a_config_that_cannot_be_used_is_refused(changes, word, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["global_pool", "checkpoint_path=x.pth", "pretrained=true", "cache_dir=/tmp"])
-def test_options_that_read_files_or_download_are_refused(text):
+@pytest.mark.parametrize("text", ["global_pool", "checkpoint_path=x.pth", "pretrained=true", "img_size=96"])
+def test_options_that_read_files_or_download_or_that_weights_decide_are_refused(text):
     with pytest.raises(UserError):
         parse_options(text)
 

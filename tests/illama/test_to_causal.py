@@ -367,7 +367,7 @@ def other_scale():
     ],
 )
 def test_networks_that_cannot_be_converted_exactly_are_rejected(make, identifier):
-    for take, refusal in ((to_causal, "cannot make a "), (to_quantizable, "cannot quantize a ")):
+    for take, refusal in ((to_causal, "cannot make this "), (to_quantizable, "cannot quantize this ")):
         with pytest.raises(UserError, match=identifier) as caught:
             take(make())
         assert str(caught.value).startswith(refusal) and "\n" not in str(caught.value)
