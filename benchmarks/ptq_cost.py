@@ -73,7 +73,7 @@ class CostOptions:
         out: folder of the results.
     """
 
-    schemes: tuple[str, ...] = ("int8", "int8-smooth", "fp8", "w4a8")
+    schemes: tuple[str, ...] = ("int8", "fp8", "w4a8")
     checkpoint: Path | None = None
     models: tuple[str, ...] = ("tiny",)
     sizes: tuple[int, ...] = (224,)

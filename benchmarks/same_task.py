@@ -75,7 +75,10 @@ OURS = (
 TOOLS = (
     Tool("this toolkit, int8", None, OURS.format(scheme="int8"), "ours-int8/int8/model.onnx"),
     Tool(
-        "this toolkit, int8-smooth", None, OURS.format(scheme="int8-smooth"), "ours-int8-smooth/int8-smooth/model.onnx"
+        "this toolkit, int8-accurate",
+        None,
+        OURS.format(scheme="int8-accurate"),
+        "ours-int8-accurate/int8-accurate/model.onnx",
     ),
     Tool(
         "ModelOpt, PyTorch, SmoothQuant",
@@ -124,7 +127,7 @@ class SameTaskOptions:
         calibration_images: number of calibration pictures.
         images: number of test pictures.
         seconds: how long a tool may take.
-        again: run again the tools that succeeded in an earlier run, whose rows are in the results.
+        again: run again the other tools that succeeded in an earlier run, whose rows are in the results.
         out: folder of the results.
     """
 
@@ -299,12 +302,13 @@ def main(options: SameTaskOptions) -> None:
 
 
 def earlier_rows(options: SameTaskOptions) -> dict[str, Row]:
-    """Returns the rows of an earlier run with as many images, of the tools that succeeded."""
+    """Returns the rows of an earlier run with as many images, of the other tools that succeeded."""
     path = options.out / "same-task.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     same = all(found.get(name) == getattr(options, name) for name in ("images", "calibration_images"))
     rows = [Row(**{each.name: row[each.name] for each in fields(Row)}) for row in found.get("tools", ()) if same]
-    return {row.title: row for row in rows if not row.problem}
+    others = {tool.title for tool in TOOLS if tool.venv}
+    return {row.title: row for row in rows if row.title in others and not row.problem}
 
 
 def installed(venv: Path) -> dict[str, str]:

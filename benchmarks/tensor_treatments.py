@@ -89,7 +89,7 @@ def treatments() -> Iterator[tuple[str, str, Scheme]]:
         )
     yield "int8", "symmetric inputs", replace(symmetric, smooth=int8.smooth)
     yield "int8", "nothing smoothed", bare
-    for name in ("int8", "int8-smooth", "int8-attention", "fp8", "fp8-attention"):
+    for name in ("int8", "int8-accurate", "int8-attention", "fp8", "fp8-attention"):
         yield name, "as shipped", shipped_scheme(name)
 
 

@@ -14,7 +14,6 @@ SHIPPED_SCHEMES = (
     "int8",
     "int8-accurate",
     "int8-attention",
-    "int8-smooth",
     "int8-weight-only",
     "fp8",
     "fp8-attention",

@@ -64,7 +64,6 @@ TENSORRT_SCHEMES = [
     "fp8-attention",
     "int8",
     "int8-accurate",
-    "int8-smooth",
     "int8-weight-only",
     "w4a16",
 ]

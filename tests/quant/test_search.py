@@ -221,7 +221,7 @@ def _search(data, out, *more):
 def test_the_command_and_its_replay(data, tmp_path, run_here):
     """The scheme of a search, calibrated and exported again, gives the same file byte for byte."""
     out = tmp_path / "search"
-    result = _search(data, out, "--max-megabytes", 0.3, "--formats", "int8", "int8-smooth")
+    result = _search(data, out, "--max-megabytes", 0.3, "--formats", "int8", "int8-accurate")
     assert result.returncode == 0, result.stderr
     found, scheme = json.loads((out / "search.json").read_text()), read_scheme(out / "scheme.yaml")
     assert found["met"] and (out / "model.onnx").stat().st_size <= 300_000
