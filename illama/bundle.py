@@ -28,13 +28,14 @@ from typing import Literal
 from illama.errors import check_exists
 
 MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS, PACKED_WEIGHTS = "model.safetensors", "model.safetensors.xz"  # the second in a wheel only
 CPU_ONNX = "model.onnx"
 FUSED_ONNX = "model.fused.onnx"
 TORCHAO = "model.torchao.safetensors"
 SCHEME = "scheme.yaml"  # the scheme of the quantization
 ENGINES = "engines"
-INPUT, OUTPUT = "images", "logits"  # names in every graph: (B, C, H, W) float32 and (B, classes, ...) float32
+# Names in every graph: of images (B, C, H, W) float32, and of the output (B, ...) float32, by whether it is classes'.
+INPUT, OUTPUT, FEATURES = "images", "logits", "features"
 SHIPPED = Path(__file__).parent / "weights" / "nano-fashion-mnist"  # the checkpoint in this repository
 TEMPERATURE = "temperature.json"
 GOLDEN = "golden.safetensors"
@@ -91,6 +92,12 @@ def data_file(path: Path) -> Path:
 def with_data(path: Path) -> list[Path]:
     """Returns a file, and the external data beside it, if there is any."""
     return [each for each in (path, data_file(path)) if each == path or each.is_file()]
+
+
+def weights_of(bundle: Path) -> Path:
+    """Returns the path of a bundle's weights, which need not exist."""
+    packed = bundle / PACKED_WEIGHTS
+    return packed if packed.exists() else bundle / WEIGHTS
 
 
 def sha256(path: Path) -> str:

@@ -27,7 +27,7 @@ from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.verification import verify
 from deploy.trt.library import fits_this_gpu
 from deploy.trt.record import ENGINE, EngineRecord, find_engines
-from illama.bundle import CPU_ONNX, TORCHAO, WEIGHTS, bundle_of
+from illama.bundle import CPU_ONNX, TORCHAO, bundle_of, weights_of
 from illama.errors import UserError, check_exists
 from illama.manifest import Manifest
 
@@ -119,7 +119,7 @@ def files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:
     if not path.is_dir() or bundle_of(path) != path:
         return [path / ENGINE if path.is_dir() else path]
     Manifest.read(path)
-    weights = path / (TORCHAO if (path / TORCHAO).exists() else WEIGHTS)
+    weights = path / TORCHAO if (path / TORCHAO).exists() else weights_of(path)
     if runtime in ("torch", "torch-compile"):
         return [weights]
     engines = find_engines(path, runtime) if runtime in (None, *TITLES) else []

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from illama.bundle import MANIFEST, TORCHAO, WEIGHTS, sha256
+from illama.bundle import MANIFEST, PACKED_WEIGHTS, TORCHAO, WEIGHTS, sha256, weights_of
 from illama.checkpoints.tensor_files import PLAIN, check_config, read_metadata, read_tensors
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
@@ -110,7 +110,7 @@ def load_network(path: Path) -> MaskedNetwork:
         module, _, function = _READERS[path.name].partition(":")
         reader: Callable[[Path], MaskedNetwork] = getattr(importlib.import_module(module), function)
         return reader(path.parent)
-    return load_checkpoint(path.parent if path.name == WEIGHTS else path).model
+    return load_checkpoint(path.parent if path.name in (WEIGHTS, PACKED_WEIGHTS) else path).model
 
 
 def initialize_from(model: ILLaMA, path: Path, *, new_head: bool) -> list[str]:
@@ -217,7 +217,7 @@ def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
 def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
     """Reads and checks a bundle or a file; raises UserError as :func:`load_checkpoint` does."""
     folder = path if path.is_dir() else path.parent
-    weights = path / WEIGHTS if path.is_dir() else path
+    weights = weights_of(path) if path.is_dir() else path
     in_bundle = path.is_dir() or (weights.name == WEIGHTS and (folder / MANIFEST).exists())
     manifest = Manifest.read(folder) if in_bundle else None
     state = read_state(weights)

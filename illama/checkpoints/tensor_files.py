@@ -7,6 +7,7 @@ Nothing in a file is executed, and nothing is filled that the file does not hold
 from __future__ import annotations
 
 import argparse
+import lzma
 import math
 import pickle
 import zipfile
@@ -30,6 +31,8 @@ PLAIN = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FOLDER_FILES = (INDEX, SINGLE, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_LARGEST_RATIO = 4  # of weights to their .xz
 _SHARED = 2  # tied weights make the tensors larger than the file, but hardly twice
 
 
@@ -52,11 +55,7 @@ def read_tensors(path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> dict[str,
         UserError: the file is missing, damaged, or has other values than dense tensors of ``dtypes``.
     """
     content, key = read_content(path, ("model", "state_dict"))
-    state = content[key] if key else content
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path} is not a state dict of tensors")
-    check_tensors(state, path, dtypes)
-    return dict(state)
+    return state_dict(content[key] if key else content, path, dtypes)
 
 
 def read_content(path: Path, keys: Sequence[str]) -> tuple[dict[Any, Any], str]:
@@ -70,6 +69,9 @@ def read_content(path: Path, keys: Sequence[str]) -> tuple[dict[Any, Any], str]:
     if path.suffix == ".safetensors":
         with _damaged(path):
             return safetensors.torch.load_file(path), ""
+    if path.name.endswith(".safetensors.xz"):
+        with _damaged(path), lzma.open(path) as file:
+            return safetensors.torch.load(file.read(_LARGEST_RATIO * path.stat().st_size)), ""
     content = read_pickle(path)
     if {"model", "average", "step"} <= content.keys():
         raise UserError(f"{path} is the state of a training run, without its config: use the run's bundle")
@@ -109,6 +111,34 @@ def check_tensors(state: Mapping[Any, Any], path: Path, dtypes: Sequence[torch.d
         claimed += math.prod(max(1, size) for size in value.shape) * value.element_size()
     if claimed > _SHARED * path.stat().st_size:
         raise UserError(f"{path} claims tensors of {claimed} bytes in all, more than the file has")
+
+
+def read_folder(folder: Path, keys: Sequence[str]) -> tuple[list[Path], dict[str, Tensor], str]:
+    """Reads the weights in a folder of timm's hub or of Hugging Face.
+
+    Returns:
+        The files, the index of shards first if there is one; their state dict; and its key, as :func:`read_content`.
+
+    Raises:
+        UserError: there are none, or a file is damaged or holds more than tensors.
+    """
+    weights = next((folder / each for each in FOLDER_FILES if (folder / each).exists()), None)
+    if weights is None:
+        raise UserError(f"{folder} has no weights: one of {', '.join(FOLDER_FILES)} is needed")
+    shards = sorted({folder / file for file in shard_files(folder).values()}) if weights.name == INDEX else [weights]
+    state: dict[str, Tensor] = {}
+    for path in shards:
+        content, key = read_content(path, keys)
+        state |= state_dict(content[key] if key else content, path)
+    return ([weights, *shards] if weights.name == INDEX else [weights]), state, key
+
+
+def state_dict(given: Any, path: Path, dtypes: Sequence[torch.dtype] = PLAIN) -> dict[str, Tensor]:
+    """Returns the content of a file if it is a state dict; raises UserError if not, as :func:`check_tensors`."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path} is not a state dict of tensors")
+    check_tensors(given, path, dtypes)
+    return dict(given)
 
 
 def shard_files(folder: Path) -> dict[str, str]:

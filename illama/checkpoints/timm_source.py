@@ -21,13 +21,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from illama.checkpoints.load import PATCHES, check_finite
-from illama.checkpoints.tensor_files import INDEX, SINGLE, check_tensors, read_content, shard_files
+from illama.checkpoints.tensor_files import read_content, read_folder, state_dict
 from illama.errors import UserError
 from illama.structured_files import parse_json, read_json
 
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # in timm's order
 HUB_CONFIG = "config.json"
-_WEIGHTS = (INDEX, SINGLE, "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 _FROM_SHAPES = ("num_classes", "in_chans", "img_size")  # options that weights decide
 # Options that change what is computed. Others of create_model read files, download, or change the type of the network.
@@ -102,7 +101,7 @@ def read_timm(path: Path) -> TimmSource:
     if path.is_dir():
         return _read_folder(path)
     content, key = read_content(path, _KEYS)
-    state = _take_network(_checked(content[key] if key else content, path), key, path)
+    state = _take_network(state_dict(content[key] if key else content, path), key, path)
     return TimmSource(state, path, **_read_arguments(content.get("args") if key else None, path))
 
 
@@ -139,13 +138,6 @@ def _stated_options(pool: Any, options: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where} has options that are not a mapping: give the state dict and --model-args")
     stated = {**({"global_pool": pool} if pool is not None else {}), **options}
     return _check_options({name: value for name, value in stated.items() if name not in _FROM_SHAPES}, where)
-
-
-def _checked(given: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(given, Mapping):
-        raise UserError(f"{path} is not a state dict of tensors")
-    check_tensors(given, path)
-    return dict(given)
 
 
 def _take_network(given: dict[str, Tensor], key: str, path: Path) -> dict[str, Tensor]:
@@ -188,10 +180,10 @@ def _read_arguments(given: Any, path: Path) -> dict[str, Any]:
 def _read_folder(folder: Path) -> TimmSource:
     """Reads a folder of timm's hub: config.json and the weights."""
     config = read_json(folder / HUB_CONFIG, _HubConfig, "ignore")
-    files, state = _folder_state(folder)
+    files, content, key = read_folder(folder, _KEYS)
     stated = config.pretrained_cfg
     return TimmSource(
-        state,
+        _take_network(content, key, files[0]),
         files[0],
         config.architecture,
         _stated_options(config.global_pool, config.model_args, str(folder / HUB_CONFIG)),
@@ -200,18 +192,3 @@ def _read_folder(folder: Path) -> TimmSource:
         tuple(config.label_names or ()),
         (folder / HUB_CONFIG, *files[1:]),
     )
-
-
-def _folder_state(folder: Path) -> tuple[list[Path], dict[str, Tensor]]:
-    """Returns the files of the weights in a folder, the index first if there is one, and their state dict."""
-    weights = next((folder / each for each in _WEIGHTS if (folder / each).exists()), None)
-    if weights is None:
-        raise UserError(f"{folder} has no weights: one of {', '.join(_WEIGHTS)} is needed")
-    if weights.name != INDEX:
-        content, key = read_content(weights, _KEYS)
-        return [weights], _take_network(_checked(content[key] if key else content, weights), key, weights)
-    state: dict[str, Tensor] = {}
-    shards = sorted({folder / file for file in shard_files(folder).values()})
-    for path in shards:
-        state |= _checked(read_content(path, ())[0], path)
-    return [weights, *shards], _take_network(state, "", weights)

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import ROOT, assert_one_line_error
 
-from illama.bundle import SHIPPED
+from illama.bundle import SHIPPED, weights_of
+from illama.checkpoints.tensor_files import read_tensors
 from illama.data.datasets import SHIPPED_FASHION_MNIST
 from illama.data.idx_files import read_idx_pair
 from quant import quantize
@@ -90,8 +91,8 @@ def test_the_wheel_is_small_and_holds_what_the_main_job_needs(wheel, tmp_path):
         expected = read_idx_pair(SHIPPED_FASHION_MNIST, split, 10)
         actual = read_idx_pair(small / SHIPPED_FASHION_MNIST.relative_to(ROOT / "illama"), split, 10)
         assert all(map(np.array_equal, actual, expected))
-    weights = SHIPPED.relative_to(ROOT / "illama") / "model.safetensors"
-    halves, floats = load_file(small / weights), load_file(SHIPPED / "model.safetensors")
+    weights = weights_of(small / SHIPPED.relative_to(ROOT / "illama"))
+    halves, floats = read_tensors(weights), load_file(SHIPPED / "model.safetensors")
     assert all(torch.equal(halves[name], value.half()) for name, value in floats.items()) and len(halves) == len(floats)
 
 
