@@ -1,14 +1,16 @@
-"""Classify images with any engine:
+"""Classify images, or compute their features, with any engine:
 
 python deploy/predict.py --engine runs/ptq/int8 photo.jpg
 python deploy/predict.py --engine runs/ptq/int8/model.onnx --runtime onnxruntime --watch /data/line
 
-Prints the five most probable classes of each image. The engine can be a bundle, a TensorRT engine or an ONNX file.
+Prints the five most probable classes of each image, or the shape and the length of its features. The engine can be a
+bundle, a TensorRT engine or an ONNX file.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from illama.errors import UserError
 from illama.options import Positive, ThreadsOrAll
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from deploy.runtimes.classify import Infer
 
 
@@ -40,6 +44,8 @@ class PredictOptions:
         seconds: time after which --watch stops; if not given, it runs until Ctrl-C.
         threads: number of threads on a CPU; 0 for one per core.
         unverified: run an engine even if it computes other logits than its golden answers.
+        save: path to a .npy file for the outputs of all images, (n, classes) or (n, ...) features, in the order of the
+            lines.
         server: URL of a model of python deploy/serve.py, such as http://127.0.0.1:8000/v2/models/int8, to ask instead
             of --engine.
     """
@@ -51,11 +57,14 @@ class PredictOptions:
     seconds: Positive | None = None
     threads: ThreadsOrAll = 0
     unverified: bool = False
+    save: Path | None = None
     server: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.images) == bool(self.watch):
             raise UserError("give either images or --watch FOLDER")
+        if self.watch and self.save:
+            raise UserError("--save writes the outputs of given images: leave out --watch")
         if self.server and (self.runtime or self.unverified):
             raise UserError("--runtime and --unverified are for an engine here, not for --server: leave them out")
 
@@ -68,7 +77,21 @@ def main(options: PredictOptions) -> None:
         infer, temperature = _on_server(options.server) if options.server else _in_engine(options, stack)
         until = time.monotonic() + options.seconds if options.seconds is not None else None
         paths = new_images(options.watch, until) if options.watch else expand_images(options.images)
-        classify(infer, temperature, paths, skip_broken=bool(options.watch))
+        outputs = classify(infer, temperature, paths, skip_broken=bool(options.watch))
+        if options.save is None:
+            deque(outputs, maxlen=0)  # prints the lines
+        else:
+            _save(list(outputs), options.save)
+
+
+def _save(outputs: list[np.ndarray], path: Path) -> None:
+    import numpy as np
+
+    from illama.atomic_write import write_file
+
+    with write_file(path) as draft, draft.open("wb") as file:
+        np.save(file, np.stack(outputs))
+    print(f"{len(outputs)} outputs: {path}", flush=True)
 
 
 def _on_server(url: str) -> tuple[Infer, float]:

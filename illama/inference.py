@@ -14,7 +14,7 @@ from illama.data.datasets import Sample, Transformed
 from illama.data.preprocessing import Transform
 from illama.progress import Activity, track
 
-Infer = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) float32 -> logits
+Infer = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) float32 -> logits or features (B, ...)
 _PIXELS = 400_000  # of the images in a call, which bound its memory
 _HELD = 2**28  # bytes of images that all models run on before others are read
 
@@ -42,7 +42,7 @@ def predict(
     workers: int = 0,
     progress: bool = True,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Returns each model's logits (n, classes) over a split, and the labels (n,); shows the progress.
+    """Returns each model's output (n, ...) over a split, and the labels (n,); shows the progress.
 
     Each image is read once for all models.
 
@@ -63,7 +63,7 @@ def predict_chunks(
     workers: int = 0,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Yields each model's logits (n, classes), and the labels (n,), for each chunk of a split.
+    """Yields each model's output (n, ...), and the labels (n,), for each chunk of a split.
 
     Each image of the chunks is read once for all models. A model makes many calls before the next model, since
     switching costs time.

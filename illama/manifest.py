@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from illama.bundle import MANIFEST, GoldenImages, NetworkKind, command_line, package_versions
+from illama.bundle import FEATURES, MANIFEST, OUTPUT, GoldenImages, NetworkKind, command_line, package_versions
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.options import SourceOptions
@@ -179,7 +179,7 @@ class Manifest:
         network: kind of the network that ``config`` describes.
         config: its configuration (:class:`illama.ModelConfig`, for example) as a dict.
         preprocessing: how an image becomes the network's input.
-        classes: class names in the order of the logits.
+        classes: class names in the order of the logits; empty if the output is features.
         provenance: how the bundle was made.
         quantization: None if the network was not quantized.
         scores: None if it was not evaluated.
@@ -187,7 +187,8 @@ class Manifest:
         numeric_range: of the graph for TensorRT; None if there is none, or it was not measured.
         golden_answers: the images of its golden answers (:mod:`illama.golden_answers`); None if it was written before
             there were any.
-        features, stream: reserved for later versions; this one keeps them unchanged.
+        features: shape of the output for an image, of a network without a classifier; None for one with classes.
+        stream: reserved for later versions; this one keeps it unchanged.
         format: version of this format.
     """
 
@@ -201,13 +202,23 @@ class Manifest:
     frame: tuple[int, int, int] | None = None
     numeric_range: NumericRange | None = None
     golden_answers: GoldenImages | None = None
-    features: Mapping[str, Any] | None = None
+    features: tuple[int, ...] | None = None
     stream: Mapping[str, Any] | None = None
     format: Literal[2] = 2
 
     def __post_init__(self) -> None:
         if (count := self.config.get("num_classes", len(self.classes))) != len(self.classes):
             raise UserError(f"the network has {count!s:.20} classes, and {len(self.classes)} are named")
+
+    @property
+    def output(self) -> str:
+        """Name of the graphs' output."""
+        return FEATURES if self.features else OUTPUT
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the output for an image, of a network for classification or features."""
+        return self.features or (len(self.classes),)
 
     @property
     def data(self) -> str:

@@ -43,6 +43,7 @@ Exif = Literal["apply", "ignore"]
 ClassOrder = Literal["words", "natural"]
 Interpolation = Literal["bicubic", "bilinear"]
 Device = Literal["auto", "cpu", "cuda"]
+Head = Literal["classes", "embedding", "none", "tokens"]
 
 # Types of options with their bounds, which :func:`check_bounds` checks.
 _MOST = (1 << 31) - 1
@@ -87,14 +88,17 @@ class SourceOptions:
 
     Attributes:
         checkpoint: bundle folder, .safetensors file or released .pth file; defaults to the shipped nano.
-        model: timm:NAME for the checkpoint of a timm ViT; the architecture of an iLLaMA, and of a folder of timm's hub,
-            is read from the checkpoint.
+        model: timm:NAME for the checkpoint of a timm ViT; hf for a folder of Hugging Face. The architecture of an
+            iLLaMA, and of a folder with a config.json, is read from the checkpoint.
         data: the data set.
         calibration_images: number of training images that ranges are calibrated on. Defaults to 512, or to all if there
             are fewer.
         image_size: image size in pixels; the position embedding is interpolated. Defaults to the checkpoint's.
         model_args: options of timm.create_model that the weights were trained with and that neither they nor a folder's
             config.json say, such as global_pool=avg,fc_norm=false.
+        head: what the network computes. classes: the logits of its classifier. embedding: the same, of a head that has
+            no classes, such as CLIP's projection. none: the features in front of the head, pooled. tokens: the same of
+            all tokens.
         mean: mean of each channel of pixels from 0 to 1. This and the next three default to the checkpoint's, or to
             timm's for the model.
         std: standard deviation of each channel.
@@ -113,6 +117,7 @@ class SourceOptions:
     calibration_images: Count | None = None
     image_size: ImageSize | None = None
     model_args: str = ""
+    head: Head = "classes"
     mean: tuple[Number, ...] | None = None
     std: tuple[Positive, ...] | None = None
     crop_pct: Annotated[float, Interval(gt=0, le=1)] | None = None

@@ -15,6 +15,7 @@ _LOGS = {
 }
 _WARNINGS = (
     "Cannot find transformers package",  # by nvidia-modelopt, on import
+    "transformers .* is not tested with current version of modelopt",  # likewise; it is not used
     r"`torch\.jit\.script` is deprecated",  # by nvidia-modelopt, on import
 )
 

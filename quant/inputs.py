@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from illama.checkpoints.load import Checkpoint, load_checkpoint
+from illama.checkpoints.huggingface import is_huggingface, load_huggingface
+from illama.checkpoints.load import Checkpoint, ILLaMACheckpoint, load_checkpoint
 from illama.checkpoints.timm_checkpoint import TimmCheckpoint, load_timm
 from illama.checkpoints.timm_source import HUB_CONFIG, parse_options
 from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, note_channels, open_data, unlabeled
@@ -22,7 +23,7 @@ from illama.errors import UserError
 from illama.hardware import torch_device
 from illama.inference import images_per_call, load_images
 from illama.models.attention import MaskedNetwork
-from illama.options import SourceOptions
+from illama.options import Head, SourceOptions
 from quant.quantizers.rotation import prepare
 from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
@@ -53,8 +54,8 @@ class Inputs:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes: the data's; if it has no labels, the checkpoint's, or numbers."""
-        return tuple(self.data.classes)
+        """Names of the classes: the data's; if it has no labels, the checkpoint's, or numbers; none for features."""
+        return tuple(self.data.classes) if self.model.config.num_classes else ()
 
     @property
     def calibration_images(self) -> int:
@@ -111,17 +112,10 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
         if needs_labels:
             raise unlabeled(data)
         images.classes = loaded.classes or tuple(map(str, range(config.num_classes)))
-    if len(images.classes) != config.num_classes:
-        raise UserError(
-            f"{checkpoint} has {config.num_classes} classes, {data} has {len(images.classes)}: they must be the same"
-        )
-    names = loaded.classes
-    if isinstance(loaded, TimmCheckpoint) and names and not {*names} & {*images.classes}:
-        print(f"note: {checkpoint} names its classes otherwise ({names[0]!r}, ...) than {data}: in the same order?")
-        names = ()  # such as ImageNet's numbers and words
-    for trained, given in zip(names, images.classes, strict=False):
-        if trained != given:
-            raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {given!r}")
+    if config.features and needs_labels:
+        raise UserError(f"{checkpoint} computes features with --head {options.head}, and this command needs classes")
+    if config.num_classes:
+        _check_classes(loaded, images.classes, options)
     fitting = stored or images.preprocessing(config.image_size, config.in_channels)
     changes: dict[str, Any] = {name: value for name in _GIVEN if (value := getattr(options, name)) is not None}
     if options.crop_pct is not None:
@@ -133,16 +127,46 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
     return Inputs(loaded, images, preprocessing, source, device)
 
 
+def _check_classes(loaded: Checkpoint, given: Sequence[str], options: SourceOptions) -> None:
+    """Raises UserError if the classes of the data are not those of the network."""
+    checkpoint, data, count, names = options.checkpoint, options.data, loaded.model.config.num_classes, loaded.classes
+    if len(given) != count:
+        raise UserError(f"{checkpoint} has {count} classes, {data} has {len(given)}: they must be the same")
+    if isinstance(loaded, TimmCheckpoint) and names and not {*names} & {*given}:
+        print(f"note: {checkpoint} names its classes otherwise ({names[0]!r}, ...) than {data}: in the same order?")
+        names = ()  # such as ImageNet's numbers and words
+    for trained, here in zip(names, given, strict=False):
+        if trained != here:
+            raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {here!r}")
+
+
 def _open_checkpoint(options: SourceOptions) -> Checkpoint:
     path, model = options.checkpoint, options.model
+    if model == "hf" or (model is None and is_huggingface(path)):
+        if options.model_args:
+            raise UserError("--model-args are options of a timm network, and this one has a config: leave them out")
+        return load_huggingface(path, options.image_size, options.head)
     if model is None and not (path / HUB_CONFIG).exists():
         if options.model_args and path.exists():
             raise UserError("--model-args are options of a timm network: give --model timm:NAME, too")
-        return load_checkpoint(path, image_size=options.image_size)
+        return _with_head(load_checkpoint(path, image_size=options.image_size), options.head)
     kind, _, name = (model or "timm:").partition(":")
     if kind != "timm" or (model and not name):
-        raise UserError(f"--model is timm:NAME, not {model!r}: did you mean timm:{str(model).rpartition(':')[2]}?")
-    return load_timm(name, path, options.image_size, parse_options(options.model_args))
+        hint = f"did you mean timm:{str(model).rpartition(':')[2]}?"
+        raise UserError(f"--model is timm:NAME, or hf for a folder of Hugging Face, not {model!r}: {hint}")
+    return load_timm(name, path, options.image_size, parse_options(options.model_args), options.head)
+
+
+def _with_head(loaded: ILLaMACheckpoint, head: Head) -> ILLaMACheckpoint:
+    """Returns an iLLaMA's checkpoint that computes what ``head`` says; UserError if an iLLaMA cannot."""
+    if head == "classes" and loaded.model.config.num_classes:
+        return loaded
+    if head in ("classes", "embedding"):
+        raise UserError(f"{loaded.weights} has no such head: give --head none for the features of its class token")
+    if head == "tokens":
+        raise UserError("an iLLaMA computes the features of its class token alone: give --head none")
+    loaded.model.head, loaded.model.config = nn.Identity(), replace(loaded.model.config, num_classes=0)
+    return replace(loaded, classes=())
 
 
 def schemes_from_options(names: Sequence[str]) -> list[Scheme]:

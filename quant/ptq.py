@@ -103,7 +103,10 @@ def main(options: PtqOptions) -> None:
         images = None
         if options.report:
             data, count = inputs.data, inputs.calibration_images
-            images = EvaluationImages.of(options.source.data, data, inputs.preprocessing, options.images, count)
+            features = bool(inputs.model.config.features)
+            images = EvaluationImages.of(
+                options.source.data, data, inputs.preprocessing, options.images, count, features
+            )
             check_baseline(baseline, images)
 
         origin = replace(Origin.of(inputs, options.benchmark.seed), golden=options.golden)

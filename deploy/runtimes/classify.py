@@ -1,4 +1,4 @@
-"""Classification of image files: the five most probable classes of each, and the images that appear in a folder."""
+"""Predictions for image files: the five most probable classes or the features of each, and new images in a folder."""
 
 from __future__ import annotations
 
@@ -65,15 +65,18 @@ def new_images(folder: Path, until: float | None) -> Iterator[Path]:
 
 
 def in_engine(engine: Engine, image_input: ImageInput, classes: Sequence[str]) -> Infer:
-    """Returns a function from an image file to its logits in an engine, and the names of the classes."""
+    """Returns a function from an image file to its output in an engine, and the names of the classes."""
     return lambda path: (engine.infer(image_input.read(str(path), path.__str__)[None])[0], classes)
 
 
-def classify(infer: Infer, temperature: float, paths: Iterable[Path], skip_broken: bool) -> None:
+def classify(infer: Infer, temperature: float, paths: Iterable[Path], skip_broken: bool) -> Iterator[np.ndarray]:
     """Prints one line for each image: its five most probable classes, and the milliseconds from file to result.
 
+    Of features, prints their number and their length. Yields the output for each image.
+
     Args:
-        infer: takes a path, returns logits (classes,) and the names of the classes in their order; may raise UserError.
+        infer: takes a path, returns logits (classes,) and the names of the classes in their order, or features and no
+            names; may raise UserError.
         temperature: divides the logits.
         skip_broken: print a line for an image that cannot be read, and continue.
 
@@ -83,12 +86,17 @@ def classify(infer: Infer, temperature: float, paths: Iterable[Path], skip_broke
     for path in paths:
         start = time.perf_counter()
         try:
-            logits, classes = infer(path)
+            output, classes = infer(path)
         except UserError as error:
             if not skip_broken:
                 raise
             print(f"{path}: skipped, {error}", flush=True)
             continue
         milliseconds = (time.perf_counter() - start) * 1e3
-        result = ", ".join(f"{name} {probability:.1%}" for name, probability in top5(logits, classes, temperature))
+        result = (
+            ", ".join(f"{name} {probability:.1%}" for name, probability in top5(output, classes, temperature))
+            if classes
+            else f"features {output.shape}, of length {np.linalg.norm(output):.4g}"
+        )
         print(f"{path}: {result} ({milliseconds:.1f} ms)", flush=True)
+        yield output

@@ -57,7 +57,7 @@ class Preprocess:
 
 
 class Network:
-    """A network's input (B, ...) -> logits (B, classes) float32, on the CPU."""
+    """A network's input (B, ...) -> its output (B, ...) float32, on the CPU."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Called by Triton. The instances of the model share the cores."""
@@ -74,18 +74,18 @@ class Network:
         """Returns one response for each request; the requests are computed as one batch."""
         batches = [_array(request, self._input) for request in requests]
         try:
-            logits = self._engine.infer(np.concatenate(batches))
+            output = self._engine.infer(np.concatenate(batches))
         except Exception as error:  # the runtimes' exceptions have no other common base class
             if len(batches) == 1:
                 return [_failure(RuntimeError(str(error)))]  # Triton has checked the shape: no client error
             return [response for request in requests for response in self.execute([request])]
         ends = np.cumsum([len(batch) for batch in batches])
-        return [self._checked(part) for part in np.split(logits, ends[:-1])]
+        return [self._checked(part) for part in np.split(output, ends[:-1])]
 
-    def _checked(self, logits: np.ndarray) -> Any:
-        if not np.isfinite(logits).all():
-            return _failure(ArithmeticError("the network's logits are not finite"))
-        return _response(self._output, logits)
+    def _checked(self, output: np.ndarray) -> Any:
+        if not np.isfinite(output).all():
+            return _failure(ArithmeticError("the network's output is not finite"))
+        return _response(self._output, output)
 
 
 # Arrays are passed by DLPack. Triton's own conversion requires the numpy with which it was built: with numpy 2, that of

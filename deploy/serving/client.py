@@ -1,4 +1,4 @@
-"""Classifies image files with a model that ``python deploy/serve.py`` serves, over HTTP."""
+"""Computes the output for image files with a model that ``python deploy/serve.py`` serves, over HTTP."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deploy.serving.health import HEADER, UnhealthyError, ask
+from illama.bundle import FEATURES
 from illama.errors import UserError
 from illama.structured_files import read_bytes
 
@@ -25,7 +26,8 @@ class ServedModel:
         url: its address, such as ``http://127.0.0.1:8000/v2/models/int8``.
 
     Attributes:
-        classes: the number of classes.
+        shape: shape of the output for an image.
+        features: whether the output is features; else it is the logits of classes.
 
     Raises:
         UserError: there is no such server or model.
@@ -37,10 +39,13 @@ class ServedModel:
             raise UserError(
                 f"{url!r} is not the address of a model: give one such as http://127.0.0.1:8000/v2/models/int8"
             )
-        self.classes = self._read(urllib.request.Request(self.url), lambda model: int(model["outputs"][0]["shape"][-1]))
+        self.name, self.shape = self._read(urllib.request.Request(self.url), _output)
+        self.features = self.name == FEATURES
 
     def infer(self, path: Path) -> tuple[np.ndarray, list[str]]:
-        """Returns the logits of an image file in descending order, and the names of their classes.
+        """Returns the logits of an image file, and the names of their classes.
+
+        Of a model for features, returns these, and no names.
 
         Raises:
             UserError: the file cannot be read here or by the server, or the server does not answer.
@@ -48,10 +53,17 @@ class ServedModel:
         content = read_bytes(path, _MAX_BYTES)
         size = {"binary_data_size": len(content)}
         image = {"name": "image", "shape": [1, len(content)], "datatype": "UINT8", "parameters": size}
-        wanted = {"name": "logits", "parameters": {"classification": self.classes}}
+        form = {"binary_data": False} if self.features else {"classification": self.shape[-1]}
+        wanted = {"name": self.name, "parameters": form}
         head = json.dumps({"inputs": [image], "outputs": [wanted]}).encode()
         headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
-        return self._read(urllib.request.Request(f"{self.url}/infer", head + content, headers), _in_order, f"{path}: ")
+        request = urllib.request.Request(f"{self.url}/infer", head + content, headers)
+        return self._read(request, self._answer, f"{path}: ")
+
+    def _answer(self, answer: Any) -> tuple[np.ndarray, list[str]]:
+        if not self.features:
+            return _in_order(answer)
+        return np.array(answer["outputs"][0]["data"], np.float32).reshape(self.shape), []
 
     def _read(self, request: urllib.request.Request, read: Callable[[Any], _Read], about: str = "") -> _Read:
         """Returns ``read(response)`` for the JSON response to a request; ``about`` begins the message of an error."""
@@ -63,7 +75,13 @@ class ServedModel:
             raise UserError(f"{self.url} is no model of python deploy/serve.py") from error
 
 
+def _output(model: Any) -> tuple[str, tuple[int, ...]]:
+    """Returns the name and the shape for an image of a model's output."""
+    output = model["outputs"][0]
+    return str(output["name"]), tuple(map(int, output["shape"][1:]))
+
+
 def _in_order(answer: Any) -> tuple[np.ndarray, list[str]]:
-    """Returns logits and names from Triton's entries LOGIT:INDEX:NAME, which are in descending order."""
-    entries = [text.split(":", 2) for text in answer["outputs"][0]["data"]]
+    """Returns logits and names from Triton's entries LOGIT:INDEX:NAME, in the order of the indices."""
+    entries = sorted((text.split(":", 2) for text in answer["outputs"][0]["data"]), key=lambda entry: int(entry[1]))
     return np.array([float(logit) for logit, _, _ in entries], np.float32), [name for _, _, name in entries]

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Base64Bytes
 
 from illama.errors import UserError
-from illama.golden_answers import Arithmetic, GoldenAnswers, repeat_pixels
+from illama.golden_answers import MAX_POSITIONS, Arithmetic, GoldenAnswers, repeat_pixels
 from illama.structured_files import read_json
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ TOLERANCE = 0.1  # of the logits without golden answers; other runtimes differ b
 
 @dataclass(frozen=True)
 class KnownAnswer:
-    """An image and its logits.
+    """An image and the network's output for it: logits or features, flattened.
 
     Attributes:
         image: PNG file; in base64 on disk.
-        positions: the classes whose logits are stored.
-        logits: their logits.
+        positions: the values of the output that are stored.
+        logits: these values.
         tolerance: the largest Euclidean distance between right logits and the stored ones.
         seconds: time of the engine for this image.
     """
@@ -52,17 +52,19 @@ class KnownAnswer:
         """Returns a network's own answer for an image.
 
         Args:
-            infer: images (1, ...) -> logits (1, classes).
+            infer: images (1, ...) -> output (1, ...).
             prepare: PNG file -> input of the network, without the batch.
             file: the PNG file.
         """
         images = prepare(io.BytesIO(file))[None]
         infer(images)  # warm-up
         start = time.perf_counter()
-        logits = infer(images)[0]
+        output = infer(images)[0].reshape(-1)
         seconds = time.perf_counter() - start
+        positions = np.linspace(0, len(output) - 1, min(len(output), MAX_POSITIONS)).round().astype(int)
+        logits = output[positions]
         tolerance = TOLERANCE * float(np.linalg.norm(logits.astype(np.float64)))
-        return cls(file, list(range(len(logits))), logits.tolist(), tolerance, seconds)
+        return cls(file, positions.tolist(), logits.tolist(), tolerance, seconds)
 
     def with_golden(self, golden: GoldenAnswers, arithmetic: Arithmetic) -> KnownAnswer:
         """Returns this answer with PyTorch's logits, for the file of :func:`golden_file`."""
@@ -70,7 +72,7 @@ class KnownAnswer:
         return replace(self, positions=golden.positions.tolist(), logits=golden.logits[0].tolist(), tolerance=tolerance)
 
     def matches(self, logits: np.ndarray) -> bool:
-        """Whether logits (classes,) equal the known ones within the tolerance."""
+        """Whether a flattened output equals the known one within the tolerance."""
         if logits.ndim != 1 or len(logits) <= max(self.positions) or not np.isfinite(logits).all():
             return False
         return bool(np.linalg.norm(logits[self.positions] - np.asarray(self.logits)) <= self.tolerance)

@@ -12,7 +12,7 @@ from google.protobuf import text_format
 from deploy.runtimes.image_input import ImageInput
 from deploy.serving.health import CONFIG
 from deploy.serving.serving_options import ServingOptions
-from illama.bundle import INPUT, OUTPUT
+from illama.bundle import INPUT
 from illama.errors import UserError
 from illama.manifest import Manifest
 
@@ -31,14 +31,14 @@ class PreprocessParameters:
 
 def config_texts(name: str, manifest: Manifest, options: ServingOptions) -> dict[str, str]:
     """Returns path -> content of the text files of a model: three configurations, and the names of the classes."""
-    image_input, classes = ImageInput.of(manifest), len(manifest.classes)
+    image_input, output = ImageInput.of(manifest), _output(manifest)
     configs = {
         f"{name}-preprocess": _preprocess_config(image_input, options),
-        f"{name}-network": _network_config(image_input, classes, options),
-        name: _ensemble_config(name, classes, options),
+        f"{name}-network": _network_config(image_input, output, options),
+        name: _ensemble_config(name, output, options),
     }
     labels = "".join(f"{' '.join(label.split())}\n" for label in manifest.classes)  # one line for each class
-    texts = {f"{model}/{LABELS}": labels for model in (name, f"{name}-network")}
+    texts = {f"{model}/{LABELS}": labels for model in (name, f"{name}-network") if labels}
     for model, config in configs.items():
         texts[f"{model}/{CONFIG}"] = text_format.MessageToString(_messages().ModelConfig(name=model, **config))
     return texts
@@ -58,7 +58,7 @@ def _preprocess_config(image_input: ImageInput, options: ServingOptions) -> dict
     }
 
 
-def _network_config(image_input: ImageInput, classes: int, options: ServingOptions) -> dict[str, Any]:
+def _network_config(image_input: ImageInput, output: Any, options: ServingOptions) -> dict[str, Any]:
     pb = _messages()
     cpu = options.device == "cpu"
     zeros = pb.ModelWarmup.Input(data_type=_data_type(image_input), dims=image_input.shape, zero_data=True)
@@ -66,7 +66,7 @@ def _network_config(image_input: ImageInput, classes: int, options: ServingOptio
         **({"backend": "python"} if cpu else {"platform": "tensorrt_plan"}),
         "max_batch_size": options.max_batch,
         "input": [pb.ModelInput(name=INPUT, data_type=_data_type(image_input), dims=image_input.shape)],
-        "output": [_logits(classes)],
+        "output": [output],
         "instance_group": [pb.ModelInstanceGroup(kind="KIND_CPU" if cpu else "KIND_GPU", count=options.instances)],
         "dynamic_batching": pb.ModelDynamicBatching(
             preferred_batch_size=options.preferred_batches, max_queue_delay_microseconds=options.queue_delay_us
@@ -79,7 +79,7 @@ def _network_config(image_input: ImageInput, classes: int, options: ServingOptio
     }
 
 
-def _ensemble_config(name: str, classes: int, options: ServingOptions) -> dict[str, Any]:
+def _ensemble_config(name: str, output: Any, options: ServingOptions) -> dict[str, Any]:
     pb = _messages()
     newest = -1
     steps = [
@@ -90,14 +90,17 @@ def _ensemble_config(name: str, classes: int, options: ServingOptions) -> dict[s
             output_map={INPUT: INPUT},
         ),
         pb.ModelEnsembling.Step(
-            model_name=f"{name}-network", model_version=newest, input_map={INPUT: INPUT}, output_map={OUTPUT: OUTPUT}
+            model_name=f"{name}-network",
+            model_version=newest,
+            input_map={INPUT: INPUT},
+            output_map={output.name: output.name},
         ),
     ]
     return {
         "platform": "ensemble",
         "max_batch_size": options.max_batch,
         "input": [_encoded()],
-        "output": [_logits(classes)],
+        "output": [output],
         "ensemble_scheduling": pb.ModelEnsembling(step=steps),
     }
 
@@ -106,8 +109,10 @@ def _encoded(**more: Any) -> Any:
     return _messages().ModelInput(name=ENCODED, data_type="TYPE_UINT8", dims=[-1], **more)
 
 
-def _logits(classes: int) -> Any:
-    return _messages().ModelOutput(name=OUTPUT, data_type="TYPE_FP32", dims=[classes], label_filename=LABELS)
+def _output(manifest: Manifest) -> Any:
+    labels = {} if manifest.features else {"label_filename": LABELS}
+    dims = manifest.output_shape
+    return _messages().ModelOutput(name=manifest.output, data_type="TYPE_FP32", dims=dims, **labels)
 
 
 def _data_type(image_input: ImageInput) -> Any:

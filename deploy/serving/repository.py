@@ -2,7 +2,7 @@
 
 Each model NAME consists of three Triton models:
 
-    NAME               an ensemble of the two below: the bytes of image files -> logits
+    NAME               an ensemble of the two below: the bytes of image files -> logits or features
     NAME-preprocess    the bundle's preprocessing (Python backend)
     NAME-network       versions 1, 2, ...: on CPUs a runtime of this toolkit (Python backend), on GPUs a TensorRT engine
 
@@ -32,7 +32,7 @@ from deploy.serving.model_config import config_texts
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.record import EngineRecord, find_engines
 from illama.atomic_write import sweep, write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, GOLDEN, INPUT, MANIFEST, OUTPUT, command_line, package_versions
+from illama.bundle import CPU_ONNX, FUSED_ONNX, GOLDEN, INPUT, MANIFEST, command_line, package_versions
 from illama.errors import UserError
 from illama.golden_answers import GoldenAnswers
 from illama.graph.writer import copy_graph
@@ -189,29 +189,30 @@ def create_known_answer(file: Path, runtime: RuntimeName, unverified: bool = Fal
         unverified: see :func:`deploy.runtimes.open_engine.open_engine`.
 
     Raises:
-        UserError: the file cannot be run, its golden answers are wrong, or its input or its classes are not those of
+        UserError: the file cannot be run, its golden answers are wrong, or its input or its output is not that of
             the bundle's manifest.
     """
     manifest, golden = Manifest.read(file.parent), find_golden(file)
-    image_input, classes = ImageInput.of(manifest), len(manifest.classes)
+    image_input = ImageInput.of(manifest)
     engine = open_engine(file, runtime, unverified=unverified)
 
     def infer(images: np.ndarray) -> np.ndarray:
         try:
-            logits = engine.infer(images)
+            output = engine.infer(images)
         except Exception as error:  # the runtimes' exceptions have no other common base class
             raise UserError(
                 f"{file} cannot run an image of shape {image_input.shape}, the shape in its manifest: export it again"
             ) from error
-        if logits.ndim != 2:
+        if manifest.network == "segmentation":
+            raise UserError(f"{file} is of a segmentation network: only classes and features can be served")
+        if output.shape[1:] != manifest.output_shape:
             raise UserError(
-                f"{file} has an output of shape {logits.shape[1:]} per image: only classifiers can be served"
+                f"{file} has an output of shape {output.shape[1:]} per image, but its manifest has "
+                f"{manifest.output_shape}: export it again"
             )
-        if logits.shape[1] != classes:
-            raise UserError(f"{file} has {logits.shape[1]} classes, but its manifest has {classes}: export it again")
-        if not np.isfinite(logits).all():
-            raise UserError(f"the logits of {file} are not finite: find the layer with python quant/debug_layers.py")
-        return logits
+        if not np.isfinite(output).all():
+            raise UserError(f"the output of {file} is not finite: find the layer with python quant/debug_layers.py")
+        return output
 
     def prepare(png: io.BytesIO) -> np.ndarray:
         return image_input.read(png, lambda: "of the known answer")
@@ -246,7 +247,7 @@ def _check_engine(path: Path, manifest: Manifest, max_batch: int) -> None:
     record = EngineRecord.read(path)
     image_input = ImageInput.of(manifest)
     inputs = {INPUT: ("uint8" if image_input.frame else "float", (-1, *image_input.shape))}
-    outputs = {OUTPUT: ("float", (-1, len(manifest.classes)))}
+    outputs = {manifest.output: ("float", (-1, *manifest.output_shape))}
     if (record.inputs, record.outputs) != (inputs, outputs):
         raise UserError(
             f"{path} has the input {record.inputs} and the output {record.outputs}, but Triton can only serve {inputs} "

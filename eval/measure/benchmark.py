@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,8 +15,9 @@ from deploy.runtimes.cpu_runtime import CpuLatency
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import store_temperatures
 from eval.measure.benchmark_notes import layers_of, notes_on
+from eval.measure.benchmark_rows import failed_row, flipped_images, make_row
 from eval.measure.effort import describe_estimate, estimate_seconds, without_long_emulation
-from eval.measure.evaluate_split import Evaluation, evaluate
+from eval.measure.evaluate_split import CHUNK, Evaluation, evaluate
 from eval.measure.evaluation_images import EvaluationImages
 from eval.measure.latency import TimingOptions, Timings
 from eval.measure.machine import peak_memory_gib, pin_threads, share_of_cores, torch_on_all_cores
@@ -25,12 +26,13 @@ from eval.measure.sensors import find_gpu, open_meter
 from eval.measure.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.measured import measure
+from eval.metrics.nearest_neighbors import NearestNeighbors, Readout
 from eval.metrics.paired import NO_DROP, drop_between
 from eval.metrics.predictions import Evaluated, NotFinite, Predictions
 from eval.report.pareto import decide
-from eval.report.schema import FailedRow, FlippedImage, HalfSoftmax, Measured, Report, Row
+from eval.report.schema import FailedRow, HalfSoftmax, Report, Row
 from eval.report.store import read_results
-from illama.bundle import CPU_ONNX, as_run, bundle_of, command_line, package_versions, sha256, size_of
+from illama.bundle import CPU_ONNX, as_run, bundle_of, command_line, package_versions, sha256
 from illama.data.datasets import Transformed
 from illama.errors import UserError
 from illama.hardware import describe_machine, usable_cores
@@ -39,12 +41,12 @@ from illama.manifest import Manifest, NumericRange
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 
-SHOWN = 24  # flipped images of each kind that a report may show
 _ELSEWHERE = (
     "Accuracy on corrupted and out-of-distribution images: python eval/robustness.py and python "
     "eval/out_of_distribution.py measure it, and --also adds their results to this report."
 )
 
+_VALUES = 1 << 23  # of the outputs of a model that are held at once
 _LONG = 5000  # test images from which the time is estimated before the evaluation
 
 
@@ -107,23 +109,24 @@ def run_benchmark(
     if reason := found.failed.get(reference.name):
         raise UserError(f"{reference.name}, which the others are compared with: {reason}: check its checkpoint")
     manifests = {each.scheme: Manifest.read(bundle_of(each.path)) for each in targets}
-    failed = [_failed_row(each, found.failed[each.name]) for each in targets if each.name in found.failed]
+    failed = [failed_row(each, found.failed[each.name]) for each in targets if each.name in found.failed]
     targets = [each for each in targets if each.name not in found.failed]
     base, labeled = found.predictions[reference.name].plain, images.data.labeled
+    features = found.readout is not None
     drops = {name: drop_between(base, each.plain, labeled, options.seed) for name, each in found.predictions.items()}
     doubtful = [each for each in targets if each.emulates and not drops[each.name].includes_zero]
     if doubtful:
         free(each.engine for each in targets)
-    again = _evaluate_half_softmax(doubtful, images, execution)
+    again = _evaluate_half_softmax(doubtful, images, execution, found.readout)
     if not execution.processes.main:
         return BenchmarkResult([])
     notes = [*left_out, *found.notes, *(_store(targets, found.temperatures, images) if execution.store else [])]
-    measured, rows = measure(found.predictions, found.temperatures, reference.name, labeled), []
+    measured, rows = measure(found.predictions, found.temperatures, reference.name, labeled, features), []
     for each in targets:
-        row = _row(each, measured[each.name], execution.out)
+        row = make_row(each, measured[each.name], execution.out)
         row.reference = each is reference
         row.drop = NO_DROP if row.reference else drops[each.name]
-        row.flipped = _flipped(row, base, found.predictions[each.name].plain, images)
+        row.flipped = flipped_images(row, base, found.predictions[each.name].plain, images)
         row.half_softmax = _half_softmax(base, again[each.name], labeled, options.seed) if each.name in again else None
         rows.append(row)
     targets = _reopened(targets, execution, options.threads)
@@ -166,30 +169,38 @@ class _Evaluations:
         temperatures: those that were fitted.
         failed: the reason, of each other target.
         notes: why a target has no temperature.
+        readout: see :class:`eval.measure.evaluate_split.Evaluation`.
     """
 
     predictions: dict[str, Evaluated]
     temperatures: dict[str, float]
     failed: dict[str, str]
     notes: list[str]
+    readout: Readout | None
 
 
 def _evaluate(
     targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution, reference: BenchmarkTarget
 ) -> _Evaluations:
     """Evaluates each engine once; targets may share one."""
-    classes, transform = len(images.data.classes), images.preprocessing.transform()
+    manifest, transform = Manifest.read(bundle_of(reference.path)), images.preprocessing.transform()
     errors: dict[str, str] = {}
     first: dict[int, str] = {}
     shown = {each.name: first.setdefault(id(each.engine), each.name) for each in targets}
     models = {
-        each.name: _guarded(each.name, each.infer, errors, classes) for each in targets if shown[each.name] == each.name
+        each.name: _guarded(each.name, each.infer, errors, manifest.output_shape)
+        for each in targets
+        if shown[each.name] == each.name
     }
     if execution.processes.main and (total := len(images.split)) >= _LONG:  # type: ignore[arg-type]
         print(describe_estimate(estimate_seconds(models, Transformed(images.split, transform)), total), flush=True)
-    temperatures, unfitted = fit_temperatures(models, images.data, transform, images.calibration, execution.processes)
+    first_model, readout = shown[reference.name], None
+    if manifest.features:
+        readout = NearestNeighbors.of(models[first_model], images.data, transform, images.calibration).logits
+    fitted_on = 0 if manifest.features else images.calibration
+    temperatures, unfitted = fit_temperatures(models, images.data, transform, fitted_on, execution.processes)
     how = replace(
-        _evaluation(targets, images, execution, ""), reference=shown[reference.name], labeled=images.data.labeled
+        _evaluation(targets, images, execution, "", readout), reference=first_model, labeled=images.data.labeled
     )
     results = evaluate(models, Transformed(images.split, transform), temperatures, how)
     execution.processes.barrier()  # until all have read what the others computed
@@ -202,37 +213,49 @@ def _evaluate(
         {name: temperatures[model] for name, model in shown.items() if model in temperatures},
         failed,
         [f"{model} has no temperature: {reason}." for model, reason in unfitted.items() if model not in failed],
+        readout,
     )
 
 
 def _evaluation(
-    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution, part: str
+    targets: Sequence[BenchmarkTarget],
+    images: EvaluationImages,
+    execution: Execution,
+    part: str,
+    readout: Readout | None,
 ) -> Evaluation:
     """Returns how a part of the benchmark is evaluated; ``part`` is its folder in the folder of finished work."""
+    values = math.prod(Manifest.read(bundle_of(targets[0].path)).output_shape)
     return Evaluation(
         execution.work / part if execution.work else None,
         execution.workers,
         facts=_facts(targets, images),
         processes=execution.processes,
+        chunk=max(1, min(CHUNK, _VALUES // values)),
         restart=execution.restart,
+        readout=readout,
     )
 
 
-def _guarded(name: str, infer: Infer, errors: dict[str, str], classes: int) -> Infer:
-    """Returns a function whose logits are not finite if ``infer`` fails, which adds the reason to ``errors``."""
+def _guarded(name: str, infer: Infer, errors: dict[str, str], shape: tuple[int, ...]) -> Infer:
+    """Returns a function whose outputs are not finite if ``infer`` fails, which adds the reason to ``errors``.
+
+    Args:
+        shape: shape of the output for an image.
+    """
 
     def guarded(images: np.ndarray) -> np.ndarray:
         try:
             return infer(images)
         except UserError as error:
             errors[name] = str(error)
-            return np.full((len(images), classes), np.nan, np.float32)
+            return np.full((len(images), *shape), np.nan, np.float32)
 
     return guarded
 
 
 def _evaluate_half_softmax(
-    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution
+    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution, readout: Readout | None
 ) -> dict[str, Evaluated | NotFinite]:
     """Returns what emulated targets predict with the softmax inside attention in half precision, by their names."""
     graphs = {each.path: each for each in targets}
@@ -242,7 +265,7 @@ def _evaluate_half_softmax(
     store = engine_store()
     opens = {path: partial(OnnxRuntimeEngine, path, threads, softmax="half") for path in graphs}
     models = {each.name: ReopenedEngine(opens[path], path, store).infer for path, each in graphs.items()}
-    how = _evaluation(targets, images, execution, "half_softmax")
+    how = _evaluation(targets, images, execution, "half_softmax", readout)
     found = evaluate(models, Transformed(images.split, images.preprocessing.transform()), how=how)
     execution.processes.barrier()
     return {each.name: found[graphs[each.path].name] for each in targets}
@@ -255,16 +278,13 @@ def _half_softmax(reference: Predictions, found: Evaluated | NotFinite, labeled:
     return HalfSoftmax(float(reference.right.mean() * 100) - drop.points, drop)
 
 
-def _failed_row(target: BenchmarkTarget, reason: str) -> FailedRow:
-    return FailedRow(target.scheme, target.runtime, target.runtime_id, target.key.file, reason)
-
-
 def _facts(targets: Sequence[BenchmarkTarget], images: EvaluationImages) -> dict[str, Any]:
     """Returns what determines the predictions, besides the models' names and temperatures."""
     return {
         "data": images.name,
         "preprocessing": asdict(images.preprocessing),
         "classes": images.data.classes,
+        "calibration": images.calibration,
         "files": {each.name: sha256(each.path) for each in targets},
         "runtimes": {each.name: each.engine.runtime for each in targets},
     }
@@ -306,43 +326,6 @@ def make_report(
         preprocessing=str(images.preprocessing),
         others=[other for folder in options.also for other in read_results(folder)],
     )
-
-
-def _row(target: BenchmarkTarget, measured: Measured, out: Path) -> Row:
-    """Returns the row of a target, without accuracy drop and latencies."""
-    built, record = target.built or (None, None)
-    files = [target.path, *([built] if built else [])]
-    return Row(
-        **vars(measured),
-        scheme=target.scheme,
-        runtime=target.runtime,
-        runtime_id=target.runtime_id,
-        file=target.key.file,
-        precision=target.precision,
-        evaluated_with=target.engine.runtime,
-        drop=NO_DROP,
-        onnx=os.path.relpath(target.path, out),
-        onnx_bytes=size_of(target.path),
-        engine=os.path.relpath(built, out) if built else None,
-        engine_bytes=record.engine_bytes if record else None,
-        quantized=not target.is_float,
-        fused=record.fused if record else True,
-        sha256={os.path.relpath(file, out): sha256(file) for file in files},
-        note=target.not_timed.sentence if target.not_timed else None,
-    )
-
-
-def _flipped(
-    measured: Measured, reference: Predictions, own: Predictions, images: EvaluationImages
-) -> list[FlippedImage]:
-    if measured.change is None:
-        return []
-    flips, facts = measured.change.flips, (own.labels, reference.predicted, own.predicted)
-    return [
-        FlippedImage(images.index_in_test_split(int(image)), *(int(of[image]) for of in facts))
-        for kind in (flips.lost, flips.gained, flips.moved)
-        for image in kind[:SHOWN]
-    ]
 
 
 def _time(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from eval.metrics.nearest_neighbors import Readout
 from eval.metrics.predictions import Evaluated, NotFinite, Predictions, count_not_finite
 from illama.atomic_write import write_file
 from illama.checkpoints.tensor_files import read_tensors
@@ -49,8 +50,9 @@ class Evaluation:
         chunk: number of images in a chunk.
         patience: seconds that a finished process waits for a new chunk of the others.
         restart: discard another evaluation in ``work``.
-        reference: model whose logits the others' are compared with; None for no comparison.
+        reference: model whose outputs the others' are compared with; None for no comparison.
         labeled: whether the images have labels; if not, the classes that ``reference`` predicts take their place.
+        readout: computes logits from outputs that are features; None if the outputs are logits.
     """
 
     work: Path | None = None
@@ -63,6 +65,7 @@ class Evaluation:
     restart: bool = False
     reference: str | None = None
     labeled: bool = True
+    readout: Readout | None = None
 
 
 def evaluate(
@@ -99,8 +102,8 @@ def evaluate(
         missing = [each for each in own if not paths[each].exists()]
         with _progress(own, missing, processes) as bar:
             predicted = predict_chunks(models, images, missing, how.batch, how.workers, bar.update)
-            for each, (logits, labels) in zip(missing, predicted, strict=True):
-                _write(paths[each], _reduce(logits, labels, temperatures, how))
+            for each, (outputs, labels) in zip(missing, predicted, strict=True):
+                _write(paths[each], _reduce(outputs, labels, temperatures, how))
         with Activity("wait for the other processes", shown=processes.main):
             _wait_for(list(paths.values()), how.patience)
         parts = [_read(path, models, len(each)) for each, path in paths.items()]
@@ -123,25 +126,32 @@ def _progress(own: Sequence[range], missing: Sequence[range], processes: Process
 
 
 def _reduce(
-    logits: Mapping[str, np.ndarray], labels: np.ndarray, temperatures: Mapping[str, float], how: Evaluation
+    outputs: Mapping[str, np.ndarray], labels: np.ndarray, temperatures: Mapping[str, float], how: Evaluation
 ) -> dict[str, Evaluated | NotFinite]:
     """Returns each model's predictions for a chunk; UserError if logits do not fit the labels."""
     reduced: dict[str, Evaluated | NotFinite] = {}
-    exact = logits[how.reference].astype(np.float64) if how.reference else None
-    if exact is not None and not how.labeled:
-        labels = exact.argmax(1)
-    for name, values in logits.items():
-        if (failed := count_not_finite(values)) is not None:
+    exact = outputs[how.reference].reshape(len(labels), -1).astype(np.float64) if how.reference else None
+    readout: Readout = how.readout or (lambda logits: logits)
+    if how.reference and not how.labeled:
+        labels = readout(outputs[how.reference]).argmax(1)
+    for name, output in outputs.items():
+        if (failed := count_not_finite(output)) is not None:
             reduced[name] = failed
             continue
         try:
+            values = readout(output)
             scaled = Predictions.of(values, labels, temperatures[name]) if name in temperatures else None
             plain = Predictions.of(values, labels)
-            powers = None if exact is None else np.stack([(exact**2).sum(1), ((values - exact) ** 2).sum(1)], 1)
-            reduced[name] = Evaluated(plain, scaled, powers)
+            reduced[name] = Evaluated(plain, scaled, None if exact is None else _powers(exact, output))
         except ValueError as error:
             raise UserError(f"{name} does not fit the images: {error}") from error
     return reduced
+
+
+def _powers(exact: np.ndarray, output: np.ndarray) -> np.ndarray:
+    """Returns the powers of :class:`Evaluated` of a chunk; ``exact`` is the reference's output, (n, values) float64."""
+    own = output.reshape(len(exact), -1).astype(np.float64)
+    return np.stack([(each**2).sum(1) for each in (exact, own - exact, own)], 1)
 
 
 def _concatenate(parts: Sequence[Evaluated | NotFinite]) -> Evaluated | NotFinite:
@@ -197,8 +207,8 @@ def _read(path: Path, models: Mapping[str, Infer], images: int) -> dict[str, Eva
             return NotFinite(int(stored[f"{place}/not_finite"].item()), images)
         scaled = form(f"{place}/scaled") if f"{place}/scaled/labels" in stored else None
         powers = stored.get(f"{place}/powers")
-        if powers is not None and powers.shape != (images, 2):
-            raise ValueError(f"{powers.shape} instead of {(images, 2)} powers")
+        if powers is not None and powers.shape != (images, 3):
+            raise ValueError(f"{powers.shape} instead of {(images, 3)} powers")
         return Evaluated(form(f"{place}/plain"), scaled, powers)
 
     try:

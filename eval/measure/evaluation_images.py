@@ -22,8 +22,8 @@ class EvaluationImages:
         name: the data set, as the user named it.
         split: the images; a part of ``data``'s test split.
         preprocessing: preprocessing that all targets share.
-        calibration: number of images of the training split that temperatures are fitted on; 0 for none, as without
-            labels.
+        calibration: number of images of the training split that temperatures are fitted on, or, of networks without a
+            classifier, whose features others are compared with; 0 for none, as for a classifier without labels.
         indices: index of each image of ``split`` in the whole test split; None if ``split`` is the whole of it.
     """
 
@@ -44,17 +44,32 @@ class EvaluationImages:
         Raises:
             UserError: the data set does not exist, has other classes or too few images.
         """
+        source = manifest.provenance.source
+        if calibration is None and manifest.features and source:
+            calibration = source.calibration_images  # so that another report is of the same neighbors
         data = open_fitting_data(name, manifest.classes, manifest.preprocessing, needs_labels=False)
-        return cls.of(name, data, manifest.preprocessing, images, calibration)
+        return cls.of(name, data, manifest.preprocessing, images, calibration, bool(manifest.features))
 
     @classmethod
     def of(
-        cls, name: str, data: ImageData, preprocessing: Preprocessing, images: int | None, calibration: int | None
+        cls,
+        name: str,
+        data: ImageData,
+        preprocessing: Preprocessing,
+        images: int | None,
+        calibration: int | None,
+        features: bool = False,
     ) -> EvaluationImages:
-        """Returns the test split of a data set that is open; see :meth:`open`."""
+        """Returns the test split of a data set that is open; see :meth:`open`.
+
+        Args:
+            features: whether the networks have no classifier. Without labels, each calibration image is then a class.
+        """
         split = evenly_spaced(data.test(), images)
         indices = cast(Subset[Sample], split).indices if images is not None else None
-        fitted_on = calibration_count(data, calibration) if data.labeled else 0
+        fitted_on = calibration_count(data, calibration) if data.labeled or features else 0
+        if features and not data.labeled:
+            data.classes = tuple(f"calibration image {number}" for number in range(1, fitted_on + 1))
         return cls(name, data, split, preprocessing, fitted_on, indices)
 
     def index_in_test_split(self, index: int) -> int:

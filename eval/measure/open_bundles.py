@@ -54,6 +54,8 @@ class OpenBundles:
 def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxruntime", threads: int = 0) -> OpenBundles:
     """Opens the file of each bundle that ``runtime`` runs, under the folder's name; or the files themselves if given.
 
+    The networks must be classifiers.
+
     Args:
         given: bundles, or files or engines of them.
         runtime: None for the preferred one of each, as :func:`deploy.runtimes.open_engine.open_engine` chooses.
@@ -64,6 +66,8 @@ def open_bundles(given: Sequence[Path], runtime: RuntimeName | None = "onnxrunti
             other images than the first.
     """
     manifest = check_alike(given)
+    if manifest.features:
+        raise UserError(f"{given[0]} computes features, and this command needs classes: try python eval/tradeoff.py")
     named = track([*zip(_names(given), given, strict=True)], "open", "bundle")
     opened = {name: open_file(path, runtime, threads) for name, path in named}
     return OpenBundles(
@@ -122,14 +126,14 @@ def open_fitting_data(
         needs_labels: whether to refuse pictures without classes.
 
     Raises:
-        UserError: its classes are not those of the bundles.
+        UserError: its classes are not those of the bundles, if these have a classifier.
     """
     data = open_data(spec, preprocessing.exif, preprocessing.class_order)
     if not data.labeled:
         if needs_labels:
             raise unlabeled(spec)
         data.classes = tuple(classes)
-    if tuple(data.classes) != tuple(classes):
+    if classes and tuple(data.classes) != tuple(classes):
         raise UserError(
             f"{spec} has other classes than the bundles ({len(data.classes)} and {len(classes)}): "
             "give the data that they were trained on"

@@ -21,8 +21,11 @@ class Measured:
         top5: share of images whose label is among the five largest logits.
         labeled: whether the images have labels; if not, the classes that the reference predicts take their place.
         change: changes from the reference model's predictions; None for the reference itself.
-        sqnr: SQNR of the logits against the reference's, in dB; None for the reference, and for equal logits.
-        reliability: calibration of the probabilities as they are; None without labels.
+        features: whether the output is features, which are classified by their nearest neighbors
+            (:mod:`eval.metrics.nearest_neighbors`).
+        sqnr: SQNR of the output against the reference's, in dB; None for the reference, and for equal outputs.
+        cosine: mean cosine similarity with the reference's output; None without a reference.
+        reliability: calibration of the probabilities as they are; None without labels, and for features.
         temperature: temperature fitted on calibration images; None if there is none.
         scaled: calibration with the logits divided by the temperature; None if there is none.
     """
@@ -32,14 +35,21 @@ class Measured:
     top5: Share
     labeled: bool = True
     change: Change | None = None
+    features: bool = False
     sqnr: float | None = None
+    cosine: float | None = None
     reliability: Reliability | None
     temperature: float | None = None
     scaled: Reliability | None = None
 
     @property
-    def metric(self) -> Literal["top-1", "agreement"]:
-        """What ``top1`` is called: without labels, it is the agreement with the reference."""
+    def metric(self) -> Literal["top-1", "agreement", "k-NN top-1", "same neighbor"]:
+        """What ``top1`` is called.
+
+        Without labels, it is the agreement with the reference; of features, that on the nearest calibration image.
+        """
+        if self.features:
+            return "k-NN top-1" if self.labeled else "same neighbor"
         return "top-1" if self.labeled else "agreement"
 
 
@@ -48,12 +58,13 @@ def measure(
     temperatures: Mapping[str, float],
     reference_name: str | None = None,
     labeled: bool = True,
+    features: bool = False,
 ) -> dict[str, Measured]:
     """Returns the measurements of each model's predictions.
 
     Args:
         reference_name: the model that the others are compared with; the first if not given.
-        labeled: see :class:`Measured`.
+        labeled, features: see :class:`Measured`.
     """
     reference = results[reference_name or next(iter(results))].plain
     return {
@@ -63,8 +74,10 @@ def measure(
             top5=top_k_accuracy(each.plain, 5),
             labeled=labeled,
             change=None if each.plain is reference else compare_predictions(reference, each.plain),
+            features=features,
             sqnr=each.sqnr,
-            reliability=reliability(each.plain) if labeled else None,
+            cosine=each.cosine,
+            reliability=reliability(each.plain) if labeled and not features else None,
             temperature=temperatures.get(name),
             scaled=reliability(each.scaled) if each.scaled else None,
         )

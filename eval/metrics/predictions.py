@@ -94,8 +94,8 @@ class Evaluated:
     Attributes:
         plain: predictions from the logits.
         scaled: predictions from the logits divided by the model's temperature; None if it has none.
-        powers: (n, 2) float64: for each image the sum of the squares of the reference's logits, and of the difference
-            from them; None without a reference.
+        powers: (n, 3) float64: for each image the sum of the squares of the reference's output (logits or features), of
+            the difference from it, and of the own output; None without a reference.
     """
 
     plain: Predictions
@@ -104,11 +104,21 @@ class Evaluated:
 
     @property
     def sqnr(self) -> float | None:
-        """SQNR of the logits in dB over all images; None without a reference, or if the logits are equal."""
+        """SQNR of the output in dB over all images; None without a reference, or if the outputs are equal."""
         if self.powers is None:
             return None
-        signal, noise = self.powers.sum(0)
+        signal, noise, _ = self.powers.sum(0)
         return float(10 * np.log10(signal / noise)) if signal and noise else None
+
+    @property
+    def cosine(self) -> float | None:
+        """Mean over the images of the cosine similarity with the reference's output; None without a reference."""
+        if self.powers is None:
+            return None
+        signal, noise, own = self.powers.T
+        lengths = np.sqrt(signal * own)
+        products = (signal + own - noise) / 2
+        return float(np.divide(products, lengths, out=np.zeros_like(lengths), where=lengths > 0).mean())
 
 
 def check_predictions(logits: np.ndarray, labels: np.ndarray) -> None:

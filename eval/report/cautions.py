@@ -19,6 +19,12 @@ def cautions(report: Report) -> list[str]:
             f"The pictures have no classes: accuracy is unknown, and files are compared with {reference.name}. "
             "If that is wrong for a picture, a file that agrees is wrong too."
         )
+    if reference and reference.features:
+        found.append(
+            f"The network has no classifier. {reference.metric} is measured by the nearest of "
+            f"{report.calibration_images} calibration images, by the features of {reference.name}: it tells files "
+            "apart, but is not the accuracy of a task."
+        )
     if reference and (note := chance_note(reference.name, reference.top1.percent, len(report.classes))):
         found.append(f"{note}.")
     ratios = {row.name: each.p90 / each.p50 for row in timed if (each := row.latency[0]).p90}

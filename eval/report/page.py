@@ -117,7 +117,8 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
     if row is None:
         return []
     loss = "the reference" if row.reference else f"drop {row.drop} points"
-    found = [KeyFigure("Top-1", f"{row.top1.percent:.2f}", "%", loss)] if row.labeled else []
+    title = f"{row.metric[0].upper()}{row.metric[1:]}"
+    found = [KeyFigure(title, f"{row.top1.percent:.2f}", "%", loss)] if row.labeled else []
     if latency := row.at(batch):
         speed = timed_cells(row, batch, reference, ())["speed"]
         remark = f"p90 {latency.p90:.2f} ms" if latency.p90 else "too few calls for a p90"
@@ -134,7 +135,7 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
         changed = len(flips.lost) + len(flips.gained) + len(flips.moved)
         remark = f"{changed:,} of {row.images:,} predictions differ"
         remark += "" if row.sqnr is None else f"; SQNR {row.sqnr:.1f} dB"
-        found.append(KeyFigure("Agreement", f"{row.change.agreement:.2f}", "%", remark))
+        found.append(KeyFigure("Agreement" if row.labeled else title, f"{row.change.agreement:.2f}", "%", remark))
     return found
 
 
@@ -157,7 +158,7 @@ def how_to_use(report: Report, folder: Path) -> dict[str, str]:
         "from pathlib import Path",
         "from deploy.runtimes.open_engine import open_engine",
         f"engine = open_engine(Path({path!r}){'' if row.engine else f', {row.runtime_id!r}'})",
-        "logits = engine.infer(images)  # (B, C, H, W) float32",
+        f"{'features' if row.features else 'logits'} = engine.infer(images)  # (B, C, H, W) float32",
     ]
     command = as_run(f"python deploy/predict.py --engine {shlex.quote(path)}{runtime} photo.jpg")
     return {"path": path, "command": command, "code": "\n".join(code)}
@@ -242,7 +243,7 @@ class ClassLine:
 def class_changes(report: Report) -> list[ClassLine]:
     """Returns all classes of the test images, sorted by their largest change in any row, worst first."""
     changed = [row.change for row in report.rows if row.change]
-    if not changed:
+    if not changed or (report.features and not report.labeled):  # each calibration image is a class
         return []
     lines = []
     for each in zip(*(change.classes for change in changed), strict=True):

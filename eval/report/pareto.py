@@ -204,7 +204,7 @@ def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
     reference = find_reference(rows)
     if reference is None or row is reference:
         speed = f"It takes {latency.p50:.2f} ms per call at batch {batch}, its" if latency else "Its"
-        accuracy = f"its top-1 is {row.top1.percent:.2f}% ({row.images:,} images)"
+        accuracy = f"its {row.metric} is {row.top1.percent:.2f}% ({row.images:,} images)"
         accuracy = accuracy if row.labeled else f"the others are compared with it on {row.images:,} images"
         return f"{speed} file has {row.megabytes:.2f} MB and {accuracy}."
     parts = []
@@ -238,11 +238,13 @@ def _size(ratio: float) -> str:
 def _agreement(row: Row, reference: Row) -> str:
     sqnr = "" if row.sqnr is None else f", with an SQNR of {row.sqnr:.1f} dB"
     same = f"{row.top1.percent:.2f}% of the images (95% interval {row.top1.low:.2f} to {row.top1.high:.2f})"
+    if row.features:
+        return f"finds the nearest image that {reference.name} finds for {same}{sqnr}"
     return f"predicts the class that {reference.name} predicts for {same}{sqnr}"
 
 
 def _loss(row: Row) -> str:
-    drop = row.drop
+    drop, metric = row.drop, row.metric
     if drop.points < 0:
-        return f"gains {-drop.points:.2f} points of top-1 (95% interval {0 - drop.high:+.2f} to {0 - drop.low:+.2f})"
-    return f"loses {drop.points:.2f} points of top-1 (95% interval {drop.low:+.2f} to {drop.high:+.2f})"
+        return f"gains {-drop.points:.2f} points of {metric} (95% interval {0 - drop.high:+.2f} to {0 - drop.low:+.2f})"
+    return f"loses {drop.points:.2f} points of {metric} (95% interval {drop.low:+.2f} to {drop.high:+.2f})"

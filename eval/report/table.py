@@ -40,12 +40,14 @@ def cells(row: Row, batch: int) -> dict[str, Cell]:
 
 
 def _accuracy(row: Row) -> dict[str, Cell]:
+    sqnr = {"SQNR dB": Cell(MISSING if row.sqnr is None else f"{row.sqnr:.1f}", row.sqnr)}
+    cosine = {"cosine": Cell(MISSING if row.reference or row.cosine is None else f"{row.cosine:.5f}", row.cosine)}
+    closeness = {**cosine, **sqnr} if row.features else {} if row.labeled else sqnr
     if row.labeled:
         drop = Cell("reference" if row.reference else str(row.drop), row.drop.points)
-        return {"top-1 %": _number(row.top1.percent), "drop (95% interval)": drop}
-    sqnr = None if row.sqnr is None else f"{row.sqnr:.1f}"
+        return {f"{row.metric} %": _number(row.top1.percent), "drop (95% interval)": drop, **closeness}
     same = Cell("reference" if row.reference else str(row.top1), row.top1.percent)
-    return {"agreement % (95% interval)": same, "SQNR dB": Cell(sqnr or MISSING, row.sqnr)}
+    return {f"{row.metric} % (95% interval)": same, **closeness}
 
 
 def timed_cells(row: Row, batch: int, reference: Row | None, pareto: Collection[RowKey]) -> dict[str, Cell]:

@@ -89,6 +89,7 @@ def _summarize(row: Row, batch: int) -> dict[str, Any]:
         "top1": row.top1.percent if row.labeled else None,
         "agreement": row.change.agreement if row.change else None,
         "sqnr_db": row.sqnr,
+        "cosine": row.cosine,
         "drop": row.drop.points,
         "drop_ci95": [row.drop.low, row.drop.high],
         "kept": row.kept,

@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -23,7 +24,9 @@ from illama.checkpoints.timm_source import HUB_CONFIG, TimmSource, read_timm
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
-from illama.options import Interpolation
+from illama.options import Head, Interpolation
+
+_HEADS = ("head", "head_dist")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,11 @@ class TimmCheckpoint(Checkpoint):
 
 
 def load_timm(
-    name: str, path: Path, image_size: int | None = None, options: Mapping[str, Any] | None = None
+    name: str,
+    path: Path,
+    image_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    head: Head = "classes",
 ) -> TimmCheckpoint:
     """Loads a timm ViT's weights from a file in timm's format, or from a folder of timm's hub.
 
@@ -48,11 +55,11 @@ def load_timm(
 
     Args:
         name: timm's name of the model, with or without a tag; may be empty for a folder.
-        path: path to a file or a folder (:func:`illama.checkpoints.timm_source.read_timm`). It must contain a
-            classifier.
+        path: path to a file or a folder (:func:`illama.checkpoints.timm_source.read_timm`).
         image_size: side length of the input in pixels, a multiple of the patch size; position embeddings are
             interpolated as timm does. Defaults to the file's own, or to timm's if it has no position table.
         options: options of ``timm.create_model``; they replace those of the file or folder.
+        head: what the network computes (:class:`illama.options.SourceOptions`).
 
     Raises:
         UserError: the file is missing or truncated, has values that are not finite, or belongs to another network; or
@@ -61,7 +68,8 @@ def load_timm(
     path = Path(path)
     _refuse_ours(path, name)
     source = read_timm(path)
-    name, state, path = _agreed_name(name, source), source.state, source.weights
+    name, path = _agreed_name(name, source), source.weights
+    state, outputs = _take_head(source.state, head, path)
     options = {**source.options, **(options or {})}
     outline = _timm_outline(name, options, state, path)
     prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
@@ -76,12 +84,38 @@ def load_timm(
     kernels = [key for key, value in outline.state_dict().items() if key.startswith("patch_embed.") and value.ndim == 4]
     first = state.get(kernels[0])  # a hybrid's is in its ResNet
     channels = first.shape[1] if first is not None and first.ndim == 4 else 3
-    vit = _create_timm(name, num_classes=len(state["head.weight"]), in_chans=channels, img_size=size, **options)
+    vit = _create_timm(name, num_classes=outputs, in_chans=channels, img_size=size, **options)
     check_state(vit.state_dict(), state, path, f"timm's {name}")
     vit.load_state_dict({key: value.float() for key, value in state.items()})
     preprocessing = timm_preprocessing(vit, size, channels, source.preprocessing)
-    classes = source.classes if len(source.classes) == len(state["head.weight"]) else ()
+    keep_features(vit, head)
+    classes = source.classes if len(source.classes) == vit.num_classes else ()
     return TimmCheckpoint(to_quantizable(vit.eval()), preprocessing, classes, path, source.other_files)
+
+
+def _take_head(state: dict[str, Tensor], head: Head, path: Path) -> tuple[dict[str, Tensor], int]:
+    """Returns the state dict, without the head if only features are wanted, and the number of the head's outputs.
+
+    Raises:
+        UserError: the head is needed, and there is none.
+    """
+    if head in ("none", "tokens"):
+        return {name: value for name, value in state.items() if name.partition(".")[0] not in _HEADS}, 0
+    if "head.weight" not in state:
+        raise UserError(
+            f"{path} has no classifier (head.weight): give --head none for its pooled features, or --head tokens"
+        )
+    return state, len(state["head.weight"])
+
+
+def keep_features(vit: VisionTransformer | Eva, head: Head) -> None:
+    """Makes the output of the network what ``head`` says."""
+    if head == "embedding":
+        vit.num_classes = 0  # its head stays
+    if head == "tokens":
+        if isinstance(vit, VisionTransformerDistilled):
+            raise UserError("a distilled DeiT returns the mean of two tokens: give --head none")
+        vit.reset_classifier(0, "")
 
 
 def _agreed_name(name: str, source: TimmSource) -> str:
@@ -137,12 +171,10 @@ def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Pat
     """Returns the number of patches along a side, from the rows of the position table; ``default`` without a table.
 
     Raises:
-        UserError: the state dict has no classifier or patch embedding, or the table does not fit a square grid.
+        UserError: the state dict has no patch embedding, or the table does not fit a square grid.
     """
     if PATCHES not in state or state[PATCHES].ndim != 4:
         raise UserError(f"{path} has no {PATCHES} with four dimensions: it is not a timm ViT's state dict")
-    if "head.weight" not in state:
-        raise UserError(f"{path} has no classifier (head.weight): train one, such as a linear probe, and save it too")
     if POSITIONS not in state:
         return default
     shape = tuple(state[POSITIONS].shape)

@@ -38,6 +38,7 @@ _PRESETS: dict[str, dict[str, int]] = {
 Size = Annotated[int, Interval(ge=1, le=1 << 16)]
 Blocks = Annotated[int, Interval(ge=1, le=1024)]
 Classes = Annotated[int, Interval(ge=1, le=1 << 20)]
+ClassesOrNone = Annotated[int, Interval(ge=0, le=1 << 20)]
 _MOST_PATCHES = 1 << 14  # the mask has a value for each pair of tokens
 
 # The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17. Each changes the previous one in one
@@ -80,6 +81,11 @@ class NetworkConfig(Protocol):
     def num_classes(self) -> int: ...
 
     @property
+    def features(self) -> tuple[int, ...]:
+        """Shape of the output for an image, of a network without a classifier; empty for one with classes."""
+        ...
+
+    @property
     def mask(self) -> MaskKind: ...
 
     def to_dict(self) -> dict[str, Any]: ...
@@ -93,8 +99,10 @@ class TimmConfig:
         name: model name for ``timm.create_model``; the class name if the network was created without it.
         image_size: side length of the input in pixels.
         in_channels: number of color channels of the input.
-        num_classes: number of outputs of the head.
+        num_classes: number of classes; 0 if the network has no classifier.
         mask: see :class:`ModelConfig`; ``bidirectional`` is timm's network unchanged.
+        features: shape of the output for an image if the network has no classifier, else empty: (width,), or
+            (tokens, width) in timm's order.
     """
 
     kind: ClassVar[NetworkKind] = "timm"
@@ -103,6 +111,7 @@ class TimmConfig:
     in_channels: int
     num_classes: int
     mask: MaskKind = "bidirectional"
+    features: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,7 +128,7 @@ class ModelConfig:
         width: embedding dimension.
         depth: number of blocks.
         heads: number of attention heads per block.
-        num_classes: number of outputs of the head.
+        num_classes: number of outputs of the head; 0 for no head, so that the class token is the output.
         class_token: position of the class token, ``last`` (the paper's "PS [cls]") or ``first`` (as in ViT).
         mask: ``post_softmax`` (equation 2: multiplied after the softmax, not renormalized; used by all released
             weights), ``pre_softmax`` (equation 1) or ``bidirectional`` (as in ViT).
@@ -140,7 +149,7 @@ class ModelConfig:
     width: Size = 192
     depth: Blocks = 12
     heads: Blocks = 3
-    num_classes: Classes = 1000
+    num_classes: ClassesOrNone = 1000
     class_token: ClassToken = "last"
     mask: MaskKind = "post_softmax"
     position: Position = "both"
@@ -172,6 +181,11 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Shape of the output for an image without a head, (width,); empty with one."""
+        return () if self.num_classes else (self.width,)
 
     @property
     def head_dim(self) -> int:

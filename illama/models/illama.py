@@ -131,7 +131,7 @@ class Block(nn.Module):
 
 
 class ILLaMA(MaskedNetwork):
-    """The whole network. Maps float images (B, C, H, W) to logits (B, num_classes).
+    """The whole network. Maps float images (B, C, H, W) to logits (B, num_classes); without a head, to (B, width).
 
     Attributes:
         config: the network's :class:`ModelConfig`.
@@ -161,7 +161,7 @@ class ILLaMA(MaskedNetwork):
         rates = [drop_path * index / max(1, config.depth - 1) for index in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate, dropout) for rate in rates)
         self.norm = make_norm(config)
-        self.head = Linear(config.width, config.num_classes)
+        self.head = Linear(config.width, config.num_classes) if config.num_classes else nn.Identity()
         rotation = rotary_table(config.tokens, config.head_dim) if config.position != "learnable" else None
         self.register_buffer("rotation", rotation, persistent=False)
         causal = torch.ones(config.tokens, config.tokens, dtype=torch.bool).tril()
@@ -207,7 +207,7 @@ class ILLaMA(MaskedNetwork):
         return self.norm(x)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes)."""
+        """(B, C, H, W) -> (B, num_classes), or (B, width) without a head."""
         return self.head(self.forward_features(images))
 
 

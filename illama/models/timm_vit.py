@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from timm.layers import AttentionPoolLatent, HybridEmbed, PatchDropout, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -145,7 +146,10 @@ class CausalVisionTransformer(MaskedNetwork):
         return x
 
     def forward(self, images: Tensor) -> Any:
-        """(B, C, H, W) -> (B, num_classes), or two of these from a DeiT in distilled training."""
+        """(B, C, H, W) -> (B, num_classes), or two of these from a DeiT in distilled training.
+
+        A network without classes returns (B, *config.features).
+        """
         return self.vit.forward_head(self.forward_features(images))
 
 
@@ -239,7 +243,16 @@ def _config(vit: VisionTransformer, mask: MaskKind) -> TimmConfig:
     """Returns the configuration of timm's network."""
     name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or type(vit).__name__
     channels: int = vit.in_chans if hasattr(vit, "in_chans") else vit.patch_embed.proj.in_channels  # timm 1.0.20
-    return TimmConfig(name, vit.patch_embed.img_size[0], channels, vit.num_classes, mask)
+    return TimmConfig(name, vit.patch_embed.img_size[0], channels, vit.num_classes, mask, _features(vit))
+
+
+def _features(vit: VisionTransformer) -> tuple[int, ...]:
+    """Returns the shape of the output for an image of a network without classes; an empty one with classes."""
+    if vit.num_classes:
+        return ()
+    width = vit.head.out_features if isinstance(vit.head, nn.Linear) else vit.embed_dim
+    pooled = vit.global_pool or isinstance(vit, VisionTransformerDistilled)
+    return (width,) if pooled else (vit.patch_embed.num_patches + vit.num_prefix_tokens, width)
 
 
 def _reverse_parts(x: Tensor, sizes: list[int], dim: int = 1) -> Tensor:

@@ -21,7 +21,7 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from illama.bundle import INPUT, OUTPUT, SOFTMAX_OUTPUT
+from illama.bundle import FEATURES, INPUT, OUTPUT, SOFTMAX_OUTPUT
 from illama.graph.reader import LAYER
 from illama.graph.writer import EXTERNAL_ABOVE, save_graph
 from illama.models.attention import Form, MaskedAttention, MaskedNetwork
@@ -77,7 +77,8 @@ def export_onnx(
     external_above: int = EXTERNAL_ABOVE,
     wide: Mapping[str, torch.dtype] | None = None,
 ) -> None:
-    """Exports ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) float32.
+    """Exports ``model`` to ``path``: images (batch, C, H, W) float32 -> logits (batch, num_classes, ...) or features
+    (batch, *config.features) float32.
 
     Quantizers become Q/DQ operators through :func:`translations`.
 
@@ -107,7 +108,7 @@ def export_onnx(
                 optimize=False,
                 verbose=False,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[FEATURES if config.features else OUTPUT],
                 custom_translation_table=translations(form, dtypes),
             )
         assert program is not None

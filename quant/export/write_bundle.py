@@ -66,7 +66,7 @@ class Origin:
     def manifest(self, config: NetworkConfig, quantization: Quantization | None = None) -> Manifest:
         """Returns the manifest of a bundle of a network with that config."""
         facts = (self.preprocessing, self.classes, self.provenance, quantization)
-        return Manifest(config.kind, config.to_dict(), *facts)
+        return Manifest(config.kind, config.to_dict(), *facts, features=config.features or None)
 
 
 def plan_quantization(model: MaskedNetwork, scheme: Scheme) -> QuantizationPlan:

@@ -289,7 +289,7 @@ def _branches(block: Any) -> Iterator[_Branch]:
 
 
 def _rotate_back(network: Any, matrix: Tensor) -> None:
-    """Undoes the rotation of the stream after the last norm: in the classifier, or in front of anything else."""
+    """Undoes the rotation of the stream after the last norm: in the head, or in front of anything else."""
     norms, heads, linear = [network.norm], [network.head], not isinstance(network, UperNet)
     if not isinstance(network, ILLaMA):
         norms = [norm for norm in (network.norm, network.fc_norm) if not isinstance(norm, nn.Identity)]
@@ -300,11 +300,18 @@ def _rotate_back(network: Any, matrix: Tensor) -> None:
         for head in heads:
             _set(head.weight, head.weight.double() @ matrix)
         return
-    weight, bias = getattr(network.norm, "weight", None), getattr(network.norm, "bias", None)
+    pooled = linear and all(isinstance(head, nn.Identity) for head in heads)
+    norm = norms[0] if pooled else network.norm
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     back = matrix.t() if weight is None else matrix.t() * weight.double()
     back, bias = back.to(network.patch_embed.proj.weight.dtype), None if bias is None else bias.detach().clone()
-    _fold_norm(network.norm, [])
-    network.norm = nn.Sequential(network.norm, Rotate(back, bias))
+    _fold_norm(norm, [])
+    if not pooled:
+        network.norm = nn.Sequential(network.norm, Rotate(back, bias))
+        return
+    network.head = Rotate(back, bias)  # less work than for all tokens
+    if len(heads) > 1:
+        network.head_dist = Rotate(back, bias)
 
 
 def _fold_norm(norm: Any, readers: Sequence[Any]) -> None:

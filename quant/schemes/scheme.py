@@ -27,7 +27,7 @@ from torch import nn
 
 from illama.errors import UserError
 from illama.manifest import Emulated, LayerFormats, NoTensorRT, Quantization
-from illama.models.attention import QuantizerPoint
+from illama.models.attention import MaskedNetwork, QuantizerPoint
 from illama.structured_files import parse_json, read_yaml, to_yaml
 from quant.schemes.formats import FORMATS, FormatName, TensorSpec
 from quant.schemes.shipped import shipped_path
@@ -176,8 +176,9 @@ def resolve(scheme: Scheme, model: nn.Module) -> QuantizationPlan:
             raise UserError(
                 f"scheme {scheme.name}: no Linear to smooth matches {pattern!r}; names are such as {linears[0]}"
             )
+    no_head = ["head.weight", "head.input"] if isinstance(model, MaskedNetwork) and model.config.features else []
     for pattern in scheme.tensors:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in [*names, *no_head]):
             raise UserError(
                 f"scheme {scheme.name}: no tensor matches {pattern!r}; names are such as {names[len(names) // 2]}"
             )

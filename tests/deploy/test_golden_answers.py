@@ -102,9 +102,9 @@ def swap_rows(model):
 
 
 def overflow(model):
-    hundred = _constant(model, "hundred", np.float32(100))
+    factor = _constant(model, "factor", np.float32(2000))
     nodes = [
-        helper.make_node("Mul", ["blocks.1.norm2", hundred], ["scaled"]),
+        helper.make_node("Mul", ["blocks.1.norm2", factor], ["scaled"]),
         helper.make_node("Exp", ["scaled"], ["exponential"]),
         helper.make_node("Mul", ["blocks.1.norm2", "exponential"], ["large"]),
         helper.make_node("Div", ["large", "exponential"], ["back"]),
@@ -163,7 +163,7 @@ def test_a_wrong_network_in_pytorch_is_refused(fault, inputs, quantized, bundle)
     elif fault == "swap_rows":
         network.register_forward_hook(lambda _, __, logits: logits.flip(0))
     elif fault == "overflow":
-        network.blocks[1].norm2.register_forward_hook(lambda _, __, x: (x * 2**16).half().float() / 2**16)
+        network.blocks[1].norm2.register_forward_hook(lambda _, __, x: (x * 2**21).half().float() / 2**21)
     elif fault == "wrong_at_batch_1":
         network.register_forward_hook(lambda _, __, logits: -logits if len(logits) == 1 else logits)
     elif fault == "not_a_number":

@@ -80,6 +80,7 @@ def test_summary_json_keeps_the_promised_form(folder):
         "top1": 92.9,
         "agreement": 99.4,
         "sqnr_db": None,
+        "cosine": None,
         "drop": pytest.approx(0.1),
         "kept": "99%",
         "drop_ci95": [pytest.approx(-0.15), pytest.approx(0.35)],

@@ -1,0 +1,424 @@
+"""Loads vision transformers of Hugging Face's transformers from their folders, as networks of timm.
+
+A folder has ``config.json``, ``preprocessor_config.json`` and the weights, as ``save_pretrained`` writes them. The
+weights are renamed into timm's classes, which compute the same. No code of a folder is run, and transformers is not
+needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELUTanh, QuickGELU, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from illama.checkpoints.huggingface_processor import read_preprocessing
+from illama.checkpoints.load import POSITIONS, check_finite, check_state
+from illama.checkpoints.tensor_files import read_folder
+from illama.checkpoints.timm_checkpoint import TimmCheckpoint, keep_features
+from illama.errors import UserError
+from illama.models.config import Blocks, Size
+from illama.models.timm_vit import to_quantizable
+from illama.options import Head
+from illama.structured_files import parse_json, read_json
+
+CONFIG = "config.json"
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_new": GELUTanh,
+    "gelu_pytorch_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+    "silu": nn.SiLU,
+}
+_TEACHER = "DeiTForImageClassificationWithTeacher"
+
+
+@dataclass(frozen=True)
+class _Config:
+    """The part of config.json that is used."""
+
+    model_type: str
+    architectures: list[str] = field(default_factory=list)
+    vision_config: dict[str, Any] | None = None
+    id2label: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Vision:
+    """A vision transformer's settings; the defaults are those that most kinds share, which files leave out."""
+
+    hidden_size: Size = 768
+    num_hidden_layers: Blocks = 12
+    num_attention_heads: Blocks = 12
+    intermediate_size: Size = 3072
+    mlp_ratio: float | None = None
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    image_size: Size = 224
+    patch_size: Size = 16
+    num_channels: Size = 3
+    num_register_tokens: int = 0
+    use_swiglu_ffn: bool = False
+    use_gated_mlp: bool = False
+    qkv_bias: bool = True
+    query_bias: bool = True
+    rope_theta: float = 100.0
+    vision_use_head: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of timm's networks."""
+        if self.hidden_act not in _ACTIVATIONS:
+            raise UserError(f"its activation {self.hidden_act!r} is not supported: only {', '.join(_ACTIVATIONS)}")
+        return {
+            "patch_size": self.patch_size,
+            "in_chans": self.num_channels,
+            "embed_dim": self.hidden_size,
+            "depth": self.num_hidden_layers,
+            "num_heads": self.num_attention_heads,
+            "mlp_ratio": self.mlp_ratio or self.intermediate_size / self.hidden_size,
+            "norm_layer": partial(nn.LayerNorm, eps=self.layer_norm_eps),
+        }
+
+
+_Make = Callable[["_Vision", "dict[str, Any]", "Mapping[str, Tensor]"], "VisionTransformer | Eva"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a kind of network is made of timm's.
+
+    Attributes:
+        make: returns timm's network for the settings, common options (image size, number of outputs), and the renamed
+            state dict.
+        patches: name of the patch convolution's weight.
+        renames: (pattern, replacement) of names, without the prefix of ``patches``.
+        heads: names of classifiers, outside the prefix -> timm's.
+        projection: name of the projection into an embedding, outside the prefix.
+        defaults: settings that files leave out.
+    """
+
+    make: _Make
+    patches: str
+    renames: tuple[tuple[str, str], ...]
+    heads: Mapping[str, str] = field(default_factory=dict)
+    projection: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _vit(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
+    """ViT, and DeiT with a distillation token."""
+    options = {**vision.options, **common, "qkv_bias": vision.qkv_bias, "act_layer": _ACTIVATIONS[vision.hidden_act]}
+    if "head_dist.weight" in state:
+        return VisionTransformerDistilled(**options)
+    return VisionTransformer(**options, reg_tokens=int("reg_token" in state))
+
+
+def _dinov2(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
+    options = {**vision.options, **common, "qkv_bias": vision.qkv_bias, "init_values": 1e-5}
+    if vision.use_swiglu_ffn:
+        hidden = (int(vision.hidden_size * (vision.mlp_ratio or 4) * 2 / 3) + 7) // 8 * 8
+        ratio = 2 * hidden / vision.hidden_size
+        options |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": ratio}
+    else:
+        options |= {"act_layer": _ACTIVATIONS[vision.hidden_act]}
+    return VisionTransformer(**options, reg_tokens=vision.num_register_tokens, no_embed_class=True)
+
+
+def _dinov3(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> Eva:
+    if not vision.use_gated_mlp and vision.hidden_act != "gelu":
+        raise UserError(f"a DINOv3 with the activation {vision.hidden_act!r} is not supported")
+    return Eva(
+        **vision.options,
+        **{"global_pool": "token", **common},
+        qkv_bias=vision.query_bias,
+        swiglu_mlp=vision.use_gated_mlp,
+        swiglu_align_to=int(vision.use_gated_mlp),  # with 0, timm joins the two matrices
+        init_values=1e-5,
+        num_reg_tokens=vision.num_register_tokens,
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        use_fc_norm=False,
+        rope_type="dinov3",
+        rope_temperature=vision.rope_theta,
+        rope_rotate_half=True,
+    )
+
+
+def _siglip(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
+    pool = "map" if vision.vision_use_head and not common["num_classes"] else "avg"
+    return VisionTransformer(
+        **vision.options,
+        **common,
+        act_layer=_ACTIVATIONS[vision.hidden_act],
+        class_token=False,
+        global_pool=pool,  # type: ignore[arg-type]
+        fc_norm=False,
+    )
+
+
+def _clip(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
+    return VisionTransformer(**vision.options, **common, act_layer=_ACTIVATIONS[vision.hidden_act], pre_norm=True)
+
+
+_BLOCK = r"^encoder\.layers?\.(\d+)\."
+_VIT_NAMES = (
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^embeddings\.position_embeddings$", POSITIONS),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.(?:distillation_token|register_tokens)$", "reg_token"),
+    (r"^layernorm\.", "norm."),
+    (_BLOCK + r"attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r"blocks.\1.attn.\2."),
+    (_BLOCK + r"attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+    (_BLOCK, r"blocks.\1."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+)
+_DINOV3_NAMES = (
+    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^(?:model\.)?layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+)
+_CLIP_NAMES = (
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embedding\.weight$", POSITIONS),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^post_layernorm\.", "norm."),
+    (_BLOCK + r"self_attn\.([qkv])_proj\.", r"blocks.\1.attn.\2."),
+    (_BLOCK + r"self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (_BLOCK, r"blocks.\1."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"^head\.probe$", "attn_pool.latent"),
+    (r"^head\.attention\.in_proj_", "attn_pool.in_proj."),
+    (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"^head\.layernorm\.", "attn_pool.norm."),
+    (r"^head\.mlp\.", "attn_pool.mlp."),
+)
+_PATCHES, _PATCHES_CLIP = "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight"
+_CLASSIFIER = {"classifier": "head"}
+_VIT_KIND = _Kind(_vit, _PATCHES, _VIT_NAMES, _CLASSIFIER, defaults={"layer_norm_eps": 1e-12})
+_DINOV2_KIND = _Kind(
+    _dinov2, _PATCHES, _VIT_NAMES, defaults={"mlp_ratio": 4.0, "patch_size": 14, "num_attention_heads": 12}
+)
+_SIGLIP_KIND = _Kind(_siglip, _PATCHES_CLIP, _CLIP_NAMES, _CLASSIFIER, defaults={"hidden_act": "gelu_pytorch_tanh"})
+_CLIP_KIND = _Kind(
+    _clip,
+    _PATCHES_CLIP,
+    _CLIP_NAMES,
+    projection="visual_projection",
+    defaults={"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32},
+)
+_KINDS: dict[str, _Kind] = {
+    "vit": _VIT_KIND,
+    "deit": _Kind(
+        _vit,
+        _PATCHES,
+        _VIT_NAMES,
+        {**_CLASSIFIER, "cls_classifier": "head", "distillation_classifier": "head_dist"},
+        defaults={"layer_norm_eps": 1e-12},
+    ),
+    "dinov2": _DINOV2_KIND,
+    "dinov2_with_registers": _Kind(
+        _dinov2, _PATCHES, _VIT_NAMES, defaults={**_DINOV2_KIND.defaults, "num_register_tokens": 4}
+    ),
+    "dinov3_vit": _Kind(
+        _dinov3,
+        "embeddings.patch_embeddings.weight",
+        _DINOV3_NAMES,
+        defaults={
+            "hidden_size": 384,
+            "num_attention_heads": 6,
+            "intermediate_size": 1536,
+            "layer_norm_eps": 1e-5,
+            "num_register_tokens": 0,
+        },
+    ),
+    "siglip": _SIGLIP_KIND,
+    "siglip_vision_model": _SIGLIP_KIND,
+    "clip": _CLIP_KIND,
+    "clip_vision_model": _CLIP_KIND,
+}
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether a folder has a config of transformers; one of timm's hub names an architecture instead."""
+    if not (folder / CONFIG).exists():
+        return False
+    found = read_json(folder / CONFIG, dict[str, Any])
+    return "model_type" in found and "architecture" not in found
+
+
+def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "classes") -> TimmCheckpoint:
+    """Loads a ViT, DeiT, DINOv2, DINOv3, SigLIP or CLIP's vision network from a folder of transformers.
+
+    Args:
+        folder: as ``save_pretrained`` writes it; weights may be in shards.
+        image_size: side length of the input in pixels; position embeddings are interpolated as transformers does.
+            Defaults to the size that ``preprocessor_config.json`` gives images.
+        head: what the network computes (:class:`illama.options.SourceOptions`).
+
+    Raises:
+        UserError: a file is missing or damaged, the network is of another kind, or its weights do not fit its config.
+    """
+    config = read_json(folder / CONFIG, _Config, "ignore")
+    kind = _KINDS.get(config.model_type)
+    if kind is None:
+        raise UserError(
+            f"{folder} holds a {config.model_type!r} of Hugging Face, which is not supported; supported are "
+            f"{', '.join(_KINDS)}"
+        )
+    vision = _vision(folder, config, kind)
+    preprocessing, other = read_preprocessing(folder, vision.num_channels, image_size)
+    side, patch = preprocessing.size[0], vision.patch_size
+    if side % patch:
+        raise UserError(f"images of {side} pixels do not fit patches of {patch}: give --image-size, a multiple of it")
+    files, content, _ = read_folder(folder, ())
+    check_finite(content, files[0])
+    state = _renamed(content, kind, vision, config, head, files[0])
+    _check_size(vision, state, files[0])
+    if kind.make is _dinov2:
+        _move_first_position(state)
+    first = 0 if kind.make is _dinov2 else sum(name in state for name in ("cls_token", "reg_token", "dist_token"))
+    _place_positions(state, side // patch, first, config.model_type == "dinov2_with_registers", files[0])
+    outputs = len(state["head.weight"]) if "head.weight" in state else 0
+    vit = kind.make(vision, {"img_size": side, "num_classes": outputs}, state).eval()
+    cast(Any, vit).pretrained_cfg = {"architecture": config.model_type}
+    check_state(vit.state_dict(), state, files[0], f"its {CONFIG}")
+    vit.load_state_dict({name: value.float() for name, value in state.items()})
+    keep_features(vit, head)
+    classes = tuple(config.id2label[number] for number in sorted(config.id2label))
+    classes = classes if len(classes) == vit.num_classes else ()
+    return TimmCheckpoint(to_quantizable(vit), preprocessing, classes, files[0], (folder / CONFIG, other, *files[1:]))
+
+
+def _vision(folder: Path, config: _Config, kind: _Kind) -> _Vision:
+    given = config.vision_config
+    if given is None:
+        given = read_json(folder / CONFIG, dict[str, Any])
+    settings = {**kind.defaults, **{name: value for name, value in given.items() if value is not None}}
+    return parse_json(json.dumps(settings), _Vision, f"{folder / CONFIG}", "ignore")
+
+
+def _renamed(
+    content: Mapping[str, Tensor], kind: _Kind, vision: _Vision, config: _Config, head: Head, path: Path
+) -> dict[str, Tensor]:
+    """Returns the state dict with timm's names, with the head that is wanted."""
+    prefix = next((name.removesuffix(kind.patches) for name in content if name.endswith(kind.patches)), None)
+    if prefix is None:
+        raise UserError(f"{path} has no {kind.patches}: it does not hold a {config.model_type}")
+    up = ".mlp.fc1_x." if vision.use_gated_mlp else ".mlp.fc1."
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        own = name.removeprefix(prefix)
+        for pattern, replacement in (*kind.renames, (r"\.mlp\.up_proj\.", up)):
+            own = re.sub(pattern, replacement, own)
+        if name.startswith(prefix) and own.partition(".")[0] in _PARTS and value.numel():  # DINOv3: 0 registers
+            state[own] = value
+    state |= _head(content, kind, head, path)
+    if "head.weight" in state and head == "classes":  # SigLIP's classifier reads the mean of the tokens
+        state = {name: value for name, value in state.items() if not name.startswith("attn_pool.")}
+    if "head_dist.weight" in state:
+        state["dist_token"] = state.pop("reg_token")
+    _join(state, vision)
+    return state
+
+
+_PARTS = ("blocks", "patch_embed", POSITIONS, "cls_token", "reg_token", "norm", "norm_pre", "attn_pool")
+
+
+def _head(content: Mapping[str, Tensor], kind: _Kind, head: Head, path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of the head that is wanted, with timm's names; UserError if the file has no such head."""
+    if head in ("none", "tokens"):
+        return {}
+    if head == "embedding":
+        weight = content.get(f"{kind.projection}.weight")
+        if weight is None:
+            raise UserError(f"{path} has no projection into an embedding: give --head none for the pooled features")
+        return {"head.weight": weight, "head.bias": torch.zeros_like(weight[:, 0])}
+    found = {
+        f"{theirs}.{part}": value
+        for ours, theirs in kind.heads.items()
+        for part in ("weight", "bias")
+        if (value := content.get(f"{ours}.{part}")) is not None
+    }
+    if "head.weight" not in found:
+        other = any(name.startswith("classifier.") for name in content)
+        reason = "has a classifier of the mean of its tokens, which is not supported" if other else "has no classifier"
+        raise UserError(f"{path} {reason}: give --head none for the pooled features, or --head tokens")
+    return found
+
+
+def _join(state: dict[str, Tensor], vision: _Vision) -> None:
+    """Joins q, k and v, and gives tables of tokens the shapes of timm's."""
+    for attention in sorted({name.rpartition(".attn.")[0] for name in state if ".attn." in name}):
+        for part in ("weight", "bias"):
+            names = [f"{attention}.attn.{each}.{part}" for each in "qkv"]
+            found = [state.pop(name) for name in names if name in state]
+            if len(found) == 3:
+                state[f"{attention}.attn.qkv.{part}"] = torch.cat(found)
+            elif len(found) == 2:  # DINOv3's keys have no bias
+                state |= {f"{attention}.attn.q_bias": found[0], f"{attention}.attn.v_bias": found[1]}
+    for part in ("weight", "bias"):
+        if (joint := state.pop(f"attn_pool.in_proj.{part}", None)) is not None:
+            width = vision.hidden_size
+            state |= {f"attn_pool.q.{part}": joint[:width], f"attn_pool.kv.{part}": joint[width:]}
+    for name in (POSITIONS, "cls_token"):
+        if name in state and state[name].numel() % vision.hidden_size == 0:
+            state[name] = state[name].reshape(1, -1, vision.hidden_size)
+
+
+def _check_size(vision: _Vision, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError if the config asks for a network that is much larger than its file, before it is built."""
+    block = vision.hidden_size**2 * (4 + vision.options["mlp_ratio"])
+    held = sum(value.numel() for value in state.values())
+    if vision.num_hidden_layers > len(state) or vision.num_hidden_layers * block > 2 * held:
+        raise UserError(f"{path} holds less than half of the network in its {CONFIG}: correct the config")
+
+
+def _place_positions(state: dict[str, Tensor], side: int, first: int, antialias: bool, path: Path) -> None:
+    """Interpolates the table of positions to ``side`` x ``side`` patches, as transformers does.
+
+    Args:
+        first: number of tokens before the patches that the table has.
+    """
+    if POSITIONS not in state:
+        return
+    before, patches = state[POSITIONS][:, :first].float(), state[POSITIONS][:, first:].float()
+    old = math.isqrt(patches.shape[1])
+    if not old or old**2 != patches.shape[1]:
+        raise UserError(f"{path} has {patches.shape[1]} positions of patches, which fill no square grid")
+    if old != side:
+        grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias)
+        patches = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    state[POSITIONS] = torch.cat([before, patches], 1)
+
+
+def _move_first_position(state: dict[str, Tensor]) -> None:
+    """Adds the position of the class token to it, as timm does for DINOv2, whose registers have no positions."""
+    state["cls_token"] = state["cls_token"].float() + state[POSITIONS][:, :1].float()
+    state[POSITIONS] = state[POSITIONS][:, 1:]

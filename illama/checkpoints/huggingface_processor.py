@@ -1,0 +1,80 @@
+"""Reads how transformers prepares images: a folder's ``preprocessor_config.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from illama.data.preprocessing import Preprocessing
+from illama.errors import UserError
+from illama.options import Interpolation
+from illama.structured_files import read_json
+
+PROCESSOR = "preprocessor_config.json"
+_RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """The part of preprocessor_config.json that is used."""
+
+    image_mean: list[float]
+    image_std: list[float]
+    size: dict[str, int | None] | int
+    crop_size: dict[str, int | None] | int | None = None
+    do_center_crop: bool | None = None
+    do_resize: bool | None = True
+    do_rescale: bool | None = True
+    do_normalize: bool | None = True
+    rescale_factor: float = 1 / 255
+    resample: int = 3
+
+
+def read_preprocessing(folder: Path, channels: int, image_size: int | None) -> tuple[Preprocessing, Path]:
+    """Returns the preprocessing of a folder of transformers, and the path of the file that says it.
+
+    Args:
+        channels: color channels of the network's input.
+        image_size: side length of the input in pixels instead of the file's; the resize keeps its ratio to it.
+
+    Raises:
+        UserError: the file is missing or damaged, or prepares images in a way that is not supported.
+    """
+    path = folder / PROCESSOR
+    if not path.exists():
+        raise UserError(f"{folder} has no {PROCESSOR}, which says how images are prepared: copy it from the model")
+    found = read_json(path, _Processor, "ignore")
+    if not (found.do_resize and found.do_rescale and found.do_normalize) or abs(found.rescale_factor * 255 - 1) > 1e-6:
+        raise UserError(f"{path} leaves images as they are in one step: resize, 1/255 and mean are needed")
+    if found.resample not in _RESAMPLE:
+        raise UserError(f"{path} resizes with PIL's filter {found.resample}: only {_RESAMPLE} are supported")
+    crop = _side(found.crop_size, path) if found.do_center_crop and found.crop_size is not None else None
+    resize, warps = _resized(found.size, path)
+    if crop is None and not warps:
+        raise UserError(f"{path} gives images of different sizes: a center crop is needed")
+    if crop is not None and warps and crop != resize:
+        print(f"note: {path} warps images to {resize} x {resize} pixels before the crop; here, they keep their shape")
+    side = crop or resize
+    size = image_size or side
+    shorter = None if crop is None or (crop == resize and warps) else resize * size // side
+    mean, std = tuple(found.image_mean), tuple(found.image_std)
+    interpolation = _RESAMPLE[found.resample]
+    return Preprocessing((size, size), channels, mean, std, shorter, interpolation, class_order="natural"), path
+
+
+def _resized(size: dict[str, int | None] | int, path: Path) -> tuple[int, bool]:
+    """Returns the length that images are resized to, and whether that is of both sides."""
+    if isinstance(size, int):
+        return size, True
+    if (shorter := size.get("shortest_edge")) is not None:
+        return shorter, False
+    return _side(size, path), True
+
+
+def _side(size: dict[str, int | None] | int, path: Path) -> int:
+    if isinstance(size, int):
+        return size
+    height, width = size.get("height"), size.get("width")
+    if height is None or height != width:
+        raise UserError(f"{path} has images of {height} x {width} pixels: only square ones are supported")
+    return height
