@@ -13,13 +13,7 @@ from safetensors.numpy import save
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-PAIRS = {
-    "id": lzma.FILTER_LZMA2,
-    "preset": 9 | lzma.PRESET_EXTREME,
-    "lc": 0,
-    "lp": 1,
-    "pb": 1,
-}  # of bytes: float16
+PAIRS = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 1, "pb": 1}  # of bytes: float16
 
 
 class BuildSmaller(build_py):

@@ -130,7 +130,8 @@ def score_images(
 
 def predict_map(infer: Infer, image: Tensor, preprocessing: Preprocessing, views: Views | None = None) -> Tensor:
     """Returns the predicted class of every pixel (H, W) of an image (3, H, W), uint8."""
-    shorter, views = preprocessing.resize or min(preprocessing.size), views or Views()
+    resize, views = preprocessing.resize, views or Views()
+    shorter = resize if isinstance(resize, int) else min(preprocessing.size)
     to_input: Callable[[Any], Tensor] = v2.Compose(preprocessing.tensor_steps())
     total: Tensor | None = None
     for scale in views.scales:

@@ -18,7 +18,7 @@ from illama.checkpoints.load import Checkpoint, ILLaMACheckpoint, load_checkpoin
 from illama.checkpoints.timm_checkpoint import TimmCheckpoint, load_timm
 from illama.checkpoints.timm_source import HUB_CONFIG, parse_options
 from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, note_channels, open_data, unlabeled
-from illama.data.preprocessing import Preprocessing
+from illama.data.preprocessing import Preprocessing, box_of
 from illama.errors import UserError
 from illama.hardware import torch_device
 from illama.inference import images_per_call, load_images
@@ -116,10 +116,10 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
         raise UserError(f"{checkpoint} computes features with --head {options.head}, and this command needs classes")
     if config.num_classes:
         _check_classes(loaded, images.classes, options)
-    fitting = stored or images.preprocessing(config.image_size, config.in_channels)
+    fitting = stored or images.preprocessing(config.size[0], config.in_channels)
     changes: dict[str, Any] = {name: value for name in _GIVEN if (value := getattr(options, name)) is not None}
     if options.crop_pct is not None:
-        changes["resize"] = int(fitting.size[0] / options.crop_pct)
+        changes["resize"] = box_of(fitting.size, options.crop_pct)
     preprocessing = replace(fitting, exif=images.exif, class_order=images.class_order, **changes)
     count = calibration_count(images, options.calibration_images, calibration_share)
     note_channels(images.calibration(count), config.in_channels)
@@ -145,16 +145,23 @@ def _open_checkpoint(options: SourceOptions) -> Checkpoint:
     if model == "hf" or (model is None and is_huggingface(path)):
         if options.model_args:
             raise UserError("--model-args are options of a timm network, and this one has a config: leave them out")
-        return load_huggingface(path, options.image_size, options.head)
+        return load_huggingface(path, _side(options), options.head)
     if model is None and not (path / HUB_CONFIG).exists():
         if options.model_args and path.exists():
             raise UserError("--model-args are options of a timm network: give --model timm:NAME, too")
-        return _with_head(load_checkpoint(path, image_size=options.image_size), options.head)
+        return _with_head(load_checkpoint(path, image_size=_side(options)), options.head)
     kind, _, name = (model or "timm:").partition(":")
     if kind != "timm" or (model and not name):
         hint = f"did you mean timm:{str(model).rpartition(':')[2]}?"
         raise UserError(f"--model is timm:NAME, or hf for a folder of Hugging Face, not {model!r}: {hint}")
     return load_timm(name, path, options.image_size, parse_options(options.model_args), options.head)
+
+
+def _side(options: SourceOptions) -> int | None:
+    """Returns the side length of square images; UserError if others are asked for."""
+    if isinstance(options.image_size, tuple):
+        raise UserError("--image-size of a height and a width is for networks of timm: give one number")
+    return options.image_size
 
 
 def _with_head(loaded: ILLaMACheckpoint, head: Head) -> ILLaMACheckpoint:

@@ -98,8 +98,9 @@ def golden_file(golden: GoldenAnswers, preprocessing: Preprocessing) -> bytes:
     if golden.facts.mean and (short := preprocessing.resize):  # what the crop removes is added around the image
         from illama.data.images import crop_of_resized  # not needed to read an answer
 
-        (_, top), (_, left) = crop_of_resized((short, short), short, preprocessing.size)
-        around = ((top, short - height - top), (left, short - width - left), (0, 0))
+        box = (short, short) if isinstance(short, int) else short
+        (_, top), (_, left) = crop_of_resized(box, short, preprocessing.size)
+        around = ((top, box[0] - height - top), (left, box[1] - width - left), (0, 0))
         image = np.pad(image, around, mode="edge")
     return _as_png(image)
 

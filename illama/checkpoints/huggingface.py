@@ -11,13 +11,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from timm.layers import GELUTanh, QuickGELU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -29,9 +30,9 @@ from illama.checkpoints.load import POSITIONS, check_finite, check_state
 from illama.checkpoints.tensor_files import read_folder
 from illama.checkpoints.timm_checkpoint import TimmCheckpoint, keep_features
 from illama.errors import UserError
-from illama.models.config import Blocks, Size
+from illama.models.config import MOST_PATCHES, Blocks, Size
 from illama.models.timm_vit import to_quantizable
-from illama.options import Head
+from illama.options import Head, Positive
 from illama.structured_files import parse_json, read_json
 
 CONFIG = "config.json"
@@ -42,7 +43,6 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "quick_gelu": QuickGELU,
     "silu": nn.SiLU,
 }
-_TEACHER = "DeiTForImageClassificationWithTeacher"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class _Config:
     """The part of config.json that is used."""
 
     model_type: str
-    architectures: list[str] = field(default_factory=list)
     vision_config: dict[str, Any] | None = None
     id2label: dict[int, str] = field(default_factory=dict)
 
@@ -63,13 +62,12 @@ class _Vision:
     num_hidden_layers: Blocks = 12
     num_attention_heads: Blocks = 12
     intermediate_size: Size = 3072
-    mlp_ratio: float | None = None
+    mlp_ratio: Positive | None = None
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
-    image_size: Size = 224
     patch_size: Size = 16
     num_channels: Size = 3
-    num_register_tokens: int = 0
+    num_register_tokens: Annotated[int, Interval(ge=0, le=1024)] = 0
     use_swiglu_ffn: bool = False
     use_gated_mlp: bool = False
     qkv_bias: bool = True
@@ -80,6 +78,8 @@ class _Vision:
     @property
     def options(self) -> dict[str, Any]:
         """Options of timm's networks."""
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"its width {self.hidden_size} has no {self.num_attention_heads} heads: correct the config")
         if self.hidden_act not in _ACTIVATIONS:
             raise UserError(f"its activation {self.hidden_act!r} is not supported: only {', '.join(_ACTIVATIONS)}")
         return {
@@ -90,6 +90,7 @@ class _Vision:
             "num_heads": self.num_attention_heads,
             "mlp_ratio": self.mlp_ratio or self.intermediate_size / self.hidden_size,
             "norm_layer": partial(nn.LayerNorm, eps=self.layer_norm_eps),
+            "act_layer": _ACTIVATIONS[self.hidden_act],
         }
 
 
@@ -103,24 +104,18 @@ class _Kind:
     Attributes:
         make: returns timm's network for the settings, common options (image size, number of outputs), and the renamed
             state dict.
-        patches: name of the patch convolution's weight.
-        renames: (pattern, replacement) of names, without the prefix of ``patches``.
-        heads: names of classifiers, outside the prefix -> timm's.
-        projection: name of the projection into an embedding, outside the prefix.
+        heads: names of classifiers -> timm's.
         defaults: settings that files leave out.
     """
 
     make: _Make
-    patches: str
-    renames: tuple[tuple[str, str], ...]
-    heads: Mapping[str, str] = field(default_factory=dict)
-    projection: str = ""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, str]
+    defaults: Mapping[str, Any]
 
 
 def _vit(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
     """ViT, and DeiT with a distillation token."""
-    options = {**vision.options, **common, "qkv_bias": vision.qkv_bias, "act_layer": _ACTIVATIONS[vision.hidden_act]}
+    options = {**vision.options, **common, "qkv_bias": vision.qkv_bias}
     if "head_dist.weight" in state:
         return VisionTransformerDistilled(**options)
     return VisionTransformer(**options, reg_tokens=int("reg_token" in state))
@@ -132,17 +127,17 @@ def _dinov2(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]
         hidden = (int(vision.hidden_size * (vision.mlp_ratio or 4) * 2 / 3) + 7) // 8 * 8
         ratio = 2 * hidden / vision.hidden_size
         options |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": ratio}
-    else:
-        options |= {"act_layer": _ACTIVATIONS[vision.hidden_act]}
     return VisionTransformer(**options, reg_tokens=vision.num_register_tokens, no_embed_class=True)
 
 
 def _dinov3(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> Eva:
     if not vision.use_gated_mlp and vision.hidden_act != "gelu":
         raise UserError(f"a DINOv3 with the activation {vision.hidden_act!r} is not supported")
+    options = {name: value for name, value in vision.options.items() if name != "act_layer"}
     return Eva(
-        **vision.options,
-        **{"global_pool": "token", **common},
+        **options,
+        **common,
+        global_pool="token",
         qkv_bias=vision.query_bias,
         swiglu_mlp=vision.use_gated_mlp,
         swiglu_align_to=int(vision.use_gated_mlp),  # with 0, timm joins the two matrices
@@ -162,7 +157,6 @@ def _siglip(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]
     return VisionTransformer(
         **vision.options,
         **common,
-        act_layer=_ACTIVATIONS[vision.hidden_act],
         class_token=False,
         global_pool=pool,  # type: ignore[arg-type]
         fc_norm=False,
@@ -170,97 +164,50 @@ def _siglip(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]
 
 
 def _clip(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
-    return VisionTransformer(**vision.options, **common, act_layer=_ACTIVATIONS[vision.hidden_act], pre_norm=True)
+    return VisionTransformer(**vision.options, **common, pre_norm=True)
 
 
-_BLOCK = r"^encoder\.layers?\.(\d+)\."
-_VIT_NAMES = (
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^embeddings\.position_embeddings$", POSITIONS),
-    (r"^embeddings\.cls_token$", "cls_token"),
+# Names of all kinds, without the prefix of the patch convolution, and timm's.
+_NAMES = (
+    (r"^embeddings\.patch_embeddings?(?:\.projection)?\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings?(?:\.weight)?$", POSITIONS),
+    (r"^embeddings\.(?:cls_token|class_embedding)$", "cls_token"),
     (r"^embeddings\.(?:distillation_token|register_tokens)$", "reg_token"),
-    (r"^layernorm\.", "norm."),
-    (_BLOCK + r"attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r"blocks.\1.attn.\2."),
-    (_BLOCK + r"attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (_BLOCK, r"blocks.\1."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
-    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
-)
-_DINOV3_NAMES = (
-    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.register_tokens$", "reg_token"),
-    (r"^(?:model\.)?layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.attention\.o_proj\.", ".attn.proj."),
-    (r"\.layer_scale([12])\.lambda1$", r".gamma_\1"),
-    (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-)
-_CLIP_NAMES = (
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embedding\.weight$", POSITIONS),
-    (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^pre_layrnorm\.", "norm_pre."),
-    (r"^post_layernorm\.", "norm."),
-    (_BLOCK + r"self_attn\.([qkv])_proj\.", r"blocks.\1.attn.\2."),
-    (_BLOCK + r"self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
-    (_BLOCK, r"blocks.\1."),
-    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"^(?:post_)?layernorm\.", "norm."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+    (r"\.(?:attention\.attention|self_attn|attention)\.([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
+    (r"\.(?:attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.(?:intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
+    (r"\.(?:output\.dense|mlp\.weights_out|mlp\.down_proj)\.", ".mlp.fc2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
+    (r"\.(?:layer_norm1|layernorm_before)\.", ".norm1."),
+    (r"\.(?:layer_norm2|layernorm_after)\.", ".norm2."),
     (r"^head\.probe$", "attn_pool.latent"),
     (r"^head\.attention\.in_proj_", "attn_pool.in_proj."),
     (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
     (r"^head\.layernorm\.", "attn_pool.norm."),
     (r"^head\.mlp\.", "attn_pool.mlp."),
 )
-_PATCHES, _PATCHES_CLIP = "embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight"
+_PATCHES = re.compile(r"^(.*)embeddings\.patch_embeddings?(?:\.projection)?\.weight$")
+_PARTS = ("blocks", "patch_embed", POSITIONS, "cls_token", "reg_token", "norm", "norm_pre", "attn_pool")
 _CLASSIFIER = {"classifier": "head"}
-_VIT_KIND = _Kind(_vit, _PATCHES, _VIT_NAMES, _CLASSIFIER, defaults={"layer_norm_eps": 1e-12})
-_DINOV2_KIND = _Kind(
-    _dinov2, _PATCHES, _VIT_NAMES, defaults={"mlp_ratio": 4.0, "patch_size": 14, "num_attention_heads": 12}
-)
-_SIGLIP_KIND = _Kind(_siglip, _PATCHES_CLIP, _CLIP_NAMES, _CLASSIFIER, defaults={"hidden_act": "gelu_pytorch_tanh"})
-_CLIP_KIND = _Kind(
-    _clip,
-    _PATCHES_CLIP,
-    _CLIP_NAMES,
-    projection="visual_projection",
-    defaults={"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32},
-)
-_KINDS: dict[str, _Kind] = {
-    "vit": _VIT_KIND,
-    "deit": _Kind(
-        _vit,
-        _PATCHES,
-        _VIT_NAMES,
-        {**_CLASSIFIER, "cls_classifier": "head", "distillation_classifier": "head_dist"},
-        defaults={"layer_norm_eps": 1e-12},
-    ),
-    "dinov2": _DINOV2_KIND,
-    "dinov2_with_registers": _Kind(
-        _dinov2, _PATCHES, _VIT_NAMES, defaults={**_DINOV2_KIND.defaults, "num_register_tokens": 4}
-    ),
-    "dinov3_vit": _Kind(
-        _dinov3,
-        "embeddings.patch_embeddings.weight",
-        _DINOV3_NAMES,
-        defaults={
-            "hidden_size": 384,
-            "num_attention_heads": 6,
-            "intermediate_size": 1536,
-            "layer_norm_eps": 1e-5,
-            "num_register_tokens": 0,
-        },
-    ),
-    "siglip": _SIGLIP_KIND,
-    "siglip_vision_model": _SIGLIP_KIND,
-    "clip": _CLIP_KIND,
-    "clip_vision_model": _CLIP_KIND,
+_VIT = _Kind(_vit, _CLASSIFIER, {"layer_norm_eps": 1e-12})
+_DEIT_HEADS = {**_CLASSIFIER, "cls_classifier": "head", "distillation_classifier": "head_dist"}
+_DINOV2 = _Kind(_dinov2, {}, {"mlp_ratio": 4.0, "patch_size": 14})
+_DINOV3_DEFAULTS = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5}
+_SIGLIP = _Kind(_siglip, _CLASSIFIER, {"hidden_act": "gelu_pytorch_tanh"})
+_CLIP = _Kind(_clip, {}, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32})
+_KINDS = {
+    "vit": _VIT,
+    "deit": replace(_VIT, heads=_DEIT_HEADS),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": replace(_DINOV2, defaults={**_DINOV2.defaults, "num_register_tokens": 4}),
+    "dinov3_vit": _Kind(_dinov3, {}, _DINOV3_DEFAULTS),
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
 }
 
 
@@ -294,7 +241,7 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
     vision = _vision(folder, config, kind)
     preprocessing, other = read_preprocessing(folder, vision.num_channels, image_size)
     side, patch = preprocessing.size[0], vision.patch_size
-    if side % patch:
+    if side % patch or (side // patch) ** 2 > MOST_PATCHES:
         raise UserError(f"images of {side} pixels do not fit patches of {patch}: give --image-size, a multiple of it")
     files, content, _ = read_folder(folder, ())
     check_finite(content, files[0])
@@ -327,14 +274,16 @@ def _renamed(
     content: Mapping[str, Tensor], kind: _Kind, vision: _Vision, config: _Config, head: Head, path: Path
 ) -> dict[str, Tensor]:
     """Returns the state dict with timm's names, with the head that is wanted."""
-    prefix = next((name.removesuffix(kind.patches) for name in content if name.endswith(kind.patches)), None)
+    prefix = next((found[1] for name in content if (found := _PATCHES.match(name))), None)
     if prefix is None:
-        raise UserError(f"{path} has no {kind.patches}: it does not hold a {config.model_type}")
+        raise UserError(f"{path} has no patch embedding: it does not hold a {config.model_type}")
+    scale = r".gamma_\1" if kind.make is _dinov3 else r".ls\1.gamma"
     up = ".mlp.fc1_x." if vision.use_gated_mlp else ".mlp.fc1."
+    names = (*_NAMES, (r"\.mlp\.up_proj\.", up), (r"\.layer_scale([12])\.lambda1$", scale))
     state: dict[str, Tensor] = {}
     for name, value in content.items():
         own = name.removeprefix(prefix)
-        for pattern, replacement in (*kind.renames, (r"\.mlp\.up_proj\.", up)):
+        for pattern, replacement in names:
             own = re.sub(pattern, replacement, own)
         if name.startswith(prefix) and own.partition(".")[0] in _PARTS and value.numel():  # DINOv3: 0 registers
             state[own] = value
@@ -347,15 +296,12 @@ def _renamed(
     return state
 
 
-_PARTS = ("blocks", "patch_embed", POSITIONS, "cls_token", "reg_token", "norm", "norm_pre", "attn_pool")
-
-
 def _head(content: Mapping[str, Tensor], kind: _Kind, head: Head, path: Path) -> dict[str, Tensor]:
     """Returns the tensors of the head that is wanted, with timm's names; UserError if the file has no such head."""
     if head in ("none", "tokens"):
         return {}
     if head == "embedding":
-        weight = content.get(f"{kind.projection}.weight")
+        weight = content.get("visual_projection.weight")
         if weight is None:
             raise UserError(f"{path} has no projection into an embedding: give --head none for the pooled features")
         return {"head.weight": weight, "head.bias": torch.zeros_like(weight[:, 0])}

@@ -319,8 +319,8 @@ def _resize_preprocessing(old: Preprocessing, image_size: int) -> Preprocessing:
     size, old_side = (image_size, image_size), min(old.size)
     if old == replace(Preprocessing.imagenet(old_side, old.in_channels), exif=old.exif):
         return replace(old, size=size, resize=Preprocessing.imagenet(image_size).resize)
-    crops = old.resize is not None and image_size < 384
-    return replace(old, size=size, resize=old.resize * image_size // old_side if crops and old.resize else None)
+    crop = old.resize if isinstance(old.resize, int) and image_size < 384 else None
+    return replace(old, size=size, resize=crop and crop * image_size // old_side)
 
 
 def _match_channels(kernel: Tensor, channels: int, path: Path) -> Tensor:

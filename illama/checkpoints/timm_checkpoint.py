@@ -21,7 +21,7 @@ from torch import Tensor
 from illama.bundle import MANIFEST
 from illama.checkpoints.load import PATCHES, POSITIONS, Checkpoint, check_state, read_config
 from illama.checkpoints.timm_source import HUB_CONFIG, TimmSource, read_timm
-from illama.data.preprocessing import Preprocessing
+from illama.data.preprocessing import Preprocessing, box_of
 from illama.errors import UserError
 from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
 from illama.options import Head, Interpolation
@@ -39,7 +39,7 @@ class TimmCheckpoint(Checkpoint):
 def load_timm(
     name: str,
     path: Path,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     options: Mapping[str, Any] | None = None,
     head: Head = "classes",
 ) -> TimmCheckpoint:
@@ -56,8 +56,8 @@ def load_timm(
     Args:
         name: timm's name of the model, with or without a tag; may be empty for a folder.
         path: path to a file or a folder (:func:`illama.checkpoints.timm_source.read_timm`).
-        image_size: side length of the input in pixels, a multiple of the patch size; position embeddings are
-            interpolated as timm does. Defaults to the file's own, or to timm's if it has no position table.
+        image_size: side length of the input in pixels, or height and width, multiples of the patch size; position
+            embeddings are interpolated as timm does. Defaults to the file's own, or to timm's without a position table.
         options: options of ``timm.create_model``; they replace those of the file or folder.
         head: what the network computes (:class:`illama.options.SourceOptions`).
 
@@ -74,13 +74,15 @@ def load_timm(
     outline = _timm_outline(name, options, state, path)
     prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
     patch_size = cast(int, outline.patch_embed.feat_ratio())  # a hybrid's ResNet reduces the image, too
-    side = _timm_side(state, prefix, (source.image_size or outline.patch_embed.img_size[0]) // patch_size, path)
-    size = image_size or side * patch_size
-    if size % patch_size:
-        raise UserError(f"image_size {size} is not a multiple of patch_size {patch_size}")
-    if POSITIONS in state and size != side * patch_size:
-        grid = [size // patch_size] * 2
-        state[POSITIONS] = resample_abs_pos_embed(state[POSITIONS], grid, [side, side], prefix)
+    stored = source.image_size or cast(tuple[int, int], outline.patch_embed.img_size)
+    old = _timm_grid(state, prefix, (stored[0] // patch_size, stored[1] // patch_size), path)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = size or (old[0] * patch_size, old[1] * patch_size)
+    if size[0] % patch_size or size[1] % patch_size:
+        raise UserError(f"image_size {image_size or size} is not a multiple of patch_size {patch_size}")
+    grid = (size[0] // patch_size, size[1] // patch_size)
+    if POSITIONS in state and grid != old:
+        state[POSITIONS] = resample_abs_pos_embed(state[POSITIONS], list(grid), list(old), prefix)
     kernels = [key for key, value in outline.state_dict().items() if key.startswith("patch_embed.") and value.ndim == 4]
     first = state.get(kernels[0])  # a hybrid's is in its ResNet
     channels = first.shape[1] if first is not None and first.ndim == 4 else 3
@@ -167,8 +169,8 @@ def _create_timm(name: str, **options: Any) -> VisionTransformer | Eva:
         raise UserError(f"timm cannot create {name}: {str(error) or 'an option does not fit'}") from error
 
 
-def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Path) -> int:
-    """Returns the number of patches along a side, from the rows of the position table; ``default`` without a table.
+def _timm_grid(state: Mapping[str, Tensor], prefix: int, default: tuple[int, int], path: Path) -> tuple[int, int]:
+    """Returns the rows and columns of patches: ``default`` if the position table has as many, else a square grid.
 
     Raises:
         UserError: the state dict has no patch embedding, or the table does not fit a square grid.
@@ -178,17 +180,19 @@ def _timm_side(state: Mapping[str, Tensor], prefix: int, default: int, path: Pat
     if POSITIONS not in state:
         return default
     shape = tuple(state[POSITIONS].shape)
+    if shape[1:2] == (math.prod(default) + prefix,):
+        return default
     side = math.isqrt(max(0, shape[1] - prefix)) if len(shape) == 3 else 0
     if side < 1 or shape[:2] != (1, side * side + prefix):
         raise UserError(
             f"{path} has a position table of shape {shape}, and (1, side * side + {prefix}, width) is needed for a "
             f"square grid of patches and {prefix} other tokens"
         )
-    return side
+    return side, side
 
 
 def timm_preprocessing(
-    vit: VisionTransformer | Eva, image_size: int, channels: int, stated: Mapping[str, Any] | None = None
+    vit: VisionTransformer | Eva, size: tuple[int, int], channels: int, stated: Mapping[str, Any] | None = None
 ) -> Preprocessing:
     """Returns timm's preprocessing for the network; for gray images, mean and std are averaged over the colors.
 
@@ -199,9 +203,9 @@ def timm_preprocessing(
     mean, std = (tuple(timm_s[key]) for key in ("mean", "std"))
     if channels == 1 and len(mean) > 1:
         mean, std = ((sum(values) / len(values),) for values in (mean, std))
-    resize = None if timm_s["crop_mode"] == "squash" else math.floor(image_size / timm_s["crop_pct"])
+    resize = None if timm_s["crop_mode"] == "squash" else box_of(size, timm_s["crop_pct"])
     if (interpolation := timm_s["interpolation"]) not in get_args(Interpolation):
         raise UserError(
             f"its images are resized by {interpolation} interpolation: only {get_args(Interpolation)} is supported"
         )
-    return Preprocessing((image_size, image_size), channels, mean, std, resize, interpolation, class_order="natural")
+    return Preprocessing(size, channels, mean, std, resize, interpolation, class_order="natural")

@@ -45,7 +45,7 @@ class TimmSource:
         name: timm's name of the model; empty if only the caller knows it.
         options: options of ``timm.create_model`` that change what is computed.
         preprocessing: values that replace those of the name: ``mean``, ``std``, ``crop_pct``, ``interpolation``.
-        image_size: side length of the images that the network was trained with, if known.
+        image_size: height and width of the images that the network was trained with, if known.
         classes: names of the classes; empty if not known.
         other_files: paths to the config and the shards, if there are any.
     """
@@ -55,7 +55,7 @@ class TimmSource:
     name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    image_size: int | None = None
+    image_size: tuple[int, int] | None = None
     classes: tuple[str, ...] = ()
     other_files: tuple[Path, ...] = ()
 
@@ -69,16 +69,18 @@ class _Stated:
     crop_pct: float | None = None
     interpolation: str | None = None
     crop_mode: str | None = None
-    input_size: list[int] | None = None
-    img_size: int | None = None
+    input_size: tuple[int, int, int] | None = None
+    img_size: int | tuple[int, int] | None = None
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         return {name: value for name in _PREPROCESSING if (value := getattr(self, name)) is not None}
 
     @property
-    def side(self) -> int | None:
-        return self.img_size or (self.input_size[-1] if self.input_size else None)
+    def size(self) -> tuple[int, int] | None:
+        if isinstance(self.img_size, int):
+            return self.img_size, self.img_size
+        return self.img_size or ((self.input_size[-2], self.input_size[-1]) if self.input_size else None)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _read_arguments(given: Any, path: Path) -> dict[str, Any]:
     return {
         "options": _stated_options(values.get("gp"), values["model_kwargs"] or {}, where),
         "preprocessing": stated.preprocessing,
-        "image_size": stated.side,
+        "image_size": stated.size,
     }
 
 
@@ -188,7 +190,7 @@ def _read_folder(folder: Path) -> TimmSource:
         config.architecture,
         _stated_options(config.global_pool, config.model_args, str(folder / HUB_CONFIG)),
         stated.preprocessing,
-        stated.side,
+        stated.size,
         tuple(config.label_names or ()),
         (folder / HUB_CONFIG, *files[1:]),
     )

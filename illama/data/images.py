@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from illama.errors import UserError
 from illama.options import Exif, Interpolation
 
+Resize = int | tuple[int, int]  # see crop_of_resized
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # a phone's MPO is opened as a JPEG
 MAX_SIDE = 1_000_000  # pixels; Pillow's table for a resize takes 32 bytes per pixel of a side
@@ -142,19 +143,24 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(result)
 
 
-def crop_of_resized(old: tuple[int, int], short: int, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the position of a center crop in an image whose shorter side is resized, rounded as in torchvision.
+def crop_of_resized(old: tuple[int, int], to: Resize, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the position of a center crop in a resized image.
 
     Args:
         old: height and width in pixels.
-        short: resized length of the shorter side in pixels.
+        to: resized length of the shorter side in pixels, rounded as in torchvision; or height and width of a box that
+            the resized image covers, rounded as in timm.
         size: height and width of the crop in pixels.
 
     Returns:
         For the rows and for the columns: the resized length, and the first pixel of the crop.
     """
-    longer = int(short * max(old) / min(old))
-    height, width = (short, longer) if old[0] <= old[1] else (longer, short)
+    if isinstance(to, int):
+        longer = int(to * max(old) / min(old))
+        height, width = (to, longer) if old[0] <= old[1] else (longer, to)
+    else:
+        ratio = min(length / each for length, each in zip(old, to, strict=True))
+        height, width = (round(length / ratio) for length in old)
     return (height, round((height - size[0]) / 2)), (width, round((width - size[1]) / 2))
 
 
@@ -196,18 +202,18 @@ def resize(image: Image.Image, size: tuple[int, int], interpolation: Interpolati
 
 
 def resize_and_crop(
-    image: Image.Image, short: int, size: tuple[int, int], interpolation: Interpolation = "bicubic"
+    image: Image.Image, to: Resize, size: tuple[int, int], interpolation: Interpolation = "bicubic"
 ) -> Image.Image:
-    """Resizes the shorter side of a gray or RGB image to ``short``, then crops the center, as torchvision does.
+    """Resizes a gray or RGB image, then crops the center, as torchvision and timm do.
 
     If the resized image would have more than :data:`MAX_RESIZED` pixels, only the crop is computed, so that
     memory does not depend on the ratio of an image's sides. The result then equals torchvision's up to one gray level.
 
     Args:
-        short: resized length of the shorter side in pixels.
+        to: see :func:`crop_of_resized`.
         size: height and width of the crop in pixels.
     """
-    (new_height, top), (new_width, left) = crop_of_resized((image.height, image.width), short, size)
+    (new_height, top), (new_width, left) = crop_of_resized((image.height, image.width), to, size)
     if new_height * new_width <= MAX_RESIZED:
         whole = resize(image, (new_height, new_width), interpolation)
         return whole.crop((left, top, left + size[1], top + size[0]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from illama.data.images import Interpolation, resize, resize_and_crop
+from illama.data.images import Interpolation, crop_of_resized, resize, resize_and_crop
 from illama.errors import UserError
 from illama.options import ClassOrder, Exif
 
@@ -19,6 +19,7 @@ MAX_SIDE = 16_384  # pixels of the network's input
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torchvision.transforms import InterpolationMode
 
 Transform = Callable[[Any], "Tensor"]
 
@@ -32,8 +33,9 @@ class Preprocessing:
         in_channels: 1 (gray) or 3 (RGB).
         mean: mean per channel of pixels scaled to 0..1.
         std: standard deviation per channel of pixels scaled to 0..1.
-        resize: length to which the shorter side is resized before a center crop. If None, the image is warped to
-            ``size`` without a crop, as in the paper from 384 pixels on.
+        resize: length to which the shorter side is resized before a center crop; or height and width of a box that the
+            image is resized to cover, for a crop that is not square. If None, the image is warped to ``size`` without a
+            crop, as in the paper from 384 pixels on.
         interpolation: interpolation of the resize.
         exif: whether to apply the orientation that an image file declares.
         class_order: order of class folders, as words (1, 10, 2) or natural (1, 2, 10) as in timm. It does not affect
@@ -47,7 +49,7 @@ class Preprocessing:
     in_channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int | None = None
+    resize: int | tuple[int, int] | None = None
     interpolation: Interpolation = "bicubic"
     exif: Exif = "apply"
     class_order: ClassOrder = field(default="words", compare=False)
@@ -60,13 +62,15 @@ class Preprocessing:
         finite = all(map(math.isfinite, self.mean)) and all(0 < value < math.inf for value in self.std)
         if not len(self.mean) == len(self.std) == self.in_channels or not finite:
             raise UserError(f"mean and std need a number for each of {self.in_channels} channels, and std above 0")
-        if self.resize is not None and not max(self.size) <= self.resize <= MAX_SIDE:
+        box = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize or self.size
+        if not all(side <= length <= MAX_SIDE for side, length in zip(self.size, box, strict=True)):
             raise UserError(f"resize {self.resize} does not fit an input of {self.size[0]}x{self.size[1]}: change it")
 
     def __str__(self) -> str:
         """The steps in words."""
         size = f"{self.size[0]}x{self.size[1]}"
-        crop = f"the shorter side to {self.resize} pixels ({self.interpolation}), then a center crop of {size}"
+        to = f"the shorter side to {self.resize} pixels" if isinstance(self.resize, int) else f"to cover {self.resize}"
+        crop = f"{to} ({self.interpolation}), then a center crop of {size}"
         resize = crop if self.resize else f"to {size} ({self.interpolation})"
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         color = "gray" if self.in_channels == 1 else "RGB"
@@ -122,9 +126,22 @@ class Preprocessing:
         from torchvision.transforms import InterpolationMode, v2
 
         kind = InterpolationMode(self.interpolation)
-        crop = [v2.Resize(self.resize, kind), v2.CenterCrop(list(self.size))] if self.resize else []
+        crop = [partial(self._resized, kind=kind), v2.CenterCrop(list(self.size))] if self.resize else []
         steps = v2.Compose([*(augment or crop), v2.Resize(list(self.size), kind), *self.tensor_steps()])
         return steps if augment else partial(_to_tensor, self, steps)
+
+    def _resized(self, image: Tensor, kind: InterpolationMode) -> Tensor:
+        """Resizes an image (C, H, W) before its center crop."""
+        from torchvision.transforms.v2.functional import resize
+
+        (height, _), (width, _) = crop_of_resized((image.shape[-2], image.shape[-1]), self.resize or 0, self.size)
+        return resize(image, [height, width], kind)
+
+
+def box_of(size: tuple[int, int], crop_pct: float) -> int | tuple[int, int]:
+    """Returns the resize before a center crop of ``size`` that keeps ``crop_pct`` of each side, as in timm."""
+    height, width = (math.floor(each / crop_pct) for each in size)
+    return height if height == width else (height, width)
 
 
 def _to_tensor(preprocessing: Preprocessing, tensor_transform: Transform, image: Any) -> Tensor:

@@ -39,7 +39,7 @@ Size = Annotated[int, Interval(ge=1, le=1 << 16)]
 Blocks = Annotated[int, Interval(ge=1, le=1024)]
 Classes = Annotated[int, Interval(ge=1, le=1 << 20)]
 ClassesOrNone = Annotated[int, Interval(ge=0, le=1 << 20)]
-_MOST_PATCHES = 1 << 14  # the mask has a value for each pair of tokens
+MOST_PATCHES = 1 << 14  # the mask has a value for each pair of tokens
 
 # The steps from a ViT to iLLaMA, arXiv 2404.06773, section 3 and Table 17. Each changes the previous one in one
 # respect, except that "causal" moves the class token to the end, where it attends to every token without
@@ -72,7 +72,9 @@ class NetworkConfig(Protocol):
     kind: ClassVar[NetworkKind]
 
     @property
-    def image_size(self) -> int: ...
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        ...
 
     @property
     def in_channels(self) -> int: ...
@@ -97,7 +99,7 @@ class TimmConfig:
 
     Attributes:
         name: model name for ``timm.create_model``; the class name if the network was created without it.
-        image_size: side length of the input in pixels.
+        image_size: side length of the input in pixels, or its height and width.
         in_channels: number of color channels of the input.
         num_classes: number of classes; 0 if the network has no classifier.
         mask: see :class:`ModelConfig`; ``bidirectional`` is timm's network unchanged.
@@ -107,11 +109,16 @@ class TimmConfig:
 
     kind: ClassVar[NetworkKind] = "timm"
     name: str
-    image_size: int
+    image_size: int | tuple[int, int]
     in_channels: int
     num_classes: int
     mask: MaskKind = "bidirectional"
     features: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -161,8 +168,8 @@ class ModelConfig:
         check_fields(self)
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.patches > _MOST_PATCHES:
-            raise UserError(f"image_size {self.image_size} gives {self.patches} patches, more than {_MOST_PATCHES}")
+        if self.patches > MOST_PATCHES:
+            raise UserError(f"image_size {self.image_size} gives {self.patches} patches, more than {MOST_PATCHES}")
         if self.width % self.heads or self.head_dim % 2:
             raise UserError(f"width {self.width} must be divisible into {self.heads} heads of an even size")
 
@@ -181,6 +188,11 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self.image_size, self.image_size
 
     @property
     def features(self) -> tuple[int, ...]:

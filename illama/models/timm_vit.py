@@ -43,7 +43,7 @@ def to_causal(vit: VisionTransformer | Eva, mask: MaskKind = "post_softmax") -> 
 
     Raises:
         UserError: ``mask`` is neither of these, or a part of the network cannot be made causal exactly: another class
-            (BEiT, Swin, relative positions), other blocks, another attention, or images that are not square.
+            (BEiT, Swin, relative positions), other blocks, another attention, or images of any size.
     """
     if mask not in ("post_softmax", "pre_softmax"):
         raise UserError(f"mask must be post_softmax or pre_softmax, not {mask!r}")
@@ -243,7 +243,9 @@ def _config(vit: VisionTransformer, mask: MaskKind) -> TimmConfig:
     """Returns the configuration of timm's network."""
     name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or type(vit).__name__
     channels: int = vit.in_chans if hasattr(vit, "in_chans") else vit.patch_embed.proj.in_channels  # timm 1.0.20
-    return TimmConfig(name, vit.patch_embed.img_size[0], channels, vit.num_classes, mask, _features(vit))
+    height, width = vit.patch_embed.img_size
+    size = height if height == width else (height, width)
+    return TimmConfig(name, size, channels, vit.num_classes, mask, _features(vit))
 
 
 def _features(vit: VisionTransformer) -> tuple[int, ...]:
@@ -287,8 +289,8 @@ def _copy(vit: nn.Module, refusal: str) -> VisionTransformer:
 
 def _check(vit: VisionTransformer, refusal: str) -> None:
     """Raises UserError for a part of the network that this module would compute wrongly."""
-    if vit.patch_embed.img_size is None or len(set(vit.patch_embed.img_size)) != 1:
-        raise UserError(f"{refusal}: its image size is {vit.patch_embed.img_size}; give one with square images")
+    if vit.patch_embed.img_size is None:
+        raise UserError(f"{refusal}: it takes images of any size; give one with a fixed image size")
     for block in vit.blocks:
         if type(block) not in _BLOCKS:
             known = ", ".join(each.__name__ for each in _BLOCKS)

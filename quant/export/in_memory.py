@@ -84,10 +84,10 @@ def _quantizable(model: nn.Module) -> MaskedNetwork:
 
 
 def _preprocessing_of(model: nn.Module, network: MaskedNetwork) -> Preprocessing:
-    size, channels = network.config.image_size, network.config.in_channels
+    size, channels = network.config.size, network.config.in_channels
     if isinstance(model, VisionTransformer | Eva):
         return timm_preprocessing(model, size, channels)
-    return Preprocessing.imagenet(size, channels)
+    return Preprocessing.imagenet(size[0], channels)
 
 
 def _calibration(loader: Iterable[Any], preprocessing: Preprocessing) -> list[Tensor]:

@@ -97,7 +97,7 @@ def export_onnx(
     network.model.set_attention_form(form)
     dtypes = {quantizer.dtype.name for _, quantizer in quantizers(network)}
     config = model.config
-    images = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
+    images = torch.zeros(2, config.in_channels, *config.size)
     with Activity(f"export {path.name}"):
         with quiet("torch.onnx"), torch.no_grad():
             traced = torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch")},))

@@ -35,6 +35,7 @@ OPTIONS = {
     "post_norm_blocks": {"block_fn": ResPostBlock, "init_values": 1e-5},
     "parallel_things_blocks": {"block_fn": ParallelThingsBlock},
     "dynamic_size": {"dynamic_img_size": True},
+    "tall": {"img_size": (48, 32), "reg_tokens": 1},
 }
 NAMED = {
     "deit_tiny_patch16_224": {},
@@ -76,7 +77,7 @@ def build(name: str) -> VisionTransformer | Eva:
         for block in vit.blocks:
             block.attn = Attention(32, num_heads=3, attn_head_dim=12, qkv_bias=True, gated=True)
     else:
-        vit = VisionTransformer(**SMALL, **OPTIONS[name])
+        vit = VisionTransformer(**{**SMALL, **OPTIONS[name]})
     return randomise(vit)
 
 
@@ -88,7 +89,7 @@ def randomise(vit):
 
 
 def images_for(name: str) -> torch.Tensor:
-    return torch.randn(2, 3, 40 if name == "dynamic_size" else 32, 32)
+    return torch.randn(2, 3, {"dynamic_size": 40, "tall": 48}.get(name, 32), 32)
 
 
 # Small networks with names in timm, from which load_timm gets only the name and the file.

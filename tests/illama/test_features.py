@@ -1,6 +1,7 @@
 """Networks without a classifier: features equal to timm's, in files, in reports, in predictions, and served."""
 
 import copy
+import io
 import json
 import re
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from timm_networks import NAMED, build, images_for, saved
 
+from deploy.runtimes.image_input import ImageInput
+from deploy.runtimes.open_engine import open_engine
 from deploy.serving.known_answer import KnownAnswer
 from deploy.serving.repository import create_known_answer, write_repository
 from deploy.serving.serving_options import ServingOptions
@@ -191,8 +194,6 @@ def test_a_report_classifies_by_neighbors(head, run_here, weights, pictures, tmp
         SourceOptions(weights, "timm:small_vit_plain", str(pictures / "labeled"), head=head), needs_labels=False
     )
     images, _ = load_images(inputs.data.test(), inputs.preprocessing.transform())
-    from deploy.runtimes.open_engine import open_engine
-
     exact, found = (
         open_engine(tmp_path / "out" / scheme / "model.onnx", "onnxruntime").infer(images).reshape(len(images), -1)
         for scheme in ("fp32", "int8")
@@ -220,6 +221,18 @@ def test_a_report_of_pictures_without_classes(run_here, weights, pictures, tmp_p
     assert again.returncode in (0, 1), again.stderr  # 1: the latency, on a machine with other work
     repeated = json.loads((tmp_path / "again" / "report.json").read_text())
     assert [row["top1"] for row in repeated["rows"]] == [row["top1"] for row in report["rows"]]
+
+
+def test_images_that_are_not_square_through_the_whole_path(run_here, weights, pictures, tmp_path):
+    out = tmp_path / "out"
+    quantize(run_here, weights, pictures / "flat", out, "none", "--images", 4, "--image-size", 48, 32)
+    manifest = Manifest.read(out / "int8")
+    assert manifest.preprocessing.size == (48, 32) and manifest.provenance.source.image_size == (48, 32)
+    answer = create_known_answer(out / "int8" / "model.onnx", "onnxruntime")  # that of a golden image, as a PNG file
+    image = ImageInput.of(manifest).read(io.BytesIO(answer.image), str)
+    found = open_engine(out / "int8" / "model.onnx", "onnxruntime").infer(image[None])[0]
+    assert answer.matches(found)
+    quantize(run_here, weights, pictures / "flat", out, "none", "--images", 4, "--image-size", 64)
 
 
 def test_predictions_and_servers(run_here, weights, pictures, tmp_path):

@@ -108,7 +108,6 @@ def test_what_a_conversion_would_get_wrong_is_refused():
     for eva, word in (
         (Own(**SMALL), "forward_features"),
         (Eva(**SMALL, patch_drop_rate=0.5), "patch_drop_rate"),
-        (Eva(**{**SMALL, "img_size": (32, 16)}), "32, 16"),
         (strange, "MaskedAttention"),
     ):
         for take in (to_causal, to_quantizable):

@@ -4,15 +4,18 @@ import argparse
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from timm.data import resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
 from timm.models import load_checkpoint as load_by_timm
 from timm_networks import randomise, saved
 
-from illama.checkpoints.timm_checkpoint import load_timm
+from illama.checkpoints.timm_checkpoint import load_timm, timm_preprocessing
 from illama.checkpoints.timm_source import parse_options
 from illama.errors import UserError
 from illama.options import SourceOptions
@@ -212,3 +215,40 @@ def test_names_of_classes_are_compared_with_the_data_s_if_they_are_of_one_kind(n
     else:
         with pytest.raises(UserError, match="'c'"):
             open_inputs(source)
+
+
+@pytest.mark.parametrize("name", [NAME, "small_vit_registers", "small_dinov3", "small_eva02"])
+@pytest.mark.parametrize("asked", [None, (32, 64)])
+def test_images_that_are_not_square(name, asked, tmp_path):
+    """At the size of the file, which its folder or its training command says, and at another."""
+    vit, path = saved(tmp_path, name, img_size=(48, 32))
+    config = {"architecture": name, "pretrained_cfg": {"input_size": [3, 48, 32]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path.rename(tmp_path / "model.safetensors")
+    loaded, size = load_timm("", tmp_path, asked), asked or (48, 32)
+    assert loaded.model.config.size == loaded.preprocessing.size == size
+    if asked:
+        theirs = timm.create_model(name, num_classes=5, img_size=asked).eval()
+        state = vit.state_dict()
+        if "pos_embed" in state:
+            prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+            state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [4, 8], [6, 4], prefix)
+        theirs.load_state_dict(state)
+        vit = theirs
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert (loaded.model(images) - vit(images)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("picture", [(100, 60), (60, 100), (50, 50)])
+def test_a_crop_that_is_not_square_is_timms(crop_pct, picture):
+    """Whichever side of the picture is too long for the shape of the input."""
+    size, pixels = (64, 48), np.random.default_rng(0).integers(0, 256, (*picture, 3), dtype=np.uint8)
+    stated = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": crop_pct, "interpolation": "bilinear"}
+    theirs = create_transform((3, *size), **stated, crop_mode="center")
+    ours = timm_preprocessing(network(), size, 3, {**stated, "crop_mode": "center"})
+    expected = theirs(Image.fromarray(pixels))
+    torch.testing.assert_close(ours.transform()(Image.fromarray(pixels)), expected, rtol=0, atol=1e-6)
+    tensor = ours.transform()(torch.from_numpy(pixels).permute(2, 0, 1))
+    assert (tensor - expected).abs().max() < 4 / 255 / 0.5  # PyTorch's own resize

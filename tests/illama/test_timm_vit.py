@@ -199,7 +199,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 def test_the_preprocessing_equals_timm_s(name, resize, numbers, tmp_path):
     vit = timm.create_model(name, num_classes=5, img_size=224, depth=1, embed_dim=32, num_heads=2)
     own = timm.data.create_transform(**timm.data.resolve_model_data_config(vit) | {"input_size": (3, 224, 224)})
-    ours = timm_preprocessing(vit, 224, 3)
+    ours = timm_preprocessing(vit, (224, 224), 3)
     assert ours == Preprocessing((224, 224), 3, **numbers, resize=resize)
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((300, 260), Image.Resampling.BICUBIC)
@@ -208,7 +208,7 @@ def test_the_preprocessing_equals_timm_s(name, resize, numbers, tmp_path):
 
 def test_squashed_images_are_warped():
     vit = timm.create_model("vit_base_patch16_clip_384.openai_ft_in1k", depth=1, embed_dim=32, num_heads=2)
-    assert timm_preprocessing(vit, 384, 3) == Preprocessing((384, 384), 3, **CLIP, resize=None)
+    assert timm_preprocessing(vit, (384, 384), 3) == Preprocessing((384, 384), 3, **CLIP, resize=None)
 
 
 @pytest.mark.parametrize("asked", [None, 96])
