@@ -121,7 +121,8 @@ class TimmConfig:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns the settings as JSON has them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -53,5 +53,5 @@ def open_quantized(bundle: Path | None, inputs: Inputs, scheme: Scheme) -> Maske
     """Returns the network that the bundle's graph was exported from: read if it was trained, otherwise calibrated."""
     trained = bundle / WEIGHTS if bundle else None
     if trained and trained.exists() and scheme.tensors:
-        return read_quantized_weights(trained)[0]
+        return read_quantized_weights(trained, inputs.model)[0]
     return calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration, inputs.device)

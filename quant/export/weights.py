@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from illama.checkpoints.load import CONFIG_METADATA, read_state
 from illama.checkpoints.tensor_files import check_config, read_metadata
 from illama.errors import UserError
+from illama.models.attention import MaskedNetwork
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 from illama.structured_files import parse_json
@@ -26,8 +30,8 @@ SCHEME_METADATA = "quant_scheme"  # keys in the metadata of a .safetensors file;
 ZERO_POINTS_METADATA = "quant_zero_points"
 
 
-def write_quantized_weights(model: ILLaMA, scheme: Scheme, path: Path) -> None:
-    """Writes an iLLaMA that was quantized by ``scheme``."""
+def write_quantized_weights(model: MaskedNetwork, scheme: Scheme, path: Path) -> None:
+    """Writes a network that was quantized by ``scheme``."""
     metadata = {
         CONFIG_METADATA: json.dumps(model.config.to_dict()),
         SCHEME_METADATA: json.dumps(asdict(scheme)),
@@ -37,15 +41,19 @@ def write_quantized_weights(model: ILLaMA, scheme: Scheme, path: Path) -> None:
     path.write_bytes(save(tensors, metadata))  # not save_file, whose file only its owner may read
 
 
-def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
+def read_quantized_weights(path: Path, network: MaskedNetwork | None = None) -> tuple[MaskedNetwork, Scheme]:
     """Returns the network in a file of :func:`write_quantized_weights`, in evaluation mode, and its scheme.
+
+    Args:
+        network: the same architecture without quantization; if None, an iLLaMA is made from the file's config.
 
     Raises:
         UserError: the file is missing, damaged, or of another kind.
     """
     state, notes = read_state(path), read_metadata(path)
     try:
-        config = parse_json(notes[CONFIG_METADATA], ModelConfig, f"the config in {path}")
+        model = _make_network(notes[CONFIG_METADATA], state, path) if network is None else copy.deepcopy(network)
+        same = json.loads(notes[CONFIG_METADATA]) == model.config.to_dict()
         name = f"the scheme in {path}"
         scheme = stored_scheme(parse_json(notes[SCHEME_METADATA], dict[str, Any], name), name)
         zero_points = parse_json(notes[ZERO_POINTS_METADATA], dict[str, int], f"the zero points in {path}")
@@ -53,8 +61,9 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
         raise UserError(
             f"{path} is damaged or has no quantized network: make the bundle again with python quant/qat.py"
         ) from error
-    check_config(config, state, path)
-    plan = resolve(scheme, model := ILLaMA(config)).tensors
+    if not same:
+        raise UserError(f"{path} is of another network than {model.config}: give the checkpoint that it was made from")
+    plan = resolve(scheme, model).tensors
     rotate(model, scheme.rotate)  # for the modules and biases that it adds
     names = rotatable_mlps(model, scheme)
     if scheme.rotate.hidden_blocks:  # the chosen ones have their matrix in the file
@@ -64,10 +73,14 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
     observers = {name: RangeObserver(spec) for name, spec in plan.items()}
     for observer in observers.values():
         observer.collect(torch.tensor([0.0, 1.0]))
-    model = cast(ILLaMA, quantize_layers(model, plan, observers))
+    model = quantize_layers(model, plan, observers)
     try:
+        for name in state.keys() - model.state_dict().keys():
+            owner, _, part = name.rpartition(".")
+            if part == "bias" and getattr(model.get_submodule(owner), "bias", 0) is None:  # it has a centered mean
+                model.get_submodule(owner).bias = nn.Parameter(state[name])
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         raise UserError(
             f"{path} does not fit its own scheme: make the bundle again with python quant/qat.py"
         ) from error
@@ -78,7 +91,13 @@ def read_quantized_weights(path: Path) -> tuple[ILLaMA, Scheme]:
     return model.eval(), scheme
 
 
-def _zero_points(model: ILLaMA) -> dict[str, int]:
+def _make_network(config: str, state: Mapping[str, Tensor], path: Path) -> ILLaMA:
+    parsed = parse_json(config, ModelConfig, f"the config in {path}")
+    check_config(parsed, state, path)
+    return ILLaMA(parsed)
+
+
+def _zero_points(model: MaskedNetwork) -> dict[str, int]:
     return {
         name: quantizer.zero_point
         for name, quantizer in quantizers(model)

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+from timm.layers import DropPath
+from torch import nn
 
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, sha256
@@ -19,6 +21,7 @@ from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, predict, top1, torch_infer
 from illama.manifest import Drop, Manifest, Scores
+from illama.models.attention import MaskedNetwork
 from illama.models.illama import ILLaMA
 from illama.training.distributed import Processes
 from illama.training.log import plot_curve, read_log
@@ -48,29 +51,49 @@ class QatJob:
     origin: Origin
 
     @property
-    def trained(self) -> ILLaMA:
+    def trained(self) -> MaskedNetwork:
         """The floating-point network."""
-        return cast(ILLaMA, self.inputs.model)
+        return self.inputs.model
 
     @cached_property
-    def untrained(self) -> ILLaMA:
+    def untrained(self) -> MaskedNetwork:
         """The network after post-training quantization, including block reconstruction, with stochastic depth."""
         return self.quantize(self.plan)
 
-    def quantize(self, plan: QuantizationPlan) -> ILLaMA:
+    def quantize(self, plan: QuantizationPlan) -> MaskedNetwork:
         """Returns the checkpoint's network quantized by ``plan``, ready for training."""
-        model = ILLaMA(self.trained.config, self.options.drop_path, self.options.dropout)
-        model.load_state_dict(self.trained.state_dict())
+        model = with_dropout(self.trained, self.options.drop_path, self.options.dropout)
         if plan.scheme.backend == "torchao":
-            return cast(ILLaMA, prepare_qat(model, plan))
-        return cast(ILLaMA, calibrate(model, plan, self.inputs.calibration, self.inputs.device))
+            return prepare_qat(model, plan)
+        return calibrate(model, plan, self.inputs.calibration, self.inputs.device)
 
-    def deploy(self, trained: ILLaMA) -> ILLaMA:
+    def deploy(self, trained: MaskedNetwork) -> MaskedNetwork:
         """Returns the network to export, from a trained network that :meth:`quantize` made."""
         if self.plan.scheme.backend == "torchao":
-            return cast(ILLaMA, convert_qat(trained, self.plan))
+            return convert_qat(trained, self.plan)
         make_scales_buffers(trained)
         return trained
+
+
+def with_dropout(network: MaskedNetwork, drop_path: float, dropout: float) -> MaskedNetwork:
+    """Returns a copy with stochastic depth, whose rates rise linearly from 0 in the first block, and dropout.
+
+    Raises:
+        UserError: dropout is asked for in a timm network.
+    """
+    if isinstance(network, ILLaMA):
+        model = ILLaMA(network.config, drop_path, dropout)
+        model.load_state_dict(network.state_dict())
+        return model
+    if dropout:
+        raise UserError("--dropout is for an iLLaMA: leave it out")
+    copied: Any = copy.deepcopy(network)
+    blocks = list(copied.vit.blocks)
+    for index, block in enumerate(blocks):
+        rate = drop_path * index / max(1, len(blocks) - 1)
+        for name in [name for name, _ in block.named_modules() if name.rpartition(".")[2].startswith("drop_path")]:
+            block.set_submodule(name, DropPath(rate) if rate else nn.Identity())
+    return copied
 
 
 def open_job(options: QatOptions) -> QatJob:
@@ -116,7 +139,7 @@ def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDro
         Path to the bundle, a folder named after the scheme.
     """
     options, folder = job.options, job.options.out / f"{job.plan.scheme.name}-qat"
-    trained = cast(ILLaMA, copy.deepcopy(run.kept).cpu().eval())
+    trained = copy.deepcopy(run.kept).cpu().eval()
     trained.soft_mask = 0.0
     trained = job.deploy(trained)
     with write_folder(folder) as draft:
@@ -130,7 +153,7 @@ def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDro
     return folder
 
 
-def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, drop: PairedDrop) -> Scores:
+def _evaluate(job: QatJob, trained: MaskedNetwork, folder: Path, open_onnx: OpenOnnx, drop: PairedDrop) -> Scores:
     """Top-1 in percent and accuracy drops from FP32 over the test split: before training, after it, and of the files.
 
     There is no file for TensorRT if it cannot run the scheme: see :func:`quant.export.write_bundle.write_quantized`.
@@ -140,7 +163,7 @@ def _evaluate(job: QatJob, trained: ILLaMA, folder: Path, open_onnx: OpenOnnx, d
     files = {"onnx": folder / CPU_ONNX, "fused_onnx": folder / FUSED_ONNX}
     models |= {name: open_onnx(path) for name, path in files.items() if path.exists()}
     if (folder / TORCHAO).exists():
-        models["torchao"] = torch_infer(load_torchao(folder))
+        models["torchao"] = torch_infer(load_torchao(folder, copy.deepcopy(job.trained)))
     logits, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
     drops = {name: drop(correct["fp32"], correct[name], job.options.seed) for name in correct if name != "fp32"}

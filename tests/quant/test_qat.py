@@ -11,6 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 from support import SMALL, assert_one_line_error, run_command, write_bundle, write_images
+from timm.layers import DropPath
+from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+from timm_networks import SMALL as SMALL_VIT
+from timm_networks import saved
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from eval.metrics.paired import paired_drop
@@ -19,6 +23,7 @@ from illama.bundle import CPU_ONNX, FUSED_ONNX, WEIGHTS
 from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError
 from illama.manifest import Manifest
+from illama.models.timm_vit import to_quantizable
 from illama.training.distributed import Processes
 from illama.training.recipe import TrainingOptions, read_recipe, recipe_names
 from illama.training.trainer import fit, label_loss, make_optimizer
@@ -28,7 +33,7 @@ from quant.qat import DEFAULT_RECIPE, RECIPES, QatOptions
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.distillation import Distillation, make_scales_buffers, make_scales_parameters, scale_groups
 from quant.quantizers.layers import WeightQuantizer, fake_quantize, lsq_gradient, quantize_dequantize, quantizers
-from quant.quantizers.qat_run import open_job, start_run, write_qat_bundle
+from quant.quantizers.qat_run import open_job, start_run, with_dropout, write_qat_bundle
 from quant.quantizers.torchao_backend import load_torchao
 from quant.schemes.formats import FORMATS, TensorSpec
 from quant.schemes.scheme import read_scheme, resolve, shipped_scheme, write_scheme
@@ -455,3 +460,33 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
 
 def test_a_mistake_is_one_line(material, tmp_path, run_here):
     assert_one_line_error(run_here(*_arguments(material, tmp_path / "out", "--scheme", "int3")), "int3", "w4a4")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("small_dinov3", "int8-attention"), ("small_vit_registers", "w4a4"), ("small_vit_plain", "int8-dynamic")],
+)
+def test_a_timm_network_is_trained_exported_and_opened_again(name, scheme, tmp_path, image_folder, run_here):
+    classes = len(list((image_folder / "train").iterdir()))
+    _, path = saved(tmp_path, name, num_classes=classes)
+    result = run_here(
+        "quant/qat.py", "--model", f"timm:{name}", "--checkpoint", path, "--data", image_folder, "--scheme", scheme,
+        "--epochs", 1, "--batch-size", 8, "--micro-batch", 8, "--workers", 0, "--calibration-images", 4,
+        "--drop-path", 0.1, "--crop-padding", 0, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    bundle = tmp_path / "out" / f"{scheme}-qat"
+    scores = Manifest.read(bundle).scores
+    assert scores.values.keys() > {"fp32", "ptq", "qat"}
+    if scheme != "int8-dynamic":
+        again = run_here("quant/debug_layers.py", bundle)
+        assert again.returncode == 0 and "No mismatch" in again.stdout, again.stdout + again.stderr
+
+
+def test_stochastic_depth_of_a_timm_network_rises():
+    network = to_quantizable(VisionTransformer(**{**SMALL_VIT, "depth": 3}, block_fn=ParallelThingsBlock))
+    blocks = with_dropout(network, 0.2, 0.0).vit.blocks
+    rates = [[each.drop_prob for each in block.modules() if isinstance(each, DropPath)] for block in blocks]
+    assert rates == [[], [0.1] * len(rates[1]), [0.2] * len(rates[1])] and rates[1]
+    with pytest.raises(UserError, match="--dropout"):
+        with_dropout(network, 0.0, 0.1)
