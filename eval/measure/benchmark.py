@@ -26,7 +26,7 @@ from eval.measure.sensors import find_gpu, open_meter
 from eval.measure.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.measured import measure
-from eval.metrics.nearest_neighbors import NearestNeighbors, Readout
+from eval.metrics.nearest_neighbors import NearestNeighbors
 from eval.metrics.paired import NO_DROP, drop_between
 from eval.metrics.predictions import Evaluated, NotFinite, Predictions
 from eval.report.pareto import decide
@@ -105,6 +105,10 @@ def run_benchmark(
     """
     reference = choose_reference(targets)
     targets, left_out = without_long_emulation(targets, reference, len(images.split), options.emulate)  # type: ignore[arg-type]
+    if features := bool(Manifest.read(bundle_of(reference.path)).features):
+        transform, count = images.preprocessing.transform(), images.calibration
+        neighbors = NearestNeighbors.of(reference.infer, images.data, transform, count)
+        images = replace(images, readout=neighbors.logits)
     found = _evaluate(targets, images, execution, reference)
     if reason := found.failed.get(reference.name):
         raise UserError(f"{reference.name}, which the others are compared with: {reason}: check its checkpoint")
@@ -112,12 +116,11 @@ def run_benchmark(
     failed = [failed_row(each, found.failed[each.name]) for each in targets if each.name in found.failed]
     targets = [each for each in targets if each.name not in found.failed]
     base, labeled = found.predictions[reference.name].plain, images.data.labeled
-    features = found.readout is not None
     drops = {name: drop_between(base, each.plain, labeled, options.seed) for name, each in found.predictions.items()}
     doubtful = [each for each in targets if each.emulates and not drops[each.name].includes_zero]
     if doubtful:
         free(each.engine for each in targets)
-    again = _evaluate_half_softmax(doubtful, images, execution, found.readout)
+    again = _evaluate_half_softmax(doubtful, images, execution)
     if not execution.processes.main:
         return BenchmarkResult([])
     notes = [*left_out, *found.notes, *(_store(targets, found.temperatures, images) if execution.store else [])]
@@ -169,14 +172,12 @@ class _Evaluations:
         temperatures: those that were fitted.
         failed: the reason, of each other target.
         notes: why a target has no temperature.
-        readout: see :class:`eval.measure.evaluate_split.Evaluation`.
     """
 
     predictions: dict[str, Evaluated]
     temperatures: dict[str, float]
     failed: dict[str, str]
     notes: list[str]
-    readout: Readout | None
 
 
 def _evaluate(
@@ -194,13 +195,10 @@ def _evaluate(
     }
     if execution.processes.main and (total := len(images.split)) >= _LONG:  # type: ignore[arg-type]
         print(describe_estimate(estimate_seconds(models, Transformed(images.split, transform)), total), flush=True)
-    first_model, readout = shown[reference.name], None
-    if manifest.features:
-        readout = NearestNeighbors.of(models[first_model], images.data, transform, images.calibration).logits
     fitted_on = 0 if manifest.features else images.calibration
     temperatures, unfitted = fit_temperatures(models, images.data, transform, fitted_on, execution.processes)
     how = replace(
-        _evaluation(targets, images, execution, "", readout), reference=first_model, labeled=images.data.labeled
+        _evaluation(targets, images, execution, ""), reference=shown[reference.name], labeled=images.data.labeled
     )
     results = evaluate(models, Transformed(images.split, transform), temperatures, how)
     execution.processes.barrier()  # until all have read what the others computed
@@ -213,16 +211,11 @@ def _evaluate(
         {name: temperatures[model] for name, model in shown.items() if model in temperatures},
         failed,
         [f"{model} has no temperature: {reason}." for model, reason in unfitted.items() if model not in failed],
-        readout,
     )
 
 
 def _evaluation(
-    targets: Sequence[BenchmarkTarget],
-    images: EvaluationImages,
-    execution: Execution,
-    part: str,
-    readout: Readout | None,
+    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution, part: str
 ) -> Evaluation:
     """Returns how a part of the benchmark is evaluated; ``part`` is its folder in the folder of finished work."""
     values = math.prod(Manifest.read(bundle_of(targets[0].path)).output_shape)
@@ -233,7 +226,7 @@ def _evaluation(
         processes=execution.processes,
         chunk=max(1, min(CHUNK, _VALUES // values)),
         restart=execution.restart,
-        readout=readout,
+        readout=images.readout,
     )
 
 
@@ -255,7 +248,7 @@ def _guarded(name: str, infer: Infer, errors: dict[str, str], shape: tuple[int, 
 
 
 def _evaluate_half_softmax(
-    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution, readout: Readout | None
+    targets: Sequence[BenchmarkTarget], images: EvaluationImages, execution: Execution
 ) -> dict[str, Evaluated | NotFinite]:
     """Returns what emulated targets predict with the softmax inside attention in half precision, by their names."""
     graphs = {each.path: each for each in targets}
@@ -265,7 +258,7 @@ def _evaluate_half_softmax(
     store = engine_store()
     opens = {path: partial(OnnxRuntimeEngine, path, threads, softmax="half") for path in graphs}
     models = {each.name: ReopenedEngine(opens[path], path, store).infer for path, each in graphs.items()}
-    how = _evaluation(targets, images, execution, "half_softmax", readout)
+    how = _evaluation(targets, images, execution, "half_softmax")
     found = evaluate(models, Transformed(images.split, images.preprocessing.transform()), how=how)
     execution.processes.barrier()
     return {each.name: found[graphs[each.path].name] for each in targets}

@@ -9,6 +9,7 @@ from typing import cast
 from torch.utils.data import Dataset, Subset
 
 from eval.measure.open_bundles import open_fitting_data
+from eval.metrics.nearest_neighbors import Readout
 from illama.data.datasets import ImageData, Sample, calibration_count, evenly_spaced
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest
@@ -25,6 +26,7 @@ class EvaluationImages:
         calibration: number of images of the training split that temperatures are fitted on, or, of networks without a
             classifier, whose features others are compared with; 0 for none, as for a classifier without labels.
         indices: index of each image of ``split`` in the whole test split; None if ``split`` is the whole of it.
+        readout: see :class:`eval.measure.evaluate_split.Evaluation`.
     """
 
     name: str
@@ -33,6 +35,7 @@ class EvaluationImages:
     preprocessing: Preprocessing
     calibration: int = 512
     indices: Sequence[int] | None = None
+    readout: Readout | None = None
 
     @classmethod
     def open(cls, name: str, manifest: Manifest, images: int | None, calibration: int | None) -> EvaluationImages:
