@@ -35,7 +35,7 @@ from illama.models.timm_vit import to_quantizable
 from illama.options import Head, Positive
 from illama.structured_files import parse_json, read_json
 
-CONFIG = "config.json"
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_new": GELUTanh,
@@ -239,27 +239,36 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
             f"{', '.join(_KINDS)}"
         )
     vision = _vision(folder, config, kind)
-    preprocessing, other = read_preprocessing(folder, vision.num_channels, image_size)
+    preprocessing = read_preprocessing(folder / PROCESSOR, vision.num_channels, image_size)
     side, patch = preprocessing.size[0], vision.patch_size
     if side % patch or (side // patch) ** 2 > MOST_PATCHES:
         raise UserError(f"images of {side} pixels do not fit patches of {patch}: give --image-size, a multiple of it")
     files, content, _ = read_folder(folder, ())
     check_finite(content, files[0])
-    state = _renamed(content, kind, vision, config, head, files[0])
-    _check_size(vision, state, files[0])
-    if kind.make is _dinov2:
-        _move_first_position(state)
-    first = 0 if kind.make is _dinov2 else sum(name in state for name in ("cls_token", "reg_token", "dist_token"))
-    _place_positions(state, side // patch, first, config.model_type == "dinov2_with_registers", files[0])
-    outputs = len(state["head.weight"]) if "head.weight" in state else 0
-    vit = kind.make(vision, {"img_size": side, "num_classes": outputs}, state).eval()
-    cast(Any, vit).pretrained_cfg = {"architecture": config.model_type}
+    try:
+        state = _renamed(content, kind, vision, config, head, files[0])
+        _check_size(vision, state, files[0])
+        first = 0 if kind.make is _dinov2 else sum(name in state for name in ("cls_token", "reg_token", "dist_token"))
+        if kind.make is _dinov2:
+            _move_first_position(state)
+        _place_positions(state, side // patch, first, config.model_type == "dinov2_with_registers", files[0])
+        outputs = len(state["head.weight"]) if "head.weight" in state else 0
+        vit = kind.make(vision, {"img_size": side, "num_classes": outputs}, state).eval()
+    except (
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # of tensors that are missing or of other shapes
+        raise UserError(f"{files[0]} does not fit its {CONFIG}: {str(error).splitlines()[0]}") from error
     check_state(vit.state_dict(), state, files[0], f"its {CONFIG}")
     vit.load_state_dict({name: value.float() for name, value in state.items()})
+    cast(Any, vit).pretrained_cfg = {"architecture": config.model_type}
     keep_features(vit, head)
     classes = tuple(config.id2label[number] for number in sorted(config.id2label))
     classes = classes if len(classes) == vit.num_classes else ()
-    return TimmCheckpoint(to_quantizable(vit), preprocessing, classes, files[0], (folder / CONFIG, other, *files[1:]))
+    others = (folder / CONFIG, folder / PROCESSOR, *files[1:])
+    return TimmCheckpoint(to_quantizable(vit), preprocessing, classes, files[0], others)
 
 
 def _vision(folder: Path, config: _Config, kind: _Kind) -> _Vision:
@@ -333,7 +342,7 @@ def _join(state: dict[str, Tensor], vision: _Vision) -> None:
             width = vision.hidden_size
             state |= {f"attn_pool.q.{part}": joint[:width], f"attn_pool.kv.{part}": joint[width:]}
     for name in (POSITIONS, "cls_token"):
-        if name in state and state[name].numel() % vision.hidden_size == 0:
+        if name in state:
             state[name] = state[name].reshape(1, -1, vision.hidden_size)
 
 

@@ -10,7 +10,6 @@ from illama.errors import UserError
 from illama.options import Interpolation
 from illama.structured_files import read_json
 
-PROCESSOR = "preprocessor_config.json"
 _RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -30,8 +29,8 @@ class _Processor:
     resample: int = 3
 
 
-def read_preprocessing(folder: Path, channels: int, image_size: int | None) -> tuple[Preprocessing, Path]:
-    """Returns the preprocessing of a folder of transformers, and the path of the file that says it.
+def read_preprocessing(path: Path, channels: int, image_size: int | None) -> Preprocessing:
+    """Returns the preprocessing that a ``preprocessor_config.json`` states.
 
     Args:
         channels: color channels of the network's input.
@@ -40,16 +39,15 @@ def read_preprocessing(folder: Path, channels: int, image_size: int | None) -> t
     Raises:
         UserError: the file is missing or damaged, or prepares images in a way that is not supported.
     """
-    path = folder / PROCESSOR
     if not path.exists():
-        raise UserError(f"{folder} has no {PROCESSOR}, which says how images are prepared: copy it from the model")
+        raise UserError(f"{path} is missing, which says how images are prepared: copy it from the model")
     found = read_json(path, _Processor, "ignore")
     if not (found.do_resize and found.do_rescale and found.do_normalize) or abs(found.rescale_factor * 255 - 1) > 1e-6:
         raise UserError(f"{path} leaves images as they are in one step: resize, 1/255 and mean are needed")
     if found.resample not in _RESAMPLE:
         raise UserError(f"{path} resizes with PIL's filter {found.resample}: only {_RESAMPLE} are supported")
-    crop = _side(found.crop_size, path) if found.do_center_crop and found.crop_size is not None else None
-    resize, warps = _resized(found.size, path)
+    crop = _pixels(found.crop_size, path)[0] if found.do_center_crop and found.crop_size is not None else None
+    resize, warps = _pixels(found.size, path)
     if crop is None and not warps:
         raise UserError(f"{path} gives images of different sizes: a center crop is needed")
     if crop is not None and warps and crop != resize:
@@ -59,22 +57,16 @@ def read_preprocessing(folder: Path, channels: int, image_size: int | None) -> t
     shorter = None if crop is None or (crop == resize and warps) else resize * size // side
     mean, std = tuple(found.image_mean), tuple(found.image_std)
     interpolation = _RESAMPLE[found.resample]
-    return Preprocessing((size, size), channels, mean, std, shorter, interpolation, class_order="natural"), path
+    return Preprocessing((size, size), channels, mean, std, shorter, interpolation, class_order="natural")
 
 
-def _resized(size: dict[str, int | None] | int, path: Path) -> tuple[int, bool]:
-    """Returns the length that images are resized to, and whether that is of both sides."""
+def _pixels(size: dict[str, int | None] | int, path: Path) -> tuple[int, bool]:
+    """Returns the length that images are resized or cropped to, and whether that is of both sides."""
     if isinstance(size, int):
         return size, True
     if (shorter := size.get("shortest_edge")) is not None:
         return shorter, False
-    return _side(size, path), True
-
-
-def _side(size: dict[str, int | None] | int, path: Path) -> int:
-    if isinstance(size, int):
-        return size
     height, width = size.get("height"), size.get("width")
     if height is None or height != width:
         raise UserError(f"{path} has images of {height} x {width} pixels: only square ones are supported")
-    return height
+    return height, True

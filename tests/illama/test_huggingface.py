@@ -178,6 +178,22 @@ def test_configs_that_do_not_fit_are_refused(changes, word, tmp_path):
         load_huggingface(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dinov2, registers", "siglip", "deit, teacher", "clip, projection", "dinov3, gated"])
+def test_tensors_that_are_missing_or_of_another_shape_are_refused(name, tmp_path):
+    _, head, _ = saved(tmp_path, name)
+    state = load_file(tmp_path / "model.safetensors")
+    for damaged in state:
+        if "mask_token" in damaged or ".1." in damaged or not state[damaged].numel():
+            continue
+        for change in (None, state[damaged].flatten()[:0], torch.tensor(1.0), state[damaged][None, ..., :-1]):
+            changed = {key: value if key != damaged else change for key, value in state.items()}
+            kept = {key: value.contiguous() for key, value in changed.items() if value is not None}
+            save_file(kept, tmp_path / "model.safetensors")
+            with pytest.raises(UserError) as caught:
+                load_huggingface(tmp_path, head=head)
+            assert "\n" not in str(caught.value)
+
+
 def test_heads_that_are_not_there_are_refused(tmp_path):
     saved(tmp_path, "dinov2")
     for head in ("classes", "embedding"):
