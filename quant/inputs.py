@@ -141,27 +141,19 @@ def _check_classes(loaded: Checkpoint, given: Sequence[str], options: SourceOpti
 
 
 def _open_checkpoint(options: SourceOptions) -> Checkpoint:
-    path, model = options.checkpoint, options.model
-    if model == "hf" or (model is None and is_huggingface(path)):
-        if options.model_args:
-            raise UserError("--model-args are options of a timm network, and this one has a config: leave them out")
-        return load_huggingface(path, _side(options), options.head)
-    if model is None and not (path / HUB_CONFIG).exists():
-        if options.model_args and path.exists():
-            raise UserError("--model-args are options of a timm network: give --model timm:NAME, too")
-        return _with_head(load_checkpoint(path, image_size=_side(options)), options.head)
-    kind, _, name = (model or "timm:").partition(":")
-    if kind != "timm" or (model and not name):
-        hint = f"did you mean timm:{str(model).rpartition(':')[2]}?"
+    path, model, size = options.checkpoint, options.model, options.image_size
+    theirs = model == "hf" or (model is None and is_huggingface(path))
+    if (model or "").startswith("timm:") or (model is None and not theirs and (path / HUB_CONFIG).exists()):
+        name = (model or "").removeprefix("timm:")
+        return load_timm(name, path, size, parse_options(options.model_args), options.head)
+    if model is not None and not theirs:
+        hint = f"did you mean timm:{model.rpartition(':')[2]}?"
         raise UserError(f"--model is timm:NAME, or hf for a folder of Hugging Face, not {model!r}: {hint}")
-    return load_timm(name, path, options.image_size, parse_options(options.model_args), options.head)
-
-
-def _side(options: SourceOptions) -> int | None:
-    """Returns the side length of square images; UserError if others are asked for."""
-    if isinstance(options.image_size, tuple):
-        raise UserError("--image-size of a height and a width is for networks of timm: give one number")
-    return options.image_size
+    if (options.model_args and path.exists()) or isinstance(size, tuple):
+        raise UserError("--model-args, and an --image-size that is not square, are for --model timm:NAME")
+    if theirs:
+        return load_huggingface(path, size, options.head)
+    return _with_head(load_checkpoint(path, image_size=size), options.head)
 
 
 def _with_head(loaded: ILLaMACheckpoint, head: Head) -> ILLaMACheckpoint:

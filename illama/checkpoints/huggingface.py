@@ -35,6 +35,7 @@ from illama.models.timm_vit import to_quantizable
 from illama.options import Head, Positive
 from illama.structured_files import parse_json, read_json
 
+_MISFITS = (LookupError, RuntimeError, TypeError, ValueError)  # of tensors that are missing or of other shapes
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -254,13 +255,8 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
         _place_positions(state, side // patch, first, config.model_type == "dinov2_with_registers", files[0])
         outputs = len(state["head.weight"]) if "head.weight" in state else 0
         vit = kind.make(vision, {"img_size": side, "num_classes": outputs}, state).eval()
-    except (
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # of tensors that are missing or of other shapes
-        raise UserError(f"{files[0]} does not fit its {CONFIG}: {str(error).splitlines()[0]}") from error
+    except _MISFITS as error:
+        raise UserError(f"{files[0]} does not fit its {CONFIG}: {' '.join(str(error).split())[:100]}") from error
     check_state(vit.state_dict(), state, files[0], f"its {CONFIG}")
     vit.load_state_dict({name: value.float() for name, value in state.items()})
     cast(Any, vit).pretrained_cfg = {"architecture": config.model_type}
@@ -272,9 +268,7 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
 
 
 def _vision(folder: Path, config: _Config, kind: _Kind) -> _Vision:
-    given = config.vision_config
-    if given is None:
-        given = read_json(folder / CONFIG, dict[str, Any])
+    given = config.vision_config or read_json(folder / CONFIG, dict[str, Any])
     settings = {**kind.defaults, **{name: value for name, value in given.items() if value is not None}}
     return parse_json(json.dumps(settings), _Vision, f"{folder / CONFIG}", "ignore")
 
