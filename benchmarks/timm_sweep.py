@@ -71,8 +71,8 @@ def shrunk(name: str) -> Any:
     square = len(set(whole.patch_embed.img_size)) == 1
     side = SIDE * patch
     options: dict[str, Any] = {"img_size": side if square else (side, 2 * side), "depth": 2, "num_classes": 5}
-    if any(getattr(getattr(block, "attn", None), "num_kv_groups", 1) > 1 for block in whole.blocks):
-        options["num_kv_heads"] = (1, 2)
+    if "sapiens2" in name:  # its names list the key heads of every block
+        options["num_kv_heads"] = (1 if any(block.attn.num_kv_groups > 1 for block in whole.blocks) else 2, 2)
     if isinstance(whole, Eva) and whole.attn_pool is not None:
         options["attn_pool_num_heads"] = 2
     if isinstance(whole.patch_embed.proj, nn.Conv2d):  # without it, what is in front decides the width
