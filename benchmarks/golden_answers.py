@@ -26,6 +26,7 @@ from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.openvino_engine import OpenVinoEngine
 from deploy.runtimes.verification import verify
 from eval.report.store import write_results
+from illama import ILLaMA, ModelConfig
 from illama.bundle import CPU_ONNX, FUSED_ONNX, GOLDEN
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
@@ -34,7 +35,6 @@ from illama.graph.reader import array, is_constant, load_graph
 from illama.graph.writer import save_graph
 from illama.manifest import Provenance
 from illama.markdown_table import markdown
-from illama.models.registry import illama_tiny
 from illama.options import Count, SourceOptions
 from quant.export.golden import golden_answers
 from quant.export.write_bundle import Origin, plan_quantization, quantize, write_graphs, write_quantized
@@ -96,7 +96,7 @@ def main(options: GoldenOptions) -> None:
 def _time_tiny() -> dict[str, float]:
     """Returns the seconds that it takes to verify a larger network, in FP32 and INT8, in each runtime for CPUs."""
     torch.manual_seed(0)
-    model, images, found = illama_tiny().eval(), [F.interpolate(torch.rand(8, 3, 4, 4), 224)], {}
+    model, images, found = ILLaMA(ModelConfig.preset("tiny")).eval(), [F.interpolate(torch.rand(8, 3, 4, 4), 224)], {}
     origin = Origin(Preprocessing.imagenet(224), tuple(map(str, range(1000))), Provenance())
     plan = plan_quantization(model, shipped_scheme("int8"))
     for name, network in {"fp32": model, "int8": quantize(model, plan, images)}.items():

@@ -25,14 +25,12 @@ from illama.errors import UserError
 from illama.options import Positive, ThreadsOrAll
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from deploy.runtimes.classify import Infer
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Print the five most probable classes of each image.
+    """Print the five most probable classes of each image, or the shape of its features.
 
     Probabilities are calibrated if a temperature is stored with the engine (python eval/accuracy.py --store).
 
@@ -71,27 +69,22 @@ class PredictOptions:
 
 def main(options: PredictOptions) -> None:
     # Imported here, so that --help is fast.
-    from deploy.runtimes.classify import classify, expand_images, new_images
+    import numpy as np
 
+    from deploy.runtimes.classify import classify, expand_images, new_images
+    from illama.atomic_write import write_file
+
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         infer, temperature = _on_server(options.server) if options.server else _in_engine(options, stack)
         until = time.monotonic() + options.seconds if options.seconds is not None else None
         paths = new_images(options.watch, until) if options.watch else expand_images(options.images)
         outputs = classify(infer, temperature, paths, skip_broken=bool(options.watch))
-        if options.save is None:
-            deque(outputs, maxlen=0)  # prints the lines
-        else:
-            _save(list(outputs), options.save)
-
-
-def _save(outputs: list[np.ndarray], path: Path) -> None:
-    import numpy as np
-
-    from illama.atomic_write import write_file
-
-    with write_file(path) as draft, draft.open("wb") as file:
-        np.save(file, np.stack(outputs))
-    print(f"{len(outputs)} outputs: {path}", flush=True)
+        kept = deque(outputs, maxlen=None if options.save else 0)  # prints the lines
+    if options.save:
+        with write_file(options.save) as draft, draft.open("wb") as file:
+            np.save(file, np.stack(kept))
 
 
 def _on_server(url: str) -> tuple[Infer, float]:
@@ -115,7 +108,8 @@ def _in_engine(options: PredictOptions, stack: ExitStack) -> tuple[Infer, float]
     temperature = read_temperature(file)
     calibration = f"calibrated (temperature {temperature:.3f})" if temperature else "not calibrated"
     verified = "verified" if engine.verified else "NOT verified"
-    print(f"{options.engine} in {engine.runtime}, {verified}; probabilities are {calibration}", flush=True)
+    probabilities = "" if manifest.features else f"; probabilities are {calibration}"
+    print(f"{options.engine} in {engine.runtime}, {verified}{probabilities}", flush=True)
     return in_engine(engine, ImageInput.of(manifest), manifest.classes), temperature or 1.0
 
 

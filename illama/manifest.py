@@ -15,7 +15,7 @@ from typing import Any, Literal
 from illama.bundle import FEATURES, MANIFEST, OUTPUT, GoldenImages, NetworkKind, command_line, package_versions
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
-from illama.options import SourceOptions
+from illama.options import Count, SourceOptions
 from illama.structured_files import parse_json, read_json
 
 TRAINED = "trained"  # key of the score of a training run
@@ -202,7 +202,7 @@ class Manifest:
     frame: tuple[int, int, int] | None = None
     numeric_range: NumericRange | None = None
     golden_answers: GoldenImages | None = None
-    features: tuple[int, ...] | None = None
+    features: tuple[Count] | tuple[Count, Count] | None = None
     stream: Mapping[str, Any] | None = None
     format: Literal[2] = 2
 

@@ -11,8 +11,6 @@ with the same weights, bit for bit on a CPU (some CUDA kernels sum in no fixed o
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from functools import partial
 
 from illama.cli import run_command
@@ -21,24 +19,10 @@ from illama.training.recipe import DEFAULT_RECIPE, RECIPES, Recipe, recipe_of_co
 
 def main(recipe: Recipe) -> None:
     # Imported here, so that --help does not wait for PyTorch.
-    from illama.atomic_write import lock_folder
-    from illama.manifest import TRAINED, Manifest
-    from illama.training.distributed import processes
-    from illama.training.finish import write_bundle
+    from illama.training.finish import train
     from illama.training.start import start_run
-    from illama.training.trainer import fit
 
-    recipe = replace(recipe, out=recipe.out.resolve())
-    with processes() as group, lock_folder(recipe.out, group.main):
-        run = start_run(recipe, group)
-        fit(run)
-        bundle = write_bundle(run)
-    if group.main:
-        scores = Manifest.read(bundle).scores
-        assert scores is not None  # write_bundle evaluates
-        print(
-            f"top-1 {scores.values[TRAINED]:.2f}% on {scores.images} test images; bundle in {os.path.relpath(bundle)}"
-        )
+    train(recipe, start_run)
 
 
 if __name__ == "__main__":

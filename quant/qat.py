@@ -1,4 +1,4 @@
-"""Quantization-aware training of a trained iLLaMA:
+"""Quantization-aware training of a trained network:
 
 python quant/qat.py --scheme w4a4
 python quant/qat.py --scheme w4a4 --checkpoint runs/in1k-tiny/bundle --data /imagenet --out runs/w4a4

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from PIL import Image
 
-from illama.data.images import crop_of_resized, resize_weights
+from illama.data.images import resize_weights
 from illama.data.preprocessing import Preprocessing
 from illama.graph.reader import add_constant
 
@@ -85,8 +85,8 @@ def _steps(rows_first: bool, convert_colors: bool) -> list[Step]:
 
 def _resize_and_crop(height: int, width: int, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
     """Returns the matrices of a resize and crop like torchvision's: for rows (H, height), for columns (W, width)."""
-    size, short, kind = preprocessing.size, preprocessing.resize, preprocessing.interpolation
-    axes = [(each, 0) for each in size] if short is None else crop_of_resized((height, width), short, size)
+    size, kind = preprocessing.size, preprocessing.interpolation
+    axes = preprocessing.crop_in((height, width)) if preprocessing.resize else [(each, 0) for each in size]
     rows, columns = (
         _matrix(resize_weights(old, new, first, count, kind), old)
         for old, (new, first), count in zip((height, width), axes, size, strict=True)

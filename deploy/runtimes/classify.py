@@ -72,7 +72,7 @@ def in_engine(engine: Engine, image_input: ImageInput, classes: Sequence[str]) -
 def classify(infer: Infer, temperature: float, paths: Iterable[Path], skip_broken: bool) -> Iterator[np.ndarray]:
     """Prints one line for each image: its five most probable classes, and the milliseconds from file to result.
 
-    Of features, prints their number and their length. Yields the output for each image.
+    Of features, prints their shape and norm. Yields the output for each image.
 
     Args:
         infer: takes a path, returns logits (classes,) and the names of the classes in their order, or features and no
@@ -96,7 +96,7 @@ def classify(infer: Infer, temperature: float, paths: Iterable[Path], skip_broke
         result = (
             ", ".join(f"{name} {probability:.1%}" for name, probability in top5(output, classes, temperature))
             if classes
-            else f"features {output.shape}, of length {np.linalg.norm(output):.4g}"
+            else f"features {output.shape}, norm {np.linalg.norm(output):.4g}"
         )
         print(f"{path}: {result} ({milliseconds:.1f} ms)", flush=True)
         yield output

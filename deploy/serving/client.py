@@ -26,8 +26,7 @@ class ServedModel:
         url: its address, such as ``http://127.0.0.1:8000/v2/models/int8``.
 
     Attributes:
-        shape: shape of the output for an image.
-        features: whether the output is features; else it is the logits of classes.
+        name, shape: of the output for an image.
 
     Raises:
         UserError: there is no such server or model.
@@ -40,7 +39,6 @@ class ServedModel:
                 f"{url!r} is not the address of a model: give one such as http://127.0.0.1:8000/v2/models/int8"
             )
         self.name, self.shape = self._read(urllib.request.Request(self.url), _output)
-        self.features = self.name == FEATURES
 
     def infer(self, path: Path) -> tuple[np.ndarray, list[str]]:
         """Returns the logits of an image file, and the names of their classes.
@@ -53,7 +51,7 @@ class ServedModel:
         content = read_bytes(path, _MAX_BYTES)
         size = {"binary_data_size": len(content)}
         image = {"name": "image", "shape": [1, len(content)], "datatype": "UINT8", "parameters": size}
-        form = {"binary_data": False} if self.features else {"classification": self.shape[-1]}
+        form = {"binary_data": False} if self.name == FEATURES else {"classification": self.shape[-1]}
         wanted = {"name": self.name, "parameters": form}
         head = json.dumps({"inputs": [image], "outputs": [wanted]}).encode()
         headers = {"Content-Type": "application/octet-stream", HEADER: str(len(head))}
@@ -61,7 +59,7 @@ class ServedModel:
         return self._read(request, self._answer, f"{path}: ")
 
     def _answer(self, answer: Any) -> tuple[np.ndarray, list[str]]:
-        if not self.features:
+        if self.name != FEATURES:
             return _in_order(answer)
         return np.array(answer["outputs"][0]["data"], np.float32).reshape(self.shape), []
 

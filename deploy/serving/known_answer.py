@@ -96,10 +96,8 @@ def golden_file(golden: GoldenAnswers, preprocessing: Preprocessing) -> bytes:
     height, width = golden.facts.size
     image = repeat_pixels(golden.images[:1], golden.facts.size)[0]
     if golden.facts.mean and (short := preprocessing.resize):  # what the crop removes is added around the image
-        from illama.data.images import crop_of_resized  # not needed to read an answer
-
         box = (short, short) if isinstance(short, int) else short
-        (_, top), (_, left) = crop_of_resized(box, short, preprocessing.size)
+        (_, top), (_, left) = preprocessing.crop_in(box)
         around = ((top, box[0] - height - top), (left, box[1] - width - left), (0, 0))
         image = np.pad(image, around, mode="edge")
     return _as_png(image)

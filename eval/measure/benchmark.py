@@ -105,7 +105,7 @@ def run_benchmark(
     """
     reference = choose_reference(targets)
     targets, left_out = without_long_emulation(targets, reference, len(images.split), options.emulate)  # type: ignore[arg-type]
-    if features := bool(Manifest.read(bundle_of(reference.path)).features):
+    if features := images.features:
         transform, count = images.preprocessing.transform(), images.calibration
         neighbors = NearestNeighbors.of(reference.infer, images.data, transform, count)
         images = replace(images, readout=neighbors.logits)
@@ -195,7 +195,7 @@ def _evaluate(
     }
     if execution.processes.main and (total := len(images.split)) >= _LONG:  # type: ignore[arg-type]
         print(describe_estimate(estimate_seconds(models, Transformed(images.split, transform)), total), flush=True)
-    fitted_on = 0 if manifest.features else images.calibration
+    fitted_on = 0 if images.features else images.calibration
     temperatures, unfitted = fit_temperatures(models, images.data, transform, fitted_on, execution.processes)
     how = replace(
         _evaluation(targets, images, execution, ""), reference=shown[reference.name], labeled=images.data.labeled
@@ -311,7 +311,7 @@ def make_report(
         conditions=result.conditions,
         calibration_images=images.calibration,
         seconds={**seconds, "all": sum(seconds.values())},
-        not_run=[*not_run, *result.notes, *([] if options.also else [as_run(_ELSEWHERE)])],
+        not_run=[*not_run, *result.notes, *([] if options.also or images.features else [as_run(_ELSEWHERE)])],
         peak_memory_gib=round(peak_memory_gib(), 2),
         layers=result.layers,
         ranges=result.ranges,

@@ -26,6 +26,7 @@ class EvaluationImages:
         calibration: number of images of the training split that temperatures are fitted on, or, of networks without a
             classifier, whose features others are compared with; 0 for none, as for a classifier without labels.
         indices: index of each image of ``split`` in the whole test split; None if ``split`` is the whole of it.
+        features: whether the networks have no classifier.
         readout: see :class:`eval.measure.evaluate_split.Evaluation`.
     """
 
@@ -35,6 +36,7 @@ class EvaluationImages:
     preprocessing: Preprocessing
     calibration: int = 512
     indices: Sequence[int] | None = None
+    features: bool = False
     readout: Readout | None = None
 
     @classmethod
@@ -48,7 +50,7 @@ class EvaluationImages:
             UserError: the data set does not exist, has other classes or too few images.
         """
         source = manifest.provenance.source
-        if calibration is None and manifest.features and source:
+        if calibration is None and manifest.features and source and source.data == name:
             calibration = source.calibration_images  # so that another report is of the same neighbors
         data = open_fitting_data(name, manifest.classes, manifest.preprocessing, needs_labels=False)
         return cls.of(name, data, manifest.preprocessing, images, calibration, bool(manifest.features))
@@ -73,7 +75,7 @@ class EvaluationImages:
         fitted_on = calibration_count(data, calibration) if data.labeled or features else 0
         if features and not data.labeled:
             data.classes = tuple(f"calibration image {number}" for number in range(1, fitted_on + 1))
-        return cls(name, data, split, preprocessing, fitted_on, indices)
+        return cls(name, data, split, preprocessing, fitted_on, indices, features)
 
     def index_in_test_split(self, index: int) -> int:
         """Returns the index in the whole test split of an image of ``split``."""

@@ -94,8 +94,9 @@ def check_alike(given: Sequence[Path]) -> Manifest:
         refuse_frames(path, manifest)
         if manifest.network == "segmentation":
             raise UserError(f"{path} holds a segmentation network: evaluate it with python eval/segmentation.py")
-        if (manifest.classes, manifest.preprocessing) != (manifests[0].classes, manifests[0].preprocessing):
-            raise UserError(f"{path} takes other images or names other classes than {given[0]}: leave one of them out")
+        first, own = ((each.classes, each.features, each.preprocessing) for each in (manifests[0], manifest))
+        if own != first:
+            raise UserError(f"{path} takes other images or has other outputs than {given[0]}: leave one of them out")
     return manifests[0]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from eval.metrics.calibration import Reliability, reliability
 from eval.metrics.paired import Change, Share, compare_predictions, top_k_accuracy
 from eval.metrics.predictions import Evaluated
+
+SAME_NEIGHBOR = "same neighbor"  # the metric of features without labels
 
 
 @dataclass(kw_only=True)
@@ -43,13 +44,13 @@ class Measured:
     scaled: Reliability | None = None
 
     @property
-    def metric(self) -> Literal["top-1", "agreement", "k-NN top-1", "same neighbor"]:
+    def metric(self) -> str:
         """What ``top1`` is called.
 
         Without labels, it is the agreement with the reference; of features, that on the nearest calibration image.
         """
         if self.features:
-            return "k-NN top-1" if self.labeled else "same neighbor"
+            return "k-NN top-1" if self.labeled else SAME_NEIGHBOR
         return "top-1" if self.labeled else "agreement"
 
 

@@ -27,7 +27,8 @@ def read_baseline(options: BenchmarkOptions) -> Baseline | None:
 def check_baseline(baseline: Baseline | None, images: EvaluationImages) -> None:
     """Raises UserError for a baseline of other images."""
     if baseline is not None:
-        check_images(baseline, images.name, images.data.classes, len(images.split))  # type: ignore[arg-type]
+        neighbors = images.calibration if images.features else 0
+        check_images(baseline, images.name, images.data.classes, len(images.split), neighbors)  # type: ignore[arg-type]
 
 
 def exit_on_regression(baseline: Baseline | None, report: Report) -> None:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from eval.metrics.measured import SAME_NEIGHBOR
+from eval.metrics.nearest_neighbors import NEIGHBORS
 from eval.report.schema import Report, Row
 from illama.inference import chance_note
 
+_VOTE = (
+    f"k-NN top-1 is the accuracy of a vote of the {NEIGHBORS} most similar of {{}} calibration images. It tells files "
+    "apart; it is not the accuracy of a task."
+)
+_NEAREST = (
+    f"{SAME_NEIGHBOR} is the share of images for which a file finds the same most similar one of {{}} calibration "
+    "images as {}. Similar images are easily exchanged."
+)
 _STEADY = 2.0  # the largest p90 of an idle machine, relative to the p50
 
 
@@ -14,16 +24,13 @@ def cautions(report: Report) -> list[str]:
     """Returns warnings about a report's accuracies and latencies, the most serious first."""
     reference, timed = report.reference, [row for row in report.rows if row.latency]
     found = [f"{each.name} failed and is in no comparison: {each.reason}" for each in report.failed]
-    if reference and not reference.labeled:
+    if reference and reference.features:
+        task = (_VOTE if reference.labeled else _NEAREST).format(report.calibration_images, reference.name)
+        found.append(f"The network has no classifier: {task}")
+    elif reference and not reference.labeled:
         found.append(
             f"The pictures have no classes: accuracy is unknown, and files are compared with {reference.name}. "
             "If that is wrong for a picture, a file that agrees is wrong too."
-        )
-    if reference and reference.features:
-        found.append(
-            f"The network has no classifier. {reference.metric} is measured by the nearest of "
-            f"{report.calibration_images} calibration images, by the features of {reference.name}: it tells files "
-            "apart, but is not the accuracy of a task."
         )
     if reference and (note := chance_note(reference.name, reference.top1.percent, len(report.classes))):
         found.append(f"{note}.")
@@ -38,7 +45,7 @@ def cautions(report: Report) -> list[str]:
     limit = report.constraints.drop
     wide = [row for row in report.rows if _is_wide(row, limit)]
     if wide:
-        kept = "top-1" if wide[0].labeled else "predictions"
+        kept = wide[0].metric if wide[0].labeled else "nearest images" if wide[0].features else "predictions"
         asked = f"whether they keep 99% of the reference's {kept}" if limit is None else f"a drop of {limit:g} points"
         found.append(f"{wide[0].images:,} test images are too few to tell {asked}, for {_names(wide)}.")
     return found

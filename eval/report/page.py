@@ -23,6 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from deploy.runtimes.names import TITLES
+from eval.metrics.measured import SAME_NEIGHBOR
 from eval.report.cautions import cautions
 from eval.report.markdown_html import markdown_to_html
 from eval.report.schema import FlippedImage, Report, Row
@@ -117,7 +118,7 @@ def key_figures(report: Report, row: Row | None) -> list[KeyFigure]:
     if row is None:
         return []
     loss = "the reference" if row.reference else f"drop {row.drop} points"
-    title = f"{row.metric[0].upper()}{row.metric[1:]}"
+    title = row.metric if row.features else row.metric.capitalize()
     found = [KeyFigure(title, f"{row.top1.percent:.2f}", "%", loss)] if row.labeled else []
     if latency := row.at(batch):
         speed = timed_cells(row, batch, reference, ())["speed"]
@@ -158,7 +159,7 @@ def how_to_use(report: Report, folder: Path) -> dict[str, str]:
         "from pathlib import Path",
         "from deploy.runtimes.open_engine import open_engine",
         f"engine = open_engine(Path({path!r}){'' if row.engine else f', {row.runtime_id!r}'})",
-        f"{'features' if row.features else 'logits'} = engine.infer(images)  # (B, C, H, W) float32",
+        f"{'features' if row.features else 'logits'} = engine.infer(images)  # images: (B, C, H, W) float32",
     ]
     command = as_run(f"python deploy/predict.py --engine {shlex.quote(path)}{runtime} photo.jpg")
     return {"path": path, "command": command, "code": "\n".join(code)}
@@ -243,7 +244,7 @@ class ClassLine:
 def class_changes(report: Report) -> list[ClassLine]:
     """Returns all classes of the test images, sorted by their largest change in any row, worst first."""
     changed = [row.change for row in report.rows if row.change]
-    if not changed or (report.features and not report.labeled):  # each calibration image is a class
+    if not changed or report.metric == SAME_NEIGHBOR:  # each calibration image is a class
         return []
     lines = []
     for each in zip(*(change.classes for change in changed), strict=True):

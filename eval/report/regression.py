@@ -67,6 +67,7 @@ class ComparedRow:
     device: str | None
     file: str = ""
     runtime_id: str = ""
+    features: bool = False
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (*vars(self.top1).values(), *vars(self.drop).values()))):
@@ -98,6 +99,12 @@ class Baseline:
     data: str
     classes: tuple[str, ...]
     rows: tuple[ComparedRow, ...]
+    calibration_images: int = 0
+
+    @property
+    def neighbors(self) -> int:
+        """Number of images that features are compared with; 0 for a classifier."""
+        return self.calibration_images if any(row.features for row in self.rows) else 0
 
     @classmethod
     def read(cls, path: Path) -> Baseline:
@@ -169,8 +176,15 @@ def find_regressions(baseline: Baseline, report: Report, tolerances: Tolerances 
     return found
 
 
-def check_images(baseline: Baseline, data: str, classes: Sequence[str], images: int) -> None:
-    """Raises UserError if a baseline is of other data, classes or number of images; checked before the evaluation."""
+def check_images(baseline: Baseline, data: str, classes: Sequence[str], images: int, neighbors: int = 0) -> None:
+    """Raises UserError if a baseline is of other data, classes or number of images; checked before the evaluation.
+
+    Args:
+        neighbors: see :class:`Baseline`.
+    """
+    if baseline.neighbors != neighbors:
+        was = f"features and {baseline.neighbors} calibration images" if baseline.neighbors else "a classifier"
+        raise UserError(f"the baseline is of {was}, and this report is not: give another one")
     counts = {row.images for row in baseline.rows}
     if (baseline.data, baseline.classes, counts) != (data, tuple(classes), {images}):
         was = f"{_listed(counts)} images of {baseline.data}, {len(baseline.classes)} classes"
@@ -181,7 +195,7 @@ def check_images(baseline: Baseline, data: str, classes: Sequence[str], images: 
 
 def check_comparable(old: Baseline, new: Baseline) -> None:
     """Raises UserError if two reports are of other data, classes, numbers of images or reference rows."""
-    for name in ("data", "classes"):
+    for name in ("data", "classes", "neighbors"):
         if getattr(old, name) != getattr(new, name):
             raise UserError(f"the baseline has other {name} than this report: give a baseline of the same {name}")
     counts = [{row.images for row in each.rows} for each in (old, new)]

@@ -212,16 +212,6 @@ class Report:
         return self.rows[0].metric if self.rows else "top-1"
 
     @property
-    def labeled(self) -> bool:
-        """Whether the test images have labels."""
-        return not self.rows or self.rows[0].labeled
-
-    @property
-    def features(self) -> bool:
-        """Whether the networks compute features instead of logits."""
-        return bool(self.rows) and self.rows[0].features
-
-    @property
     def reference(self) -> Row | None:
         """Row that the others are compared with."""
         return self._row(self.decision.reference)

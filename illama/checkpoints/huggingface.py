@@ -25,7 +25,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from illama.checkpoints.huggingface_processor import read_preprocessing
+from illama.checkpoints.huggingface_processor import PROCESSORS, read_preprocessing
 from illama.checkpoints.load import POSITIONS, check_finite, check_state
 from illama.checkpoints.tensor_files import read_folder
 from illama.checkpoints.timm_checkpoint import TimmCheckpoint, keep_features
@@ -36,7 +36,7 @@ from illama.options import Head, Positive
 from illama.structured_files import parse_json, read_json
 
 _MISFITS = (LookupError, RuntimeError, TypeError, ValueError)  # of tensors that are missing or of other shapes
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG = "config.json"
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_new": GELUTanh,
@@ -65,7 +65,7 @@ class _Vision:
     intermediate_size: Size = 3072
     mlp_ratio: Positive | None = None
     hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: Positive = 1e-6
     patch_size: Size = 16
     num_channels: Size = 3
     num_register_tokens: Annotated[int, Interval(ge=0, le=1024)] = 0
@@ -73,7 +73,7 @@ class _Vision:
     use_gated_mlp: bool = False
     qkv_bias: bool = True
     query_bias: bool = True
-    rope_theta: float = 100.0
+    rope_theta: Positive = 100.0
     vision_use_head: bool = True
 
     @property
@@ -240,10 +240,12 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
             f"{', '.join(_KINDS)}"
         )
     vision = _vision(folder, config, kind)
-    preprocessing = read_preprocessing(folder / PROCESSOR, vision.num_channels, image_size)
+    preprocessing = read_preprocessing(folder, config.model_type, vision.num_channels, image_size)
     side, patch = preprocessing.size[0], vision.patch_size
     if side % patch or (side // patch) ** 2 > MOST_PATCHES:
-        raise UserError(f"images of {side} pixels do not fit patches of {patch}: give --image-size, a multiple of it")
+        raise UserError(
+            f"images of {side} pixels do not fit patches of {patch}: give --image-size, a multiple of {patch}"
+        )
     files, content, _ = read_folder(folder, ())
     check_finite(content, files[0])
     try:
@@ -263,7 +265,8 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
     keep_features(vit, head)
     classes = tuple(config.id2label[number] for number in sorted(config.id2label))
     classes = classes if len(classes) == vit.num_classes else ()
-    others = (folder / CONFIG, folder / PROCESSOR, *files[1:])
+    processor = next(folder / name for name in PROCESSORS if (folder / name).exists())
+    others = (folder / CONFIG, processor, *files[1:])
     return TimmCheckpoint(to_quantizable(vit), preprocessing, classes, files[0], others)
 
 
@@ -316,6 +319,8 @@ def _head(content: Mapping[str, Tensor], kind: _Kind, head: Head, path: Path) ->
     }
     if "head.weight" not in found:
         other = any(name.startswith("classifier.") for name in content)
+        if "visual_projection.weight" in content:
+            raise UserError(f"{path} has no classifier: give --head embedding for CLIP's projection, or --head none")
         reason = "has a classifier of the mean of its tokens, which is not supported" if other else "has no classifier"
         raise UserError(f"{path} {reason}: give --head none for the pooled features, or --head tokens")
     return found
@@ -343,8 +348,9 @@ def _join(state: dict[str, Tensor], vision: _Vision) -> None:
 def _check_size(vision: _Vision, state: Mapping[str, Tensor], path: Path) -> None:
     """Raises UserError if the config asks for a network that is much larger than its file, before it is built."""
     block = vision.hidden_size**2 * (4 + vision.options["mlp_ratio"])
+    patches = vision.hidden_size * vision.num_channels * vision.patch_size**2
     held = sum(value.numel() for value in state.values())
-    if vision.num_hidden_layers > len(state) or vision.num_hidden_layers * block > 2 * held:
+    if vision.num_hidden_layers > len(state) or vision.num_hidden_layers * block + patches > 2 * held:
         raise UserError(f"{path} holds less than half of the network in its {CONFIG}: correct the config")
 
 

@@ -10,6 +10,8 @@ from illama.errors import UserError
 from illama.options import Interpolation
 from illama.structured_files import read_json
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_SHORTER = ("clip", "bit", "dinov2")  # processors for which a size that is a number is that of the shorter side
 _RESAMPLE: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -20,6 +22,8 @@ class _Processor:
     image_mean: list[float]
     image_std: list[float]
     size: dict[str, int | None] | int
+    image_processor_type: str = ""
+    feature_extractor_type: str = ""
     crop_size: dict[str, int | None] | int | None = None
     do_center_crop: bool | None = None
     do_resize: bool | None = True
@@ -29,25 +33,39 @@ class _Processor:
     resample: int = 3
 
 
-def read_preprocessing(path: Path, channels: int, image_size: int | None) -> Preprocessing:
-    """Returns the preprocessing that a ``preprocessor_config.json`` states.
+@dataclass(frozen=True)
+class _Whole:
+    """The part of processor_config.json, of a network of images and text, that is used."""
+
+    image_processor: _Processor
+
+
+def read_preprocessing(folder: Path, model_type: str, channels: int, image_size: int | None) -> Preprocessing:
+    """Returns the preprocessing that a folder of transformers states.
 
     Args:
+        model_type: kind of the network, which tells the processor if its own name is missing.
         channels: color channels of the network's input.
         image_size: side length of the input in pixels instead of the file's; the resize keeps its ratio to it.
 
     Raises:
         UserError: the file is missing or damaged, or prepares images in a way that is not supported.
     """
-    if not path.exists():
-        raise UserError(f"{path} is missing, which says how images are prepared: copy it from the model")
-    found = read_json(path, _Processor, "ignore")
+    path = next((folder / name for name in PROCESSORS if (folder / name).exists()), None)
+    if path is None:
+        raise UserError(f"{folder} has no {PROCESSORS[0]}, which says how images are prepared: copy it from the model")
+    whole = path.name != PROCESSORS[0]
+    found = read_json(path, _Whole, "ignore").image_processor if whole else read_json(path, _Processor, "ignore")
+    name = (found.image_processor_type or found.feature_extractor_type or model_type).lower()
+    shorter_side, center = (any(each in name for each in kinds) for kinds in (_SHORTER, (*_SHORTER, "deit")))
     if not (found.do_resize and found.do_rescale and found.do_normalize) or abs(found.rescale_factor * 255 - 1) > 1e-6:
         raise UserError(f"{path} leaves images as they are in one step: resize, 1/255 and mean are needed")
     if found.resample not in _RESAMPLE:
         raise UserError(f"{path} resizes with PIL's filter {found.resample}: only {_RESAMPLE} are supported")
-    crop = _pixels(found.crop_size, path)[0] if found.do_center_crop and found.crop_size is not None else None
+    center = center if found.do_center_crop is None else found.do_center_crop
+    crop = _pixels(found.crop_size, path)[0] if center and found.crop_size is not None else None
     resize, warps = _pixels(found.size, path)
+    warps = warps and not (shorter_side and isinstance(found.size, int))
     if crop is None and not warps:
         raise UserError(f"{path} gives images of different sizes: a center crop is needed")
     if crop is not None and warps and crop != resize:
@@ -55,9 +73,8 @@ def read_preprocessing(path: Path, channels: int, image_size: int | None) -> Pre
     side = crop or resize
     size = image_size or side
     shorter = None if crop is None or (crop == resize and warps) else resize * size // side
-    mean, std = tuple(found.image_mean), tuple(found.image_std)
-    interpolation = _RESAMPLE[found.resample]
-    return Preprocessing((size, size), channels, mean, std, shorter, interpolation, class_order="natural")
+    facts = tuple(found.image_mean), tuple(found.image_std), shorter, _RESAMPLE[found.resample]
+    return Preprocessing((size, size), channels, *facts, class_order="natural", crop_floor=True)
 
 
 def _pixels(size: dict[str, int | None] | int, path: Path) -> tuple[int, bool]:

@@ -218,7 +218,7 @@ def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
     """Reads and checks a bundle or a file; raises UserError as :func:`load_checkpoint` does."""
     folder = path if path.is_dir() else path.parent
     weights = weights_of(path) if path.is_dir() else path
-    in_bundle = path.is_dir() or (weights.name == WEIGHTS and (folder / MANIFEST).exists())
+    in_bundle = path.is_dir() or (weights.name in (WEIGHTS, PACKED_WEIGHTS) and (folder / MANIFEST).exists())
     manifest = Manifest.read(folder) if in_bundle else None
     state = read_state(weights)
     stored = _stored_config(weights, manifest)
@@ -242,11 +242,11 @@ def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
 
 def _stored_config(weights: Path, manifest: Manifest | None) -> ModelConfig | None:
     """Returns the config of the manifest or of the file's metadata, which must agree; None if neither has one."""
+    if manifest and manifest.network != "illama":
+        raise UserError(f"{weights} is of a {manifest.network} network, not of an iLLaMA: give another checkpoint")
     carried = read_config(weights) if weights.suffix == ".safetensors" else None
     if manifest is None:
         return carried
-    if manifest.network != "illama":
-        raise UserError(f"{weights} is of a {manifest.network} network, not of an iLLaMA: give another checkpoint")
     listed = parse_json(json.dumps(manifest.config), ModelConfig, f"the config in {weights.with_name(MANIFEST)}")
     if carried is not None and carried != listed:
         differences = _differences(carried, listed)

@@ -72,17 +72,7 @@ def load_timm(
     state, outputs = _take_head(source.state, head, path)
     options = {**source.options, **(options or {})}
     outline = _timm_outline(name, options, state, path)
-    prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
-    patch_size = cast(int, outline.patch_embed.feat_ratio())  # a hybrid's ResNet reduces the image, too
-    stored = source.image_size or cast(tuple[int, int], outline.patch_embed.img_size)
-    old = _timm_grid(state, prefix, (stored[0] // patch_size, stored[1] // patch_size), path)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    size = size or (old[0] * patch_size, old[1] * patch_size)
-    if size[0] % patch_size or size[1] % patch_size:
-        raise UserError(f"image_size {image_size or size} is not a multiple of patch_size {patch_size}")
-    grid = (size[0] // patch_size, size[1] // patch_size)
-    if POSITIONS in state and grid != old:
-        state[POSITIONS] = resample_abs_pos_embed(state[POSITIONS], list(grid), list(old), prefix)
+    size = _place_positions(state, outline, source.image_size, image_size, path)
     kernels = [key for key, value in outline.state_dict().items() if key.startswith("patch_embed.") and value.ndim == 4]
     first = state.get(kernels[0])  # a hybrid's is in its ResNet
     channels = first.shape[1] if first is not None and first.ndim == 4 else 3
@@ -169,26 +159,47 @@ def _create_timm(name: str, **options: Any) -> VisionTransformer | Eva:
         raise UserError(f"timm cannot create {name}: {str(error) or 'an option does not fit'}") from error
 
 
-def _timm_grid(state: Mapping[str, Tensor], prefix: int, default: tuple[int, int], path: Path) -> tuple[int, int]:
-    """Returns the rows and columns of patches: ``default`` if the position table has as many, else a square grid.
+def _place_positions(
+    state: dict[str, Tensor],
+    outline: VisionTransformer | Eva,
+    stored: tuple[int, int] | None,
+    asked: int | tuple[int, int] | None,
+    path: Path,
+) -> tuple[int, int]:
+    """Resamples the position table to the image size that is asked for, and returns the size, (height, width).
+
+    The table is of the size that the source states, of timm's, or of the size asked for, whichever has as many patches;
+    if none has, it is square. Without a table, the size is the one asked for, stated, or timm's.
 
     Raises:
-        UserError: the state dict has no patch embedding, or the table does not fit a square grid.
+        UserError: the state dict has no patch embedding, or the table or the size does not fit.
     """
     if PATCHES not in state or state[PATCHES].ndim != 4:
         raise UserError(f"{path} has no {PATCHES} with four dimensions: it is not a timm ViT's state dict")
-    if POSITIONS not in state:
-        return default
-    shape = tuple(state[POSITIONS].shape)
-    if shape[1:2] == (math.prod(default) + prefix,):
-        return default
-    side = math.isqrt(max(0, shape[1] - prefix)) if len(shape) == 3 else 0
-    if side < 1 or shape[:2] != (1, side * side + prefix):
-        raise UserError(
-            f"{path} has a position table of shape {shape}, and (1, side * side + {prefix}, width) is needed for a "
-            f"square grid of patches and {prefix} other tokens"
-        )
-    return side, side
+    patch = cast(int, outline.patch_embed.feat_ratio())  # a hybrid's ResNet reduces the image, too
+    prefix = 0 if outline.no_embed_class else outline.num_prefix_tokens
+    asked = (asked, asked) if isinstance(asked, int) else asked
+    sizes = [each for each in (stored, cast(tuple[int, int], outline.patch_embed.img_size), asked) if each]
+    grids = [(height // patch, width // patch) for height, width in sizes]
+    old = grids[0]
+    if POSITIONS in state:
+        shape = tuple(state[POSITIONS].shape)
+        rows = shape[1] - prefix if len(shape) == 3 and shape[0] == 1 else 0
+        side = math.isqrt(max(rows, 0))
+        old = next((grid for grid in [*grids, (side, side)] if math.prod(grid) == rows > 0), (0, 0))
+        if old == (0, 0):
+            raise UserError(
+                f"{path} has a position table of shape {shape}, and (1, side * side + {prefix}, width) is needed for a "
+                f"square grid of patches and {prefix} other tokens; --image-size says another one"
+            )
+    size = asked or (old[0] * patch, old[1] * patch)
+    if size[0] % patch or size[1] % patch:
+        shown = size[0] if size[0] == size[1] else size
+        raise UserError(f"image_size {shown} is not a multiple of patch_size {patch}")
+    grid = (size[0] // patch, size[1] // patch)
+    if POSITIONS in state and grid != old:
+        state[POSITIONS] = resample_abs_pos_embed(state[POSITIONS], list(grid), list(old), prefix)
+    return size
 
 
 def timm_preprocessing(

@@ -143,7 +143,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(result)
 
 
-def crop_of_resized(old: tuple[int, int], to: Resize, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def crop_of_resized(
+    old: tuple[int, int], to: Resize, size: tuple[int, int], floor: bool = False
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Returns the position of a center crop in a resized image.
 
     Args:
@@ -151,6 +153,7 @@ def crop_of_resized(old: tuple[int, int], to: Resize, size: tuple[int, int]) -> 
         to: resized length of the shorter side in pixels, rounded as in torchvision; or height and width of a box that
             the resized image covers, rounded as in timm.
         size: height and width of the crop in pixels.
+        floor: whether half a pixel in front of the crop is rounded down, as in transformers, and not to even.
 
     Returns:
         For the rows and for the columns: the resized length, and the first pixel of the crop.
@@ -161,7 +164,8 @@ def crop_of_resized(old: tuple[int, int], to: Resize, size: tuple[int, int]) -> 
     else:
         ratio = min(length / each for length, each in zip(old, to, strict=True))
         height, width = (round(length / ratio) for length in old)
-    return (height, round((height - size[0]) / 2)), (width, round((width - size[1]) / 2))
+    rounded = math.floor if floor else round
+    return (height, rounded((height - size[0]) / 2)), (width, rounded((width - size[1]) / 2))
 
 
 def resize_weights(
@@ -202,7 +206,7 @@ def resize(image: Image.Image, size: tuple[int, int], interpolation: Interpolati
 
 
 def resize_and_crop(
-    image: Image.Image, to: Resize, size: tuple[int, int], interpolation: Interpolation = "bicubic"
+    image: Image.Image, to: Resize, size: tuple[int, int], interpolation: Interpolation = "bicubic", floor: bool = False
 ) -> Image.Image:
     """Resizes a gray or RGB image, then crops the center, as torchvision and timm do.
 
@@ -210,10 +214,10 @@ def resize_and_crop(
     memory does not depend on the ratio of an image's sides. The result then equals torchvision's up to one gray level.
 
     Args:
-        to: see :func:`crop_of_resized`.
+        to, floor: see :func:`crop_of_resized`.
         size: height and width of the crop in pixels.
     """
-    (new_height, top), (new_width, left) = crop_of_resized((image.height, image.width), to, size)
+    (new_height, top), (new_width, left) = crop_of_resized((image.height, image.width), to, size, floor)
     if new_height * new_width <= MAX_RESIZED:
         whole = resize(image, (new_height, new_width), interpolation)
         return whole.crop((left, top, left + size[1], top + size[0]))

@@ -40,6 +40,7 @@ class Preprocessing:
         exif: whether to apply the orientation that an image file declares.
         class_order: order of class folders, as words (1, 10, 2) or natural (1, 2, 10) as in timm. It does not affect
             images, so it is ignored in comparisons.
+        crop_floor: whether half a pixel in front of the crop is rounded down, as in transformers, and not to even.
 
     Raises:
         UserError: a value is not supported, or resize is smaller than the image size.
@@ -53,6 +54,7 @@ class Preprocessing:
     interpolation: Interpolation = "bicubic"
     exif: Exif = "apply"
     class_order: ClassOrder = field(default="words", compare=False)
+    crop_floor: bool = False
 
     def __post_init__(self) -> None:
         if self.in_channels not in (1, 3):
@@ -92,8 +94,13 @@ class Preprocessing:
 
     def frame(self, image: Image.Image) -> Image.Image:
         """Resizes and crops an image to the network's size."""
-        cropped = resize_and_crop(image, self.resize, self.size, self.interpolation) if self.resize else image
-        return resize(cropped, self.size, self.interpolation)
+        if self.resize:
+            image = resize_and_crop(image, self.resize, self.size, self.interpolation, self.crop_floor)
+        return resize(image, self.size, self.interpolation)
+
+    def crop_in(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Returns :func:`illama.data.images.crop_of_resized` for an image of ``size``; there must be a resize."""
+        return crop_of_resized(size, self.resize or 0, self.size, self.crop_floor)
 
     def normalize(self, image: Image.Image) -> np.ndarray:
         """Converts an image of the network's size to its input (in_channels, H, W) float32.
@@ -126,16 +133,16 @@ class Preprocessing:
         from torchvision.transforms import InterpolationMode, v2
 
         kind = InterpolationMode(self.interpolation)
-        crop = [partial(self._resized, kind=kind), v2.CenterCrop(list(self.size))] if self.resize else []
+        crop = [partial(self._cropped, kind=kind)] if self.resize else []
         steps = v2.Compose([*(augment or crop), v2.Resize(list(self.size), kind), *self.tensor_steps()])
         return steps if augment else partial(_to_tensor, self, steps)
 
-    def _resized(self, image: Tensor, kind: InterpolationMode) -> Tensor:
-        """Resizes an image (C, H, W) before its center crop."""
+    def _cropped(self, image: Tensor, kind: InterpolationMode) -> Tensor:
+        """Resizes an image (C, H, W) and crops its center."""
         from torchvision.transforms.v2.functional import resize
 
-        (height, _), (width, _) = crop_of_resized((image.shape[-2], image.shape[-1]), self.resize or 0, self.size)
-        return resize(image, [height, width], kind)
+        (height, top), (width, left) = self.crop_in((image.shape[-2], image.shape[-1]))
+        return resize(image, [height, width], kind)[..., top : top + self.size[0], left : left + self.size[1]]
 
 
 def box_of(size: tuple[int, int], crop_pct: float) -> int | tuple[int, int]:

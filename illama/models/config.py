@@ -34,6 +34,8 @@ _PRESETS: dict[str, dict[str, int]] = {
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }
 
+SIZES = tuple(_PRESETS)
+
 # Largest sizes, far above those of any network; a damaged file or a slip of the keyboard must not fill the memory.
 Size = Annotated[int, Interval(ge=1, le=1 << 16)]
 Blocks = Annotated[int, Interval(ge=1, le=1024)]

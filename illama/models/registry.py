@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import register_model
 
 from illama.errors import UserError
-from illama.models.config import ModelConfig
+from illama.models.config import SIZES, ModelConfig
 from illama.models.illama import ILLaMA
 
 _TIMM_NAMES = {"img_size": "image_size", "in_chans": "in_channels", "num_classes": "num_classes"}
@@ -24,31 +24,13 @@ def _create(size: str, pretrained: bool, **options: Any) -> ILLaMA:
     return ILLaMA(ModelConfig.preset(size, **overrides), drop_path)
 
 
-@register_model
-def illama_nano(pretrained: bool = False, **options: Any) -> ILLaMA:
-    """6 blocks, 128 wide, for 28- to 32-pixel images."""
-    return _create("nano", pretrained, **options)
+def _register(size: str) -> None:
+    def create(pretrained: bool = False, **options: Any) -> ILLaMA:
+        return _create(size, pretrained, **options)
+
+    create.__name__, create.__doc__ = f"illama_{size}", f"iLLaMA-{size} (:meth:`illama.ModelConfig.preset`)."
+    register_model(create)
 
 
-@register_model
-def illama_tiny(pretrained: bool = False, **options: Any) -> ILLaMA:
-    """12 blocks, 192 wide: 5.7 M parameters."""
-    return _create("tiny", pretrained, **options)
-
-
-@register_model
-def illama_small(pretrained: bool = False, **options: Any) -> ILLaMA:
-    """12 blocks, 384 wide: 21.9 M parameters."""
-    return _create("small", pretrained, **options)
-
-
-@register_model
-def illama_base(pretrained: bool = False, **options: Any) -> ILLaMA:
-    """12 blocks, 768 wide: 86.3 M parameters."""
-    return _create("base", pretrained, **options)
-
-
-@register_model
-def illama_large(pretrained: bool = False, **options: Any) -> ILLaMA:
-    """24 blocks, 1024 wide: 310.2 M parameters."""
-    return _create("large", pretrained, **options)
+for _size in SIZES:
+    _register(_size)

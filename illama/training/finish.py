@@ -1,18 +1,43 @@
-"""Ends a training run: writes its bundle."""
+"""A training run from its start to its bundle."""
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import os
+from collections.abc import Callable, Sized
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
-from illama.atomic_write import write_folder
+from illama.atomic_write import lock_folder, write_folder
 from illama.bundle import WEIGHTS
 from illama.checkpoints.load import write_weights
 from illama.manifest import TRAINED, Manifest, Provenance, Scores
 from illama.models.illama import ILLaMA
+from illama.training.distributed import Processes, processes
 from illama.training.log import plot_curve, read_log
-from illama.training.trainer import Run
+from illama.training.recipe import TrainingOptions
+from illama.training.trainer import Run, fit
+
+Options = TypeVar("Options", bound=TrainingOptions)
+
+
+def train(options: Options, start: Callable[[Options, Processes], Run]) -> None:
+    """Runs a training, or continues one that was interrupted, and writes its bundle; prints its score.
+
+    Args:
+        start: returns the run.
+    """
+    options = replace(options, out=options.out.resolve())
+    with processes() as group, lock_folder(options.out, group.main):
+        run = start(options, group)
+        fit(run)
+        bundle = write_bundle(run)
+    if group.main:
+        scores = Manifest.read(bundle).scores
+        assert scores is not None  # write_bundle evaluates
+        title = "top-1" if scores.metric == "top1" else "mIoU"
+        where = os.path.relpath(bundle)
+        print(f"{title} {scores.values[TRAINED]:.2f}% on {scores.images} test images; bundle in {where}")
 
 
 def write_bundle(run: Run) -> Path:

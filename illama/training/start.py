@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from illama.bundle import WEIGHTS, sha256
+from illama.bundle import sha256, weights_of
 from illama.checkpoints.llama_init import initialize_from_llama
 from illama.checkpoints.load import initialize_from
 from illama.data.datasets import ImageData, note_channels, open_data, unlabeled
@@ -80,7 +80,7 @@ def hash_inputs(recipe: NetworkOptions) -> dict[str, str]:
     """Returns path -> SHA-256 of the files of the initial weights; for a LLaMA, only of its config and index."""
     files = []
     if recipe.init:
-        files = [recipe.init / WEIGHTS if recipe.init.is_dir() else recipe.init]
+        files = [weights_of(recipe.init) if recipe.init.is_dir() else recipe.init]
     if recipe.init_llama:
         files = sorted(recipe.init_llama.glob("*.json"))
     return {str(file): sha256(file) for file in files}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ def _preprocessing_of(model: nn.Module, network: MaskedNetwork) -> Preprocessing
     size, channels = network.config.size, network.config.in_channels
     if isinstance(model, VisionTransformer | Eva):
         return timm_preprocessing(model, size, channels)
-    return Preprocessing.imagenet(size[0], channels)
+    square = Preprocessing.imagenet(size[0], channels)
+    return square if size[0] == size[1] else replace(square, size=size, resize=None)
 
 
 def _calibration(loader: Iterable[Any], preprocessing: Preprocessing) -> list[Tensor]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from illama.checkpoints.load import CONFIG_METADATA, read_state
-from illama.checkpoints.tensor_files import check_config, read_metadata
+from illama.checkpoints.tensor_files import read_metadata
 from illama.errors import UserError
 from illama.models.attention import MaskedNetwork
-from illama.models.config import ModelConfig
-from illama.models.illama import ILLaMA
 from illama.structured_files import parse_json
 from quant.quantizers.calibrate import quantize_layers
 from quant.quantizers.layers import QuantizeDequantize, quantizers
@@ -41,19 +38,18 @@ def write_quantized_weights(model: MaskedNetwork, scheme: Scheme, path: Path) ->
     path.write_bytes(save(tensors, metadata))  # not save_file, whose file only its owner may read
 
 
-def read_quantized_weights(path: Path, network: MaskedNetwork | None = None) -> tuple[MaskedNetwork, Scheme]:
+def read_quantized_weights(path: Path, network: MaskedNetwork) -> tuple[MaskedNetwork, Scheme]:
     """Returns the network in a file of :func:`write_quantized_weights`, in evaluation mode, and its scheme.
 
     Args:
-        network: the same architecture without quantization; if None, an iLLaMA is made from the file's config.
+        network: the same architecture without quantization; it is not changed.
 
     Raises:
         UserError: the file is missing, damaged, or of another kind.
     """
     state, notes = read_state(path), read_metadata(path)
     try:
-        model = _make_network(notes[CONFIG_METADATA], state, path) if network is None else copy.deepcopy(network)
-        same = json.loads(notes[CONFIG_METADATA]) == model.config.to_dict()
+        config = parse_json(notes[CONFIG_METADATA], type(network.config), f"the config in {path}")
         name = f"the scheme in {path}"
         scheme = stored_scheme(parse_json(notes[SCHEME_METADATA], dict[str, Any], name), name)
         zero_points = parse_json(notes[ZERO_POINTS_METADATA], dict[str, int], f"the zero points in {path}")
@@ -61,9 +57,9 @@ def read_quantized_weights(path: Path, network: MaskedNetwork | None = None) -> 
         raise UserError(
             f"{path} is damaged or has no quantized network: make the bundle again with python quant/qat.py"
         ) from error
-    if not same:
-        raise UserError(f"{path} is of another network than {model.config}: give the checkpoint that it was made from")
-    plan = resolve(scheme, model).tensors
+    if config != network.config:
+        raise UserError(f"{path} is of another network than {network.config}: give its own checkpoint")
+    plan = resolve(scheme, model := copy.deepcopy(network)).tensors
     rotate(model, scheme.rotate)  # for the modules and biases that it adds
     names = rotatable_mlps(model, scheme)
     if scheme.rotate.hidden_blocks:  # the chosen ones have their matrix in the file
@@ -89,12 +85,6 @@ def read_quantized_weights(path: Path, network: MaskedNetwork | None = None) -> 
             quantizer.zero_point = zero_points.get(name, 0)
     model.set_attention_form("plain")
     return model.eval(), scheme
-
-
-def _make_network(config: str, state: Mapping[str, Tensor], path: Path) -> ILLaMA:
-    parsed = parse_json(config, ModelConfig, f"the config in {path}")
-    check_config(parsed, state, path)
-    return ILLaMA(parsed)
 
 
 def _zero_points(model: MaskedNetwork) -> dict[str, int]:

@@ -140,7 +140,7 @@ def _tensors(folder: Path) -> list[Kind]:
             "safetensors",
             folder / "quantized.safetensors",
             tensors,
-            lambda: _run(read_quantized_weights(folder / "quantized.safetensors")[0]),
+            lambda: _run(read_quantized_weights(folder / "quantized.safetensors", model)[0]),
         ),
         Kind("pth", pickled, (zipped, zipped, m.raw), partial(_checkpoint, pickled)),
         Kind("pth", legacy, (m.in_front(0.05), m.raw), partial(_checkpoint, legacy)),

@@ -143,11 +143,32 @@ def test_images_are_prepared_as_in_transformers(processor, steps, tmp_path):
     processor.save_pretrained(tmp_path)
     preprocessing = load_huggingface(tmp_path).preprocessing
     assert (preprocessing.resize, preprocessing.interpolation) == steps
-    pixels = torch.randint(0, 256, (50, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (50, 70, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for width in (60, 61, 62, 63):  # so that half a pixel is in front of some crops
+        image = Image.fromarray(pixels[:, : width - 10].numpy())
+        expected = processor(image, return_tensors="pt")["pixel_values"][0]
+        difference = (preprocessing.transform()(image) - expected).abs()
+        assert difference.max() < 2.1 / 255 / min(preprocessing.std)  # rounding of the resize
+
+
+@pytest.mark.parametrize("name", ["clip", "deit", "vit"])
+def test_settings_of_older_versions_mean_what_they_mean_for_their_processor(name, tmp_path):
+    """A size that is a number is that of the shorter side for CLIP; CLIP and DeiT crop without being told."""
+    kind = {"clip": transformers.CLIPImageProcessor, "deit": transformers.DeiTImageProcessor}.get(
+        name, transformers.ViTImageProcessor
+    )
+    _, head, _ = saved(tmp_path, name)
+    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    settings = {**means, "size": 40 if name == "deit" else 32, "crop_size": 32}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    pixels = torch.randint(0, 256, (45, 45 if name == "deit" else 70, 3), dtype=torch.uint8)
     image = Image.fromarray(pixels.numpy())
-    expected = processor(image, return_tensors="pt")["pixel_values"][0]
-    difference = (preprocessing.transform()(image) - expected).abs()
-    assert difference.max() < 2.1 / 255 / min(preprocessing.std)  # rounding of the resize
+    expected = kind.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
+    found = load_huggingface(tmp_path, head=head).preprocessing.transform()(image)
+    assert (found - expected).abs().max() < 2.1 / 255 / 0.5
+    (tmp_path / "preprocessor_config.json").unlink()  # as a processor of images and text is saved
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert torch.equal(load_huggingface(tmp_path, head=head).preprocessing.transform()(image), found)
 
 
 def edited(folder, file, **changes):

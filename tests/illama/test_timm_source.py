@@ -240,6 +240,15 @@ def test_images_that_are_not_square(name, asked, tmp_path):
         assert (loaded.model(images) - vit(images)).abs().max() < 1e-4
 
 
+def test_a_table_that_is_not_square_needs_its_size(tmp_path):
+    vit, path = saved(tmp_path, NAME, img_size=(48, 16))
+    with pytest.raises(UserError, match="position table"):
+        load_timm(NAME, path)
+    images = torch.randn(2, 3, 48, 16)
+    with torch.no_grad():
+        assert (load_timm(NAME, path, (48, 16)).model(images) - vit(images)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875])
 @pytest.mark.parametrize("picture", [(100, 60), (60, 100), (50, 50)])
 def test_a_crop_that_is_not_square_is_timms(crop_pct, picture):

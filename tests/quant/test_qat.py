@@ -320,7 +320,7 @@ def test_the_bundle_holds_what_was_trained(finished, images, network):
     trained = copy.deepcopy(run.kept).eval()
     trained.soft_mask = 0.0
     logits = trained(images).detach()
-    model, scheme = read_quantized_weights(folder / WEIGHTS)
+    model, scheme = read_quantized_weights(folder / WEIGHTS, network)
     assert scheme.name == "mine" and any(getattr(q, "zero_point", 0) for _, q in quantizers(model))
     torch.testing.assert_close(model(images).detach(), logits, rtol=0, atol=1e-5)
     assert (logits - network(images)).abs().max() > 1e-3
@@ -388,13 +388,13 @@ def test_torchao_trains_with_its_own_fake_quantization(material, images, tmp_pat
     torch.testing.assert_close(load_torchao(folder)(images), trained(images), atol=1e-3, rtol=1e-2)
 
 
-def test_damaged_weights_are_refused(finished, tmp_path):
+def test_damaged_weights_are_refused(finished, network, tmp_path):
     folder, _ = finished
     content = (folder / WEIGHTS).read_bytes()
     (tmp_path / "short.safetensors").write_bytes(content[:-100])
     for path in (tmp_path / "short.safetensors", tmp_path / "none.safetensors"):
         with pytest.raises(UserError):
-            read_quantized_weights(path)
+            read_quantized_weights(path, network)
 
 
 def _arguments(material, out, *more):
@@ -449,7 +449,7 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
     fit(alone := _run(options, job := open_job(options)))
     make_scales_buffers(alone.kept)
     assert (tmp_path / "two" / "int8-qat" / FUSED_ONNX).exists()
-    together, _ = read_quantized_weights(tmp_path / "two" / "int8-qat" / WEIGHTS)
+    together, _ = read_quantized_weights(tmp_path / "two" / "int8-qat" / WEIGHTS, job.trained)
     states = alone.kept.state_dict(), together.state_dict()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)

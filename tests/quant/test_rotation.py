@@ -203,7 +203,7 @@ def test_a_stored_network_is_read_back(name, changed, tmp_path):
     scheme = replace(shipped_scheme(name), reconstruction_iterations=0)
     quantized = calibrate(model, resolve(scheme, model), [images])
     write_quantized_weights(quantized, scheme, tmp_path / "model.safetensors")
-    stored, found = read_quantized_weights(tmp_path / "model.safetensors")
+    stored, found = read_quantized_weights(tmp_path / "model.safetensors", model)
     assert found == scheme
     with torch.no_grad():
         assert torch.equal(stored(images), quantized(images))
