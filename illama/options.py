@@ -52,6 +52,7 @@ CountOrZero = Annotated[int, Interval(ge=0, le=_MOST)]
 BatchSize = Annotated[int, Interval(ge=1, le=1 << 16)]
 ImageSize = Annotated[int, Interval(ge=1, le=1 << 16)]
 Threads = Annotated[int, Interval(ge=1, le=1024)]
+Size = Annotated[ImageSize | tuple[ImageSize, ImageSize] | None, tyro.conf.arg(metavar="INT [INT]")]
 ThreadsOrAll = Annotated[int, Interval(ge=0, le=1024)]
 Workers = Annotated[int, Interval(ge=0, le=1024)]
 Seed = Annotated[int, Interval(ge=0, lt=1 << 32)]
@@ -93,8 +94,7 @@ class SourceOptions:
         data: the data set.
         calibration_images: number of training images that ranges are calibrated on. Defaults to 512, or to all if there
             are fewer.
-        image_size: image size in pixels, or height and width for a timm ViT; the position embedding is interpolated.
-            Defaults to the checkpoint's.
+        image_size: image size in pixels, or height and width of a timm ViT; positions are interpolated. Default: its own.
         model_args: options of timm.create_model that the weights were trained with and that neither they nor a folder's
             config.json say, such as global_pool=avg,fc_norm=false.
         head: what the network computes. classes: the logits of its classifier. embedding: the same, of a head that has
@@ -116,7 +116,7 @@ class SourceOptions:
     model: str | None = None
     data: Data = "fashion-mnist"
     calibration_images: Count | None = None
-    image_size: ImageSize | tuple[ImageSize, ImageSize] | None = None
+    image_size: Size = None
     model_args: str = ""
     head: Head = "classes"
     mean: tuple[Number, ...] | None = None
