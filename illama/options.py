@@ -92,9 +92,9 @@ class SourceOptions:
         model: timm:NAME for the checkpoint of a timm ViT; hf for a folder of Hugging Face. The architecture of an
             iLLaMA, and of a folder with a config.json, is read from the checkpoint.
         data: the data set.
-        calibration_images: number of training images that ranges are calibrated on. Defaults to 512, or to all if there
-            are fewer.
-        image_size: image size in pixels, or height and width of a timm ViT; positions are interpolated. Default: own.
+        calibration_images: number of training images that ranges are calibrated on. Defaults to 512, or to all.
+        image_size: image size in pixels, or height and width for a timm ViT; the position embedding is interpolated.
+            Defaults to the checkpoint's.
         model_args: options of timm.create_model that the weights were trained with and that neither they nor a folder's
             config.json say, such as global_pool=avg,fc_norm=false.
         head: what the network computes. classes: the logits of its classifier. embedding: the same, of a head that has
