@@ -96,7 +96,7 @@ def check_alike(given: Sequence[Path]) -> Manifest:
             raise UserError(f"{path} holds a segmentation network: evaluate it with python eval/segmentation.py")
         first, own = ((each.classes, each.features, each.preprocessing) for each in (manifests[0], manifest))
         if own != first:
-            raise UserError(f"{path} takes other images, or has other classes or features, than {given[0]}: leave one out")
+            raise UserError(f"{path} takes other images or has other classes or features than {given[0]}: leave it out")
     return manifests[0]
 
 
