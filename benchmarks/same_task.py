@@ -287,7 +287,8 @@ def main(options: SameTaskOptions) -> None:
     export_seconds = prepare(options)
     images = read_pictures(options.work / "pictures" / "val").numpy()
     exact = logits(options.work / "vit.onnx", images, optimized=False)
-    known = {} if options.again else earlier_rows(options)
+    earlier = {} if options.again else earlier_run(options)
+    known = earlier_rows(earlier)
     rows = [known.get(tool.title) or measure(tool, options, images, exact) for tool in track(TOOLS, "quantize", "tool")]
     facts = {
         "network": NETWORK,
@@ -296,17 +297,26 @@ def main(options: SameTaskOptions) -> None:
         "export_seconds": export_seconds,
         "float32_megabytes": (options.work / "vit.onnx").stat().st_size / 1e6,
         "tools": [{**asdict(row), **asdict(tool)} for row, tool in zip(rows, TOOLS, strict=True)],
-        "installed": {tool.venv: installed(options.work / "venvs" / tool.venv) for tool in TOOLS if tool.venv},
+        "installed": {
+            tool.venv: installed(options.work / "venvs" / tool.venv) or earlier.get("installed", {}).get(tool.venv, {})
+            for tool in TOOLS
+            if tool.venv
+        },
     }
     write_results(options.out, "same-task", facts, table(rows))
 
 
-def earlier_rows(options: SameTaskOptions) -> dict[str, Row]:
-    """Returns the rows of an earlier run with as many images, of the other tools that succeeded."""
+def earlier_run(options: SameTaskOptions) -> dict[str, Any]:
+    """Returns the results of an earlier run with as many images; nothing if there is none."""
     path = options.out / "same-task.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     same = all(found.get(name) == getattr(options, name) for name in ("images", "calibration_images"))
-    rows = [Row(**{each.name: row[each.name] for each in fields(Row)}) for row in found.get("tools", ()) if same]
+    return found if same else {}
+
+
+def earlier_rows(earlier: dict[str, Any]) -> dict[str, Row]:
+    """Returns the rows of an earlier run, of the other tools that succeeded."""
+    rows = [Row(**{each.name: row[each.name] for each in fields(Row)}) for row in earlier.get("tools", ())]
     others = {tool.title for tool in TOOLS if tool.venv}
     return {row.title: row for row in rows if row.title in others and not row.problem}
 

@@ -112,13 +112,14 @@ def _specs(kind: str) -> dict[str, TensorSpec]:
 def measure(model: MaskedNetwork, batches: list[Tensor], images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """Returns a row for each treatment."""
     parts = list(zip(images.split(64), labels.split(64), strict=True))
-    infer = torch.inference_mode()
-    reference = [infer(model)(part) for part, _ in parts]
+    with torch.inference_mode():
+        reference = [model(part) for part, _ in parts]
     rows = []
     for tensor, treatment, scheme in tqdm(list(treatments()), unit="treatment", disable=None):
         quantized, tally = calibrate(model, resolve(scheme, model), batches), Tally()
-        for logits, (part, expected) in zip(reference, parts, strict=True):
-            tally.add(logits, infer(quantized)(part), expected)
+        with torch.inference_mode():
+            for logits, (part, expected) in zip(reference, parts, strict=True):
+                tally.add(logits, quantized(part), expected)
         rows.append({"tensor": tensor, "treatment": treatment, **asdict(tally.effect())})
     return rows
 

@@ -3,11 +3,12 @@
 timm's names that share their class and every option but sizes are one kind. Of each, a small network with random
 weights is converted, made causal, rotated, quantized, exported and built, and every step is compared with timm's own
 network, or with the step before it. It writes ``timm-sweep.json`` and ``timm-sweep.md``: which names passed, which are
-refused and why, and what failed.
+refused and why, and what failed. An interrupted run continues with the kinds that it has not finished.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import deploy
 import quant
@@ -29,9 +29,12 @@ from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.verification import verify
 from deploy.trt.library import find_library
 from eval.report.store import write_results
-from illama.bundle import CPU_ONNX
+from illama.atomic_write import write_file
+from illama.bundle import CPU_ONNX, package_versions
 from illama.errors import UserError
 from illama.models.timm_vit import to_causal, to_quantizable
+from illama.partial_work import claim, sources_digest
+from illama.progress import track
 from quant.export.onnx_export import export_onnx
 from quant.export.verify import compare_with_trace, first_mismatch, observable_layers, trace_onnx
 from quant.quantizers.calibrate import calibrate
@@ -50,11 +53,13 @@ class SweepOptions:
         names: patterns of names, such as ``*dinov3*``. If not given, all.
         engines: also build engines, which takes most of the time.
         out: folder of the results.
+        work: folder of the kinds that are finished.
     """
 
     names: tuple[str, ...] = ("*",)
     engines: bool = True
     out: Path = Path("results/timm-sweep")
+    work: Path = Path("runs/timm-sweep")
 
 
 def is_ours(name: str) -> bool:
@@ -176,13 +181,19 @@ def main(options: SweepOptions) -> None:
     kinds: dict[str, list[str]] = defaultdict(list)
     networks: dict[str, nn.Module] = {}
     names = [name for pattern in options.names for name in timm.list_models(pattern) if is_ours(name)]
-    for name in tqdm(dict.fromkeys(names), "make small networks", disable=None):
+    for name in track(dict.fromkeys(names), "make small networks", "name"):
         network = shrunk(name)
         kinds[kind_of(network)].append(name)
         networks.setdefault(kind_of(network), network)
+    facts = {"code": sources_digest(), "versions": package_versions(), "engines": options.engines}
+    claim(options.work, facts, restart=True)
     groups = []
-    for kind, found in tqdm(kinds.items(), "sweep", unit="kind", disable=None):
-        groups.append({"names": found, **sweep(networks[kind], options.engines)})
+    for kind, found in track(kinds.items(), "sweep", "kind"):
+        finished = options.work / f"{found[0]}.json"
+        if not finished.exists():
+            with write_file(finished) as draft:
+                draft.write_text(json.dumps(sweep(networks[kind], options.engines)))
+        groups.append({"names": found, **json.loads(finished.read_text())})
     write_results(options.out, "timm-sweep", {"timm": timm.__version__, "kinds": groups}, table(groups))
 
 

@@ -20,7 +20,7 @@ import tyro
 
 from illama.cli import run_command
 from deploy.runtimes.names import RuntimeName
-from illama.bundle import bundle_of
+from illama.bundle import FEATURES, bundle_of
 from illama.errors import UserError
 from illama.options import Positive, ThreadsOrAll
 
@@ -91,7 +91,7 @@ def _on_server(url: str) -> tuple[Infer, float]:
     from deploy.serving.client import ServedModel
 
     model = ServedModel(url)
-    print(f"{url}; probabilities are not calibrated", flush=True)
+    print(url if model.name == FEATURES else f"{url}; probabilities are not calibrated", flush=True)
     return model.infer, 1.0
 
 

@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Len
 
 from illama.bundle import FEATURES, MANIFEST, OUTPUT, GoldenImages, NetworkKind, command_line, package_versions
 from illama.data.preprocessing import Preprocessing
@@ -202,7 +204,7 @@ class Manifest:
     frame: tuple[int, int, int] | None = None
     numeric_range: NumericRange | None = None
     golden_answers: GoldenImages | None = None
-    features: tuple[Count] | tuple[Count, Count] | None = None
+    features: Annotated[tuple[Count, ...], Len(1)] | None = None
     stream: Mapping[str, Any] | None = None
     format: Literal[2] = 2
 

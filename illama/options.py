@@ -52,7 +52,7 @@ CountOrZero = Annotated[int, Interval(ge=0, le=_MOST)]
 BatchSize = Annotated[int, Interval(ge=1, le=1 << 16)]
 ImageSize = Annotated[int, Interval(ge=1, le=1 << 16)]
 Threads = Annotated[int, Interval(ge=1, le=1024)]
-Size = Annotated[ImageSize | tuple[ImageSize, ImageSize] | None, tyro.conf.arg(metavar="INT [INT]")]
+InputSize = Annotated[ImageSize | tuple[ImageSize, ImageSize] | None, tyro.conf.arg(metavar="INT [INT]")]
 ThreadsOrAll = Annotated[int, Interval(ge=0, le=1024)]
 Workers = Annotated[int, Interval(ge=0, le=1024)]
 Seed = Annotated[int, Interval(ge=0, lt=1 << 32)]
@@ -92,14 +92,13 @@ class SourceOptions:
         model: timm:NAME for the checkpoint of a timm ViT; hf for a folder of Hugging Face. The architecture of an
             iLLaMA, and of a folder with a config.json, is read from the checkpoint.
         data: the data set.
-        calibration_images: number of training images that ranges are calibrated on. Defaults to 512, or to all.
+        calibration_images: number of training images for calibration. Defaults to 512, or to all if there are fewer.
         image_size: image size in pixels, or height and width for a timm ViT; the position embedding is interpolated.
             Defaults to the checkpoint's.
         model_args: options of timm.create_model that the weights were trained with and that neither they nor a folder's
             config.json say, such as global_pool=avg,fc_norm=false.
-        head: what the network computes. classes: the logits of its classifier. embedding: the same, of a head that has
-            no classes, such as CLIP's projection. none: the features in front of the head, pooled. tokens: the same of
-            all tokens.
+        head: what the network returns. classes: logits of its classifier. embedding: output of a head without classes,
+            such as CLIP's projection. none: pooled features in front of the head. tokens: features of every token.
         mean: mean of each channel of pixels from 0 to 1. This and the next three default to the checkpoint's, or to
             timm's for the model.
         std: standard deviation of each channel.
@@ -116,7 +115,7 @@ class SourceOptions:
     model: str | None = None
     data: Data = "fashion-mnist"
     calibration_images: Count | None = None
-    image_size: Size = None
+    image_size: InputSize = None
     model_args: str = ""
     head: Head = "classes"
     mean: tuple[Number, ...] | None = None

@@ -108,7 +108,7 @@ def run_benchmark(
     if features := images.features:
         transform, count = images.preprocessing.transform(), images.calibration
         neighbors = NearestNeighbors.of(reference.infer, images.data, transform, count)
-        images = replace(images, readout=neighbors.logits)
+        images = replace(images, classifier=neighbors.logits)
     found = _evaluate(targets, images, execution, reference)
     if reason := found.failed.get(reference.name):
         raise UserError(f"{reference.name}, which the others are compared with: {reason}: check its checkpoint")
@@ -226,7 +226,7 @@ def _evaluation(
         processes=execution.processes,
         chunk=max(1, min(CHUNK, _VALUES // values)),
         restart=execution.restart,
-        readout=images.readout,
+        classifier=images.classifier,
     )
 
 

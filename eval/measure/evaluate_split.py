@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from eval.metrics.nearest_neighbors import Readout
+from eval.metrics.nearest_neighbors import Classifier
 from eval.metrics.predictions import Evaluated, NotFinite, Predictions, count_not_finite
 from illama.atomic_write import write_file
 from illama.checkpoints.tensor_files import read_tensors
@@ -52,7 +52,7 @@ class Evaluation:
         restart: discard another evaluation in ``work``.
         reference: model whose outputs the others' are compared with; None for no comparison.
         labeled: whether the images have labels; if not, the classes that ``reference`` predicts take their place.
-        readout: computes logits from outputs that are features; None if the outputs are logits.
+        classifier: computes logits from outputs that are features; None if the outputs are logits.
     """
 
     work: Path | None = None
@@ -65,7 +65,7 @@ class Evaluation:
     restart: bool = False
     reference: str | None = None
     labeled: bool = True
-    readout: Readout | None = None
+    classifier: Classifier | None = None
 
 
 def evaluate(
@@ -131,15 +131,15 @@ def _reduce(
     """Returns each model's predictions for a chunk; UserError if logits do not fit the labels."""
     reduced: dict[str, Evaluated | NotFinite] = {}
     exact = outputs[how.reference].reshape(len(labels), -1).astype(np.float64) if how.reference else None
-    readout: Readout = how.readout or (lambda logits: logits)
+    classifier: Classifier = how.classifier or (lambda logits: logits)
     if how.reference and not how.labeled:
-        labels = readout(outputs[how.reference]).argmax(1)
+        labels = classifier(outputs[how.reference]).argmax(1)
     for name, output in outputs.items():
         if (failed := count_not_finite(output)) is not None:
             reduced[name] = failed
             continue
         try:
-            values = readout(output)
+            values = classifier(output)
             scaled = Predictions.of(values, labels, temperatures[name]) if name in temperatures else None
             plain = Predictions.of(values, labels)
             reduced[name] = Evaluated(plain, scaled, None if exact is None else _powers(exact, output))

@@ -9,7 +9,7 @@ from typing import cast
 from torch.utils.data import Dataset, Subset
 
 from eval.measure.open_bundles import open_fitting_data
-from eval.metrics.nearest_neighbors import Readout
+from eval.metrics.nearest_neighbors import Classifier
 from illama.data.datasets import ImageData, Sample, calibration_count, evenly_spaced
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest
@@ -27,7 +27,7 @@ class EvaluationImages:
             classifier, whose features others are compared with; 0 for none, as for a classifier without labels.
         indices: index of each image of ``split`` in the whole test split; None if ``split`` is the whole of it.
         features: whether the networks have no classifier.
-        readout: see :class:`eval.measure.evaluate_split.Evaluation`.
+        classifier: see :class:`eval.measure.evaluate_split.Evaluation`.
     """
 
     name: str
@@ -37,7 +37,7 @@ class EvaluationImages:
     calibration: int = 512
     indices: Sequence[int] | None = None
     features: bool = False
-    readout: Readout | None = None
+    classifier: Classifier | None = None
 
     @classmethod
     def open(cls, name: str, manifest: Manifest, images: int | None, calibration: int | None) -> EvaluationImages:
@@ -51,7 +51,7 @@ class EvaluationImages:
         """
         source = manifest.provenance.source
         if calibration is None and manifest.features and source and source.data == name:
-            calibration = source.calibration_images  # so that another report is of the same neighbors
+            calibration = source.calibration_images  # so that another report has the same neighbors
         data = open_fitting_data(name, manifest.classes, manifest.preprocessing, needs_labels=False)
         return cls.of(name, data, manifest.preprocessing, images, calibration, bool(manifest.features))
 

@@ -9,7 +9,7 @@ from eval.metrics.calibration import Reliability, reliability
 from eval.metrics.paired import Change, Share, compare_predictions, top_k_accuracy
 from eval.metrics.predictions import Evaluated
 
-SAME_NEIGHBOR = "same neighbor"  # the metric of features without labels
+NN_AGREEMENT = "1-NN agreement"  # the metric of features without labels
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,7 @@ class Measured:
         Without labels, it is the agreement with the reference; of features, that on the nearest calibration image.
         """
         if self.features:
-            return "k-NN top-1" if self.labeled else SAME_NEIGHBOR
+            return "k-NN top-1" if self.labeled else NN_AGREEMENT
         return "top-1" if self.labeled else "agreement"
 
 

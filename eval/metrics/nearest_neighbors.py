@@ -49,7 +49,7 @@ class NearestNeighbors:
         return np.log(votes)
 
 
-Readout = Callable[[np.ndarray], np.ndarray]  # a network's output (n, ...) -> logits (n, classes)
+Classifier = Callable[[np.ndarray], np.ndarray]  # a network's output (n, ...) -> logits (n, classes)
 
 
 def unit_features(features: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eval.metrics.measured import SAME_NEIGHBOR
+from eval.metrics.measured import NN_AGREEMENT
 from eval.metrics.nearest_neighbors import NEIGHBORS
 from eval.report.schema import Report, Row
 from illama.inference import chance_note
@@ -14,7 +14,7 @@ _VOTE = (
     "apart; it is not the accuracy of a task."
 )
 _NEAREST = (
-    f"{SAME_NEIGHBOR} is the share of images for which a file finds the same most similar one of {{}} calibration "
+    f"{NN_AGREEMENT} is the share of images for which a file finds the same most similar one of {{}} calibration "
     "images as {}. Similar images are easily exchanged."
 )
 _STEADY = 2.0  # the largest p90 of an idle machine, relative to the p50

@@ -23,7 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from deploy.runtimes.names import TITLES
-from eval.metrics.measured import SAME_NEIGHBOR
+from eval.metrics.measured import NN_AGREEMENT
 from eval.report.cautions import cautions
 from eval.report.markdown_html import markdown_to_html
 from eval.report.schema import FlippedImage, Report, Row
@@ -244,7 +244,7 @@ class ClassLine:
 def class_changes(report: Report) -> list[ClassLine]:
     """Returns all classes of the test images, sorted by their largest change in any row, worst first."""
     changed = [row.change for row in report.rows if row.change]
-    if not changed or report.metric == SAME_NEIGHBOR:  # each calibration image is a class
+    if not changed or report.metric == NN_AGREEMENT:  # each calibration image is a class
         return []
     lines = []
     for each in zip(*(change.classes for change in changed), strict=True):

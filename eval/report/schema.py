@@ -208,7 +208,7 @@ class Report:
 
     @property
     def metric(self) -> str:
-        """What the report measures: top-1, or without labels the agreement with the reference."""
+        """What the report measures; see :attr:`eval.metrics.measured.Measured.metric`."""
         return self.rows[0].metric if self.rows else "top-1"
 
     @property

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -25,7 +25,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from illama.checkpoints.huggingface_processor import PROCESSORS, read_preprocessing
+from illama.checkpoints.huggingface_processor import find_processor, read_preprocessing
 from illama.checkpoints.load import POSITIONS, check_finite, check_state
 from illama.checkpoints.tensor_files import read_folder
 from illama.checkpoints.timm_checkpoint import TimmCheckpoint, keep_features
@@ -107,11 +107,15 @@ class _Kind:
             state dict.
         heads: names of classifiers -> timm's.
         defaults: settings that files leave out.
+        scale: what timm calls the first (1) and second (2) LayerScale of a block.
+        antialias: whether transformers interpolates positions with antialiasing.
     """
 
     make: _Make
     heads: Mapping[str, str]
     defaults: Mapping[str, Any]
+    scale: str = r".ls\1.gamma"
+    antialias: bool = False
 
 
 def _vit(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
@@ -193,22 +197,21 @@ _NAMES = (
 _PATCHES = re.compile(r"^(.*)embeddings\.patch_embeddings?(?:\.projection)?\.weight$")
 _PARTS = ("blocks", "patch_embed", POSITIONS, "cls_token", "reg_token", "norm", "norm_pre", "attn_pool")
 _CLASSIFIER = {"classifier": "head"}
-_VIT = _Kind(_vit, _CLASSIFIER, {"layer_norm_eps": 1e-12})
 _DEIT_HEADS = {**_CLASSIFIER, "cls_classifier": "head", "distillation_classifier": "head_dist"}
-_DINOV2 = _Kind(_dinov2, {}, {"mlp_ratio": 4.0, "patch_size": 14})
+_DINOV2_DEFAULTS = {"mlp_ratio": 4.0, "patch_size": 14}
 _DINOV3_DEFAULTS = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5}
-_SIGLIP = _Kind(_siglip, _CLASSIFIER, {"hidden_act": "gelu_pytorch_tanh"})
-_CLIP = _Kind(_clip, {}, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32})
+_SIGLIP_KIND = _Kind(_siglip, _CLASSIFIER, {"hidden_act": "gelu_pytorch_tanh"})
+_CLIP_KIND = _Kind(_clip, {}, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32})
 _KINDS = {
-    "vit": _VIT,
-    "deit": replace(_VIT, heads=_DEIT_HEADS),
-    "dinov2": _DINOV2,
-    "dinov2_with_registers": replace(_DINOV2, defaults={**_DINOV2.defaults, "num_register_tokens": 4}),
-    "dinov3_vit": _Kind(_dinov3, {}, _DINOV3_DEFAULTS),
-    "siglip": _SIGLIP,
-    "siglip_vision_model": _SIGLIP,
-    "clip": _CLIP,
-    "clip_vision_model": _CLIP,
+    "vit": _Kind(_vit, _CLASSIFIER, {"layer_norm_eps": 1e-12}),
+    "deit": _Kind(_vit, _DEIT_HEADS, {"layer_norm_eps": 1e-12}),
+    "dinov2": _Kind(_dinov2, {}, _DINOV2_DEFAULTS),
+    "dinov2_with_registers": _Kind(_dinov2, {}, {**_DINOV2_DEFAULTS, "num_register_tokens": 4}, antialias=True),
+    "dinov3_vit": _Kind(_dinov3, {}, _DINOV3_DEFAULTS, scale=r".gamma_\1"),
+    "siglip": _SIGLIP_KIND,
+    "siglip_vision_model": _SIGLIP_KIND,
+    "clip": _CLIP_KIND,
+    "clip_vision_model": _CLIP_KIND,
 }
 
 
@@ -240,7 +243,8 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
             f"{', '.join(_KINDS)}"
         )
     vision = _vision(folder, config, kind)
-    preprocessing = read_preprocessing(folder, config.model_type, vision.num_channels, image_size)
+    processor = find_processor(folder)
+    preprocessing = read_preprocessing(processor, config.model_type, vision.num_channels, image_size)
     side, patch = preprocessing.size[0], vision.patch_size
     if side % patch or (side // patch) ** 2 > MOST_PATCHES:
         raise UserError(
@@ -250,22 +254,20 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
     check_finite(content, files[0])
     try:
         state = _renamed(content, kind, vision, config, head, files[0])
-        _check_size(vision, state, files[0])
-        first = 0 if kind.make is _dinov2 else sum(name in state for name in ("cls_token", "reg_token", "dist_token"))
-        if kind.make is _dinov2:
-            _move_first_position(state)
-        _place_positions(state, side // patch, first, config.model_type == "dinov2_with_registers", files[0])
         outputs = len(state["head.weight"]) if "head.weight" in state else 0
-        vit = kind.make(vision, {"img_size": side, "num_classes": outputs}, state).eval()
+        make = partial(kind.make, vision, {"img_size": side, "num_classes": outputs}, state)
+        with torch.device("meta"):  # shapes without memory or initial values
+            outline = make()
+        _fit_positions(state, outline, kind.antialias)
     except _MISFITS as error:
         raise UserError(f"{files[0]} does not fit its {CONFIG}: {' '.join(str(error).split())[:100]}") from error
-    check_state(vit.state_dict(), state, files[0], f"its {CONFIG}")
+    check_state(outline.state_dict(), state, files[0], f"its {CONFIG}")
+    vit = make().eval()
     vit.load_state_dict({name: value.float() for name, value in state.items()})
     cast(Any, vit).pretrained_cfg = {"architecture": config.model_type}
     keep_features(vit, head)
     classes = tuple(config.id2label[number] for number in sorted(config.id2label))
     classes = classes if len(classes) == vit.num_classes else ()
-    processor = next(folder / name for name in PROCESSORS if (folder / name).exists())
     others = (folder / CONFIG, processor, *files[1:])
     return TimmCheckpoint(to_quantizable(vit), preprocessing, classes, files[0], others)
 
@@ -283,9 +285,8 @@ def _renamed(
     prefix = next((found[1] for name in content if (found := _PATCHES.match(name))), None)
     if prefix is None:
         raise UserError(f"{path} has no patch embedding: it does not hold a {config.model_type}")
-    scale = r".gamma_\1" if kind.make is _dinov3 else r".ls\1.gamma"
     up = ".mlp.fc1_x." if vision.use_gated_mlp else ".mlp.fc1."
-    names = (*_NAMES, (r"\.mlp\.up_proj\.", up), (r"\.layer_scale([12])\.lambda1$", scale))
+    names = (*_NAMES, (r"\.mlp\.up_proj\.", up), (r"\.layer_scale([12])\.lambda1$", kind.scale))
     state: dict[str, Tensor] = {}
     for name, value in content.items():
         own = name.removeprefix(prefix)
@@ -345,35 +346,23 @@ def _join(state: dict[str, Tensor], vision: _Vision) -> None:
             state[name] = state[name].reshape(1, -1, vision.hidden_size)
 
 
-def _check_size(vision: _Vision, state: Mapping[str, Tensor], path: Path) -> None:
-    """Raises UserError if the config asks for a network that is much larger than its file, before it is built."""
-    block = vision.hidden_size**2 * (4 + vision.options["mlp_ratio"])
-    patches = vision.hidden_size * vision.num_channels * vision.patch_size**2
-    held = sum(value.numel() for value in state.values())
-    if vision.num_hidden_layers > len(state) or vision.num_hidden_layers * block + patches > 2 * held:
-        raise UserError(f"{path} holds less than half of the network in its {CONFIG}: correct the config")
+def _fit_positions(state: dict[str, Tensor], vit: VisionTransformer | Eva, antialias: bool) -> None:
+    """Interpolates the position table to the grid of ``vit``, as transformers does, and gives it timm's form.
 
-
-def _place_positions(state: dict[str, Tensor], side: int, first: int, antialias: bool, path: Path) -> None:
-    """Interpolates the table of positions to ``side`` x ``side`` patches, as transformers does.
-
-    Args:
-        first: number of tokens before the patches that the table has.
+    Raises:
+        ValueError: the table has no square grid.
     """
     if POSITIONS not in state:
         return
+    first = 1 if vit.no_embed_class else vit.num_prefix_tokens  # DINOv2's table has the class token, but no registers
     before, patches = state[POSITIONS][:, :first].float(), state[POSITIONS][:, first:].float()
-    old = math.isqrt(patches.shape[1])
+    old, new = math.isqrt(patches.shape[1]), vit.patch_embed.grid_size
     if not old or old**2 != patches.shape[1]:
-        raise UserError(f"{path} has {patches.shape[1]} positions of patches, which fill no square grid")
-    if old != side:
+        raise ValueError(f"{patches.shape[1]} positions of patches fill no square grid")
+    if (old, old) != new:
         grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias)
+        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=antialias)
         patches = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    if vit.no_embed_class:  # timm adds the class token's position to the token
+        state["cls_token"], before = state["cls_token"].float() + before, before[:, :0]
     state[POSITIONS] = torch.cat([before, patches], 1)
-
-
-def _move_first_position(state: dict[str, Tensor]) -> None:
-    """Adds the position of the class token to it, as timm does for DINOv2, whose registers have no positions."""
-    state["cls_token"] = state["cls_token"].float() + state[POSITIONS][:, :1].float()
-    state[POSITIONS] = state[POSITIONS][:, 1:]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from illama.data.images import Interpolation, crop_of_resized, resize, resize_and_crop
+from illama.data.images import Interpolation, Resize, crop_of_resized, resize, resize_and_crop
 from illama.errors import UserError
 from illama.options import ClassOrder, Exif
 
@@ -50,7 +50,7 @@ class Preprocessing:
     in_channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int | tuple[int, int] | None = None
+    resize: Resize | None = None
     interpolation: Interpolation = "bicubic"
     exif: Exif = "apply"
     class_order: ClassOrder = field(default="words", compare=False)
@@ -71,7 +71,8 @@ class Preprocessing:
     def __str__(self) -> str:
         """The steps in words."""
         size = f"{self.size[0]}x{self.size[1]}"
-        to = f"the shorter side to {self.resize} pixels" if isinstance(self.resize, int) else f"to cover {self.resize}"
+        height, width = self.resize if isinstance(self.resize, tuple) else (self.resize, None)
+        to = f"to cover {height}x{width}" if width else f"the shorter side to {height} pixels"
         crop = f"{to} ({self.interpolation}), then a center crop of {size}"
         resize = crop if self.resize else f"to {size} ({self.interpolation})"
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
@@ -145,7 +146,7 @@ class Preprocessing:
         return resize(image, [height, width], kind)[..., top : top + self.size[0], left : left + self.size[1]]
 
 
-def box_of(size: tuple[int, int], crop_pct: float) -> int | tuple[int, int]:
+def box_of(size: tuple[int, int], crop_pct: float) -> Resize:
     """Returns the resize before a center crop of ``size`` that keeps ``crop_pct`` of each side, as in timm."""
     height, width = (math.floor(each / crop_pct) for each in size)
     return height if height == width else (height, width)

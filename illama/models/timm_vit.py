@@ -43,7 +43,7 @@ def to_causal(vit: VisionTransformer | Eva, mask: MaskKind = "post_softmax") -> 
 
     Raises:
         UserError: ``mask`` is neither of these, or a part of the network cannot be made causal exactly: another class
-            (BEiT, Swin, relative positions), other blocks, another attention, or images of any size.
+            (BEiT, Swin, relative positions), other blocks, another attention, or no fixed image size.
     """
     if mask not in ("post_softmax", "pre_softmax"):
         raise UserError(f"mask must be post_softmax or pre_softmax, not {mask!r}")
@@ -290,7 +290,7 @@ def _copy(vit: nn.Module, refusal: str) -> VisionTransformer:
 def _check(vit: VisionTransformer, refusal: str) -> None:
     """Raises UserError for a part of the network that this module would compute wrongly."""
     if vit.patch_embed.img_size is None:
-        raise UserError(f"{refusal}: it takes images of any size; give one with a fixed image size")
+        raise UserError(f"{refusal}: it has no fixed image size; give one that has")
     for block in vit.blocks:
         if type(block) not in _BLOCKS:
             known = ", ".join(each.__name__ for each in _BLOCKS)

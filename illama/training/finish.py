@@ -35,9 +35,9 @@ def train(options: Options, start: Callable[[Options, Processes], Run]) -> None:
     if group.main:
         scores = Manifest.read(bundle).scores
         assert scores is not None  # write_bundle evaluates
-        title = "top-1" if scores.metric == "top1" else "mIoU"
+        title, split = ("top-1", "test") if scores.metric == "top1" else ("mIoU", "validation")
         where = os.path.relpath(bundle)
-        print(f"{title} {scores.values[TRAINED]:.2f}% on {scores.images} test images; bundle in {where}")
+        print(f"{title} {scores.values[TRAINED]:.2f}% on {scores.images} {split} images; bundle in {where}")
 
 
 def write_bundle(run: Run) -> Path:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 from torch import Tensor
 
@@ -66,7 +66,7 @@ class Origin:
     def manifest(self, config: NetworkConfig, quantization: Quantization | None = None) -> Manifest:
         """Returns the manifest of a bundle of a network with that config."""
         facts = (self.preprocessing, self.classes, self.provenance, quantization)
-        return Manifest(config.kind, config.to_dict(), *facts, features=cast(Any, config.features or None))
+        return Manifest(config.kind, config.to_dict(), *facts, features=config.features or None)
 
 
 def plan_quantization(model: MaskedNetwork, scheme: Scheme) -> QuantizationPlan:

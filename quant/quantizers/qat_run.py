@@ -86,7 +86,7 @@ def with_dropout(network: MaskedNetwork, drop_path: float, dropout: float) -> Ma
         model.load_state_dict(network.state_dict())
         return model
     if dropout:
-        raise UserError("--dropout is for an iLLaMA: leave it out")
+        raise UserError("--dropout is for an iLLaMA: set it to 0")
     copied: Any = copy.deepcopy(network)
     blocks = list(copied.vit.blocks)
     for index, block in enumerate(blocks):

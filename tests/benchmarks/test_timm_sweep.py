@@ -7,14 +7,19 @@ import timm_sweep
 from timm_sweep import SweepOptions, kind_of, main, shrunk, sweep
 
 
-def test_a_vit_passes_and_parallel_attention_is_refused(tmp_path):
+def test_a_vit_passes_and_parallel_attention_is_refused_once(tmp_path, monkeypatch):
     names = ("deit_tiny_patch16_224", "vit_base_patch16_xp_224")
-    main(SweepOptions(names, engines=False, out=tmp_path))
+    options = SweepOptions(names, engines=False, out=tmp_path, work=tmp_path / "work")
+    main(options)
     kinds = {each["names"][0]: each for each in json.loads((tmp_path / "timm-sweep.json").read_text())["kinds"]}
     passed, refused = (kinds[name] for name in names)
     assert passed["outcome"] == "passed" and passed["errors"]["converted"] < 1e-5
     assert refused["outcome"] == "refused" and "ParallelScalingBlock" in refused["why"]
-    assert "1 passed, 1 are refused, 0 failed" in (tmp_path / "timm-sweep.md").read_text()
+    table = (tmp_path / "timm-sweep.md").read_text()
+    assert "1 passed, 1 are refused, 0 failed" in table
+    monkeypatch.setattr(timm_sweep, "sweep", None)  # all kinds are finished
+    main(options)
+    assert (tmp_path / "timm-sweep.md").read_text() == table
 
 
 def test_names_that_differ_in_sizes_are_one_kind():

@@ -158,16 +158,16 @@ def _padded(files):
     return np.stack([np.frombuffer(file.ljust(longest, b"\0"), np.uint8) for file in files])
 
 
-def _infer(protocol, listen, tensor, model="served", version="", name="image", **output):
-    """Returns the logits or classes of an answer over "http" or "grpc"."""
+def _infer(protocol, listen, tensor, model="served", version="", name="image", returned="logits", **output):
+    """Returns the logits, classes or features of an answer over "http" or "grpc"."""
     triton, port = {"http": (tritonclient.http, listen.http_port), "grpc": (tritonclient.grpc, listen.grpc_port)}[
         protocol
     ]
     with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
         request = triton.InferInput(name, tensor.shape, "UINT8" if tensor.dtype == np.uint8 else "FP32")
         request.set_data_from_numpy(tensor)
-        outputs = [triton.InferRequestedOutput("logits", **output)]
-        return client.infer(model, [request], model_version=version, outputs=outputs).as_numpy("logits")
+        outputs = [triton.InferRequestedOutput(returned, **output)]
+        return client.infer(model, [request], model_version=version, outputs=outputs).as_numpy(returned)
 
 
 @needs_server
@@ -239,9 +239,12 @@ def _schemes_of_a_color_network(folder):
     ]
 
 
-def _timm_bundle(folder):
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=3, depth=2)
-    origin = Origin(Preprocessing.imagenet(32), ("a", "b", "c"), Provenance())
+def _timm_bundle(folder, classes=("a", "b", "c")):
+    """A bundle of a classifier, or of the features of all tokens if there are no classes."""
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=len(classes), depth=2)
+    if not classes:
+        vit.reset_classifier(0, "")
+    origin = Origin(Preprocessing.imagenet(32), classes, Provenance())
     return write_graphs(folder, to_quantizable(vit.eval()), origin, (CPU_ONNX,), [])
 
 
@@ -270,14 +273,24 @@ def _assert_close(actual, expected):
 
 def _assert_answered(listen, model, bundle):
     """The answers to one file and to several in one request must be those of the bundle."""
-    image_input, choice = ImageInput.of(Manifest.read(bundle)), recommend_runtime(bundle)
+    manifest, choice = Manifest.read(bundle), recommend_runtime(bundle)
+    image_input = ImageInput.of(manifest)
     files = _noise_images(*(image_input.frame or (40, 60))[:2], 3)
     inputs = np.stack([image_input.read(io.BytesIO(file), str) for file in files])
     expected = open_engine(choice.file, choice.runtime).infer(inputs)
     status, logits = _post(listen, model, files[0])
     assert status == 200, logits
-    _assert_close(logits, expected[0])
-    _assert_close(_infer("grpc", listen, _padded(files), model), expected)
+    _assert_close(logits, expected[0].reshape(-1))
+    _assert_close(_infer("grpc", listen, _padded(files), model, returned=manifest.output), expected)
+
+
+def _assert_the_command_saves_features(listen, bundle, folder):
+    (photo := folder / "photo.png").write_bytes(_noise_images(40, 60, 1)[0])
+    url = f"http://127.0.0.1:{listen.http_port}/v2/models/features"
+    result = run_command("deploy/predict.py", photo, "--server", url, "--save", folder / "features.npy")
+    assert result.returncode == 0 and "probabilities" not in result.stdout, result.stderr
+    image = ImageInput.of(Manifest.read(bundle)).read(str(photo), str)
+    _assert_close(np.load(folder / "features.npy"), open_engine(bundle / CPU_ONNX, "onnxruntime").infer(image[None]))
 
 
 def _assert_bad_requests_do_not_affect_others(listen, bundle):
@@ -320,6 +333,7 @@ def _probe(repository, listen):
 def test_every_kind_of_bundle_is_served_and_a_dead_backend_ends_the_server(tmp_path):
     schemes = _schemes_of_a_color_network(tmp_path / "schemes")
     color_bundles = {"timm": _timm_bundle(tmp_path / "timm"), "camera": tmp_path / "camera"}
+    color_bundles["features"] = _timm_bundle(tmp_path / "features", ())
     write_camera_bundle(schemes[0], (40, 50, 3), color_bundles["camera"])
     # Its logits are finite for noise and for the known answer, whose mean pixel is 0, and infinite for white.
     linear = write_linear_bundle(tmp_path / "linear", np.full((768, 3), 1e36) * [1, 0.5, 0.1], 16, ["a", "b", "c"])
@@ -330,6 +344,7 @@ def test_every_kind_of_bundle_is_served_and_a_dead_backend_ends_the_server(tmp_p
     with started(log, "--out", out) as (listen, process):
         for model, bundle in {**color_bundles, "color": schemes[-1]}.items():
             _assert_answered(listen, model, bundle)
+        _assert_the_command_saves_features(listen, color_bundles["features"], tmp_path)
         images = torch.randn(2, 3, 32, 32).numpy()
         for version, bundle in enumerate(schemes, 1):
             choice = recommend_runtime(bundle)

@@ -20,6 +20,8 @@ from deploy.runtimes.open_engine import open_engine
 from deploy.serving.known_answer import KnownAnswer
 from deploy.serving.repository import create_known_answer, write_repository
 from deploy.serving.serving_options import ServingOptions
+from deploy.trt.library import find_library
+from deploy.trt.record import EngineRecord, find_engines
 from eval.metrics.nearest_neighbors import NearestNeighbors, unit_features
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
@@ -60,7 +62,7 @@ def test_a_network_without_classes_has_timms_features(name):
         assert tuple(to_causal(vit)(images).shape[1:]) == model.config.features
 
 
-@pytest.mark.parametrize("name", [each for each in KINDS if each not in ("eva02_tiny_patch14_224",)])
+@pytest.mark.parametrize("name", KINDS)
 def test_rotations_keep_features(name):
     vit = build(name)
     vit.reset_classifier(0)
@@ -209,7 +211,7 @@ def test_a_report_classifies_by_neighbors(head, run_here, weights, pictures, tmp
 def test_a_report_of_pictures_without_classes(run_here, weights, pictures, tmp_path):
     text, report = quantize(run_here, weights, pictures / "flat", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "same neighbor" in text and not any(word in text + page for word in ("robustness.py", "48 classes"))
+    assert "1-NN agreement" in text and not any(word in text + page for word in ("robustness.py", "48 classes"))
     other = next(row for row in report["rows"] if row["name"] == "int8, ONNX Runtime, CPU")
     assert other["change"]["agreement"] == pytest.approx(other["top1"]["percent"]) and other["cosine"] > 0.99
     manifest = Manifest.read(tmp_path / "out" / "int8")
@@ -239,7 +241,7 @@ def test_images_that_are_not_square_through_the_whole_path(run_here, weights, pi
     quantize(run_here, weights, pictures / "flat", out, "none", "--images", 4, "--image-size", 64)
 
 
-def test_predictions_and_servers(run_here, weights, pictures, tmp_path):
+def test_predictions_repositories_and_engines(run_here, weights, pictures, tmp_path):
     out = tmp_path / "out"
     quantize(run_here, weights, pictures / "flat", out, "tokens", "--images", 4)
     files = sorted((pictures / "flat").glob("*.png"))[:3]
@@ -253,5 +255,10 @@ def test_predictions_and_servers(run_here, weights, pictures, tmp_path):
     write_repository(tmp_path / "served", {"m": [out / "int8"]}, ServingOptions())
     config = (tmp_path / "served" / "m-network" / "config.pbtxt").read_text()
     assert 'name: "features"' in config and not list((tmp_path / "served").rglob("labels.txt"))
+    if find_library(None):
+        built = run_here("deploy/build.py", out / "int8", "--batch", 1)
+        assert built.returncode == 0, built.stderr
+        records = [EngineRecord.read(engine) for engine in find_engines(out / "int8")]
+        assert [each.outputs["features"][1] for each in records] == [(-1, 17, 32)] and records[0].fused
     answer = create_known_answer(out / "int8" / "model.onnx", "onnxruntime")
     assert isinstance(answer, KnownAnswer) and max(answer.positions) < 17 * 32

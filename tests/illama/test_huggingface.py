@@ -158,7 +158,7 @@ def test_settings_of_older_versions_mean_what_they_mean_for_their_processor(name
         name, transformers.ViTImageProcessor
     )
     _, head, _ = saved(tmp_path, name)
-    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     settings = {**means, "size": 40 if name == "deit" else 32, "crop_size": 32}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     pixels = torch.randint(0, 256, (45, 45 if name == "deit" else 70, 3), dtype=torch.uint8)
@@ -226,8 +226,18 @@ def test_heads_that_are_not_there_are_refused(tmp_path):
         load_huggingface(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{"do_normalize": False}, {"resample": 1}, {"size": {"shortest_edge": 32}},
-                                     {"size": {"height": 32, "width": 48}}, {"image_mean": [0.5]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"do_normalize": False},
+        {"do_resize": None},
+        {"resample": 0},
+        {"resample": 1},
+        {"size": {"shortest_edge": 32}},
+        {"size": {"height": 32, "width": 48}},
+        {"image_mean": [0.5]},
+    ],
+)
 def test_processors_that_are_not_supported(changes, tmp_path):
     saved(tmp_path, "vit")
     edited(tmp_path, "preprocessor_config.json", **changes)
