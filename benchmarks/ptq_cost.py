@@ -49,6 +49,7 @@ PHASES = (
     "read images",
     "rotate and smooth",
     "calibrate",
+    "GPTQ",
     "learn rounding",
     "torch.export",
     "translate",
@@ -138,6 +139,7 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
         pixels, _ = load_images(data.calibration(images), transform)
     inside = [
         (calibrate, "prepare", "rotate and smooth"),
+        (calibrate, "round_weights", "GPTQ"),
         (calibrate, "reconstruct", "learn rounding"),
         (torch.export, "export", "torch.export"),
         (torch.onnx, "export", "translate"),

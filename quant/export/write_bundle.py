@@ -174,7 +174,6 @@ def write_bundles(
         if scheme.name not in work.finished:
             with step(f"quantize and export {scheme.name}"):
                 quantized = quantize(model, plan, batches, inputs.device)
-                release_memory()
                 write = partial(write_quantized, quantized=quantized, plan=plan, origin=origin, batches=batches)
                 work.part(scheme.name, write)
             print_layers(plan)

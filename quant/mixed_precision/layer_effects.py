@@ -21,8 +21,8 @@ from illama.errors import UserError
 from illama.graph.layer_times import PRODUCTS
 from illama.models.attention import MaskedNetwork
 from illama.progress import track
+from quant.quantizers.blocks import blocks
 from quant.quantizers.layers import WeightQuantizer, quantizers
-from quant.quantizers.reconstruction import blocks
 
 
 def layer_of(tensor: str) -> str:

@@ -15,6 +15,7 @@ from modelopt.torch.quantization.nn import QuantInputBase, QuantLinearConvBase
 from torch import Tensor, nn
 
 from illama.errors import UserError
+from illama.memory import release_memory
 from illama.models.attention import MaskedNetwork, QuantizerPoint
 from illama.models.illama import Linear
 from illama.progress import track
@@ -73,12 +74,15 @@ def calibrate(
     reference = copy.deepcopy(model).eval()
     reference.set_attention_form("plain")  # the fused form has no softmax output to quantize
     prepare(reference, scheme, batches)
+    release_memory()
     reference.to(device)
     quantized = quantize_layers(reference, tensors, observe(reference, tensors, batches)).to(device)
     if scheme.gptq:
-        round_weights(reference, quantized, batches)
+        round_weights(reference, quantized, batches, keep_reference=scheme.reconstruction_iterations > 0)
     if scheme.reconstruction_iterations:  # rounds weights in place, which both networks share, block after block
         reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)
+    del reference
+    release_memory()
     return quantized.cpu()
 
 

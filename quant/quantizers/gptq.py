@@ -3,14 +3,18 @@
 Rounding to nearest has the smallest error of each weight; the output has the error of a whole row at once. With
 correlated inputs, one weight can make up for the error of another. GPTQ rounds one input channel after another, and
 each time adds to the channels left what reduces the expected squared error of the output most, which the covariance of
-the inputs tells. It needs one pass over the calibration images and no iterations, and fits any grid of values:
-integers, groups with scales of their own, and FP8, whose steps grow with the value.
+the inputs tells. It needs no iterations, and fits any grid of values: integers, groups with scales of their own, and
+FP8, whose steps grow with the value.
+
+A small network needs one pass over the calibration images. The covariances of all layers of a large one would take as
+much memory as its weights, so its transformer blocks are run and rounded one after another.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 
 from illama.models.hooks import input_hooks
 from illama.progress import track
+from quant.quantizers.blocks import block_inputs, blocks
 from quant.quantizers.layers import (
     QuantizedConv2d,
     QuantizedLayer,
@@ -29,7 +34,7 @@ from quant.quantizers.layers import (
 )
 
 _DAMPING = 0.01  # of the covariance's mean diagonal, added to it: the authors' value
-_COLUMNS = 128  # input channels that are rounded before the others are updated, which is faster than one by one
+_COLUMNS = 32  # input channels that are rounded before the others are updated, which is faster than one by one
 _ENTRIES = 1 << 26  # of all covariances that are held at once, 0.5 GB; one of 8,192 inputs
 _VECTORS = 1 << 15  # inputs of a layer; more hardly change its covariance
 
@@ -69,23 +74,32 @@ class _InputMoments:
 
 
 @torch.no_grad()
-def round_weights(reference: nn.Module, quantized: nn.Module, batches: Sequence[Tensor]) -> None:
+def round_weights(
+    reference: nn.Module, quantized: nn.Module, batches: Sequence[Tensor], keep_reference: bool = True
+) -> None:
     """Rounds the quantized weights of ``quantized`` by GPTQ, and corrects the bias for the errors that are left.
 
     A layer without a bias gets none. Grouped convolutions and layers of more than 8,192 inputs, such as wide
     convolutions of 3 x 3, are rounded to nearest.
 
     Args:
-        reference: the floating-point network, whose inputs of the layers are used. Its weights are not changed.
+        reference: the floating-point network, whose inputs of the layers are used.
         quantized: a copy of it from :func:`quant.quantizers.calibrate.quantize_layers`. Its layers get weights that
             rounding to nearest leaves as they are.
         batches: images (B, C, H, W).
+        keep_reference: if False, the blocks of a large network are rounded in place, in the weights that both networks
+            share, which saves a copy of them.
     """
-    for number, layers in enumerate(_portions(_layers(quantized))):
-        moments = _observe(reference, layers, batches, "GPTQ" + (f", part {number + 1}" if number else ""))
-        for name, layer in layers.items():
-            if name in moments:  # a layer that no image reaches keeps its weights
-                _round_layer(layer, moments.pop(name))
+    layers = _layers(quantized)
+    by_block = {} if _fit_together(layers) else _by_block(reference, layers)
+    outside = {name: layer for name, layer in layers.items() if not any(name in each for each in by_block.values())}
+    for number, portion in enumerate(_portions(outside)):
+        with _observed(reference, portion, sum(map(len, batches))) as moments:
+            for batch in track(batches, "GPTQ" + (f", part {number + 1}" if number else ""), "batch"):
+                reference(batch)
+        _round_layers(portion, moments)
+    if by_block:
+        _round_blocks(reference, by_block, batches, in_place=not keep_reference)
 
 
 def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -96,6 +110,31 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
         if module.weight[0].numel() ** 2 <= _ENTRIES
         if isinstance(module, QuantizedLinear) or (module.groups == 1 and not isinstance(module.padding, str))
     }
+
+
+def _fit_together(layers: Mapping[str, QuantizedLayer]) -> bool:
+    return sum(layer.weight[0].numel() ** 2 for layer in layers.values()) <= _ENTRIES
+
+
+def _by_block(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict[str, dict[str, QuantizedLayer]]:
+    """Returns the layers in each transformer block, by its name."""
+    return {
+        block: {name: layer for name, layer in layers.items() if name.startswith(f"{block}.")}
+        for block, _ in blocks(model)
+    }
+
+
+def _round_blocks(
+    reference: nn.Module, layers: Mapping[str, Mapping[str, QuantizedLayer]], batches: Sequence[Tensor], in_place: bool
+) -> None:
+    """Runs and rounds one transformer block after another, with as many images as have _VECTORS tokens."""
+    tokens = block_inputs(reference, [batches[0][:1]])[0][0].shape[1]
+    step = max(1, sum(map(len, batches)) * tokens // _VECTORS)
+    inputs, calls = block_inputs(reference, [batch[::step] for batch in batches])
+    for (name, block), call in track(list(zip(blocks(reference), calls, strict=True)), "GPTQ by blocks", "block"):
+        with _observed(reference, layers[name], sum(map(len, inputs))) as moments:
+            inputs = [call.run(block, each) for each in inputs]
+        _round_layers(layers[name], moments, in_place)
 
 
 def _portions(layers: Mapping[str, QuantizedLayer]) -> Iterator[dict[str, QuantizedLayer]]:
@@ -113,11 +152,12 @@ def _portions(layers: Mapping[str, QuantizedLayer]) -> Iterator[dict[str, Quanti
         yield portion
 
 
-def _observe(
-    reference: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Sequence[Tensor], title: str
-) -> dict[str, _InputMoments]:
+@contextmanager
+def _observed(
+    reference: nn.Module, layers: Mapping[str, QuantizedLayer], images: int
+) -> Iterator[dict[str, _InputMoments]]:
+    """Inside the block, collects the inputs of ``layers`` whenever ``reference`` runs, for ``images`` in all."""
     moments: dict[str, _InputMoments] = {}
-    images = sum(map(len, batches))
 
     def add(name: str, layer: QuantizedLayer) -> Callable[[nn.Module, Any], None]:
         def hook(_: nn.Module, inputs: Any) -> None:
@@ -130,9 +170,15 @@ def _observe(
         return hook
 
     with input_hooks(reference, {name: add(name, layer) for name, layer in layers.items()}):
-        for batch in track(batches, title, "batch"):
-            reference(batch)
-    return moments
+        yield moments
+
+
+def _round_layers(
+    layers: Mapping[str, QuantizedLayer], moments: dict[str, _InputMoments], in_place: bool = False
+) -> None:
+    for name, layer in layers.items():
+        if name in moments:  # a layer that no image reaches keeps its weights
+            _round_layer(layer, moments.pop(name), in_place)
 
 
 def _positions(layer: QuantizedLayer, x: Tensor) -> int:
@@ -150,16 +196,19 @@ def _vectors(layer: QuantizedLayer, x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
-def _round_layer(layer: QuantizedLayer, inputs: _InputMoments) -> None:
+def _round_layer(layer: QuantizedLayer, inputs: _InputMoments, in_place: bool) -> None:
     quantizer: Any = layer.weight_quantizer
     (exact, rounded), moments = inputs.means(), inputs.covariance()
     if layer.bias is None:  # else it takes the mean of the error, and the weights have the rest to reduce
         moments += torch.outer(rounded, rounded)
-    weight = layer.weight.double().flatten(1)
-    layer.weight = nn.Parameter(gptq(layer.weight, quantizer, moments))
+    weight = gptq(layer.weight, quantizer, moments)
     if layer.bias is not None:
-        error = weight @ exact - layer.weight.double().flatten(1) @ rounded
+        error = layer.weight.double().flatten(1) @ exact - weight.double().flatten(1) @ rounded
         layer.bias = nn.Parameter((layer.bias + error).to(layer.bias.dtype))
+    if in_place:
+        layer.weight.copy_(weight)
+    else:
+        layer.weight = nn.Parameter(weight)
 
 
 def gptq(weight: Tensor, quantizer: WeightQuantizer, moments: Tensor) -> Tensor:
@@ -173,17 +222,16 @@ def gptq(weight: Tensor, quantizer: WeightQuantizer, moments: Tensor) -> Tensor:
     width, damping = len(order), _DAMPING * moments.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damped = moments[order][:, order] + damping * torch.eye(width, dtype=moments.dtype, device=moments.device)
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    left = weight.flatten(1).double()[:, order]
-    scales = quantizer.scale.expand_as(split_groups(weight, quantizer.spec)).reshape(left.shape)[:, order]
+    left = weight.flatten(1).double().T[order]  # (width, out): a channel is contiguous
+    scales = quantizer.scale.expand_as(split_groups(weight, quantizer.spec)).reshape(len(weight), -1).T[order]
     result = torch.empty_like(left)
     for start in range(0, width, _COLUMNS):
         end = min(start + _COLUMNS, width)
-        errors = torch.empty_like(left[:, start:end])
-        for column in range(start, end):
-            scale = scales[:, column]
-            result[:, column] = quantizer.dtype.quantize(left[:, column].to(scale.dtype), scale).double() * scale
-            error = (left[:, column] - result[:, column]) / factor[column, column]
-            left[:, column:end] -= torch.outer(error, factor[column, column:end])
-            errors[:, column - start] = error
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return result[:, order.argsort()].to(weight.dtype).reshape(weight.shape)
+        errors = torch.empty_like(left[start:end])
+        for channel, error in zip(range(start, end), errors, strict=True):
+            scale = scales[channel]
+            result[channel] = quantizer.dtype.quantize(left[channel].to(scale.dtype), scale).double() * scale
+            error.copy_(left[channel] - result[channel]).div_(factor[channel, channel])
+            left[channel:end].addr_(factor[channel, channel:end], error, alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    return result[order.argsort()].T.to(weight.dtype).reshape(weight.shape)

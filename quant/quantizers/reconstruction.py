@@ -8,37 +8,16 @@ one after another, with the outputs of the quantized blocks before them as input
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from illama.progress import track
+from quant.quantizers.blocks import BlockCall, block_inputs, blocks
 from quant.quantizers.layers import QuantizedLinear, WeightQuantizer, quantizers
 
 _TOKENS = 800  # of an iteration, in at least 4 images
 _SCALE_RATE = 0.5  # learning rate of a scale's logarithm, relative to an offset's
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of a block besides its input: mask and positions, the same for all images."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def run(self, block: nn.Module, inputs: Tensor) -> Tensor:
-        return block(inputs, *self.arguments, **self.keywords)
-
-
-def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns the transformer blocks of a network with their names, in order."""
-    named = {name: module for name, module in model.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)}
-    first = next(iter(named), "").rpartition(".")[0]  # excludes the blocks of a decoder, which come later
-    return [(name, module) for name, module in named.items() if name.rpartition(".")[0] == first]
 
 
 def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor], iterations: int) -> None:
@@ -49,8 +28,9 @@ def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor
         batches: images (B, C, H, W); a few hundred in all.
         iterations: number of iterations for each block.
     """
-    exact, calls = _block_inputs(reference, batches)
-    inputs, _ = _block_inputs(quantized, batches)
+    first, calls = block_inputs(reference, batches)
+    exact = torch.cat(first)
+    inputs = torch.cat(block_inputs(quantized, batches)[0])
     pairs = list(zip(blocks(reference), blocks(quantized), calls, strict=True))
     for (_, float_block), (_, block), call in track(pairs, "reconstruct blocks", "block"):
         with torch.no_grad():
@@ -61,31 +41,7 @@ def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor
         exact = targets
 
 
-@torch.no_grad()
-def _block_inputs(model: nn.Module, batches: list[Tensor]) -> tuple[Tensor, list[_Call]]:
-    """Returns the first block's inputs for all images, (images, N, width), and how each block is called."""
-    calls: list[_Call] = []
-    first: list[Tensor] = []
-
-    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        calls.append(_Call(arguments[1:], keywords))
-
-    def note_first(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        first.append(arguments[0])
-
-    found = [block for _, block in blocks(model)]
-    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in found]
-    model(batches[0][:1])
-    for hook in hooks:
-        hook.remove()
-    hook = found[0].register_forward_pre_hook(note_first)
-    for images in track(batches, "read block inputs", "batch"):
-        model(images)
-    hook.remove()
-    return torch.cat(first), calls
-
-
-def _reconstruct_block(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor, iterations: int) -> None:
+def _reconstruct_block(block: nn.Module, call: BlockCall, inputs: Tensor, targets: Tensor, iterations: int) -> None:
     """Runs sign gradient descent with a linearly falling rate. The start is restored if the end has a larger error."""
     acting = [quantizer for _, quantizer in quantizers(block)]
     weights = _weights(block)
@@ -131,7 +87,7 @@ def _weights(block: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
 
 
 @torch.no_grad()
-def _error(block: nn.Module, call: _Call, inputs: Tensor, targets: Tensor) -> float:
+def _error(block: nn.Module, call: BlockCall, inputs: Tensor, targets: Tensor) -> float:
     pairs = zip(inputs.split(64), targets.split(64), strict=True)
     return sum(float((call.run(block, x) - y).square().sum()) for x, y in pairs)
 

@@ -168,13 +168,29 @@ def test_the_bias_makes_up_for_the_mean_error_of_its_layer(network, images):
         assert errors.mean(0).abs().max() < 1e-5 + 1e-3 * errors.abs().max(), name
 
 
-def test_layers_in_portions_give_the_same_weights(network, images, monkeypatch):
-    plan = resolve(replace(shipped_scheme("w4a16"), gptq=True, reconstruction_iterations=0), network)
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_a_network_rounded_block_by_block_has_the_same_weights(iterations, network, images, monkeypatch):
+    """Without reconstruction, in place: the images must not pass through rounded layers, and the network is kept."""
+    before = copy.deepcopy(network.state_dict())
+    plan = resolve(replace(shipped_scheme("w4a16"), gptq=True, reconstruction_iterations=iterations), network)
     whole = calibrate(network, plan, images)
     monkeypatch.setattr(module, "_ENTRIES", 256 * 256)  # of the widest layer
     parts = calibrate(network, plan, images)
     for (name, value), other in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_a_part_of_the_images_is_used_if_they_have_many_tokens(network, images, monkeypatch):
+    plan = resolve(replace(shipped_scheme("w4a16"), gptq=True, reconstruction_iterations=0), network)
+    monkeypatch.setattr(module, "_ENTRIES", 256 * 256)
+    monkeypatch.setattr(module, "_VECTORS", 48 * 17)  # 16 patches and the class token: every second image
+    half = calibrate(network, plan, images)
+    exact, nearest = (
+        _logits(network, images),
+        calibrate(network, resolve(plan.scheme.rounding_to_nearest(), network), images),
+    )
+    assert (_logits(half, images) - exact).square().mean() < 0.8 * (_logits(nearest, images) - exact).square().mean()
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -30,6 +30,7 @@ from illama.models.attention import QuantizerPoint
 from illama.models.illama import Linear
 from illama.models.norms import RMSNorm
 from quant.export.onnx_export import export_onnx
+from quant.quantizers.blocks import blocks
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import (
     QuantizedConv2d,
@@ -43,7 +44,6 @@ from quant.quantizers.layers import (
     quantizers,
 )
 from quant.quantizers.observers import BINS, RangeObserver, entropy_amax, mse_amax, percentile_amax, weight_amax
-from quant.quantizers.reconstruction import blocks
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.formats import FORMATS, TensorSpec
 from quant.schemes.scheme import Rotations, Scheme, resolve, shipped_scheme, unfit_for_tensorrt

@@ -1,0 +1,60 @@
+"""The transformer blocks of a network, to be run one after another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments of a block besides its input: mask and positions, the same for all images."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def run(self, block: nn.Module, inputs: Tensor) -> Tensor:
+        return block(inputs, *self.arguments, **self.keywords)
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns the transformer blocks of a network with their names, in order."""
+    named = {name: module for name, module in model.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)}
+    first = next(iter(named), "").rpartition(".")[0]  # excludes the blocks of a decoder, which come later
+    return [(name, module) for name, module in named.items() if name.rpartition(".")[0] == first]
+
+
+class _ReachedError(Exception):
+    """The first block was reached."""
+
+
+@torch.no_grad()
+def block_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[BlockCall]]:
+    """Returns the first block's inputs for each batch, (images, N, width), and how each block is called."""
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.append(BlockCall(arguments[1:], keywords))
+
+    def note_first(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        first.append(arguments[0])
+        raise _ReachedError
+
+    found = [block for _, block in blocks(model)]
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in found]
+    model(batches[0][:1])
+    for hook in hooks:
+        hook.remove()
+    hook = found[0].register_forward_pre_hook(note_first)
+    for images in batches:
+        with suppress(_ReachedError):
+            model(images)
+    hook.remove()
+    return first, calls
