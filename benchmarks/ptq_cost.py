@@ -37,6 +37,7 @@ from illama.data.datasets import open_data
 from illama.errors import UserError
 from illama.inference import load_images
 from quant.export import onnx_export
+from quant.inputs import split_images
 from quant.quantizers import calibrate
 from quant.schemes.scheme import resolve, shipped_scheme
 
@@ -151,7 +152,7 @@ def measure(scheme: str, checkpoint: str, folder: str, images: int, fused: bool,
             patches.enter_context(mock.patch.object(module, function, clock.timed(name, getattr(module, function))))
         with clock.phase("calibrate"):
             quantized = calibrate.calibrate(
-                model, resolve(shipped_scheme(scheme), model), torch.from_numpy(pixels).split(64)
+                model, resolve(shipped_scheme(scheme), model), split_images(torch.from_numpy(pixels))
             )
         with clock.phase("rest of export"):
             onnx_export.export_onnx(quantized, Path(folder) / "model.onnx", "plain")

@@ -37,6 +37,6 @@ def _peer(scheme: Scheme) -> Peer:
     return Peer(f"this project, {scheme.name}", make, runtimes, about, _NEEDS, timed=is_timed)
 
 
-_FILES = (Path(__file__).with_name("fp8-blocks.yaml"),)
+_FILES = sorted(Path(__file__).parent.glob("*.yaml"))
 OURS = {f"ours-{each.name}": _peer(each) for each in (*map(shipped_scheme, SCHEMES), *map(read_scheme, _FILES))}
 PEERS: dict[str, Peer] = {**ONNX_PEERS, **TORCH_PEERS, **OURS}
