@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from illama.checkpoints.huggingface import is_huggingface, load_huggingface
@@ -164,9 +164,7 @@ def _with_head(loaded: ILLaMACheckpoint, head: Head) -> ILLaMACheckpoint:
         return loaded
     if head in ("classes", "embedding"):
         raise UserError(f"{loaded.weights} has no such head: give --head none for the features of its class token")
-    if head == "tokens":
-        raise UserError("an iLLaMA computes the features of its class token alone: give --head none")
-    loaded.model.head, loaded.model.config = nn.Identity(), replace(loaded.model.config, num_classes=0)
+    loaded.model.reset_classifier(0, "" if head == "tokens" else None)
     return replace(loaded, classes=())
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -187,7 +188,12 @@ class MaskedNetwork(nn.Module):
 
 
 def fastest_form(q: Tensor, mask: AttentionMask) -> Form:
-    """Returns the faster form for these queries: measured on CPUs (``docs/attention-mask.md``), assumed for GPUs."""
+    """Returns the faster form for these queries: measured on CPUs (``docs/attention-mask.md``), assumed for GPUs.
+
+    Symbolic tracing, which knows neither device nor dtype, gets ``plain``.
+    """
+    if isinstance(q, torch.fx.Proxy):
+        return "plain"
     if q.device.type != "cpu":
         return "fused"
     # On a CPU, the fused kernel does not skip masked keys, so twice the keys are twice the work. In 16 bits, its

@@ -16,6 +16,7 @@ ClassToken = Literal["last", "first"]
 Position = Literal["learnable", "rope", "both"]
 Norm = Literal["rms", "layer"]
 Mlp = Literal["swiglu", "gelu"]
+Pool = Literal["token", "avg", ""]
 
 # width, depth and heads of arXiv 2404.06773, Table 13; "nano" is this project's, for 28- to 32-pixel images on a CPU.
 _PRESETS: dict[str, dict[str, int]] = {
@@ -147,6 +148,9 @@ class ModelConfig:
         mlp: ``swiglu``, or ``gelu`` (two Linears with biases and a hidden width of 4 x width, as in ViT).
         class_sees_all: whether the class token attends to every token in any position; in the last position it always
             does.
+        global_pool: what the head reads, as in timm: the class token (``token``, the paper's), the mean of the patches
+            (``avg``), or nothing is pooled and all tokens are the output, the class token first (empty, without a
+            head only).
 
     Raises:
         UserError: a value has the wrong type, or the values do not fit together.
@@ -166,9 +170,12 @@ class ModelConfig:
     norm: Norm = "rms"
     mlp: Mlp = "swiglu"
     class_sees_all: bool = False
+    global_pool: Pool = "token"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.num_classes and not self.global_pool:
+            raise UserError(f"{self.num_classes} classes need a global_pool, token or avg; num_classes 0 does not")
         if self.image_size % self.patch_size:
             raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.patches > MOST_PATCHES:
@@ -199,8 +206,10 @@ class ModelConfig:
 
     @property
     def features(self) -> tuple[int, ...]:
-        """Shape of the output for an image without a head, (width,); empty with one."""
-        return () if self.num_classes else (self.width,)
+        """Shape of the output for an image without a head, (width,) or (tokens, width); empty with one."""
+        if self.num_classes:
+            return ()
+        return (self.width,) if self.global_pool else (self.tokens, self.width)
 
     @property
     def head_dim(self) -> int:

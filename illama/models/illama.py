@@ -5,16 +5,19 @@ Parameters have the same names as in the authors' released code, so that its che
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from illama.models.attention import AttentionMask, MaskedAttention, MaskedNetwork
-from illama.models.config import ModelConfig
+from illama.models.attention import AttentionMask, MaskedAttention
+from illama.models.config import ModelConfig, Pool
 from illama.models.norms import make_norm
+from illama.models.timm_methods import TimmMethods
 
 
 class Linear(nn.Linear):
@@ -32,6 +35,9 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        side = config.image_size // config.patch_size
+        self.img_size, self.patch_size = config.size, (config.patch_size, config.patch_size)  # timm's names
+        self.grid_size, self.num_patches = (side, side), config.patches
         self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -64,12 +70,13 @@ class Attention(nn.Module):
             row: index of the only query to compute; the output is then (B, 1, width).
         """
         if row is None:
-            q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
             row_rotation = rotation
         else:
-            q = self._split(self.qkv(x[:, row : row + 1], outputs=slice(0, self.width)))
-            k, v = (self._split(part) for part in self.qkv(x, outputs=slice(self.width, None)).chunk(2, dim=-1))
+            q = self.qkv(x[:, row : row + 1], outputs=slice(0, self.width))
+            k, v = self.qkv(x, outputs=slice(self.width, None)).chunk(2, dim=-1)
             row_rotation = rotation[:, row : row + 1] if rotation is not None else None
+        q, k, v = self._split(q), self._split(k), self._split(v)
         if rotation is not None and row_rotation is not None:
             q, k = self.rotary(q, row_rotation), self.rotary(k, rotation)
         return self.proj(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
@@ -130,29 +137,27 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
-class ILLaMA(MaskedNetwork):
-    """The whole network. Maps float images (B, C, H, W) to logits (B, num_classes); without a head, to (B, width).
+class ILLaMA(TimmMethods):
+    """The whole network. Maps float images (B, C, H, W) to logits (B, num_classes), or to ``config.features``.
 
     Attributes:
         config: the network's :class:`ModelConfig`.
         soft_mask: alpha of the soft mask, in 0..1 (else ValueError). Training changes it; inference uses 0.
-        readout_only: whether the last block computes only the class token. This is exact, in training too, since no
-            other output of that block is used. If False, it computes every token, as the released code does.
+        readout_only: whether the last block computes only the class token, if the head reads nothing else. This is
+            exact, in training too. If False, it computes every token, as the released code does.
 
     Args:
         drop_path: stochastic depth rate of the last block; rates rise linearly from 0 in the first block.
         dropout: dropout rate after the position embedding and in every residual branch.
+        head_dropout: dropout rate before the head.
     """
 
-    config: ModelConfig
-    head: nn.Module
-    rotation: Tensor | None
-    causal: Tensor
-
-    def __init__(self, config: ModelConfig, drop_path: float = 0.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, config: ModelConfig, drop_path: float = 0.0, dropout: float = 0.0, head_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.config = config
-        self.readout_only = True
+        self.readout_only = config.global_pool == "token"
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         has_table = config.position != "rope"
@@ -161,7 +166,8 @@ class ILLaMA(MaskedNetwork):
         rates = [drop_path * index / max(1, config.depth - 1) for index in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate, dropout) for rate in rates)
         self.norm = make_norm(config)
-        self.head = Linear(config.width, config.num_classes) if config.num_classes else nn.Identity()
+        self.head_drop = nn.Dropout(head_dropout) if head_dropout else nn.Identity()
+        self.head = _make_head(config)
         rotation = rotary_table(config.tokens, config.head_dim) if config.position != "learnable" else None
         self.register_buffer("rotation", rotation, persistent=False)
         causal = torch.ones(config.tokens, config.tokens, dtype=torch.bool).tril()
@@ -171,6 +177,21 @@ class ILLaMA(MaskedNetwork):
         for table in (self.cls_token, self.pos_embed):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
+
+    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
+        """Replaces the head by a new one, with the device and dtype of the other parameters.
+
+        Args:
+            num_classes: number of classes; 0 for no head.
+            global_pool: see :class:`ModelConfig`; None keeps the current one.
+
+        Raises:
+            UserError: there are classes, but nothing is pooled.
+        """
+        pool = self.config.global_pool if global_pool is None else global_pool
+        self.config, like = replace(self.config, num_classes=num_classes, global_pool=pool), self.cls_token
+        self.readout_only = pool == "token"
+        self.head = _make_head(self.config).to(like.device, like.dtype).train(self.training).apply(_initialize)
 
     def no_weight_decay(self) -> set[str]:
         """Returns the parameters excluded from weight decay in addition to norms and biases (timm's convention)."""
@@ -192,23 +213,18 @@ class ILLaMA(MaskedNetwork):
             x = x + self.pos_embed
         return self.drop(x)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Returns the class token after the final norm: (B, C, H, W) -> (B, width)."""
-        config, x = self.config, self.embed(images)
-        mask = self.attention_mask(config.mask, self.causal)
-        blocks: list[nn.Module] = list(self.blocks)
-        row, sees_all = config.class_index, config.class_token == "last" or config.class_sees_all
-        for block in blocks[:-1]:
-            x = block(x, mask, self.rotation)
-        if self.readout_only:
-            x = blocks[-1](x, mask.row(row, sees_all), self.rotation, row)[:, 0]
-        else:
-            x = blocks[-1](x, mask, self.rotation)[:, row]
-        return self.norm(x)
-
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes), or (B, width) without a head."""
-        return self.head(self.forward_features(images))
+        """(B, C, H, W) -> (B, num_classes), or (B, *config.features) without a head."""
+        config = self.config
+        if not self.readout_only:
+            return self.forward_head(self.forward_features(images))
+        x, mask = self.embed(images), self.attention_mask(config.mask, self.causal)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = self.run_block(block, x, mask)
+        sees_all = config.class_token == "last" or config.class_sees_all
+        x = self.run_block(last, x, mask.row(config.class_index, sees_all), config.class_index)
+        return self.head(self.head_drop(self.norm(x[:, 0])))
 
 
 def rotary_table(tokens: int, head_dim: int, theta: float = 10000.0) -> Tensor:
@@ -218,6 +234,7 @@ def rotary_table(tokens: int, head_dim: int, theta: float = 10000.0) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
+@torch.fx.wrap  # symbolic tracing cannot follow what depends on the dtype
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotates the interleaved pairs (x0, x1), (x2, x3), ... of (B, H, N, d), as in the original LLaMA.
 
@@ -231,6 +248,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     cos, sin = rotation.to(wide.dtype)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+
+
+def _make_head(config: ModelConfig) -> nn.Module:
+    return Linear(config.width, config.num_classes) if config.num_classes else nn.Identity()
 
 
 def _initialize(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm.layers
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,12 +19,7 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, arXiv 1910.07467, equation 4), any leading shape."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, weight = _widen(x), _widen(self.weight)
-        # In uncompiled training on a CPU, PyTorch's RMSNorm makes a dozen passes over memory.
-        by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if by_hand:
-            return _TrainedRMSNorm.apply(wide, weight, self.eps).to(x.dtype)
-        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
+        return _rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -65,6 +61,17 @@ def widened(norm: nn.Module) -> nn.Module | None:
     return wide.train(norm.training)
 
 
+@torch.fx.wrap  # symbolic tracing cannot follow what depends on device and dtype
+def _rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    wide, weight = _widen(x), _widen(weight)
+    # In uncompiled training on a CPU, PyTorch's RMSNorm makes a dozen passes over memory.
+    by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if by_hand:
+        return _TrainedRMSNorm.apply(wide, weight, eps).to(x.dtype)
+    return F.rms_norm(wide, weight.shape, weight, eps).to(x.dtype)
+
+
+@torch.fx.wrap
 def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -4,29 +4,67 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import register_model
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from illama.errors import UserError
 from illama.models.config import SIZES, ModelConfig
 from illama.models.illama import ILLaMA
 
-_TIMM_NAMES = {"img_size": "image_size", "in_chans": "in_channels", "num_classes": "num_classes"}
-_TIMM_INTERNAL = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+_TIMM_NAMES = {"img_size": "image_size", "in_chans": "in_channels", "embed_dim": "width", "num_heads": "heads"}
 
 
-def _create(size: str, pretrained: bool, **options: Any) -> ILLaMA:
+def pretrained_config(size: str) -> dict[str, Any]:
+    """Returns what timm knows of a model besides its network: the preprocessing is that of the released weights."""
+    config = ModelConfig.preset(size)
+    return {
+        "num_classes": config.num_classes,
+        "input_size": (config.in_channels, *config.size),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN[: config.in_channels],
+        "std": IMAGENET_DEFAULT_STD[: config.in_channels],
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"illama_{size}": pretrained_config(size) for size in SIZES})  # read by timm
+
+
+def _build(
+    size: str,
+    drop_rate: float = 0.0,
+    proj_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> ILLaMA:
+    """Returns a network by timm's arguments, or by fields of :class:`ModelConfig`; TypeError for others."""
+    given = {_TIMM_NAMES.get(name, name): value for name, value in overrides.items()}
+    sides = given.get("image_size")
+    if isinstance(sides, list | tuple) and len(set(sides)) == 1:
+        given["image_size"] = sides[0]
+    config = ModelConfig.preset(size, **given)
+    with torch.device(device or torch.get_default_device()):
+        return ILLaMA(config, drop_path_rate, proj_drop_rate, drop_rate).to(dtype=dtype)
+
+
+def create_for_timm(size: str, name: str, pretrained: bool, **options: Any) -> Any:
+    """Returns a network as timm's factory does, or, with ``features_only``, one that returns feature maps."""
     if pretrained:
         raise UserError("pretrained weights are not downloaded: load released weights with load_checkpoint(PATH)")
-    for name in _TIMM_INTERNAL:
-        options.pop(name, None)
-    drop_path = options.pop("drop_path_rate", 0.0)
-    overrides = {_TIMM_NAMES.get(name, name): value for name, value in options.items()}
-    return ILLaMA(ModelConfig.preset(size, **overrides), drop_path)
+    features = {"out_indices": 3, "feature_cls": "getter"}
+    return build_model_with_cfg(_build, name, False, feature_cfg=features, size=size, **options)
 
 
 def _register(size: str) -> None:
-    def create(pretrained: bool = False, **options: Any) -> ILLaMA:
-        return _create(size, pretrained, **options)
+    def create(pretrained: bool = False, **options: Any) -> Any:
+        return create_for_timm(size, f"illama_{size}", pretrained, **options)
 
     create.__name__, create.__doc__ = f"illama_{size}", f"iLLaMA-{size} (:meth:`illama.ModelConfig.preset`)."
     register_model(create)

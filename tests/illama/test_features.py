@@ -105,19 +105,20 @@ def test_what_a_file_cannot_compute_is_refused(tmp_path):
     torch.save(distilled.state_dict(), tmp_path / "distilled.pth")
     with pytest.raises(UserError, match="--head none"):
         load_timm("deit_tiny_distilled_patch16_224", tmp_path / "distilled.pth", head="tokens")
-    for head in ("tokens", "embedding"):
-        with pytest.raises(UserError, match="--head none"):
-            open_inputs(SourceOptions(head=head), needs_labels=False)
+    with pytest.raises(UserError, match="--head none"):
+        open_inputs(SourceOptions(head="embedding"), needs_labels=False)
     with pytest.raises(UserError, match="classes"):
         open_inputs(SourceOptions(head="none"))
 
 
-def test_an_illama_gives_its_class_token():
+@pytest.mark.parametrize("head", ["none", "tokens"])
+def test_an_illama_gives_its_class_token_or_all_tokens(head):
     shipped = load_checkpoint(SHIPPED).model
-    inputs, images = open_inputs(SourceOptions(head="none"), needs_labels=False), torch.randn(2, 1, 28, 28)
+    inputs, images = open_inputs(SourceOptions(head=head), needs_labels=False), torch.randn(2, 1, 28, 28)
     with torch.no_grad():
-        torch.testing.assert_close(inputs.model(images), shipped.forward_features(images))
-    assert inputs.classes == () and inputs.model.config.features == (128,)
+        tokens = shipped.forward_features(images)
+        torch.testing.assert_close(inputs.model(images), tokens[:, 0] if head == "none" else tokens)
+    assert inputs.classes == () and inputs.model.config.features == ((128,) if head == "none" else (50, 128))
     config = ModelConfig(image_size=16, patch_size=4, width=32, depth=1, heads=2, num_classes=0)
     assert ILLaMA(config)(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
 

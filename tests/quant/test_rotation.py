@@ -74,7 +74,17 @@ def test_a_random_rotation_is_orthogonal_and_keeps_the_vector_of_ones_if_asked(s
 
 @pytest.mark.parametrize("mask", ["post_softmax", "pre_softmax", "bidirectional"])
 @pytest.mark.parametrize("form", ["plain", "fused"])
-@pytest.mark.parametrize("changed", [{}, {"norm": "layer"}, {"mlp": "gelu"}, {"position": "learnable"}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"norm": "layer"},
+        {"mlp": "gelu"},
+        {"position": "learnable"},
+        {"global_pool": "avg"},
+        {"global_pool": "", "num_classes": 0},
+    ],
+)
 def test_an_illama_computes_the_same(mask, form, changed):
     model = randomized(ILLaMA(ModelConfig(**SHAPE, mask=mask, **changed)))
     model.set_attention_form(form)
