@@ -163,8 +163,9 @@ def _with_head(loaded: ILLaMACheckpoint, head: Head) -> ILLaMACheckpoint:
     if head == "classes" and loaded.model.config.num_classes:
         return loaded
     if head in ("classes", "embedding"):
-        raise UserError(f"{loaded.weights} has no such head: give --head none for the features of its class token")
-    loaded.model.reset_classifier(0, "" if head == "tokens" else None)
+        raise UserError(f"{loaded.weights} has no such head: give --head none for its pooled features, or tokens")
+    pool = loaded.model.config.global_pool or "token"
+    loaded.model.reset_classifier(0, "" if head == "tokens" else pool)
     return replace(loaded, classes=())
 
 

@@ -2,8 +2,8 @@
 
 Counts the matrix products and the patch convolution. A MAC is two floating-point operations (FLOPs). Norms, softmax,
 rotary embeddings and other element-wise operations are not counted, as in the usual counters. :class:`illama.ILLaMA`
-computes its last block for the class token alone, which published counts do not; :func:`readout_saving` is that
-difference.
+computes its last block for the class token alone if its head reads nothing else, which published counts do not;
+:func:`readout_saving` is that difference.
 
 The cost of attention depends on the mask. With N tokens of width D, one block takes 4 N D^2 MACs for qkv and proj, and
 

@@ -29,7 +29,7 @@ from illama.structured_files import parse_json
 
 CONFIG_METADATA = "illama_config"  # key in the metadata of a .safetensors file; the value is JSON
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
-_NOT_IN_SHAPES = ("mask", "class_token", "position", "class_sees_all")
+_NOT_IN_SHAPES = ("mask", "class_token", "position", "class_sees_all", "global_pool")
 # File name -> "module:function" that loads it from its bundle. Named as strings, to avoid importing packages that
 # depend on this one.
 _READERS = {TORCHAO: "quant.quantizers.torchao_backend:load_torchao"}

@@ -148,9 +148,8 @@ class ModelConfig:
         mlp: ``swiglu``, or ``gelu`` (two Linears with biases and a hidden width of 4 x width, as in ViT).
         class_sees_all: whether the class token attends to every token in any position; in the last position it always
             does.
-        global_pool: what the head reads, as in timm: the class token (``token``, the paper's), the mean of the patches
-            (``avg``), or nothing is pooled and all tokens are the output, the class token first (empty, without a
-            head only).
+        global_pool: what the head reads after the final norm, the class token (``token``, the paper's) or the mean of
+            the patches (``avg``). Empty: all tokens are the output, the class token first; only without a head.
 
     Raises:
         UserError: a value has the wrong type, or the values do not fit together.

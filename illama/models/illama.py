@@ -157,7 +157,7 @@ class ILLaMA(TimmMethods):
     ) -> None:
         super().__init__()
         self.config = config
-        self.readout_only = config.global_pool == "token"
+        self.readout_only = True
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         has_table = config.position != "rope"
@@ -190,7 +190,6 @@ class ILLaMA(TimmMethods):
         """
         pool = self.config.global_pool if global_pool is None else global_pool
         self.config, like = replace(self.config, num_classes=num_classes, global_pool=pool), self.cls_token
-        self.readout_only = pool == "token"
         self.head = _make_head(self.config).to(like.device, like.dtype).train(self.training).apply(_initialize)
 
     def no_weight_decay(self) -> set[str]:
@@ -213,10 +212,15 @@ class ILLaMA(TimmMethods):
             x = x + self.pos_embed
         return self.drop(x)
 
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the last block computes the class token alone."""
+        return self.readout_only and self.config.global_pool == "token"
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_classes), or (B, *config.features) without a head."""
         config = self.config
-        if not self.readout_only:
+        if not self.reads_class_token:
             return self.forward_head(self.forward_features(images))
         x, mask = self.embed(images), self.attention_mask(config.mask, self.causal)
         *blocks, last = self.blocks

@@ -12,7 +12,8 @@ from illama.errors import UserError
 from illama.models.config import SIZES, ModelConfig
 from illama.models.illama import ILLaMA
 
-_TIMM_NAMES = {"img_size": "image_size", "in_chans": "in_channels", "embed_dim": "width", "num_heads": "heads"}
+_TIMM_NAMES = {"image_size": "img_size", "in_channels": "in_chans", "width": "embed_dim", "heads": "num_heads"}
+_OUR_NAMES = {theirs: ours for ours, theirs in _TIMM_NAMES.items()}
 
 
 def pretrained_config(size: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _build(
     **overrides: Any,
 ) -> ILLaMA:
     """Returns a network by timm's arguments, or by fields of :class:`ModelConfig`; TypeError for others."""
-    given = {_TIMM_NAMES.get(name, name): value for name, value in overrides.items()}
+    given = {_OUR_NAMES.get(name, name): value for name, value in overrides.items()}
     sides = given.get("image_size")
     if isinstance(sides, list | tuple) and len(set(sides)) == 1:
         given["image_size"] = sides[0]
@@ -58,8 +59,14 @@ def create_for_timm(size: str, name: str, pretrained: bool, **options: Any) -> A
     """Returns a network as timm's factory does, or, with ``features_only``, one that returns feature maps."""
     if pretrained:
         raise UserError("pretrained weights are not downloaded: load released weights with load_checkpoint(PATH)")
+    if options.get("feature_cls", "getter") != "getter":
+        raise UserError("feature maps are computed by forward_intermediates alone: leave out feature_cls")
+    # timm adds defaults under its own names, which must not meet others for the same field.
+    if twice := [name for name, theirs in _TIMM_NAMES.items() if name in options and theirs in options]:
+        raise TypeError(f"{twice[0]} and {_TIMM_NAMES[twice[0]]} are the same: give one")
+    given = {_TIMM_NAMES.get(name, name): value for name, value in options.items()}
     features = {"out_indices": 3, "feature_cls": "getter"}
-    return build_model_with_cfg(_build, name, False, feature_cfg=features, size=size, **options)
+    return build_model_with_cfg(_build, name, False, feature_cfg=features, size=size, **given)
 
 
 def _register(size: str) -> None:

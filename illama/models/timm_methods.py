@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -131,11 +132,11 @@ class TimmMethods(MaskedNetwork):
     ) -> list[int]:
         """Removes the blocks after the last index, and the final norm and the head; returns the indices."""
         taken, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
+        self.blocks, self.config = self.blocks[: last + 1], replace(self.config, depth=last + 1)
+        if prune_norm:
+            self.norm = nn.Identity()
         return taken
 
     def get_intermediate_layers(

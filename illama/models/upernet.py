@@ -24,7 +24,7 @@ from illama.checkpoints.load import Checkpoint, check_state, read_state
 from illama.checkpoints.tensor_files import check_config
 from illama.errors import UserError
 from illama.manifest import Manifest
-from illama.models.config import Classes, ModelConfig, Size
+from illama.models.config import Classes, ModelConfig, Pool, Size
 from illama.models.illama import ILLaMA, Linear
 from illama.models.norms import make_norm
 from illama.structured_files import parse_json
@@ -54,6 +54,8 @@ class SegmentationConfig(ModelConfig):
         super().__post_init__()
         if self.depth < LEVELS or self.patches < 4:
             raise UserError(f"segmentation needs {LEVELS} blocks and 2 x 2 patches or more")
+        if self.global_pool != "token":
+            raise UserError("segmentation pools nothing: leave out global_pool")
 
     @property
     def side(self) -> int:
@@ -102,11 +104,17 @@ class UperNet(ILLaMA):
         start = 0 if config.class_token == "last" else 1
         maps: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            x = block(x, mask, self.rotation)
+            x = self.run_block(block, x, mask)
             if index in config.taps:
                 grid = self.norm(x[:, start : start + config.patches]).unflatten(1, (config.side, config.side))
                 maps.append(self.neck[len(maps)](grid).permute(0, 3, 1, 2))
         return [*maps[:-1], F.max_pool2d(maps[-1], 2)]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        raise UserError("a segmentation network has a decoder instead of a head for tokens: call the network")
+
+    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
+        raise UserError("the classes of a segmentation network belong to its decoder: make a new network")
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_classes, H, W)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,13 @@ def block_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tens
         raise _ReachedError
 
     found = [block for _, block in blocks(model)]
-    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in found]
-    model(batches[0][:1])
-    for hook in hooks:
-        hook.remove()
-    hook = found[0].register_forward_pre_hook(note_first)
-    for images in batches:
-        with suppress(_ReachedError):
-            model(images)
-    hook.remove()
+    with ExitStack() as hooks:
+        for block in found:
+            hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+        model(batches[0][:1])
+    with ExitStack() as hooks:
+        hooks.callback(found[0].register_forward_pre_hook(note_first).remove)
+        for images in batches:
+            with suppress(_ReachedError):
+                model(images)
     return first, calls

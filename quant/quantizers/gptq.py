@@ -35,7 +35,7 @@ from quant.quantizers.layers import (
 
 _DAMPING = 0.01  # of the covariance's mean diagonal, added to it: the authors' value
 _COLUMNS = 32  # input channels that are rounded before the others are updated, which is faster than one by one
-_ENTRIES = 1 << 26  # of all covariances that are held at once, 0.5 GB; one of 8,192 inputs
+_ENTRIES = 1 << 26  # of the covariances of a portion of layers, 0.5 GB; one of 8,192 inputs
 _VECTORS = 1 << 15  # inputs of a layer; more hardly change its covariance
 
 
@@ -130,11 +130,20 @@ def _round_blocks(
     """Runs and rounds one transformer block after another, with as many images as have _VECTORS tokens."""
     tokens = block_inputs(reference, [batches[0][:1]])[0][0].shape[1]
     step = max(1, sum(map(len, batches)) * tokens // _VECTORS)
-    inputs, calls = block_inputs(reference, [batch[::step] for batch in batches])
+    inputs, calls = block_inputs(reference, _every(batches, step))
     for (name, block), call in track(list(zip(blocks(reference), calls, strict=True)), "GPTQ by blocks", "block"):
         with _observed(reference, layers[name], sum(map(len, inputs))) as moments:
             inputs = [call.run(block, each) for each in inputs]
         _round_layers(layers[name], moments, in_place)
+
+
+def _every(batches: Sequence[Tensor], step: int) -> list[Tensor]:
+    """Returns every ``step``-th image of all, in as many batches as have one."""
+    found, place = [], 0
+    for batch in batches:
+        found.append(batch[-place % step :: step])
+        place += len(batch)
+    return [some for some in found if len(some)]
 
 
 def _portions(layers: Mapping[str, QuantizedLayer]) -> Iterator[dict[str, QuantizedLayer]]:
@@ -234,4 +243,4 @@ def gptq(weight: Tensor, quantizer: WeightQuantizer, moments: Tensor) -> Tensor:
             error.copy_(left[channel] - result[channel]).div_(factor[channel, channel])
             left[channel:end].addr_(factor[channel, channel:end], error, alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return result[order.argsort()].T.to(weight.dtype).reshape(weight.shape)
+    return result[order.argsort()].T.to(weight.dtype).reshape(weight.shape).contiguous()

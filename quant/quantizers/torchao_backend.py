@@ -264,7 +264,7 @@ def _apply(network: nn.Module, config: AOBaseConfig, layers: set[str]) -> None:
 
 def _split(model: MaskedNetwork) -> MaskedNetwork:
     """Splits, in place, the one Linear that is called for a slice of its outputs: the last block's qkv."""
-    if isinstance(model, ILLaMA) and model.readout_only:
+    if isinstance(model, ILLaMA) and model.reads_class_token:
         _split_layer(model, f"blocks.{len(model.blocks) - 1}.attn.qkv")
     return model
 

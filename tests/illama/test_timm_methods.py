@@ -8,9 +8,11 @@ import torch
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import illama.models  # noqa: F401  (registers the networks)
+from illama.checkpoints.load import load_checkpoint, write_weights
 from illama.errors import UserError
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
+from illama.models.upernet import SegmentationConfig, UperNet
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -76,7 +78,8 @@ def test_intermediates_are_the_outputs_of_the_blocks(class_token):
 def test_pruned_networks_give_the_same_intermediates():
     model = create()
     exact = model.forward_intermediates(IMAGES, [0, 1], intermediates_only=True)
-    assert model.prune_intermediate_layers([0, 1], prune_norm=True) == [0, 1] and len(model.blocks) == 2
+    assert model.prune_intermediate_layers([0, 1], prune_norm=True) == [0, 1]
+    assert len(model.blocks) == model.config.depth == 2
     for found, expected in zip(model.forward_intermediates(IMAGES, intermediates_only=True), exact, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -96,15 +99,38 @@ def test_the_classifier_can_be_replaced():
     assert create(num_classes=0, global_pool="avg")(IMAGES).shape == (2, 32)
 
 
-def test_checkpointed_gradients_are_the_same():
-    gradients = []
+def segmentation_network():
+    pytest.importorskip("segmentation_models_pytorch")
+    config = SegmentationConfig(32, 8, width=32, depth=4, heads=2, num_classes=3, decoder_channels=8)
+    return UperNet(config, drop_path=0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: create(drop_path_rate=0.5, proj_drop_rate=0.2), segmentation_network])
+def test_checkpointed_gradients_are_the_same(make):
+    """The blocks run again in the backward pass, with the same random numbers."""
+    gradients, runs = [], []
     for enable in (False, True):
-        model = create().train()
+        torch.manual_seed(1)
+        model, count = make().train(), []
+        model.blocks[1].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         model.set_grad_checkpointing(enable)
+        torch.manual_seed(2)
         model(IMAGES).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
+        runs.append(len(count))
+    assert runs == [1, 2]
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
+
+
+def test_a_segmentation_network_has_no_head_for_tokens():
+    model = segmentation_network()
+    for call in (lambda: model.reset_classifier(3), lambda: model.prune_intermediate_layers([0])):
+        with pytest.raises(UserError, match="decoder"):
+            call()
+    assert len(model.blocks) == 4
+    with pytest.raises(UserError, match="global_pool"):
+        SegmentationConfig(global_pool="avg")
 
 
 def test_attributes():
@@ -112,11 +138,18 @@ def test_attributes():
     assert (model.num_features, model.embed_dim, model.head_hidden_size, model.in_chans) == (32, 32, 32, 3)
     assert model.patch_embed.grid_size == (4, 4) and model.patch_embed.num_patches == 16
     assert model.default_cfg["classifier"] == "head" and timm.data.resolve_data_config(model=model)["crop_pct"] == 0.875
-    for wrong, message in ({"img_size": (32, 48)}, "image_size"), ({"global_pool": "map"}, "global_pool"):
+    ours = timm.create_model("illama_nano", image_size=56, in_channels=2, width=64, heads=4, depth=1)
+    assert (ours.config.image_size, ours.config.in_channels, ours.config.width, ours.config.heads) == (56, 2, 64, 4)
+    for wrong, message in (
+        ({"img_size": (32, 48)}, "image_size"),
+        ({"global_pool": "map"}, "global_pool"),
+        ({"features_only": True, "feature_cls": "hook"}, "feature_cls"),
+    ):
         with pytest.raises(UserError, match=message):
             create(**wrong)
-    with pytest.raises(TypeError, match="window_size"):
-        create(window_size=7)
+    for wrong, message in ({"window_size": 7}, "window_size"), ({"image_size": 64}, "img_size"):
+        with pytest.raises(TypeError, match=message):
+            create(**wrong)
     meta = timm.create_model("illama_nano", device="meta", dtype=torch.bfloat16)
     assert {(each.device.type, each.dtype) for each in meta.parameters()} == {("meta", torch.bfloat16)}
 
@@ -132,6 +165,8 @@ def test_torchvision_extracts_features(mask, norm):
     for name, exact in ("middle", blocks[1]), ("last", blocks[3]):
         torch.testing.assert_close(torch.cat([found[name][:, -1:], found[name][:, :-1]], 1), exact)
     torch.testing.assert_close(found["logits"], model(IMAGES))
+    model.readout_only = True
+    torch.testing.assert_close(create_feature_extractor(model, {"blocks.3": "last"})(IMAGES)["last"], blocks[3][:, :1])
 
 
 @torch.no_grad()
@@ -144,3 +179,15 @@ def test_segmentation_models_pytorch_takes_it_as_an_encoder():
 def test_an_unpooled_network_has_no_classes():
     with pytest.raises(UserError, match="global_pool"):
         ILLaMA(ModelConfig(global_pool="", num_classes=3))
+
+
+@torch.no_grad()
+def test_the_pooling_of_a_file_is_its_own(tmp_path):
+    """Weights do not show it; a file without a config has the paper's."""
+    model = create(global_pool="avg")
+    write_weights(model.state_dict(), model.config, tmp_path / "model.safetensors")
+    loaded = load_checkpoint(tmp_path / "model.safetensors").model
+    torch.testing.assert_close(loaded(IMAGES), model(IMAGES))
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(UserError, match="global_pool"):
+        load_checkpoint(tmp_path / "model.pth", config=model.config)

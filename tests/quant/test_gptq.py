@@ -178,6 +178,7 @@ def test_a_network_rounded_block_by_block_has_the_same_weights(iterations, netwo
     parts = calibrate(network, plan, images)
     for (name, value), other in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+        assert value.is_contiguous() and other.is_contiguous()
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
@@ -186,6 +187,17 @@ def test_a_part_of_the_images_is_used_if_they_have_many_tokens(network, images, 
     monkeypatch.setattr(module, "_ENTRIES", 256 * 256)
     monkeypatch.setattr(module, "_VECTORS", 48 * 17)  # 16 patches and the class token: every second image
     half = calibrate(network, plan, images)
+    seen, reached = [], module.block_inputs
+
+    def note(model, batches):
+        seen.append(sum(map(len, batches)))
+        return reached(model, batches)
+
+    monkeypatch.setattr(module, "block_inputs", note)
+    for size in (1, 7, 32):
+        seen.clear()
+        calibrate(network, plan, torch.cat(images).split(size))
+        assert seen == [1, 48]
     exact, nearest = (
         _logits(network, images),
         calibrate(network, resolve(plan.scheme.rounding_to_nearest(), network), images),
