@@ -85,6 +85,12 @@ class CostOptions:
     out: Path = Path("results/ptq-cost")
 
     @property
+    def result(self) -> str:
+        """Name of the results files."""
+        name = "networks" if len(self.networks) > 1 else next(iter(self.networks))
+        return name + ("-fused" if self.fused else "")
+
+    @property
     def networks(self) -> dict[str, ModelConfig | Path]:
         """Name -> config, or path of the checkpoint."""
         if self.checkpoint is not None:
@@ -268,24 +274,22 @@ def main(options: CostOptions) -> None:
     if wrong := [name for name in options.schemes if shipped_scheme(name).backend != "onnx"]:
         raise UserError(f"scheme {wrong[0]} is not for ONNX: choose another one")
     with tempfile.TemporaryDirectory() as temporary:
-        folder, load = Path(temporary), os.getloadavg()[0]
+        folder = Path(temporary)
+        facts = {
+            "networks": list(options.networks),
+            "images": options.images,
+            "fused": options.fused,
+            "threads": options.threads,
+            "load_before": round(os.getloadavg()[0], 2),
+            "mark": MARK,
+        }
         prepare(options, folder)
         rows = []
         for name, network in options.networks.items():
             checkpoint = write_checkpoint(network, folder)
             for scheme in tqdm(options.schemes, name, unit="scheme", disable=None):
                 rows.append({"network": name, **measure_apart(options, scheme, checkpoint, folder)})
-    facts = {
-        "networks": list(options.networks),
-        "images": options.images,
-        "fused": options.fused,
-        "threads": options.threads,
-        "load_before": round(load, 2),
-        "mark": MARK,
-    }
-    name = "networks" if len(options.networks) > 1 else next(iter(options.networks))
-    name += "-fused" if options.fused else ""
-    write_results(options.out, name, {**facts, "rows": rows}, table(rows))
+                write_results(options.out, options.result, {**facts, "rows": rows}, table(rows))  # kept if stopped
 
 
 if __name__ == "__main__":
