@@ -86,7 +86,7 @@ def test_a_random_rotation_is_orthogonal_and_keeps_the_vector_of_ones_if_asked(s
     ],
 )
 def test_an_illama_computes_the_same(mask, form, changed):
-    model = randomized(ILLaMA(ModelConfig(**SHAPE, mask=mask, **changed)))
+    model = randomized(ILLaMA(ModelConfig(**{**SHAPE, "mask": mask, **changed})))
     model.set_attention_form(form)
     assert difference(model) < 1e-12
 
