@@ -29,7 +29,7 @@ _LEFT_OUT = "torchscript"
 
 
 @dataclass(frozen=True)
-class TestOptions:
+class Options:
     """Run timm's tests of models with this project's networks.
 
     Attributes:
@@ -43,8 +43,11 @@ class TestOptions:
     out: Path = Path("runs/timm-tests")
 
 
-def register_as_vision_transformers() -> None:
-    """Registers the networks as ``vit_illama_SIZE``, in a module with the name of timm's vision transformers."""
+def pytest_configure() -> None:
+    """Registers the networks as ``vit_illama_SIZE``, in a module with the name of timm's vision transformers.
+
+    pytest calls it, with this file as its plugin, before it reads the tests.
+    """
     module: Any = types.ModuleType(f"{__name__}.vision_transformer")
     sys.modules[module.__name__] = module
     module.default_cfgs = generate_default_cfgs({f"vit_illama_{size}": pretrained_config(size) for size in SIZES})
@@ -60,7 +63,7 @@ def register_as_vision_transformers() -> None:
         register(size)
 
 
-def source_package(options: TestOptions) -> Path:
+def source_package(options: Options) -> Path:
     """Returns the folder of timm's source package."""
     name = f"timm-{version('timm')}"
     archive = options.out / f"{name}.tar.gz"
@@ -76,7 +79,7 @@ def source_package(options: TestOptions) -> Path:
     return options.out / name
 
 
-def main(options: TestOptions) -> None:
+def main(options: Options) -> None:
     folder = source_package(options)
     chosen = " or ".join(f"vit_illama_{size}" for size in options.sizes)
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", Path(__file__).stem, "tests/test_models.py"]
@@ -89,6 +92,4 @@ def main(options: TestOptions) -> None:
 
 
 if __name__ == "__main__":
-    run_command(TestOptions, main)
-else:
-    register_as_vision_transformers()  # imported by pytest as a plugin
+    run_command(Options, main)

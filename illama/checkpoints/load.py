@@ -305,8 +305,7 @@ def _resize(stored: _Stored, image_size: int) -> _Stored:
     config = replace(stored.config, image_size=image_size)
     state = dict(stored.state)
     if POSITIONS in state:
-        side = image_size // config.patch_size
-        state[POSITIONS] = resize_positions(state[POSITIONS], side, config.class_token)
+        state[POSITIONS] = resize_positions(state[POSITIONS], config.side, config.class_token)
     preprocessing = stored.preprocessing and _resize_preprocessing(stored.preprocessing, image_size)
     return replace(stored, state=state, config=config, preprocessing=preprocessing)
 

@@ -215,8 +215,13 @@ class ModelConfig:
         return self.width // self.heads
 
     @property
+    def side(self) -> int:
+        """Number of patches along a side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
     def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
     @property
     def tokens(self) -> int:

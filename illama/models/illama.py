@@ -35,9 +35,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        side = config.image_size // config.patch_size
         self.img_size, self.patch_size = config.size, (config.patch_size, config.patch_size)  # timm's names
-        self.grid_size, self.num_patches = (side, side), config.patches
+        self.grid_size, self.num_patches = (config.side, config.side), config.patches
         self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.models.config import SIZES, ModelConfig
 from illama.models.illama import ILLaMA
@@ -17,17 +17,18 @@ _OUR_NAMES = {theirs: ours for ours, theirs in _TIMM_NAMES.items()}
 
 
 def pretrained_config(size: str) -> dict[str, Any]:
-    """Returns what timm knows of a model besides its network: the preprocessing is that of the released weights."""
+    """Returns what timm knows of a model besides its network, with :meth:`Preprocessing.imagenet`."""
     config = ModelConfig.preset(size)
+    images = Preprocessing.imagenet(config.image_size, config.in_channels)
     return {
         "num_classes": config.num_classes,
         "input_size": (config.in_channels, *config.size),
         "fixed_input_size": True,
         "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN[: config.in_channels],
-        "std": IMAGENET_DEFAULT_STD[: config.in_channels],
+        "crop_pct": config.image_size / images.resize if isinstance(images.resize, int) else 1.0,
+        "interpolation": images.interpolation,
+        "mean": images.mean,
+        "std": images.std,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }

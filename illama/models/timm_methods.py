@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from illama.models.attention import AttentionMask, MaskedNetwork
 from illama.models.config import ModelConfig, Pool
 
-_PREFIX = 1  # the class token, which timm's methods return first
-
 
 class TimmMethods(MaskedNetwork):
     """Base class of networks with one class token among the tokens of :meth:`embed`, and a mask.
@@ -34,7 +32,7 @@ class TimmMethods(MaskedNetwork):
     head: nn.Module
     head_drop: nn.Module
     grad_checkpointing = False
-    num_prefix_tokens = _PREFIX
+    num_prefix_tokens = 1  # the class token
 
     def embed(self, images: Tensor) -> Tensor:
         """Returns the input of the first block, (B, N, width)."""
@@ -87,7 +85,7 @@ class TimmMethods(MaskedNetwork):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Maps tokens of :meth:`forward_features` to what ``forward`` returns, or to the input of the head."""
-        x = self.head_drop(global_pool_nlc(x, self.config.global_pool, num_prefix_tokens=_PREFIX))
+        x = self.head_drop(global_pool_nlc(x, self.config.global_pool, num_prefix_tokens=self.num_prefix_tokens))
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -117,15 +115,18 @@ class TimmMethods(MaskedNetwork):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be NCHW or NLC, not {output_fmt!r}")
         taken, last = feature_take_indices(len(self.blocks), indices)
-        mask, tokens, found = self.attention_mask(self.config.mask, self.causal), self.embed(x), list[Any]()
+        side, found = self.config.side, list[Any]()
+        mask, tokens = self.attention_mask(self.config.mask, self.causal), self.embed(x)
         for index, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             tokens = self.run_block(block, tokens, mask)
             if index in taken:
-                ordered = self._in_timm_order(self.norm(tokens) if norm else tokens)
-                patches = ordered[:, _PREFIX:]
-                taken_map = patches if output_fmt == "NLC" else _to_map(patches, self.config)
-                found.append((taken_map, ordered[:, :_PREFIX]) if return_prefix_tokens else taken_map)
-        return found if intermediates_only else (self.norm(self._in_timm_order(tokens)), found)
+                token, patches = self._split(tokens)
+                if norm:
+                    token, patches = self.norm(token), self.norm(patches)
+                if output_fmt == "NCHW":
+                    patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).contiguous()
+                found.append((patches, token) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self.norm(torch.cat(self._split(tokens), dim=1)), found)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -153,12 +154,7 @@ class TimmMethods(MaskedNetwork):
             x, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True
         )
 
-    def _in_timm_order(self, x: Tensor) -> Tensor:
-        patches = self.config.patches
-        return x if self.config.class_token == "first" else torch.cat([x[:, patches:], x[:, :patches]], dim=1)
-
-
-def _to_map(patches: Tensor, config: ModelConfig) -> Tensor:
-    """(B, patches, width) -> (B, width, h, w)."""
-    side = config.image_size // config.patch_size
-    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).contiguous()
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the class token, (B, 1, width), and the patches, (B, patches, width), of all tokens."""
+        place, first = self.config.class_index, int(self.config.class_token == "first")
+        return x[:, place : place + 1], x[:, first : first + self.config.patches]

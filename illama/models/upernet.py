@@ -58,11 +58,6 @@ class SegmentationConfig(ModelConfig):
             raise UserError("segmentation pools nothing: leave out global_pool")
 
     @property
-    def side(self) -> int:
-        """Number of patches along a side of the image."""
-        return self.image_size // self.patch_size
-
-    @property
     def taps(self) -> tuple[int, ...]:
         """Indices of the blocks whose outputs go to the decoder."""
         return tuple(self.depth * (level + 1) // LEVELS - 1 for level in range(LEVELS))
@@ -99,15 +94,11 @@ class UperNet(ILLaMA):
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Returns four feature maps (B, width, h, w) at 4, 2, 1 and 1/2 times the resolution of the patches."""
-        config, x = self.config, self.embed(images)
-        mask = self.attention_mask(config.mask, self.causal)
-        start = 0 if config.class_token == "last" else 1
-        maps: list[Tensor] = []
-        for index, block in enumerate(self.blocks):
-            x = self.run_block(block, x, mask)
-            if index in config.taps:
-                grid = self.norm(x[:, start : start + config.patches]).unflatten(1, (config.side, config.side))
-                maps.append(self.neck[len(maps)](grid).permute(0, 3, 1, 2))
+        found = self.forward_intermediates(
+            images, list(self.config.taps), norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        grids = [patches.unflatten(1, self.patch_embed.grid_size) for patches in found]
+        maps = [part(grid).permute(0, 3, 1, 2) for part, grid in zip(self.neck, grids, strict=True)]
         return [*maps[:-1], F.max_pool2d(maps[-1], 2)]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -78,7 +78,7 @@ def calibrate(
     reference.to(device)
     quantized = quantize_layers(reference, tensors, observe(reference, tensors, batches)).to(device)
     if scheme.gptq:
-        round_weights(reference, quantized, batches, keep_reference=scheme.reconstruction_iterations > 0)
+        round_weights(reference, quantized, batches, in_place=not scheme.reconstruction_iterations)
     if scheme.reconstruction_iterations:  # rounds weights in place, which both networks share, block after block
         reconstruct(reference, quantized, batches, scheme.reconstruction_iterations)
     del reference

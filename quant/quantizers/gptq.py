@@ -75,7 +75,7 @@ class _InputMoments:
 
 @torch.no_grad()
 def round_weights(
-    reference: nn.Module, quantized: nn.Module, batches: Sequence[Tensor], keep_reference: bool = True
+    reference: nn.Module, quantized: nn.Module, batches: Sequence[Tensor], in_place: bool = False
 ) -> None:
     """Rounds the quantized weights of ``quantized`` by GPTQ, and corrects the bias for the errors that are left.
 
@@ -87,8 +87,8 @@ def round_weights(
         quantized: a copy of it from :func:`quant.quantizers.calibrate.quantize_layers`. Its layers get weights that
             rounding to nearest leaves as they are.
         batches: images (B, C, H, W).
-        keep_reference: if False, the blocks of a large network are rounded in place, in the weights that both networks
-            share, which saves a copy of them.
+        in_place: round the blocks of a large network in the weights that both networks share, which saves a copy of
+            them. ``reference`` is then of no use.
     """
     layers = _layers(quantized)
     by_block = {} if _fit_together(layers) else _by_block(reference, layers)
@@ -99,7 +99,7 @@ def round_weights(
                 reference(batch)
         _round_layers(portion, moments)
     if by_block:
-        _round_blocks(reference, by_block, batches, in_place=not keep_reference)
+        _round_blocks(reference, by_block, batches, in_place)
 
 
 def _layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -127,7 +127,7 @@ def _by_block(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict[st
 def _round_blocks(
     reference: nn.Module, layers: Mapping[str, Mapping[str, QuantizedLayer]], batches: Sequence[Tensor], in_place: bool
 ) -> None:
-    """Runs and rounds one transformer block after another, with as many images as have _VECTORS tokens."""
+    """Runs and rounds one transformer block after another, with images of about _VECTORS tokens in all."""
     tokens = block_inputs(reference, [batches[0][:1]])[0][0].shape[1]
     step = max(1, sum(map(len, batches)) * tokens // _VECTORS)
     inputs, calls = block_inputs(reference, _every(batches, step))
@@ -138,7 +138,7 @@ def _round_blocks(
 
 
 def _every(batches: Sequence[Tensor], step: int) -> list[Tensor]:
-    """Returns every ``step``-th image of all, in as many batches as have one."""
+    """Returns every ``step``-th image, counted over all batches; batches without one are left out."""
     found, place = [], 0
     for batch in batches:
         found.append(batch[-place % step :: step])
