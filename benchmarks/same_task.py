@@ -1,10 +1,10 @@
 """The same task in this toolkit and others: an INT8 ONNX file of a timm ViT, with pictures of one's own.
 
     cd runs/same-task/venvs
-    python -m venv modelopt && modelopt/bin/pip install 'nvidia-modelopt[onnx]' timm
-    python -m venv nncf && nncf/bin/pip install nncf onnx timm torch openvino
-    python -m venv olive && olive/bin/pip install olive-ai onnxruntime timm torchvision
-    python -m venv ultralytics && ultralytics/bin/pip install ultralytics nncf
+    python -m venv modelopt && modelopt/bin/pip install 'nvidia-modelopt[onnx]' requests huggingface-hub timm
+    python -m venv nncf && nncf/bin/pip install nncf onnx onnxruntime timm torch openvino
+    python -m venv olive && olive/bin/pip install olive-ai requests onnxruntime timm torchvision
+    python -m venv ultralytics && ultralytics/bin/pip install ultralytics nncf onnx onnxruntime onnxslim
     cd -; python benchmarks/same_task.py
 
 Every tool runs as its documentation shows, in an environment of its own, by the commands of ``TOOLS`` and the scripts
