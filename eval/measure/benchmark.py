@@ -26,7 +26,6 @@ from eval.measure.sensors import find_gpu, open_meter
 from eval.measure.targets import BenchmarkTarget, choose_reference
 from eval.metrics.calibration import fit_temperatures
 from eval.metrics.measured import measure
-from eval.metrics.nearest_neighbors import NearestNeighbors
 from eval.metrics.paired import NO_DROP, drop_between
 from eval.metrics.predictions import Evaluated, NotFinite, Predictions
 from eval.report.pareto import decide
@@ -38,6 +37,7 @@ from illama.errors import UserError
 from illama.hardware import describe_machine, usable_cores
 from illama.inference import Infer, load_images
 from illama.manifest import Manifest, NumericRange
+from illama.nearest_neighbors import NearestNeighbors
 from illama.options import BenchmarkOptions
 from illama.training.distributed import ALONE, Processes
 

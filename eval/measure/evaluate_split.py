@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from eval.metrics.nearest_neighbors import Classifier
 from eval.metrics.predictions import Evaluated, NotFinite, Predictions, count_not_finite
 from illama.atomic_write import write_file
 from illama.checkpoints.tensor_files import read_tensors
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
+from illama.nearest_neighbors import Classifier
 from illama.partial_work import claim
 from illama.progress import Activity
 from illama.training.distributed import ALONE, Processes

@@ -9,10 +9,10 @@ from typing import cast
 from torch.utils.data import Dataset, Subset
 
 from eval.measure.open_bundles import open_fitting_data
-from eval.metrics.nearest_neighbors import Classifier
 from illama.data.datasets import ImageData, Sample, calibration_count, evenly_spaced
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest
+from illama.nearest_neighbors import Classifier
 
 
 @dataclass(frozen=True)

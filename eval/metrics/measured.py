@@ -23,7 +23,7 @@ class Measured:
         labeled: whether the images have labels; if not, the classes that the reference predicts take their place.
         change: changes from the reference model's predictions; None for the reference itself.
         features: whether the output is features, which are classified by their nearest neighbors
-            (:mod:`eval.metrics.nearest_neighbors`).
+            (:mod:`illama.nearest_neighbors`).
         sqnr: SQNR of the output against the reference's, in dB; None for the reference, and for equal outputs.
         cosine: mean cosine similarity with the reference's output; None without a reference.
         reliability: calibration of the probabilities as they are; None without labels, and for features.

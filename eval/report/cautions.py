@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eval.metrics.measured import NN_AGREEMENT
-from eval.metrics.nearest_neighbors import NEIGHBORS
 from eval.report.schema import Report, Row
 from illama.inference import chance_note
+from illama.nearest_neighbors import NEIGHBORS
 
 _VOTE = (
     f"k-NN top-1 is the accuracy of a vote of the {NEIGHBORS} most similar of {{}} calibration images. It tells files "

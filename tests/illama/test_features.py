@@ -22,7 +22,6 @@ from deploy.serving.repository import create_known_answer, write_repository
 from deploy.serving.serving_options import ServingOptions
 from deploy.trt.library import find_library
 from deploy.trt.record import EngineRecord, find_engines
-from eval.metrics.nearest_neighbors import NearestNeighbors, unit_features
 from illama import ILLaMA, ModelConfig
 from illama.bundle import SHIPPED
 from illama.checkpoints.load import load_checkpoint
@@ -31,6 +30,7 @@ from illama.errors import UserError
 from illama.inference import load_images
 from illama.manifest import Manifest
 from illama.models.timm_vit import to_causal, to_quantizable
+from illama.nearest_neighbors import NearestNeighbors, unit_features
 from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
 from quant.inputs import open_inputs
