@@ -39,17 +39,26 @@ class NearestNeighbors:
             return cls(found[""], labels, len(data.classes))
         return cls(found[""], np.arange(len(labels)), len(labels))
 
+    def similarities(self, features: np.ndarray) -> np.ndarray:
+        """Returns cosine / 0.07 of features (n, ...) with those of the m images, (n, m) float64."""
+        return (unit_features(features) @ self.gallery.T).astype(np.float64) / TEMPERATURE
+
     def logits(self, features: np.ndarray) -> np.ndarray:
         """Returns the logarithm of each class's votes, for features (n, ...): (n, classes) float64."""
-        similar = (unit_features(features) @ self.gallery.T).astype(np.float64)
+        similar = self.similarities(features)
         nearest = np.argsort(-similar, axis=1, kind="stable")[:, :NEIGHBORS]
         votes = np.full((len(features), self.count), np.exp(-3 / TEMPERATURE))  # less than any neighbor's
         rows = np.arange(len(features))[:, None]
-        np.add.at(votes, (rows, self.classes[nearest]), np.exp((similar[rows, nearest] - 1) / TEMPERATURE))
+        np.add.at(votes, (rows, self.classes[nearest]), np.exp(similar[rows, nearest] - 1 / TEMPERATURE))
         return np.log(votes)
 
 
 Classifier = Callable[[np.ndarray], np.ndarray]  # a network's output (n, ...) -> logits (n, classes)
+
+
+def as_it_is(logits: np.ndarray) -> np.ndarray:
+    """The :data:`Classifier` of a network whose output is logits."""
+    return logits
 
 
 def unit_features(features: np.ndarray) -> np.ndarray:

@@ -21,8 +21,9 @@ from illama.data.datasets import ImageData, Sample, Transformed, calibration_cou
 from illama.data.preprocessing import Preprocessing, box_of
 from illama.errors import UserError
 from illama.hardware import torch_device
-from illama.inference import images_per_call, load_images
+from illama.inference import images_per_call, load_images, torch_infer
 from illama.models.attention import MaskedNetwork
+from illama.nearest_neighbors import Classifier, NearestNeighbors, as_it_is
 from illama.options import Head, SourceOptions
 from quant.quantizers.rotation import prepare
 from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
@@ -51,6 +52,24 @@ class Inputs:
         """Calibration images in batches (B, C, H, W)."""
         images, _ = load_images(self.data.calibration(self.calibration_images), self.preprocessing.transform())
         return split_images(torch.from_numpy(images))
+
+    @cached_property
+    def neighbors(self) -> NearestNeighbors | None:
+        """The calibration images with the network's features, which classify others; None for a classifier."""
+        if not self.model.config.features:
+            return None
+        infer, transform = torch_infer(self.model), self.preprocessing.transform()
+        return NearestNeighbors.of(infer, self.data, transform, self.calibration_images)
+
+    @property
+    def classifier(self) -> Classifier:
+        """Computes logits from the network's output."""
+        return self.neighbors.logits if self.neighbors else as_it_is
+
+    @property
+    def metric(self) -> str:
+        """What the accuracy of :attr:`classifier` is called."""
+        return "k-NN top-1" if self.model.config.features else "top-1"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -100,7 +119,7 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
     Raises:
         UserError: one cannot be opened, or their classes differ.
     """
-    checkpoint, data, device = options.checkpoint, options.data, torch_device(options.device)
+    data, device = options.data, torch_device(options.device)
     loaded = _open_checkpoint(options)
     stored, config = loaded.preprocessing, loaded.model.config
     images = open_data(
@@ -112,8 +131,6 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
         if needs_labels:
             raise unlabeled(data)
         images.classes = loaded.classes or tuple(map(str, range(config.num_classes)))
-    if config.features and needs_labels:
-        raise UserError(f"{checkpoint} computes features with --head {options.head}, and this command needs classes")
     if config.num_classes:
         _check_classes(loaded, images.classes, options)
     fitting = stored or images.preprocessing(config.size[0], config.in_channels)

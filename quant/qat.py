@@ -44,7 +44,7 @@ def main(options: QatOptions) -> None:
     assert scores is not None  # write_qat_bundle evaluates
     top1 = scores.values
     print(
-        f"top-1 of {scores.images} test images: FP32 {top1['fp32']:.2f}%, post-training quantization "
+        f"{job.inputs.metric} of {scores.images} test images: FP32 {top1['fp32']:.2f}%, post-training quantization "
         f"{top1['ptq']:.2f}%, quantization-aware training {top1['qat']:.2f}%, exported file "
         f"{top1.get('torchao', top1.get('onnx')):.2f}%; bundle in {os.path.relpath(bundle)}"
     )

@@ -26,7 +26,7 @@ from illama.atomic_write import write_file
 from illama.checkpoints.tensor_files import read_tensors
 from illama.errors import UserError
 from illama.inference import Infer, predict_chunks
-from illama.nearest_neighbors import Classifier
+from illama.nearest_neighbors import Classifier, as_it_is
 from illama.partial_work import claim
 from illama.progress import Activity
 from illama.training.distributed import ALONE, Processes
@@ -52,7 +52,7 @@ class Evaluation:
         restart: discard another evaluation in ``work``.
         reference: model whose outputs the others' are compared with; None for no comparison.
         labeled: whether the images have labels; if not, the classes that ``reference`` predicts take their place.
-        classifier: computes logits from outputs that are features; None if the outputs are logits.
+        classifier: computes logits from the outputs, if they are features.
     """
 
     work: Path | None = None
@@ -65,7 +65,7 @@ class Evaluation:
     restart: bool = False
     reference: str | None = None
     labeled: bool = True
-    classifier: Classifier | None = None
+    classifier: Classifier = as_it_is
 
 
 def evaluate(
@@ -131,15 +131,14 @@ def _reduce(
     """Returns each model's predictions for a chunk; UserError if logits do not fit the labels."""
     reduced: dict[str, Evaluated | NotFinite] = {}
     exact = outputs[how.reference].reshape(len(labels), -1).astype(np.float64) if how.reference else None
-    classifier: Classifier = how.classifier or (lambda logits: logits)
     if how.reference and not how.labeled:
-        labels = classifier(outputs[how.reference]).argmax(1)
+        labels = how.classifier(outputs[how.reference]).argmax(1)
     for name, output in outputs.items():
         if (failed := count_not_finite(output)) is not None:
             reduced[name] = failed
             continue
         try:
-            values = classifier(output)
+            values = how.classifier(output)
             scaled = Predictions.of(values, labels, temperatures[name]) if name in temperatures else None
             plain = Predictions.of(values, labels)
             reduced[name] = Evaluated(plain, scaled, None if exact is None else _powers(exact, output))

@@ -12,7 +12,7 @@ from eval.measure.open_bundles import open_fitting_data
 from illama.data.datasets import ImageData, Sample, calibration_count, evenly_spaced
 from illama.data.preprocessing import Preprocessing
 from illama.manifest import Manifest
-from illama.nearest_neighbors import Classifier
+from illama.nearest_neighbors import Classifier, as_it_is
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EvaluationImages:
     calibration: int = 512
     indices: Sequence[int] | None = None
     features: bool = False
-    classifier: Classifier | None = None
+    classifier: Classifier = as_it_is
 
     @classmethod
     def open(cls, name: str, manifest: Manifest, images: int | None, calibration: int | None) -> EvaluationImages:

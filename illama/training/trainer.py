@@ -28,6 +28,7 @@ from illama.errors import UserError
 from illama.inference import predict, torch_infer
 from illama.manifest import Metric
 from illama.models.attention import MaskedNetwork
+from illama.nearest_neighbors import Classifier, as_it_is
 from illama.progress import Activity
 from illama.randomness import isolated_randomness
 from illama.structured_files import parse_json
@@ -75,6 +76,7 @@ class Task:
         inputs: path of each file of the initial weights -> its SHA-256.
         loss: loss function.
         groups: function that returns the optimizer's parameter groups.
+        classifier: computes the logits of the evaluation from the network's output, if it is features.
     """
 
     data: ImageData
@@ -82,6 +84,7 @@ class Task:
     inputs: Mapping[str, str] = field(default_factory=dict)
     loss: Loss = label_loss
     groups: Groups = parameter_groups
+    classifier: Classifier = as_it_is
 
 
 @dataclass
@@ -334,12 +337,13 @@ def evaluate(run: Run, split: Dataset[Sample]) -> float:
     model = run.kept.eval()
     model.soft_mask = 0.0
     own, counted = run.processes.share(len(cast(Sized, split)))
-    logits, labels = predict(
+    outputs, labels = predict(
         {"kept": torch_infer(model)},
         Subset(split, own),
         run.task.preprocessing.transform(),
         workers=run.recipe.workers,
         progress=run.processes.main,
     )
-    right, seen = run.processes.sum(float((logits["kept"].argmax(1) == labels)[:counted].sum()), counted)
+    classes = run.task.classifier(outputs["kept"]).argmax(1)
+    right, seen = run.processes.sum(float((classes == labels)[:counted].sum()), counted)
     return 100 * right / seen

@@ -1,4 +1,7 @@
-"""The effect of quantizing each layer: SQNR of the logits, KL divergence of the output distribution, accuracy drop.
+"""The effect of quantizing each layer: SQNR of the output, KL divergence of the output distribution, accuracy drop.
+
+The distribution of a network whose output is features is over the calibration images, by similarity, and its accuracy
+is that of their nearest neighbors.
 
 A layer is a Linear or the patch convolution with its weight and its input, or one product of attention with both
 operands: ``blocks.0.attn.core.qk`` with q and k, ``blocks.0.attn.core.pv`` with p and v.
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from illama.errors import UserError
 from illama.graph.layer_times import PRODUCTS
 from illama.models.attention import MaskedNetwork
+from illama.nearest_neighbors import NearestNeighbors
 from illama.progress import track
 from quant.quantizers.blocks import blocks
 from quant.quantizers.layers import WeightQuantizer, quantizers
@@ -41,10 +45,10 @@ def layers_of(tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of quantized tensors on a network's logits.
+    """The effect of quantized tensors on a network's output, logits or features.
 
     Attributes:
-        sqnr_db: power of the float logits over that of the change, in dB; infinite for no change.
+        sqnr_db: power of the float output over that of the change, in dB; infinite for no change.
         kl: mean Kullback-Leibler divergence of the output distribution from the float network's, in nats.
         lost, gained: number of images that only the float network classifies correctly, and only the other network.
         images: number of all images.
@@ -75,20 +79,30 @@ class Effect:
 
 
 class Tally:
-    """Accumulates an :class:`Effect` over batches."""
+    """Accumulates an :class:`Effect` over batches.
 
-    def __init__(self) -> None:
+    Args:
+        neighbors: classifies the outputs if they are features. The distribution is then that over its images.
+    """
+
+    def __init__(self, neighbors: NearestNeighbors | None = None) -> None:
+        self._neighbors = neighbors
         self._signal = self._noise = self._kl = 0.0
         self._lost = self._gained = self._images = self._right = 0
 
     def add(self, reference: Tensor, other: Tensor, labels: Tensor) -> None:
-        """Adds logits (n, classes) of the float network and of the other network, and labels (n,)."""
+        """Adds outputs (n, ...) of the float network and of the other network, and labels (n,)."""
         exact, noisy = reference.double(), other.double()
         self._signal += float(exact.square().sum())
         self._noise += float((noisy - exact).square().sum())
-        log_p, log_q = exact.log_softmax(1), noisy.log_softmax(1)
+        scores = logits = [exact, noisy]
+        if self._neighbors is not None:
+            features = exact.numpy(), noisy.numpy()
+            scores = [torch.from_numpy(self._neighbors.similarities(each)) for each in features]
+            logits = [torch.from_numpy(self._neighbors.logits(each)) for each in features]
+        log_p, log_q = (each.log_softmax(1) for each in scores)
         self._kl += float((log_p.exp() * (log_p - log_q)).sum())
-        right, right_too = exact.argmax(1) == labels, noisy.argmax(1) == labels
+        right, right_too = (each.argmax(1) == labels for each in logits)
         self._lost += int((right & ~right_too).sum())
         self._gained += int((right_too & ~right).sum())
         self._images += len(labels)
@@ -97,7 +111,7 @@ class Tally:
     def effect(self) -> Effect:
         """Returns the effect over all batches; UserError if a network gave NaN or infinity."""
         if not math.isfinite(self._kl):
-            raise UserError("NaN or infinite logits of a quantized network: check the checkpoint and the scheme")
+            raise UserError("NaN or infinite output of a quantized network: check the checkpoint and the scheme")
         return Effect(
             decibels(self._signal, self._noise),
             max(0.0, self._kl / self._images),
@@ -117,7 +131,10 @@ def decibels(signal: float, noise: float) -> float:
 
 @torch.inference_mode()
 def measure(
-    model: MaskedNetwork, subsets: Mapping[str, Collection[str]], batches: Iterable[tuple[Tensor, Tensor]]
+    model: MaskedNetwork,
+    subsets: Mapping[str, Collection[str]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    neighbors: NearestNeighbors | None = None,
 ) -> dict[str, Effect]:
     """Returns the effect of each subset of quantized tensors, with all others in floating point.
 
@@ -128,10 +145,11 @@ def measure(
         model: calibrated by a scheme without block reconstruction, which changes the weights.
         subsets: name -> tensors to quantize, with the names of :func:`quant.quantizers.layers.quantizers`.
         batches: images (B, C, H, W) and labels (B,); iterated once.
+        neighbors: see :class:`Tally`.
     """
     acting = dict(quantizers(model))
     starts = {name: _first_block(model, tensors) for name, tensors in subsets.items()}
-    tallies = {name: Tally() for name in subsets}
+    tallies = {name: Tally(neighbors) for name in subsets}
     try:
         for images, labels in batches:
             _enable(acting, ())
@@ -146,10 +164,15 @@ def measure(
 
 
 @torch.inference_mode()
-def compare_logits(reference: nn.Module, other: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Effect:
+def compare_outputs(
+    reference: nn.Module,
+    other: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    neighbors: NearestNeighbors | None = None,
+) -> Effect:
     """Returns the effect of ``other`` against ``reference`` over images (B, C, H, W) and labels (B,)."""
-    tally = Tally()
-    for images, labels in track(batches, "compare the logits", "batch"):
+    tally = Tally(neighbors)
+    for images, labels in track(batches, "compare the outputs", "batch"):
         tally.add(reference(images), other(images), labels)
     return tally.effect()
 

@@ -16,7 +16,7 @@ from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs
 from quant.mixed_precision.budget import Budget
 from quant.mixed_precision.knapsack import assign, total
-from quant.mixed_precision.layer_effects import Effect, compare_logits
+from quant.mixed_precision.layer_effects import Effect, compare_outputs
 from quant.mixed_precision.search_space import SearchSpace, assignment_scheme
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import resolve
@@ -131,7 +131,7 @@ class Planner:
         scheme = assignment_scheme(self.space, plan.chosen, self.iterations, "")
         inputs = self.inputs
         quantized = calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration, inputs.device)
-        plan.effect = compare_logits(self.inputs.plain_model(), quantized, self.images)
+        plan.effect = compare_outputs(inputs.plain_model(), quantized, self.images, inputs.neighbors)
         export_onnx(quantized, path, "plain")
         plan.measured = {
             "drop": plan.effect.drop,

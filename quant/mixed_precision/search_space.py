@@ -148,7 +148,8 @@ class SearchSpaceBuilder:
     def _measure_effects(self, name: str, quantized: MaskedNetwork) -> None:
         own = {layer: tuple(self._specs(layer, name)) for layer, names in self.distinct.items() if name in names}
         subsets = {**own, _ALL: tuple(self.plans[name].tensors)}
-        found = measure(quantized, subsets, track(self.images, f"measure {name}", "batch"))
+        images = track(self.images, f"measure {name}", "batch")
+        found = measure(quantized, subsets, images, self.inputs.neighbors)
         self.whole[name] = found.pop(_ALL)
         self.effects.update({(layer, name): effect for layer, effect in found.items()})
 

@@ -43,11 +43,13 @@ def measure_sensitivity(inputs: Inputs, scheme: Scheme, batches: Iterable[tuple[
     if not layers:
         raise UserError(f"scheme {scheme.name} quantizes no tensor: there is nothing to measure")
     everything = [tensor for tensors in layers.values() for tensor in tensors]
-    effects = measure(quantized, {**layers, _ALL: everything}, track(batches, "quantize one layer at a time", "batch"))
+    shown = track(batches, "quantize one layer at a time", "batch")
+    effects = measure(quantized, {**layers, _ALL: everything}, shown, inputs.neighbors)
     with Activity("round one tensor at a time"):
         tensors = tensor_sqnr(inputs.float_model(scheme), quantized, torch.cat(inputs.calibration)[:_TENSOR_IMAGES])
     return {
         "classes": len(inputs.data.classes),
+        "metric": inputs.metric,
         "all": _record(effects.pop(_ALL)),
         "layers": [
             {"layer": layer, "block": block_number(layer), "kind": kind_of(layer), **_record(effect)}
@@ -90,7 +92,9 @@ def sensitivity_table(result: dict[str, Any]) -> str:
         )
         for row in [*sorted(result["layers"], key=lambda row: -row["kl"]), {"layer": _ALL, **result["all"]}]
     ]
-    headings = ("quantized alone", f"logits SQNR dB, {result['scheme']}", "KL nats", "top-1 lost", "of them")
+    metric, scheme = result["metric"], result["scheme"]
+    output = "logits" if metric == "top-1" else "features"
+    headings = ("quantized alone", f"{output} SQNR dB, {scheme}", "KL nats", f"{metric} lost", "of them")
     hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
     tensors = ", ".join(f"{name} {value:.1f} dB" for value, name in hardest)
     note = chance_note("the float network", result["all"]["right"] / result["all"]["images"] * 100, result["classes"])

@@ -24,8 +24,9 @@ class Distillation:
 
     share * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - share) * cross entropy with the labels
 
-    T^2 gives the gradients of both parts the same magnitude (section 2 of the paper). Both networks get the same
-    augmented and mixed images. The teacher always uses the hard mask, which is also the student's at the end.
+    T^2 gives the gradients of both parts the same magnitude (section 2 of the paper). If the output is features, the
+    loss is the power of their difference divided by that of the teacher's: the inverse of their SQNR. Both networks get
+    the same augmented and mixed images. The teacher always uses the hard mask, which is also the student's at the end.
 
     Args:
         teacher: floating-point network; it is copied, and not trained.
@@ -39,14 +40,17 @@ class Distillation:
         network = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
         network.soft_mask = 0.0
         self.teacher = torch.compile(network) if recipe.compile else network
+        self.features = bool(teacher.config.features)
         self.temperature, self.share = temperature, share
         dtype = getattr(torch, recipe.dtype_on(device.type))
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def __call__(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """Images (B, C, H, W), logits and targets (B, classes) -> a scalar."""
+        """Images (B, C, H, W), output (B, ...) and targets (B, classes) -> a scalar."""
         with torch.no_grad(), self.autocast:
             expected = self.teacher(images).float()
+        if self.features:
+            return (logits - expected).square().sum() / expected.square().sum()
         student, teacher = ((x / self.temperature).log_softmax(1) for x in (logits, expected))
         soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
         return self.share * soft + (1 - self.share) * F.cross_entropy(logits, targets)

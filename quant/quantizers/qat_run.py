@@ -100,12 +100,15 @@ def open_job(options: QatOptions) -> QatJob:
     """Loads and checks all inputs before any work is done.
 
     Raises:
-        UserError: the checkpoint, the scheme and the data do not fit each other, or one cannot be read.
+        UserError: the checkpoint, the scheme and the data do not fit each other, or one cannot be read; or features,
+            which no label fits, are to be trained on labels.
     """
     if not options.data:
         raise UserError("no training images: give --data (see --help)")
     scheme = scheme_from_name_or_file(options.scheme)
     inputs = open_inputs(options.source)
+    if inputs.model.config.features and options.distillation != 1:
+        raise UserError("features are trained by distillation alone: give --distillation 1")
     plan = plan_quantization(inputs.model, scheme)
     inputs.data.training()  # raises without training images, before minutes of calibration
     files = {options.scheme: sha256(Path(options.scheme))} if Path(options.scheme).suffix else {}
@@ -123,8 +126,8 @@ def start_run(job: QatJob, group: Processes) -> Run:
     quantized = job.quantize(as_it_is) if interrupted else copy.deepcopy(job.untrained)
     make_scales_parameters(quantized)
     loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
-    inputs = job.origin.provenance.inputs
-    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, scale_groups(options.scale_rate))
+    inputs, groups = job.origin.provenance.inputs, scale_groups(options.scale_rate)
+    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, groups, job.inputs.classifier)
     return Run(options, task, quantized, group)
 
 
@@ -164,7 +167,8 @@ def _evaluate(job: QatJob, trained: MaskedNetwork, folder: Path, open_onnx: Open
     models |= {name: open_onnx(path) for name, path in files.items() if path.exists()}
     if (folder / TORCHAO).exists():
         models["torchao"] = torch_infer(load_torchao(folder, copy.deepcopy(job.trained)))
-    logits, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
+    outputs, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
+    logits = {name: job.inputs.classifier(values) for name, values in outputs.items()}
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
     drops = {name: drop(correct["fp32"], correct[name], job.options.seed) for name in correct if name != "fp32"}
     values = {name: top1(found, labels) for name, found in logits.items()}

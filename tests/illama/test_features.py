@@ -12,6 +12,10 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy.spatial.distance import cdist
+from scipy.special import softmax
+from scipy.stats import entropy
+from support import assert_one_line_error
 from timm.models.vision_transformer import VisionTransformer
 from timm_networks import NAMED, build, images_for, saved
 
@@ -34,6 +38,7 @@ from illama.nearest_neighbors import NearestNeighbors, unit_features
 from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
 from quant.inputs import open_inputs
+from quant.mixed_precision.layer_effects import Tally
 from quant.quantizers.rotation import rotate
 from quant.schemes.scheme import Rotations, resolve, shipped_scheme
 from quant.schemes.shipped import SHIPPED_SCHEMES
@@ -107,8 +112,6 @@ def test_what_a_file_cannot_compute_is_refused(tmp_path):
         load_timm("deit_tiny_distilled_patch16_224", tmp_path / "distilled.pth", head="tokens")
     with pytest.raises(UserError, match="--head none"):
         open_inputs(SourceOptions(head="embedding"), needs_labels=False)
-    with pytest.raises(UserError, match="classes"):
-        open_inputs(SourceOptions(head="none"))
 
 
 @pytest.mark.parametrize("head", ["none", "tokens"])
@@ -155,6 +158,23 @@ def test_nearest_neighbors_vote_by_similarity():
         assert set(np.argsort(row)[: 4 - len(voted)]) == set(range(4)) - set(voted)
     scaled = NearestNeighbors(unit_features(gallery), labels, 4).logits(features * 3)
     np.testing.assert_allclose(scaled, logits, rtol=1e-5)
+
+
+def test_the_effect_on_features_agrees_with_its_definition():
+    """Against scipy's softmax over cosines, and the nearest neighbors' classes."""
+    random = np.random.default_rng(1)
+    neighbors = NearestNeighbors(unit_features(random.normal(size=(40, 7))), random.integers(0, 3, 40), 3)
+    exact, labels = random.normal(size=(30, 7)), random.integers(0, 3, 30)
+    noisy, tally = exact + 0.3 * random.normal(size=(30, 7)), Tally(neighbors)
+    for part in (slice(0, 10), slice(10, 30)):
+        tally.add(*map(torch.from_numpy, (exact[part], noisy[part], labels[part])))
+    p, q = (softmax(cdist(each, neighbors.gallery, "cosine") / -0.07, axis=1) for each in (exact, noisy))
+    right, right_too = (neighbors.logits(each).argmax(1) == labels for each in (exact, noisy))
+    effect = tally.effect()
+    assert effect.kl == pytest.approx(entropy(p, q, axis=1).mean(), rel=1e-5) and effect.kl > 0.1
+    assert effect.sqnr_db == pytest.approx(10 * np.log10((exact**2).sum() / ((noisy - exact) ** 2).sum()))
+    assert (effect.lost, effect.gained) == ((right & ~right_too).sum(), (right_too & ~right).sum())
+    assert effect.lost and effect.gained and effect.right == right.sum()
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +248,42 @@ def test_a_report_of_pictures_without_classes(run_here, weights, pictures, tmp_p
     assert fewer.returncode == 2 and "another" in fewer.stderr
     repeated = json.loads((tmp_path / "again" / "report.json").read_text())
     assert [row["top1"] for row in repeated["rows"]] == [row["top1"] for row in report["rows"]]
+
+
+@pytest.mark.parametrize("head", ["none", "tokens"])
+def test_sensitivity_search_and_training(head, run_here, weights, pictures, tmp_path):
+    def run(command, *options):
+        inputs = ("--model", "timm:small_vit_plain", "--checkpoint", weights, "--data", pictures / "labeled")
+        result = run_here(
+            f"quant/{command}.py", *inputs, "--head", head, "--calibration-images", 24, *options,
+            "--out", tmp_path / command,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "k-NN top-1 lost" in run("sensitivity", "--images", 12)
+    found = json.loads((tmp_path / "sensitivity" / "sensitivity.json").read_text())
+    assert 20 < found["all"]["sqnr_db"] < 80 and all(0 < row["kl"] < 1 for row in found["layers"])
+    if head == "none":
+        run("search", "--max-megabytes", 1, "--images", 12, "--formats", "int8", "w4a8")
+        assert Manifest.read(tmp_path / "search").features == (32,)
+        files = sorted((pictures / "flat").glob("*.png"))[:2]
+        saved_to = ("--save", tmp_path / "features.npy")
+        result = run_here("deploy/predict.py", "--engine", tmp_path / "search" / "model.onnx", *files, *saved_to)
+        assert result.returncode == 0 and np.load(tmp_path / "features.npy").shape == (2, 32), result.stderr
+    training = ("--scheme", "w4a4", "--epochs", 6, "--batch-size", 8, "--micro-batch", 8, "--workers", 0,
+                "--crop-padding", 0, "--learning-rate", 1e-3, "--ema-decay", 0)  # fmt: skip
+    assert "k-NN top-1" in run("qat", *training)
+    losses = [float(line.split(",")[4]) for line in (tmp_path / "qat" / "log.csv").read_text().splitlines()[1:]]
+    assert losses[-1] < losses[0] < 1  # the power of the noise, relative to the features'
+    bundle = tmp_path / "qat" / "w4a4-qat"
+    assert Manifest.read(bundle).scores.values["fp32"] > 90
+    again = run_here("quant/debug_layers.py", bundle)
+    assert again.returncode == 0 and "No mismatch" in again.stdout, again.stdout + again.stderr
+    asked = ("--distillation", 0.5, "--out", tmp_path / "labels", "--head", head)
+    refused = run_here("quant/qat.py", "--model", "timm:small_vit_plain", "--checkpoint", weights,
+                       "--data", pictures / "labeled", "--calibration-images", 24, *asked)  # fmt: skip
+    assert_one_line_error(refused, "--distillation 1")
 
 
 def test_images_that_are_not_square_through_the_whole_path(run_here, weights, pictures, tmp_path):
