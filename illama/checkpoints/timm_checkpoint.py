@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -31,9 +31,14 @@ _HEADS = ("head", "head_dist")
 
 @dataclass(frozen=True)
 class TimmCheckpoint(Checkpoint):
-    """A checkpoint of a timm ViT, bidirectional as in timm."""
+    """A checkpoint of a timm ViT, bidirectional as in timm.
+
+    Attributes:
+        options: options of ``timm.create_model`` besides the sizes, for a network that it creates.
+    """
 
     model: CausalVisionTransformer
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_timm(
@@ -71,18 +76,18 @@ def load_timm(
     name, path = _agreed_name(name, source), source.weights
     state, outputs = _take_head(source.state, head, path)
     options = {**source.options, **(options or {})}
-    outline = _timm_outline(name, options, state, path)
+    outline = timm_outline(name, options, state, path)
     size = _place_positions(state, outline, source.image_size, image_size, path)
     kernels = [key for key, value in outline.state_dict().items() if key.startswith("patch_embed.") and value.ndim == 4]
     first = state.get(kernels[0])  # a hybrid's is in its ResNet
     channels = first.shape[1] if first is not None and first.ndim == 4 else 3
-    vit = _create_timm(name, num_classes=outputs, in_chans=channels, img_size=size, **options)
+    vit = create_timm(name, num_classes=outputs, in_chans=channels, img_size=size, **options)
     check_state(vit.state_dict(), state, path, f"timm's {name}")
     vit.load_state_dict({key: value.float() for key, value in state.items()})
     preprocessing = timm_preprocessing(vit, size, channels, source.preprocessing)
     keep_features(vit, head)
     classes = source.classes if len(source.classes) == vit.num_classes else ()
-    return TimmCheckpoint(to_quantizable(vit.eval()), preprocessing, classes, path, source.other_files)
+    return TimmCheckpoint(to_quantizable(vit.eval()), preprocessing, classes, path, source.other_files, options)
 
 
 def _take_head(state: dict[str, Tensor], head: Head, path: Path) -> tuple[dict[str, Tensor], int]:
@@ -129,7 +134,7 @@ def _refuse_ours(path: Path, name: str) -> None:
         raise UserError(f"{path} contains an iLLaMA's weights: {hint}; load an iLLaMA without --model")
 
 
-def _timm_outline(
+def timm_outline(
     name: str, options: Mapping[str, Any], state: Mapping[str, Tensor], path: Path
 ) -> VisionTransformer | Eva:
     """Returns timm's network ``name`` on the meta device.
@@ -144,7 +149,7 @@ def _timm_outline(
     if isinstance(depth := options.get("depth", 0), int) and depth > len(state):  # each block would take time
         raise UserError(f"{path} has {len(state)} tensors, too few for depth {depth}: correct the options")
     with torch.device("meta"):
-        outline = _create_timm(name, **options)
+        outline = create_timm(name, **options)
     to_quantizable(outline)  # raises UserError for networks that are not supported
     needed = sum(each.numel() for key, each in outline.named_parameters() if not key.startswith(("head", POSITIONS)))
     if needed > 2 * sum(each.numel() for each in state.values()):
@@ -152,7 +157,8 @@ def _timm_outline(
     return outline
 
 
-def _create_timm(name: str, **options: Any) -> VisionTransformer | Eva:
+def create_timm(name: str, **options: Any) -> VisionTransformer | Eva:
+    """Returns ``timm.create_model(name, **options)`` with random weights; raises UserError if timm cannot create it."""
     try:
         return cast(VisionTransformer | Eva, timm.create_model(name, pretrained=False, **options))
     except Exception as error:  # an unknown tag, or whatever a wrong option leads to

@@ -122,10 +122,10 @@ def parse_options(text: str) -> dict[str, Any]:
             found[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError:
             found[name] = None if value == "None" else value
-    return _check_options(found, "--model-args")
+    return check_options(found, "--model-args")
 
 
-def _check_options(options: dict[str, Any], where: str) -> dict[str, Any]:
+def check_options(options: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns ``options``; UserError for one that timm's ViTs do not have, or that the weights decide."""
     if unknown := sorted(options.keys() - _OPTIONS):
         decided = unknown[0] in _FROM_SHAPES
@@ -139,7 +139,7 @@ def _stated_options(pool: Any, options: Any, where: str) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise UserError(f"{where} has options that are not a mapping: give the state dict and --model-args")
     stated = {**({"global_pool": pool} if pool is not None else {}), **options}
-    return _check_options({name: value for name, value in stated.items() if name not in _FROM_SHAPES}, where)
+    return check_options({name: value for name, value in stated.items() if name not in _FROM_SHAPES}, where)
 
 
 def _take_network(given: dict[str, Tensor], key: str, path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ alpha to 0, as training from scratch does (arXiv 2404.06773, section 3).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -56,6 +57,11 @@ def to_quantizable(vit: VisionTransformer | Eva) -> CausalVisionTransformer:
     Accepts the networks that :func:`to_causal` accepts, but of hybrids, whose patches come from a convolutional
     network, only those with a ResNet. The copy has the attention, normalization and code path of the causal networks.
     """
+    return CausalVisionTransformer(plain_vit(vit), "bidirectional")
+
+
+def plain_vit(vit: VisionTransformer | Eva) -> VisionTransformer:
+    """Returns a copy of ``vit`` that :func:`to_quantizable` wraps."""
     refusal = f"cannot quantize this {type(vit).__name__}"
     plain = _copy(vit, refusal)
     if type(plain.patch_embed) not in (PatchEmbed, HybridEmbed):
@@ -65,7 +71,7 @@ def to_quantizable(vit: VisionTransformer | Eva) -> CausalVisionTransformer:
         fold_hybrid(plain)
     except UserError as error:
         raise UserError(f"{refusal}: {error}") from error
-    return CausalVisionTransformer(plain, "bidirectional")
+    return plain
 
 
 class CausalVisionTransformer(MaskedNetwork):
@@ -115,12 +121,11 @@ class CausalVisionTransformer(MaskedNetwork):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Returns all tokens after the final norm, in timm's order (class token first): (B, N, width)."""
-        vit = self.vit
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        if self.mask == "bidirectional":
-            return vit.norm(self._run_blocks(x))
-        x = self._run_blocks(self._in_mask_order(x))
-        return vit.norm(self._in_timm_order(x))
+        return self.vit.norm(self._run_blocks(images, [len(self.vit.blocks) - 1])[0])
+
+    def block_patches(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """Returns the patches after some of the blocks, each after the final norm: (B, patches, width)."""
+        return [self.vit.norm(x)[:, self.vit.num_prefix_tokens :] for x in self._run_blocks(images, indices)]
 
     def _in_mask_order(self, x: Tensor, dim: int = 1) -> Tensor:
         return _reverse_parts(x, self._parts(x.shape[dim]), dim)
@@ -133,17 +138,22 @@ class CausalVisionTransformer(MaskedNetwork):
         class_tokens, prefix = int(self.vit.cls_token is not None), self.vit.num_prefix_tokens
         return [class_tokens, prefix - class_tokens, tokens - prefix]
 
-    def _run_blocks(self, x: Tensor) -> Tensor:
-        """Runs all blocks on the tokens, which are in the mask's order: (B, N, width) -> (B, N, width)."""
+    def _run_blocks(self, images: Tensor, taken: Sequence[int]) -> list[Tensor]:
+        """Runs the blocks; returns the outputs of those taken, with all tokens in timm's order, (B, N, width)."""
+        vit, found, masked = self.vit, list[Tensor](), self.mask != "bidirectional"
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        x = self._in_mask_order(x) if masked else x
         # The mask is not stored, since dropped patches and dynamic image sizes change the number of tokens.
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         mask = self.attention_mask(self.mask, causal)
-        for block in self.vit.blocks:
-            if self.vit.grad_checkpointing:
+        for index, block in enumerate(vit.blocks):
+            if vit.grad_checkpointing:
                 x = checkpoint(block, x, attn_mask=mask, use_reentrant=False)
             else:
                 x = block(x, attn_mask=mask)
-        return x
+            if index in taken:
+                found.append(self._in_timm_order(x) if masked else x)
+        return found
 
     def forward(self, images: Tensor) -> Any:
         """(B, C, H, W) -> (B, num_classes), or two of these from a DeiT in distilled training.

@@ -1,4 +1,5 @@
-"""Semantic segmentation: UperNet (Xiao et al., arXiv 1807.10221) on an iLLaMA, as in the paper's ADE20K experiment.
+"""Semantic segmentation: UperNet (Xiao et al., arXiv 1807.10221) on an iLLaMA, as in the paper's ADE20K experiment, or
+on a ViT of timm.
 
 The paper (arXiv 2404.06773) specifies UperNet at 512 pixels, AdamW, a learning rate of 6e-5 and a weight decay of 0.01,
 and nothing else. The four resolutions that UperNet needs are made as in BEiT (arXiv 2106.08254) and MAE (arXiv
@@ -10,23 +11,31 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from illama.bundle import WEIGHTS, NetworkKind
 from illama.checkpoints.load import Checkpoint, check_state, read_state
 from illama.checkpoints.tensor_files import check_config
+from illama.checkpoints.timm_checkpoint import create_timm, timm_outline
+from illama.checkpoints.timm_source import check_options
 from illama.errors import UserError
 from illama.manifest import Manifest
-from illama.models.config import Classes, ModelConfig, Pool, Size
+from illama.models.attention import MaskedNetwork
+from illama.models.config import Classes, ModelConfig, Pool, Size, TimmConfig
 from illama.models.illama import ILLaMA, Linear
-from illama.models.norms import make_norm
+from illama.models.norms import LayerNorm, make_norm
+from illama.models.timm_vit import CausalVisionTransformer, plain_vit
 from illama.structured_files import parse_json
 
 LEVELS = 4
@@ -42,7 +51,7 @@ class SegmentationConfig(ModelConfig):
         decoder_channels: number of channels of every feature map in the decoder.
 
     Raises:
-        UserError: see :class:`ModelConfig`; also if there are too few blocks or patches.
+        UserError: see :class:`ModelConfig`; also for a pooling.
     """
 
     kind: ClassVar[NetworkKind] = "segmentation"
@@ -52,24 +61,79 @@ class SegmentationConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < LEVELS or self.patches < 4:
-            raise UserError(f"segmentation needs {LEVELS} blocks and 2 x 2 patches or more")
         if self.global_pool != "token":
             raise UserError("segmentation pools nothing: leave out global_pool")
 
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Indices of the blocks whose outputs go to the decoder."""
-        return tuple(self.depth * (level + 1) // LEVELS - 1 for level in range(LEVELS))
+
+@dataclass(frozen=True)
+class TimmSegmentationConfig(TimmConfig):
+    """Configuration of a UperNet on a ViT of timm.
+
+    Attributes:
+        options: options of ``timm.create_model`` besides the sizes.
+        decoder_channels: see :class:`SegmentationConfig`.
+    """
+
+    kind: ClassVar[NetworkKind] = "segmentation"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    decoder_channels: Size = 256
+
+    def __post_init__(self) -> None:
+        check_options(dict(self.options), "the config")
+
+    def create(self, drop_path: float = 0.0) -> VisionTransformer | Eva:
+        """Returns timm's network with random weights; for ``drop_path``, see :class:`illama.ILLaMA`."""
+        size = {"img_size": self.image_size, "in_chans": self.in_channels, "num_classes": 0}
+        return create_timm(self.name, **size, **{**self.options, "drop_path_rate": drop_path})
 
 
-class UperNet(ILLaMA):
-    """Maps float images (B, C, H, W) to logits (B, num_classes, H, W), where H = W = ``config.image_size``.
+class Segmenter(MaskedNetwork):
+    """Base class that adds UperNet's decoder to a backbone.
+
+    Maps float images (B, C, H, W) to logits (B, num_classes, H, W), where H = W = ``config.image_size``. The backbone's
+    class token and registers are not decoded, but are part of every softmax.
+
+    Attributes:
+        block_patches: a method of the backbone: (images, block indices) -> the patches after these blocks, each after
+            the final norm: (B, patches, width).
+    """
+
+    config: SegmentationConfig | TimmSegmentationConfig
+    head: nn.Module
+    block_patches: Callable[[Tensor, Sequence[int]], list[Tensor]]
+
+    def add_decoder(self, width: int, grid: tuple[int, int], depth: int, norm: nn.Module) -> None:
+        """Adds the decoder of a backbone with ``grid`` patches; ``norm`` is for its channels.
+
+        Raises:
+            UserError: the backbone has too few blocks or patches, or they are not a square.
+        """
+        if depth < LEVELS or grid[0] != grid[1] or grid[0] < 2:
+            raise UserError(f"segmentation needs {LEVELS} blocks, and a square of 2 x 2 patches or more")
+        self.grid, self.taps = grid, tuple(depth * (level + 1) // LEVELS - 1 for level in range(LEVELS))
+        finest = nn.Sequential(TransposedConv(width), norm, nn.GELU(), TransposedConv(width))
+        self.neck = nn.ModuleList([finest, TransposedConv(width), nn.Identity(), nn.Identity()])
+        self.decoder = _make_decoder(width, self.config.decoder_channels, grid[0])
+        self.head = nn.Conv2d(self.config.decoder_channels, self.config.num_classes, 1)
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Returns four feature maps (B, width, h, w) at 4, 2, 1 and 1/2 times the resolution of the patches."""
+        grids = [patches.unflatten(1, self.grid) for patches in self.block_patches(images, self.taps)]
+        maps = [part(grid).permute(0, 3, 1, 2) for part, grid in zip(self.neck, grids, strict=True)]
+        return [*maps[:-1], F.max_pool2d(maps[-1], 2)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, num_classes, H, W)."""
+        logits = self.head(self.decoder([None, None, *self.pyramid(images)]))
+        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class UperNet(Segmenter, ILLaMA):
+    """A UperNet on an iLLaMA.
 
     The parameters of the :class:`ILLaMA` keep their names, so that its checkpoints can initialize them
     (:func:`illama.checkpoints.load.initialize_from`). Every block computes every token; ``readout_only`` has no effect.
-    The class token stays last, as when the blocks were trained: no patch receives its value, but it is part of every
-    softmax (docs/attention-mask.md).
+    The class token stays last, as when the blocks were trained: no patch receives its value (docs/attention-mask.md).
 
     Args:
         drop_path: see :class:`ILLaMA`.
@@ -80,26 +144,10 @@ class UperNet(ILLaMA):
 
     def __init__(self, config: SegmentationConfig, drop_path: float = 0.0, dropout: float = 0.0) -> None:
         super().__init__(config, drop_path, dropout)
-        width, channels = config.width, config.decoder_channels
-        self.neck = nn.ModuleList(
-            [
-                nn.Sequential(TransposedConv(width), make_norm(config), nn.GELU(), TransposedConv(width)),
-                TransposedConv(width),
-                nn.Identity(),
-                nn.Identity(),
-            ]
-        )
-        self.decoder = _make_decoder(config)
-        self.head = nn.Conv2d(channels, config.num_classes, 1)
+        self.add_decoder(config.width, self.patch_embed.grid_size, config.depth, make_norm(config))
 
-    def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Returns four feature maps (B, width, h, w) at 4, 2, 1 and 1/2 times the resolution of the patches."""
-        found = self.forward_intermediates(
-            images, list(self.config.taps), norm=True, output_fmt="NLC", intermediates_only=True
-        )
-        grids = [patches.unflatten(1, self.patch_embed.grid_size) for patches in found]
-        maps = [part(grid).permute(0, 3, 1, 2) for part, grid in zip(self.neck, grids, strict=True)]
-        return [*maps[:-1], F.max_pool2d(maps[-1], 2)]
+    def block_patches(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        return self.get_intermediate_layers(images, list(indices), norm=True)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         raise UserError("a segmentation network has a decoder instead of a head for tokens: call the network")
@@ -107,25 +155,32 @@ class UperNet(ILLaMA):
     def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
         raise UserError("the classes of a segmentation network belong to its decoder: make a new network")
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes, H, W)."""
-        logits = self.head(self.decoder([None, None, *self.pyramid(images)]))
-        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+class TimmUperNet(Segmenter, CausalVisionTransformer):
+    """A UperNet on a ViT of timm, bidirectional as in timm; see :class:`CausalVisionTransformer`."""
+
+    config: TimmSegmentationConfig  # type: ignore[assignment]
+
+    def __init__(self, config: TimmSegmentationConfig, drop_path: float = 0.0) -> None:
+        super().__init__(plain_vit(config.create(drop_path)), "bidirectional")
+        vit: Any = self.vit
+        self.config, vit.attn_pool = config, None  # it is not run, and could not be calibrated
+        self.add_decoder(vit.embed_dim, vit.patch_embed.grid_size, len(vit.blocks), LayerNorm(vit.embed_dim))
 
 
-def _make_decoder(config: SegmentationConfig) -> nn.Module:
+def _make_decoder(width: int, channels: int, side: int) -> nn.Module:
     """Returns segmentation_models_pytorch's decoder, with two modules replaced by equivalent ones for export."""
     try:
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
     except ImportError as missing:
         raise UserError("segmentation needs one more package: pip install -e '.[segmentation]'") from missing
     # The decoder's first two levels, the image and half of its resolution, are not used.
-    decoder: nn.Module = UPerNetDecoder((0, 0, *[config.width] * LEVELS), decoder_channels=config.decoder_channels)
+    decoder: nn.Module = UPerNetDecoder((0, 0, *[width] * LEVELS), decoder_channels=channels)
     for name, module in list(decoder.named_modules()):
         if isinstance(module, nn.ReLU):
             module.inplace = False  # exported graphs have no in-place operators
         elif isinstance(module, nn.AdaptiveAvgPool2d):
-            decoder.set_submodule(name, AdaptiveAvgPool(config.side // 2, int(module.output_size)))  # type: ignore[arg-type]
+            decoder.set_submodule(name, AdaptiveAvgPool(side // 2, int(module.output_size)))  # type: ignore[arg-type]
     return decoder
 
 
@@ -163,7 +218,7 @@ class AdaptiveAvgPool(nn.Module):
         return self.shares @ x @ self.shares.t()
 
 
-def fold_batch_norms(model: UperNet) -> UperNet:
+def fold_batch_norms(model: Segmenter) -> Segmenter:
     """Returns a copy in evaluation mode, with batch norms folded into the convolutions, for quantization and export."""
     folded = copy.deepcopy(model).eval()
     for module in folded.decoder.modules():
@@ -177,9 +232,9 @@ def fold_batch_norms(model: UperNet) -> UperNet:
 
 @dataclass(frozen=True)
 class SegmentationCheckpoint(Checkpoint):
-    """A checkpoint whose network is a :class:`UperNet`."""
+    """A checkpoint whose network is a :class:`Segmenter`."""
 
-    model: UperNet
+    model: Segmenter
 
 
 def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
@@ -187,12 +242,18 @@ def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
     manifest, weights = Manifest.read(bundle), bundle / WEIGHTS
     if manifest.network != "segmentation":
         raise UserError(f"{bundle} has no segmentation network: train one with python illama/train_segmentation.py")
-    config = parse_json(json.dumps(manifest.config), SegmentationConfig, f"the config in {bundle}")
-    state = read_state(weights)
-    check_config(config, state, weights)
+    text, where, state = json.dumps(manifest.config), f"the config in {bundle}", read_state(weights)
+    if "name" in manifest.config:
+        theirs = parse_json(text, TimmSegmentationConfig, where)
+        timm_outline(theirs.name, theirs.options, state, weights)
+        make: Callable[[], Segmenter] = partial(TimmUperNet, theirs)
+    else:
+        config = parse_json(text, SegmentationConfig, where)
+        check_config(config, state, weights)
+        make = partial(UperNet, config)
     with torch.device("meta"):  # shapes without memory or initial values
-        expected = UperNet(config).state_dict()
+        expected = make().state_dict()
     check_state(expected, state, weights, "the config")
-    model = UperNet(config)
+    model = make()
     model.load_state_dict(state)
     return SegmentationCheckpoint(model.eval(), manifest.preprocessing, manifest.classes, weights)

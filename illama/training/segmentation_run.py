@@ -1,8 +1,9 @@
-"""Training runs of a UperNet on images with a class for every pixel."""
+"""Training runs of a UperNet, on an iLLaMA or a ViT of timm, on images with a class for every pixel."""
 
 from __future__ import annotations
 
 from collections.abc import Sized
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, cast
@@ -12,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from illama.checkpoints.timm_checkpoint import load_timm
+from illama.checkpoints.timm_source import parse_options
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
+from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.inference import torch_infer
 from illama.manifest import Metric
-from illama.models.upernet import SegmentationConfig, UperNet
+from illama.models.upernet import SegmentationConfig, TimmSegmentationConfig, TimmUperNet, UperNet
 from illama.randomness import isolated_randomness
 from illama.segmentation_scores import Scores, predict_map, score_images
 from illama.training.distributed import Processes
@@ -64,13 +68,44 @@ def start_segmentation(recipe: SegmentationOptions, group: Processes) -> Segment
     if not recipe.data:
         raise UserError("no images to train on: give --data (see --help)")
     data = SegmentationFolder(Path(recipe.data), recipe.exif or "apply")
+    make_task = partial(Task, data, loss=partial(map_loss, smoothing=recipe.label_smoothing))
+    if recipe.model.startswith("timm:"):
+        model, given, inputs = _timm_network(recipe, len(data.classes))
+        preprocessing = data.preprocessing(given.size[0], given.in_channels)
+        task = make_task(replace(preprocessing, mean=given.mean, std=given.std), inputs)
+        return SegmentationRun(recipe, task, model, group)
     shape = {**model_options(recipe), "decoder_channels": recipe.decoder_channels}
     config = SegmentationConfig.preset(recipe.model, recipe.variant, **shape, num_classes=len(data.classes))
     with isolated_randomness(recipe.seed):
-        model = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe, new_head=True)
+        network = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe, new_head=True)
     preprocessing = data.preprocessing(config.image_size, config.in_channels)
-    loss = partial(map_loss, smoothing=recipe.label_smoothing)
-    return SegmentationRun(recipe, Task(data, preprocessing, hash_inputs(recipe), loss), model, group)
+    return SegmentationRun(recipe, make_task(preprocessing, hash_inputs(recipe)), network, group)
+
+
+def _timm_network(recipe: SegmentationOptions, classes: int) -> tuple[TimmUperNet, Preprocessing, dict[str, str]]:
+    """Returns a UperNet on a ViT of timm with the weights of ``--init``, its preprocessing, and its files' SHA-256."""
+    given = sorted(option for option in model_options(recipe) if option != "image_size")
+    if recipe.init is None or recipe.variant != "illama" or recipe.dropout or given:
+        raise UserError(
+            "a network of timm takes its weights from --init, and none of --variant, --dropout and the sizes but "
+            "--image-size"
+        )
+    name, options = recipe.model.removeprefix("timm:"), parse_options(recipe.model_args)
+    loaded = load_timm(name, recipe.init, recipe.image_size, options, "none")
+    settings, side, preprocessing = loaded.model.config, loaded.model.config.size[0], loaded.preprocessing
+    assert preprocessing is not None  # timm's are known
+    config = TimmSegmentationConfig(
+        settings.name,
+        side,
+        settings.in_channels,
+        classes,
+        options=loaded.options,
+        decoder_channels=recipe.decoder_channels,
+    )
+    with isolated_randomness(recipe.seed):
+        network = TimmUperNet(config, recipe.drop_path)
+    network.load_state_dict(loaded.model.state_dict(), strict=False)
+    return network, preprocessing, loaded.digests()
 
 
 def map_loss(images: Tensor, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

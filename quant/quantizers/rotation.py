@@ -30,7 +30,7 @@ from illama.models.attention import MaskedNetwork, attentions, part_before_proj
 from illama.models.hooks import input_hooks
 from illama.models.illama import ILLaMA
 from illama.models.timm_vit import CausalVisionTransformer
-from illama.models.upernet import UperNet
+from illama.models.upernet import Segmenter
 from quant.quantizers.centering import center
 from quant.quantizers.smoothquant import smooth
 from quant.schemes.scheme import Rotations, Scheme
@@ -271,7 +271,7 @@ def _rotate_residual(model: MaskedNetwork, generator: torch.Generator) -> None:
         for reader in branch.readers:
             _set(reader.weight, reader.weight.double() @ matrix)
         _rotate_outputs(branch.writer, matrix)
-    _rotate_back(network, matrix)
+    _rotate_back(model, matrix)
 
 
 def _branches(block: Any) -> Iterator[_Branch]:
@@ -288,13 +288,14 @@ def _branches(block: Any) -> Iterator[_Branch]:
         yield _Branch(norm, readers, writer, parent, scale)
 
 
-def _rotate_back(network: Any, matrix: Tensor) -> None:
+def _rotate_back(model: MaskedNetwork, matrix: Tensor) -> None:
     """Undoes the rotation of the stream after the last norm: in the head, or in front of anything else."""
-    norms, heads, linear = [network.norm], [network.head], not isinstance(network, UperNet)
+    network, read = _network(model), not isinstance(model, Segmenter)  # a decoder is no head of the tokens
+    norms, heads, linear = [network.norm], [network.head], read
     if not isinstance(network, ILLaMA):
         norms = [norm for norm in (network.norm, network.fc_norm) if not isinstance(norm, nn.Identity)]
         heads += [network.head_dist] if hasattr(network, "head_dist") else []
-        linear = network.attn_pool is None and network.global_pool in ("", "token", "avg") and len(norms) == 1
+        linear = read and not network.attn_pool and network.global_pool in ("", "token", "avg") and len(norms) == 1
     if linear and all(isinstance(head, nn.Linear) for head in heads):
         _fold_norm(norms[0], heads)
         for head in heads:

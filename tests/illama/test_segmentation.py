@@ -7,11 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from support import ROOT, SMALL, assert_one_line_error, run_command
+from timm_networks import randomise
 from torch import nn
 
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
@@ -29,9 +32,12 @@ from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
 from illama.manifest import TRAINED, Manifest
 from illama.models.attention import MaskedNetwork
+from illama.models.timm_vit import to_quantizable
 from illama.models.upernet import (
     AdaptiveAvgPool,
     SegmentationConfig,
+    TimmSegmentationConfig,
+    TimmUperNet,
     TransposedConv,
     UperNet,
     fold_batch_norms,
@@ -107,8 +113,29 @@ def test_the_pyramid_has_the_outputs_of_four_blocks_at_four_sizes(network):
     assert [tuple(each.shape) for each in maps] == [(2, 64, side, side) for side in (16, 8, 4, 2)]
     third = network.norm(outputs[2][:, :16]).transpose(1, 2).unflatten(2, (4, 4))
     torch.testing.assert_close(maps[2], third)
-    assert SegmentationConfig.preset("base").taps == (2, 5, 8, 11)
-    assert SegmentationConfig.preset("large").taps == (5, 11, 17, 23)
+    assert network.taps == (0, 1, 2, 3)
+    with torch.device("meta"):
+        assert UperNet(SegmentationConfig.preset("base")).taps == (2, 5, 8, 11)
+        assert UperNet(SegmentationConfig.preset("large")).taps == (5, 11, 17, 23)
+
+
+TIMM = {"depth": 4, "embed_dim": 64, "num_heads": 2, "patch_size": 16}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2",
+     "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224", "vit_small_patch16_dinov3"],
+)  # fmt: skip
+def test_the_maps_of_timms_networks_are_timms(name):
+    config = TimmSegmentationConfig(name, 64, 3, 5, options=TIMM, decoder_channels=8)
+    vit, network, images = randomise(config.create()), TimmUperNet(config).eval(), torch.randn(2, 3, 64, 64)
+    network.load_state_dict(to_quantizable(vit).state_dict(), strict=False)
+    with torch.no_grad():
+        theirs = vit.forward_intermediates(images, 4, norm=True, output_fmt="NLC", intermediates_only=True)
+        for patches, expected in zip(network.block_patches(images, network.taps), theirs, strict=True):
+            torch.testing.assert_close(patches, expected, rtol=1e-4, atol=1e-4)
+        assert network(images).shape == (2, 5, 64, 64)
 
 
 def test_later_patches_affect_only_the_denominators(network):
@@ -155,7 +182,7 @@ def test_folded_batch_norms_change_nothing(network):
 @pytest.mark.parametrize("changes", [{"depth": 3}, {"image_size": 16}, {"decoder_channels": 0}])
 def test_wrong_configs_are_rejected(changes):
     with pytest.raises(UserError):
-        replace(TINY, **changes)
+        UperNet(replace(TINY, **changes))
 
 
 @settings(deadline=None, max_examples=50)
@@ -350,6 +377,38 @@ def test_quantized_files_have_the_scores_of_the_network(trained, shapes, tmp_pat
     assert (int8 / "model.onnx").stat().st_size < 0.4 * (out / "fp32" / "model.onnx").stat().st_size
     if library := find_library():
         assert EngineRecord.read(build_bundle(library, int8)).attentions == 4
+
+
+def test_a_network_of_timm_is_trained_and_quantized(shapes, tmp_path, capsys):
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=64, num_classes=0, **TIMM)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    options = SegmentationOptions(
+        str(shapes), model="timm:vit_small_patch14_reg4_dinov2", init=tmp_path / "vit.safetensors", decoder_channels=16,
+        model_args=",".join(f"{name}={value}" for name, value in TIMM.items()), epochs=8, batch_size=8, micro_batch=8,
+        learning_rate=3e-3, warmup_epochs=1, workers=0, autocast="float32", drop_path=0.1, out=tmp_path / "run",
+    )  # fmt: skip
+    train(options)
+    bundle = tmp_path / "run" / "bundle"
+    score = Manifest.read(bundle).scores.values[TRAINED]
+    assert score > 25 and load_segmentation(bundle).model.config.options["embed_dim"] == 64
+    quantize(PtqSegmentationOptions(bundle, shapes, ("int8",), 8, tmp_path / "ptq"))
+    capsys.readouterr()
+    paths = tuple(tmp_path / "ptq" / name for name in ("fp32", "fp16", "int8"))
+    evaluate(SegmentationEvalOptions(paths, shapes, out=tmp_path / "result"))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if ".onnx" in line]
+    assert len(rows) == 4 and all(float(row[1]) == pytest.approx(score, abs=2) for row in rows)
+    if library := find_library():
+        assert EngineRecord.read(build_bundle(library, tmp_path / "ptq" / "int8")).attentions == 4
+
+    for wrong in ({"init": None}, {"dropout": 0.1}, {"depth": 4}, {"model_args": "checkpoint_path=/etc/passwd"}):
+        with pytest.raises(UserError):
+            train(replace(options, **wrong, out=tmp_path / "wrong"))
+    manifest = Manifest.read(bundle)
+    changed = {**manifest.config, "options": {**manifest.config["options"], "checkpoint_path": "weights.pth"}}
+    replace(manifest, config=changed).write(bundle)
+    with pytest.raises(UserError, match="checkpoint_path"):
+        load_segmentation(bundle)
 
 
 class _Convolutions(MaskedNetwork):

@@ -15,7 +15,7 @@ from illama.errors import UserError
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 from illama.models.timm_vit import CausalVisionTransformer, to_causal, to_quantizable
-from illama.models.upernet import SegmentationConfig, UperNet
+from illama.models.upernet import SegmentationConfig, TimmSegmentationConfig, TimmUperNet, UperNet
 from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
 from quant.export.weights import read_quantized_weights, write_quantized_weights
@@ -126,6 +126,10 @@ def test_a_segmentation_network_computes_the_same():
     pytest.importorskip("segmentation_models_pytorch")
     config = SegmentationConfig(**{**SHAPE, "image_size": 32}, decoder_channels=16)
     assert difference(randomized(UperNet(config))) < 1e-12
+    options = {"depth": 4, "embed_dim": 32, "num_heads": 2, "patch_size": 8}
+    for name in ("vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_gap_224", "vit_small_patch16_dinov3"):
+        theirs = TimmSegmentationConfig(name, 32, 3, 5, options=options, decoder_channels=16)
+        assert difference(randomized(TimmUperNet(theirs))) < 1e-12
 
 
 @pytest.mark.parametrize(
