@@ -160,7 +160,7 @@ def lock_folder(folder: Path, main: bool = True) -> Iterator[None]:
     make_out(folder)
     with ExitStack() as stack:
         if made:
-            stack.callback(_remove_empty, folder)
+            stack.callback(remove_empty, folder)
         try:
             stack.enter_context(file_lock(folder / LOCK))
         except OSError as error:
@@ -211,7 +211,7 @@ def _temporary(name: str = ".+", token: str = "[0-9a-f]{16}") -> re.Pattern[str]
     return re.compile(rf"\.(?P<name>{name})\.(draft|old)-(?P<token>{token})(\.lock)?", re.DOTALL)
 
 
-def _remove_empty(folder: Path) -> None:
+def remove_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
 

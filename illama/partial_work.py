@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from illama.atomic_write import (
     make_out,
     refuse_foreign,
     remove,
+    remove_empty,
     remove_folder,
     sweep,
     write_file,
@@ -149,7 +150,7 @@ def partial_work(out: Path, is_ours: Callable[[Path], bool] = is_bundle) -> Iter
     refuse_foreign(out, is_ours)
     folder = out.with_name(f"{out.name}{SUFFIX}")
     with ExitStack() as stack:
-        stack.callback(_remove_empty, folder)  # after the lock is released
+        stack.callback(remove_empty, folder)  # after the lock is released
         stack.enter_context(lock_folder(folder))
         work = PartialWork(folder)
         try:
@@ -202,8 +203,3 @@ def sources_digest() -> str:
         for path in sorted(path for path in (root / package).rglob("*") if path.suffix in (".py", ".yaml")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()

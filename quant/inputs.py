@@ -41,7 +41,7 @@ class Inputs:
         device: where to calibrate, "cpu" or "cuda".
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint[MaskedNetwork]
     data: ImageData
     preprocessing: Preprocessing
     source: SourceOptions
@@ -144,7 +144,7 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
     return Inputs(loaded, images, preprocessing, source, device)
 
 
-def _check_classes(loaded: Checkpoint, given: Sequence[str], options: SourceOptions) -> None:
+def _check_classes(loaded: Checkpoint[MaskedNetwork], given: Sequence[str], options: SourceOptions) -> None:
     """Raises UserError if the classes of the data are not those of the network."""
     checkpoint, data, count, names = options.checkpoint, options.data, loaded.model.config.num_classes, loaded.classes
     if len(given) != count:
@@ -157,7 +157,7 @@ def _check_classes(loaded: Checkpoint, given: Sequence[str], options: SourceOpti
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {here!r}")
 
 
-def _open_checkpoint(options: SourceOptions) -> Checkpoint:
+def _open_checkpoint(options: SourceOptions) -> Checkpoint[MaskedNetwork]:
     path, model, size = options.checkpoint, options.model, options.image_size
     theirs = model == "hf" or (model is None and is_huggingface(path))
     if (model or "").startswith("timm:") and is_huggingface(path):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from illama.cli import run_command
+from deploy.runtimes.names import TITLES
 from deploy.runtimes.tensorrt_engine import TensorRTEngine
 from deploy.trt.build_bundle import write_engine
 from deploy.trt.builder import build_engine
@@ -269,9 +270,9 @@ def measure_engine(
 ) -> None:
     """Builds an engine, counts its fused kernels, compares it with float64, and times it without and with copies."""
     name, scheme, mask = case
-    row = {"network": name, "library": library.title, "scheme": scheme, "mask": mask, "outcome": "not built"}
+    row = {"network": name, "library": TITLES[library.name], "scheme": scheme, "mask": mask, "outcome": "not built"}
     report.engines.append(row)
-    batches, contestant = exports.options.batches, f"{library.title}, {scheme}"
+    batches, contestant = exports.options.batches, f"{TITLES[library.name]}, {scheme}"
     with note_failure(report, f"{name}, {contestant}, {mask}"):
         bundle, largest = exports.bundle(name, scheme, mask), max(batches)
         wanted = EngineOptions(library.resolve_targets(()), (1, min(8, largest), largest), verbosity="detailed")

@@ -81,9 +81,13 @@ def recommend_runtime(bundle: Path, asked: RuntimeName | None = None) -> Runtime
 
 def note_unmeasured(engine: Path, bundle: Path) -> str:
     """Returns a note if the report beside a bundle is not of this engine, such as one that was built again."""
-    folder, report = _report_beside(bundle)
+    folder = bundle.resolve().parent
     path = os.path.relpath(engine.resolve(), folder)
-    if not report or any(row.sha256.get(path) == sha256(engine) for row in report.rows):
+    try:
+        rows = read_json(folder / REPORT, _Report, unknown="ignore").rows
+    except UserError:  # there is none, or it is of another version
+        return ""
+    if any(row.sha256.get(path) == sha256(engine) for row in rows):
         return ""
     return f"not in {bundle.parent / REPORT}; measure it on its GPU by python eval/tradeoff.py {bundle.parent}"
 
@@ -92,12 +96,3 @@ def _existing(file: Path, bundle: Path) -> Path:
     if not file.exists():
         raise UserError(f"{bundle} has no {file.name}: run python quant/ptq.py first")
     return file
-
-
-def _report_beside(bundle: Path) -> tuple[Path, _Report | None]:
-    """Returns the folder of a bundle, and the report in it; None if there is none, or it is of another version."""
-    folder = bundle.resolve().parent
-    try:
-        return folder, read_json(folder / REPORT, _Report, unknown="ignore")
-    except UserError:
-        return folder, None

@@ -70,12 +70,12 @@ class ServedRepository:
             UnhealthyError: a check failed; the message contains Triton's reason if there is one.
         """
         # Triton's index of ready models lists the repository's folder, which may have been replaced meanwhile.
-        models, ready = self.models, self._read(self._get("v2/models/stats"), _ready_versions)
+        models, ready = self.models, self._read("v2/models/stats", _ready_versions)
         alive = Counter(path.parent.resolve() for _, path in live_backends())
         if missing := [model for model in models if model not in ready]:
             self._say_why(missing)
         for model in models:
-            expected = self._read(self._get(f"v2/models/{model}/config"), _expected_backends)
+            expected = self._read(f"v2/models/{model}/config", _expected_backends)
             for version in ready[model]:
                 running = alive[(self.folder / model / version).resolve()]
                 if running < expected:
@@ -98,7 +98,7 @@ class ServedRepository:
     def is_live(self) -> bool:
         """Whether the server responds, which it does after it has loaded its models or has failed to load them."""
         try:
-            self._open(urllib.request.Request(f"{self.url}/v2/health/live"), self.timeout)
+            ask(self.url, urllib.request.Request(f"{self.url}/v2/health/live"), self.timeout)
         except (UnhealthyError, TimeoutError):
             return False
         return True
@@ -137,7 +137,7 @@ class ServedRepository:
 
     def _version(self, model: str) -> str:
         """Returns the newest loaded version, which answers requests."""
-        return self._read(self._get(f"v2/models/{model}-network"), lambda metadata: max(metadata["versions"], key=int))
+        return self._read(f"v2/models/{model}-network", lambda metadata: max(metadata["versions"], key=int))
 
     def _known_answer(self, model: str, version: str) -> KnownAnswer:
         if (model, version) not in self._known:
@@ -153,20 +153,20 @@ class ServedRepository:
     def _infer(self, model: str, known: KnownAnswer) -> np.ndarray:
         headers = {"Content-Type": "application/octet-stream", HEADER: "0"}
         post = urllib.request.Request(f"{self.url}/v2/models/{model}/infer", known.image, headers)
-        body, head = self._open(post, self.timeout + _MAX_SLOWDOWN * known.seconds)
+        body, head = ask(self.url, post, self.timeout + _MAX_SLOWDOWN * known.seconds)
         return np.frombuffer(body[head:], np.float32)
 
     def _activity(self, model: str) -> tuple[float, int, float]:
         """Returns (time, finished requests of a model and its network, also failed ones, CPU time of its backends)."""
         # Requests of its preprocessing do not count: it also finishes that of the known answer if the network hangs.
-        ended = self._read(self._get("v2/models/stats"), lambda stats: _count_ended(stats, (model, f"{model}-network")))
+        ended = self._read("v2/models/stats", lambda stats: _count_ended(stats, (model, f"{model}-network")))
         folders = [(self.folder / f"{model}{part}").resolve() for part in ("-preprocess", "-network")]
         computed = sum(cpu_seconds(pid) for pid, path in live_backends() if path.parent.parent.resolve() in folders)
         return time.monotonic(), ended, computed
 
     def _say_why(self, missing: Sequence[str]) -> None:
         """Raises UnhealthyError with Triton's reason why models are not loaded."""
-        index = self._read(urllib.request.Request(f"{self.url}/v2/repository/index", b""), _states)
+        index = self._read("v2/repository/index", _states, b"")
         states = {model: index.get(model, []) for model in missing}
         for model, each in states.items():
             if reason := next((reason for _, reason in each if reason), None):
@@ -175,18 +175,13 @@ class ServedRepository:
             raise LoadingError(f"model {loading} is being loaded")
         raise UnhealthyError(f"model {missing[0]} is not loaded: see Triton's log")
 
-    def _get(self, path: str) -> urllib.request.Request:
-        return urllib.request.Request(f"{self.url}/{path}")
-
-    def _read(self, request: urllib.request.Request, read: Callable[[Any], _Read]) -> _Read:
-        """Returns ``read(response)`` for the JSON response to a request."""
+    def _read(self, path: str, read: Callable[[Any], _Read], posted: bytes | None = None) -> _Read:
+        """Returns ``read(response)`` for the JSON response to a request: a GET if nothing is posted."""
+        request = urllib.request.Request(f"{self.url}/{path}", posted)
         try:
-            return read(json.loads(self._open(request, self.timeout)[0]))
+            return read(json.loads(ask(self.url, request, self.timeout)[0]))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UnhealthyError(f"the server at {self.url} is not Triton") from error
-
-    def _open(self, request: urllib.request.Request, timeout: float) -> tuple[bytes, int]:
-        return ask(self.url, request, timeout)
 
 
 def ask(url: str, request: urllib.request.Request, timeout: float) -> tuple[bytes, int]:

@@ -80,21 +80,12 @@ def _network_config(image_input: ImageInput, output: Any, options: ServingOption
 
 
 def _ensemble_config(name: str, output: Any, options: ServingOptions) -> dict[str, Any]:
-    pb = _messages()
-    newest = -1
+    pb, newest = _messages(), -1
     steps = [
         pb.ModelEnsembling.Step(
-            model_name=f"{name}-preprocess",
-            model_version=newest,
-            input_map={ENCODED: ENCODED},
-            output_map={INPUT: INPUT},
-        ),
-        pb.ModelEnsembling.Step(
-            model_name=f"{name}-network",
-            model_version=newest,
-            input_map={INPUT: INPUT},
-            output_map={output.name: output.name},
-        ),
+            model_name=f"{name}-{part}", model_version=newest, input_map={given: given}, output_map={made: made}
+        )
+        for part, given, made in (("preprocess", ENCODED, INPUT), ("network", INPUT, output.name))
     ]
     return {
         "platform": "ensemble",

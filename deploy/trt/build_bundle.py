@@ -137,7 +137,8 @@ def build_supported(
     """
     options = options or EngineOptions()
     targets = library.resolve_targets(options.targets)
-    unsupported = unsupported_targets(bundle / FUSED_ONNX, targets)
+    fp8 = has_fp8(load_graph(bundle / FUSED_ONNX))
+    unsupported = tuple(target for target in targets if fp8 and int(target.removeprefix("sm")) < FP8_SINCE)
     supported = tuple(target for target in targets if target not in unsupported)
     if unsupported and not supported:
         return None, unsupported
@@ -169,10 +170,3 @@ def build_engines(
         if unsupported:
             not_built.append(f"No {bundle.name} engine for {', '.join(unsupported)}: FP8 needs sm89 or newer.")
     return not_built
-
-
-def unsupported_targets(source: Path, targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the targets that do not support a dtype of the graph: FP8 requires compute capability 8.9."""
-    if not has_fp8(load_graph(source)):
-        return ()
-    return tuple(target for target in targets if int(target.removeprefix("sm")) < FP8_SINCE)

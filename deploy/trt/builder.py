@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from deploy.trt.engine_options import EngineOptions
-from deploy.trt.fusion import (
-    allow_decomposition,
-    count_attentions,
-    fused_kernels,
-    quantize_softmax_outputs,
-    read_softmax_scales,
-)
+from deploy.trt.fusion import allow_decomposition, count_attentions, fused_kernels, quantize_softmax_outputs
 from deploy.trt.library import Library, fits_this_gpu
 from illama.atomic_write import read_pinned, write_pinned
 from illama.errors import UserError
-from illama.graph.reader import load_graph, to_bytes
+from illama.graph.reader import load_graph, read_softmax_scales, to_bytes
 
 if TYPE_CHECKING:
     import tensorrt
@@ -56,12 +50,7 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
             option; the message contains the library's reason.
     """
     options = options or EngineOptions()
-    library.check_options(
-        timing_cache=options.timing_cache is not None,
-        hardware_compatible=options.hardware_compatible,
-        version_compatible=options.version_compatible,
-        refittable=options.refit or options.weight_stripped,
-    )
+    library.check_options(options)
     messages, logger = _collect_errors(library.trt)
     builder: tensorrt.Builder = library.trt.Builder(logger)
     network = library.create_network(builder)

@@ -10,8 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deploy.runtimes.names import TITLES
-from deploy.trt.engine_options import LibraryName
+from deploy.trt.engine_options import EngineOptions, LibraryName
 from illama.errors import UserError
 from illama.hardware import cuda_gpu
 
@@ -40,11 +39,6 @@ class Library:
     @property
     def version(self) -> str:
         return str(self.trt.__version__)
-
-    @property
-    def title(self) -> str:
-        """Name of the product."""
-        return TITLES[self.name]
 
     @property
     def trtexec(self) -> str:
@@ -94,17 +88,15 @@ class Library:
             for index, target in enumerate(targets):
                 newer.set_compute_capability(getattr(self.trt.ComputeCapability, target.upper()), index)
 
-    def check_options(
-        self, *, timing_cache: bool, hardware_compatible: bool, version_compatible: bool, refittable: bool
-    ) -> None:
+    def check_options(self, options: EngineOptions) -> None:
         """Raises UserError for options that TensorRT-RTX does not support at all, or not without a GPU."""
         if self.name == "tensorrt":
             return
-        no_gpu = refittable and not cuda_gpu()
+        no_gpu = (options.refit or options.weight_stripped) and not cuda_gpu()
         for given, reason in (
-            (timing_cache, "has no --timing-cache: it does not time kernels during a build"),
-            (hardware_compatible, "has no --hardware-compatible: give several --targets, or none for all GPUs"),
-            (version_compatible, "has no --version-compatible: build with the version that runs the engine"),
+            (options.timing_cache, "has no --timing-cache: it does not time kernels during a build"),
+            (options.hardware_compatible, "has no --hardware-compatible: give several --targets, or none for all GPUs"),
+            (options.version_compatible, "has no --version-compatible: build with the version that runs the engine"),
             (no_gpu, "builds with --refit or --weight-stripped on a GPU only, and none is available"),
         ):
             if given:

@@ -55,19 +55,15 @@ def class_names(file: Path | None, checkpoint: ILLaMACheckpoint) -> list[str]:
     """
     count = checkpoint.model.config.num_classes
     if file is not None:
-        return _read_names(file, count)
+        names = read_lines(file)
+        if len(names) != count:
+            raise UserError(f"{file} names {len(names)} classes, the checkpoint has {count}")
+        return names
     if checkpoint.classes:
         return list(checkpoint.classes)
     if count == 1000:
         return list(ImageNetInfo().label_names())
     return [str(index) for index in range(count)]
-
-
-def _read_names(file: Path, count: int) -> list[str]:
-    names = read_lines(file)
-    if len(names) != count:
-        raise UserError(f"{file} names {len(names)} classes, the checkpoint has {count}")
-    return names
 
 
 def to_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Interval
-from timm.layers import GELUTanh, QuickGELU, SwiGLUPacked
+from timm.layers import GELUTanh, QuickGELU, SwiGLUPacked, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -359,10 +358,7 @@ def _fit_positions(state: dict[str, Tensor], vit: VisionTransformer | Eva, antia
     old, new = math.isqrt(patches.shape[1]), vit.patch_embed.grid_size
     if not old or old**2 != patches.shape[1]:
         raise ValueError(f"{patches.shape[1]} positions of patches fill no square grid")
-    if (old, old) != new:
-        grid = patches.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=antialias)
-        patches = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    patches = resample_abs_pos_embed(patches, list(new), [old, old], num_prefix_tokens=0, antialias=antialias)
     if vit.no_embed_class:  # timm adds the class token's position to the token
         state["cls_token"], before = state["cls_token"].float() + before, before[:, :0]
     state[POSITIONS] = torch.cat([before, patches], 1)

@@ -23,6 +23,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Interval
+from pydantic import Field
 from torch import Tensor
 
 from illama.checkpoints.tensor_files import read_tensor, shard_files
@@ -53,7 +54,9 @@ def initialize_from_llama(model: ILLaMA, folder: Path) -> None:
             "choose another --variant"
         )
     folder = Path(folder)
-    llama = LlamaConfig.read(folder)
+    llama = read_json(folder / "config.json", LlamaConfig, "ignore")
+    if llama.model_type != "llama":
+        raise UserError(f"{folder} contains a model of type {llama.model_type!r}, not 'llama'")
     _check_sizes(llama, model.config)
     files = shard_files(folder)
     parameters = dict(model.named_parameters())
@@ -67,43 +70,24 @@ _Size = Annotated[int, Interval(ge=1, le=1 << 24)]
 
 
 @dataclass(frozen=True)
-class _HuggingFaceConfig:
+class LlamaConfig:
     """The keys of ``config.json`` that are used; older files lack the last two."""
 
-    hidden_size: _Size
-    num_hidden_layers: _Size
-    intermediate_size: _Size
-    num_attention_heads: _Size
+    width: Annotated[_Size, Field(alias="hidden_size")]
+    depth: Annotated[_Size, Field(alias="num_hidden_layers")]
+    hidden: Annotated[_Size, Field(alias="intermediate_size")]
+    heads: Annotated[_Size, Field(alias="num_attention_heads")]
     model_type: str = ""
     num_key_value_heads: _Size | None = None
-    head_dim: _Size | None = None
+    size_of_head: Annotated[_Size | None, Field(alias="head_dim")] = None
 
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.heads
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The sizes in Hugging Face's ``config.json`` of a LLaMA."""
-
-    width: int
-    depth: int
-    hidden: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-
-    @classmethod
-    def read(cls, folder: Path) -> LlamaConfig:
-        """Reads the sizes; raises UserError if the file is missing, damaged or describes another network."""
-        values = read_json(folder / "config.json", _HuggingFaceConfig, "ignore")
-        if values.model_type != "llama":
-            raise UserError(f"{folder} contains a model of type {values.model_type!r}, not 'llama'")
-        return cls(
-            width=values.hidden_size,
-            depth=values.num_hidden_layers,
-            hidden=values.intermediate_size,
-            heads=values.num_attention_heads,
-            key_value_heads=values.num_key_value_heads or values.num_attention_heads,
-            head_dim=values.head_dim or values.hidden_size // values.num_attention_heads,
-        )
+    @property
+    def head_dim(self) -> int:
+        return self.size_of_head or self.width // self.heads
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from illama.bundle import MANIFEST, PACKED_WEIGHTS, TORCHAO, WEIGHTS, sha256, weights_of
@@ -29,14 +30,12 @@ from illama.structured_files import parse_json
 
 CONFIG_METADATA = "illama_config"  # key in the metadata of a .safetensors file; the value is JSON
 PATCHES, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+Network = TypeVar("Network", bound=MaskedNetwork, covariant=True)
 _NOT_IN_SHAPES = ("mask", "class_token", "position", "class_sees_all", "global_pool")
-# File name -> "module:function" that loads it from its bundle. Named as strings, to avoid importing packages that
-# depend on this one.
-_READERS = {TORCHAO: "quant.quantizers.torchao_backend:load_torchao"}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Generic[Network]):
     """A trained network with its preprocessing and class names.
 
     Attributes:
@@ -47,7 +46,7 @@ class Checkpoint:
         other_files: paths to its other files, such as a config and shards.
     """
 
-    model: MaskedNetwork
+    model: Network
     preprocessing: Preprocessing | None
     classes: tuple[str, ...]
     weights: Path
@@ -58,11 +57,7 @@ class Checkpoint:
         return {str(path): sha256(path) for path in (self.weights, *self.other_files)}
 
 
-@dataclass(frozen=True)
-class ILLaMACheckpoint(Checkpoint):
-    """A checkpoint whose network is an iLLaMA."""
-
-    model: ILLaMA
+ILLaMACheckpoint = Checkpoint[ILLaMA]
 
 
 @dataclass(frozen=True)
@@ -106,10 +101,9 @@ def load_network(path: Path) -> MaskedNetwork:
     Raises:
         UserError: the file is missing or damaged.
     """
-    if path.name in _READERS:
-        module, _, function = _READERS[path.name].partition(":")
-        reader: Callable[[Path], MaskedNetwork] = getattr(importlib.import_module(module), function)
-        return reader(path.parent)
+    if path.name == TORCHAO:  # its reader is named by a string, since its package depends on this one
+        reader: Any = importlib.import_module("quant.quantizers.torchao_backend")
+        return cast(MaskedNetwork, reader.load_torchao(path.parent))
     return load_checkpoint(path.parent if path.name in (WEIGHTS, PACKED_WEIGHTS) else path).model
 
 
@@ -166,12 +160,9 @@ def resize_positions(table: Tensor, side: int, class_token: ClassToken = "last")
     """
     at = table.shape[1] - 1 if class_token == "last" else 0
     patches, row = torch.cat([table[:, :at], table[:, at + 1 :]], dim=1), table[:, at : at + 1]
-    old_side = math.isqrt(patches.shape[1])
-    if old_side == side:
+    if patches.shape[1] == side**2:
         return table
-    grid = patches.unflatten(1, (old_side, old_side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-    patches = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    patches = resample_abs_pos_embed(patches, [side, side], num_prefix_tokens=0, antialias=False)
     return torch.cat([patches, row] if class_token == "last" else [row, patches], dim=1)
 
 

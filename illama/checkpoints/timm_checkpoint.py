@@ -30,14 +30,13 @@ _HEADS = ("head", "head_dist")
 
 
 @dataclass(frozen=True)
-class TimmCheckpoint(Checkpoint):
+class TimmCheckpoint(Checkpoint[CausalVisionTransformer]):
     """A checkpoint of a timm ViT, bidirectional as in timm.
 
     Attributes:
         options: options of ``timm.create_model`` besides the sizes, for a network that it creates.
     """
 
-    model: CausalVisionTransformer
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

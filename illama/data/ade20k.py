@@ -21,7 +21,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from illama.data.augmentation import Augmented
-from illama.data.datasets import ImageSplits
+from illama.data.datasets import ImageData
 from illama.data.images import decode_image
 from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample
@@ -35,7 +35,7 @@ IGNORED = 255  # class index of pixels without a class
 _IMAGES = (".jpg", ".jpeg", ".png")
 
 
-class SegmentationFolder(ImageSplits):
+class SegmentationFolder(ImageData):
     """A folder in ADE20K's layout. The test split is ``validation``; splits are :class:`LabelMaps`.
 
     Raises:
@@ -83,11 +83,11 @@ class LabelMaps(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         path, annotation = self.paths[index]
-        picture = decode_image(str(path), lambda: str(path), self.exif)
+        picture = decode_image(str(path), exif=self.exif)
         if max(picture.size) > LONGEST * min(picture.size):
             raise UserError(f"{path} has a side ratio of more than {LONGEST}: crop it or remove it")
         image = v2.functional.to_image(picture)
-        labels = np.array(decode_image(str(annotation), lambda: str(annotation), mode=None))
+        labels = np.array(decode_image(str(annotation), mode=None))
         if labels.dtype != np.uint8 or labels.ndim != 2:
             raise UserError(f"{annotation} is not a PNG with one byte per pixel, the number of its class")
         if labels.shape != tuple(image.shape[-2:]):

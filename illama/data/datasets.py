@@ -14,10 +14,9 @@ Calibration images are evenly spaced images of the training split, never of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,34 +28,31 @@ from torchvision import datasets
 from illama.data.idx_files import read_idx_pair
 from illama.data.image_folders import ClassFolders, Pictures
 from illama.data.images import PICTURES
-from illama.data.preprocessing import Preprocessing
-from illama.data.webdataset import Sample, WebDataset
+from illama.data.preprocessing import Preprocessing, Transform
+from illama.data.webdataset import (
+    Sample,
+    TarImages,
+    check_labels,
+    evaluation_shards,
+    find_shards,
+    name_classes,
+    train_shards,
+)
 from illama.errors import UserError, warn_once
 from illama.options import ClassOrder, Exif, check_data
 
 SHIPPED_FASHION_MNIST = Path(__file__).parents[1] / "datasets" / "fashion_mnist"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-FASHION_MNIST_CLASSES: tuple[str, ...] = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+FASHION_MNIST_CLASSES: tuple[str, ...] = tuple(datasets.FashionMNIST.classes)
 VALIDATION_IMAGES = 2000
 _CALIBRATION_IMAGES = 512  # if not given
 _LOOKED_AT = 4  # images that show whether a data set is gray
 
-Transform = Callable[[Any], Tensor]
 
-
-class ImageData(Protocol):
+class ImageData:
     """A data set. Items of its splits are (image, label) pairs, without any transform.
+
+    Unless a class says otherwise, it has ImageNet's preprocessing, and images in RGB.
 
     Attributes:
         name: name of the data set.
@@ -68,21 +64,32 @@ class ImageData(Protocol):
 
     name: str
     classes: tuple[str, ...]
-    labeled: bool
-    exif: Exif
-    class_order: ClassOrder
+    labeled = True
+    exif: Exif = "apply"
+    class_order: ClassOrder = "words"
+    held_out = VALIDATION_IMAGES
+    _test: Dataset[Sample]
 
     def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
         """Returns the preprocessing for these images."""
+        imagenet = Preprocessing.imagenet(image_size, in_channels)
+        return replace(imagenet, exif=self.exif, class_order=self.class_order)
 
     def test(self) -> Dataset[Sample]:
         """Returns the test split."""
+        return self._test
 
     def calibration(self, count: int | None) -> Dataset[Sample]:
         """Returns ``count`` evenly spaced images of the training split, or all; raises UserError if there are fewer."""
+        return evenly_spaced(self._train(shuffled=False), count, "calibration images")
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
         """Returns (training images, validation images), two disjoint parts of the training split."""
+        return _hold_out(self._train(shuffled=True), self.held_out)
+
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
+        """Returns the training split; ``shuffled`` says whether it will be read in random order."""
+        raise NotImplementedError
 
 
 class TensorImages(Dataset[Sample]):
@@ -98,14 +105,11 @@ class TensorImages(Dataset[Sample]):
         return self.images[index : index + 1], int(self.labels[index])
 
 
-class FashionMNIST:
+class FashionMNIST(ImageData):
     """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 28x28 gray images, ten classes of clothing, MIT license."""
 
     name = "fashion-mnist"
     classes = FASHION_MNIST_CLASSES
-    labeled = True
-    exif: Exif = "apply"
-    class_order: ClassOrder = "words"
 
     def __init__(self, folder: Path = DEBIAN_FASHION_MNIST) -> None:
         self.folder = folder
@@ -122,48 +126,20 @@ class FashionMNIST:
         images = self._read(SHIPPED_FASHION_MNIST, "calibration")
         return evenly_spaced(images, count, "calibration images")
 
-    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
+    def _train(self, shuffled: bool) -> Dataset[Sample]:
         if not (self.folder / "train-images-idx3-ubyte.gz").exists():
             raise UserError(
                 f"no Fashion-MNIST training images in {self.folder}: on Debian or Ubuntu run "
                 "'apt-get install dataset-fashion-mnist', or give the folder of train-images-idx3-ubyte.gz "
                 "with --data fashion-mnist:FOLDER"
             )
-        return _hold_out(self._read(self.folder, "train"), VALIDATION_IMAGES)
+        return self._read(self.folder, "train")
 
     def _read(self, folder: Path, split: str) -> TensorImages:
         return TensorImages(*read_idx_pair(folder, split, len(self.classes)))
 
 
-class ImageSplits:
-    """Base class of CIFAR, image folders and shards: ImageNet's preprocessing, and splits of RGB images."""
-
-    classes: tuple[str, ...]
-    labeled = True
-    exif: Exif = "apply"
-    class_order: ClassOrder = "words"
-    held_out = VALIDATION_IMAGES
-    _test: Dataset[Sample]
-
-    def preprocessing(self, image_size: int, in_channels: int) -> Preprocessing:
-        imagenet = Preprocessing.imagenet(image_size, in_channels)
-        return replace(imagenet, exif=self.exif, class_order=self.class_order)
-
-    def test(self) -> Dataset[Sample]:
-        return self._test
-
-    def calibration(self, count: int | None) -> Dataset[Sample]:
-        return evenly_spaced(self._train(shuffled=False), count, "calibration images")
-
-    def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
-        return _hold_out(self._train(shuffled=True), self.held_out)
-
-    def _train(self, shuffled: bool) -> Dataset[Sample]:
-        """Returns the training split; ``shuffled`` says whether it will be read in random order."""
-        raise NotImplementedError
-
-
-class Cifar(ImageSplits):
+class Cifar(ImageData):
     """CIFAR-10 or CIFAR-100 from a folder in torchvision's layout; the MD5 of its files is checked."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -182,7 +158,7 @@ class Cifar(ImageSplits):
         return self._read(train=True)
 
 
-class ImageFolder(ImageSplits):
+class ImageFolder(ImageData):
     """A folder in ImageNet's layout: train/CLASS/image and val/CLASS/image."""
 
     def __init__(self, folder: Path, exif: Exif = "apply", class_order: ClassOrder = "words") -> None:
@@ -210,7 +186,7 @@ class ImageFolder(ImageSplits):
         return images
 
 
-class UnlabeledFolder(ImageSplits):
+class UnlabeledFolder(ImageData):
     """Pictures without classes, in one folder. In the order of their paths, every second one is a test image.
 
     They are enough to calibrate a network, and to measure its agreement with another, but not its accuracy.
@@ -232,21 +208,26 @@ class UnlabeledFolder(ImageSplits):
         return self._calibration
 
 
-class Shards(ImageSplits):
+class Shards(ImageData):
     """A folder of tar or parquet shards: see :mod:`illama.data.webdataset` and :mod:`illama.data.parquet`."""
 
     def __init__(self, kind: str, folder: Path, exif: Exif = "apply") -> None:
-        self.name, self.exif = folder.resolve().name, exif
-        if kind == "webdataset":
-            self._source: Any = WebDataset(folder, exif)
-        else:
-            from illama.data.parquet import ParquetFolder  # only here, since importing pyarrow takes a while
+        self.name, self.folder, self.exif = folder.resolve().name, folder, exif
+        self._kind: Any = TarImages
+        if kind == "parquet":
+            from illama.data.parquet import ParquetImages  # only here, since importing pyarrow takes a while
 
-            self._source = ParquetFolder(folder, exif)
-        self.classes, self._test = self._source.classes, self._source.test
+            self._kind = ParquetImages
+        self._shards = find_shards(folder, self._kind.suffix)
+        test = self._kind(evaluation_shards(self._shards, folder), "test", exif)
+        self._test, self.classes = test, name_classes(test.class_names(folder), test.labels, folder)
+        self._training: Any = None
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
-        return self._source.train(shuffled)
+        if self._training is None:
+            self._training = self._kind(train_shards(self._shards, self.folder), "train", self.exif)
+            check_labels(self._training.labels, len(self.classes), self.folder, all_present=True)
+        return self._training.in_random_order() if shuffled else self._training
 
 
 def open_data(spec: str, exif: Exif = "apply", class_order: ClassOrder = "words") -> ImageData:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -33,8 +32,7 @@ class Pictures(Dataset[Sample]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        path = str(self.paths[index])
-        return decode_image(path, lambda: path, self.exif), 0
+        return decode_image(str(self.paths[index]), exif=self.exif), 0
 
 
 class ClassFolders(datasets.ImageFolder):
@@ -42,7 +40,7 @@ class ClassFolders(datasets.ImageFolder):
 
     def __init__(self, folder: Path, exif: Exif, class_order: ClassOrder) -> None:
         self.class_order = class_order
-        super().__init__(folder, loader=partial(_load_image, exif=exif))
+        super().__init__(folder, loader=partial(decode_image, exif=exif))
 
     @staticmethod
     def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[tuple[str, int]]:
@@ -83,7 +81,3 @@ class ClassFolders(datasets.ImageFolder):
 def _is_text(name: str) -> bool:
     """Returns whether a file's name is UTF-8; in Python, other bytes become surrogates, which JSON cannot hold."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _load_image(path: str, exif: Exif) -> Image.Image:
-    return decode_image(path, lambda: path, exif)

@@ -35,7 +35,7 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def decode_image(
     file: str | BinaryIO,
-    name: Callable[[], str],
+    name: Callable[[], str] | None = None,
     exif: Exif = "apply",
     mode: str | None = "RGB",
     max_pixels: int | None = None,
@@ -48,7 +48,7 @@ def decode_image(
 
     Args:
         file: path or open file.
-        name: returns the name of the image for messages.
+        name: returns the name of the image for messages. Defaults to the path.
         exif: whether to apply the orientation that the file declares. Pillow always applies a TIFF's.
         mode: Pillow's mode of the result. If None, the file's values are neither scaled nor rotated, and a file whose
             values Pillow would scale (gray of 2 or 4 bits) counts as broken.
@@ -58,6 +58,7 @@ def decode_image(
     Raises:
         UserError: the file is broken or of another format, or the image is too large; the message contains ``name()``.
     """
+    name = name or (lambda: str(file))
     limit = (Image.MAX_IMAGE_PIXELS or math.inf) if max_pixels is None else max_pixels
     try:
         with warnings.catch_warnings():

@@ -29,17 +29,7 @@ from torch.utils.data import Dataset
 
 from illama.atomic_write import cache_folder, file_lock, sweep, write_folder
 from illama.data.images import decode_image
-from illama.data.webdataset import (
-    MAX_CLASSES,
-    PLACE,
-    PackedImages,
-    Sample,
-    check_labels,
-    evaluation_shards,
-    find_shards,
-    name_classes,
-    train_shards,
-)
+from illama.data.webdataset import MAX_CLASSES, PLACE, PackedImages, Sample
 from illama.errors import UserError
 from illama.options import Exif
 from illama.progress import track
@@ -55,18 +45,19 @@ class ParquetImages(Dataset[Sample]):
 
     Attributes:
         labels: labels of all images, (N,) int32.
-        names: class names from the metadata that the datasets library writes; None if there are none.
         exif: see :func:`illama.data.images.decode_image`.
 
     Raises:
         UserError: a shard is truncated, a column is missing or of another type, or a row has no image or label.
     """
 
-    def __init__(self, paths: list[Path], exif: Exif = "apply") -> None:
+    suffix = "parquet"
+
+    def __init__(self, paths: list[Path], split: str, exif: Exif = "apply") -> None:
         self.paths, self.exif = paths, exif
         opened = [open_parquet(path) for path in paths]
         self.image_column, self.label_column = _columns(opened[0], paths[0])
-        self.names = _class_names(opened[0], self.label_column, paths[0])
+        self._names = _class_names(opened[0], self.label_column, paths[0])
         groups = [(shard, group) for shard, file in enumerate(opened) for group in range(file.num_row_groups)]
         self.groups = np.array(groups, np.int32).reshape(-1, 2)
         self.starts = np.cumsum([0, *(opened[s].metadata.row_group(g).num_rows for s, g in groups)])
@@ -85,6 +76,14 @@ class ParquetImages(Dataset[Sample]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": -1, "_rows": None}  # the row group is not copied to workers
+
+    def class_names(self, folder: Path) -> list[str] | None:
+        """Returns those in the metadata of the first shard, which the datasets library writes; None if it has none."""
+        return self._names
+
+    def in_random_order(self) -> Dataset[Sample]:
+        """Returns the images of an unpacked copy, which is made on first use."""
+        return UnpackedParquet(self)
 
     def read(self, index: int) -> bytes:
         """Returns the encoded image file in a row."""
@@ -144,26 +143,6 @@ class UnpackedParquet(PackedImages):
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
-
-
-class ParquetFolder:
-    """A folder in the layout of the datasets library and of Hugging Face.
-
-    Class names are taken from the ClassLabel in the first test shard; if it has none, they are numbers.
-    """
-
-    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
-        self.folder, self.shards, self.exif = folder, find_shards(folder, "parquet"), exif
-        self.test = ParquetImages(evaluation_shards(self.shards, folder), exif)
-        self.classes = name_classes(self.test.names, self.test.labels, folder)
-        self._train: ParquetImages | None = None
-
-    def train(self, shuffled: bool) -> Dataset[Sample]:
-        """Returns the training images; if ``shuffled``, from an unpacked copy that is made on first use."""
-        if self._train is None:
-            self._train = ParquetImages(train_shards(self.shards, self.folder), self.exif)
-            check_labels(self._train.labels, len(self.classes), self.folder, all_present=True)
-        return UnpackedParquet(self._train) if shuffled else self._train
 
 
 @contextmanager

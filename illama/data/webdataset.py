@@ -99,14 +99,6 @@ def check_labels(labels: np.ndarray, classes: int, folder: Path, all_present: bo
         )
 
 
-def read_class_names(folder: Path) -> list[str] | None:
-    """Returns the lines of classes.txt or classnames.txt, the class names in the order of the labels, or None."""
-    for path in (folder / name for name in CLASS_FILES):
-        if path.exists():
-            return read_lines(path)
-    return None
-
-
 class PackedImages(Dataset[Sample]):
     """Images at known positions in larger files, which can be read in any order by any number of workers.
 
@@ -143,12 +135,17 @@ class PackedImages(Dataset[Sample]):
 class TarImages(PackedImages):
     """The images of a split's tar shards, in the order of the shards.
 
+    Their members are KEY.jpg (or .png, .webp) and KEY.cls, a label. ImageNet is published in this layout, as
+    imagenet1k-train-0000.tar and so on. A file classes.txt or classnames.txt may contain the class names, one per line.
+
     Args:
         split: name of the split, for messages.
 
     Raises:
         UserError: a shard is truncated, or has an image without a label or a label without an image.
     """
+
+    suffix = "tar"
 
     def __init__(self, paths: list[Path], split: str, exif: Exif) -> None:
         bar = track(paths, f"index {split}", "shard")
@@ -157,32 +154,21 @@ class TarImages(PackedImages):
         if not len(self):
             raise UserError(f"no images in {paths[0]} and the other {split} shards: expected KEY.jpg and KEY.cls")
 
+    @staticmethod
+    def class_names(folder: Path) -> list[str] | None:
+        """Returns the lines of classes.txt or classnames.txt, the class names in the order of the labels, or None."""
+        path = next((folder / name for name in CLASS_FILES if (folder / name).exists()), None)
+        return None if path is None else read_lines(path)
+
+    def in_random_order(self) -> TarImages:
+        """Returns these images, which can be read in any order."""
+        return self
+
     def describe(self, index: int) -> str:
         path, start = self.paths[self.index[index]["file"]], self.index[index]["start"]
         with tarfile.open(path, "r:") as tar:
             name = next((member.name for member in tar if member.offset_data == start), "that was there")
         return f"{name} in {path}"
-
-
-class WebDataset:
-    """A folder of tar shards in WebDataset's layout, whose members are KEY.jpg (or .png, .webp) and KEY.cls, a label.
-
-    ImageNet is published in this layout, as imagenet1k-train-0000.tar and so on. A file classes.txt or classnames.txt
-    may contain the class names, one per line.
-    """
-
-    def __init__(self, folder: Path, exif: Exif = "apply") -> None:
-        self.folder, self.shards, self.exif = folder, find_shards(folder, "tar"), exif
-        self.test = TarImages(evaluation_shards(self.shards, folder), "test", exif)
-        self.classes = name_classes(read_class_names(folder), self.test.labels, folder)
-        self._train: TarImages | None = None
-
-    def train(self, shuffled: bool) -> TarImages:
-        """Returns the training images; ``shuffled`` makes no difference here."""
-        if self._train is None:
-            self._train = TarImages(train_shards(self.shards, self.folder), "train", self.exif)
-            check_labels(self._train.labels, len(self.classes), self.folder, all_present=True)
-        return self._train
 
 
 def _scan(path: Path, number: int) -> Iterator[tuple[int, int, int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Interval
 
@@ -67,33 +67,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "causal-rope": {**_VIT_RMSNORM, "mask": "post_softmax", "class_token": "last", "position": "rope"},
     "illama": {},
 }
-
-
-class NetworkConfig(Protocol):
-    """The settings that every network has, as described in :class:`ModelConfig`, and its kind."""
-
-    kind: ClassVar[NetworkKind]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the input in pixels."""
-        ...
-
-    @property
-    def in_channels(self) -> int: ...
-
-    @property
-    def num_classes(self) -> int: ...
-
-    @property
-    def features(self) -> tuple[int, ...]:
-        """Shape of the output for an image, of a network without a classifier; empty for one with classes."""
-        ...
-
-    @property
-    def mask(self) -> MaskKind: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -244,3 +217,6 @@ class ModelConfig:
         if self.mlp == "gelu":
             return 4 * self.width
         return 256 * -(-int(8 * self.width / 3) // 256)
+
+
+NetworkConfig = TimmConfig | ModelConfig  # of every network

@@ -230,14 +230,7 @@ def fold_batch_norms(model: Segmenter) -> Segmenter:
     return folded
 
 
-@dataclass(frozen=True)
-class SegmentationCheckpoint(Checkpoint):
-    """A checkpoint whose network is a :class:`Segmenter`."""
-
-    model: Segmenter
-
-
-def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
+def load_segmentation(bundle: Path) -> Checkpoint[Segmenter]:
     """Loads a bundle written by ``illama/train_segmentation.py``; raises UserError for anything else."""
     manifest, weights = Manifest.read(bundle), bundle / WEIGHTS
     if manifest.network != "segmentation":
@@ -256,4 +249,4 @@ def load_segmentation(bundle: Path) -> SegmentationCheckpoint:
     check_state(expected, state, weights, "the config")
     model = make()
     model.load_state_dict(state)
-    return SegmentationCheckpoint(model.eval(), manifest.preprocessing, manifest.classes, weights)
+    return Checkpoint(model.eval(), manifest.preprocessing, manifest.classes, weights)

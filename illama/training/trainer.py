@@ -154,7 +154,19 @@ class Run:
 
     def score(self, split: Dataset[Sample]) -> float:
         """Returns the score of the kept weights with the hard mask, in percent. Every process must call it."""
-        return evaluate(self, split)
+        model = self.kept.eval()
+        model.soft_mask = 0.0
+        own, counted = self.processes.share(len(cast(Sized, split)))
+        outputs, labels = predict(
+            {"kept": torch_infer(model)},
+            Subset(split, own),
+            self.task.preprocessing.transform(),
+            workers=self.recipe.workers,
+            progress=self.processes.main,
+        )
+        classes = self.task.classifier(outputs["kept"]).argmax(1)
+        right, seen = self.processes.sum(float((classes == labels)[:counted].sum()), counted)
+        return 100 * right / seen
 
     @property
     def kept(self) -> MaskedNetwork:
@@ -330,20 +342,3 @@ def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> str:
     if log:
         log.write_epoch(epoch, run.progress.step, rate, soft_mask, loss, score, speed)
     return f"epoch {epoch}, loss {loss:.3f}, val {score:.2f}%"
-
-
-def evaluate(run: Run, split: Dataset[Sample]) -> float:
-    """Returns the top-1 in percent of the kept weights with the hard mask; the processes share the images."""
-    model = run.kept.eval()
-    model.soft_mask = 0.0
-    own, counted = run.processes.share(len(cast(Sized, split)))
-    outputs, labels = predict(
-        {"kept": torch_infer(model)},
-        Subset(split, own),
-        run.task.preprocessing.transform(),
-        workers=run.recipe.workers,
-        progress=run.processes.main,
-    )
-    classes = run.task.classifier(outputs["kept"]).argmax(1)
-    right, seen = run.processes.sum(float((classes == labels)[:counted].sum()), counted)
-    return 100 * right / seen
