@@ -36,7 +36,7 @@ from illama.models.timm_vit import to_causal, to_quantizable
 from illama.partial_work import claim, sources_digest
 from illama.progress import track
 from quant.export.onnx_export import export_onnx
-from quant.export.verify import compare_with_trace, first_mismatch, observable_layers, trace_onnx
+from quant.export.verify import compare_with_trace, first_mismatch, trace_onnx
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.rotation import rotate
 from quant.schemes.scheme import Rotations, resolve, shipped_scheme
@@ -133,7 +133,7 @@ def _file_steps(model: Any, name: str, images: Tensor, folder: Path) -> Iterator
     scheme = replace(shipped_scheme(name), reconstruction_iterations=0)
     quantized = calibrate(model, resolve(scheme, model), [images])
     export_onnx(quantized, folder / f"{name}.onnx", "plain")
-    trace = trace_onnx(folder / f"{name}.onnx", images.numpy(), observable_layers(quantized))
+    trace = trace_onnx(folder / f"{name}.onnx", images.numpy(), quantized)
     mismatch = first_mismatch(compare_with_trace(quantized, trace, images.numpy()))
     yield f"{name}'s file, in {mismatch or 'every layer'}", float(mismatch is not None), 0.5
     yield f"{name} against float", error_of(quantized(images), model(images)), 0.25

@@ -37,8 +37,7 @@ BEFORE, AFTER = "#b0413e", "#2f6690"
 def inputs_of(model: nn.Module, layer: str, images: Tensor) -> Tensor:
     """Returns the inputs of a layer, (vectors, width)."""
     seen: list[Tensor] = []
-    note = {layer: lambda _, inputs: seen.append(inputs[0].flatten(0, -2))}
-    with torch.no_grad(), input_hooks(model, note):
+    with torch.no_grad(), input_hooks(model, [layer], lambda _, inputs: seen.append(inputs[0].flatten(0, -2))):
         model(images)
     return torch.cat(seen)
 

@@ -39,14 +39,14 @@ class ShapeBiasOptions:
 def main(options: ShapeBiasOptions) -> None:
     # Imported here, so that --help does not wait for PyTorch.
     from eval.measure.open_bundles import open_bundles, predict_checked
-    from eval.metrics.cue_conflict import Stimuli, check_classes, measure_shape_bias, shape_bias_tables
+    from eval.metrics.cue_conflict import Stimuli, check_classes, decide, shape_bias, shape_bias_tables
     from eval.report.store import write_results
 
     bundles = open_bundles(options.bundles)
     stimuli = Stimuli(options.stimuli, bundles.preprocessing.exif)
     check_classes(bundles.classes, options.bundles[0])
-    logits, order = predict_checked(bundles, stimuli, bundles.preprocessing.transform())
-    results = {model: measure_shape_bias(values, stimuli, order) for model, values in logits.items()}
+    logits, _ = predict_checked(bundles, stimuli, bundles.preprocessing.transform())
+    results = {model: shape_bias(decide(values), stimuli.shapes, stimuli.textures) for model, values in logits.items()}
     facts = {"models": {model: {"bias": each.bias, **asdict(each)} for model, each in results.items()}}
     write_results(options.out, "shape-bias", facts, shape_bias_tables(results))
 

@@ -55,14 +55,7 @@ def main(options: DebugOptions) -> None:
 
     from quant.export.onnx_export import export_onnx
     from quant.export.open_quantized import bundle_scheme, open_quantized, open_source
-    from quant.export.verify import (
-        accumulated_sqnr,
-        compare_with_trace,
-        first_mismatch,
-        observable_layers,
-        print_differences,
-        trace_onnx,
-    )
+    from quant.export.verify import accumulated_sqnr, compare_with_trace, first_mismatch, print_differences, trace_onnx
     from quant.mixed_precision.image_selection import split_images
 
     bundle, names = options.bundle, ("checkpoint", "model", "data", "calibration_images")
@@ -76,7 +69,7 @@ def main(options: DebugOptions) -> None:
         if bundle is None:
             print(f"export {scheme.name} ...", flush=True)
             export_onnx(quantized, path, "plain")
-        trace = trace_onnx(check_exists(path), images, observable_layers(quantized))
+        trace = trace_onnx(check_exists(path), images, quantized)
     differences = compare_with_trace(quantized, trace, images)
     print_differences(differences, accumulated_sqnr(reference, quantized, trace, images))
     if mismatch := first_mismatch(differences):

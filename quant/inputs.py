@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -122,11 +122,8 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
     data, device = options.data, torch_device(options.device)
     loaded = _open_checkpoint(options)
     stored, config = loaded.preprocessing, loaded.model.config
-    images = open_data(
-        data,
-        options.exif or (stored.exif if stored else "apply"),
-        options.class_order or (stored.class_order if stored else "words"),
-    )
+    exif = options.exif or (stored.exif if stored else "apply")
+    images = open_data(data, exif, options.class_order or (stored.class_order if stored else "words"))
     if not images.labeled:
         if needs_labels:
             raise unlabeled(data)
@@ -186,23 +183,20 @@ def _with_head(loaded: ILLaMACheckpoint, head: Head) -> ILLaMACheckpoint:
     return replace(loaded, classes=())
 
 
-def schemes_from_options(names: Sequence[str]) -> list[Scheme]:
-    """Returns schemes by name or YAML file; raises UserError if one cannot be read, or two have one name."""
-    schemes = [scheme_from_name_or_file(name) for name in dict.fromkeys(names)]
-    check_names(schemes)
-    return schemes
-
-
-def check_names(schemes: Sequence[Scheme]) -> None:
-    """Raises UserError if two schemes have one name, or one is called fp32 or fp16 like the reference bundles."""
-    taken = [*(scheme.name for scheme in schemes), "fp32", "fp16"]
-    if clash := next((name for name in taken if taken.count(name) > 1), None):
-        raise UserError(f"two schemes are called {clash!r}: change the name in the scheme file")
-
-
 def scheme_from_name_or_file(name: str) -> Scheme:
     """Returns a shipped scheme by its name, or the scheme in a .yaml or .yml file; UserError if there is none."""
     return read_scheme(Path(name)) if name.endswith((".yaml", ".yml")) else shipped_scheme(name)
+
+
+def schemes_from_options(
+    names: Sequence[str], read: Callable[[str], Scheme] = scheme_from_name_or_file
+) -> list[Scheme]:
+    """Returns schemes that ``read`` opens; raises UserError if two have one name, or one that of a reference bundle."""
+    schemes = [read(name) for name in dict.fromkeys(names)]
+    taken = [*(scheme.name for scheme in schemes), "fp32", "fp16"]
+    if clash := next((name for name in taken if taken.count(name) > 1), None):
+        raise UserError(f"two schemes are called {clash!r}: change the name in the scheme file")
+    return schemes
 
 
 def onnx_scheme(name: str) -> Scheme:

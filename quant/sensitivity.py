@@ -46,12 +46,7 @@ def main(options: SensitivityOptions) -> None:
     from illama.atomic_write import write_folder
     from quant.inputs import onnx_scheme, open_inputs
     from quant.mixed_precision.image_selection import image_count, split_images
-    from quant.mixed_precision.sensitivity_study import (
-        RESULT,
-        measure_sensitivity,
-        sensitivity_table,
-        write_sensitivity,
-    )
+    from quant.mixed_precision.sensitivity_study import RESULT, measure_sensitivity, write_sensitivity
 
     with write_folder(options.out, lambda folder: (folder / RESULT).exists()) as folder:
         inputs, scheme = open_inputs(options.source, calibration_share=2), onnx_scheme(options.scheme)
@@ -67,8 +62,8 @@ def main(options: SensitivityOptions) -> None:
             **measure_sensitivity(inputs, scheme, inputs.batches(images)),
             "versions": package_versions(),
         }
-        write_sensitivity(result, folder)
-    print(f"\n{sensitivity_table(result)}")
+        table = write_sensitivity(result, folder)
+    print(f"\n{table}")
     print(f"{count} images of the {options.split} split; written to {options.out}")
 
 

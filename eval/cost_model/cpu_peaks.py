@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import timeit
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from eval.cost_model.devices import CPU, Device
@@ -24,14 +25,14 @@ def measure_cpu(rounds: int = 10) -> Device:
     """
     operations = 2 * _PROBE**3
     peaks = {
-        precision: operations / _best_time(_square_product(integer), rounds) / 1e12
+        precision: operations / min(timeit.repeat(_square_product(integer), number=1, repeat=rounds)) / 1e12
         for precision, integer in (("fp32", False), ("int8", True))
     }
     return Device(CPU, _copy_rate(rounds) / 1e9, peaks, f"measured here: {describe_machine()['cpu']}")  # type: ignore[arg-type]
 
 
-def _square_product(integer: bool) -> tuple[onnxruntime.InferenceSession, np.ndarray]:
-    """Returns a session of one square product, of uint8 inputs by int8 weights or in float32, and its inputs."""
+def _square_product(integer: bool) -> Callable[[], Any]:
+    """Returns a function that computes one square product, of uint8 inputs by int8 weights or in float32."""
     values = np.random.default_rng(0).integers(-100, 100, (_PROBE, _PROBE))
     nodes, operands = [], ["x", "w"]
     constants: dict[str, Any] = {"w": values.astype(np.int8 if integer else np.float32)}
@@ -52,27 +53,15 @@ def _square_product(integer: bool) -> tuple[onnxruntime.InferenceSession, np.nda
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return cpu_session(model.SerializeToString()), (values + 100).astype(np.uint8 if integer else np.float32)
-
-
-def _best_time(probe: tuple[onnxruntime.InferenceSession, np.ndarray], rounds: int) -> float:
-    session, values = probe
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        session.run(None, {"x": values})
-        times.append(time.perf_counter() - start)
-    return min(times)
+    inputs = (values + 100).astype(np.uint8 if integer else np.float32)
+    return partial(cpu_session(model.SerializeToString()).run, None, {"x": inputs})
 
 
 def _copy_rate(rounds: int, megabytes: int = 256) -> float:
     """Returns the bytes read and written per second, with each core copying its own part."""
     cores = usable_cores()
     source = np.ones((cores, megabytes * 2**20 // cores), np.uint8)
-    target, times = np.zeros_like(source), []
+    target = np.zeros_like(source)
     with ThreadPoolExecutor(cores) as pool:
-        for _ in range(rounds):
-            start = time.perf_counter()
-            list(pool.map(np.copyto, target, source))
-            times.append(time.perf_counter() - start)
+        times = timeit.repeat(lambda: list(pool.map(np.copyto, target, source)), number=1, repeat=rounds)
     return 2 * source.nbytes / min(times)

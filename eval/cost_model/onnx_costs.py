@@ -17,18 +17,8 @@ import onnx_ir as ir
 from illama.errors import UserError
 from illama.graph.reader import PRODUCTS, Precision, infer_shapes, is_constant, load_graph, products, stored
 
-_UNCOUNTED = (
-    "MatMulInteger",
-    "QLinearMatMul",
-    "ConvInteger",
-    "QLinearConv",
-    "ConvTranspose",
-    "Einsum",
-    "RNN",
-    "LSTM",
-    "GRU",
-    "DeformConv",
-)
+_INTEGER = ("MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv")
+_UNCOUNTED = (*_INTEGER, "ConvTranspose", "Einsum", "RNN", "LSTM", "GRU", "DeformConv")
 
 
 @dataclass(frozen=True)

@@ -173,16 +173,9 @@ def device_table(predictions: Sequence[Prediction], bundles: Sequence[str], devi
 
 def measured_table(predictions: Sequence[Prediction]) -> str:
     """Returns a row for each bundle that was measured on this machine: its products, and a whole call."""
-    headings = (
-        "bundle",
-        "products, predicted ms",
-        "products, measured ms",
-        "error",
-        "a whole call, measured ms",
-        "error",
-    )
+    heads = ("bundle", "products, predicted ms", "products, measured ms", "error", "a whole call, measured ms", "error")
     return markdown(
-        headings,
+        heads,
         [
             (
                 each.bundle,

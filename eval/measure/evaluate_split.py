@@ -107,7 +107,7 @@ def evaluate(
         with Activity("wait for the other processes", shown=processes.main):
             _wait_for(list(paths.values()), how.patience)
         parts = [_read(path, models, len(each)) for each, path in paths.items()]
-    return {name: _concatenate([part[name] for part in parts]) for name in models}
+    return {name: _concatenate([part[name] for part in parts], total) for name in models}
 
 
 def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes, restart: bool) -> None:
@@ -153,23 +153,14 @@ def _powers(exact: np.ndarray, output: np.ndarray) -> np.ndarray:
     return np.stack([(each**2).sum(1) for each in (exact, own - exact, own)], 1)
 
 
-def _concatenate(parts: Sequence[Evaluated | NotFinite]) -> Evaluated | NotFinite:
+def _concatenate(parts: Sequence[Evaluated | NotFinite], images: int) -> Evaluated | NotFinite:
     whole = [part for part in parts if isinstance(part, Evaluated)]
     if len(whole) < len(parts):
-        failed = [part for part in parts if isinstance(part, NotFinite)]
-        return NotFinite(sum(each.images for each in failed), sum(map(_images, parts)))
-    return _joined(whole)
-
-
-def _images(part: Evaluated | NotFinite) -> int:
-    return part.of if isinstance(part, NotFinite) else len(part.plain)
-
-
-def _joined(parts: Sequence[Evaluated]) -> Evaluated:
-    scaled = [part.scaled for part in parts if part.scaled]
-    powers = [part.powers for part in parts if part.powers is not None]
+        return NotFinite(sum(part.images for part in parts if isinstance(part, NotFinite)), images)
+    scaled = [part.scaled for part in whole if part.scaled]
+    powers = [part.powers for part in whole if part.powers is not None]
     return Evaluated(
-        Predictions.concatenate([part.plain for part in parts]),
+        Predictions.concatenate([part.plain for part in whole]),
         Predictions.concatenate(scaled) if scaled else None,
         np.concatenate(powers) if powers else None,
     )

@@ -24,17 +24,8 @@ from illama.progress import track
 LEAST_TURNS = 3
 UNREADABLE = "not readable here"
 # Raised by runtimes for a batch that they reject or have no memory for; those of ONNX Runtime share no base class.
-_REFUSALS = (
-    UserError,
-    RuntimeError,
-    MemoryError,
-    ValueError,
-    ort.InvalidArgument,
-    ort.Fail,
-    ort.RuntimeException,
-    ort.EPFail,
-    ort.NotImplemented,
-)
+_OF_ONNX_RUNTIME = (ort.InvalidArgument, ort.Fail, ort.RuntimeException, ort.EPFail, ort.NotImplemented)
+_REFUSALS = (UserError, RuntimeError, MemoryError, ValueError, *_OF_ONNX_RUNTIME)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ virtual machines report nothing, and since Linux 5.10 only root can read RAPL.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,9 +33,10 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def _number(path: Path) -> float | None:
+def _number(path: Path, per: float = 1.0) -> float | None:
+    """Returns the number in a file, divided by ``per``; None if there is none."""
     try:
-        return float(_text(path) or "")
+        return float(_text(path) or "") / per
     except ValueError:
         return None
 
@@ -58,22 +59,20 @@ class Gpu:
         return self._ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM)
 
     def watts(self) -> float | None:
-        milliwatts = self._ask(pynvml.nvmlDeviceGetPowerUsage)
-        return None if milliwatts is None else milliwatts / 1e3
+        return self._ask(pynvml.nvmlDeviceGetPowerUsage, per=1e3)
 
     def joules(self) -> float | None:
         """Energy since the driver was loaded; reported by Volta and later GPUs."""
-        millijoules = self._ask(pynvml.nvmlDeviceGetTotalEnergyConsumption)
-        return None if millijoules is None else millijoules / 1e3
+        return self._ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, per=1e3)
 
-    def _ask(self, question: Callable[..., Any], *arguments: Any) -> float | None:
+    def _ask(self, question: Callable[..., Any], *arguments: Any, per: float = 1.0) -> float | None:
         try:
-            return float(question(self.handle, *arguments))
+            return float(question(self.handle, *arguments)) / per
         except pynvml.NVMLError:
             return None
 
 
-@functools.cache
+@cache
 def find_gpu() -> Gpu | None:
     """Returns the GPU that PyTorch uses, also under CUDA_VISIBLE_DEVICES; the first without CUDA; None without GPU."""
     try:
@@ -245,19 +244,11 @@ def _package_meter(root: Path) -> Meter | None:
     counters = []
     for path in sorted((root / "class/powercap").glob("intel-rapl:*")):
         if path.name.count(":") == 1 and (_text(path / "name") or "").startswith("package"):
-            wraps = _number(path / "max_energy_range_uj") or math.inf
-            counters.append(Counter(_joules_in(path / "energy_uj"), wraps / 1e6))
+            wraps = _number(path / "max_energy_range_uj", 1e6) or math.inf
+            counters.append(Counter(partial(_number, path / "energy_uj", 1e6), wraps))
     if not counters or any(counter.read() is None for counter in counters):
         return None
     return CountingMeter(f"CPU package{'s' * (len(counters) > 1)} (RAPL), without memory and disks", counters, 0.2)
-
-
-def _joules_in(path: Path) -> Callable[[], float | None]:
-    def joules() -> float | None:
-        microjoules = _number(path)
-        return None if microjoules is None else microjoules / 1e6
-
-    return joules
 
 
 def _gpu_meter(gpu: Gpu | None) -> Meter | None:
@@ -290,13 +281,10 @@ def _rails(root: Path) -> dict[str, Callable[[], float | None]]:
         labels[1] = labels[1] or _text(folder / "label")
         for channel, label in labels.items():
             if label and label != "NC" and (folder / f"curr{channel}_input").exists():
-                found[label] = _product(folder / f"in{channel}_input", folder / f"curr{channel}_input")
+                found[label] = partial(_watts, folder / f"in{channel}_input", folder / f"curr{channel}_input")
     return found
 
 
-def _product(millivolts: Path, milliamperes: Path) -> Callable[[], float | None]:
-    def watts() -> float | None:
-        volts, amperes = _number(millivolts), _number(milliamperes)
-        return None if volts is None or amperes is None else volts * amperes / 1e6
-
-    return watts
+def _watts(millivolts: Path, milliamperes: Path) -> float | None:
+    volts, amperes = _number(millivolts), _number(milliamperes)
+    return None if volts is None or amperes is None else volts * amperes / 1e6

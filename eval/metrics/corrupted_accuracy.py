@@ -151,14 +151,8 @@ def robustness_tables(results: Mapping[str, Robustness]) -> str:
         for name, each in results.items()
     ]
     corruptions = results[reference].by_corruption
-    heads = (
-        "model",
-        "clean top-1 %",
-        "corrupted top-1 %",
-        "kept %",
-        "points lost (95% interval)",
-        "beyond those on clean images",
-    )
+    lost = ("points lost (95% interval)", "beyond those on clean images")
+    heads = ("model", "clean top-1 %", "corrupted top-1 %", "kept %", *lost)
     by_corruption = [(name, *(f"{each.by_corruption[name]:.2f}" for each in results.values())) for name in corruptions]
     return f"{markdown(heads, models)}\n\n{markdown(('corruption', *results), by_corruption)}\n"
 

@@ -23,15 +23,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from eval.metrics.corruption_names import CORRUPTIONS, SEVERITIES
+from eval.metrics.corruption_names import BLURS, CORRUPTIONS, SEVERITIES
 from illama.data.datasets import Sample
 from illama.data.preprocessing import Preprocessing, Transform
 from illama.errors import UserError
 
 REFERENCE_SIZE = 224
-_EXTENT_IN_PIXELS = frozenset(
-    ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog", "elastic_transform")
-)
+_EXTENT_IN_PIXELS = frozenset((*BLURS, "snow", "frost", "fog", "elastic_transform"))
 _TAKES_SEED = frozenset(("impulse_noise", "glass_blur"))
 
 

@@ -141,11 +141,6 @@ def shape_bias(decisions: np.ndarray, shapes: Sequence[str], textures: Sequence[
     return ShapeBias(int(conflict.sum()), int(for_shape.sum()), int(for_texture.sum()), by_class)
 
 
-def measure_shape_bias(logits: np.ndarray, stimuli: Stimuli, order: np.ndarray) -> ShapeBias:
-    """Returns the shape bias of logits (images, 1000) of the pictures whose indices in ``stimuli`` are ``order``."""
-    return shape_bias(decide(logits), np.array(stimuli.shapes)[order], np.array(stimuli.textures)[order])
-
-
 def check_classes(names: Sequence[str], bundle: Path) -> None:
     """Checks that the classes of a bundle are ImageNet's 1,000 in the order of their WordNet IDs.
 

@@ -129,15 +129,10 @@ def check_predictions(logits: np.ndarray, labels: np.ndarray) -> None:
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"logits {logits.shape} and labels {labels.shape} do not match, or are empty")
-    check_finite(logits)
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(f"labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
-
-
-def check_finite(logits: np.ndarray) -> None:
-    """Raises ValueError if a logit of (images, ...) is not finite, for example because a model overflows."""
     if found := count_not_finite(logits):
         raise ValueError(str(found))
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
 
 
 def count_not_finite(logits: np.ndarray) -> NotFinite | None:

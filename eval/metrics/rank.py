@@ -9,7 +9,8 @@ code takes the rank of the MEAN map of 30 images, which differs from the mean of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from illama import ILLaMA
 from illama.markdown_table import markdown
 from illama.models.attention import MaskedAttention
+from illama.models.hooks import input_hooks
 
 _BATCH = 8  # the maps of one layer of Base at 384 pixels then take 0.25 GB in float64
 
@@ -39,19 +41,16 @@ def attention_rank(model: ILLaMA, images: Tensor, threshold: float = 0.8) -> np.
     """
     if not len(images):
         raise ValueError("attention_rank needs at least one image")
-    attentions = [module for module in model.modules() if isinstance(module, MaskedAttention)]
-    sums: list[Tensor | float] = [0.0] * len(attentions)
+    attentions = {f"{name}.p": each for name, each in model.named_modules() if isinstance(each, MaskedAttention)}
+    sums: dict[str, Any] = dict.fromkeys(attentions, 0.0)
 
-    def add(layer: int, maps: Tensor) -> None:
-        sums[layer] += maps.double().sum(0)
+    def add(name: str, inputs: Any) -> None:
+        sums[name] += inputs[0].double().sum(0)
 
-    with _whole_maps(model, attentions), ExitStack() as hooks, torch.no_grad():
-        for layer, attention in enumerate(attentions):
-            hook = attention.p.register_forward_hook(lambda _, __, maps, layer=layer: add(layer, maps))
-            hooks.callback(hook.remove)
+    with _whole_maps(model, list(attentions.values())), input_hooks(model, attentions, add), torch.no_grad():
         for batch in images.split(_BATCH):
             model(batch)
-    means = torch.stack([torch.as_tensor(total) for total in sums]) / len(images)
+    means = torch.stack(list(sums.values())) / len(images)
     return map_rank(means, threshold).double().cpu().numpy()
 
 

@@ -27,7 +27,7 @@ from eval.metrics.measured import NN_AGREEMENT
 from eval.report.cautions import cautions
 from eval.report.markdown_html import markdown_to_html
 from eval.report.schema import FlippedImage, Report, Row
-from eval.report.table import MISSING, Cell, cells, not_measured, range_notes, softmax_notes, timed_cells
+from eval.report.table import MISSING, cells, not_measured, range_notes, softmax_notes, timed_cells
 from illama.bundle import as_run
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,7 +57,8 @@ def render_html(report: Report, picture: bytes, thumbnails: Mapping[int, str], f
     script = _inline(SCRIPTS)
     plot = plot_data(report)
     choice, names = report.decision.choice, {row.key: row.name for row in report.rows}
-    table = [table_row(report, row, plot["batch"]) for row in report.rows]
+    batch, front = plot["batch"], report.pareto(plot["batch"])
+    table = [{**cells(row, batch), **timed_cells(row, batch, report.reference, front)} for row in report.rows]
     return environment.get_template("report.html").render(
         report=report,
         style=style,
@@ -94,10 +95,9 @@ def _inline(names: Sequence[str]) -> Markup:
 
 def content_policy(style: str, script: str) -> str:
     """Returns a Content-Security-Policy that allows this style, this script and inline pictures only."""
-    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
-    style_hash, script_hash = hashes
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
-        f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; img-src data:; "
+        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
@@ -174,11 +174,6 @@ def shown_diagrams(report: Report) -> list[Row]:
     return [row for row in report.rows if row.key in keys]
 
 
-def table_row(report: Report, row: Row, batch: int) -> dict[str, Cell]:
-    """Returns the cells of a row under all headings of the page."""
-    return {**cells(row, batch), **timed_cells(row, batch, report.reference, report.pareto(batch))}
-
-
 def plot_data(report: Report) -> dict[str, Any]:
     """Returns what the script draws and puts into the table, for every timed batch size."""
     batches = sorted({each.batch for row in report.rows for each in row.latency})
@@ -206,20 +201,15 @@ def plot_data(report: Report) -> dict[str, Any]:
         }
         for row in report.rows
     ]
-    constraints, chosen = report.constraints, report.chosen
-    least = reference.top1.percent - constraints.drop if reference and constraints.drop is not None else None
+    limits, chosen = report.constraints, report.chosen
+    least = reference.top1.percent - limits.drop if reference and limits.drop is not None else None
     return {
         "rows": rows,
         "batches": batches,
-        "batch": constraints.batch if constraints.batch in batches else next(iter(batches), constraints.batch),
+        "batch": limits.batch if limits.batch in batches else next(iter(batches), limits.batch),
         "chosen": chosen.name if chosen else None,
         "images": report.rows[0].images,
-        "constraints": {
-            "batch": constraints.batch,
-            "latency": constraints.latency_ms,
-            "top1": least,
-            "drop": constraints.drop,
-        },
+        "constraints": {"batch": limits.batch, "latency": limits.latency_ms, "top1": least, "drop": limits.drop},
     }
 
 
@@ -250,12 +240,13 @@ def class_changes(report: Report) -> list[ClassLine]:
     for each in zip(*(change.classes for change in changed), strict=True):
         changes = [(one.other - one.reference, one.p, one.significant) for one in each]
         largest = max((change for change, _, _ in changes), key=abs)
-        name = report.classes[each[0].label]
-        lines.append((largest, ClassLine(name, each[0].images, each[0].reference, changes, True)))
+        lines.append((largest, report.classes[each[0].label], each[0], changes))
     lines.sort(key=lambda line: line[0])
     half = SHOWN_CLASSES // 2
-    hidden = range(half, len(lines) - half) if len(lines) > SHOWN_CLASSES else range(0)
-    return [ClassLine(**{**vars(line), "shown": i not in hidden}) for i, (_, line) in enumerate(lines)]
+    return [
+        ClassLine(name, first.images, first.reference, changes, not half <= i < len(lines) - half)
+        for i, (_, name, first, changes) in enumerate(lines)
+    ]
 
 
 def shown_flips(row: Row) -> list[tuple[str, FlippedImage]]:

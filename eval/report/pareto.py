@@ -211,11 +211,11 @@ def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
     if latency and (other := reference.at(batch)):
         devices = "" if row.device == reference.device else f", on {row.device} against {reference.device}"
         parts.append(
-            f"it is {_speed(other.p50 / latency.p50)} {reference.name} at batch {batch} "
+            f"it is {_times(other.p50 / latency.p50, 'as fast as', 'slower than')} {reference.name} at batch {batch} "
             f"({latency.p50:.2f} against {other.p50:.2f} ms{devices})"
         )
     parts.append(
-        f"its file is {_size(row.megabytes / reference.megabytes)} "
+        f"its file is {_times(row.megabytes / reference.megabytes, 'as large', 'smaller')} "
         f"({row.megabytes:.2f} against {reference.megabytes:.2f} MB)"
     )
     parts.append(f"it {_loss(row) if row.labeled else _agreement(row, reference)} ({row.images:,} images)")
@@ -223,16 +223,11 @@ def _figures(row: Row, rows: Sequence[Row], batch: int) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _speed(ratio: float) -> str:
+def _times(ratio: float, same: str, less: str) -> str:
+    """Returns a ratio in words: "2.0 times as large", "as large" or "2.0 times smaller"."""
     if 0.95 < ratio < 1.05:
-        return "as fast as"
-    return f"{ratio:.1f} times as fast as" if ratio > 1 else f"{1 / ratio:.1f} times slower than"
-
-
-def _size(ratio: float) -> str:
-    if 0.95 < ratio < 1.05:
-        return "as large"
-    return f"{ratio:.1f} times as large" if ratio > 1 else f"{1 / ratio:.1f} times smaller"
+        return same
+    return f"{ratio:.1f} times {same}" if ratio > 1 else f"{1 / ratio:.1f} times {less}"
 
 
 def _agreement(row: Row, reference: Row) -> str:

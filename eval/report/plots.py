@@ -48,7 +48,9 @@ def draw_tradeoff(report: Report) -> bytes:
     _plain_axes(axes)
     axes.grid(color=FAINT, lw=0.6)
     _legend(figure, axes, report.rows, styles, batch)
-    return _png(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
 
 
 def _mark(axes: Axes, row: Row, p50: float, color: str, mark: str) -> None:
@@ -126,9 +128,3 @@ def _plain_axes(axes: Axes) -> None:
     axes.tick_params(colors=QUIET, labelsize=9)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()

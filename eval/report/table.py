@@ -96,11 +96,7 @@ def softmax_notes(report: Report) -> list[str]:
     notes = []
     for row in report.rows:
         if (other := row.half_softmax) is not None:
-            found = (
-                "logits are not finite"
-                if other.drop is None
-                else f"{row.metric} is {other.top1:.2f}%, drop {other.drop}"
-            )
+            found = f"{row.metric} is {other.top1:.2f}%, drop {other.drop}" if other.drop else "logits are not finite"
             notes.append(f"{row.name}: if attention computes its softmax in half precision, {found}.")
     return notes
 

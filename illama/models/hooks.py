@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import nn
 
 
 @contextmanager
-def input_hooks(model: nn.Module, hooks: Mapping[str, Callable[[nn.Module, Any], None]]) -> Iterator[None]:
-    """Inside the block, calls each hook with the module named and its inputs, before the module runs."""
-    with ExitStack() as stack:
-        for name, hook in hooks.items():
-            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
+def input_hooks(model: nn.Module, names: Iterable[str], hook: Callable[[str, Any], None]) -> Iterator[None]:
+    """Inside the block, calls ``hook`` with the name of each module named and its inputs, before the module runs."""
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs)))
         yield

@@ -6,7 +6,6 @@ trained and its image size fixed, both are constants; with them, layers that onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,12 +46,12 @@ def _input_sizes(embed: Any) -> dict[str, tuple[int, int]]:
     """Returns the (height, width) of the input of every module of the ResNet, by running it once."""
     sizes: dict[str, tuple[int, int]] = {}
 
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda _, inputs: sizes.update({name: tuple(inputs[0].shape[-2:])})
+    def note(name: str, inputs: Any) -> None:
+        sizes[name] = tuple(inputs[0].shape[-2:])
 
     parameter = next(embed.backbone.parameters())
     images = torch.zeros(1, embed.in_chans, *embed.img_size, dtype=parameter.dtype, device=parameter.device)
-    with input_hooks(embed.backbone, {name: note(name) for name, _ in embed.backbone.named_modules()}):
+    with input_hooks(embed.backbone, dict(embed.backbone.named_modules()), note):
         embed.backbone(images)
     return sizes
 

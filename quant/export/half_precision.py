@@ -70,10 +70,8 @@ def fits(layer: LayerRange) -> bool:
     """Whether the values of a layer fit into its dtype: its results with some headroom, its weights with all bits."""
     if layer.dtype == "bfloat16":
         return True
-    weight = layer.weight
-    return layer.headroom >= HEADROOM and (
-        weight is None or weight == 0 or _FLOAT16.smallest_normal <= weight <= _FLOAT16.max
-    )
+    normal = not layer.weight or _FLOAT16.smallest_normal <= layer.weight <= _FLOAT16.max
+    return layer.headroom >= HEADROOM and normal
 
 
 def candidates(misfits: Sequence[str], modules: Collection[str]) -> list[Candidate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,11 @@ from illama.models.timm_hybrid import fold_hybrid
 from illama.models.timm_vit import CausalVisionTransformer, to_quantizable
 from illama.partial_work import partial_work, sources_digest
 from illama.steps import Steps
-from quant.export.write_bundle import Origin, plan_quantization, write_bundles
+from quant.export.write_bundle import InMemory, Origin, plan_quantization, write_bundles
 from quant.inputs import scheme_from_name_or_file, split_images
 from quant.schemes.scheme import QuantizationPlan
 
 _IMAGES = 512  # for calibration
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """A network and batches of calibration images (B, C, H, W), both on the CPU, and where to calibrate."""
-
-    model: MaskedNetwork
-    calibration: list[Tensor]
-    device: str
 
 
 def write_bundles_of(

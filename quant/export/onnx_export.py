@@ -28,14 +28,7 @@ from illama.models.attention import Form, MaskedAttention, MaskedNetwork
 from illama.progress import Activity
 from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
-from quant.quantizers.layers import (
-    QuantizeDequantize,
-    copy_sharing_weights,
-    dequantize,
-    freeze,
-    quantize_dequantize,
-    quantizers,
-)
+from quant.quantizers.layers import copy_sharing_weights, dequantize, freeze, quantize_dequantize, quantizers
 from quant.schemes.formats import FORMATS
 
 OPSET = 23
@@ -125,11 +118,11 @@ def softmax_scales(model: nn.Module) -> dict[str, dict[str, Any]]:
     the operator by TRT_QuantizedAttention, which takes this scale.
     """
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedAttention) and isinstance(module.p, QuantizeDequantize):
-            dtype, scale = module.p.dtype, float(module.p.scale)
-            signed = FORMATS[dtype.name.removeprefix("u")]
-            found[name] = {"number": signed.name, "scale": scale * dtype.high / signed.high}
+    for name, quantizer in quantizers(model):
+        if name.endswith(".p"):
+            signed = FORMATS[quantizer.dtype.name.removeprefix("u")]
+            scale = float(quantizer.scale) * quantizer.dtype.high / signed.high
+            found[name.removesuffix(".p")] = {"number": signed.name, "scale": scale}
     return found
 
 

@@ -21,7 +21,7 @@ from illama.models.upernet import fold_batch_norms, load_segmentation
 from illama.options import SourceOptions
 from illama.progress import track
 from quant.export.write_bundle import Origin, write_graphs, write_quantized
-from quant.inputs import check_names, onnx_scheme
+from quant.inputs import onnx_scheme, schemes_from_options
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import QuantizationPlan, resolve
 
@@ -66,9 +66,7 @@ def open_segmentation_job(
     data = SegmentationFolder(folder, preprocessing.exif)
     if data.classes != checkpoint.classes:
         raise UserError(f"{folder} has other classes than {bundle}: they must be the same")
-    schemes = [onnx_scheme(name) for name in dict.fromkeys(names)]
-    check_names(schemes)
-    plans = [resolve(scheme, model) for scheme in schemes]
+    plans = [resolve(scheme, model) for scheme in schemes_from_options(names, onnx_scheme)]
     source = SourceOptions(bundle, data=str(folder), calibration_images=calibration_images)
     hashes = {str(checkpoint.weights): sha256(checkpoint.weights)}
     origin = Origin(preprocessing, data.classes, Provenance(inputs=hashes, source=source), golden)

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from quant.quantizers.layers import QuantizeDequantize
 
 TIE_TOLERANCE = 0.01  # share of values that may differ by one step; measured: a few in 100,000, in 4 bits too
 FLOAT_TOLERANCE = 1e-4  # largest difference of a float tensor over its largest magnitude; measured: below 1e-5
-_QUANTIZED = ".quantized"  # suffix of added graph outputs
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,19 @@ class Trace:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def trace_onnx(path: Path, images: np.ndarray, layers: Mapping[str, Any]) -> Trace:
-    """Runs a file in ONNX Runtime on the CPU as deployed; returns the outputs of ``layers`` and all quantized tensors.
+def trace_onnx(path: Path, images: np.ndarray, network: nn.Module) -> Trace:
+    """Runs a file in ONNX Runtime on the CPU as deployed; returns the outputs of layers and all quantized tensors.
 
     Quantized tensors are read after QuantizeLinear, not after DequantizeLinear, so that ONNX Runtime still uses its
     integer kernels.
 
+    Args:
+        network: the network that the file was exported from, which names the layers.
+
     Raises:
         UserError: the file cannot be read or run, or was not exported by this project.
     """
-    model = load_graph(path)
+    model, layers = load_graph(path), observable_layers(network)
     taps = _tap(model, layers)
     try:
         session = cpu_session(to_bytes(model), torch.get_num_threads(), folder=path.parent)
@@ -119,7 +122,7 @@ def _tap(model: ir.Model, layers: Mapping[str, Any]) -> dict[str, tuple[str, flo
             cast = ir.node("Cast", [node.outputs[0]], {"to": ir.DataType.FLOAT})
             graph.insert_after(node, cast)
             added = cast.outputs[0]
-            added.name = f"{node.outputs[0].name}{_QUANTIZED}"
+            added.name = f"{node.outputs[0].name}.quantized"
             taps[added.name] = (layer_of(node), float(array(node.inputs[2]).astype(np.float32)))
             added.dtype = ir.DataType.FLOAT
             graph.outputs.append(added)
@@ -149,15 +152,27 @@ def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -
     model = as_exported(model)
     found: dict[str, Difference] = {}
     quantized = {name: list(arrays) for name, arrays in trace.quantized.items()}
+
+    def compare(name: str, module: nn.Module, _: Any, ours: Any) -> Tensor | None:
+        """Notes the difference of a tensor from the file's, which takes its place."""
+        if isinstance(module, QuantizeDequantize):
+            theirs = _take(quantized[name], ours.shape)
+            if theirs is None:
+                return None
+            steps = (_ordinal(module, ours / module.scale) - _ordinal(module, theirs)).abs()
+            difference = Difference(steps=int(steps.max()), differing=float((steps > 0).float().mean()))
+            found[name] = _worse(found.get(name), difference)
+            return theirs * module.scale
+        theirs = trace.values[name]
+        if ours.shape != theirs.shape:  # the last block calls some layers twice, but the file only once
+            return None
+        found[name] = _float_difference(ours, theirs)
+        return theirs
+
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            hook = None
-            if isinstance(module, QuantizeDequantize) and name in quantized:
-                hook = _replace_quantized(found, name, quantized[name])
-            elif name in trace.values:
-                hook = _replace_value(found, name, trace.values[name])
-            if hook:
-                hooks.callback(module.register_forward_hook(hook).remove)
+            if name in (quantized if isinstance(module, QuantizeDequantize) else trace.values):
+                hooks.enter_context(module.register_forward_hook(partial(compare, name)))
         logits = model(torch.from_numpy(images))
     found["logits"] = _float_difference(logits, trace.logits)
     return found
@@ -166,29 +181,6 @@ def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -
 def first_mismatch(differences: Mapping[str, Difference]) -> str | None:
     """Returns the first tensor with a mismatch, or None: the fault is between the tensor before it and this one."""
     return next((name for name, difference in differences.items() if difference.mismatch), None)
-
-
-def _replace_quantized(found: dict[str, Difference], name: str, arrays: list[Tensor]) -> Callable[..., Tensor | None]:
-    def hook(quantizer: QuantizeDequantize, _: Any, ours: Tensor) -> Tensor | None:
-        theirs = _take(arrays, ours.shape)
-        if theirs is None:
-            return None
-        steps = (_ordinal(quantizer, ours / quantizer.scale) - _ordinal(quantizer, theirs)).abs()
-        difference = Difference(steps=int(steps.max()), differing=float((steps > 0).float().mean()))
-        found[name] = _worse(found.get(name), difference)
-        return theirs * quantizer.scale
-
-    return hook
-
-
-def _replace_value(found: dict[str, Difference], name: str, theirs: Tensor) -> Callable[..., Tensor | None]:
-    def hook(_: nn.Module, __: Any, ours: Tensor) -> Tensor | None:
-        if ours.shape != theirs.shape:  # the last block calls some layers twice, but the file only once
-            return None
-        found[name] = _float_difference(ours, theirs)
-        return theirs
-
-    return hook
 
 
 def _take(arrays: list[Tensor], shape: torch.Size) -> Tensor | None:
@@ -244,20 +236,12 @@ def as_exported(model: MaskedNetwork) -> MaskedNetwork:
 
 
 def _layer_outputs(model: MaskedNetwork, images: np.ndarray) -> dict[str, Tensor]:
-    outputs: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, y: Any) -> None:
-            if isinstance(y, Tensor):
-                outputs[name] = y
-
-        return hook
-
+    outputs: dict[str, Any] = {}
     with ExitStack() as hooks:
         for name, module in observable_layers(model).items():
-            hooks.callback(module.register_forward_hook(note(name)).remove)
+            hooks.enter_context(module.register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y})))
         outputs["logits"] = model(torch.from_numpy(images))
-    return outputs
+    return {name: y for name, y in outputs.items() if isinstance(y, Tensor)}
 
 
 def _sqnr(reference: Tensor, other: Tensor) -> float:

@@ -29,10 +29,11 @@ ZERO_POINTS_METADATA = "quant_zero_points"
 
 def write_quantized_weights(model: MaskedNetwork, scheme: Scheme, path: Path) -> None:
     """Writes a network that was quantized by ``scheme``."""
+    activations = [(name, each) for name, each in quantizers(model) if isinstance(each, QuantizeDequantize)]
     metadata = {
         CONFIG_METADATA: json.dumps(model.config.to_dict()),
         SCHEME_METADATA: json.dumps(asdict(scheme)),
-        ZERO_POINTS_METADATA: json.dumps(_zero_points(model)),
+        ZERO_POINTS_METADATA: json.dumps({name: each.zero_point for name, each in activations if each.zero_point}),
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     path.write_bytes(save(tensors, metadata))  # not save_file, whose file only its owner may read
@@ -85,11 +86,3 @@ def read_quantized_weights(path: Path, network: MaskedNetwork) -> tuple[MaskedNe
             quantizer.zero_point = zero_points.get(name, 0)
     model.set_attention_form("plain")
     return model.eval(), scheme
-
-
-def _zero_points(model: MaskedNetwork) -> dict[str, int]:
-    return {
-        name: quantizer.zero_point
-        for name, quantizer in quantizers(model)
-        if isinstance(quantizer, QuantizeDequantize) and quantizer.zero_point
-    }

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
@@ -31,17 +30,13 @@ from quant.schemes.scheme import QuantizationPlan, Scheme, resolve, write_scheme
 _REFERENCES = {"fp32": CPU_ONNX, "fp16": FUSED_ONNX}  # bundle -> its graph
 
 
-class NetworkAndImages(Protocol):
-    """A network, batches of calibration images (B, C, H, W), read when they are needed, and where to calibrate."""
+@dataclass(frozen=True)
+class InMemory:
+    """A network and batches of calibration images (B, C, H, W), both on the CPU, and where to calibrate."""
 
-    @property
-    def model(self) -> MaskedNetwork: ...
-
-    @property
-    def calibration(self) -> list[Tensor]: ...
-
-    @property
-    def device(self) -> str: ...
+    model: MaskedNetwork
+    calibration: list[Tensor]
+    device: str
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ def write_quantized(
 
 def write_bundles(
     work: PartialWork,
-    inputs: NetworkAndImages,
+    inputs: Inputs | InMemory,
     plans: Sequence[QuantizationPlan],
     origin: Origin,
     step: Callable[[str], AbstractContextManager[None]],

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from illama.data.datasets import ImageData, Sample
+from illama.data.datasets import ImageData, Sample, evenly_spaced
 from illama.errors import UserError
 from quant.inputs import Inputs
 from quant.mixed_precision.budget import Budget
@@ -88,12 +88,6 @@ def search_batches(inputs: Inputs, budget: Budget, images: int, check_images: in
             f"{checked} images cannot verify {budget}: if none is lost, the drop may still be "
             f"{nothing_lost.drop_at_most:.2f} points; raise --check-images or --max-drop, or lower --images"
         )
-    measured, others = split_selection(pool, images)
+    measured: Any = evenly_spaced(pool, images)
+    others = Subset(pool, np.setdiff1d(np.arange(images + checked), measured.indices).tolist())
     return inputs.batches(measured), inputs.batches(others)
-
-
-def split_selection(selection: Dataset[Sample], count: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
-    """Returns ``count`` evenly spaced images, and all the others."""
-    total = len(selection)  # type: ignore[arg-type]
-    first = [index * total // count for index in range(count)]
-    return Subset(selection, first), Subset(selection, sorted(set(range(total)) - set(first)))

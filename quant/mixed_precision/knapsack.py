@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.sparse import block_diag
 
 Table = Mapping[str, Sequence[float]]  # layer -> a value for each of its choices
 _COST = 1e6  # the largest cost after scaling: HiGHS treats costs within 1e-6 of each other as equal
@@ -26,9 +25,8 @@ def assign(minimise: Table, limited: Table, limit: float) -> dict[str, int] | No
     """
     if sum(min(values) for values in limited.values()) > limit:
         return None
-    limit = min(
-        limit, sum(max(values) for values in limited.values())
-    )  # a much larger limit would exceed the tolerances
+    # A much larger limit would exceed the tolerances.
+    limit = min(limit, sum(max(values) for values in limited.values()))
     best = _solve(minimise, limited, limit)
     return _solve(limited, minimise, total(minimise, best) * (1 + 1e-9))
 
@@ -44,8 +42,7 @@ def _solve(minimise: Table, limited: Table, limit: float) -> dict[str, int]:
         np.concatenate([np.asarray(values, float) for values in table.values()]) for table in (minimise, limited)
     )
     # One row for each layer, whose choices sum to one, and one for the limit, scaled to 1: tolerances are absolute.
-    rows = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
+    one_each = block_diag([np.ones((1, size)) for size in sizes], "csr")
     scale = limit or weights.max() or 1.0
     solution = milp(
         _COST * objective / (objective.max() or 1.0),
@@ -53,11 +50,10 @@ def _solve(minimise: Table, limited: Table, limit: float) -> dict[str, int]:
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(weights[None, :] / scale, -np.inf, limit / scale),
         ],
-        integrality=np.ones(len(rows)),
+        integrality=np.ones_like(objective),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0.0},
     )
     assert solution.x is not None, solution.message  # the caller has checked that there is one
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    chosen = [int(solution.x[start:end].argmax()) for start, end in itertools.pairwise(starts)]
-    return dict(zip(minimise, chosen, strict=True))
+    parts = np.split(solution.x, np.cumsum(sizes)[:-1])
+    return {layer: int(part.argmax()) for layer, part in zip(minimise, parts, strict=True)}

@@ -17,16 +17,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from illama.errors import UserError
 from illama.graph.layer_times import PRODUCTS
 from illama.models.attention import MaskedNetwork
+from illama.models.hooks import input_hooks
 from illama.nearest_neighbors import NearestNeighbors
 from illama.progress import track
 from quant.quantizers.blocks import blocks
-from quant.quantizers.layers import WeightQuantizer, quantizers
+from quant.quantizers.layers import quantizers
 
 
 def layer_of(tensor: str) -> str:
@@ -87,39 +89,29 @@ class Tally:
 
     def __init__(self, neighbors: NearestNeighbors | None = None) -> None:
         self._neighbors = neighbors
-        self._signal = self._noise = self._kl = 0.0
-        self._lost = self._gained = self._images = self._right = 0
+        self._sums = np.zeros(7)
 
     def add(self, reference: Tensor, other: Tensor, labels: Tensor) -> None:
         """Adds outputs (n, ...) of the float network and of the other network, and labels (n,)."""
         exact, noisy = reference.double(), other.double()
-        self._signal += float(exact.square().sum())
-        self._noise += float((noisy - exact).square().sum())
         scores = logits = [exact, noisy]
         if self._neighbors is not None:
             features = exact.numpy(), noisy.numpy()
             scores = [torch.from_numpy(self._neighbors.similarities(each)) for each in features]
             logits = [torch.from_numpy(self._neighbors.logits(each)) for each in features]
         log_p, log_q = (each.log_softmax(1) for each in scores)
-        self._kl += float((log_p.exp() * (log_p - log_q)).sum())
+        kl, noise = log_p.exp() * (log_p - log_q), (noisy - exact).square()
         right, right_too = (each.argmax(1) == labels for each in logits)
-        self._lost += int((right & ~right_too).sum())
-        self._gained += int((right_too & ~right).sum())
-        self._images += len(labels)
-        self._right += int(right.sum())
+        parts = (exact.square(), noise, kl, right & ~right_too, right_too & ~right, torch.ones_like(labels), right)
+        self._sums += [float(part.sum()) for part in parts]
 
     def effect(self) -> Effect:
         """Returns the effect over all batches; UserError if a network gave NaN or infinity."""
-        if not math.isfinite(self._kl):
+        signal, noise, kl, *counts = self._sums.tolist()
+        if not math.isfinite(kl):
             raise UserError("NaN or infinite output of a quantized network: check the checkpoint and the scheme")
-        return Effect(
-            decibels(self._signal, self._noise),
-            max(0.0, self._kl / self._images),
-            self._lost,
-            self._gained,
-            self._images,
-            self._right,
-        )
+        lost, gained, images, right = map(int, counts)
+        return Effect(decibels(signal, noise), max(0.0, kl / images), lost, gained, images, right)
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -247,16 +239,10 @@ def tensor_sqnr(reference: MaskedNetwork, quantized: MaskedNetwork, images: Tens
         before = powers.get(name, (0.0, 0.0))
         powers[name] = before[0] + float(x.double().square().sum()), before[1] + noise
 
-    def hook(name: str) -> Any:
-        return lambda _, inputs: note(name, inputs[0])
-
-    with ExitStack() as hooks:
-        for name, quantizer in acting.items():
-            if isinstance(quantizer, WeightQuantizer):
-                note(name, reference.get_parameter(name))
-            else:
-                module = reference.get_submodule(name.removesuffix(".input"))
-                hooks.callback(module.register_forward_pre_hook(hook(name)).remove)
+    points = {name.removesuffix(".input"): name for name in acting if not name.endswith(".weight")}
+    for name in acting.keys() - set(points.values()):
+        note(name, reference.get_parameter(name))
+    with input_hooks(reference, points, lambda point, inputs: note(points[point], inputs[0])):
         reference(images)
     return {name: decibels(*powers[name]) for name in acting}
 

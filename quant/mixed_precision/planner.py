@@ -40,10 +40,6 @@ class Plan:
     effect: Effect | None = None
     measured: dict[str, float | None] = field(default_factory=dict)
 
-    def record(self) -> dict[str, Any]:
-        """Returns the figures for JSON."""
-        return {"predicted": self.predicted, "measured": self.measured}
-
 
 class Planner:
     """Searches the assignments of one search space under one budget.

@@ -47,7 +47,7 @@ def search_result(budget: Budget, space: SearchSpace, plans: list[Plan], best: P
         "budget": asdict(budget),
         "met": best is not None,
         "assignment": {layer: space.layers[layer][i].scheme for layer, i in (best or plans[-1]).chosen.items()},
-        "rounds": [plan.record() for plan in plans],
+        "rounds": [{"predicted": plan.predicted, "measured": plan.measured} for plan in plans],
         "whole_networks": whole,
         "fixed": {"bytes": space.fixed_bytes, "ms": space.fixed_ms},
         "milliseconds_not_explained_by_layers": dict(space.fit_ms),

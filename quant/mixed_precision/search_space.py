@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from torch.utils.data import DataLoader
 
 from illama.bundle import size_of
@@ -17,7 +18,6 @@ from illama.models.attention import MaskedNetwork
 from illama.progress import say, track
 from quant.export.onnx_export import export_onnx
 from quant.inputs import Inputs, onnx_scheme
-from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.layer_effects import Effect, layers_of, measure
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec
@@ -168,11 +168,8 @@ class SearchSpaceBuilder:
         return 0.0 if name == FLOAT else self.effects[layer, name].kl
 
     def _specs(self, layer: str, name: str) -> dict[str, TensorSpec]:
-        return {
-            tensor: self.plans[name].tensors[tensor]
-            for tensor in self.layers[layer]
-            if tensor in self.plans[name].tensors
-        }
+        specs = self.plans[name].tensors
+        return {tensor: specs[tensor] for tensor in self.layers[layer] if tensor in specs}
 
     def _strength(self, layer: str, name: str) -> float | None:
         smoothed = f"{layer}.weight" in self.layers[layer] and f"{layer}.input" in self.plans[name].tensors
@@ -206,6 +203,16 @@ def time_call(inputs: Inputs, threads: int, path: Path) -> float:
 def _one_image(inputs: Inputs) -> np.ndarray:
     """Returns the image that calls are timed with, (1, C, H, W) float32."""
     return np.ascontiguousarray(inputs.calibration[0][:1].numpy())
+
+
+def weight_bytes(layer: nn.Module, spec: TensorSpec | None) -> int:
+    """Returns the bytes of a layer's weight and scales in the exported file; the bias is the same in every format."""
+    weight: Any = layer.weight
+    if spec is None:
+        return 4 * weight.numel()
+    stored = (weight.numel() + 1) // 2 if spec.dtype.bits == 4 else weight.numel()
+    groups = weight.numel() // spec.group_size if spec.granularity == "group" else len(weight)
+    return stored + 4 * groups
 
 
 class _Costs:

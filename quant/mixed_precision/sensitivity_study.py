@@ -69,15 +69,17 @@ def _finite(decibels: float) -> float | None:
     return round(decibels, 2) if math.isfinite(decibels) else None
 
 
-def write_sensitivity(result: dict[str, Any], folder: Path) -> None:
-    """Writes sensitivity.json, .csv, .md and .png."""
+def write_sensitivity(result: dict[str, Any], folder: Path) -> str:
+    """Writes sensitivity.json, .csv, .md and .png, and returns the table."""
     (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     with (folder / "sensitivity.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, result["layers"][0])
         writer.writeheader()
         writer.writerows(result["layers"])
-    (folder / "sensitivity.md").write_text(sensitivity_table(result))
     draw_sensitivity(result, folder / "sensitivity.png")
+    table = sensitivity_table(result)
+    (folder / "sensitivity.md").write_text(table)
+    return table
 
 
 def sensitivity_table(result: dict[str, Any]) -> str:

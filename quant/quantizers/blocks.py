@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments of a block besides its input: mask and positions, the same for all images."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def run(self, block: nn.Module, inputs: Tensor) -> Tensor:
-        return block(inputs, *self.arguments, **self.keywords)
+BlockCall = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a block on its input, with its other arguments (mask and positions), which are the same for all images."""
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -41,7 +32,7 @@ def block_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tens
     first: list[Tensor] = []
 
     def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        calls.append(BlockCall(arguments[1:], keywords))
+        calls.append(lambda block, inputs: block(inputs, *arguments[1:], **keywords))
 
     def note_first(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         first.append(arguments[0])
@@ -50,10 +41,9 @@ def block_inputs(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tens
     found = [block for _, block in blocks(model)]
     with ExitStack() as hooks:
         for block in found:
-            hooks.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+            hooks.enter_context(block.register_forward_pre_hook(note, with_kwargs=True))
         model(batches[0][:1])
-    with ExitStack() as hooks:
-        hooks.callback(found[0].register_forward_pre_hook(note_first).remove)
+    with found[0].register_forward_pre_hook(note_first):
         for images in batches:
             with suppress(_ReachedError):
                 model(images)

@@ -34,16 +34,8 @@ from quant.quantizers.rotation import prepare
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import QuantizationPlan
 
-
-class _ObservedLinear(QuantLinearConvBase):
-    """ModelOpt's quantized version of our Linear."""
-
-
-class _ObservedPoint(QuantInputBase):
-    """ModelOpt's quantized version of an operand of an attention product."""
-
-
-_OBSERVED: dict[Any, Any] = {Linear: _ObservedLinear, QuantizerPoint: _ObservedPoint}
+# Our layers with quantized inputs, and what ModelOpt makes of them.
+_OBSERVED: dict[Any, Any] = {Linear: QuantLinearConvBase, QuantizerPoint: QuantInputBase}
 
 
 @contextmanager

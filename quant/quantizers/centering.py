@@ -16,7 +16,7 @@ sum to 1 then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,15 +43,13 @@ def center(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> N
     if not means:
         return
 
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, inputs: Any) -> None:
-            for part in parts[name]:
-                tensor = inputs["qkv".index(part)]  # (B, heads, N, head_dim)
-                means[name, part].append(tensor.double().mean((0, 2)).flatten())
+    def note(core: str, inputs: Any) -> None:
+        name = core.removesuffix(".core")
+        for part in parts[name]:
+            tensor = inputs["qkv".index(part)]  # (B, heads, N, head_dim)
+            means[name, part].append(tensor.double().mean((0, 2)).flatten())
 
-        return hook
-
-    with input_hooks(model, {f"{name}.core": note(name) for name in parts}):
+    with input_hooks(model, [f"{name}.core" for name in parts], note):
         for images in track(batches, "center keys and values", "batch"):
             model(images)
     for (name, part), found in means.items():

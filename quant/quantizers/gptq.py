@@ -13,7 +13,7 @@ much memory as its weights, so its transformer blocks are run and rounded one af
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,7 @@ from torch import Tensor, nn
 from illama.models.hooks import input_hooks
 from illama.progress import track
 from quant.quantizers.blocks import block_inputs, blocks
-from quant.quantizers.layers import (
-    QuantizedConv2d,
-    QuantizedLayer,
-    QuantizedLinear,
-    WeightQuantizer,
-    rounded_input,
-    split_groups,
-)
+from quant.quantizers.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, WeightQuantizer, split_groups
 
 _DAMPING = 0.01  # of the covariance's mean diagonal, added to it: the authors' value
 _COLUMNS = 32  # input channels that are rounded before the others are updated, which is faster than one by one
@@ -133,7 +126,7 @@ def _round_blocks(
     inputs, calls = block_inputs(reference, _every(batches, step))
     for (name, block), call in track(list(zip(blocks(reference), calls, strict=True)), "GPTQ by blocks", "block"):
         with _observed(reference, layers[name], sum(map(len, inputs))) as moments:
-            inputs = [call.run(block, each) for each in inputs]
+            inputs = [call(block, each) for each in inputs]
         _round_layers(layers[name], moments, in_place)
 
 
@@ -168,17 +161,15 @@ def _observed(
     """Inside the block, collects the inputs of ``layers`` whenever ``reference`` runs, for ``images`` in all."""
     moments: dict[str, _InputMoments] = {}
 
-    def add(name: str, layer: QuantizedLayer) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, inputs: Any) -> None:
-            step = max(1, images * _positions(layer, inputs[0]) // _VECTORS)
-            some = inputs[0][::step]  # of the images, and of an image's vectors if one is still too many
-            pair = (_vectors(layer, each) for each in (some, rounded_input(layer, some)))
-            x, z = (vectors[:: max(1, step // len(inputs[0]))] for vectors in pair)
-            moments.setdefault(name, _InputMoments(z.mean(0))).add(x, z)
+    def add(name: str, inputs: Any) -> None:
+        layer = layers[name]
+        step = max(1, images * _positions(layer, inputs[0]) // _VECTORS)
+        some = inputs[0][::step]  # of the images, and of an image's vectors if one is still too many
+        pair = (_vectors(layer, each) for each in (some, layer.rounded_input(some)))
+        x, z = (vectors[:: max(1, step // len(inputs[0]))] for vectors in pair)
+        moments.setdefault(name, _InputMoments(z.mean(0))).add(x, z)
 
-        return hook
-
-    with input_hooks(reference, {name: add(name, layer) for name, layer in layers.items()}):
+    with input_hooks(reference, layers, add):
         yield moments
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -186,30 +186,37 @@ def split_groups(weight: Tensor, spec: TensorSpec) -> Tensor:
     return weight.unflatten(-1, (-1, spec.group_size)) if spec.granularity == "group" else weight
 
 
-class QuantizedLinear(nn.Module):
-    """A Linear with a quantized weight and input; either may stay in floating point.
-
-    :meth:`freeze` replaces the float weight by its integers, (in, out), so that the exported graph needs no Transpose.
-    """
+class _Quantized(nn.Module):
+    """A layer with a quantized weight and input; either may stay in floating point."""
 
     weight: Tensor
     shift: Tensor | None
     frozen: Tensor | None
     frozen_scale: Tensor | None
 
-    def __init__(
-        self, linear: nn.Linear, weight: WeightQuantizer | None, activation: QuantizeDequantize | None
-    ) -> None:
+    def __init__(self, layer: Any, weight: WeightQuantizer | None, activation: QuantizeDequantize | None) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.input = weight, activation
-        self.register_buffer("shift", None)
-        self.register_buffer("frozen", None)
-        self.register_buffer("frozen_scale", None)
+        for name in ("shift", "frozen", "frozen_scale"):
+            self.register_buffer(name, None)
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """Returns the input as the layer multiplies it: rounded, unless it stays in floating point."""
+        if self.input is None:
+            return x
+        return self.input(x if self.shift is None else x + self.shift)
+
+
+class QuantizedLinear(_Quantized):
+    """A quantized Linear.
+
+    :meth:`freeze` replaces the float weight by its integers, (in, out), so that the exported graph needs no Transpose.
+    """
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         """(..., in) -> (..., out), or only the outputs in the slice."""
-        x = rounded_input(self, x)
+        x = self.rounded_input(x)
         bias = self.bias if self.bias is None or outputs is None else self.bias[outputs]
         if self.frozen is not None and self.frozen_scale is not None and self.weight_quantizer is not None:
             weight, scale = self.frozen, self.frozen_scale
@@ -228,34 +235,23 @@ class QuantizedLinear(nn.Module):
         """Replaces the float weight by its integers."""
         if self.weight_quantizer is not None:
             scale = self.weight_quantizer.scale.detach()
-            grouped = self.weight_quantizer.spec.granularity == "group"
             self.frozen = self.weight_quantizer.integers(self.weight.detach()).t().contiguous()
-            self.frozen_scale = (
-                scale.squeeze(-1).t().contiguous() if grouped else scale.expand(len(self.weight), 1)[:, 0]
-            )
+            self.frozen_scale = scale.expand(len(self.weight), *scale.shape[1:]).squeeze(-1).t().contiguous()
             del self.weight
 
 
-class QuantizedConv2d(nn.Module):
-    """A zero-padded convolution with a quantized weight and input; either may stay in floating point."""
-
-    weight: Tensor
-    shift: Tensor | None
-    frozen: Tensor | None
+class QuantizedConv2d(_Quantized):
+    """A quantized, zero-padded convolution."""
 
     def __init__(self, conv: nn.Conv2d, weight: WeightQuantizer | None, activation: QuantizeDequantize | None) -> None:
-        super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
+        super().__init__(conv, weight, activation)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.weight_quantizer, self.input = weight, activation
-        self.register_buffer("shift", None)
-        self.register_buffer("frozen", None)
 
     def forward(self, x: Tensor) -> Tensor:
         padding = self.padding
         if self.shift is not None and any(padding):  # the zeros are shifted with the input
             x, padding = F.pad(x, [size for size in reversed(padding) for _ in range(2)]), (0, 0)  # type: ignore[misc]
-        x = rounded_input(self, x)
+        x = self.rounded_input(x)
         if self.frozen is not None and self.weight_quantizer is not None:
             scale = self.weight_quantizer.scale.expand(len(self.frozen), 1, 1, 1).flatten()
             weight = dequantize(self.frozen, scale, self.weight_quantizer.dtype.name, 0)
@@ -271,13 +267,6 @@ class QuantizedConv2d(nn.Module):
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
-
-
-def rounded_input(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Returns the input as the layer multiplies it: quantized and dequantized, unless it stays in floating point."""
-    if layer.input is None:
-        return x
-    return layer.input(x if layer.shift is None else x + layer.shift)
 
 
 @torch.no_grad()

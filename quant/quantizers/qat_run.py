@@ -50,11 +50,6 @@ class QatJob:
     inputs: Inputs
     origin: Origin
 
-    @property
-    def trained(self) -> MaskedNetwork:
-        """The floating-point network."""
-        return self.inputs.model
-
     @cached_property
     def untrained(self) -> MaskedNetwork:
         """The network after post-training quantization, including block reconstruction, with stochastic depth."""
@@ -62,7 +57,7 @@ class QatJob:
 
     def quantize(self, plan: QuantizationPlan) -> MaskedNetwork:
         """Returns the checkpoint's network quantized by ``plan``, ready for training."""
-        model = with_dropout(self.trained, self.options.drop_path, self.options.dropout)
+        model = with_dropout(self.inputs.model, self.options.drop_path, self.options.dropout)
         if plan.scheme.backend == "torchao":
             return prepare_qat(model, plan)
         return calibrate(model, plan, self.inputs.calibration, self.inputs.device)
@@ -125,7 +120,7 @@ def start_run(job: QatJob, group: Processes) -> Run:
     as_it_is = replace(job.plan, scheme=job.plan.scheme.rounding_to_nearest())
     quantized = job.quantize(as_it_is) if interrupted else copy.deepcopy(job.untrained)
     make_scales_parameters(quantized)
-    loss = Distillation(job.trained, options.temperature, options.distillation, options, group.device)
+    loss = Distillation(job.inputs.model, options.temperature, options.distillation, options, group.device)
     inputs, groups = job.origin.provenance.inputs, scale_groups(options.scale_rate)
     task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, groups, job.inputs.classifier)
     return Run(options, task, quantized, group)
@@ -162,11 +157,11 @@ def _evaluate(job: QatJob, trained: MaskedNetwork, folder: Path, open_onnx: Open
     There is no file for TensorRT if it cannot run the scheme: see :func:`quant.export.write_bundle.write_quantized`.
     """
     test = job.inputs.data.test()
-    models = {"fp32": torch_infer(job.trained), "ptq": torch_infer(job.untrained), "qat": torch_infer(trained)}
+    models = {"fp32": torch_infer(job.inputs.model), "ptq": torch_infer(job.untrained), "qat": torch_infer(trained)}
     files = {"onnx": folder / CPU_ONNX, "fused_onnx": folder / FUSED_ONNX}
     models |= {name: open_onnx(path) for name, path in files.items() if path.exists()}
     if (folder / TORCHAO).exists():
-        models["torchao"] = torch_infer(load_torchao(folder, copy.deepcopy(job.trained)))
+        models["torchao"] = torch_infer(load_torchao(folder, copy.deepcopy(job.inputs.model)))
     outputs, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
     logits = {name: job.inputs.classifier(values) for name, values in outputs.items()}
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}

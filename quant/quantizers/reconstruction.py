@@ -20,6 +20,7 @@ _TOKENS = 800  # of an iteration, in at least 4 images
 _SCALE_RATE = 0.5  # learning rate of a scale's logarithm, relative to an offset's
 
 
+@torch.no_grad()
 def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor], iterations: int) -> None:
     """Optimizes the rounding and the scales of ``quantized`` in place. Blocks without quantizers are not changed.
 
@@ -33,11 +34,9 @@ def reconstruct(reference: nn.Module, quantized: nn.Module, batches: list[Tensor
     inputs = torch.cat(block_inputs(quantized, batches)[0])
     pairs = list(zip(blocks(reference), blocks(quantized), calls, strict=True))
     for (_, float_block), (_, block), call in track(pairs, "reconstruct blocks", "block"):
-        with torch.no_grad():
-            targets = torch.cat([call.run(float_block, part) for part in exact.split(64)])
+        targets = torch.cat([call(float_block, part) for part in exact.split(64)])
         _reconstruct_block(block, call, inputs, targets, iterations)
-        with torch.no_grad():
-            inputs = torch.cat([call.run(block, part) for part in inputs.split(64)])
+        inputs = torch.cat([call(block, part) for part in inputs.split(64)])
         exact = targets
 
 
@@ -62,10 +61,10 @@ def _reconstruct_block(block: nn.Module, call: BlockCall, inputs: Tensor, target
     generator, batch = torch.Generator().manual_seed(0), max(4, _TOKENS // inputs.shape[1])
     parameters, rates = [*factors, *offsets], [_SCALE_RATE] * len(factors) + [1.0] * len(offsets)
     for iteration in range(iterations):
-        set_parameters(with_gradient=True)
         chosen = torch.randint(len(inputs), (batch,), generator=generator)
         with torch.enable_grad():
-            loss = F.mse_loss(call.run(block, inputs[chosen]), targets[chosen])
+            set_parameters(with_gradient=True)
+            loss = F.mse_loss(call(block, inputs[chosen]), targets[chosen])
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         rate = (1 - iteration / iterations) / iterations
         for parameter, gradient, share in zip(parameters, gradients, rates, strict=True):
@@ -77,7 +76,9 @@ def _reconstruct_block(block: nn.Module, call: BlockCall, inputs: Tensor, target
             quantizer.scale = scale
         for quantizer, _ in weights:
             quantizer.offset = None
-    _round_in_place(weights)
+    for quantizer, weight in weights:  # so that rounding to nearest gives the same value again
+        weight.copy_(quantizer(weight))
+        quantizer.offset = None
 
 
 def _weights(block: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
@@ -86,15 +87,6 @@ def _weights(block: nn.Module) -> list[tuple[WeightQuantizer, Tensor]]:
     return [(q, layer.weight) for layer in layers if (q := layer.weight_quantizer) is not None and q.dtype.rounds]
 
 
-@torch.no_grad()
 def _error(block: nn.Module, call: BlockCall, inputs: Tensor, targets: Tensor) -> float:
     pairs = zip(inputs.split(64), targets.split(64), strict=True)
-    return sum(float((call.run(block, x) - y).square().sum()) for x, y in pairs)
-
-
-@torch.no_grad()
-def _round_in_place(weights: list[tuple[WeightQuantizer, Tensor]]) -> None:
-    """Sets every weight to its rounded value, so that rounding to nearest gives the same value again."""
-    for quantizer, weight in weights:
-        weight.copy_(quantizer(weight))
-        quantizer.offset = None
+    return sum(float((call(block, x) - y).square().sum()) for x, y in pairs)

@@ -16,7 +16,7 @@ The first two change weights only and cost nothing at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,16 +164,13 @@ def _rounding_effects(model: nn.Module, layers: Sequence[str], batches: Sequence
     """
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, arguments: Any) -> None:
-            inputs[name] = arguments[0].requires_grad_()
-
-        return hook
+    def keep(name: str, arguments: Any) -> None:
+        inputs[name] = arguments[0].requires_grad_()
 
     effects, generator = dict.fromkeys(layers, 0.0), torch.Generator().manual_seed(0)
     images = [image for batch in batches for image in batch.split(1)]
     for image in images[:: max(1, len(images) // _PROBED)][:_PROBED]:
-        with torch.enable_grad(), input_hooks(model, {name: keep(name) for name in layers}):
+        with torch.enable_grad(), input_hooks(model, layers, keep):
             y = model(image)
             signs = torch.randint(2, y.shape, generator=generator).to(y) * 2 - 1
             gradients = torch.autograd.grad((y * signs).sum(), [inputs[name] for name in layers])
@@ -230,11 +227,8 @@ def _obstacle_of_residual(model: MaskedNetwork) -> str:
     network = _network(model)
     if not hasattr(network, "blocks"):
         return "the residual stream cannot be rotated, because the network has no transformer blocks"
-    writing = {
-        "patch_embed.norm": getattr(network.patch_embed, "norm", None),
-        "norm_pre": getattr(network, "norm_pre", None),
-    }
-    found = [name for name, module in writing.items() if module is not None and not isinstance(module, nn.Identity)]
+    modules = dict(network.named_modules())
+    found = [name for name in ("patch_embed.norm", "norm_pre") if not isinstance(modules.get(name), nn.Identity | None)]
     found += [f"the norms of blocks.{i}" for i, block in enumerate(network.blocks) if isinstance(block, ResPostBlock)]
     return f"the residual stream cannot be rotated, because {found[0]} writes to it" if found else ""
 

@@ -13,7 +13,7 @@ Otherwise, fc2 of a ViT's MLP is not rescaled, because the GELU between fc1 and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,18 @@ from quant.schemes.scheme import Scheme
 
 @dataclass(frozen=True)
 class _Site:
-    """Linears that share an input, and a function that divides the channels of that input."""
+    """Linears that share an input, and the module whose outputs, from ``first`` on, are the channels of that input."""
 
     linears: tuple[str, ...]
-    divide: Callable[[Tensor], None]
+    module: Any
+    first: int = 0
+
+    def divide(self, s: Tensor) -> None:
+        """Divides the channels of the input."""
+        weight, bias = self.module.weight, getattr(self.module, "bias", None)
+        weight[self.first :].div_(s.reshape(-1, *[1] * (weight.ndim - 1)))
+        if bias is not None:
+            bias[self.first :].div_(s)
 
 
 @torch.no_grad()
@@ -70,14 +78,11 @@ def _channel_ranges(model: nn.Module, linears: list[str], batches: Iterable[Tens
     """Returns the largest magnitude of every input channel of the Linears named."""
     ranges: dict[str, Tensor] = {}
 
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, inputs: Any) -> None:
-            amax = inputs[0].abs().flatten(0, -2).amax(0)
-            ranges[name] = torch.maximum(ranges[name], amax) if name in ranges else amax
+    def note(name: str, inputs: Any) -> None:
+        amax = inputs[0].abs().flatten(0, -2).amax(0)
+        ranges[name] = torch.maximum(ranges[name], amax) if name in ranges else amax
 
-        return hook
-
-    with input_hooks(model, {name: note(name) for name in linears}):
+    with input_hooks(model, linears, note):
         for images in track(batches, "smooth", "batch"):
             model(images)
     return ranges
@@ -91,30 +96,18 @@ def _sites(name: str, block: Any) -> Iterator[_Site]:
     gated = isinstance(getattr(mlp, "fc3", None), nn.Linear)
     before = not isinstance(block, ResPostBlock)  # has its norms after attention and MLP
     if before and _scales(block.norm1) and getattr(attn, "gate", None) is None:  # a gate reads the norm's output too
-        yield _Site((f"{name}.attn.qkv",), _divide_parameters(block.norm1))
+        yield _Site((f"{name}.attn.qkv",), block.norm1)
     if _scales(getattr(attn, "norm", None)):
-        yield _Site((f"{name}.attn.proj",), _divide_parameters(attn.norm))
+        yield _Site((f"{name}.attn.proj",), attn.norm)
     elif part_before_proj(attn) == "":
-        values = slice(2 * attn.proj.in_features, None)
-        yield _Site((f"{name}.attn.proj",), _divide_parameters(attn.qkv, values))
+        yield _Site((f"{name}.attn.proj",), attn.qkv, 2 * attn.proj.in_features)
     if before and _scales(block.norm2) and isinstance(getattr(mlp, "fc1", None), nn.Linear):
-        yield _Site(
-            tuple(f"{name}.mlp.{fc}" for fc in (("fc1", "fc3") if gated else ("fc1",))), _divide_parameters(block.norm2)
-        )
+        yield _Site(tuple(f"{name}.mlp.{fc}" for fc in (("fc1", "fc3") if gated else ("fc1",))), block.norm2)
     if _scales(getattr(mlp, "norm", None)):
-        yield _Site((f"{name}.mlp.fc2",), _divide_parameters(mlp.norm))
+        yield _Site((f"{name}.mlp.fc2",), mlp.norm)
     elif gated and isinstance(mlp.norm, nn.Identity):
-        yield _Site((f"{name}.mlp.fc2",), _divide_parameters(mlp.fc3))
+        yield _Site((f"{name}.mlp.fc2",), mlp.fc3)
 
 
 def _scales(norm: nn.Module | None) -> bool:
     return isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.weight is not None
-
-
-def _divide_parameters(module: Any, rows: slice = slice(None)) -> Callable[[Tensor], None]:
-    def divide(s: Tensor) -> None:
-        module.weight[rows].div_(s.reshape(-1, *[1] * (module.weight.ndim - 1)))
-        if getattr(module, "bias", None) is not None:
-            module.bias[rows].div_(s)
-
-    return divide

@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +176,9 @@ def load_torchao(folder: Path, network: MaskedNetwork | None = None) -> MaskedNe
     tensors = read_tensors(path, (*PLAIN, torch.float8_e4m3fn))
     facts = parse_json(read_metadata(path).get(_METADATA, ""), _Facts, f"the metadata of {path}")
     if network is None:
-        network = _make_network(facts.config, tensors, path)
+        config = parse_json(json.dumps(facts.config), ModelConfig, f"the config of an iLLaMA in {path}")
+        check_config(config, tensors, path)
+        network = ILLaMA(config)
     if (expected := network.config.to_dict()) != facts.config:
         raise UserError(f"{path} is of a network {facts.config}, not {expected}")
     try:
@@ -197,12 +198,6 @@ class _Facts:
 
     config: dict[str, Any]
     tensors: dict[str, Any]
-
-
-def _make_network(values: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> ILLaMA:
-    config = parse_json(json.dumps(values), ModelConfig, f"the config of an iLLaMA in {path}")
-    check_config(config, tensors, path)
-    return ILLaMA(config)
 
 
 @dataclass(frozen=True)

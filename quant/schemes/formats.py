@@ -114,12 +114,8 @@ class TensorSpec:
             )
         if self.calibrator == "entropy" and not self.dtype.rounds:
             raise UserError(f"entropy calibration is for integers: choose another calibrator for {self.format}")
-        if (
-            not isinstance(self.group_size, int)
-            or self.group_size < 1
-            or not 50 <= self.percentile <= 100
-            or (self.amax is not None and not self.amax > 0)
-        ):
+        valid = isinstance(self.group_size, int) and self.group_size >= 1 and 50 <= self.percentile <= 100
+        if not valid or (self.amax is not None and not self.amax > 0):
             raise UserError("group_size must be an integer of 1 or more, percentile 50 to 100, and amax above 0")
 
     @property
@@ -130,9 +126,7 @@ class TensorSpec:
         """A short description for tables: ``int4 per group of 64, mse``."""
         words: list[str] = [self.format]
         if self.granularity != "tensor":
-            words.append(
-                f"per group of {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
-            )
+            words.append(f"per {self.granularity}" + f" of {self.group_size}" * (self.granularity == "group"))
         if not self.symmetric:
             words.append("asymmetric")
         method = f"amax {self.amax:g}" if self.amax is not None else self.calibrator

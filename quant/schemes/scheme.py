@@ -17,9 +17,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -123,11 +124,7 @@ class Scheme:
 
 
 def _last_match(patterns: Mapping[str, Any], name: str) -> Any:
-    found = None
-    for pattern, value in patterns.items():
-        if fnmatchcase(name, pattern):
-            found = value
-    return found
+    return next((value for pattern, value in reversed([*patterns.items()]) if fnmatchcase(name, pattern)), None)
 
 
 def tensor_names(model: nn.Module) -> list[str]:
@@ -250,12 +247,7 @@ def _describe(plan: Mapping[str, TensorSpec], model: nn.Module) -> tuple[LayerFo
 
 def _ranges(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> "0-2,5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
+    parts = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda each: each[1] - each[0])]
     return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
@@ -315,6 +307,4 @@ def write_scheme(scheme: Scheme, path: Path) -> None:
     for pattern, spec in scheme.tensors.items():
         values = {} if spec is None else {k: v for k, v in asdict(spec).items() if k == "format" or v != defaults[k]}
         tensors[pattern] = values or FLOAT
-    content = {field.name: getattr(scheme, field.name) for field in fields(Scheme)}
-    content |= {"tensors": tensors, "smooth": dict(scheme.smooth), "rotate": asdict(scheme.rotate)}
-    path.write_text(to_yaml(content))
+    path.write_text(to_yaml({**asdict(scheme), "tensors": tensors}))

@@ -5,19 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from illama.models.attention import MaskedNetwork
-from quant.export.verify import (
-    FLOAT_TOLERANCE,
-    TIE_TOLERANCE,
-    Difference,
-    compare_with_trace,
-    observable_layers,
-    trace_onnx,
-)
+from quant.export.verify import FLOAT_TOLERANCE, TIE_TOLERANCE, Difference, compare_with_trace, trace_onnx
 
 
 def local_differences(model: MaskedNetwork, path: Path, images: np.ndarray) -> dict[str, Difference]:
     """Returns the difference of every tensor of a file from the network that it was exported from."""
-    return compare_with_trace(model, trace_onnx(path, images, observable_layers(model)), images)
+    return compare_with_trace(model, trace_onnx(path, images, model), images)
 
 
 def largest_step_difference(model: MaskedNetwork, path: Path, images: np.ndarray) -> float:

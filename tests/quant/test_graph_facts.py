@@ -20,7 +20,7 @@ from illama.graph.layer_times import layers_of_nodes, time_graphs
 from illama.graph.reader import LAYER, load_graph, precisions
 from illama.graph.session import cpu_session
 from quant.export.onnx_export import export_onnx
-from quant.export.verify import observable_layers, trace_onnx
+from quant.export.verify import trace_onnx
 from quant.mixed_precision.layer_effects import layers_of
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.scheme import Scheme, resolve, shipped_scheme, tensor_names
@@ -78,7 +78,7 @@ def test_nothing_depends_on_the_names_of_nodes(exported, tmp_path, monkeypatch):
     assert precisions(load_graph(path)) == precisions(load_graph(other)) and product_costs(path) == product_costs(other)
     counts = [Counter(layers_of_nodes(each, layers).values()) for each in (path, other)]
     assert counts[0] == counts[1] and set(counts[0]) == {*layers, None}
-    traces = [trace_onnx(each, IMAGES, observable_layers(network)) for each in (path, other)]
+    traces = [trace_onnx(each, IMAGES, network) for each in (path, other)]
     assert traces[0].quantized.keys() == traces[1].quantized.keys() and len(traces[0].quantized) > 30
     for name, arrays in traces[0].quantized.items():
         assert all(torch.equal(*pair) for pair in zip(arrays, traces[1].quantized[name], strict=True))

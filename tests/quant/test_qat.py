@@ -449,7 +449,7 @@ def test_two_processes_train_as_one_by_the_command(material, tmp_path):
     fit(alone := _run(options, job := open_job(options)))
     make_scales_buffers(alone.kept)
     assert (tmp_path / "two" / "int8-qat" / FUSED_ONNX).exists()
-    together, _ = read_quantized_weights(tmp_path / "two" / "int8-qat" / WEIGHTS, job.trained)
+    together, _ = read_quantized_weights(tmp_path / "two" / "int8-qat" / WEIGHTS, job.inputs.model)
     states = alone.kept.state_dict(), together.state_dict()
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)

@@ -17,11 +17,10 @@ from illama.options import SourceOptions, check_bounds
 from quant.export.onnx_export import export_onnx
 from quant.inputs import open_inputs
 from quant.mixed_precision.budget import Budget
-from quant.mixed_precision.costs import weight_bytes
 from quant.mixed_precision.knapsack import assign, total
 from quant.mixed_precision.layer_effects import Effect, layers_of
 from quant.mixed_precision.planner import Plan, Planner
-from quant.mixed_precision.search_space import FormatChoice, SearchSpace, format_schemes
+from quant.mixed_precision.search_space import FormatChoice, SearchSpace, format_schemes, weight_bytes
 from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import read_scheme, resolve, shipped_scheme, tensor_names
