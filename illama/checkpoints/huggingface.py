@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -122,7 +122,7 @@ def _vit(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -
     options = {**vision.options, **common, "qkv_bias": vision.qkv_bias}
     if "head_dist.weight" in state:
         return VisionTransformerDistilled(**options)
-    return VisionTransformer(**options, reg_tokens=int("reg_token" in state))
+    return VisionTransformer(**options, reg_tokens=vision.num_register_tokens or int("reg_token" in state))
 
 
 def _dinov2(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
@@ -201,7 +201,7 @@ _DINOV2_DEFAULTS = {"mlp_ratio": 4.0, "patch_size": 14}
 _DINOV3_DEFAULTS = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5}
 _SIGLIP_KIND = _Kind(_siglip, _CLASSIFIER, {"hidden_act": "gelu_pytorch_tanh"})
 _CLIP_KIND = _Kind(_clip, {}, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32})
-_KINDS = {
+HUGGINGFACE = {
     "vit": _Kind(_vit, _CLASSIFIER, {"layer_norm_eps": 1e-12}),
     "deit": _Kind(_vit, _DEIT_HEADS, {"layer_norm_eps": 1e-12}),
     "dinov2": _Kind(_dinov2, {}, _DINOV2_DEFAULTS),
@@ -235,11 +235,11 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
         UserError: a file is missing or damaged, the network is of another kind, or its weights do not fit its config.
     """
     config = read_json(folder / CONFIG, _Config, "ignore")
-    kind = _KINDS.get(config.model_type)
+    kind = HUGGINGFACE.get(config.model_type)
     if kind is None:
         raise UserError(
             f"{folder} holds a {config.model_type!r} of Hugging Face, which is not supported; supported are "
-            f"{', '.join(_KINDS)}"
+            f"{', '.join(HUGGINGFACE)}"
         )
     vision = _vision(folder, config, kind)
     processor = find_processor(folder)
@@ -268,7 +268,23 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
     classes = tuple(config.id2label[number] for number in sorted(config.id2label))
     classes = classes if len(classes) == vit.num_classes else ()
     others = (folder / CONFIG, processor, *files[1:])
-    return TimmCheckpoint(to_quantizable(vit), preprocessing, classes, files[0], others)
+    settings = asdict(replace(vision, num_register_tokens=vit.num_prefix_tokens - int(vit.cls_token is not None)))
+    return TimmCheckpoint(to_quantizable(vit), preprocessing, classes, files[0], others, settings)
+
+
+def create_huggingface(model_type: str, settings: Mapping[str, Any], **common: Any) -> VisionTransformer | Eva:
+    """Returns timm's network for a network of transformers, with random weights.
+
+    Args:
+        model_type: one of ``HUGGINGFACE``.
+        settings: ``options`` of what :func:`load_huggingface` returned.
+        common: options of timm's networks, ``img_size`` and ``num_classes`` among them.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    vision = parse_json(json.dumps(settings), _Vision, f"the settings of a {model_type}")
+    return HUGGINGFACE[model_type].make(vision, common, {})
 
 
 def _vision(folder: Path, config: _Config, kind: _Kind) -> _Vision:

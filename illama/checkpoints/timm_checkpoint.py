@@ -34,7 +34,7 @@ class TimmCheckpoint(Checkpoint[CausalVisionTransformer]):
     """A checkpoint of a timm ViT, bidirectional as in timm.
 
     Attributes:
-        options: options of ``timm.create_model`` besides the sizes, for a network that it creates.
+        options: options of ``timm.create_model`` besides the sizes; or the settings of a network of transformers.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from illama.bundle import WEIGHTS, NetworkKind
+from illama.checkpoints.huggingface import HUGGINGFACE, create_huggingface
 from illama.checkpoints.load import Checkpoint, check_state, read_state
 from illama.checkpoints.tensor_files import check_config
 from illama.checkpoints.timm_checkpoint import create_timm, timm_outline
@@ -67,10 +68,10 @@ class SegmentationConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class TimmSegmentationConfig(TimmConfig):
-    """Configuration of a UperNet on a ViT of timm.
+    """Configuration of a UperNet on a ViT of timm or transformers.
 
     Attributes:
-        options: options of ``timm.create_model`` besides the sizes.
+        options: see :class:`illama.checkpoints.timm_checkpoint.TimmCheckpoint`.
         decoder_channels: see :class:`SegmentationConfig`.
     """
 
@@ -79,12 +80,15 @@ class TimmSegmentationConfig(TimmConfig):
     decoder_channels: Size = 256
 
     def __post_init__(self) -> None:
-        check_options(dict(self.options), "the config")
+        if self.name not in HUGGINGFACE:
+            check_options(dict(self.options), "the config")
 
     def create(self, drop_path: float = 0.0) -> VisionTransformer | Eva:
         """Returns timm's network with random weights; for ``drop_path``, see :class:`illama.ILLaMA`."""
-        size = {"img_size": self.image_size, "in_chans": self.in_channels, "num_classes": 0}
-        return create_timm(self.name, **size, **{**self.options, "drop_path_rate": drop_path})
+        common = {"img_size": self.image_size, "num_classes": 0, "drop_path_rate": drop_path}
+        if self.name in HUGGINGFACE:
+            return create_huggingface(self.name, self.options, **common)
+        return create_timm(self.name, **{**self.options, **common, "in_chans": self.in_channels})
 
 
 class Segmenter(MaskedNetwork):
@@ -238,7 +242,8 @@ def load_segmentation(bundle: Path) -> Checkpoint[Segmenter]:
     text, where, state = json.dumps(manifest.config), f"the config in {bundle}", read_state(weights)
     if "name" in manifest.config:
         theirs = parse_json(text, TimmSegmentationConfig, where)
-        timm_outline(theirs.name, theirs.options, state, weights)
+        if theirs.name not in HUGGINGFACE:
+            timm_outline(theirs.name, theirs.options, state, weights)
         make: Callable[[], Segmenter] = partial(TimmUperNet, theirs)
     else:
         config = parse_json(text, SegmentationConfig, where)

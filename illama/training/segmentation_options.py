@@ -12,7 +12,7 @@ from illama.training.schedules import SoftMaskSchedule
 
 @dataclass(frozen=True)
 class SegmentationOptions(NetworkOptions, TrainingOptions):
-    """Train a UperNet, on an iLLaMA or a ViT of timm with the weights of --init, on a folder in ADE20K's layout.
+    """Train a UperNet, on an iLLaMA or another ViT with the weights of --init, on a folder in ADE20K's layout.
 
     Writes the network to OUT/bundle/, a checkpoint to continue from to OUT/checkpoint.pt, and logs.
 
@@ -21,9 +21,9 @@ class SegmentationOptions(NetworkOptions, TrainingOptions):
 
     Attributes:
         data: path to a folder in the layout of ADEChallengeData2016 (docs/segmentation.md).
-        model: model size: nano, tiny, small, base or large; or timm:NAME for a ViT of timm.
-        init: initial weights of the backbone: a bundle, a .safetensors file or a released .pth file, or of a ViT of
-            timm its file or folder; position embeddings are resized.
+        model: model size: nano, tiny, small, base or large; or timm:NAME for a ViT of timm, hf for one of transformers.
+        init: initial weights of the backbone: a bundle, a .safetensors file or a released .pth file; of a ViT of timm
+            its file or folder, of one of transformers its folder. Position embeddings are resized.
         model_args: other options of timm.create_model, NAME=VALUE,...
         decoder_channels: number of channels of every feature map in the decoder.
     """

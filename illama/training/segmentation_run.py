@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from illama.checkpoints.huggingface import is_huggingface, load_huggingface
 from illama.checkpoints.timm_checkpoint import load_timm
 from illama.checkpoints.timm_source import parse_options
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
@@ -69,7 +70,7 @@ def start_segmentation(recipe: SegmentationOptions, group: Processes) -> Segment
         raise UserError("no images to train on: give --data (see --help)")
     data = SegmentationFolder(Path(recipe.data), recipe.exif or "apply")
     make_task = partial(Task, data, loss=partial(map_loss, smoothing=recipe.label_smoothing))
-    if recipe.model.startswith("timm:"):
+    if recipe.model.startswith("timm:") or recipe.model == "hf":
         model, given, inputs = _timm_network(recipe, len(data.classes))
         preprocessing = data.preprocessing(given.size[0], given.in_channels)
         task = make_task(replace(preprocessing, mean=given.mean, std=given.std), inputs)
@@ -83,15 +84,20 @@ def start_segmentation(recipe: SegmentationOptions, group: Processes) -> Segment
 
 
 def _timm_network(recipe: SegmentationOptions, classes: int) -> tuple[TimmUperNet, Preprocessing, dict[str, str]]:
-    """Returns a UperNet on a ViT of timm with the weights of ``--init``, its preprocessing, and its files' SHA-256."""
+    """Returns a UperNet on a ViT with the weights of ``--init``, its preprocessing, and its files' SHA-256."""
     given = sorted(option for option in model_options(recipe) if option != "image_size")
     if recipe.init is None or recipe.variant != "illama" or recipe.dropout or given:
         raise UserError(
-            "a network of timm takes its weights from --init, and none of --variant, --dropout and the sizes but "
-            "--image-size"
+            "a network of timm or Hugging Face takes its weights from --init, and none of --variant, --dropout and the "
+            "sizes but --image-size"
         )
-    name, options = recipe.model.removeprefix("timm:"), parse_options(recipe.model_args)
-    loaded = load_timm(name, recipe.init, recipe.image_size, options, "none")
+    if recipe.model == "hf":
+        loaded = load_huggingface(recipe.init, recipe.image_size, "none")
+    elif is_huggingface(recipe.init):
+        raise UserError(f"{recipe.init} is a folder of Hugging Face: give --model hf")
+    else:
+        name, options = recipe.model.removeprefix("timm:"), parse_options(recipe.model_args)
+        loaded = load_timm(name, recipe.init, recipe.image_size, options, "none")
     settings, side, preprocessing = loaded.model.config, loaded.model.config.size[0], loaded.preprocessing
     assert preprocessing is not None  # timm's are known
     config = TimmSegmentationConfig(

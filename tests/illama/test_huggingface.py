@@ -1,5 +1,6 @@
 """Folders of Hugging Face's transformers: outputs equal to transformers', and what cannot be used."""
 
+import copy
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from illama.checkpoints.huggingface import load_huggingface
 from illama.errors import UserError
+from illama.models.upernet import TimmSegmentationConfig, TimmUperNet
 from illama.options import SourceOptions
 from quant.inputs import open_inputs
 
@@ -72,9 +74,10 @@ def theirs(model, images, what):
     return getattr(found, {"pooled": "pooler_output", "embedding": "image_embeds"}.get(what, what))
 
 
-def saved(folder, name, **more):
+def saved(folder, name, layers=2, **more):
     """Returns a small network with random weights, and its folder, with its processor's settings."""
-    kind, config, head, what = NETWORKS[name]
+    kind, config, head, what = copy.deepcopy(NETWORKS[name])
+    config.num_hidden_layers = layers
     torch.manual_seed(0)
     model = kind(config).eval()
     with torch.no_grad():
@@ -108,6 +111,24 @@ def test_another_image_size_is_interpolated_as_in_transformers(name, tmp_path):
         expected = theirs(lambda pixel_values: whole, images, what)
         assert (loaded.model(images) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert loaded.preprocessing.size == (48, 48)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "deit, teacher", "dinov2, giant", "dinov2, registers", "dinov3", "siglip", "clip"]
+)
+def test_its_settings_make_the_backbone_of_a_segmentation_network(name, tmp_path):
+    saved(tmp_path, name, layers=4)
+    loaded, images = load_huggingface(tmp_path, head="none"), torch.randn(2, 3, 32, 32)
+    options, model = json.loads(json.dumps(loaded.options)), loaded.model
+    config = TimmSegmentationConfig(model.config.name, 32, 3, 5, options=options, decoder_channels=8)
+    network = TimmUperNet(config).eval()
+    missing, unknown = network.load_state_dict(model.state_dict(), strict=False)
+    assert {each.partition(".")[0] for each in missing} == {"neck", "decoder", "head"}
+    assert all(each.startswith("vit.attn_pool.") for each in unknown)
+    with torch.no_grad():
+        tokens = model.forward_features(images)[:, model.vit.num_prefix_tokens :]
+        torch.testing.assert_close(network.block_patches(images, [3])[0], tokens)
+        assert network(images).shape == (2, 5, 32, 32)
 
 
 def test_shards_and_pickles_are_read(tmp_path):
