@@ -156,10 +156,15 @@ def sweep(network: Any, engines: bool) -> dict[str, Any]:
     return {"outcome": "passed", "why": "", "errors": errors}
 
 
+def count_names(groups: list[dict[str, Any]]) -> dict[str, int]:
+    """Returns the number of names with each outcome."""
+    outcomes = ("passed", "refused", "failed")
+    return {each: sum(len(group["names"]) for group in groups if group["outcome"] == each) for each in outcomes}
+
+
 def table(groups: list[dict[str, Any]]) -> str:
     """Returns the outcomes as Markdown: counts, then a row for each kind."""
-    names = {each: sum(len(group["names"]) for group in groups if group["outcome"] == each)
-             for each in ("passed", "refused", "failed")}  # fmt: skip
+    names = count_names(groups)
     lines = [
         f"Of {sum(names.values())} names in {len(groups)} kinds, {names['passed']} passed, {names['refused']} are "
         f"refused, {names['failed']} failed. timm {timm.__version__}.",
@@ -194,7 +199,8 @@ def main(options: SweepOptions) -> None:
             with write_file(finished) as draft:
                 draft.write_text(json.dumps(sweep(networks[kind], options.engines)))
         groups.append({"names": found, **json.loads(finished.read_text())})
-    write_results(options.out, "timm-sweep", {"timm": timm.__version__, "kinds": groups}, table(groups))
+    facts = {"timm": timm.__version__, "names": count_names(groups), "number_of_kinds": len(groups), "kinds": groups}
+    write_results(options.out, "timm-sweep", facts, table(groups))
 
 
 if __name__ == "__main__":

@@ -284,7 +284,10 @@ def create_huggingface(model_type: str, settings: Mapping[str, Any], **common: A
         UserError: a setting is wrong.
     """
     vision = parse_json(json.dumps(settings), _Vision, f"the settings of a {model_type}")
-    return HUGGINGFACE[model_type].make(vision, common, {})
+    try:
+        return HUGGINGFACE[model_type].make(vision, common, {})
+    except _MISFITS as error:
+        raise UserError(f"the settings of a {model_type} are of no network: {' '.join(str(error).split())}") from error
 
 
 def _vision(folder: Path, config: _Config, kind: _Kind) -> _Vision:

@@ -33,7 +33,7 @@ from illama.checkpoints.timm_source import check_options
 from illama.errors import UserError
 from illama.manifest import Manifest
 from illama.models.attention import MaskedNetwork
-from illama.models.config import Classes, ModelConfig, Pool, Size, TimmConfig
+from illama.models.config import MOST_PATCHES, Classes, ModelConfig, Pool, Size, TimmConfig
 from illama.models.illama import ILLaMA, Linear
 from illama.models.norms import LayerNorm, make_norm
 from illama.models.timm_vit import CausalVisionTransformer, plain_vit
@@ -110,10 +110,10 @@ class Segmenter(MaskedNetwork):
         """Adds the decoder of a backbone with ``grid`` patches; ``norm`` is for its channels.
 
         Raises:
-            UserError: the backbone has too few blocks or patches, or they are not a square.
+            UserError: the backbone has too few blocks, too few or too many patches, or they are not a square.
         """
-        if depth < LEVELS or grid[0] != grid[1] or grid[0] < 2:
-            raise UserError(f"segmentation needs {LEVELS} blocks, and a square of 2 x 2 patches or more")
+        if depth < LEVELS or grid[0] != grid[1] or not 4 <= grid[0] ** 2 <= MOST_PATCHES:
+            raise UserError(f"segmentation needs {LEVELS} blocks, and a square of 4 to {MOST_PATCHES} patches")
         self.grid, self.taps = grid, tuple(depth * (level + 1) // LEVELS - 1 for level in range(LEVELS))
         finest = nn.Sequential(TransposedConv(width), norm, nn.GELU(), TransposedConv(width))
         self.neck = nn.ModuleList([finest, TransposedConv(width), nn.Identity(), nn.Identity()])

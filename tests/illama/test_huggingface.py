@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,10 @@ def test_its_settings_make_the_backbone_of_a_segmentation_network(name, tmp_path
         tokens = model.forward_features(images)[:, model.vit.num_prefix_tokens :]
         torch.testing.assert_close(network.block_patches(images, [3])[0], tokens)
         assert network(images).shape == (2, 5, 32, 32)
+    for changes in ({"image_size": 32 * 8000}, {"image_size": 8}, {"options": {**options, "num_attention_heads": 3}},
+                    {"options": {**options, "patch_size": 64}}):  # fmt: skip
+        with torch.device("meta"), pytest.raises(UserError):
+            TimmUperNet(replace(config, **changes))
 
 
 def test_shards_and_pickles_are_read(tmp_path):
