@@ -156,7 +156,8 @@ class Scores:
     """Scores on a test split.
 
     Attributes:
-        metric: top1 (accuracy) or miou (mean intersection over union), in percent.
+        metric: top1 (accuracy; of features, that of their nearest neighbors) or miou (mean intersection over union), in
+            percent.
         images: number of test images.
         values: name of what was evaluated -> its score. ``trained`` is the network after a training run; a bundle of
             quantization-aware training has ``fp32``, ``ptq``, ``qat`` and the exported files.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+from torch.utils.data import Dataset
 
-from illama.data.datasets import ImageData
+from illama.data.datasets import Sample
 from illama.data.preprocessing import Transform
 from illama.inference import Infer, predict
 
@@ -32,11 +33,11 @@ class NearestNeighbors:
     count: int
 
     @classmethod
-    def of(cls, infer: Infer, data: ImageData, transform: Transform, images: int) -> Self:
-        """Returns the classifier with the features of ``images`` training images; without labels, each is a class."""
-        found, labels = predict({"": lambda batch: unit_features(infer(batch))}, data.calibration(images), transform)
-        if data.labeled:
-            return cls(found[""], labels, len(data.classes))
+    def of(cls, infer: Infer, images: Dataset[Sample], transform: Transform, classes: int = 0) -> Self:
+        """Returns the classifier with the features of images; without ``classes`` (their number), each is a class."""
+        found, labels = predict({"": lambda batch: unit_features(infer(batch))}, images, transform)
+        if classes:
+            return cls(found[""], labels, classes)
         return cls(found[""], np.arange(len(labels)), len(labels))
 
     def similarities(self, features: np.ndarray) -> np.ndarray:
@@ -59,6 +60,11 @@ Classifier = Callable[[np.ndarray], np.ndarray]  # a network's output (n, ...) -
 def as_it_is(logits: np.ndarray) -> np.ndarray:
     """The :data:`Classifier` of a network whose output is logits."""
     return logits
+
+
+def classified(infer: Infer, classifier: Classifier) -> Infer:
+    """Returns a function from images to logits; features, which may be much larger, are not kept."""
+    return lambda images: classifier(infer(images))
 
 
 def unit_features(features: np.ndarray) -> np.ndarray:

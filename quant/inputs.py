@@ -58,8 +58,12 @@ class Inputs:
         """The calibration images with the network's features, which classify others; None for a classifier."""
         if not self.model.config.features:
             return None
+        return self.neighbors_of(self.data.calibration(self.calibration_images))
+
+    def neighbors_of(self, images: Dataset[Sample]) -> NearestNeighbors:
+        """Returns labeled images with the network's features, which classify others."""
         infer, transform = torch_infer(self.model), self.preprocessing.transform()
-        return NearestNeighbors.of(infer, self.data, transform, self.calibration_images)
+        return NearestNeighbors.of(infer, images, transform, len(self.data.classes))
 
     @property
     def classifier(self) -> Classifier:

@@ -48,7 +48,7 @@ def main(options: QatOptions) -> None:
         f"{top1['ptq']:.2f}%, quantization-aware training {top1['qat']:.2f}%, exported file "
         f"{top1.get('torchao', top1.get('onnx')):.2f}%; bundle in {os.path.relpath(bundle)}"
     )
-    if note := chance_note("FP32", top1["fp32"], len(job.inputs.data.classes)):
+    if not job.inputs.neighbors and (note := chance_note("FP32", top1["fp32"], len(job.inputs.data.classes))):
         print(note)
 
 

@@ -109,7 +109,8 @@ def main(options: SearchOptions) -> None:
         result = write_search(folder, planner, plans, best)
     print_search(result)
     effect, _ = next(iter(space.whole.values()))
-    if note := chance_note("the float network", effect.right / effect.images * 100, len(inputs.data.classes)):
+    note = chance_note("the float network", effect.right / effect.images * 100, len(inputs.data.classes))
+    if note and not inputs.neighbors:
         print(f"\n{note}")
     if best is None:
         raise UserError(

@@ -106,8 +106,9 @@ def run_benchmark(
     reference = choose_reference(targets)
     targets, left_out = without_long_emulation(targets, reference, len(images.split), options.emulate)  # type: ignore[arg-type]
     if features := images.features:
-        transform, count = images.preprocessing.transform(), images.calibration
-        neighbors = NearestNeighbors.of(reference.infer, images.data, transform, count)
+        transform, gallery = images.preprocessing.transform(), images.data.calibration(images.calibration)
+        classes = len(images.data.classes) if images.data.labeled else 0
+        neighbors = NearestNeighbors.of(reference.infer, gallery, transform, classes)
         images = replace(images, classifier=neighbors.logits)
     found = _evaluate(targets, images, execution, reference)
     if reason := found.failed.get(reference.name):

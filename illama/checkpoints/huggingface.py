@@ -34,7 +34,8 @@ from illama.models.timm_vit import to_quantizable
 from illama.options import Head, Positive
 from illama.structured_files import parse_json, read_json
 
-_MISFITS = (LookupError, RuntimeError, TypeError, ValueError)  # of tensors that are missing or of other shapes
+# Of tensors that are missing or of other shapes, and of numbers that no network has.
+_MISFITS = (LookupError, RuntimeError, TypeError, ValueError, ArithmeticError)
 CONFIG = "config.json"
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,

@@ -119,12 +119,19 @@ class CausalVisionTransformer(MaskedNetwork):
         """Returns timm's parameters excluded from weight decay, with the prefix ``vit.``."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns patterns that map parameters to layers, for layer-wise learning rate decay (timm's convention)."""
+        return {
+            "stem": r"^vit\.(?:cls_token|reg_token|dist_token|pos_embed|patch_embed|norm_pre)",
+            "blocks": [(r"^vit\.blocks\.(\d+)", None), (r"^vit\.(?:fc_)?norm", (99999,))],
+        }
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Returns all tokens after the final norm, in timm's order (class token first): (B, N, width)."""
         return self.vit.norm(self._run_blocks(images, [len(self.vit.blocks) - 1])[0])
 
     def block_patches(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """Returns the patches after some of the blocks, each after the final norm: (B, patches, width)."""
+        """Returns the patches after some of the blocks and ``vit.norm``: (B, patches, width)."""
         return [self.vit.norm(x)[:, self.vit.num_prefix_tokens :] for x in self._run_blocks(images, indices)]
 
     def _in_mask_order(self, x: Tensor, dim: int = 1) -> Tensor:

@@ -82,6 +82,10 @@ class TimmSegmentationConfig(TimmConfig):
     def __post_init__(self) -> None:
         if self.name not in HUGGINGFACE:
             check_options(dict(self.options), "the config")
+        elif self.options.get("num_channels") != self.in_channels:
+            raise UserError(f"the config has {self.in_channels} channels, and other ones in its options")
+        if self.features or self.mask != "bidirectional":
+            raise UserError("the config has features or a mask, which a segmentation network of timm has not")
 
     def create(self, drop_path: float = 0.0) -> VisionTransformer | Eva:
         """Returns timm's network with random weights; for ``drop_path``, see :class:`illama.ILLaMA`."""
@@ -99,7 +103,7 @@ class Segmenter(MaskedNetwork):
 
     Attributes:
         block_patches: a method of the backbone: (images, block indices) -> the patches after these blocks, each after
-            the final norm: (B, patches, width).
+            the final norm, if it is in front of the pooling: (B, patches, width).
     """
 
     config: SegmentationConfig | TimmSegmentationConfig
@@ -112,7 +116,7 @@ class Segmenter(MaskedNetwork):
         Raises:
             UserError: the backbone has too few blocks, too few or too many patches, or they are not a square.
         """
-        if depth < LEVELS or grid[0] != grid[1] or not 4 <= grid[0] ** 2 <= MOST_PATCHES:
+        if depth < LEVELS or not 2 <= grid[0] == grid[1] or grid[0] ** 2 > MOST_PATCHES:
             raise UserError(f"segmentation needs {LEVELS} blocks, and a square of 4 to {MOST_PATCHES} patches")
         self.grid, self.taps = grid, tuple(depth * (level + 1) // LEVELS - 1 for level in range(LEVELS))
         finest = nn.Sequential(TransposedConv(width), norm, nn.GELU(), TransposedConv(width))
@@ -168,7 +172,11 @@ class TimmUperNet(Segmenter, CausalVisionTransformer):
     def __init__(self, config: TimmSegmentationConfig, drop_path: float = 0.0) -> None:
         super().__init__(plain_vit(config.create(drop_path)), "bidirectional")
         vit: Any = self.vit
-        self.config, vit.attn_pool = config, None  # it is not run, and could not be calibrated
+        self.config = config
+        # What is not run can neither be calibrated nor trained by several processes. No patch may be dropped.
+        vit.attn_pool, vit.fc_norm, vit.patch_drop = None, nn.Identity(), nn.Identity()
+        if config.size[0] % (patch := vit.patch_embed.feat_ratio()):
+            raise UserError(f"image_size {config.size[0]} is not a multiple of patch_size {patch}")
         self.add_decoder(vit.embed_dim, vit.patch_embed.grid_size, len(vit.blocks), LayerNorm(vit.embed_dim))
 
 
@@ -244,14 +252,18 @@ def load_segmentation(bundle: Path) -> Checkpoint[Segmenter]:
         theirs = parse_json(text, TimmSegmentationConfig, where)
         if theirs.name not in HUGGINGFACE:
             timm_outline(theirs.name, theirs.options, state, weights)
+        elif not 0 < theirs.options.get("num_hidden_layers", 0) <= len(state):  # each block would take time
+            raise UserError(f"{where} has more blocks than {weights.name}: train it again")
         make: Callable[[], Segmenter] = partial(TimmUperNet, theirs)
     else:
         config = parse_json(text, SegmentationConfig, where)
         check_config(config, state, weights)
         make = partial(UperNet, config)
     with torch.device("meta"):  # shapes without memory or initial values
-        expected = make().state_dict()
-    check_state(expected, state, weights, "the config")
+        outline = make()
+    check_state(outline.state_dict(), state, weights, "the config")
+    if (size := outline.config.size) != manifest.preprocessing.size:
+        raise UserError(f"{where} is of images of {size}, not {manifest.preprocessing.size}: train it again")
     model = make()
     model.load_state_dict(state)
     return Checkpoint(model.eval(), manifest.preprocessing, manifest.classes, weights)

@@ -70,6 +70,10 @@ def start_segmentation(recipe: SegmentationOptions, group: Processes) -> Segment
         raise UserError("no images to train on: give --data (see --help)")
     data = SegmentationFolder(Path(recipe.data), recipe.exif or "apply")
     make_task = partial(Task, data, loss=partial(map_loss, smoothing=recipe.label_smoothing))
+    if recipe.model_args and not recipe.model.startswith("timm:"):
+        raise UserError("--model-args is for --model timm:NAME: leave it out")
+    if recipe.model != "hf" and recipe.init and is_huggingface(recipe.init):
+        raise UserError(f"{recipe.init} is a folder of Hugging Face: give --model hf")
     if recipe.model.startswith("timm:") or recipe.model == "hf":
         model, given, inputs = _timm_network(recipe, len(data.classes))
         preprocessing = data.preprocessing(given.size[0], given.in_channels)
@@ -86,20 +90,22 @@ def start_segmentation(recipe: SegmentationOptions, group: Processes) -> Segment
 def _timm_network(recipe: SegmentationOptions, classes: int) -> tuple[TimmUperNet, Preprocessing, dict[str, str]]:
     """Returns a UperNet on a ViT with the weights of ``--init``, its preprocessing, and its files' SHA-256."""
     given = sorted(option for option in model_options(recipe) if option != "image_size")
-    if recipe.init is None or recipe.variant != "illama" or recipe.dropout or given:
+    if recipe.init is None or recipe.variant != "illama" or recipe.dropout or recipe.soft_mask != "none" or given:
         raise UserError(
-            "a network of timm or Hugging Face takes its weights from --init, and none of --variant, --dropout and the "
-            "sizes but --image-size"
+            "a network of timm or Hugging Face takes its weights from --init, and none of --variant, --dropout, "
+            "--soft-mask and the sizes but --image-size"
         )
     if recipe.model == "hf":
+        if not is_huggingface(recipe.init):
+            raise UserError(f"{recipe.init} is no folder of Hugging Face: give one, or --model timm:NAME")
         loaded = load_huggingface(recipe.init, recipe.image_size, "none")
-    elif is_huggingface(recipe.init):
-        raise UserError(f"{recipe.init} is a folder of Hugging Face: give --model hf")
     else:
         name, options = recipe.model.removeprefix("timm:"), parse_options(recipe.model_args)
         loaded = load_timm(name, recipe.init, recipe.image_size, options, "none")
-    settings, side, preprocessing = loaded.model.config, loaded.model.config.size[0], loaded.preprocessing
+    settings, (side, width), preprocessing = loaded.model.config, loaded.model.config.size, loaded.preprocessing
     assert preprocessing is not None  # timm's are known
+    if side != width:
+        raise UserError(f"the network takes images of {side} x {width}, and segmentation squares: give --image-size")
     config = TimmSegmentationConfig(
         settings.name,
         side,
@@ -110,7 +116,8 @@ def _timm_network(recipe: SegmentationOptions, classes: int) -> tuple[TimmUperNe
     )
     with isolated_randomness(recipe.seed):
         network = TimmUperNet(config, recipe.drop_path)
-    network.load_state_dict(loaded.model.state_dict(), strict=False)
+    own = {name for name in network.state_dict() if name.startswith("vit.")}
+    network.load_state_dict({name: loaded.model.state_dict()[name] for name in own}, strict=False)
     return network, preprocessing, loaded.digests()
 
 

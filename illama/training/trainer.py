@@ -28,7 +28,7 @@ from illama.errors import UserError
 from illama.inference import predict, torch_infer
 from illama.manifest import Metric
 from illama.models.attention import MaskedNetwork
-from illama.nearest_neighbors import Classifier, as_it_is
+from illama.nearest_neighbors import Classifier, as_it_is, classified
 from illama.progress import Activity
 from illama.randomness import isolated_randomness
 from illama.structured_files import parse_json
@@ -157,15 +157,14 @@ class Run:
         model = self.kept.eval()
         model.soft_mask = 0.0
         own, counted = self.processes.share(len(cast(Sized, split)))
-        outputs, labels = predict(
-            {"kept": torch_infer(model)},
+        logits, labels = predict(
+            {"kept": classified(torch_infer(model), self.task.classifier)},
             Subset(split, own),
             self.task.preprocessing.transform(),
             workers=self.recipe.workers,
             progress=self.processes.main,
         )
-        classes = self.task.classifier(outputs["kept"]).argmax(1)
-        right, seen = self.processes.sum(float((classes == labels)[:counted].sum()), counted)
+        right, seen = self.processes.sum(float((logits["kept"].argmax(1) == labels)[:counted].sum()), counted)
         return 100 * right / seen
 
     @property
@@ -341,4 +340,4 @@ def end_epoch(run: Run, log: Log | None, per_epoch: int, speed: float) -> str:
     score = run.score(run.validation)
     if log:
         log.write_epoch(epoch, run.progress.step, rate, soft_mask, loss, score, speed)
-    return f"epoch {epoch}, loss {loss:.3f}, val {score:.2f}%"
+    return f"epoch {epoch}, loss {loss:.3g}, val {score:.2f}%"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-_UNITS = {"drop": "points of top-1", "ms": "ms", "megabytes": "MB"}
+_UNITS = {"drop": "points", "ms": "ms", "megabytes": "MB"}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ def write_search(folder: Path, planner: Planner, plans: list[Plan], best: Plan |
     Returns:
         The contents of search.json.
     """
-    result = search_result(planner.budget, planner.space, plans, best)
+    found = search_result(planner.budget, planner.space, plans, best)
+    result = {**found, "metric": planner.inputs.metric}
     (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     chosen, summary = (best or plans[-1]).chosen, f"found by {command_line()}"
     scheme, model = assignment_scheme(planner.space, chosen, planner.iterations, summary), planner.inputs.model

@@ -99,5 +99,6 @@ def sensitivity_table(result: dict[str, Any]) -> str:
     headings = ("quantized alone", f"{output} SQNR dB, {scheme}", "KL nats", f"{metric} lost", "of them")
     hardest = sorted((value, name) for name, value in result["tensor_sqnr_db"].items() if value is not None)[:8]
     tensors = ", ".join(f"{name} {value:.1f} dB" for value, name in hardest)
-    note = chance_note("the float network", result["all"]["right"] / result["all"]["images"] * 100, result["classes"])
+    right = result["all"]["right"] / result["all"]["images"] * 100
+    note = chance_note("the float network", right, result["classes"]) if metric == "top-1" else ""
     return f"{markdown(headings, rows)}\n\nThe hardest tensors to round: {tensors}.\n{note}"

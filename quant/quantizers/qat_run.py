@@ -17,12 +17,14 @@ from torch import nn
 
 from illama.atomic_write import write_folder
 from illama.bundle import CPU_ONNX, FUSED_ONNX, TORCHAO, WEIGHTS, sha256
+from illama.data.datasets import evenly_spaced
 from illama.errors import UserError
 from illama.hardware import describe_machine
 from illama.inference import Infer, predict, top1, torch_infer
 from illama.manifest import Drop, Manifest, Scores
 from illama.models.attention import MaskedNetwork
 from illama.models.illama import ILLaMA
+from illama.nearest_neighbors import Classifier, as_it_is, classified
 from illama.training.distributed import Processes
 from illama.training.log import plot_curve, read_log
 from illama.training.trainer import CHECKPOINT, Run, Task
@@ -122,8 +124,16 @@ def start_run(job: QatJob, group: Processes) -> Run:
     make_scales_parameters(quantized)
     loss = Distillation(job.inputs.model, options.temperature, options.distillation, options, group.device)
     inputs, groups = job.origin.provenance.inputs, scale_groups(options.scale_rate)
-    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, groups, job.inputs.classifier)
+    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, groups, _validation_classifier(job.inputs))
     return Run(options, task, quantized, group)
+
+
+def _validation_classifier(inputs: Inputs) -> Classifier:
+    """Returns the classifier of the validation images; of features, with other neighbors than these."""
+    if not inputs.model.config.features:
+        return as_it_is
+    images: Any = inputs.data.training()[0]
+    return inputs.neighbors_of(evenly_spaced(images, min(len(images), inputs.calibration_images))).logits
 
 
 def write_qat_bundle(job: QatJob, run: Run, open_onnx: OpenOnnx, drop: PairedDrop) -> Path:
@@ -162,8 +172,8 @@ def _evaluate(job: QatJob, trained: MaskedNetwork, folder: Path, open_onnx: Open
     models |= {name: open_onnx(path) for name, path in files.items() if path.exists()}
     if (folder / TORCHAO).exists():
         models["torchao"] = torch_infer(load_torchao(folder, copy.deepcopy(job.inputs.model)))
-    outputs, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
-    logits = {name: job.inputs.classifier(values) for name, values in outputs.items()}
+    models = {name: classified(infer, job.inputs.classifier) for name, infer in models.items()}
+    logits, labels = predict(models, test, job.origin.preprocessing.transform(), workers=job.options.workers)
     correct = {name: values.argmax(1) == labels for name, values in logits.items()}
     drops = {name: drop(correct["fp32"], correct[name], job.options.seed) for name in correct if name != "fp32"}
     values = {name: top1(found, labels) for name, found in logits.items()}

@@ -39,6 +39,7 @@ from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
 from quant.inputs import open_inputs
 from quant.mixed_precision.layer_effects import Tally
+from quant.quantizers.qat_run import _validation_classifier
 from quant.quantizers.rotation import rotate
 from quant.schemes.scheme import Rotations, resolve, shipped_scheme
 from quant.schemes.shipped import SHIPPED_SCHEMES
@@ -284,6 +285,19 @@ def test_sensitivity_search_and_training(head, run_here, weights, pictures, tmp_
     refused = run_here("quant/qat.py", "--model", "timm:small_vit_plain", "--checkpoint", weights,
                        "--data", pictures / "labeled", "--calibration-images", 24, *asked)  # fmt: skip
     assert_one_line_error(refused, "--distillation 1")
+
+
+def test_no_validation_image_is_a_neighbor_in_training(weights, pictures, monkeypatch):
+    inputs = open_inputs(SourceOptions(weights, "timm:small_vit_plain", str(pictures / "labeled"), head="none"))
+    (training, held_out), asked, ask = inputs.data.training(), [], inputs.neighbors_of
+
+    def note(_, images):
+        asked.extend(images.indices)
+        return ask(images)
+
+    monkeypatch.setattr(type(inputs), "neighbors_of", note)
+    _validation_classifier(inputs)
+    assert asked and not {training.indices[index] for index in asked} & set(held_out.indices)
 
 
 def test_images_that_are_not_square_through_the_whole_path(run_here, weights, pictures, tmp_path):

@@ -125,7 +125,8 @@ TIMM = {"depth": 4, "embed_dim": 64, "num_heads": 2, "patch_size": 16}
 @pytest.mark.parametrize(
     "name",
     ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2",
-     "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224", "vit_small_patch16_dinov3"],
+     "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224", "vit_small_patch16_dinov3",
+     "vit_medium_patch16_reg4_gap_256"],
 )  # fmt: skip
 def test_the_maps_of_timms_networks_are_timms(name):
     config = TimmSegmentationConfig(name, 64, 3, 5, options=TIMM, decoder_channels=8)
@@ -135,7 +136,10 @@ def test_the_maps_of_timms_networks_are_timms(name):
         theirs = vit.forward_intermediates(images, 4, norm=True, output_fmt="NLC", intermediates_only=True)
         for patches, expected in zip(network.block_patches(images, network.taps), theirs, strict=True):
             torch.testing.assert_close(patches, expected, rtol=1e-4, atol=1e-4)
-        assert network(images).shape == (2, 5, 64, 64)
+    network(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())  # several processes need this
+    scales = {group["lr_scale"] for group in parameter_groups(replace(TRAINING, layer_decay=0.5), network)}
+    assert len(scales) == 2 + 4 and max(scales) == 1
 
 
 def test_later_patches_affect_only_the_denominators(network):
@@ -401,14 +405,23 @@ def test_a_network_of_timm_is_trained_and_quantized(shapes, tmp_path, capsys):
     if library := find_library():
         assert EngineRecord.read(build_bundle(library, tmp_path / "ptq" / "int8")).attentions == 4
 
-    for wrong in ({"init": None}, {"dropout": 0.1}, {"depth": 4}, {"model_args": "checkpoint_path=/etc/passwd"}):
-        with pytest.raises(UserError):
+    own = "takes its weights from --init"
+    for wrong, words in (
+        ({"init": None}, own), ({"dropout": 0.1}, own), ({"depth": 4}, own), ({"soft_mask": "linear"}, own),
+        ({"model_args": "checkpoint_path=/etc/passwd"}, "checkpoint_path"), ({"model": "hf"}, "--model-args"),
+        ({"model": "hf", "model_args": ""}, "folder of Hugging Face"), ({"image_size": 60}, "multiple"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
             train(replace(options, **wrong, out=tmp_path / "wrong"))
     manifest = Manifest.read(bundle)
-    changed = {**manifest.config, "options": {**manifest.config["options"], "checkpoint_path": "weights.pth"}}
-    replace(manifest, config=changed).write(bundle)
-    with pytest.raises(UserError, match="checkpoint_path"):
-        load_segmentation(bundle)
+    theirs = {**manifest.config["options"], "checkpoint_path": "weights.pth"}
+    for change, words in (
+        ({"options": theirs}, "checkpoint_path"), ({"image_size": -64}, "positive"), ({"mask": "post_softmax"}, "mask"),
+        ({"features": [7]}, "features"), ({"image_size": 128}, "does not fit"),
+    ):  # fmt: skip
+        replace(manifest, config={**manifest.config, **change}).write(bundle)
+        with pytest.raises(UserError, match=words):
+            load_segmentation(bundle)
 
 
 class _Convolutions(MaskedNetwork):
