@@ -30,6 +30,13 @@ from illama.models.timm_eva import eva_to_vit
 from illama.models.timm_hybrid import fold_hybrid
 
 _BLOCKS = (Block, ResPostBlock, ParallelThingsBlock)
+_OTHERS = {  # part of the name of a class -> why it is refused
+    "Swin": "its attention has windows",
+    "MultiScale": "its blocks have several resolutions",
+    "Beit": "its attention has a position bias",
+    "RelPos": "its attention has relative positions",
+    "NaFlex": "its image size is not fixed",
+}
 
 
 def to_causal(vit: VisionTransformer | Eva, mask: MaskKind = "post_softmax") -> CausalVisionTransformer:
@@ -288,8 +295,9 @@ def _copy(vit: nn.Module, refusal: str) -> VisionTransformer:
     """Returns a copy, as a VisionTransformer; UserError for a network that this module would compute wrongly."""
     kind = next((each for each in (VisionTransformer, Eva) if isinstance(vit, each)), None)
     if kind is None:
+        why = next((reason for name, reason in _OTHERS.items() if name in type(vit).__name__), "it is no plain ViT")
         raise UserError(
-            f"{refusal}: give a timm VisionTransformer or Eva, such as vit_tiny_patch16_224, a deit_* or "
+            f"{refusal}: {why}; give a timm VisionTransformer or Eva, such as vit_tiny_patch16_224, a deit_* or "
             "vit_small_patch16_dinov3"
         )
     for method in ("forward", "forward_features"):

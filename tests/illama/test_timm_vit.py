@@ -234,7 +234,9 @@ def test_a_hybrid_is_loaded_in_its_size_and_in_another(asked, tmp_path):
     ("name", "identifier"),
     [
         ("resnet18", "ResNet"),
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer.*windows"),
+        ("mvitv2_tiny", "MultiScaleVit.*resolutions"),
+        ("naflexvit_base_patch16_gap", "NaFlexVit.*not fixed"),
         ("eva02_tiny_patch14_224", "less than half|does not fit"),
         ("vit_base_mci_224", "patches come from"),
         ("illama_tiny", "ILLaMA"),
