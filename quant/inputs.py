@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from illama.checkpoints.huggingface import is_huggingface, load_huggingface
-from illama.checkpoints.load import Checkpoint, ILLaMACheckpoint, load_checkpoint
-from illama.checkpoints.timm_checkpoint import TimmCheckpoint, load_timm
-from illama.checkpoints.timm_source import HUB_CONFIG, parse_options
+from illama.checkpoints.load import Checkpoint
+from illama.checkpoints.open_checkpoint import open_checkpoint
+from illama.checkpoints.timm_checkpoint import TimmCheckpoint
 from illama.data.datasets import ImageData, Sample, Transformed, calibration_count, note_channels, open_data, unlabeled
 from illama.data.preprocessing import Preprocessing, box_of
 from illama.errors import UserError
@@ -24,7 +23,7 @@ from illama.hardware import torch_device
 from illama.inference import images_per_call, load_images, torch_infer
 from illama.models.attention import MaskedNetwork
 from illama.nearest_neighbors import Classifier, NearestNeighbors, as_it_is
-from illama.options import Head, SourceOptions
+from illama.options import SourceOptions
 from quant.quantizers.rotation import prepare
 from quant.schemes.scheme import Scheme, read_scheme, shipped_scheme
 
@@ -124,7 +123,7 @@ def open_inputs(options: SourceOptions, needs_labels: bool = True, calibration_s
         UserError: one cannot be opened, or their classes differ.
     """
     data, device = options.data, torch_device(options.device)
-    loaded = _open_checkpoint(options)
+    loaded = open_checkpoint(options)
     stored, config = loaded.preprocessing, loaded.model.config
     exif = options.exif or (stored.exif if stored else "apply")
     images = open_data(data, exif, options.class_order or (stored.class_order if stored else "words"))
@@ -156,35 +155,6 @@ def _check_classes(loaded: Checkpoint[MaskedNetwork], given: Sequence[str], opti
     for trained, here in zip(names, given, strict=False):
         if trained != here:
             raise UserError(f"{checkpoint} was trained for the class {trained!r} where {data} has {here!r}")
-
-
-def _open_checkpoint(options: SourceOptions) -> Checkpoint[MaskedNetwork]:
-    path, model, size = options.checkpoint, options.model, options.image_size
-    theirs = model == "hf" or (model is None and is_huggingface(path))
-    if (model or "").startswith("timm:") and is_huggingface(path):
-        raise UserError(f"{path} is a folder of Hugging Face: leave --model out")
-    if (model or "").startswith("timm:") or (model is None and not theirs and (path / HUB_CONFIG).exists()):
-        name = (model or "").removeprefix("timm:")
-        return load_timm(name, path, size, parse_options(options.model_args), options.head)
-    if model is not None and not theirs:
-        hint = f"did you mean timm:{model.rpartition(':')[2]}?"
-        raise UserError(f"--model is timm:NAME, or hf for a folder of Hugging Face, not {model!r}: {hint}")
-    if (options.model_args and path.exists()) or isinstance(size, tuple):
-        raise UserError("--model-args, and an --image-size that is not square, are for --model timm:NAME")
-    if theirs:
-        return load_huggingface(path, size, options.head)
-    return _with_head(load_checkpoint(path, image_size=size), options.head)
-
-
-def _with_head(loaded: ILLaMACheckpoint, head: Head) -> ILLaMACheckpoint:
-    """Returns an iLLaMA's checkpoint that computes what ``head`` says; UserError if an iLLaMA cannot."""
-    if head == "classes" and loaded.model.config.num_classes:
-        return loaded
-    if head in ("classes", "embedding"):
-        raise UserError(f"{loaded.weights} has no such head: give --head none for its pooled features, or tokens")
-    pool = loaded.model.config.global_pool or "token"
-    loaded.model.reset_classifier(0, "" if head == "tokens" else pool)
-    return replace(loaded, classes=())
 
 
 def scheme_from_name_or_file(name: str) -> Scheme:
