@@ -235,6 +235,8 @@ def load_huggingface(folder: Path, image_size: int | None = None, head: Head = "
     Raises:
         UserError: a file is missing or damaged, the network is of another kind, or its weights do not fit its config.
     """
+    if not is_huggingface(folder):
+        raise UserError(f"{folder} is not a folder of Hugging Face, whose {CONFIG} has a model_type")
     config = read_json(folder / CONFIG, _Config, "ignore")
     kind = HUGGINGFACE.get(config.model_type)
     if kind is None:
@@ -288,7 +290,7 @@ def create_huggingface(model_type: str, settings: Mapping[str, Any], **common: A
     try:
         return HUGGINGFACE[model_type].make(vision, common, {})
     except _MISFITS as error:
-        raise UserError(f"the settings of a {model_type} are of no network: {' '.join(str(error).split())}") from error
+        raise UserError(f"the settings of a {model_type} make no network: {' '.join(str(error).split())}") from error
 
 
 def _vision(folder: Path, config: _Config, kind: _Kind) -> _Vision:

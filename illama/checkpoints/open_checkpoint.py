@@ -18,7 +18,7 @@ def open_checkpoint(options: SourceOptions) -> Checkpoint[MaskedNetwork]:
     path, model, size = options.checkpoint, options.model, options.image_size
     theirs = model == "hf" or (model is None and is_huggingface(path))
     if (model or "").startswith("timm:") and is_huggingface(path):
-        raise UserError(f"{path} is a folder of Hugging Face: leave --model out")
+        raise UserError(f"{path} is a folder of Hugging Face: give --model hf")
     if (model or "").startswith("timm:") or (model is None and not theirs and (path / HUB_CONFIG).exists()):
         name = (model or "").removeprefix("timm:")
         return load_timm(name, path, size, parse_options(options.model_args), options.head)

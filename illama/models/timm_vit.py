@@ -295,7 +295,7 @@ def _copy(vit: nn.Module, refusal: str) -> VisionTransformer:
     """Returns a copy, as a VisionTransformer; UserError for a network that this module would compute wrongly."""
     kind = next((each for each in (VisionTransformer, Eva) if isinstance(vit, each)), None)
     if kind is None:
-        why = next((reason for name, reason in _OTHERS.items() if name in type(vit).__name__), "it is no plain ViT")
+        why = next((reason for name, reason in _OTHERS.items() if name in type(vit).__name__), "it is not a plain ViT")
         raise UserError(
             f"{refusal}: {why}; give a timm VisionTransformer or Eva, such as vit_tiny_patch16_224, a deit_* or "
             "vit_small_patch16_dinov3"

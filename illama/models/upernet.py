@@ -71,6 +71,7 @@ class TimmSegmentationConfig(TimmConfig):
     """Configuration of a UperNet on a ViT of timm or transformers.
 
     Attributes:
+        name: timm's name, or the ``model_type`` of transformers.
         options: see :class:`illama.checkpoints.timm_checkpoint.TimmCheckpoint`.
         decoder_channels: see :class:`SegmentationConfig`.
     """
@@ -85,7 +86,7 @@ class TimmSegmentationConfig(TimmConfig):
         elif self.options.get("num_channels") != self.in_channels:
             raise UserError(f"the config has {self.in_channels} channels, and other ones in its options")
         if self.features or self.mask != "bidirectional":
-            raise UserError("the config has features or a mask, which a segmentation network of timm has not")
+            raise UserError("the config has features or a mask: a segmentation network of timm has neither")
 
     def create(self, drop_path: float = 0.0) -> VisionTransformer | Eva:
         """Returns timm's network with random weights; for ``drop_path``, see :class:`illama.ILLaMA`."""
@@ -102,12 +103,16 @@ class Segmenter(MaskedNetwork):
     class token and registers are not decoded, but are part of every softmax.
 
     Attributes:
+        grid: number of patches along both sides.
+        taps: indices of the blocks whose patches are decoded.
         block_patches: a method of the backbone: (images, block indices) -> the patches after these blocks, each after
             the final norm, if it is in front of the pooling: (B, patches, width).
     """
 
     config: SegmentationConfig | TimmSegmentationConfig
     head: nn.Module
+    grid: tuple[int, int]
+    taps: tuple[int, ...]
     block_patches: Callable[[Tensor, Sequence[int]], list[Tensor]]
 
     def add_decoder(self, width: int, grid: tuple[int, int], depth: int, norm: nn.Module) -> None:
@@ -263,7 +268,9 @@ def load_segmentation(bundle: Path) -> Checkpoint[Segmenter]:
         outline = make()
     check_state(outline.state_dict(), state, weights, "the config")
     if (size := outline.config.size) != manifest.preprocessing.size:
-        raise UserError(f"{where} is of images of {size}, not {manifest.preprocessing.size}: train it again")
+        raise UserError(
+            f"{where} is for images of {size}, the preprocessing for {manifest.preprocessing.size}: train it again"
+        )
     model = make()
     model.load_state_dict(state)
     return Checkpoint(model.eval(), manifest.preprocessing, manifest.classes, weights)

@@ -6,23 +6,23 @@ from collections.abc import Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from illama.checkpoints.huggingface import is_huggingface, load_huggingface
-from illama.checkpoints.timm_checkpoint import load_timm
-from illama.checkpoints.timm_source import parse_options
+from illama.checkpoints.huggingface import is_huggingface
+from illama.checkpoints.open_checkpoint import open_checkpoint
+from illama.checkpoints.timm_checkpoint import TimmCheckpoint
 from illama.data.ade20k import IGNORED, AugmentedMaps, SegmentationFolder
-from illama.data.preprocessing import Preprocessing
 from illama.data.webdataset import Sample
 from illama.errors import UserError
 from illama.inference import torch_infer
 from illama.manifest import Metric
-from illama.models.upernet import SegmentationConfig, TimmSegmentationConfig, TimmUperNet, UperNet
+from illama.models.upernet import SegmentationConfig, Segmenter, TimmSegmentationConfig, TimmUperNet, UperNet
+from illama.options import SourceOptions
 from illama.randomness import isolated_randomness
 from illama.segmentation_scores import Scores, predict_map, score_images
 from illama.training.distributed import Processes
@@ -69,56 +69,53 @@ def start_segmentation(recipe: SegmentationOptions, group: Processes) -> Segment
     if not recipe.data:
         raise UserError("no images to train on: give --data (see --help)")
     data = SegmentationFolder(Path(recipe.data), recipe.exif or "apply")
-    make_task = partial(Task, data, loss=partial(map_loss, smoothing=recipe.label_smoothing))
-    if recipe.model_args and not recipe.model.startswith("timm:"):
+    make = _other_network if recipe.model == "hf" or recipe.model.startswith("timm:") else _illama_network
+    network, inputs, colors = make(recipe, len(data.classes))
+    preprocessing = data.preprocessing(network.config.size[0], network.config.in_channels)
+    loss = partial(map_loss, smoothing=recipe.label_smoothing)
+    return SegmentationRun(recipe, Task(data, replace(preprocessing, **colors), inputs, loss), network, group)
+
+
+_Made = tuple[Segmenter, dict[str, str], dict[str, Any]]
+"""A network, the SHA-256 of each file of its initial weights, and values that replace ImageNet's preprocessing."""
+
+
+def _illama_network(recipe: SegmentationOptions, classes: int) -> _Made:
+    if recipe.model_args:
         raise UserError("--model-args is for --model timm:NAME: leave it out")
-    if recipe.model != "hf" and recipe.init and is_huggingface(recipe.init):
+    if recipe.init and is_huggingface(recipe.init):
         raise UserError(f"{recipe.init} is a folder of Hugging Face: give --model hf")
-    if recipe.model.startswith("timm:") or recipe.model == "hf":
-        model, given, inputs = _timm_network(recipe, len(data.classes))
-        preprocessing = data.preprocessing(given.size[0], given.in_channels)
-        task = make_task(replace(preprocessing, mean=given.mean, std=given.std), inputs)
-        return SegmentationRun(recipe, task, model, group)
     shape = {**model_options(recipe), "decoder_channels": recipe.decoder_channels}
-    config = SegmentationConfig.preset(recipe.model, recipe.variant, **shape, num_classes=len(data.classes))
+    config = SegmentationConfig.preset(recipe.model, recipe.variant, **shape, num_classes=classes)
     with isolated_randomness(recipe.seed):
         network = initialize(UperNet(config, recipe.drop_path, recipe.dropout), recipe, new_head=True)
-    preprocessing = data.preprocessing(config.image_size, config.in_channels)
-    return SegmentationRun(recipe, make_task(preprocessing, hash_inputs(recipe)), network, group)
+    return network, hash_inputs(recipe), {}
 
 
-def _timm_network(recipe: SegmentationOptions, classes: int) -> tuple[TimmUperNet, Preprocessing, dict[str, str]]:
-    """Returns a UperNet on a ViT with the weights of ``--init``, its preprocessing, and its files' SHA-256."""
-    given = sorted(option for option in model_options(recipe) if option != "image_size")
+def _other_network(recipe: SegmentationOptions, classes: int) -> _Made:
+    given = model_options(recipe).keys() - {"image_size"}
     if recipe.init is None or recipe.variant != "illama" or recipe.dropout or recipe.soft_mask != "none" or given:
         raise UserError(
             "a network of timm or Hugging Face takes its weights from --init, and none of --variant, --dropout, "
             "--soft-mask and the sizes but --image-size"
         )
-    if recipe.model == "hf":
-        if not is_huggingface(recipe.init):
-            raise UserError(f"{recipe.init} is no folder of Hugging Face: give one, or --model timm:NAME")
-        loaded = load_huggingface(recipe.init, recipe.image_size, "none")
-    else:
-        name, options = recipe.model.removeprefix("timm:"), parse_options(recipe.model_args)
-        loaded = load_timm(name, recipe.init, recipe.image_size, options, "none")
-    settings, (side, width), preprocessing = loaded.model.config, loaded.model.config.size, loaded.preprocessing
-    assert preprocessing is not None  # timm's are known
+    size, options = recipe.image_size, recipe.model_args
+    loaded = open_checkpoint(SourceOptions(recipe.init, recipe.model, image_size=size, model_args=options, head="none"))
+    assert isinstance(loaded, TimmCheckpoint) and loaded.preprocessing is not None
+    settings, (side, width) = loaded.model.config, loaded.model.config.size
     if side != width:
         raise UserError(f"the network takes images of {side} x {width}, and segmentation squares: give --image-size")
+    channels, decoder = settings.in_channels, recipe.decoder_channels
     config = TimmSegmentationConfig(
-        settings.name,
-        side,
-        settings.in_channels,
-        classes,
-        options=loaded.options,
-        decoder_channels=recipe.decoder_channels,
+        settings.name, side, channels, classes, options=loaded.options, decoder_channels=decoder
     )
     with isolated_randomness(recipe.seed):
         network = TimmUperNet(config, recipe.drop_path)
-    own = {name for name in network.state_dict() if name.startswith("vit.")}
-    network.load_state_dict({name: loaded.model.state_dict()[name] for name in own}, strict=False)
-    return network, preprocessing, loaded.digests()
+    state = loaded.model.state_dict()
+    network.load_state_dict(
+        {name: state[name] for name in network.state_dict() if name.startswith("vit.")}, strict=False
+    )
+    return network, loaded.digests(), {"mean": loaded.preprocessing.mean, "std": loaded.preprocessing.std}
 
 
 def map_loss(images: Tensor, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

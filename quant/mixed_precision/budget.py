@@ -14,7 +14,7 @@ class Budget:
 
     Attributes:
         kind: ``drop``, ``ms`` or ``megabytes``.
-        limit: largest accuracy drop in points of top-1, milliseconds of a call, or file size in 10^6 bytes.
+        limit: largest accuracy drop in points, milliseconds of a call, or file size in 10^6 bytes.
         minimise: the objective under a limit on the drop. Under a limit on a cost the objective is the drop.
     """
 

@@ -124,11 +124,11 @@ def start_run(job: QatJob, group: Processes) -> Run:
     make_scales_parameters(quantized)
     loss = Distillation(job.inputs.model, options.temperature, options.distillation, options, group.device)
     inputs, groups = job.origin.provenance.inputs, scale_groups(options.scale_rate)
-    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, groups, _validation_classifier(job.inputs))
+    task = Task(job.inputs.data, job.origin.preprocessing, inputs, loss, groups, validation_classifier(job.inputs))
     return Run(options, task, quantized, group)
 
 
-def _validation_classifier(inputs: Inputs) -> Classifier:
+def validation_classifier(inputs: Inputs) -> Classifier:
     """Returns the classifier of the validation images; of features, with other neighbors than these."""
     if not inputs.model.config.features:
         return as_it_is

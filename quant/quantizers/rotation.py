@@ -284,7 +284,7 @@ def _branches(block: Any) -> Iterator[_Branch]:
 
 def _rotate_back(model: MaskedNetwork, matrix: Tensor) -> None:
     """Undoes the rotation of the stream after the last norm: in the head, or in front of anything else."""
-    network, read = _network(model), not isinstance(model, Segmenter)  # a decoder is no head of the tokens
+    network, read = _network(model), not isinstance(model, Segmenter)  # a decoder does not read tokens alone
     norms, heads, linear = [network.norm], [network.head], read
     if not isinstance(network, ILLaMA):
         norms = [norm for norm in (network.norm, network.fc_norm) if not isinstance(norm, nn.Identity)]

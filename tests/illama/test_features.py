@@ -39,7 +39,7 @@ from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
 from quant.inputs import open_inputs
 from quant.mixed_precision.layer_effects import Tally
-from quant.quantizers.qat_run import _validation_classifier
+from quant.quantizers.qat_run import validation_classifier
 from quant.quantizers.rotation import rotate
 from quant.schemes.scheme import Rotations, resolve, shipped_scheme
 from quant.schemes.shipped import SHIPPED_SCHEMES
@@ -296,7 +296,7 @@ def test_no_validation_image_is_a_neighbor_in_training(weights, pictures, monkey
         return ask(images)
 
     monkeypatch.setattr(type(inputs), "neighbors_of", note)
-    _validation_classifier(inputs)
+    validation_classifier(inputs)
     assert asked and not {training.indices[index] for index in asked} & set(held_out.indices)
 
 

@@ -131,9 +131,10 @@ def test_its_settings_make_the_backbone_of_a_segmentation_network(name, tmp_path
         torch.testing.assert_close(network.block_patches(images, [3])[0], tokens)
         assert network(images).shape == (2, 5, 32, 32)
     for changes, words in (
-        ({"image_size": 32 * 8000}, "square"), ({"image_size": -32}, "."), ({"image_size": 36}, "multiple"),
+        ({"image_size": 32 * 8000}, "square"), ({"image_size": -32}, "make no network|square|multiple"),
+        ({"image_size": 36}, "multiple"),
         ({"options": {**options, "num_attention_heads": 3}}, "heads"), ({"in_channels": 1}, "channels"),
-        ({"options": {**options, "mlp_ratio": 1.7e308}}, "no network"),
+        ({"options": {**options, "mlp_ratio": 1.7e308}}, "make no network"),
     ):  # fmt: skip
         with torch.device("meta"), pytest.raises(UserError, match=words):
             TimmUperNet(replace(config, **changes))

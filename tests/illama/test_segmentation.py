@@ -414,6 +414,9 @@ def test_a_network_of_timm_is_trained_and_quantized(shapes, tmp_path, capsys):
         with pytest.raises(UserError, match=words):
             train(replace(options, **wrong, out=tmp_path / "wrong"))
     manifest = Manifest.read(bundle)
+    replace(manifest, preprocessing=replace(manifest.preprocessing, size=(32, 32))).write(bundle)
+    with pytest.raises(UserError, match="32, 32"):
+        load_segmentation(bundle)
     theirs = {**manifest.config["options"], "checkpoint_path": "weights.pth"}
     for change, words in (
         ({"options": theirs}, "checkpoint_path"), ({"image_size": -64}, "positive"), ({"mask": "post_softmax"}, "mask"),
