@@ -8,14 +8,14 @@ QuantizeLinear, are in float32.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from illama.errors import UserError
-from illama.graph.reader import SoftmaxOutput, add_constant, layer_of, read_softmax_scales
+from illama.graph.decompose_attention import decompose_attention
+from illama.graph.reader import layer_of, read_softmax_scales
 
 Softmax = Literal["float32", "half"]
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -54,7 +54,8 @@ def emulate_half(
     """
     outputs = read_softmax_scales(model)
     for node in [node for node in model.graph if node.op_type == "Attention"]:
-        _decompose(model.graph, node, softmax, outputs.get(layer_of(node)))
+        scores = None if softmax == "half" else _FLOAT
+        decompose_attention(model.graph, node, outputs.get(layer_of(node)), scores)
     for value in model.graph.initializers.values():
         if value.dtype in HALF:
             assert value.const_value is not None
@@ -92,51 +93,3 @@ def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     value.replace_all_uses_with(wide.outputs[0], replace_graph_outputs=True)
     narrow.replace_input_with(0, value)
     graph.insert_after(node, [narrow, wide])
-
-
-def _decompose(graph: ir.Graph, attention: ir.Node, softmax: Softmax, output: SoftmaxOutput | None) -> None:
-    """Replaces an Attention by its parts.
-
-        before   Attention(q, k, v, mask)
-        after    MatMul(q, Transpose(k)) -> Mul(scale) -> mask -> Softmax [-> Q/DQ] -> MatMul(v)
-
-    The parts have the dtype in which their results are rounded: the scores are in float32 if the softmax is.
-    """
-    options = {name: attribute.value for name, attribute in attention.attributes.items()}
-    q, k, v, mask = [*attention.inputs, None][:4]
-    result = attention.outputs[0]
-    half = result.dtype
-    assert q is not None and k is not None and q.shape is not None and k.shape is not None and half is not None
-    if options.get("is_causal") or options.get("softcap") or len(q.shape) != 4 or k.shape[1] != q.shape[1]:
-        raise UserError(f"{layer_of(attention)} is an attention that cannot be emulated in half precision")
-    scores = half if softmax == "half" else _FLOAT
-    added: list[ir.Node] = []
-
-    def add(kind: str, inputs: list[ir.Value | None], dtype: ir.DataType, **attributes: Any) -> ir.Value:
-        node = ir.node(kind, inputs, attributes)
-        name = f"{attention.name}/{len(added)}.{kind}"
-        node.name, node.outputs[0].name, node.outputs[0].type = name, name, ir.TensorType(dtype)
-        node.metadata_props.update(attention.metadata_props)
-        added.append(node)
-        return node.outputs[0]
-
-    def constant(name: str, number: object, dtype: ir.DataType) -> ir.Value:
-        return add_constant(graph, f"{attention.name}/{name}", np.array(number, dtype.numpy()))
-
-    x = add("MatMul", [q, add("Transpose", [k], half, perm=(0, 1, 3, 2))], scores)
-    scale = options.get("scale", float(str(q.shape[3])) ** -0.5)
-    if scale != 1:
-        x = add("Mul", [x, constant("scale", scale, scores)], scores)
-    if mask is not None and mask.dtype == ir.DataType.BOOL:
-        x = add("Where", [mask, x, constant("masked", -np.inf, scores)], scores)
-    elif mask is not None:
-        x = add("Add", [x, mask], scores)
-    x = add("Softmax", [x], half, axis=-1)
-    if output is not None:
-        steps = [constant("output_scale", output.scale, half), constant(f"zero_{output.number}", 0, output.dtype)]
-        x = add("DequantizeLinear", [add("QuantizeLinear", [x, *steps], output.dtype), *steps], half)
-    x = add("MatMul", [x, v], half)
-    x.shape = result.shape
-    graph.insert_before(attention, added)
-    result.replace_all_uses_with(x, replace_graph_outputs=True)
-    graph.remove(attention, safe=True)
