@@ -11,6 +11,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# Without what these two ask for: an older numpy, for Python that is not used, and TensorRT itself.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps nvidia-pytriton tensorrt-stubs
+	# An older runtime, in a folder of its own, in which the tests run graphs for it.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/onnxruntime-1.20 onnxruntime==1.20.1
 	touch $@
 
 demo: setup

@@ -6,6 +6,7 @@
     model.fused.onnx     after quantization: the graph for TensorRT
     model.torchao.safetensors  after quantization by torchao: the network for PyTorch
     golden.safetensors   with a graph: golden answers, by which its files are verified (:mod:`illama.golden_answers`)
+    trtexec.sh           if model.fused.onnx is for an older TensorRT: builds the engine on a board
     engines/             after a build: a folder for each engine, with its record
     temperature.json     after an evaluation: the temperatures that calibrate the files' probabilities
     verified.json        after a file was opened: whether it was right (:mod:`deploy.runtimes.verification`)
@@ -34,6 +35,7 @@ FUSED_ONNX = "model.fused.onnx"
 TORCHAO = "model.torchao.safetensors"
 SCHEME = "scheme.yaml"  # the scheme of the quantization
 ENGINES = "engines"
+ENGINE_SCRIPT = "trtexec.sh"
 # Names in every graph: of images (B, C, H, W) float32, and of the output (B, ...) float32, by whether it is classes'.
 INPUT, OUTPUT, FEATURES = "images", "logits", "features"
 SHIPPED = Path(__file__).parent / "weights" / "nano-fashion-mnist"  # the checkpoint in this repository

@@ -118,7 +118,7 @@ def _value_name(hint: Any) -> str | None:
     if not {NoneType, Ellipsis} & set(get_args(plain)) or len(kinds) != 1:
         return None
     kind = get_args(kinds[0])[0] if get_origin(kinds[0]) is Annotated else kinds[0]
-    name = f"{{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else kind.__name__.upper()
+    name = f"{{{','.join(map(str, get_args(kind)))}}}" if get_origin(kind) is Literal else kind.__name__.upper()
     return f"{name} ..." if Ellipsis in get_args(plain) else name
 
 

@@ -2,6 +2,7 @@
 
 python quant/ptq.py
 python quant/ptq.py --checkpoint runs/train/bundle --data /data/imagenet --schemes int8 fp8 --targets sm87
+python quant/ptq.py --checkpoint runs/train/bundle --data /data/imagenet --for jetpack-6
 
 This command runs the whole path, so it may import from every package, and nothing imports it.
 """
@@ -9,12 +10,13 @@ This command runs the whole path, so it may import from every package, and nothi
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from illama.cli import run_command
+from deploy.opset_options import OpsetOptions
 from deploy.trt.engine_options import BatchRange, EngineOptions, LibraryName
 from illama.bundle import GoldenImages, as_run
 from illama.errors import UserError
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from illama.partial_work import PartialWork
     from illama.steps import Steps
     from quant.inputs import Inputs
-    from quant.schemes.scheme import Scheme
+    from quant.schemes.scheme import QuantizationPlan, Scheme
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class PtqOptions:
     Attributes:
         source: the network and its images.
         benchmark: the benchmark.
+        opset: runtimes that the graphs are for.
         schemes: names of shipped schemes (python quant/list_schemes.py), or paths to YAML files, your own or those of
             python quant/search.py.
         out: folder of the bundles and the report; an earlier result there is replaced.
@@ -60,6 +63,7 @@ class PtqOptions:
 
     source: Flat[SourceOptions] = field(default_factory=SourceOptions)
     benchmark: Flat[BenchmarkOptions] = field(default_factory=BenchmarkOptions)
+    opset: Flat[OpsetOptions] = field(default_factory=OpsetOptions)
     schemes: tuple[SchemeName, ...] = ("int8", "fp8")
     out: Path = Path("runs/ptq")
     library: LibraryName | None = None
@@ -95,9 +99,10 @@ def main(options: PtqOptions) -> None:
     with partial_work(options.out, is_result) as work:
         schemes = schemes_from_options(options.schemes)
         inputs = open_inputs(options.source, needs_labels=False)
-        plans = [plan_quantization(inputs.model, scheme) for scheme in schemes]
+        plans = _loadable([plan_quantization(inputs.model, scheme) for scheme in schemes], options.opset)
         engine_options = EngineOptions(options.targets, options.engine_batch)
-        library = find_library(options.library) if options.engines else None
+        build = options.engines and not options.opset.target  # which has no operator that must be fused
+        library = find_library(options.library) if build else None
         if library:
             library.resolve_targets(options.targets)
         images = None
@@ -109,10 +114,12 @@ def main(options: PtqOptions) -> None:
             )
             check_baseline(baseline, images)
 
-        origin = replace(Origin.of(inputs, options.benchmark.seed), golden=options.golden)
+        origin = replace(
+            Origin.of(inputs, options.benchmark.seed), golden=options.golden, rewrite=_rewrite(options.opset)
+        )
         work.start(_facts(options, inputs, schemes), options.restart)
         bundles, networks = write_bundles(work, inputs, plans, origin, steps.show, references=options.report)
-        not_built = build_engines(library, bundles, engine_options, steps.show) if options.engines else []
+        not_built = build_engines(library, bundles, engine_options, steps.show) if build else _no_engines(options.opset)
         del inputs, plans  # the network takes as much memory as an engine
         if images:
             pin_threads(options.benchmark.threads)
@@ -122,6 +129,40 @@ def main(options: PtqOptions) -> None:
             print(as_run(f"next: python deploy/predict.py --engine {options.out / bundles[0].name} photo.jpg"))
     if images:
         exit_on_regression(baseline, report)
+
+
+def _loadable(plans: list[QuantizationPlan], options: OpsetOptions) -> list[QuantizationPlan]:
+    """Returns the plans whose number formats the chosen runtimes load; raises UserError if there is none."""
+    target = options.target
+    if target is None:
+        return plans
+    loadable = [plan for plan in plans if plan.scheme.backend == "onnx" and target.loads(plan.onnx_formats)]
+    names = {plan.scheme.name for plan in loadable}
+    for plan in plans:
+        if plan.scheme.name not in names:
+            print(f"{plan.scheme.name} is skipped: {target.name} loads no graph with its number formats")
+    if not loadable:
+        raise UserError(f"{target.name} loads none of these schemes: give another one, such as --schemes int8")
+    return loadable
+
+
+def _no_engines(options: OpsetOptions) -> list[str]:
+    """Returns a message if engines are not built because the graphs are for older runtimes."""
+    target = options.target
+    return [f"No engine was built: the graphs are for {target.name}; build there with trtexec.sh."] if target else []
+
+
+def _rewrite(options: OpsetOptions) -> Callable[[Path], None] | None:
+    """Returns a function that rewrites the graphs of a bundle for older runtimes, if the options name some."""
+    target = options.target
+    if target is None:
+        return None
+    from deploy.rewrites.older_bundle import lower_graphs
+
+    def rewrite(folder: Path) -> None:
+        print("\n  ".join(["", *lower_graphs(folder, target)])[1:], flush=True)
+
+    return rewrite
 
 
 def _report(
@@ -157,6 +198,7 @@ def _facts(options: PtqOptions, inputs: Inputs, schemes: Sequence[Scheme]) -> di
         "library": options.library,
         "targets": options.targets,
         "engines": options.engine_batch if options.engines else None,
+        "opset": asdict(options.opset),
         "report": options.report,
         "images": options.images,
         "golden": options.golden,

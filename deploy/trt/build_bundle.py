@@ -24,8 +24,8 @@ from illama.manifest import Manifest
 FP8_SINCE = 89  # first compute capability with FP8: 8.9
 
 
-def expand_bundles(paths: Sequence[Path]) -> list[Path]:
-    """Returns bundles, and in place of a folder of bundles those of them that have a graph for TensorRT.
+def expand_bundles(paths: Sequence[Path], files: Sequence[str] = (FUSED_ONNX,)) -> list[Path]:
+    """Returns bundles, and in place of a folder of bundles those of them that have one of the files.
 
     Raises:
         UserError: a path is no folder, or neither a bundle nor a folder of such bundles.
@@ -34,9 +34,11 @@ def expand_bundles(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder: give a bundle, or a folder of bundles")
-        bundles = [path] if (path / MANIFEST).exists() else bundles_in(path, [FUSED_ONNX])
+        bundles = [path] if (path / MANIFEST).exists() else bundles_in(path, files)
         if not bundles:
-            raise UserError(f"{path} is not a bundle and holds none with a {FUSED_ONNX}: run python quant/ptq.py first")
+            raise UserError(
+                f"{path} is not a bundle and holds none with a {' or '.join(files)}: run python quant/ptq.py first"
+            )
         found += bundles
     return found
 

@@ -43,13 +43,15 @@ class InMemory:
 class Origin:
     """The parts of the manifest that all bundles of one checkpoint share; see :class:`illama.manifest.Manifest`.
 
-    ``golden`` is where the images of their golden answers come from.
+    ``golden`` is where the images of their golden answers come from; ``rewrite`` is called with each new bundle, and
+    may rewrite its graphs.
     """
 
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     provenance: Provenance
     golden: GoldenImages = "calibration"
+    rewrite: Callable[[Path], None] | None = None
 
     @classmethod
     def of(cls, inputs: Inputs, seed: int = 0, files: Mapping[str, str] | None = None) -> Origin:
@@ -113,6 +115,8 @@ def write_graphs(
         golden = golden_answers(model, origin.preprocessing, images, quantization is not None)
         golden.write(folder)
     replace(manifest, golden_answers=golden.facts.source if origin.golden != "none" else "none").write(folder)
+    if origin.rewrite:
+        origin.rewrite(folder)
     return folder
 
 

@@ -17,11 +17,14 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer, checkpoint_filter_fn
 from timm_networks import REGISTERED, build, images_for, randomise, saved
 
+from deploy.rewrites.lower_opset import lower_opset
 from illama.bundle import SHIPPED
 from illama.checkpoints.load import load_checkpoint, write_weights
 from illama.checkpoints.timm_checkpoint import load_timm, timm_preprocessing
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
+from illama.graph.reader import load_graph
+from illama.graph.writer import save_graph
 from illama.models.config import TimmConfig
 from illama.models.timm_vit import to_causal, to_quantizable
 from illama.options import SourceOptions
@@ -66,6 +69,20 @@ def exported(request, tmp_path_factory):
     export_onnx(to_quantizable(vit), folder / "plain.onnx", "plain")
     export_onnx(to_quantizable(vit), folder / "fused.onnx", "fused", torch.float16)
     return vit, folder
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("plain", 1e-5), ("fused", 1e-2)])
+@pytest.mark.parametrize("opset", [17, 21])
+def test_older_opsets_equal_timm_s_network(exported, form, tolerance, opset, tmp_path):
+    vit, folder = exported
+    images = torch.randn(2, 3, 32, 32)
+    graph = load_graph(folder / f"{form}.onnx")
+    lower_opset(graph, opset, {"LayerNormalization"} if opset == 17 else ())  # which TensorRT 8.5 does not have
+    save_graph(graph, tmp_path / "model.onnx")
+    with torch.no_grad():
+        expected = vit(images).numpy()
+    found = run(tmp_path / "model.onnx", images)
+    assert np.abs(found - expected).max() < tolerance * max(1, np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("plain", 1e-5), ("fused", 1e-2)])

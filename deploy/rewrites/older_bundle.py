@@ -1,0 +1,90 @@
+"""Writes bundles whose graphs load in older runtimes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from deploy.rewrites.lower_opset import lower_for
+from deploy.rewrites.trtexec_script import write_script
+from deploy.runtimes.temperature import copy_temperature
+from deploy.versions import LoadedBy, Target
+from illama.atomic_write import write_folder
+from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, command_line, sha256, with_data
+from illama.errors import UserError
+from illama.graph.reader import load_graph
+from illama.graph.writer import save_graph
+from illama.manifest import Manifest
+
+GRAPHS = (CPU_ONNX, FUSED_ONNX)
+_WIDE = (ir.DataType.FLOAT, ir.DataType.BFLOAT16)
+_MEASURED = ("fastest.json", "verified.json")  # with the files before
+
+
+def lower_graphs(folder: Path, target: Target) -> list[str]:
+    """Rewrites the graphs in a bundle's folder for a target, in place, and removes those that it cannot load.
+
+    Returns:
+        A line for each graph.
+
+    Raises:
+        UserError: the target can load no graph of the bundle.
+    """
+    lines = []
+    for name in (name for name in GRAPHS if (folder / name).exists()):
+        runtime = target.graphs.get(name)
+        if runtime is None:
+            lines.append(f"{name}: as it was, not for {target.name}")
+            continue
+        try:
+            lines.append(f"{name}, for {runtime}: {_lower(folder / name, runtime)}")
+        except UserError as error:
+            lines.append(f"no {name}: {error}")
+            for each in with_data(folder / name):
+                each.unlink()
+    if not any((folder / name).exists() for name in GRAPHS):
+        raise UserError(f"{target.name} loads no graph of this bundle ({'; '.join(lines)})")
+    return lines
+
+
+def _lower(path: Path, runtime: LoadedBy) -> str:
+    """Rewrites a graph for a runtime; returns its opset and IR version as text."""
+    model = load_graph(path)
+    wide = [str(node.name) for node in model.graph if node.outputs[0].dtype in _WIDE]
+    if lower_for(model, runtime):
+        with tempfile.TemporaryDirectory(dir=path.parent) as draft:  # the old file's weights are mapped to memory
+            save_graph(model, Path(draft) / path.name)
+            for each in with_data(Path(draft) / path.name):
+                each.replace(path.parent / each.name)
+        if runtime.runtime == "tensorrt":
+            write_script(path.parent, model, runtime, wide)
+    return f"opset {model.opset_imports['']}, IR version {model.ir_version}"
+
+
+def write_older_bundle(bundle: Path, target: Target, out: Path) -> Sequence[str]:
+    """Writes a copy of a bundle whose graphs load in the target's runtimes, in one atomic write, without its engines.
+
+    Returns:
+        A line for each graph (:func:`lower_graphs`).
+
+    Raises:
+        UserError: the target can load no graph of the bundle, or the bundle has none or is ``out`` too.
+    """
+    manifest = Manifest.read(bundle)
+    sources = [bundle / name for name in GRAPHS if (bundle / name).exists()]
+    if not sources or out.resolve() == bundle.resolve():
+        raise UserError(f"{bundle} has no graph, or is --out too: give a bundle of python quant/ptq.py")
+    with write_folder(out) as folder:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ENGINES, *_MEASURED))
+        lines = lower_graphs(folder, target)
+        for source in sources:
+            if (folder / source.name).exists():
+                copy_temperature(source, folder / source.name)
+        inputs = {str(each): sha256(each) for each in sources}
+        replace(manifest, provenance=replace(manifest.provenance, command=command_line(), inputs=inputs)).write(folder)
+    return lines
