@@ -39,12 +39,12 @@ class Release:
 
 @dataclass(frozen=True)
 class Operator:
-    """The form that an operator has since an opset, which a runtime has since a release later than that opset."""
+    """The form that an operator has since an opset, which a runtime has since a later release, or not at all."""
 
     name: str
     opset: int
-    since: str
     source: str
+    since: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class LoadedBy:
         if self.runtime is None:
             return False
         return any(
-            each.name == operator and each.opset <= since_opset and not self.at_least(each.since)
+            each.name == operator and each.opset <= since_opset and not (each.since and self.at_least(each.since))
             for each in read_versions().runtimes[self.runtime].operators
         )
 
@@ -200,6 +200,13 @@ def find_runtime(runtime: Runtime, version: str) -> LoadedBy:
     if not known:
         raise UserError(f"{runtime} {version} is not known here: give {next(iter(releases))} or newer")
     return LoadedBy(runtime, version, releases[known[-1]].opset, releases[known[-1]].ir)
+
+
+def newest_runtimes() -> Mapping[str, LoadedBy]:
+    """Returns file name in a bundle -> the newest known release of the runtime that it is for."""
+    tables = read_versions().runtimes
+    both: tuple[Runtime, ...] = ("tensorrt", "onnxruntime")
+    return {_GRAPHS[name]: find_runtime(name, list(tables[name].releases)[-1]) for name in both}
 
 
 def check_target(name: str) -> str:

@@ -28,6 +28,7 @@ GROUPS = {
         "predict": ("deploy.predict", "classify images with a bundle, an engine or an ONNX file"),
         "serve": ("deploy.serve", "serve bundles over HTTP and gRPC with Triton"),
         "probe": ("deploy.probe", "check whether a server answers correctly"),
+        "lint": ("deploy.lint", "check any ONNX file for what keeps it from loading, or from being accurate or fast"),
         "downgrade": ("deploy.downgrade", "rewrite graphs in an older ONNX opset, for JetPack 5 and 6, for example"),
         "camera": ("deploy.camera", "let the graphs of a bundle take camera frames"),
     },

@@ -68,7 +68,7 @@ def _check(path: Path, file: _Stamp, data: _Stamp | None) -> tuple[ValueInfoProt
         for tensor in _tensors(model):
             _check_tensor(tensor, path, data)
         onnx.checker.check_model(path)
-        _drop_weights(model)
+        drop_large_constants(model)
         inferred = _inferred(model)
         _set_batch(model.graph)
         one = _inferred(model)
@@ -160,7 +160,7 @@ def _check_tensor(tensor: TensorProto, path: Path, data: _Stamp | None) -> None:
         raise _RejectedError(f"has a constant {name!r} that is not as large as its shape says")
 
 
-def _drop_weights(model: ModelProto) -> None:
+def drop_large_constants(model: ModelProto) -> None:
     """Removes the values of large constants, which type inference does not read."""
     for tensor in model.graph.initializer:
         if tensor.ByteSize() > _SMALL:

@@ -1,0 +1,1 @@
+"""What keeps an ONNX file from loading, from being accurate or from being fast, found without running it."""

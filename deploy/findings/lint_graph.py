@@ -1,0 +1,101 @@
+"""Checks an ONNX file of any origin by all rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+
+from deploy.findings.attention_rules import check_attentions
+from deploy.findings.finding import SEVERITIES, Check, Finding, Rule, Subject, found
+from deploy.findings.loading_rules import check_domains, check_shapes, check_versions
+from deploy.findings.precision_rules import check_constants, check_squares
+from deploy.findings.quantization_rules import (
+    check_normalizations,
+    check_product_shapes,
+    check_residuals,
+    check_scales,
+    check_stored_weights,
+)
+from deploy.versions import LoadedBy
+from illama.errors import UserError, check_exists
+from illama.graph.check_graph import drop_large_constants
+from illama.quiet import quiet
+
+CHECKS: tuple[Check, ...] = (
+    check_versions,
+    check_domains,
+    check_shapes,
+    check_scales,
+    check_constants,
+    check_residuals,
+    check_normalizations,
+    check_attentions,
+    check_squares,
+    check_product_shapes,
+    check_stored_weights,
+)
+TOO_LARGE = Rule(
+    "file-too-large",
+    "error",
+    "a file of 2 GB or more cannot be read: protobuf's limit",
+    "save the weights as external data: onnx.save(model, path, save_as_external_data=True)",
+    "https://protobuf.dev/programming-guides/proto-limits/",
+)
+_LIMIT = 2**31
+
+
+def lint_graph(path: Path, runtime: LoadedBy | None = None) -> list[Finding]:
+    """Returns everything that the rules find in an ONNX file, the most severe first.
+
+    Args:
+        runtime: the runtime that the file is for; if not given, nothing is checked against versions.
+
+    Raises:
+        UserError: the file does not exist or is not an ONNX file.
+    """
+    if check_exists(path).stat().st_size >= _LIMIT:
+        return [found(TOO_LARGE, path.name, f"{path.stat().st_size / 1e9:.1f} GB")]
+    subject = Subject(path, open_any_graph(path), runtime)
+    findings = [finding for check in CHECKS for finding in check(subject)]
+    return sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
+
+
+def worst(findings: Sequence[Finding]) -> int:
+    """Returns the position in :data:`SEVERITIES` of the most severe finding; its length if there is none."""
+    return min((SEVERITIES.index(each.severity) for each in findings), default=len(SEVERITIES))
+
+
+def open_any_graph(path: Path) -> ir.Model:
+    """Opens an ONNX file of any origin, with dtypes and shapes as far as they can be inferred; data stay on disk.
+
+    Raises:
+        UserError: it is not an ONNX file, or its external data are missing.
+    """
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        light = onnx.ModelProto()
+        light.CopyFrom(proto)
+        drop_large_constants(light)
+        inferred = onnx.shape_inference.infer_shapes(light, strict_mode=False, data_prop=True)
+        del proto.graph.value_info[:]
+        proto.graph.value_info.extend(inferred.graph.value_info)
+        model = ir.from_proto(proto)
+        with quiet("onnx_ir"):
+            InlinePass()(model)
+            LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        ir.external_data.set_base_dir(model.graph, path.parent.absolute())
+        if not len(model.graph) or not model.graph.inputs:
+            raise UserError(f"{path} has no operators or no input")
+    except UserError:
+        raise
+    except Exception as error:  # the exceptions of protobuf, onnx and onnx_ir have no other common base class
+        raise UserError(f"{path} cannot be read as ONNX: {' '.join(str(error).split())[:200]}") from error
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
+            raise UserError(f"{path} has external data in {tensor.location}, which does not exist: copy it beside it")
+    return model
