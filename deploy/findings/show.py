@@ -66,6 +66,15 @@ def _count(findings: Sequence[Finding]) -> str:
     return ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
 
 
+def describe(findings: Sequence[Finding]) -> list[str]:
+    """Returns one line for each rule: how many operators it finds, and what is wrong with the first of them."""
+    rules: dict[str, list[Finding]] = {}
+    for each in findings:
+        rules.setdefault(f"{each.severity}, {each.rule.name}", []).append(each)
+    more = {name: f" and {len(group) - 1} more" if len(group) > 1 else "" for name, group in rules.items()}
+    return [f"{name}: {group[0].node}{more[name]}: {group[0].detail}" for name, group in rules.items()]
+
+
 def to_json(results: Mapping[Path, Sequence[Finding]]) -> str:
     """Returns findings as JSON: a list of files, each with its findings."""
     files = []

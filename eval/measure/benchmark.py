@@ -14,7 +14,7 @@ import numpy as np
 from deploy.runtimes.cpu_runtime import CpuLatency
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
 from deploy.runtimes.temperature import store_temperatures
-from eval.measure.benchmark_notes import layers_of, notes_on
+from eval.measure.benchmark_notes import layers_of, lint_targets, notes_on
 from eval.measure.benchmark_rows import failed_row, flipped_images, make_row
 from eval.measure.effort import describe_estimate, estimate_seconds, without_long_emulation
 from eval.measure.evaluate_split import CHUNK, Evaluation, evaluate
@@ -59,6 +59,7 @@ class BenchmarkResult:
         notes: what was not measured, and why.
         layers: scheme -> rows of (layer, format of its weight, format of its input).
         ranges: scheme -> the range of half precision that its graph for TensorRT uses.
+        findings: ONNX file -> what the linter finds in it (:func:`deploy.findings.show.describe`).
         failed: the targets that could not be measured.
     """
 
@@ -67,6 +68,7 @@ class BenchmarkResult:
     notes: list[str] = field(default_factory=list)
     layers: dict[str, list[list[str]]] = field(default_factory=dict)
     ranges: dict[str, NumericRange] = field(default_factory=dict)
+    findings: dict[str, list[str]] = field(default_factory=dict)
     failed: list[FailedRow] = field(default_factory=list)
 
 
@@ -139,7 +141,7 @@ def run_benchmark(
     _close(targets)
     notes += [*notes_on(targets, manifests), *unread]
     ranges = {scheme: each.numeric_range for scheme, each in manifests.items() if each.numeric_range}
-    return BenchmarkResult(rows, conditions, notes, layers_of(manifests), ranges, failed)
+    return BenchmarkResult(rows, conditions, notes, layers_of(manifests), ranges, lint_targets(targets), failed)
 
 
 def _store(
@@ -316,6 +318,7 @@ def make_report(
         peak_memory_gib=round(peak_memory_gib(), 2),
         layers=result.layers,
         ranges=result.ranges,
+        findings=result.findings,
         failed=result.failed,
         preprocessing=str(images.preprocessing),
         others=[other for folder in options.also for other in read_results(folder)],

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+from deploy.findings.lint_graph import lint_graph
+from deploy.findings.show import describe
+from deploy.versions import newest_runtimes
 from eval.measure.targets import BenchmarkTarget
+from illama.errors import UserError
 from illama.manifest import NO_TENSORRT, Manifest
 
 
@@ -28,6 +33,17 @@ def notes_on(targets: Sequence[BenchmarkTarget], manifests: Mapping[str, Manifes
     if any(record.library == "tensorrt_rtx" for record in engines):
         notes.append("TensorRT-RTX multiplies INT8 weights in FP16; INT8 tensor cores need the full TensorRT.")
     return notes
+
+
+def lint_targets(targets: Sequence[BenchmarkTarget]) -> dict[str, list[str]]:
+    """Returns scheme/file -> what the linter finds in each ONNX file for the newest release of its runtime."""
+    found, runtimes = {}, newest_runtimes()
+    for target in targets:
+        name = f"{target.scheme}/{target.path.name}"
+        if target.path.suffix == ".onnx" and name not in found:
+            with suppress(UserError):  # a file that a runtime opens, but the linter does not
+                found[name] = describe(lint_graph(target.path, runtimes.get(target.path.name)))
+    return found
 
 
 def layers_of(manifests: Mapping[str, Manifest]) -> dict[str, list[list[str]]]:

@@ -181,6 +181,7 @@ class Report:
         not_run: messages about what was not measured, and why.
         layers: scheme -> rows of layer, format of its weight, format of its input.
         ranges: scheme -> the range of half precision that its graph for TensorRT uses.
+        findings: ONNX file -> what the linter finds in it, for people.
         others: results of other commands.
         failed: files that could not be measured; one of them never costs the others.
         preprocessing: how an image becomes the networks' input, for people.
@@ -202,6 +203,7 @@ class Report:
     peak_memory_gib: float = 0.0
     layers: dict[str, list[list[str]]] = field(default_factory=dict)
     ranges: dict[str, NumericRange] = field(default_factory=dict)
+    findings: dict[str, list[str]] = field(default_factory=dict)
     others: list[OtherResult] = field(default_factory=list)
     failed: list[FailedRow] = field(default_factory=list)
     preprocessing: str = ""

@@ -215,11 +215,11 @@ def test_a_section_with_nothing_to_show_is_left_out_except_what_was_not_measured
     report = make_report()
     report.rows = [make_row("fp32, ONNX Runtime, CPU", 93.0, None, reference=True, change=None, scaled=None)]
     report.decision = decide(report.rows, report.constraints)
-    report.layers, report.others, report.not_run = {}, [], []
+    report.layers, report.others, report.not_run, report.findings = {}, [], [], {}
     text = render_html(report, b"", {})
     present = {
         name
-        for name in ("latency", "classes", "flips", "layers", "others", "missing", "made", "accuracy")
+        for name in ("latency", "classes", "flips", "layers", "findings", "others", "missing", "made", "accuracy")
         if f'<h2 id="{name}"' in text
     }
     assert present == {"missing", "made", "accuracy"}

@@ -97,6 +97,7 @@ def test_the_report_says_what_numpy_computes(tradeoff, runs, tmp_path):
     rows = {row["name"]: row for row in report["rows"]}
     assert [row["reference"] for row in report["rows"]] == [True] + [False] * (len(rows) - 1)
     assert report["rows"][0]["drop"] == {"points": 0, "low": 0, "high": 0}
+    assert set(report["findings"]) == {f"{row['scheme']}/model.onnx" for row in report["rows"]}
     assert any("--also" in reason for reason in report["not_run"])
     (before, labels), (after, _) = (expected_classes(runs, name) for name in ("fp32", "int8"))
     for scheme, classes in (("fp32", before), ("int8", after)):
