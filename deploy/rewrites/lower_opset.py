@@ -235,8 +235,8 @@ def _adapt(graph: ir.Graph, node: ir.Node, opset: int) -> None:
     assert schema is not None and newest is not None  # others were decomposed
     _adapt_axes(graph, node, schema)
     for name in sorted(node.attributes.keys() - schema.attributes.keys()):
-        attribute = newest.attributes.get(name)
-        default = attribute and onnx.helper.get_attribute_value(attribute.default_value)
+        default = onnx.helper.get_attribute_value(newest.attributes[name].default_value)
+        default = default.decode() if isinstance(default, bytes) else default
         equal_parts = name == "num_outputs" and _splits_equally(node)
         if not equal_parts and node.attributes[name].value != default:
             raise UserError(f"opset {opset} has no {name} of {node.op_type} ({layer_of(node)}): give a newer one")
