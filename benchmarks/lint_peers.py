@@ -89,7 +89,7 @@ def _row(name: str, path: Path, ours: bool = False) -> dict[str, Any]:
 
 
 def _counts(findings: Sequence[Finding]) -> str:
-    counts = Counter(each.rule.name for each in findings)
+    counts = Counter(each.rule for each in findings)
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
@@ -101,7 +101,7 @@ def _fault_row(
     path = Path("runs/lint") / FUSED_ONNX
     path.parent.mkdir(parents=True, exist_ok=True)
     save_graph(model, path)
-    rules = dict.fromkeys(each.rule.name for each in lint_graph(path) if each.severity != "note")
+    rules = dict.fromkeys(each.rule for each in lint_graph(path) if each.severity != "note")
     return {"fault": name, "source": source, "found": ", ".join(rules)}
 
 

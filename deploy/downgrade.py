@@ -51,16 +51,21 @@ def main(options: DowngradeOptions) -> None:
     assert target is not None
     out = options.out or Path("runs") / target.name
     bundles, written = expand_bundles(options.bundles, GRAPHS), 0
-    for bundle in bundles:
+    names = [bundle.resolve().name for bundle in bundles]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"two bundles are called {twice}, and {out / twice} can be only one of them: give one at a time"
+        )
+    for bundle, name in zip(bundles, names, strict=True):
         try:
-            lines = write_older_bundle(bundle, target, out / bundle.name)
+            lines = write_older_bundle(bundle, target, out / name)
         except UserError as error:
             if len(bundles) == 1:
                 raise
             print(f"{bundle} is skipped: {error}")
             continue
         written += 1
-        print("\n  ".join([f"{out / bundle.name}", *lines]))
+        print("\n  ".join([f"{out / name}", *lines]))
     if not written:
         raise UserError(f"no bundle could be written for {target.name}")
 

@@ -18,7 +18,7 @@ class OpsetOptions:
     """Which runtimes the graphs are for.
 
     Attributes:
-        opset: ONNX opset of the graphs: 17, 19 or 21 instead of 23.
+        opset: ONNX opset of the graphs: 17 (for TensorRT 8.5), 19 (for TensorRT 10.0) or 21 (for 10.6) instead of 23.
         load_in: write graphs that load in the runtimes of jetpack-5, jetpack-6.0, jetpack-6 (6.1 and 6.2), jetpack-7.0
             or jetpack-7 (7.2), or in one runtime, such as onnxruntime-1.20 or tensorrt-8.6.
     """

@@ -6,7 +6,7 @@ Imports nothing slow, so that ``--help`` answers at once.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,6 @@ from illama.structured_files import read_yaml
 Runtime = Literal["tensorrt", "onnxruntime", "openvino"]
 _GRAPHS: dict[Runtime, str] = {"tensorrt": FUSED_ONNX, "onnxruntime": CPU_ONNX, "openvino": CPU_ONNX}  # which it loads
 
-_FORMAT_SINCE = {"FLOAT8E4M3FN": 19, "INT4": 21, "UINT4": 21, "FLOAT4E2M1": 23}  # opset of Q/DQ with the format
 _TITLES: dict[Runtime, str] = {"tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
@@ -38,8 +37,8 @@ class Release:
 
 
 @dataclass(frozen=True)
-class Operator:
-    """The form that an operator has since an opset, which a runtime has since a later release, or not at all."""
+class Feature:
+    """An operator or number format in the form of ``opset``, and the first release that has it; None if none has."""
 
     name: str
     opset: int
@@ -48,20 +47,12 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class NumberFormat:
-    """First release of a runtime that has a number format in QuantizeLinear and DequantizeLinear."""
-
-    since: str
-    source: str
-
-
-@dataclass(frozen=True)
 class RuntimeTable:
-    """The releases of a runtime, oldest first, and what each lacks."""
+    """The releases of a runtime, oldest first; the operators that some lack; the number formats that some have."""
 
     releases: Mapping[str, Release]
-    operators: tuple[Operator, ...] = ()
-    formats: Mapping[str, NumberFormat] = field(default_factory=dict)
+    operators: tuple[Feature, ...] = ()
+    formats: tuple[Feature, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class Platform:
         boards: the boards that it runs on.
         python: version of its Python.
         tensorrt: version of its TensorRT.
-        onnxruntime: newest version of ONNX Runtime with a wheel for it.
+        onnxruntime: newest version of ONNX Runtime that we found for it as a wheel.
         gpu_lacks: number formats that none of its GPUs multiplies.
     """
 
@@ -116,22 +107,19 @@ class LoadedBy:
         return f"{_TITLES[self.runtime]} {self.version}" if self.runtime else f"opset {self.opset}"
 
     def lacks(self, operator: str, since_opset: int) -> bool:
-        """Whether it does not have the form of an operator that it has since an opset, which it loads otherwise."""
-        if self.runtime is None:
-            return False
-        return any(
-            each.name == operator and each.opset <= since_opset and not (each.since and self.at_least(each.since))
-            for each in read_versions().runtimes[self.runtime].operators
-        )
+        """Whether it lacks an operator in the form of ``since_opset``, although it loads that opset."""
+        known = read_versions().runtimes[self.runtime].operators if self.runtime else ()
+        return any(each.name == operator and each.opset <= since_opset and not self._has(each) for each in known)
 
     def has_format(self, name: str) -> bool:
         """Whether it has a number format, such as INT8 or FLOAT8E4M3FN, in QuantizeLinear and DequantizeLinear."""
-        if self.opset < _FORMAT_SINCE.get(name, 0):
-            return False
-        if self.runtime is None:
-            return True
-        found = read_versions().runtimes[self.runtime].formats.get(name)
-        return found is not None and self.at_least(found.since) and name not in self.gpu_lacks
+        known = read_versions().runtimes[self.runtime or "onnxruntime"].formats
+        return name not in self.gpu_lacks and any(
+            each.name == name and each.opset <= self.opset and (not self.runtime or self._has(each)) for each in known
+        )
+
+    def _has(self, feature: Feature) -> bool:
+        return feature.since is not None and self.at_least(feature.since)
 
     @property
     def weakly_typed(self) -> bool:
@@ -216,8 +204,8 @@ def check_target(name: str) -> str:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    """10.3 -> (10, 3)"""
+    """10.3 -> (10, 3, 0), and 10 -> (10, 0, 0)"""
     try:
-        return tuple(int(part) for part in version.split("."))
+        return (*map(int, version.split(".")), 0, 0)[: max(3, version.count(".") + 1)]
     except ValueError as error:
         raise UserError(f"{version!r} is not a version, such as 10.3") from error

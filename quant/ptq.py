@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from illama.cli import run_command
 from deploy.opset_options import OpsetOptions
 from deploy.trt.engine_options import BatchRange, EngineOptions, LibraryName
-from illama.bundle import GoldenImages, as_run
+from illama.bundle import FUSED_ONNX, GoldenImages, as_run
 from illama.errors import UserError
 from illama.options import BenchmarkOptions, Count, Flat, SourceOptions, Workers
 from quant.schemes.shipped import SchemeName
@@ -101,7 +101,7 @@ def main(options: PtqOptions) -> None:
         inputs = open_inputs(options.source, needs_labels=False)
         plans = _loadable([plan_quantization(inputs.model, scheme) for scheme in schemes], options.opset)
         engine_options = EngineOptions(options.targets, options.engine_batch)
-        build = options.engines and not options.opset.target  # which has no operator that must be fused
+        build = options.engines and not _built_elsewhere(options.opset)
         library = find_library(options.library) if build else None
         if library:
             library.resolve_targets(options.targets)
@@ -119,7 +119,9 @@ def main(options: PtqOptions) -> None:
         )
         work.start(_facts(options, inputs, schemes), options.restart)
         bundles, networks = write_bundles(work, inputs, plans, origin, steps.show, references=options.report)
-        not_built = build_engines(library, bundles, engine_options, steps.show) if build else _no_engines(options.opset)
+        not_built = (
+            build_engines(library, bundles, engine_options, steps.show) if build else _built_elsewhere(options.opset)
+        )
         del inputs, plans  # the network takes as much memory as an engine
         if images:
             pin_threads(options.benchmark.threads)
@@ -146,10 +148,12 @@ def _loadable(plans: list[QuantizationPlan], options: OpsetOptions) -> list[Quan
     return loadable
 
 
-def _no_engines(options: OpsetOptions) -> list[str]:
-    """Returns a message if engines are not built because the graphs are for older runtimes."""
+def _built_elsewhere(options: OpsetOptions) -> list[str]:
+    """Returns a message if the graphs are for another TensorRT than the one here, which then builds no engines."""
     target = options.target
-    return [f"No engine was built: the graphs are for {target.name}; build there with trtexec.sh."] if target else []
+    if target is None or FUSED_ONNX not in target.graphs:
+        return []
+    return [f"No engine was built: the graphs are for {target.graphs[FUSED_ONNX]}; build there with trtexec.sh."]
 
 
 def _rewrite(options: OpsetOptions) -> Callable[[Path], None] | None:

@@ -6,49 +6,20 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from deploy.findings.finding import Finding, Rule, Subject, found
+from deploy.findings.finding import Finding, Subject, found
 from deploy.findings.patterns import Pieces, attentions_in_pieces, format_of, is_quantized_next, quantizer_of
 from illama.bundle import SOFTMAX_OUTPUT
 
-IN_PIECES = Rule(
-    "attention-in-pieces",
-    "note",
-    "attention is MatMul, Softmax, MatMul: TensorRT fuses it in many cases, but does not say when it does not",
-    "for TensorRT 10.14 and newer, export one Attention operator (opset 23), whose build fails if it is not fused",
-    "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html",
-)
-PARTLY_QUANTIZED = Rule(
-    "attention-partly-quantized",
-    "warning",
-    "Q/DQ at some of the operands of attention keep its two products from being fused with the softmax",
-    "quantize q, k, v, the softmax output and attention's result, or none of them",
-    "https://github.com/NVIDIA/TensorRT/issues/4167",
-)
-QUANTIZED_SCORES = Rule(
-    "attention-scores-quantized",
-    "warning",
-    "Q/DQ between the first product and the softmax keep attention from being fused, and round the scores",
-    "leave the scores in floating point",
-    "https://github.com/NVIDIA/TensorRT/issues/3243",
-)
-NO_KERNEL = Rule(
-    "attention-without-int8-kernel",
-    "warning",
-    "TensorRT documents fused INT8 attention for heads of 16, 32 or 64 channels and at most 512 tokens; any other is "
-    "split, and slower than in float16",
-    "leave attention's products in floating point",
-    "https://github.com/NVIDIA/TensorRT/issues/3714",
-)
 _WIDTHS, _MOST_TOKENS = (16, 32, 64), 512
 
 
 def check_attentions(subject: Subject) -> Iterator[Finding]:
     """Checks every attention, as one operator and in pieces, unless the file is for a CPU."""
-    if subject.runtime and not subject.for_tensorrt:
+    if subject.for_cpu:
         return
     for pieces in attentions_in_pieces(subject.model):
         if not (subject.runtime and subject.runtime.lacks("Attention", 23)):
-            yield found(IN_PIECES, pieces.softmax, "the softmax of an attention")
+            yield found("attention-in-pieces", pieces.softmax, "the softmax of an attention")
         yield from _check_pieces(pieces)
     for node in subject.model.graph:
         if node.op_type == "Attention":
@@ -57,13 +28,13 @@ def check_attentions(subject: Subject) -> Iterator[Finding]:
 
 def _check_pieces(pieces: Pieces) -> Iterator[Finding]:
     if any(node.op_type == "QuantizeLinear" for node in pieces.before):
-        yield found(QUANTIZED_SCORES, pieces.softmax, "the input of this softmax is quantized")
+        yield found("attention-scores-quantized", pieces.softmax, "the input of this softmax is quantized")
     operands = dict(zip("qk", pieces.scores.inputs, strict=False)) | dict(zip("pv", pieces.values.inputs, strict=False))
     quantizers = {name: quantizer_of(value) for name, value in operands.items()}
     yield from _check_operands(pieces.softmax, quantizers)
     if all(quantizers.values()):
         if not is_quantized_next(pieces.values.outputs[0]):
-            yield found(PARTLY_QUANTIZED, pieces.softmax, "its operands are quantized, but not its result")
+            yield found("attention-partly-quantized", pieces.softmax, "its operands are quantized, but not its result")
         yield from _check_size(pieces.softmax, quantizers["q"], operands["q"], pieces.softmax.outputs[0])
 
 
@@ -79,7 +50,7 @@ def _check_operands(node: ir.Node, quantizers: dict[str, ir.Node | None]) -> Ite
     if missing and len(missing) < len(quantizers):
         present = ", ".join(name for name in quantizers if name not in missing)
         words = f"{present} quantized, {', '.join(missing)} not (p is the softmax output)"
-        yield found(PARTLY_QUANTIZED, node, words)
+        yield found("attention-partly-quantized", node, words)
 
 
 def _check_size(
@@ -91,7 +62,7 @@ def _check_size(
     width = _size(q, -1)
     tokens = _size(keys, -1 if node.op_type == "Softmax" else -2)
     if (width and width not in _WIDTHS) or (tokens and tokens > _MOST_TOKENS):
-        yield found(NO_KERNEL, node, f"heads of {width} channels, {tokens} keys")
+        yield found("attention-without-int8-kernel", node, f"heads of {width} channels, {tokens} keys")
 
 
 def _size(value: ir.Value | None, dim: int) -> int | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 
 from deploy.versions import LoadedBy
+from illama.structured_files import read_yaml
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -17,18 +19,8 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Rule:
-    """A fault that a graph can have.
+    """A fault that a graph can have, as rules.yaml describes it: what it costs, what to do, where this is stated."""
 
-    Attributes:
-        name: such as quantized-residual.
-        severity: ``error`` if the file does not load or computes something else, ``warning`` if it is slower or less
-            accurate than it could be, ``note`` for the rest.
-        why: what it costs.
-        fix: what to do.
-        source: where this is stated, or what measured it.
-    """
-
-    name: str
     severity: Severity
     why: str
     fix: str
@@ -40,12 +32,13 @@ class Finding:
     """A fault of a graph.
 
     Attributes:
+        rule: name of the rule, such as quantized-residual.
         node: name of the operator, value or file.
         detail: what is wrong there.
-        severity: the rule's, or a lower one where it matters less.
+        severity: the rule's, or another where it matters less or more.
     """
 
-    rule: Rule
+    rule: str
     node: str
     detail: str
     severity: Severity
@@ -69,15 +62,21 @@ class Subject:
     def for_tensorrt(self) -> bool:
         return self.runtime is not None and self.runtime.runtime == "tensorrt"
 
+    @property
+    def for_cpu(self) -> bool:
+        return self.runtime is not None and not self.for_tensorrt
+
 
 Check = Callable[[Subject], Iterator[Finding]]
 
 
-def name_of(node: ir.Node) -> str:
-    """Returns the name of an operator, or that of its result if it has none."""
-    return node.name or str(node.outputs[0].name)
+@cache
+def read_rules() -> Mapping[str, Rule]:
+    """Returns name -> rule."""
+    return read_yaml(Path(__file__).with_name("rules.yaml"), dict[str, Rule])
 
 
-def found(rule: Rule, node: ir.Node | str, detail: str, severity: Severity | None = None) -> Finding:
+def found(rule: str, node: ir.Node | str, detail: str, severity: Severity | None = None) -> Finding:
     """Returns a finding of a rule, by default with the rule's severity."""
-    return Finding(rule, node if isinstance(node, str) else name_of(node), detail, severity or rule.severity)
+    name = node if isinstance(node, str) else node.name or str(node.outputs[0].name)
+    return Finding(rule, name, detail, severity or read_rules()[rule].severity)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -10,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from deploy.findings.attention_rules import check_attentions
-from deploy.findings.finding import SEVERITIES, Check, Finding, Rule, Subject, found
+from deploy.findings.finding import SEVERITIES, Check, Finding, Subject, found
 from deploy.findings.loading_rules import check_domains, check_shapes, check_versions
 from deploy.findings.precision_rules import check_constants, check_squares
 from deploy.findings.quantization_rules import (
@@ -38,14 +40,7 @@ CHECKS: tuple[Check, ...] = (
     check_product_shapes,
     check_stored_weights,
 )
-TOO_LARGE = Rule(
-    "file-too-large",
-    "error",
-    "a file of 2 GB or more cannot be read: protobuf's limit",
-    "save the weights as external data: onnx.save(model, path, save_as_external_data=True)",
-    "https://protobuf.dev/programming-guides/proto-limits/",
-)
-_LIMIT = 2**31
+_LIMIT, _MOST_NODES = 2**31, 1_000_000
 
 
 def lint_graph(path: Path, runtime: LoadedBy | None = None) -> list[Finding]:
@@ -58,9 +53,12 @@ def lint_graph(path: Path, runtime: LoadedBy | None = None) -> list[Finding]:
         UserError: the file does not exist or is not an ONNX file.
     """
     if check_exists(path).stat().st_size >= _LIMIT:
-        return [found(TOO_LARGE, path.name, f"{path.stat().st_size / 1e9:.1f} GB")]
+        return [found("file-too-large", path.name, f"{path.stat().st_size / 1e9:.1f} GB")]
     subject = Subject(path, open_any_graph(path), runtime)
-    findings = [finding for check in CHECKS for finding in check(subject)]
+    try:
+        findings = [finding for check in CHECKS for finding in check(subject)]
+    except Exception as error:  # a file that is not valid, or whose data is cut off, fails in any place
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
     return sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
 
 
@@ -77,12 +75,17 @@ def open_any_graph(path: Path) -> ir.Model:
     """
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
+        if _expanded_nodes(proto) > _MOST_NODES:
+            raise UserError(
+                f"{path} has functions of more than {_MOST_NODES:,} operators in all: export without them"
+            )
         light = onnx.ModelProto()
         light.CopyFrom(proto)
         drop_large_constants(light)
-        inferred = onnx.shape_inference.infer_shapes(light, strict_mode=False, data_prop=True)
-        del proto.graph.value_info[:]
-        proto.graph.value_info.extend(inferred.graph.value_info)
+        with suppress(onnx.shape_inference.InferenceError):  # of a file with operators that ONNX does not know
+            inferred = onnx.shape_inference.infer_shapes(light, strict_mode=False, data_prop=True)
+            del proto.graph.value_info[:]
+            proto.graph.value_info.extend(inferred.graph.value_info)
         model = ir.from_proto(proto)
         with quiet("onnx_ir"):
             InlinePass()(model)
@@ -99,3 +102,19 @@ def open_any_graph(path: Path) -> ir.Model:
         if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
             raise UserError(f"{path} has external data in {tensor.location}, which does not exist: copy it beside it")
     return model
+
+
+def _expanded_nodes(proto: onnx.ModelProto) -> int:
+    """Returns how many operators a graph has with its functions in place of their calls.
+
+    Raises:
+        RecursionError: a function calls itself.
+    """
+    functions = {(each.domain, each.name): each for each in proto.functions}
+
+    @cache
+    def size(function: tuple[str, str]) -> int:
+        return sum(size(key) if (key := (node.domain, node.op_type)) in functions else 1 for node in bodies[function])
+
+    bodies = {key: each.node for key, each in functions.items()} | {("", ""): proto.graph.node}
+    return size(("", ""))

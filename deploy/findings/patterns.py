@@ -15,7 +15,7 @@ _BETWEEN = (
     *("Add", "Sub", "Mul", "Div", "Where", "Cast", "Reshape", "Identity", "Dropout", "Clip", "Max", "Expand"),
     *("QuantizeLinear", "DequantizeLinear"),
 )
-_VIEWS = ("Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsqueeze", "Flatten")
+VIEWS = ("Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsqueeze", "Flatten")
 NORMALIZATIONS = (
     *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
     *("SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
@@ -74,7 +74,7 @@ def quantizer_of(value: ir.Value | None) -> ir.Node | None:
         if node.op_type == "DequantizeLinear":
             source = node.inputs[0]
             return node if source is not None and source.producer() is not None else None
-        if node.op_type not in _VIEWS:
+        if node.op_type not in VIEWS:
             return None
         value = node.inputs[0]
     return None
@@ -84,7 +84,7 @@ def is_quantized_next(value: ir.Value) -> bool:
     """Whether a result is quantized at once, behind views and casts, by all that read it."""
     nodes = readers(value)
     return bool(nodes) and all(
-        node.op_type == "QuantizeLinear" or (node.op_type in _VIEWS and is_quantized_next(node.outputs[0]))
+        node.op_type == "QuantizeLinear" or (node.op_type in VIEWS and is_quantized_next(node.outputs[0]))
         for node in nodes
     )
 

@@ -7,25 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from deploy.findings.finding import Finding, Rule, Subject, found
-from deploy.findings.patterns import is_sum_of_squares
+from deploy.findings.finding import Finding, Subject, found
+from deploy.findings.patterns import VIEWS, is_sum_of_squares
 from illama.graph.reader import array, readers
 
-SQUARES = Rule(
-    "half-precision-squares",
-    "warning",
-    "a normalization squares its input in float16, which overflows above 255 and gives infinity",
-    "compute the normalization in float32, between two Casts",
-    "https://github.com/microsoft/onnxruntime/pull/13639",
+# Operators through which minus infinity can reach the scores of attention.
+_MASKING = (
+    *("Add", "Where", "Max", "Min", "Clip", "Sub", "Expand", "Concat", "Slice", "Attention", "Trilu", "Pad", "Equal"),
+    *("Gather", "Tile", "IsInf", *VIEWS),
 )
-OVERFLOW = Rule(
-    "constant-overflow",
-    "error",
-    "a constant is infinite or not a number, since it left the range of float16 (65504)",
-    "keep this layer in float32 or bfloat16; python quant/ptq.py finds such layers and does so",
-    "https://github.com/NVIDIA/TensorRT/issues/4748",
-)
-_MASKING = ("Add", "Where", "Max", "Min", "Clip", "Sub", "Expand", "Concat", "Slice", "Unsqueeze", "Cast", "Attention")
 
 
 def check_squares(subject: Subject) -> Iterator[Finding]:
@@ -33,7 +23,7 @@ def check_squares(subject: Subject) -> Iterator[Finding]:
     for node in subject.model.graph:
         value = node.inputs[0] if node.inputs else None
         if value is not None and value.dtype == ir.DataType.FLOAT16 and is_sum_of_squares(node):
-            yield found(SQUARES, node, "squares in float16")
+            yield found("half-precision-squares", node, "squares in float16")
 
 
 def check_constants(subject: Subject) -> Iterator[Finding]:
@@ -46,4 +36,4 @@ def check_constants(subject: Subject) -> Iterator[Finding]:
         masks = all(node.op_type in _MASKING for node in readers(value))
         wrong = ~np.isfinite(values) & ~((values == -np.inf) & masks)
         if wrong.any():
-            yield found(OVERFLOW, str(value.name), f"{int(wrong.sum())} of {values.size} numbers")
+            yield found("constant-overflow", str(value.name), f"{int(wrong.sum())} of {values.size} numbers")

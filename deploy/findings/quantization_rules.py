@@ -5,48 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import onnx_ir as ir
 
-from deploy.findings.finding import Finding, Rule, Subject, found
+from deploy.findings.finding import Finding, Subject, found
 from deploy.findings.patterns import NORMALIZATIONS, attentions_in_pieces, is_sum_of_squares, quantizer_of, weight_of
-from illama.graph.reader import array, is_constant, products
-
-RESIDUAL = Rule(
-    "quantized-residual",
-    "warning",
-    "Q/DQ on the residual stream round what every later block adds to: ViTs lost all accuracy in public reports",
-    "quantize only the inputs of Linears and convolutions",
-    "https://github.com/alibaba/TinyNeuralNetwork/pull/204",
-)
-NORMALIZED = Rule(
-    "quantized-normalization",
-    "warning",
-    "the input of a normalization is quantized: it has the residual stream's outliers, and no 8-bit kernel computes it",
-    "quantize after the normalization, at the input of the Linear",
-    "https://github.com/Jonah-May-OSS/wyoming-whisper-trt/pull/1052",
-)
-FLOAT_WEIGHTS = Rule(
-    "float-weights-quantized",
-    "note",
-    "weights are stored in floating point before a QuantizeLinear: the file is two to four times as large",
-    "store the 8-bit weights with a DequantizeLinear alone; TensorRT 8 is documented for floating point only",
-    "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-explicit-quantization.html",
-)
-BAD_SCALE = Rule(
-    "bad-scale",
-    "error",
-    "a scale must be positive and finite: TensorRT stops with 'Scale coefficients must all be positive', others divide "
-    "by zero",
-    "calibrate again, with a smallest scale; a float16 scale becomes zero below 6e-8",
-    "https://github.com/NVIDIA/TensorRT/issues/2498",
-)
-SHAPE = Rule(
-    "product-shape",
-    "warning",
-    "tensor cores multiply blocks of 8 channels in 16 bits and 16 in 8 bits: other sizes are padded, or computed "
-    "without them",
-    "choose widths that are multiples of 16; leave a small product in float16",
-    "https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/index.html",
-)
+from illama.graph.reader import array, is_constant, producer, products
 
 
 def check_residuals(subject: Subject) -> Iterator[Finding]:
@@ -54,28 +17,36 @@ def check_residuals(subject: Subject) -> Iterator[Finding]:
     scores = {node for pieces in attentions_in_pieces(subject.model) for node in pieces.before}
     for node in subject.model.graph:
         if node.op_type == "QLinearAdd":
-            yield found(RESIDUAL, node, "an addition of integers")
+            yield found("quantized-residual", node, "an addition of integers")
         if node.op_type != "Add" or node in scores or any(map(is_constant, node.inputs)):
             continue
-        shapes = [value.shape for value in node.inputs if value is not None]
-        if len(shapes) == 2 and shapes[0] == shapes[1] and any(map(quantizer_of, node.inputs)):
-            count = sum(quantizer_of(value) is not None for value in node.inputs)
-            yield found(RESIDUAL, node, f"{count} of its 2 inputs quantized")
+        count = sum(quantizer_of(value) is not None for value in node.inputs)
+        if count and _same_shape(*node.inputs):
+            yield found("quantized-residual", node, f"{count} of its 2 inputs quantized")
+
+
+def _same_shape(first: ir.Value | None, second: ir.Value | None) -> bool:
+    """Whether two values have as many dimensions, and no sizes that are known to differ."""
+    shapes = [value.shape if value is not None else None for value in (first, second)]
+    if shapes[0] is None or shapes[1] is None or len(shapes[0]) != len(shapes[1]):
+        return False
+    pairs = zip(*shapes, strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def check_normalizations(subject: Subject) -> Iterator[Finding]:
     """Checks the inputs of normalizations, as one operator and in pieces."""
     for node in subject.model.graph:
-        whole = node.op_type in NORMALIZATIONS
         source = node.inputs[0] if node.inputs else None
-        if is_sum_of_squares(node) and source is not None and node.op_type in ("ReduceMean", "ReduceSum"):
-            square = source.producer()
-            assert square is not None
-            source = square.inputs[0]
-        elif not whole:
+        if node.op_type in ("ReduceMean", "ReduceSum") and is_sum_of_squares(node):
+            square = source.producer() if source is not None else None
+            source = square.inputs[0] if square is not None else None
+            centered = producer(source, "Sub")  # of a LayerNorm
+            source = centered.inputs[0] if centered is not None else source
+        elif node.op_type not in NORMALIZATIONS:
             continue
         if quantizer_of(source) is not None:
-            yield found(NORMALIZED, node, "its input is quantized")
+            yield found("quantized-normalization", node, "its input is quantized")
 
 
 def check_stored_weights(subject: Subject) -> Iterator[Finding]:
@@ -84,13 +55,9 @@ def check_stored_weights(subject: Subject) -> Iterator[Finding]:
         return  # TensorRT 8, which takes them so
     for node in subject.model.graph:
         weight = node.inputs[0] if node.op_type == "QuantizeLinear" else None
-        if (
-            weight is not None
-            and is_constant(weight)
-            and weight.const_value is not None
-            and weight.const_value.size > 1
-        ):
-            yield found(FLOAT_WEIGHTS, node, f"{weight.const_value.nbytes / 1e6:.2f} MB")
+        tensor = weight.const_value if weight is not None else None
+        if tensor is not None and tensor.size > 1:
+            yield found("float-weights-quantized", node, f"{tensor.nbytes / 1e6:.2f} MB")
 
 
 def check_scales(subject: Subject) -> Iterator[Finding]:
@@ -101,11 +68,13 @@ def check_scales(subject: Subject) -> Iterator[Finding]:
             values = array(scale).astype(np.float64)
             wrong = int((~(values > 0) | ~np.isfinite(values)).sum())
             if wrong:
-                yield found(BAD_SCALE, node, f"{wrong} of {values.size} scales are not positive numbers")
+                yield found("bad-scale", node, f"{wrong} of {values.size} scales are not positive numbers")
 
 
 def check_product_shapes(subject: Subject) -> Iterator[Finding]:
     """Checks the sizes of products with constant weights; a network's last product cannot be another size."""
+    if subject.for_cpu:
+        return
     weighted = [each for each in products(subject.model) if each.node.op_type in ("MatMul", "Gemm")]
     for each in weighted:
         weight = weight_of(each.node)
@@ -115,4 +84,4 @@ def check_product_shapes(subject: Subject) -> Iterator[Finding]:
         sizes, last = array(weight).shape, each is weighted[-1]
         if any(size % block for size in sizes):
             words = f"{' x '.join(map(str, sizes))} in {each.precision}{', the last product' * last}"
-            yield found(SHAPE, each.node, words, "note" if last else None)
+            yield found("product-shape", each.node, words, "note" if last else None)

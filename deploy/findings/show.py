@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from deploy.findings.finding import SEVERITIES, Finding, Rule
+from deploy.findings.finding import SEVERITIES, Finding, Severity, read_rules
 from deploy.findings.lint_graph import lint_graph
 from deploy.versions import find_target, newest_runtimes
 from illama.bundle import CPU_ONNX, FUSED_ONNX
@@ -29,16 +29,15 @@ def lint_files(paths: Sequence[Path], target: str | None = None) -> dict[Path, l
     """
     graphs = find_target(target).graphs if target else newest_runtimes()
     other = (graphs.get(FUSED_ONNX) or graphs.get(CPU_ONNX)) if target else None
-    files = [file for path in paths for file in _files_of(path)]
+    files = [file for path in paths for file in _files_of(path, graphs)]
     return {file: lint_graph(file, graphs.get(file.name, other)) for file in files}
 
 
-def _files_of(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = [path / name for name in (CPU_ONNX, FUSED_ONNX) if (path / name).exists()]
+def _files_of(path: Path, names: Collection[str]) -> list[Path]:
+    """Returns a file, or the files of a bundle with one of these names."""
+    files = [path / name for name in sorted(names) if (path / name).exists()] if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{path} has no {CPU_ONNX} and no {FUSED_ONNX}: give an ONNX file or a bundle")
+        raise UserError(f"{path} has no {' and no '.join(sorted(names))}: give an ONNX file or a bundle with one")
     return files
 
 
@@ -47,11 +46,9 @@ def to_text(results: Mapping[Path, Sequence[Finding]]) -> str:
     lines = []
     for path, findings in results.items():
         lines.append(f"{path}: {_count(findings)}")
-        rules: dict[tuple[Rule, str], list[Finding]] = {}
-        for each in findings:
-            rules.setdefault((each.rule, each.severity), []).append(each)
-        for (rule, severity), group in rules.items():
-            lines.append(f"  {severity}: {rule.name}, {len(group)}")
+        for (severity, name), group in _by_rule(findings).items():
+            rule = read_rules()[name]
+            lines.append(f"  {severity}: {name}, {len(group)}")
             lines += [f"    {each.node}: {each.detail}" for each in group[:_NODES]]
             if len(group) > _NODES:
                 lines.append(f"    and {len(group) - _NODES} more")
@@ -59,29 +56,32 @@ def to_text(results: Mapping[Path, Sequence[Finding]]) -> str:
     return "\n".join(lines)
 
 
-def _count(findings: Sequence[Finding]) -> str:
-    if not findings:
-        return "nothing found"
-    counts = {name: sum(each.severity == name for each in findings) for name in SEVERITIES}
-    return ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
-
-
 def describe(findings: Sequence[Finding]) -> list[str]:
     """Returns one line for each rule: how many operators it finds, and what is wrong with the first of them."""
-    rules: dict[str, list[Finding]] = {}
-    for each in findings:
-        rules.setdefault(f"{each.severity}, {each.rule.name}", []).append(each)
-    more = {name: f" and {len(group) - 1} more" if len(group) > 1 else "" for name, group in rules.items()}
-    return [f"{name}: {group[0].node}{more[name]}: {group[0].detail}" for name, group in rules.items()]
+    lines = []
+    for (severity, name), group in _by_rule(findings).items():
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        lines.append(f"{severity}, {name}: {group[0].node}{more}: {group[0].detail}")
+    return lines
 
 
 def to_json(results: Mapping[Path, Sequence[Finding]]) -> str:
     """Returns findings as JSON: a list of files, each with its findings."""
-    files = []
-    for path, findings in results.items():
-        rows = [
-            {**asdict(each.rule), "severity": each.severity, "node": each.node, "detail": each.detail}
-            for each in findings
-        ]
-        files.append({"file": str(path), "findings": rows})
+    rules = read_rules()
+    files = [
+        {"file": str(path), "findings": [asdict(rules[each.rule]) | asdict(each) for each in findings]}
+        for path, findings in results.items()
+    ]
     return json.dumps({"files": files}, indent=2)
+
+
+def _by_rule(findings: Sequence[Finding]) -> dict[tuple[Severity, str], list[Finding]]:
+    groups: dict[tuple[Severity, str], list[Finding]] = {}
+    for each in findings:
+        groups.setdefault((each.severity, each.rule), []).append(each)
+    return groups
+
+
+def _count(findings: Sequence[Finding]) -> str:
+    counts = {name: sum(each.severity == name for each in findings) for name in SEVERITIES}
+    return ", ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items() if n) or "nothing found"

@@ -49,12 +49,14 @@ def lower_for(model: ir.Model, runtime: LoadedBy) -> bool:
         lacking = {kind for kind in kinds if (since := _since(kind, opset)) and runtime.lacks(kind, since)}
         if opset <= runtime.opset and lacking <= _DECOMPOSITIONS.keys() | {"Attention"}:
             break
-    if opset >= model.opset_imports[""] and not lacking:
-        return False
     quantized = [node.inputs[0] for node in model.graph if node.op_type == "DequantizeLinear"]
     for dtype in {dtype_of(value) for value in quantized if value is not None}:
         if dtype is not None and not runtime.has_format(dtype.name):
             raise UserError(f"{runtime} loads no {dtype.name} here: use another scheme")
+    if model.graph.inputs[0].dtype == ir.DataType.UINT8 and runtime.lacks("uint8 images", 13):
+        raise UserError(f"{runtime} takes no uint8 images: give the bundle without preprocessing")
+    if opset >= model.opset_imports[""] and not lacking:
+        return False
     lower_opset(model, opset, lacking)
     if runtime.weakly_typed:
         _quantize_weights(model.graph)
@@ -189,8 +191,10 @@ def _rotate(parts: Replacement) -> ir.Value:
     before   RotaryEmbedding(x, cos, sin, positions)
     after    x * [cos, cos] + Concat(second half of x, first half) * [-sin, sin]
     """
-    x, cos, sin, positions = parts.node.inputs
-    assert x is not None and x.dtype is not None and cos is not None and positions is not None
+    x, cos, sin, positions = [*parts.node.inputs, None][:4]
+    assert x is not None and x.dtype is not None
+    if positions is None or any(parts.node.attributes.get_int(n, 0) for n in ("interleaved", "rotary_embedding_dim")):
+        raise UserError(f"{layer_of(parts.node)} rotates in a layout that is not supported in an older opset")
     expanded = producer(positions, "Expand")
     rows = expanded.inputs[0] if expanded is not None else positions
     if not is_constant(rows) or (array(rows).ravel() != np.arange(len(array(cos)))).any():

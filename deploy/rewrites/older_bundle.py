@@ -15,7 +15,7 @@ from deploy.rewrites.trtexec_script import write_script
 from deploy.runtimes.temperature import copy_temperature
 from deploy.versions import LoadedBy, Target
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, ENGINES, FUSED_ONNX, command_line, sha256, with_data
+from illama.bundle import CPU_ONNX, ENGINE_SCRIPT, ENGINES, FUSED_ONNX, command_line, sha256, with_data
 from illama.errors import UserError
 from illama.graph.reader import load_graph
 from illama.graph.writer import save_graph
@@ -23,7 +23,8 @@ from illama.manifest import Manifest
 
 GRAPHS = (CPU_ONNX, FUSED_ONNX)
 _WIDE = (ir.DataType.FLOAT, ir.DataType.BFLOAT16)
-_MEASURED = ("fastest.json", "verified.json")  # with the files before
+# Engines and measurements of the files as they were, and a script for another runtime.
+_LEFT_OUT = shutil.ignore_patterns(ENGINES, ENGINE_SCRIPT, "fastest.json", "verified.json")
 
 
 def lower_graphs(folder: Path, target: Target) -> list[str]:
@@ -54,15 +55,17 @@ def lower_graphs(folder: Path, target: Target) -> list[str]:
 
 def _lower(path: Path, runtime: LoadedBy) -> str:
     """Rewrites a graph for a runtime; returns its opset and IR version as text."""
-    model = load_graph(path)
+    model, for_tensorrt = load_graph(path), runtime.runtime == "tensorrt"
+    if for_tensorrt and model.opset_imports[""] < 19:  # it is in float32, and no longer says what must be
+        raise UserError("it is for TensorRT 8 already: give the bundle that it was made from")
     wide = [str(node.name) for node in model.graph if node.outputs[0].dtype in _WIDE]
     if lower_for(model, runtime):
         with tempfile.TemporaryDirectory(dir=path.parent) as draft:  # the old file's weights are mapped to memory
             save_graph(model, Path(draft) / path.name)
             for each in with_data(Path(draft) / path.name):
                 each.replace(path.parent / each.name)
-        if runtime.runtime == "tensorrt":
-            write_script(path.parent, model, runtime, wide)
+    if for_tensorrt:
+        write_script(path.parent, model, runtime, wide)
     return f"opset {model.opset_imports['']}, IR version {model.ir_version}"
 
 
@@ -80,7 +83,7 @@ def write_older_bundle(bundle: Path, target: Target, out: Path) -> Sequence[str]
     if not sources or out.resolve() == bundle.resolve():
         raise UserError(f"{bundle} has no graph, or is --out too: give a bundle of python quant/ptq.py")
     with write_folder(out) as folder:
-        shutil.copytree(bundle, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ENGINES, *_MEASURED))
+        shutil.copytree(bundle, folder, dirs_exist_ok=True, ignore=_LEFT_OUT)
         lines = lower_graphs(folder, target)
         for source in sources:
             if (folder / source.name).exists():

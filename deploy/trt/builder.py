@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from deploy.rewrites.lower_opset import lower_for
 from deploy.trt.engine_options import EngineOptions
 from deploy.trt.fusion import allow_decomposition, count_attentions, fused_kernels, quantize_softmax_outputs
 from deploy.trt.library import Library, fits_this_gpu
+from deploy.versions import find_runtime
 from illama.atomic_write import read_pinned, write_pinned
 from illama.errors import UserError
 from illama.graph.reader import load_graph, read_softmax_scales, to_bytes
@@ -55,7 +57,7 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
     builder: tensorrt.Builder = library.trt.Builder(logger)
     network = library.create_network(builder)
     parser: tensorrt.OnnxParser = library.trt.OnnxParser(network, logger)
-    if not parser.parse(to_bytes(_prepare_graph(source, options)), str(source)):
+    if not parser.parse(to_bytes(prepare_graph(library, source, options)), str(source)):
         raise UserError(f"{library.name} cannot parse {source}: {_last(messages)}")
     attentions = count_attentions(library, network)
     if not attentions and not options.allow_unfused:
@@ -74,9 +76,15 @@ def build_engine(library: Library, source: Path, options: EngineOptions | None =
     return BuiltEngine(bytes(data), attentions, not options.allow_unfused, inputs, outputs)
 
 
-def _prepare_graph(source: Path, options: EngineOptions) -> ir.Model:
-    """Returns the graph of the file with its attentions prepared for the parser."""
+def prepare_graph(library: Library, source: Path, options: EngineOptions) -> ir.Model:
+    """Returns the graph of the file as the parser takes it: without operators that it lacks, attentions prepared.
+
+    Raises:
+        UserError: the library has no form of an operator, or an option does not fit the graph.
+    """
     model = load_graph(source)
+    if library.name == "tensorrt":
+        lower_for(model, find_runtime("tensorrt", library.release))
     if options.weight_stripped and read_softmax_scales(model):
         raise UserError(
             f"{source} quantizes the softmax output, whose scale a refit does not restore: omit --weight-stripped"

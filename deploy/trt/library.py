@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deploy.trt.engine_options import EngineOptions, LibraryName
+from deploy.versions import find_runtime
 from illama.errors import UserError
 from illama.hardware import cuda_gpu
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 # Compute capabilities for which TensorRT-RTX builds ahead of time; tensorrt builds for the GPU it runs on.
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 JETSONS = ("sm72", "sm87", "sm101", "sm110", "jetson", "xavier", "orin", "thor")
-FUSED_ATTENTION_SINCE = (10, 14)  # first version of TensorRT with the Attention operator
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Library:
     @property
     def version(self) -> str:
         return str(self.trt.__version__)
+
+    @property
+    def release(self) -> str:
+        """Major and minor version, such as 10.14."""
+        return ".".join(self.version.split(".")[:2])
 
     @property
     def trtexec(self) -> str:
@@ -181,8 +186,11 @@ def _problem(library: Library | None, name: LibraryName) -> str:
     instead = "use --library tensorrt_rtx (pip install tensorrt-rtx)"
     if library is None:
         return f"{name} is not installed here: pip install {name.replace('_', '-')}"
-    if name == "tensorrt" and tuple(int(part) for part in library.version.split(".")[:2]) < FUSED_ATTENTION_SINCE:
-        return f"tensorrt {library.version} has no fused Attention operator: install 10.14 or newer, or {instead}"
+    if name == "tensorrt" and find_runtime("tensorrt", library.release).lacks("Attention", 23):
+        return (
+            f"tensorrt {library.version} has no Attention operator: install 10.14 or newer, {instead}, or rewrite the "
+            f"bundle with python deploy/downgrade.py --for tensorrt-{library.release}"
+        )
     if name == "tensorrt" and not cuda_gpu():
         return f"tensorrt must run on the GPU that the engine is for, and none is available: {instead}"
     return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from deploy.findings.lint_graph import lint_graph
 from deploy.findings.show import describe
@@ -41,8 +40,10 @@ def lint_targets(targets: Sequence[BenchmarkTarget]) -> dict[str, list[str]]:
     for target in targets:
         name = f"{target.scheme}/{target.path.name}"
         if target.path.suffix == ".onnx" and name not in found:
-            with suppress(UserError):  # a file that a runtime opens, but the linter does not
+            try:
                 found[name] = describe(lint_graph(target.path, runtimes.get(target.path.name)))
+            except UserError as error:  # a file that a runtime opens, but the linter does not
+                found[name] = [str(error)]
     return found
 
 

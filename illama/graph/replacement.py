@@ -26,6 +26,11 @@ class Replacement:
     node: ir.Node
     nodes: list[ir.Node] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """Name of the old node, or of its output if it has none."""
+        return self.node.name or str(self.node.outputs[0].name)
+
     def add(
         self, kind: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes: Any
     ) -> ir.Value:
@@ -37,7 +42,7 @@ class Replacement:
     ) -> Sequence[ir.Value]:
         """Adds an operator with several outputs of one dtype; returns them."""
         node = ir.node(kind, inputs, attributes, num_outputs=outputs)
-        node.name = f"{self.node.name}/{len(self.nodes)}.{kind}"
+        node.name = f"{self.name}/{len(self.nodes)}.{kind}"
         node.metadata_props.update(self.node.metadata_props)
         for index, value in enumerate(node.outputs):
             value.name = f"{node.name}.{index}" if index else node.name
@@ -47,7 +52,7 @@ class Replacement:
 
     def constant(self, name: str, number: object, dtype: ir.DataType) -> ir.Value:
         """Returns a new constant of the graph."""
-        return add_constant(self.graph, f"{self.node.name}/{name}", np.array(number, dtype.numpy()))
+        return add_constant(self.graph, f"{self.name}/{name}", np.array(number, dtype.numpy()))
 
     def finish(self, result: ir.Value) -> None:
         """Inserts the nodes, lets all readers of the old node read ``result``, and removes the old node."""

@@ -1,6 +1,7 @@
 """The linter finds each fault in a graph that has it, and nothing in the same graph without it."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -9,9 +10,9 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from support import assert_one_line_error, run_command
+from support import ROOT, assert_one_line_error, run_command
 
-from deploy.findings.finding import SEVERITIES
+from deploy.findings.finding import SEVERITIES, read_rules
 from deploy.findings.lint_graph import CHECKS, lint_graph
 from deploy.findings.show import lint_files, to_text
 from deploy.rewrites.lower_opset import lower_for
@@ -61,6 +62,11 @@ class Graph:
         weight = np.ones((inputs, outputs), np.int8)
         return self.add("MatMul", x, self.add("DequantizeLinear", weight, self.number(0.1), np.int8(0)))
 
+    def bias(self, integers):
+        """Adds a bias, stored as ONNX Runtime's quantizer does: in 32-bit integers."""
+        values = np.ones(WIDTH, np.int32 if integers else self.dtype)
+        return self.add("DequantizeLinear", values, self.number(0.1)) if integers else self.add("Neg", values)
+
     def heads(self, x):
         shaped = self.add("Reshape", x, np.array([0, TOKENS, HEADS, WIDTH // HEADS]))
         return self.add("Transpose", shaped, perm=[0, 2, 1, 3])
@@ -93,7 +99,7 @@ class Graph:
 
 def names(path, runtime=None):
     """The names of the rules that find something, but for the note on attention in pieces."""
-    return {finding.rule.name for finding in lint_graph(path, runtime)} - {"attention-in-pieces"}
+    return {finding.rule for finding in lint_graph(path, runtime)} - {"attention-in-pieces"}
 
 
 def build(tmp_path, fault, dtype=np.float32, **settings):
@@ -111,8 +117,9 @@ def whole_norm(graph, x, quantized):
     return graph.add("LayerNormalization", graph.quantize(x) if quantized else x, np.ones(WIDTH, graph.dtype))
 
 
-def norm_in_pieces(graph, x, quantized=False, by_power=True):
+def norm_in_pieces(graph, x, quantized=False, by_power=True, centered=False):
     x = graph.quantize(x) if quantized else x
+    x = graph.add("Sub", x, graph.add("ReduceMean", x, np.array([-1]))) if centered else x
     square = graph.add("Pow", x, graph.number(2)) if by_power else graph.add("Mul", x, x)
     power = graph.add("Add", graph.add("ReduceMean", square, np.array([-1])), graph.number(1e-3))
     return graph.add("Div", x, graph.add("Sqrt", power))
@@ -134,6 +141,7 @@ FAULTS = {
     "float-weights-quantized": lambda graph, x, fault: float_weights(graph, x, fault),
     "attention-partly-quantized": lambda graph, x, fault: graph.attention(x, "qk" if fault else "qkvp", result=True),
     "attention-scores-quantized": lambda graph, x, fault: graph.attention(x, scores=fault),
+    "format-not-supported": lambda graph, x, fault: graph.add("Add", graph.linear(x), graph.bias(fault)),
     "bad-scale": lambda graph, x, fault: graph.linear(graph.quantize(x, 0.0 if fault else 0.1)),
     "constant-overflow": lambda graph, x, fault: graph.add("Mul", x, graph.number(np.inf if fault else 2)),
     "data-dependent-shape": lambda graph, x, fault: graph.add(
@@ -147,7 +155,8 @@ FAULTS = {
 @pytest.mark.parametrize("rule", FAULTS)
 def test_a_rule_finds_its_fault_and_nothing_else(rule, fault, tmp_path):
     path = build(tmp_path, lambda graph, x: FAULTS[rule](graph, x, fault))
-    assert names(path) == ({rule} if fault else set())
+    runtime = find_runtime("tensorrt", "10.16") if rule == "format-not-supported" else None
+    assert names(path, runtime) == ({rule} if fault else set())
 
 
 def test_normalizations_in_pieces(tmp_path):
@@ -158,10 +167,43 @@ def test_normalizations_in_pieces(tmp_path):
             assert names(path) == expected | ({"half-precision-squares"} if dtype == np.float16 else set())
 
 
+def test_a_layer_norm_in_pieces(tmp_path):
+    for quantized in (True, False):
+        path = build(tmp_path, lambda graph, x: norm_in_pieces(graph, x, quantized, centered=True))  # noqa: B023
+        assert names(path) == ({"quantized-normalization"} if quantized else set())
+
+
+def test_a_residual_whose_shape_is_known_in_part(tmp_path):
+    def reshaped(graph, x):
+        branch = graph.add("Reshape", graph.linear(graph.quantize(x)), np.array([-1, TOKENS, WIDTH]))
+        return graph.add("Add", graph.quantize(x), branch)
+
+    assert names(build(tmp_path, reshaped)) == {"quantized-residual"}
+
+
+def test_operators_of_a_runtime_s_own_domain(tmp_path):
+    for domain, own, other in (("trt", "tensorrt", "onnxruntime"), ("com.microsoft", "onnxruntime", "tensorrt")):
+        path = build(tmp_path, lambda graph, x: graph.add("Own", x, domain=domain))  # noqa: B023
+        newest = {"tensorrt": "10.16", "onnxruntime": "1.32"}
+        assert names(path, find_runtime(own, newest[own])) == set()
+        assert names(path, find_runtime(other, newest[other])) == {"private-domain"}
+
+
+def test_a_bundle_is_checked_for_what_it_is_for(tmp_path):
+    path = build(tmp_path, lambda graph, x: graph.add("Neg", x), opset=21)
+    path.rename(tmp_path / FUSED_ONNX)
+    (tmp_path / CPU_ONNX).write_bytes((tmp_path / FUSED_ONNX).read_bytes())
+    assert list(lint_files([tmp_path], "tensorrt-10.7")) == [tmp_path / FUSED_ONNX]
+    assert len(lint_files([tmp_path], "jetpack-6")) == len(lint_files([tmp_path])) == 2
+
+
 def test_a_mask_of_minus_infinity_is_no_overflow(tmp_path):
     mask = np.where(np.tri(TOKENS, WIDTH) > 0, 0, -np.inf).astype(np.float16)
     assert names(build(tmp_path, lambda graph, x: graph.add("Add", x, mask), np.float16)) == set()
     assert names(build(tmp_path, lambda graph, x: graph.add("Mul", x, mask), np.float16)) == {"constant-overflow"}
+    square = np.full((TOKENS, WIDTH), -np.inf, np.float16)
+    triangle = lambda graph, x: graph.add("Add", x, graph.add("Trilu", square, np.int64(1)))  # noqa: E731
+    assert names(build(tmp_path, triangle, np.float16)) == set()
 
 
 def test_attention_is_quantized_as_a_whole(tmp_path):
@@ -180,7 +222,7 @@ def test_products_of_odd_sizes(tmp_path):
     """The last product of a network has as many outputs as there are classes, which is only noted."""
     for width, expected in ((32, ["note"]), (20, ["warning", "note"])):
         path = build(tmp_path, lambda graph, x: several_products(graph, x, width))  # noqa: B023
-        found = [each.severity for each in lint_graph(path) if each.rule.name == "product-shape"]
+        found = [each.severity for each in lint_graph(path) if each.rule == "product-shape"]
         assert found == expected
 
 
@@ -266,7 +308,7 @@ def test_the_command_as_text_and_as_json(tmp_path):
     assert result.returncode == 1
     [file] = json.loads(result.stdout)["files"]
     assert file["file"] == str(path)
-    assert {"name", "severity", "node", "detail", "why", "fix", "source"} == set(file["findings"][0])
+    assert {"rule", "severity", "node", "detail", "why", "fix", "source"} == set(file["findings"][0])
     assert {each["severity"] for each in file["findings"]} <= set(SEVERITIES)
 
 
@@ -286,6 +328,9 @@ def test_external_data(tmp_path):
     model = onnx.load(path)
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     assert names(path) == set()
+    whole = (tmp_path / "weights.bin").read_bytes()
+    (tmp_path / "weights.bin").write_bytes(whole[: len(whole) // 2])
+    assert_one_line_error(run_command("deploy/lint.py", path), str(path))
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(UserError, match=r"weights\.bin"):
         lint_graph(path)
@@ -305,9 +350,11 @@ def test_bad_input_ends_in_one_line(arguments, words):
     assert_one_line_error(run_command("deploy/lint.py", *arguments), *words)
 
 
-def test_every_rule_says_why_what_to_do_and_where_that_is_stated(tmp_path):
+def test_every_rule_is_described_and_in_the_guide():
+    rules, code = read_rules(), "".join(path.read_text() for path in (ROOT / "deploy" / "findings").glob("*.py"))
+    guide = (ROOT / "docs" / "lint.md").read_text()
+    for name, rule in rules.items():
+        assert f'"{name}"' in code and f"`{name}`" in guide
+        assert rule.severity in SEVERITIES and all(len(text) > 10 for text in (rule.why, rule.fix, rule.source))
+    assert set(re.findall(r'found\(\s*"([^"]+)"', code)) == set(rules)
     assert len(CHECKS) == len(set(CHECKS))
-    for rule in FAULTS:
-        path = build(tmp_path, lambda graph, x: FAULTS[rule](graph, x, True))  # noqa: B023
-        for each in lint_graph(path):
-            assert all(len(text) > 10 for text in (each.rule.why, each.rule.fix, each.rule.source))
