@@ -76,9 +76,7 @@ def open_any_graph(path: Path) -> ir.Model:
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
         if _expanded_nodes(proto) > _MOST_NODES:
-            raise UserError(
-                f"{path} has functions of more than {_MOST_NODES:,} operators in all: export without them"
-            )
+            raise UserError(f"{path} has functions of more than {_MOST_NODES:,} operators in all: export without them")
         light = onnx.ModelProto()
         light.CopyFrom(proto)
         drop_large_constants(light)
