@@ -8,8 +8,7 @@ code takes the rank of the MEAN map of 30 images, which differs from the mean of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,8 @@ _BATCH = 8  # the maps of one layer of Base at 384 pixels then take 0.25 GB in f
 def attention_rank(model: ILLaMA, images: Tensor, threshold: float = 0.8) -> np.ndarray:
     """Returns the rank of each head's mean attention map (the probabilities after the mask) over ``images``.
 
-    The model runs in evaluation mode, with the soft mask it has. Its modes and attention forms are restored.
+    A copy of the model runs in evaluation mode, with the soft mask it has, in attention's plain form, which has every
+    row of every map.
 
     Args:
         images: (B, C, H, W), at least one, on the model's device.
@@ -41,13 +41,16 @@ def attention_rank(model: ILLaMA, images: Tensor, threshold: float = 0.8) -> np.
     """
     if not len(images):
         raise ValueError("attention_rank needs at least one image")
-    attentions = {f"{name}.p": each for name, each in model.named_modules() if isinstance(each, MaskedAttention)}
-    sums: dict[str, Any] = dict.fromkeys(attentions, 0.0)
+    model = copy.deepcopy(model).eval()
+    model.readout_only = False
+    model.set_attention_form("plain")
+    points = [f"{name}.p" for name, each in model.named_modules() if isinstance(each, MaskedAttention)]
+    sums: dict[str, Any] = dict.fromkeys(points, 0.0)
 
     def add(name: str, inputs: Any) -> None:
         sums[name] += inputs[0].double().sum(0)
 
-    with _whole_maps(model, list(attentions.values())), input_hooks(model, attentions, add), torch.no_grad():
+    with input_hooks(model, points, add), torch.no_grad():
         for batch in images.split(_BATCH):
             model(batch)
     means = torch.stack(list(sums.values())) / len(images)
@@ -65,23 +68,6 @@ def map_rank(maps: Tensor, threshold: float = 0.8) -> Tensor:
     sums = torch.linalg.svdvals(maps.double()).cumsum(-1)
     # The margin absorbs rounding: four of five equal values are 0.8 of their sum, which float64 may miss.
     return (sums < (threshold - 1e-9) * sums[..., -1:]).sum(-1) + 1
-
-
-@contextmanager
-def _whole_maps(model: ILLaMA, attentions: list[MaskedAttention]) -> Iterator[None]:
-    """Evaluation mode inside the block, where the plain form computes every row of every map; restored afterwards."""
-    training, readout_only = model.training, model.readout_only
-    forms = [attention.form for attention in attentions]
-    try:
-        model.eval()
-        model.readout_only = False
-        model.set_attention_form("plain")
-        yield
-    finally:
-        model.train(training)
-        model.readout_only = readout_only
-        for attention, form in zip(attentions, forms, strict=True):
-            attention.form = form
 
 
 def rank_table(ranks: np.ndarray) -> str:
