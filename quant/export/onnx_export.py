@@ -32,16 +32,6 @@ from quant.quantizers.layers import copy_sharing_weights, dequantize, freeze, qu
 from quant.schemes.formats import FORMATS
 
 OPSET = 23
-# Number format -> ONNX type; 6-bit formats use 8 bits.
-_TYPES = {
-    "int8": onnx.TensorProto.INT8,
-    "uint8": onnx.TensorProto.UINT8,
-    "int6": onnx.TensorProto.INT8,
-    "uint6": onnx.TensorProto.UINT8,
-    "int4": onnx.TensorProto.INT4,
-    "uint4": onnx.TensorProto.UINT4,
-    "fp8": onnx.TensorProto.FLOAT8E4M3FN,
-}
 # Those of onnxscript's 45 rules that apply to a transformer. One of the other rules turns pairs of Slices into a Split,
 # in time quadratic in the size of the network: half of the export time for 12 blocks.
 _RULES = (
@@ -280,7 +270,7 @@ def translations(form: Form, dtypes: Collection[str] = ()) -> dict[Any, Any]:
     """
 
     def to_onnx_quantize_dequantize(x: Any, scale: Any, dtype: str, zero_point: int = 0) -> Any:
-        limits, kind = FORMATS[dtype], _TYPES[dtype]
+        limits, kind = FORMATS[dtype], onnx.TensorProto.DataType.Value(FORMATS[dtype].onnx_name)
         if limits.bits == 6:  # the 8-bit type does not saturate at 6 bits
             ends: list[Any] = [op.Constant(value_float=end - zero_point) for end in (limits.low, limits.high)]
             x = op.Clip(x, *(op.Mul(scale, op.CastLike(end, scale)) for end in ends))
@@ -294,7 +284,7 @@ def translations(form: Form, dtypes: Collection[str] = ()) -> dict[Any, Any]:
 
     def to_onnx_dequantize(weight: Any, scale: Any, dtype: str, axis: int, group_size: int = 0) -> Any:
         if FORMATS[dtype].bits == 4:
-            weight = op.Cast(weight, to=_TYPES[dtype])
+            weight = op.Cast(weight, to=onnx.TensorProto.DataType.Value(FORMATS[dtype].onnx_name))
         return op.DequantizeLinear(weight, scale, axis=axis, block_size=group_size)
 
     def to_onnx_rotary(x: Any, cos: Any, sin: Any, positions: Any) -> Any:

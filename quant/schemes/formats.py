@@ -36,6 +36,11 @@ class QuantDtype:
         return self.low < 0
 
     @property
+    def onnx_name(self) -> str:
+        """ONNX's name of the type that holds the values."""
+        return "FLOAT8E4M3FN" if self.name == "fp8" else self.name.replace("6", "8").upper()
+
+    @property
     def rounds(self) -> bool:
         """True if the values are integers."""
         return self.storage != torch.float8_e4m3fn

@@ -154,8 +154,7 @@ class QuantizationPlan:
     @property
     def onnx_formats(self) -> set[str]:
         """ONNX's names of the number formats; unsigned ones are named as signed, since files may have either."""
-        names = {spec.dtype.name.removeprefix("u") for spec in self.tensors.values()}
-        return {"FLOAT8E4M3FN" if name == "fp8" else name.replace("int6", "int8").upper() for name in names}
+        return {spec.dtype.onnx_name.removeprefix("U") for spec in self.tensors.values()}
 
     @property
     def quantization(self) -> Quantization:
