@@ -147,19 +147,14 @@ def shard_files(folder: Path) -> dict[str, str]:
         return read_json(folder / INDEX, _Index, "ignore").weight_map
     if not (folder / SINGLE).exists():
         raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}: give a folder in Hugging Face's format")
-    return dict.fromkeys(read_names(folder / SINGLE), SINGLE)
+    with _damaged(folder / SINGLE), safe_open(folder / SINGLE, "pt") as file:
+        return dict.fromkeys(file.keys(), SINGLE)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Returns the metadata of a .safetensors file; raises UserError if it is missing or damaged."""
     with _damaged(path), safe_open(path, "pt") as file:
         return file.metadata() or {}
-
-
-def read_names(path: Path) -> list[str]:
-    """Returns the names of the tensors in a .safetensors file; raises UserError if it is missing or damaged."""
-    with _damaged(path), safe_open(path, "pt") as file:
-        return list(file.keys())
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -29,15 +29,7 @@ from illama.data.idx_files import read_idx_pair
 from illama.data.image_folders import ClassFolders, Pictures
 from illama.data.images import PICTURES
 from illama.data.preprocessing import Preprocessing, Transform
-from illama.data.webdataset import (
-    Sample,
-    TarImages,
-    check_labels,
-    evaluation_shards,
-    find_shards,
-    name_classes,
-    train_shards,
-)
+from illama.data.webdataset import Sample, TarImages, check_labels, find_shards, name_classes
 from illama.errors import UserError, warn_once
 from illama.options import ClassOrder, Exif, check_data
 
@@ -85,7 +77,9 @@ class ImageData:
 
     def training(self) -> tuple[Dataset[Sample], Dataset[Sample]]:
         """Returns (training images, validation images), two disjoint parts of the training split."""
-        return _hold_out(self._train(shuffled=True), self.held_out)
+        images = self._train(shuffled=True)
+        validation: Any = evenly_spaced(images, max(1, min(self.held_out, len(images) // 10)))  # type: ignore[arg-type]
+        return others(validation), validation
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
         """Returns the training split; ``shuffled`` says whether it will be read in random order."""
@@ -218,14 +212,16 @@ class Shards(ImageData):
             from illama.data.parquet import ParquetImages  # only here, since importing pyarrow takes a while
 
             self._kind = ParquetImages
-        self._shards = find_shards(folder, self._kind.suffix)
-        test = self._kind(evaluation_shards(self._shards, folder), "test", exif)
+        self._train_shards, test_shards = find_shards(folder, self._kind.suffix)
+        test = self._kind(test_shards, "test", exif)
         self._test, self.classes = test, name_classes(test.class_names(folder), test.labels, folder)
         self._training: Any = None
 
     def _train(self, shuffled: bool) -> Dataset[Sample]:
+        if not self._train_shards:
+            raise UserError(f"{self.folder} has no training shards: expected train in their names")
         if self._training is None:
-            self._training = self._kind(train_shards(self._shards, self.folder), "train", self.exif)
+            self._training = self._kind(self._train_shards, "train", self.exif)
             check_labels(self._training.labels, len(self.classes), self.folder, all_present=True)
         return self._training.in_random_order() if shuffled else self._training
 
@@ -312,9 +308,7 @@ def calibration_count(data: ImageData, given: int | None, share: int = 1) -> int
     return min(_CALIBRATION_IMAGES, max(1, len(data.calibration(None)) // share))  # type: ignore[arg-type]
 
 
-def _hold_out(images: Dataset[Sample], at_most: int) -> tuple[Dataset[Sample], Dataset[Sample]]:
-    total = len(images)  # type: ignore[arg-type]
-    held = max(1, min(at_most, total // 10))
-    validation = [i * total // held for i in range(held)]
-    rest = np.setdiff1d(np.arange(total), validation)
-    return Subset(images, rest.tolist()), Subset(images, validation)
+def others(taken: Subset[Sample]) -> Subset[Sample]:
+    """Returns the images that are not in a part of a split."""
+    total = len(taken.dataset)  # type: ignore[arg-type]
+    return Subset(taken.dataset, np.setdiff1d(np.arange(total), taken.indices).tolist())

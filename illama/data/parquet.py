@@ -235,15 +235,10 @@ def _unpack(images: ParquetImages, folder: Path) -> None:
         free = shutil.disk_usage(folder.parent).free
         if free < needed:
             raise UserError(f"{folder.parent} has {free / 1e9:.1f} GB free: {advice}")
-        with write_folder(folder) as draft:
-            _write_images(images, draft)
-
-
-def _write_images(images: ParquetImages, folder: Path) -> None:
-    index = np.zeros(len(images), PLACE)
-    with (folder / "images").open("wb") as file:
-        for row in track(range(len(images)), "unpack train", "img"):
-            content = images.read(row)
-            index[row] = (0, images.labels[row], file.tell(), len(content))
-            file.write(content)
-    np.save(folder / "index.npy", index)
+        with write_folder(folder) as draft, (draft / "images").open("wb") as file:
+            index = np.zeros(len(images), PLACE)
+            for row in track(range(len(images)), "unpack train", "img"):
+                content = images.read(row)
+                index[row] = (0, images.labels[row], file.tell(), len(content))
+                file.write(content)
+            np.save(draft / "index.npy", index)

@@ -35,11 +35,11 @@ CLASS_FILES = ("classes.txt", "classnames.txt")
 PLACE = np.dtype([("file", np.int32), ("label", np.int32), ("start", np.int64), ("size", np.int32)])
 
 
-def find_shards(folder: Path, suffix: str) -> dict[str, list[Path]]:
-    """Returns split ("train", "validation", ...) -> its shards under ``folder``, sorted by name.
+def find_shards(folder: Path, suffix: str) -> tuple[list[Path], list[Path]]:
+    """Returns the shards of the training split, if there are any, and of the test split, sorted by name.
 
     Raises:
-        UserError: there is no folder or no shard, or fewer shards than their names (as in "-of-00010") say.
+        UserError: there is no folder or no shard for the test, or fewer shards than their names ("-of-00010") say.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
@@ -55,22 +55,10 @@ def find_shards(folder: Path, suffix: str) -> dict[str, list[Path]]:
         totals = {int(found[1]) for path in paths if (found := re.search(r"-of-(\d+)", path.name))}
         if len(totals) == 1 and len(paths) != min(totals):
             raise UserError(f"{folder} has {len(paths)} of {min(totals)} {split_name} shards: download the others")
-    return dict(shards)
-
-
-def evaluation_shards(shards: dict[str, list[Path]], folder: Path) -> list[Path]:
-    """Returns the shards of the test split; raises UserError if there are none."""
-    for split in TEST_SPLITS:
-        if split in shards:
-            return shards[split]
-    raise UserError(f"{folder} has no validation shards: expected val, validation or test in their names")
-
-
-def train_shards(shards: dict[str, list[Path]], folder: Path) -> list[Path]:
-    """Returns the shards of the training split; raises UserError if there are none."""
-    if "train" not in shards:
-        raise UserError(f"{folder} has no training shards: expected train in their names")
-    return shards["train"]
+    test = next((shards[split] for split in TEST_SPLITS if split in shards), None)
+    if test is None:
+        raise UserError(f"{folder} has no validation shards: expected val, validation or test in their names")
+    return shards.get("train", []), test
 
 
 def name_classes(names: Sequence[str] | None, labels: np.ndarray, folder: Path) -> tuple[str, ...]:

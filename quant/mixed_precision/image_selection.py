@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from illama.data.datasets import ImageData, Sample, evenly_spaced
+from illama.data.datasets import ImageData, Sample, evenly_spaced, others
 from illama.errors import UserError
 from quant.inputs import Inputs
 from quant.mixed_precision.budget import Budget
@@ -51,8 +50,7 @@ def selection_images(data: ImageData, calibration_images: int, count: int) -> Da
 
 def uncalibrated_images(data: ImageData, calibration_images: int) -> Subset[Sample]:
     """Returns the images of the training split that calibration does not use."""
-    taken: Any = data.calibration(calibration_images)
-    return Subset(taken.dataset, np.setdiff1d(np.arange(len(taken.dataset)), taken.indices).tolist())
+    return others(cast(Subset[Sample], data.calibration(calibration_images)))
 
 
 def split_images(data: ImageData, split: Literal["train", "test"], calibration_images: int, count: int) -> Any:
@@ -63,10 +61,7 @@ def split_images(data: ImageData, split: Literal["train", "test"], calibration_i
     """
     if split == "train":
         return selection_images(data, calibration_images, count)
-    test: Any = data.test()
-    if not 1 <= count <= len(test):
-        raise UserError(f"{count} test images asked for, but there are 1 to {len(test)}: change --images")
-    return Subset(test, [index * len(test) // count for index in range(count)])
+    return evenly_spaced(data.test(), count)
 
 
 def search_batches(inputs: Inputs, budget: Budget, images: int, check_images: int | None) -> tuple[Batches, Batches]:
@@ -89,5 +84,4 @@ def search_batches(inputs: Inputs, budget: Budget, images: int, check_images: in
             f"{nothing_lost.drop_at_most:.2f} points; raise --check-images or --max-drop, or lower --images"
         )
     measured: Any = evenly_spaced(pool, images)
-    others = Subset(pool, np.setdiff1d(np.arange(images + checked), measured.indices).tolist())
-    return inputs.batches(measured), inputs.batches(others)
+    return inputs.batches(measured), inputs.batches(others(measured))
