@@ -121,6 +121,11 @@ class MaskedAttention(nn.Module):
         return fused[..., :rows, :]
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H * d) -> (B, H, N, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 def attentions(model: nn.Module) -> dict[str, Any]:
     """Returns the self-attentions of a network by name: modules with ``qkv``, a ``core`` and ``proj``."""
     return {

@@ -18,17 +18,10 @@ Norm = Literal["rms", "layer"]
 Mlp = Literal["swiglu", "gelu"]
 Pool = Literal["token", "avg", ""]
 
+_FASHION_MNIST = {"image_size": 28, "patch_size": 4, "in_channels": 1, "num_classes": 10}
 # width, depth and heads of arXiv 2404.06773, Table 13; "nano" is this project's, for 28- to 32-pixel images on a CPU.
 _PRESETS: dict[str, dict[str, int]] = {
-    "nano": {
-        "image_size": 28,
-        "patch_size": 4,
-        "in_channels": 1,
-        "width": 128,
-        "depth": 6,
-        "heads": 2,
-        "num_classes": 10,
-    },
+    "nano": {**_FASHION_MNIST, "width": 128, "depth": 6, "heads": 2},
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},

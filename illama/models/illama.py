@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from illama.models.attention import AttentionMask, MaskedAttention
+from illama.models.attention import AttentionMask, MaskedAttention, split_heads
 from illama.models.config import ModelConfig, Pool
 from illama.models.norms import make_norm
 from illama.models.timm_methods import TimmMethods
@@ -75,13 +75,10 @@ class Attention(nn.Module):
             q = self.qkv(x[:, row : row + 1], outputs=slice(0, self.width))
             k, v = self.qkv(x, outputs=slice(self.width, None)).chunk(2, dim=-1)
             row_rotation = rotation[:, row : row + 1] if rotation is not None else None
-        q, k, v = self._split(q), self._split(k), self._split(v)
+        q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))
         if rotation is not None and row_rotation is not None:
             q, k = self.rotary(q, row_rotation), self.rotary(k, rotation)
         return self.proj(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

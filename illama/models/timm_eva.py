@@ -25,13 +25,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, mlp: SwiGLU) -> None:
         super().__init__()
-        self.fc1: nn.Module = mlp.fc1_g
-        self.fc3: nn.Module = mlp.fc1_x
-        self.act: nn.Module = mlp.act
-        self.drop1: nn.Module = mlp.drop1
-        self.norm: nn.Module = mlp.norm
-        self.fc2: nn.Module = mlp.fc2
-        self.drop2: nn.Module = mlp.drop2
+        self.fc1, self.fc3, self.act, self.drop1 = mlp.fc1_g, mlp.fc1_x, mlp.act, mlp.drop1
+        self.norm, self.fc2, self.drop2 = mlp.norm, mlp.fc2, mlp.drop2
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, width) -> (B, N, width)."""

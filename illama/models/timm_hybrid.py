@@ -66,15 +66,8 @@ def _plain(module: Any, size: tuple[int, int]) -> nn.Module:
         new: Any = nn.MaxPool2d(module.kernel_size, module.stride, dilation=module.dilation)
         return nn.Sequential(nn.ConstantPad2d(pads, -65504.0), new) if any(pads) else new
     with torch.device("meta"):
-        new = nn.Conv2d(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-        )
+        same = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        new = nn.Conv2d(**{name: getattr(module, name) for name in same})
     flat = module.weight.reshape(1, module.out_channels, -1)
     weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=module.eps).reshape_as(module.weight)
     new.weight, new.bias = nn.Parameter(weight), module.bias

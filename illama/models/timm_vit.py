@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from illama.errors import UserError
-from illama.models.attention import AttentionMask, MaskedAttention, MaskedNetwork
+from illama.models.attention import AttentionMask, MaskedAttention, MaskedNetwork, split_heads
 from illama.models.config import MaskKind, TimmConfig
 from illama.models.illama import Rotary
 from illama.models.norms import widened
@@ -190,16 +190,11 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.register_buffer("rotation", getattr(attention, "rotation", None), persistent=False)
         self.rotary = Rotary()
-        self.num_heads: int = attention.num_heads
-        self.qkv: nn.Module = attention.qkv
-        self.q_norm: nn.Module = attention.q_norm
-        self.k_norm: nn.Module = attention.k_norm
-        self.attn_drop: nn.Dropout = attention.attn_drop
-        self.core = MaskedAttention()
-        self.norm: nn.Module = attention.norm
+        self.num_heads, self.qkv = attention.num_heads, attention.qkv
+        self.q_norm, self.k_norm, self.attn_drop = attention.q_norm, attention.k_norm, attention.attn_drop
+        self.core, self.norm = MaskedAttention(), attention.norm
         self.gate: nn.Module | None = getattr(attention, "gate", None)  # timm 1.0.20 has none
-        self.proj: nn.Module = attention.proj
-        self.proj_drop: nn.Module = attention.proj_drop
+        self.proj, self.proj_drop = attention.proj, attention.proj_drop
         self.train(attention.training)
 
     def forward(self, x: Tensor, attn_mask: AttentionMask, is_causal: bool = False) -> Tensor:
@@ -210,7 +205,7 @@ class CausalAttention(nn.Module):
         """
         if not isinstance(attn_mask, AttentionMask):
             raise UserError("the blocks of a CausalVisionTransformer need a mask: call the model, not its .vit")
-        q, k, v = (_split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotation is not None:
             q, k = self.rotary(q, self.rotation), self.rotary(k, self.rotation)
@@ -227,19 +222,11 @@ class LatentPool(nn.Module):
 
     def __init__(self, pool: AttentionPoolLatent) -> None:
         super().__init__()
-        self.num_heads: int = pool.num_heads
-        self.pool: str = pool.pool
-        self.pos_embed: nn.Parameter | None = pool.pos_embed
-        self.latent: nn.Parameter = pool.latent
-        self.q: nn.Module = pool.q
-        self.kv: nn.Module = pool.kv
-        self.q_norm: nn.Module = pool.q_norm
-        self.k_norm: nn.Module = pool.k_norm
-        self.core = MaskedAttention()
-        self.proj: nn.Module = pool.proj
-        self.proj_drop: nn.Module = pool.proj_drop
-        self.norm: nn.Module = pool.norm
-        self.mlp: nn.Module | None = pool.mlp
+        self.num_heads, self.pool = pool.num_heads, pool.pool
+        self.pos_embed, self.latent = pool.pos_embed, pool.latent
+        self.q, self.kv, self.q_norm, self.k_norm = pool.q, pool.kv, pool.q_norm, pool.k_norm
+        self.core, self.proj, self.proj_drop = MaskedAttention(), pool.proj, pool.proj_drop
+        self.norm, self.mlp = pool.norm, pool.mlp
         self.train(pool.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,7 +234,7 @@ class LatentPool(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         latent = self.latent.expand(x.shape[0], -1, -1)
-        q, k, v = (_split_heads(part, self.num_heads) for part in (self.q(latent), *self.kv(x).chunk(2, dim=-1)))
+        q, k, v = (split_heads(part, self.num_heads) for part in (self.q(latent), *self.kv(x).chunk(2, dim=-1)))
         everything = torch.ones(latent.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
         y = self.core(self.q_norm(q), self.k_norm(k), v, AttentionMask("bidirectional", everything))
         y = self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
@@ -256,11 +243,6 @@ class LatentPool(nn.Module):
         if self.pool == "token":
             return y[:, 0]
         return y.mean(1) if self.pool == "avg" else y
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, H * d) -> (B, H, N, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _config(vit: VisionTransformer, mask: MaskKind) -> TimmConfig:
