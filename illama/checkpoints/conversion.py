@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from illama.bundle import WEIGHTS, sha256
+from illama.bundle import WEIGHTS
 from illama.checkpoints.load import ILLaMACheckpoint, write_weights
 from illama.data.preprocessing import Preprocessing
 from illama.errors import UserError
@@ -32,13 +32,8 @@ def write_converted(
     config = checkpoint.model.config
     preprocessing = checkpoint.preprocessing or Preprocessing.imagenet(config.image_size, config.in_channels)
     preprocessing = replace(preprocessing, exif=exif or preprocessing.exif)
-    manifest = Manifest(
-        config.kind,
-        config.to_dict(),
-        preprocessing,
-        tuple(classes),
-        Provenance(inputs={str(checkpoint.weights): sha256(checkpoint.weights)}),
-    )
+    provenance = Provenance(inputs=checkpoint.digests())
+    manifest = Manifest(config.kind, config.to_dict(), preprocessing, tuple(classes), provenance)
     state = checkpoint.model.state_dict()
     write_weights(to_half(state) if half else state, config, folder / WEIGHTS)
     manifest.write(folder)

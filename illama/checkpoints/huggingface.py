@@ -159,13 +159,8 @@ def _dinov3(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]
 
 def _siglip(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:
     pool = "map" if vision.vision_use_head and not common["num_classes"] else "avg"
-    return VisionTransformer(
-        **vision.options,
-        **common,
-        class_token=False,
-        global_pool=pool,  # type: ignore[arg-type]
-        fc_norm=False,
-    )
+    options: dict[str, Any] = {**vision.options, **common, "class_token": False, "global_pool": pool, "fc_norm": False}
+    return VisionTransformer(**options)
 
 
 def _clip(vision: _Vision, common: dict[str, Any], state: Mapping[str, Tensor]) -> VisionTransformer:

@@ -187,7 +187,11 @@ def config_from_shapes(state: Mapping[str, Tensor], path: Path) -> ModelConfig:
         UserError: names or shapes do not match an iLLaMA's, or the position table is missing or does not fit a square
             grid and a class token.
     """
-    _refuse_timm_vit(state, path)
+    if {PATCHES, "blocks.0.norm1.bias", "blocks.0.mlp.fc1.bias"} <= state.keys():
+        raise UserError(
+            f"{path} is a timm ViT (LayerNorm, GELU), not an iLLaMA: quantize it unchanged with --model timm:NAME, or "
+            "make it causal with illama.models.timm_vit.to_causal"
+        )
     try:
         width, in_channels, patch_size, _ = state[PATCHES].shape
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
@@ -216,7 +220,12 @@ def _read(path: Path, config: ModelConfig | None = None) -> _Stored:
     if stored is not None and config is not None and config != stored:
         raise UserError(f"{path} was trained with another config: {_differences(stored, config)}")
     if stored is None and weights.suffix != ".safetensors" and config is not None:
-        _refuse_unreleased(config, config_from_shapes(state, weights), weights)
+        unlike = _differences(config_from_shapes(state, weights), config, _NOT_IN_SHAPES)
+        if unlike:
+            raise UserError(
+                f"{weights} is a .pth file, and released ones have {unlike}: the weights would load but give wrong "
+                "logits; put weights with another config into a bundle"
+            )
     config = stored or config or config_from_shapes(state, weights)
     check_config(config, state, weights)
     with torch.device("meta"):  # shapes without memory or initial values
@@ -243,24 +252,6 @@ def _stored_config(weights: Path, manifest: Manifest | None) -> ModelConfig | No
         differences = _differences(carried, listed)
         raise UserError(f"{weights} and its {MANIFEST} have different configs: {differences}")
     return listed
-
-
-def _refuse_unreleased(asked: ModelConfig, released: ModelConfig, path: Path) -> None:
-    """Raises UserError for config values that shapes cannot reveal."""
-    differences = _differences(released, asked, _NOT_IN_SHAPES)
-    if differences:
-        raise UserError(
-            f"{path} is a .pth file, and released ones have {differences}: the weights would load but give wrong "
-            "logits; put weights with another config into a bundle"
-        )
-
-
-def _refuse_timm_vit(state: Mapping[str, Tensor], path: Path) -> None:
-    if {PATCHES, "blocks.0.norm1.bias", "blocks.0.mlp.fc1.bias"} <= state.keys():
-        raise UserError(
-            f"{path} is a timm ViT (LayerNorm, GELU), not an iLLaMA: quantize it unchanged with --model timm:NAME, or "
-            "make it causal with illama.models.timm_vit.to_causal"
-        )
 
 
 def _grid_side(state: Mapping[str, Tensor], path: Path) -> int:

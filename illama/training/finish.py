@@ -45,20 +45,14 @@ def write_bundle(run: Run) -> Path:
 
     Every process must call it, since all of them evaluate; the main process writes.
     """
-    recipe, test = run.recipe, run.task.data.test()
+    recipe, task, test = run.recipe, run.task, run.task.data.test()
     scores = Scores(run.score_name, len(cast(Sized, test)), {TRAINED: run.score(test)}, epochs=recipe.epochs)
     weights, config = run.kept_weights(), cast(ILLaMA, run.model).config
     folder = recipe.out / "bundle"
     if not run.processes.main:
         return folder
-    manifest = Manifest(
-        config.kind,
-        config.to_dict(),
-        run.task.preprocessing,
-        tuple(run.task.data.classes),
-        Provenance(seed=recipe.seed, inputs=run.task.inputs),
-        scores=scores,
-    )
+    classes, provenance = tuple(task.data.classes), Provenance(seed=recipe.seed, inputs=task.inputs)
+    manifest = Manifest(config.kind, config.to_dict(), task.preprocessing, classes, provenance, scores=scores)
     with write_folder(folder) as draft:
         write_weights(weights, config, draft / WEIGHTS)
         (draft / "log.csv").write_text((recipe.out / "log.csv").read_text())

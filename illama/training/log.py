@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from illama.atomic_write import write_file
 
 LOSS_COLUMNS = ("step", "train_loss")
+_EPOCH_COLUMNS = ("epoch", "step", "learning_rate", "soft_mask", "train_loss")  # and two that follow
 _VALIDATION = "validation_"
 
 
@@ -23,15 +24,7 @@ class Log:
 
     def __init__(self, out: Path, step: int, score: str = "top1") -> None:
         self.epochs, self.losses = out / "log.csv", out / "losses.csv"
-        self.columns = (
-            "epoch",
-            "step",
-            "learning_rate",
-            "soft_mask",
-            "train_loss",
-            f"{_VALIDATION}{score}",
-            "images_per_second",
-        )
+        self.columns = (*_EPOCH_COLUMNS, f"{_VALIDATION}{score}", "images_per_second")
         for path, columns in ((self.epochs, self.columns), (self.losses, LOSS_COLUMNS)):
             rows = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
             with write_file(path) as draft, draft.open("w", newline="") as file:

@@ -195,14 +195,13 @@ class Run:
     def save(self) -> None:
         """Writes the checkpoint atomically, with unsharded weights. Every process must call it."""
         model, optimizer = sharded.get_state_dict(self.model, self.optimizer, options=_WHOLE)
-        average = self.kept_weights() if self.average else {}
         content = {
             "step": self.progress.step,
             "loss_sum": self.progress.loss_sum,
             "identity": self.identity,
             "model": model,
             "optimizer": optimizer,
-            "average": average,
+            "average": self.kept_weights() if self.average else {},
             "scaler": self.scaler.state_dict(),
         }
         if self.processes.main:
@@ -216,10 +215,9 @@ class Run:
         if not self.checkpoint.exists():
             return
         content = read_pickle(self.checkpoint)
-        identity = content.get("identity")
-        if not isinstance(identity, str) or parse_json(identity, dict[str, Any], str(self.checkpoint)) != json.loads(
-            self.identity
-        ):
+        stored, path = content.get("identity"), str(self.checkpoint)
+        facts = parse_json(stored, dict[str, Any], path) if isinstance(stored, str) else None
+        if facts != json.loads(self.identity):
             raise UserError(
                 f"{self.recipe.out} contains a run with other options, images or initial weights: "
                 "choose another --out or delete it"
@@ -233,13 +231,8 @@ class Run:
         check_tensors(content["model"], self.checkpoint)
         check_tensors(content["average"], self.checkpoint)
         self.progress.step, self.progress.loss_sum = int(content["step"]), float(content["loss_sum"])
-        sharded.set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=content["model"],
-            optim_state_dict=content["optimizer"],
-            options=_WHOLE,
-        )
+        states = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
+        sharded.set_state_dict(self.model, self.optimizer, **states, options=_WHOLE)
         if self.average:
             sharded.set_model_state_dict(self.kept, content["average"], options=_WHOLE)
             self.average.n_averaged += self.progress.step

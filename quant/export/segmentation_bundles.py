@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from illama.atomic_write import write_folder
-from illama.bundle import CPU_ONNX, FUSED_ONNX, GoldenImages, sha256
+from illama.bundle import CPU_ONNX, FUSED_ONNX, GoldenImages
 from illama.data.ade20k import SegmentationFolder
 from illama.errors import UserError
 from illama.manifest import Provenance
@@ -68,8 +68,8 @@ def open_segmentation_job(
         raise UserError(f"{folder} has other classes than {bundle}: they must be the same")
     plans = [resolve(scheme, model) for scheme in schemes_from_options(names, onnx_scheme)]
     source = SourceOptions(bundle, data=str(folder), calibration_images=calibration_images)
-    hashes = {str(checkpoint.weights): sha256(checkpoint.weights)}
-    origin = Origin(preprocessing, data.classes, Provenance(inputs=hashes, source=source), golden)
+    provenance = Provenance(inputs=checkpoint.digests(), source=source)
+    origin = Origin(preprocessing, data.classes, provenance, golden)
     return SegmentationJob(model, plans, data, origin, calibration_images)
 
 
