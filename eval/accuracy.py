@@ -85,12 +85,8 @@ def main(options: AccuracyOptions) -> None:
         else:
             temperatures, failed = stored_temperatures(bundles.paths)
         facts = {"data": name, **bundles.facts, "runtimes": bundles.runtimes}
-        results = evaluate(
-            bundles.models,
-            Transformed(split, transform),
-            temperatures,
-            Evaluation(work, options.workers, options.batch, facts, group, patience=options.patience),
-        )
+        how = Evaluation(work, options.workers, options.batch, facts, group, patience=options.patience)
+        results = evaluate(bundles.models, Transformed(split, transform), temperatures, how)
         group.barrier()  # all processes have read the chunks
         if group.main:
             settings = {"data": name, "calibration_images": images}

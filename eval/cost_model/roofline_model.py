@@ -60,16 +60,11 @@ def lower_bounds(costs: Sequence[ProductCost], device: Device) -> list[LayerBoun
         compute = sum(product.operations / device.peak(product.precision) for product in products)
         size = sum(product.weight_bytes + product.activation_bytes for product in products)
         memory = size / (device.bandwidth * 1e9)
-        bounds.append(
-            LayerBound(
-                layer,
-                "+".join(dict.fromkeys(product.precision for product in products)),
-                sum(product.operations for product in products),
-                size,
-                max(compute, memory) * 1e3,
-                "compute" if compute > memory else "memory",
-            )
-        )
+        precision = "+".join(dict.fromkeys(product.precision for product in products))
+        operations, limited_by = sum(product.operations for product in products), "memory"
+        if compute > memory:
+            limited_by = "compute"
+        bounds.append(LayerBound(layer, precision, operations, size, max(compute, memory) * 1e3, limited_by))
     return bounds
 
 

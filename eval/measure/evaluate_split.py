@@ -96,7 +96,11 @@ def evaluate(
     if how.work is None and processes.count > 1:
         raise ValueError("several processes must share a work folder: give one")
     with nullcontext(how.work) if how.work else tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
-        _claim_together(Path(folder), pinned, processes, how.restart)
+        if processes.main:
+            claim(Path(folder), pinned, restart=how.restart)
+        processes.barrier()
+        if not processes.main:
+            claim(Path(folder), pinned)
         paths = {each: Path(folder) / f"{each.start:09d}.safetensors" for each in chunks}
         own = chunks[processes.rank :: processes.count]
         missing = [each for each in own if not paths[each].exists()]
@@ -108,14 +112,6 @@ def evaluate(
             _wait_for(list(paths.values()), how.patience)
         parts = [_read(path, models, len(each)) for each, path in paths.items()]
     return {name: _concatenate([part[name] for part in parts], total) for name in models}
-
-
-def _claim_together(work: Path, facts: Mapping[str, Any], processes: Processes, restart: bool) -> None:
-    if processes.main:
-        claim(work, facts, restart=restart)
-    processes.barrier()
-    if not processes.main:
-        claim(work, facts)
 
 
 def _progress(own: Sequence[range], missing: Sequence[range], processes: Processes) -> Activity:
@@ -173,8 +169,7 @@ def _write(path: Path, part: Mapping[str, Evaluated | NotFinite]) -> None:
         if isinstance(each, NotFinite):
             arrays[f"{place}/not_finite"] = np.array([each.images])
             continue
-        forms = {"plain": each.plain, "scaled": each.scaled}
-        for form, predictions in forms.items():
+        for form, predictions in (("plain", each.plain), ("scaled", each.scaled)):
             if predictions is not None:
                 arrays |= {f"{place}/{form}/{name}": values for name, values in vars(predictions).items()}
         if each.powers is not None:

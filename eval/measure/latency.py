@@ -153,9 +153,8 @@ def measure_latency(
         for name, reason in refused.items():
             timings.refused[name][batch] = reason
         times = _take_turns({name: engines[name] for name in plans}, given, plans, options, order, watch)
-        joules = _energy(
-            engines, given, {name: each for name, each in meters.items() if name in plans}, options.progress
-        )
+        metered = {name: each for name, each in meters.items() if name in plans}
+        joules = _energy(engines, given, metered, options.progress)
         for name, values in times.items():
             timings.latency[name].append(_summarize(values, batch, joules.get(name)))
     watch.look()

@@ -80,7 +80,10 @@ def time_engines(
 ) -> Timings:
     """Times engines as :func:`eval.measure.latency.measure_latency` does; large ones one after another, each alone."""
     if sum(each.size for each in engines.values() if isinstance(each, ReopenedEngine)) <= TIMED_TOGETHER:
-        together = {name: _stay_open(each).infer for name, each in engines.items()}
+        together = {  # the engines that others stand for, so that calls are timed alone
+            name: (each.stay_open() if isinstance(each, ReopenedEngine) else each).infer
+            for name, each in engines.items()
+        }
         return measure_latency(together, images, batches, options, meters)
     alone = options if options.seconds is None else replace(options, seconds=options.seconds / len(engines))
     parts = [
@@ -93,8 +96,3 @@ def time_engines(
         parts[-1].conditions | {"order": "one engine after another, since they are too large to be open together"},
         {sensor for part in parts for sensor in part.sensors},
     )
-
-
-def _stay_open(engine: Engine) -> Engine:
-    """Returns the engine that another one stands for, open until it is closed, so that calls are timed alone."""
-    return engine.stay_open() if isinstance(engine, ReopenedEngine) else engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -284,31 +284,16 @@ def _in_tensorrt(path: Path, scheme: str, threads: int, store: EngineStore) -> I
             not_timed = NotTimed(
                 "cannot run", f"Accuracy is that of the ONNX file the engine was built from{emulated}: {trouble}"
             )
-        yield BenchmarkTarget(
-            scheme,
-            graph,
-            engine,
-            title,
-            record.library,
-            built=(built, record),
-            emulates=bool(not_timed and halves),
-            on_gpu=not_timed is None,
-            not_timed=not_timed,
-            left_out=left_out if whole else (),
+        target = BenchmarkTarget(
+            scheme, graph, engine, title, record.library, built=(built, record), not_timed=not_timed
         )
+        here = not_timed is None
+        yield replace(target, emulates=not here and bool(halves), on_gpu=here, left_out=left_out if whole else ())
     if not engines:
         not_timed = NotTimed("no engine", "No engine was built from it, or none can be used")
         engine = _open(partial(OnnxRuntimeEngine, graph, threads), graph, store)
-        yield BenchmarkTarget(
-            scheme,
-            graph,
-            engine,
-            f"TensorRT{emulated}",
-            "tensorrt",
-            emulates=bool(halves),
-            not_timed=not_timed,
-            left_out=left_out,
-        )
+        target = BenchmarkTarget(scheme, graph, engine, f"TensorRT{emulated}", "tensorrt", not_timed=not_timed)
+        yield replace(target, emulates=bool(halves), left_out=left_out)
 
 
 def _engines_of(graph: Path) -> tuple[list[tuple[Path, EngineRecord]], tuple[str, ...]]:

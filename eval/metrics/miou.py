@@ -33,10 +33,9 @@ class FileScores:
 
     def cells(self, is_reference: bool) -> tuple[str, ...]:
         """Returns the cells of the table's row, in the order of ``HEADINGS``."""
-        drop, scores = self.drop, self.scores
-        interval = f"{drop.points:+.2f} ({drop.low:+.2f} to {drop.high:+.2f})"
-        percents = (f"{value:.2f}" for value in (scores.pixel_accuracy, scores.mean_accuracy, self.megabytes))
-        return (self.file, f"{scores.miou:.2f}", "reference" if is_reference else interval, *percents)
+        scores, drop = self.scores, "reference" if is_reference else str(self.drop)
+        others = (f"{value:.2f}" for value in (scores.pixel_accuracy, scores.mean_accuracy, self.megabytes))
+        return (self.file, f"{scores.miou:.2f}", drop, *others)
 
 
 def open_segmentation_data(folder: Path, bundles: Sequence[Path]) -> tuple[SegmentationFolder, Preprocessing]:

@@ -93,9 +93,12 @@ class Change:
 
 def top_k_accuracy(predictions: Predictions, k: int = 1) -> Share:
     """Returns the share of images whose label is among the ``k`` largest logits, ties by class."""
-    right, images = int((predictions.rank < k).sum()), len(predictions)
-    interval = scipy.stats.binomtest(right, images).proportion_ci(method="wilson")
-    return Share(right / images * 100, float(interval.low) * 100, float(interval.high) * 100, images)
+    return _share(int((predictions.rank < k).sum()), len(predictions))
+
+
+def _share(count: int, images: int) -> Share:
+    interval = scipy.stats.binomtest(count, images).proportion_ci(method="wilson")
+    return Share(count / images * 100, float(interval.low) * 100, float(interval.high) * 100, images)
 
 
 def mcnemar(reference: np.ndarray, other: np.ndarray) -> McNemar:
@@ -176,9 +179,8 @@ def drop_between(reference: Predictions, other: Predictions, labeled: bool = Tru
     """
     if labeled:
         return paired_drop(reference.right, other.right, seed)
-    changed = int((reference.predicted != other.predicted).sum())
-    interval = scipy.stats.binomtest(changed, len(reference)).proportion_ci(method="wilson")
-    return Drop(changed / len(reference) * 100, float(interval.low) * 100, float(interval.high) * 100)
+    changed = _share(int((reference.predicted != other.predicted).sum()), len(reference))
+    return Drop(changed.percent, changed.low, changed.high)
 
 
 def unseen_points(count: int) -> float:
