@@ -61,9 +61,8 @@ def lower_bounds(costs: Sequence[ProductCost], device: Device) -> list[LayerBoun
         size = sum(product.weight_bytes + product.activation_bytes for product in products)
         memory = size / (device.bandwidth * 1e9)
         precision = "+".join(dict.fromkeys(product.precision for product in products))
-        operations, limited_by = sum(product.operations for product in products), "memory"
-        if compute > memory:
-            limited_by = "compute"
+        operations = sum(product.operations for product in products)
+        limited_by = "compute" if compute > memory else "memory"
         bounds.append(LayerBound(layer, precision, operations, size, max(compute, memory) * 1e3, limited_by))
     return bounds
 

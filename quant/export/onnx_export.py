@@ -158,7 +158,8 @@ class _LoweredProgram(ExportedProgram):
     ) -> ExportedProgram:
         """Returns the program itself if the table has none of its operators and none of them mutates its inputs."""
         targets = [node.target for node in self.graph.nodes if node.op == "call_function"]
-        if decomp_table is None or any(target in decomp_table or _mutates(target) for target in targets):
+        mutating = any(isinstance(each, torch._ops.OpOverload) and each._schema.is_mutable for each in targets)
+        if decomp_table is None or mutating or any(each in decomp_table for each in targets):
             return super().run_decompositions(decomp_table, decompose_custom_triton_ops)
         return self
 
@@ -183,10 +184,6 @@ def lower(program: ExportedProgram) -> ExportedProgram:
         program.constants,
         verifiers=program.verifiers,
     )
-
-
-def _mutates(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _lower(node: fx.Node) -> None:

@@ -157,10 +157,7 @@ class Planner:
             self._cost_limit = plan.predicted[self.budget.kind] - max(excess, limit / 1000)
 
     def _least(self) -> str:
+        ms, size = (sum(min(values) for values in table.values()) for table in (self.ms, self.bytes))
         if self.budget.kind == "ms":
-            return f"the fastest is predicted to take {self.space.fixed_ms + _least(self.ms):.3f} ms"
-        return f"the smallest is predicted to take {(self.space.fixed_bytes + _least(self.bytes)) / 1e6:.3f} MB"
-
-
-def _least(table: Mapping[str, list[float]]) -> float:
-    return sum(min(values) for values in table.values())
+            return f"the fastest is predicted to take {self.space.fixed_ms + ms:.3f} ms"
+        return f"the smallest is predicted to take {(self.space.fixed_bytes + size) / 1e6:.3f} MB"

@@ -17,7 +17,6 @@ The first two change weights only and cost nothing at run time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,21 +58,6 @@ class Rotate(nn.Module):
         blocks = x if x.shape[-1] == len(self.matrix) else x.unflatten(-1, (-1, len(self.matrix)))
         y = (blocks @ self.matrix).reshape(x.shape)
         return y if self.bias is None else y + self.bias
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """A residual branch of a block: x + scale(writer(...(readers(norm(x))))).
-
-    Attributes:
-        scale: name of the module in ``parent`` that scales the output by channel (timm's LayerScale), if there is one.
-    """
-
-    norm: Any
-    readers: Sequence[Any]
-    writer: Any
-    parent: nn.Module
-    scale: str
 
 
 def prepare(model: MaskedNetwork, scheme: Scheme, batches: Sequence[Tensor]) -> None:
@@ -259,17 +243,21 @@ def _rotate_residual(model: MaskedNetwork, generator: torch.Generator) -> None:
     for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
         if (table := getattr(network, name, None)) is not None:
             _set(table, table.double() @ matrix)
-    for branch in [branch for block in network.blocks for branch in _branches(block)]:
-        _fold_norm(branch.norm, branch.readers)
-        _fold_scale(branch)
-        for reader in branch.readers:
+    for norm, readers, writer, parent, scale in [branch for block in network.blocks for branch in _branches(block)]:
+        _fold_norm(norm, readers)
+        _fold_scale(writer, parent, scale)
+        for reader in readers:
             _set(reader.weight, reader.weight.double() @ matrix)
-        _rotate_outputs(branch.writer, matrix)
+        _rotate_outputs(writer, matrix)
     _rotate_back(model, matrix)
 
 
-def _branches(block: Any) -> Iterator[_Branch]:
-    """Yields the residual branches of a block of ours or of timm's."""
+def _branches(block: Any) -> Iterator[tuple[Any, list[Any], Any, nn.Module, str]]:
+    """Yields (norm, readers, writer, parent, scale) of the residual branches of a block of ours or of timm's.
+
+    A branch is x + scale(writer(...(readers(norm(x))))); ``scale`` is the name of the module in ``parent`` that scales
+    the output by channel (timm's LayerScale), if there is one.
+    """
     parts: list[Any]
     if isinstance(block, ParallelThingsBlock):
         parts = [(each.norm, each.attn, each, "ls") for each in block.attns]
@@ -279,7 +267,7 @@ def _branches(block: Any) -> Iterator[_Branch]:
     for norm, body, parent, scale in parts:
         writer = body.proj if hasattr(body, "proj") else body.fc2
         readers = [child for child in body.children() if isinstance(child, nn.Linear) and child is not writer]
-        yield _Branch(norm, readers, writer, parent, scale)
+        yield norm, readers, writer, parent, scale
 
 
 def _rotate_back(model: MaskedNetwork, matrix: Tensor) -> None:
@@ -325,14 +313,14 @@ def _fold_norm(norm: Any, readers: Sequence[Any]) -> None:
         bias.zero_()
 
 
-def _fold_scale(branch: _Branch) -> None:
+def _fold_scale(writer: Any, parent: nn.Module, name: str) -> None:
     """Moves a LayerScale into the Linear before it."""
-    scale: Any = getattr(branch.parent, branch.scale, None)
+    scale: Any = getattr(parent, name, None)
     if hasattr(scale, "gamma"):
-        _set(branch.writer.weight, scale.gamma.double()[:, None] * branch.writer.weight.double())
-        if branch.writer.bias is not None:
-            _set(branch.writer.bias, scale.gamma.double() * branch.writer.bias.double())
-        setattr(branch.parent, branch.scale, nn.Identity())
+        _set(writer.weight, scale.gamma.double()[:, None] * writer.weight.double())
+        if writer.bias is not None:
+            _set(writer.bias, scale.gamma.double() * writer.bias.double())
+        setattr(parent, name, nn.Identity())
 
 
 def _mlps(model: nn.Module) -> dict[str, Any]:

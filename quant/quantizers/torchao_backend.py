@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,7 @@ def quantize_with_torchao(model: MaskedNetwork, plan: QuantizationPlan) -> Maske
     """
     check(model, plan)
     quantized = _split(copy.deepcopy(model)).eval()
-    for recipe, layers in _recipes(quantized, plan.scheme):
-        _apply(quantized, recipe.deployed, layers)
+    _apply(quantized, plan.scheme, lambda recipe: recipe.deployed)
     return quantized.requires_grad_(False)
 
 
@@ -112,9 +112,7 @@ def prepare_qat(model: MaskedNetwork, plan: QuantizationPlan) -> MaskedNetwork:
     """
     check(model, plan)
     prepared = _split(copy.deepcopy(model))
-    for recipe, layers in _recipes(prepared, plan.scheme):
-        config = QATConfig(activation_config=recipe.activation, weight_config=recipe.weight, step="prepare")
-        _apply(prepared, config, layers)
+    _apply(prepared, plan.scheme, lambda recipe: QATConfig(None, recipe.activation, recipe.weight, step="prepare"))
     return prepared
 
 
@@ -125,8 +123,7 @@ def convert_qat(prepared: MaskedNetwork, plan: QuantizationPlan) -> MaskedNetwor
         plan: the plan that it was prepared for.
     """
     converted = copy.deepcopy(prepared).eval()
-    for recipe, layers in _recipes(converted, plan.scheme):
-        _apply(converted, QATConfig(recipe.deployed, step="convert"), layers)
+    _apply(converted, plan.scheme, lambda recipe: QATConfig(recipe.deployed, step="convert"))
     return converted.requires_grad_(False)
 
 
@@ -209,15 +206,17 @@ class _Recipe:
     activation: Any
 
 
-def _recipes(network: nn.Module, scheme: Scheme) -> list[tuple[_Recipe, set[str]]]:
-    """Returns each recipe with the names of its Linears in ``network``, parts of split ones included."""
+def _apply(network: nn.Module, scheme: Scheme, config_of: Callable[[_Recipe], AOBaseConfig]) -> None:
+    """Applies a config of each recipe to its Linears in ``network``, parts of split ones included."""
     kinds: dict[tuple[TensorSpec | None, TensorSpec | None], set[str]] = {}
     for name, module in network.named_modules():
         layer = _whole(name)
         pair = scheme.spec(f"{layer}.weight"), scheme.spec(f"{layer}.input")
         if isinstance(module, nn.Linear) and any(pair):
             kinds.setdefault(pair, set()).add(name)
-    return [(_recipe(scheme, _whole(min(names))), names) for names in kinds.values()]
+    for names in kinds.values():
+        recipe = _recipe(scheme, _whole(min(names)))
+        quantize_(network, config_of(recipe), lambda _, name, names=names: name in names)
 
 
 def _whole(name: str) -> str:
@@ -251,10 +250,6 @@ def _recipe(scheme: Scheme, layer: str) -> _Recipe:
         deployed = Float8WeightOnlyConfig(set_inductor_config=False)
         return _Recipe(deployed, Float8FakeQuantizeConfig(torch.float8_e4m3fn, PerRow()), None)
     raise UserError(f"{place}: torchao has no {weight} weight for {'8-bit' if dynamic else 'float'} inputs on a CPU")
-
-
-def _apply(network: nn.Module, config: AOBaseConfig, layers: set[str]) -> None:
-    quantize_(network, config, lambda _, name: name in layers)
 
 
 def _split(model: MaskedNetwork) -> MaskedNetwork:
