@@ -84,11 +84,8 @@ def attention_macs(config: ModelConfig, form: Form = "needed") -> int:
     pairs = config.tokens**2
     if form == "needed":
         triangle = visible_pairs(config)
-        scores, values = {
-            "bidirectional": (pairs, pairs),
-            "post_softmax": (pairs, triangle),
-            "pre_softmax": (triangle, triangle),
-        }[config.mask]
+        scores = triangle if config.mask == "pre_softmax" else pairs
+        values = pairs if config.mask == "bidirectional" else triangle
         return (scores + values) * config.width
     doubled = form == "fused" and config.mask == "post_softmax"  # the fused form multiplies by [K ; K] and [V ; 0]
     return (4 if doubled else 2) * pairs * config.width

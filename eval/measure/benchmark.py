@@ -301,8 +301,9 @@ def make_report(
         seconds: duration of each step.
         not_run: reasons why something else was not measured.
     """
+    shared = {name: value for name, value in vars(result).items() if name != "notes"}  # fields of the same names
     return Report(
-        rows=result.rows,
+        **shared,
         decision=decide(result.rows, options.constraints),
         command=command_line(),
         data=images.name,
@@ -311,15 +312,10 @@ def make_report(
         machine=describe_machine(),
         versions=package_versions(),
         constraints=options.constraints,
-        conditions=result.conditions,
         calibration_images=images.calibration,
         seconds={**seconds, "all": sum(seconds.values())},
         not_run=[*not_run, *result.notes, *([] if options.also or images.features else [as_run(_ELSEWHERE)])],
         peak_memory_gib=round(peak_memory_gib(), 2),
-        layers=result.layers,
-        ranges=result.ranges,
-        findings=result.findings,
-        failed=result.failed,
         preprocessing=str(images.preprocessing),
         others=[other for folder in options.also for other in read_results(folder)],
     )

@@ -1,4 +1,9 @@
-"""Latency of several engines under the same conditions, and the energy of a call where it can be measured."""
+"""Latency of several engines under the same conditions, and the energy of a call where it can be measured.
+
+A percentile of few calls is mostly chance. As MLPerf Inference by its early-stopping rule, :func:`percentile_bound`
+therefore states, with 99% confidence, a latency that the percentile does not exceed, and none at all if there are too
+few calls: github.com/mlcommons/inference_policies/blob/master/inference_rules.adoc (appendix on early stopping).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
-from eval.measure.early_stopping import percentile_bound
 from eval.measure.sensors import SYSFS, Meter, Sensor, Watch, find_gpu, read_governor
 from illama.errors import UserError
 from illama.hardware import usable_cores
@@ -22,6 +27,7 @@ from illama.options import Count, Positive, check_bounds
 from illama.progress import track
 
 LEAST_TURNS = 3
+CONFIDENCE = 0.99  # of the bounds of percentiles
 UNREADABLE = "not readable here"
 # Raised by runtimes for a batch that they reject or have no memory for; those of ONNX Runtime share no base class.
 _OF_ONNX_RUNTIME = (ort.InvalidArgument, ort.Fail, ort.RuntimeException, ort.EPFail, ort.NotImplemented)
@@ -33,8 +39,7 @@ class Latency:
     """Milliseconds of one call with ``batch`` images.
 
     Attributes:
-        p90, p99: bounds of the percentiles (:func:`eval.measure.early_stopping.percentile_bound`); None if the number
-            of calls does not support them.
+        p90, p99: bounds of the percentiles (:func:`percentile_bound`); None if there are too few calls for them.
         calls: number of timed calls.
         joules: energy of one call; None if the device does not report it.
     """
@@ -283,3 +288,20 @@ def _summarize(seconds: list[float], batch: int, joules: float | None) -> Latenc
     times = np.array(seconds) * 1e3
     p90, p99 = (percentile_bound(times, percentile) for percentile in (0.9, 0.99))
     return Latency(batch, float(np.mean(times)), float(np.median(times)), p90, p99, len(times), joules)
+
+
+def percentile_bound(values: Sequence[float] | np.ndarray, percentile: float) -> float | None:
+    """Returns the smallest value that a percentile exceeds with a probability of at most 1%; None for too few values.
+
+    The number of values above the true percentile is binomial. If at most ``t`` of them were above it with a
+    probability of 1% or less, then it lies below the ``t``-th largest value.
+
+    Args:
+        values: independent measurements.
+        percentile: as a share, such as 0.99.
+    """
+    count = len(values)
+    above = int(scipy.stats.binom.ppf(1 - CONFIDENCE, count, 1 - percentile)) if count else 0
+    while above > 0 and scipy.stats.binom.cdf(above, count, 1 - percentile) > 1 - CONFIDENCE:
+        above -= 1
+    return float(np.sort(values)[count - above]) if above > 0 else None

@@ -105,11 +105,6 @@ def calibration_error(bins: tuple[Bin, ...]) -> float:
     return sum(each.count / total * abs(each.confidence - each.accuracy) for each in bins)
 
 
-def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the mean negative log-likelihood over the images, in nats."""
-    return float(-log_probabilities(logits)[np.arange(len(labels)), labels].mean())
-
-
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature that minimizes the negative log-likelihood of logits / T (Guo et al., section 4.2).
 
@@ -127,12 +122,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     if (logits.argmax(1) == labels).all():  # the likelihood grows with 1/T until it rounds to 1
         raise ValueError("every calibration image is right, so no temperature is best: give more images")
     low, high = np.log(_TEMPERATURES)
-    found = scipy.optimize.minimize_scalar(
-        lambda log: negative_log_likelihood(logits / np.exp(log), labels),
-        bounds=(low, high),
-        method="bounded",
-        options={"xatol": 1e-7},
-    )
+
+    def loss(log: float) -> float:
+        return float(-log_probabilities(logits / np.exp(log))[np.arange(len(labels)), labels].mean())
+
+    found = scipy.optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-7})
     if not low + 1e-3 < found.x < high - 1e-3:
         raise ValueError("no temperature from 0.01 to 100 is best: give more calibration images")
     return float(np.exp(found.x))

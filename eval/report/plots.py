@@ -45,7 +45,11 @@ def draw_tradeoff(report: Report) -> bytes:
     _shade_limits(axes, report)
     axes.set_xlabel(f"p50 of one call at batch {batch}, ms")
     axes.set_ylabel(f"{report.metric}, %")
-    _plain_axes(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(colors=QUIET, labelsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(INK)
     axes.grid(color=FAINT, lw=0.6)
     _legend(figure, axes, report.rows, styles, batch)
     buffer = io.BytesIO()
@@ -120,11 +124,3 @@ def _legend(figure: Figure, axes: Axes, rows: Sequence[Row], styles: dict[str, i
     if not all(row.at(batch) for row in rows):
         axes.plot([], [], ls=(0, (4, 4)), color=QUIET, label="not timed")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False, labelcolor=INK)
-
-
-def _plain_axes(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(QUIET)
-    axes.tick_params(colors=QUIET, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)

@@ -11,7 +11,7 @@ import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.measure.early_stopping import percentile_bound
+from eval.measure.latency import percentile_bound
 
 loadgen = pytest.importorskip("mlperf_loadgen", reason="LoadGen has wheels for Linux on x86-64 only")
 
