@@ -86,8 +86,10 @@ def main(options: Options) -> None:
         f"{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n{commands}\n"
     )
     content = [asdict(each) for each in manifests]
-    for entry in content:  # a path on this machine
+    for entry in content:  # without paths of this machine
         entry["provenance"].pop("source")
+        inputs = entry["provenance"]["inputs"]
+        entry["provenance"]["inputs"] = {"/".join(Path(path).parts[-2:]): digest for path, digest in inputs.items()}
     (options.out / "qat.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
     print(text)
 

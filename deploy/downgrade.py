@@ -44,7 +44,7 @@ class DowngradeOptions:
 
 def main(options: DowngradeOptions) -> None:
     # Imported here, so that --help does not wait for ONNX.
-    from deploy.rewrites.older_bundle import GRAPHS, write_older_bundle
+    from deploy.rewrites.older_bundle import GRAPHS, NotForTargetError, write_older_bundle
     from deploy.trt.build_bundle import expand_bundles
 
     target = options.opset.target
@@ -59,7 +59,7 @@ def main(options: DowngradeOptions) -> None:
     for bundle, name in zip(bundles, names, strict=True):
         try:
             lines = write_older_bundle(bundle, target, out / name)
-        except UserError as error:
+        except NotForTargetError as error:
             if len(bundles) == 1:
                 raise
             print(f"{bundle} is skipped: {error}")

@@ -22,7 +22,7 @@ def check_attentions(subject: Subject) -> Iterator[Finding]:
             yield found("attention-in-pieces", pieces.softmax, "the softmax of an attention")
         yield from _check_pieces(pieces)
     for node in subject.model.graph:
-        if node.op_type == "Attention":
+        if node.op_type == "Attention" and not node.domain.startswith("com."):
             yield from _check_operator(node, SOFTMAX_OUTPUT in subject.model.metadata_props)
 
 

@@ -79,4 +79,9 @@ def read_rules() -> Mapping[str, Rule]:
 def found(rule: str, node: ir.Node | str, detail: str, severity: Severity | None = None) -> Finding:
     """Returns a finding of a rule, by default with the rule's severity."""
     name = node if isinstance(node, str) else node.name or str(node.outputs[0].name)
-    return Finding(rule, name, detail, severity or read_rules()[rule].severity)
+    return Finding(rule, printable(name), printable(detail), severity or read_rules()[rule].severity)
+
+
+def printable(text: str) -> str:
+    """Returns text of a file without what could move a terminal's cursor, or end a line."""
+    return "".join(each if each.isprintable() else "?" for each in text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,10 @@ from deploy.findings.quantization_rules import (
     check_stored_weights,
 )
 from deploy.versions import LoadedBy
-from illama.errors import UserError, check_exists
+from illama.errors import UserError
 from illama.graph.check_graph import drop_large_constants
 from illama.quiet import quiet
+from illama.structured_files import check_regular
 
 CHECKS: tuple[Check, ...] = (
     check_versions,
@@ -52,11 +53,14 @@ def lint_graph(path: Path, runtime: LoadedBy | None = None) -> list[Finding]:
     Raises:
         UserError: the file does not exist or is not an ONNX file.
     """
-    if check_exists(path).stat().st_size >= _LIMIT:
+    check_regular(path)
+    if path.stat().st_size >= _LIMIT:
         return [found("file-too-large", path.name, f"{path.stat().st_size / 1e9:.1f} GB")]
     subject = Subject(path, open_any_graph(path), runtime)
     try:
         findings = [finding for check in CHECKS for finding in check(subject)]
+    except (MemoryError, OSError):
+        raise
     except Exception as error:  # a file that is not valid, or whose data is cut off, fails in any place
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
     return sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
@@ -81,11 +85,12 @@ def open_any_graph(path: Path) -> ir.Model:
         light.CopyFrom(proto)
         drop_large_constants(light)
         with suppress(onnx.shape_inference.InferenceError):  # of a file with operators that ONNX does not know
-            inferred = onnx.shape_inference.infer_shapes(light, strict_mode=False, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(light, strict_mode=False)
             del proto.graph.value_info[:]
             proto.graph.value_info.extend(inferred.graph.value_info)
-        model = ir.from_proto(proto)
         with quiet("onnx_ir"):
+            model = ir.from_proto(proto)
+            model.graph.sort()  # raises an error if the graph has a cycle
             InlinePass()(model)
             LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         ir.external_data.set_base_dir(model.graph, path.parent.absolute())
@@ -112,7 +117,17 @@ def _expanded_nodes(proto: onnx.ModelProto) -> int:
 
     @cache
     def size(function: tuple[str, str]) -> int:
-        return sum(size(key) if (key := (node.domain, node.op_type)) in functions else 1 for node in bodies[function])
+        calls = ((node.domain, node.op_type) for node in _with_branches(bodies[function]))
+        return sum(size(call) if call in functions else 1 for call in calls)
 
     bodies = {key: each.node for key, each in functions.items()} | {("", ""): proto.graph.node}
     return size(("", ""))
+
+
+def _with_branches(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yields operators, and those in their branches and loops."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _with_branches(graph.node)

@@ -22,7 +22,7 @@ def check_versions(subject: Subject) -> Iterator[Finding]:
     runtime, model = subject.runtime, subject.model
     if runtime is None:
         return
-    opset = model.opset_imports.get("", 0)
+    opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))  # two names of ONNX's domain
     for what, has, limit in (("opset", opset, runtime.opset), ("IR version", model.ir_version, runtime.ir)):
         if limit is not None and has > limit:
             yield found("version-too-new", subject.path.name, f"{what} {has}; {runtime} loads up to {limit}")
@@ -35,6 +35,7 @@ def _check_operator(node: ir.Node, runtime: LoadedBy, opset: int) -> Iterator[Fi
     try:
         since = onnx.defs.get_schema(node.op_type, max(opset, 1)).since_version
     except onnx.defs.SchemaError:
+        yield found("operator-not-supported", node, f"{node.op_type} is not an operator of opset {opset}")
         return
     if runtime.lacks(node.op_type, since):
         yield found("operator-not-supported", node, f"{node.op_type} of opset {since}; {runtime} does not have it")
@@ -81,8 +82,9 @@ def check_shapes(subject: Subject) -> Iterator[Finding]:
     for value in subject.model.graph.inputs:
         if value.shape is None:
             yield found("dynamic-shape", str(value.name), "an input without a shape")
-        elif free := [str(size) for size in value.shape[1:] if not isinstance(size, int)]:
+        elif free := [str(size) for size in value.shape[1:] if not (isinstance(size, int) and size > 0)]:
             yield found("dynamic-shape", str(value.name), f"{', '.join(free)} of the input {value.name} not fixed")
     for node in subject.model.graph:
         if node.op_type in _DATA_DEPENDENT:
-            yield found("data-dependent-shape", node, node.op_type)
+            inside = ", whose branches are not checked" if node.op_type in ("Loop", "Scan", "If") else ""
+            yield found("data-dependent-shape", node, node.op_type + inside)

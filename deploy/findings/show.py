@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from deploy.findings.finding import SEVERITIES, Finding, Severity, read_rules
+from deploy.findings.finding import SEVERITIES, Finding, Severity, printable, read_rules
 from deploy.findings.lint_graph import lint_graph
 from deploy.versions import find_target, newest_runtimes
-from illama.bundle import CPU_ONNX, FUSED_ONNX
+from illama.bundle import CPU_ONNX, FUSED_ONNX, MANIFEST
 from illama.errors import UserError
 
 _NODES = 4  # named at most for each rule
@@ -29,8 +29,12 @@ def lint_files(paths: Sequence[Path], target: str | None = None) -> dict[Path, l
     """
     graphs = find_target(target).graphs if target else newest_runtimes()
     other = (graphs.get(FUSED_ONNX) or graphs.get(CPU_ONNX)) if target else None
-    files = [file for path in paths for file in _files_of(path, graphs)]
-    return {file: lint_graph(file, graphs.get(file.name, other)) for file in files}
+    found = {}
+    for path in paths:
+        for file in _files_of(path, graphs):
+            of_bundle = path.is_dir() or (file.parent / MANIFEST).exists()
+            found[file] = lint_graph(file, graphs.get(file.name, other) if of_bundle else other)
+    return found
 
 
 def _files_of(path: Path, names: Collection[str]) -> list[Path]:
@@ -45,7 +49,7 @@ def to_text(results: Mapping[Path, Sequence[Finding]]) -> str:
     """Returns findings for people: one paragraph for each rule, with the first operators that it names."""
     lines = []
     for path, findings in results.items():
-        lines.append(f"{path}: {_count(findings)}")
+        lines.append(f"{printable(str(path))}: {_count(findings)}")
         for (severity, name), group in _by_rule(findings).items():
             rule = read_rules()[name]
             lines.append(f"  {severity}: {name}, {len(group)}")

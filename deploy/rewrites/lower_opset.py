@@ -44,6 +44,8 @@ def lower_for(model: ir.Model, runtime: LoadedBy) -> bool:
     Raises:
         UserError: the runtime has no form of an operator or of a number format.
     """
+    if not 0 < model.opset_imports.get("", 0) <= OPSETS[0]:
+        raise UserError(f"the graph is not in an opset of ONNX up to {OPSETS[0]}: export it again")
     kinds = {node.op_type for node in model.graph}
     for opset in OPSETS:
         lacking = {kind for kind in kinds if (since := _since(kind, opset)) and runtime.lacks(kind, since)}
@@ -69,7 +71,7 @@ def lower_opset(model: ir.Model, opset: int, missing: Collection[str] = ()) -> N
     Before opset 19, Q/DQ have float32 inputs and scales only, so that a graph in half precision becomes float32.
 
     Args:
-        opset: one of :data:`OPSETS`.
+        opset: one of :data:`OPSETS`, not newer than the graph's.
         missing: operators that the runtime does not have, although the opset does.
 
     Raises:
@@ -114,8 +116,10 @@ def _quantize_weights(graph: ir.Graph) -> None:
         weight = node.inputs[0]
         if node.op_type != "DequantizeLinear" or weight is None or not is_constant(weight):
             continue
+        if not is_constant(node.inputs[1]) or (len(node.inputs) > 2 and array(node.inputs[2]).any()):
+            raise UserError(f"{layer_of(node)} has weights with a zero point, or a scale that is computed")
         parts, scale = Replacement(graph, node), array(node.inputs[1])
-        axis = node.attributes.get_int("axis", 1)
+        axis = node.attributes.get_int("axis", 1) % max(1, array(weight).ndim)
         along = scale.reshape([-1 if dim == axis else 1 for dim in range(array(weight).ndim)]) if scale.ndim else scale
         wide = parts.constant("weight", array(weight).astype(np.float32) * along, _FLOAT)
         zero = parts.constant("zero_point", np.zeros(scale.shape), ir.DataType.INT8)
@@ -197,7 +201,7 @@ def _rotate(parts: Replacement) -> ir.Value:
         raise UserError(f"{layer_of(parts.node)} rotates in a layout that is not supported in an older opset")
     expanded = producer(positions, "Expand")
     rows = expanded.inputs[0] if expanded is not None else positions
-    if not is_constant(rows) or (array(rows).ravel() != np.arange(len(array(cos)))).any():
+    if not all(map(is_constant, (rows, cos, sin))) or (array(rows).ravel() != np.arange(len(array(cos)))).any():
         raise UserError(f"{layer_of(parts.node)} has positions that are computed: this is not supported")
     table, minus = np.concatenate([array(cos)] * 2, -1), np.concatenate([-array(sin), array(sin)], -1)
     half = np.array([table.shape[-1] // 2] * 2)
@@ -235,8 +239,9 @@ _DECOMPOSITIONS: dict[str, _Decomposition] = {
 
 def _adapt(graph: ir.Graph, node: ir.Node, opset: int) -> None:
     """Gives an operator the form that it has in an older opset; raises UserError if it has none there."""
-    schema, newest = _schema(node.op_type, opset), _schema(node.op_type, 23)
-    assert schema is not None and newest is not None  # others were decomposed
+    schema, newest = _schema(node.op_type, opset), _schema(node.op_type, OPSETS[0])
+    if node.domain or schema is None or newest is None:
+        raise UserError(f"{layer_of(node)} is {node.domain}.{node.op_type}, which is not an operator of ONNX")
     _adapt_axes(graph, node, schema)
     for name in sorted(node.attributes.keys() - schema.attributes.keys()):
         default = onnx.helper.get_attribute_value(newest.attributes[name].default_value)
@@ -260,6 +265,8 @@ def _adapt_axes(graph: ir.Graph, node: ir.Node, schema: onnx.defs.OpSchema) -> N
     if not node.op_type.startswith("Reduce"):
         return
     if "axes" in schema.attributes and len(node.inputs) > 1:
+        if not is_constant(node.inputs[1]):
+            raise UserError(f"{layer_of(node)} reduces over computed axes: this is not supported in an older opset")
         node.attributes.add(ir.AttrInt64s("axes", array(node.inputs[1]).tolist()))
         node.resize_inputs(1)
     elif "axes" not in schema.attributes and "axes" in node.attributes:

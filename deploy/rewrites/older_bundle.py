@@ -14,7 +14,7 @@ from deploy.rewrites.lower_opset import lower_for
 from deploy.rewrites.trtexec_script import write_script
 from deploy.runtimes.temperature import copy_temperature
 from deploy.versions import LoadedBy, Target
-from illama.atomic_write import write_folder
+from illama.atomic_write import list_folder, write_folder
 from illama.bundle import CPU_ONNX, ENGINE_SCRIPT, ENGINES, FUSED_ONNX, command_line, sha256, with_data
 from illama.errors import UserError
 from illama.graph.reader import load_graph
@@ -24,7 +24,11 @@ from illama.manifest import Manifest
 GRAPHS = (CPU_ONNX, FUSED_ONNX)
 _WIDE = (ir.DataType.FLOAT, ir.DataType.BFLOAT16)
 # Engines and measurements of the files as they were, and a script for another runtime.
-_LEFT_OUT = shutil.ignore_patterns(ENGINES, ENGINE_SCRIPT, "fastest.json", "verified.json")
+_LEFT_OUT = (ENGINES, ENGINE_SCRIPT, "fastest.json", "verified.json")
+
+
+class NotForTargetError(UserError):
+    """A target loads no graph of a bundle."""
 
 
 def lower_graphs(folder: Path, target: Target) -> list[str]:
@@ -34,7 +38,8 @@ def lower_graphs(folder: Path, target: Target) -> list[str]:
         A line for each graph.
 
     Raises:
-        UserError: the target can load no graph of the bundle.
+        NotForTargetError: the target can load no graph of the bundle.
+        UserError: a graph is damaged.
     """
     lines = []
     for name in (name for name in GRAPHS if (folder / name).exists()):
@@ -42,21 +47,22 @@ def lower_graphs(folder: Path, target: Target) -> list[str]:
         if runtime is None:
             lines.append(f"{name}: as it was, not for {target.name}")
             continue
+        model = load_graph(folder / name)
         try:
-            lines.append(f"{name}, for {runtime}: {_lower(folder / name, runtime)}")
+            lines.append(f"{name}, for {runtime}: {_lower(folder / name, model, runtime)}")
         except UserError as error:
             lines.append(f"no {name}: {error}")
             for each in with_data(folder / name):
                 each.unlink()
     if not any((folder / name).exists() for name in GRAPHS):
-        raise UserError(f"{target.name} loads no graph of this bundle ({'; '.join(lines)})")
+        raise NotForTargetError(f"{target.name} loads no graph of this bundle ({'; '.join(lines)})")
     return lines
 
 
-def _lower(path: Path, runtime: LoadedBy) -> str:
+def _lower(path: Path, model: ir.Model, runtime: LoadedBy) -> str:
     """Rewrites a graph for a runtime; returns its opset and IR version as text."""
-    model, for_tensorrt = load_graph(path), runtime.runtime == "tensorrt"
-    if for_tensorrt and model.opset_imports[""] < 19:  # it is in float32, and no longer says what must be
+    for_tensorrt = runtime.runtime == "tensorrt"
+    if for_tensorrt and model.opset_imports.get("", 0) < 19:  # it is in float32, and no longer says what must be
         raise UserError("it is for TensorRT 8 already: give the bundle that it was made from")
     wide = [str(node.name) for node in model.graph if node.outputs[0].dtype in _WIDE]
     if lower_for(model, runtime):
@@ -76,14 +82,19 @@ def write_older_bundle(bundle: Path, target: Target, out: Path) -> Sequence[str]
         A line for each graph (:func:`lower_graphs`).
 
     Raises:
-        UserError: the target can load no graph of the bundle, or the bundle has none or is ``out`` too.
+        NotForTargetError: the target can load no graph of the bundle.
+        UserError: a graph is damaged, or ``out`` is the bundle or inside it.
     """
     manifest = Manifest.read(bundle)
     sources = [bundle / name for name in GRAPHS if (bundle / name).exists()]
-    if not sources or out.resolve() == bundle.resolve():
-        raise UserError(f"{bundle} has no graph, or is --out too: give a bundle of python quant/ptq.py")
+    if not any(source.name in target.graphs for source in sources):
+        raise NotForTargetError(f"{bundle} has no graph for {target.name}")
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise UserError(f"{out} is {bundle} or inside it: give another --out")
     with write_folder(out) as folder:
-        shutil.copytree(bundle, folder, dirs_exist_ok=True, ignore=_LEFT_OUT)
+        for path in list_folder(bundle):
+            if path.is_file() and path.name not in _LEFT_OUT:
+                _copy(path, folder / path.name)
         lines = lower_graphs(folder, target)
         for source in sources:
             if (folder / source.name).exists():
@@ -91,3 +102,11 @@ def write_older_bundle(bundle: Path, target: Target, out: Path) -> Sequence[str]
         inputs = {str(each): sha256(each) for each in sources}
         replace(manifest, provenance=replace(manifest.provenance, command=command_line(), inputs=inputs)).write(folder)
     return lines
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies the content of a file; raises UserError if it cannot be read, or the disk is full."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(f"cannot copy {source}: {error.strerror}") from error

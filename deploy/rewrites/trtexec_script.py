@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import onnx_ir as ir
 
 from deploy.versions import LoadedBy
 from illama.bundle import ENGINE_SCRIPT, FUSED_ONNX, INPUT
+from illama.errors import UserError
 
+_NAME = re.compile(r"[\w./-]+", re.ASCII)  # trtexec separates names by , and : and a shell reads them, too
 _SCRIPT = """#!/bin/sh
 # Builds model.engine from {graph}, with the trtexec of TensorRT {version}, in the folder of this file.
 # Usage: sh {name} [LARGEST_BATCH]
@@ -28,6 +31,9 @@ def write_script(folder: Path, model: ir.Model, runtime: LoadedBy, wide: Sequenc
     which operators need float32: normalizations, whose squares overflow in half precision, and what was exported in a
     wider format.
 
+    Raises:
+        UserError: such an operator has a name with other characters than letters, digits and ._/-.
+
     Args:
         wide: names of the operators that did not run in half precision before the graph was rewritten.
     """
@@ -36,6 +42,8 @@ def write_script(folder: Path, model: ir.Model, runtime: LoadedBy, wide: Sequenc
     only = "--skipInference" if runtime.at_least("8.6") else "--buildOnly"
     if runtime.weakly_typed:
         names = [str(node.name) for node in model.graph if _came_from(str(node.name), wide)]
+        if odd := next((name for name in names if not _NAME.fullmatch(name)), None):
+            raise UserError(f"the operator {odd[:80]!r} has a name that trtexec cannot take: export the network again")
         quantized = any(node.op_type == "QuantizeLinear" for node in model.graph)
         options = ["--fp16", *(["--int8"] if quantized else []), only]
         options += ["--precisionConstraints=obey", f"--layerPrecisions={','.join(f'{name}:fp32' for name in names)}"]

@@ -29,7 +29,8 @@ def decompose_attention(
     q, k, v, mask = [*attention.inputs, None][:4]
     half = attention.outputs[0].dtype
     assert q is not None and k is not None and q.shape is not None and k.shape is not None and half is not None
-    if options.get("is_causal") or options.get("softcap") or len(q.shape) != 4 or k.shape[1] != q.shape[1]:
+    more = any(value is not None for value in attention.inputs[4:]) or len(attention.outputs) > 1  # keys of before
+    if more or options.get("is_causal") or options.get("softcap") or len(q.shape) != 4 or k.shape[1] != q.shape[1]:
         raise UserError(f"{layer_of(attention)} is an attention that cannot be split into its parts")
     scores = scores or half
     parts = Replacement(graph, attention)

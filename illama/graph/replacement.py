@@ -52,7 +52,10 @@ class Replacement:
 
     def constant(self, name: str, number: object, dtype: ir.DataType) -> ir.Value:
         """Returns a new constant of the graph."""
-        return add_constant(self.graph, f"{self.name}/{name}", np.array(number, dtype.numpy()))
+        full = f"{self.name}/{name}"
+        while full in self.graph.initializers:  # of the file
+            full += "_"
+        return add_constant(self.graph, full, np.array(number, dtype.numpy()))
 
     def finish(self, result: ir.Value) -> None:
         """Inserts the nodes, lets all readers of the old node read ``result``, and removes the old node."""
