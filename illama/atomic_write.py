@@ -18,7 +18,6 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 from illama.bundle import MANIFEST
@@ -98,7 +97,6 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
         BlockingIOError: another process holds the lock, and ``wait`` is False.
         OSError: the file cannot be opened for writing.
     """
-    _register_fork_handler()
     descriptor, supported = _acquire(path, wait)
     _held.add(descriptor)
     try:
@@ -110,15 +108,12 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
             os.close(descriptor)
 
 
-@cache
-def _register_fork_handler() -> None:
-    """Makes forked children close locked files, so that a worker does not keep its killed parent's locks."""
-    os.register_at_fork(after_in_child=_close_held)
-
-
 def _close_held() -> None:
     while _held:
         os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_held)  # so that a worker does not keep its killed parent's locks
 
 
 def _acquire(path: Path, wait: bool) -> tuple[int, bool]:

@@ -66,7 +66,7 @@ class PartialWork:
         """
         found: set[str] = set()
         if (self.folder / RUN).exists():
-            found = self._find_finished()
+            found = {name for pin in self._pins() if self._is_whole(name := pin.name.removesuffix(_PIN))}
             if restart or not found:
                 self._clear()
         claim(self.folder, facts, "give the same options, or discard it (--restart, or delete the folder)")
@@ -109,9 +109,6 @@ class PartialWork:
 
     def _pin(self, name: str) -> Path:
         return self.folder / f"{name}{_PIN}"
-
-    def _find_finished(self) -> set[str]:
-        return {name for name in (pin.name.removesuffix(_PIN) for pin in self._pins()) if self._is_whole(name)}
 
     def _pins(self) -> list[Path]:
         paths = [path for path in list_folder(self.folder) if path.name not in (RUN, _RESULT, _STEPS)]

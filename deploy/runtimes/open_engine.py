@@ -89,7 +89,14 @@ def load_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
 
         return TensorRTEngine(path, record)
     if path.suffix == ".onnx":
-        return _open_onnx(path, runtime or cpu_runtime(path, threads), threads)
+        runtime = runtime or cpu_runtime(path, threads)
+        if runtime == "openvino":
+            return OpenVinoEngine(path, threads)
+        if runtime == "onnxruntime" or runtime in PROVIDERS:
+            return OnnxRuntimeEngine(path, threads, PROVIDERS.get(runtime))
+        raise UserError(
+            f"{path} does not run in {runtime}: it is an ONNX file; build an engine with python deploy/build.py"
+        )
     if runtime not in (None, "torch", "torch-compile"):
         raise UserError(
             f"{path} does not run in {runtime}: it holds weights for PyTorch; export it with python quant/ptq.py"
@@ -98,16 +105,6 @@ def load_engine(path: Path, runtime: RuntimeName | None = None, threads: int = 0
     from illama.checkpoints.load import load_network
 
     return TorchEngine(load_network(path), compiled=runtime == "torch-compile")
-
-
-def _open_onnx(path: Path, runtime: RuntimeName, threads: int) -> Engine:
-    if runtime == "openvino":
-        return OpenVinoEngine(path, threads)
-    if runtime == "onnxruntime" or runtime in PROVIDERS:
-        return OnnxRuntimeEngine(path, threads, PROVIDERS.get(runtime))
-    raise UserError(
-        f"{path} does not run in {runtime}: it is an ONNX file; build an engine with python deploy/build.py"
-    )
 
 
 def files_of(path: Path, runtime: RuntimeName | None) -> list[Path]:

@@ -16,8 +16,9 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,13 +45,6 @@ FORMAT = 4
 PLAN = "model.plan"
 
 
-@dataclass(frozen=True)
-class _Record:
-    """The field of RECORD that is read; the others are for people."""
-
-    format: int = 1
-
-
 def is_repository(folder: Path) -> bool:
     """Whether a folder is a repository that this module wrote, which may be replaced by a newer one."""
     return (folder / RECORD).is_file()
@@ -59,7 +53,7 @@ def is_repository(folder: Path) -> bool:
 def check_repository(folder: Path) -> None:
     """Raises UserError unless a folder is a repository of this module in the current format."""
     try:
-        found = read_json(folder / RECORD, _Record, "ignore").format
+        found = read_json(folder / RECORD, dict[str, Any]).get("format", 1)  # the other fields are for people
     except UserError as error:
         raise UserError(f"{folder} is not a repository of python deploy/serve.py: give bundles to write one") from error
     if found != FORMAT:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_pil_image
 
 from eval.report.cautions import cautions
 from eval.report.page import render_html
 from eval.report.plots import draw_tradeoff
 from eval.report.schema import Report, Row
 from eval.report.table import escape, markdown_table, not_measured, range_notes, softmax_notes
-from eval.report.thumbnails import draw_thumbnails
 from illama.atomic_write import list_folder, write_file
 from illama.data.datasets import Sample
 from illama.errors import UserError
@@ -24,6 +28,7 @@ from illama.structured_files import read_json
 
 SUMMARY, FIGURES, PAGE, MARKDOWN = "summary.json", "report.json", "report.html", "report.md"
 TRADEOFF = "tradeoff.png"
+SIDE = 96  # pixels of a thumbnail
 FILES = (SUMMARY, FIGURES, PAGE, MARKDOWN, TRADEOFF)
 
 
@@ -68,6 +73,20 @@ def write_and_print(report: Report, split: Dataset[Sample], folder: Path, shown_
     for line in (*warned, *range_notes(report), *softmax_notes(report), *report.not_run):
         print(line)
     print(f"{report.seconds['all']:.0f} s, {report.peak_memory_gib} GiB; report: {shown_as / PAGE}")
+
+
+def draw_thumbnails(split: Dataset[Sample], indices: Iterable[int]) -> dict[int, str]:
+    """Returns, by index, the image as a data URI: JPEG, or PNG if it is no larger than a thumbnail."""
+    return {index: _data_uri(split[index][0]) for index in sorted(set(indices))}
+
+
+def _data_uri(image: Image.Image | Tensor) -> str:
+    picture = to_pil_image(image) if isinstance(image, Tensor) else image.convert("RGB")
+    small = max(picture.size) <= SIDE
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if small else "JPEG", quality=85)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
