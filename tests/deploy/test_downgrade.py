@@ -1,6 +1,7 @@
 """Graphs in older opsets compute the same, load in older runtimes, and are refused where they cannot be written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from illama.bundle import CPU_ONNX, ENGINE_SCRIPT, FUSED_ONNX, SHIPPED, data_fil
 from illama.checkpoints.load import load_checkpoint
 from illama.errors import UserError
 from illama.graph.emulate_half import emulate_half
-from illama.graph.reader import array, is_constant, load_graph, producer
+from illama.graph.reader import add_constant, array, is_constant, load_graph, producer
 from illama.graph.session import cpu_session, session_of
 from illama.graph.writer import save_graph
 from illama.options import SourceOptions
@@ -309,6 +310,69 @@ def test_tensorrt_8_5_takes_no_camera_frames(bundle, tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (2, 40, 50, 1)).astype(np.uint8)
     found, expected = (open_engine(tmp_path / name, "onnxruntime").infer(frames) for name in ("six", "camera"))
     assert error(found, expected) < 0.03
+
+
+def test_a_name_that_a_shell_would_run_is_refused(bundle, tmp_path):
+    copy = tmp_path / "int8"
+    shutil.copytree(bundle, copy)
+    graph = load_graph(copy / FUSED_ONNX)
+    norm = next(node for node in graph.graph if node.op_type == "RMSNormalization")
+    norm.name = "norm;touch pwned;$(touch pwned)"
+    save_graph(graph, copy / FUSED_ONNX)
+    lines = write_older_bundle(copy, find_target("tensorrt-8.6"), tmp_path / "older")
+    assert any("norm;touch" in line for line in lines)
+    assert not any((tmp_path / "older" / name).exists() for name in (ENGINE_SCRIPT, FUSED_ONNX))
+
+
+def test_weights_with_a_zero_point_are_refused(bundle):
+    graph = load_graph(bundle / FUSED_ONNX)
+    node = next(node for node in graph.graph if node.op_type == "DequantizeLinear" and is_constant(node.inputs[0]))
+    node.resize_inputs(3)
+    node.replace_input_with(2, add_constant(graph.graph, "five", np.full(array(node.inputs[1]).shape, 5, np.int8)))
+    with pytest.raises(UserError, match="zero point"):
+        lower_for(graph, find_runtime("tensorrt", "8.6"))
+
+
+def test_attention_with_a_cache_is_refused(bundle):
+    graph = load_graph(bundle / FUSED_ONNX)
+    node = next(node for node in graph.graph if node.op_type == "Attention")
+    node.resize_inputs(6)
+    for index in (4, 5):
+        node.replace_input_with(index, node.inputs[1])
+    with pytest.raises(UserError, match="attention"):
+        lower_opset(graph, 17)
+
+
+def test_constants_of_the_file_keep_their_values(bundle, tmp_path):
+    graph = load_graph(bundle / CPU_ONNX)
+    norm = next(node for node in graph.graph if node.op_type == "RMSNormalization")
+    add_constant(graph.graph, f"{norm.name}/epsilon", np.float32(1e3))
+    lower_opset(graph, 19)
+    save_graph(graph, tmp_path / CPU_ONNX)
+    assert error(run(cpu_session(tmp_path / CPU_ONNX, 1)), run(cpu_session(bundle / CPU_ONNX, 1))) < 0.03
+
+
+def test_graphs_of_no_known_opset_are_refused(bundle):
+    for opset in (0, 24):
+        graph = load_graph(bundle / CPU_ONNX)
+        graph.opset_imports[""] = opset
+        with pytest.raises(UserError, match="opset"):
+            lower_for(graph, find_runtime("onnxruntime", "1.16"))
+
+
+def test_a_damaged_graph_is_an_error_and_not_left_out(bundle, tmp_path):
+    copy = tmp_path / "int8"
+    shutil.copytree(bundle, copy)
+    (copy / CPU_ONNX).write_bytes((copy / CPU_ONNX).read_bytes()[:-1000])
+    result = run_command("deploy/downgrade.py", copy, "--for", "jetpack-6", "--out", tmp_path / "out")
+    assert_one_line_error(result, CPU_ONNX)
+    assert not (tmp_path / "out" / "int8").exists()
+
+
+def test_a_bundle_is_not_written_into_itself(bundle):
+    before = sorted(bundle.iterdir())
+    assert_one_line_error(run_command("deploy/downgrade.py", bundle, "--opset", 17, "--out", bundle), "--out")
+    assert sorted(bundle.iterdir()) == before
 
 
 def test_rotations_in_another_layout_are_refused(graphs):

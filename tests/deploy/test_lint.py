@@ -1,6 +1,7 @@
 """The linter finds each fault in a graph that has it, and nothing in the same graph without it."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -195,6 +196,61 @@ def test_a_bundle_is_checked_for_what_it_is_for(tmp_path):
     (tmp_path / CPU_ONNX).write_bytes((tmp_path / FUSED_ONNX).read_bytes())
     assert list(lint_files([tmp_path], "tensorrt-10.7")) == [tmp_path / FUSED_ONNX]
     assert len(lint_files([tmp_path], "jetpack-6")) == len(lint_files([tmp_path])) == 2
+
+
+def test_a_file_that_has_a_bundle_s_name_is_checked_for_tensorrt(tmp_path):
+    path = build(tmp_path, lambda graph, x: graph.quantize(x, zero=np.uint8(0)))  # which ONNX Runtime takes
+    assert path.name == CPU_ONNX
+    assert {each.rule for each in lint_files([path], "jetpack-6")[path]} == {"version-too-new", "format-not-supported"}
+    (tmp_path / "manifest.json").touch()
+    assert lint_files([path], "jetpack-6")[path] == []
+
+
+def test_graphs_that_would_hang_or_move_the_cursor(tmp_path):
+    def cycle(graph, x):
+        first = graph.add("Add", x, "Add_1")
+        return graph.add("Add", first, x)
+
+    assert_one_line_error(run_command("deploy/lint.py", build(tmp_path, cycle), timeout=60), "model.onnx")
+    os.mkfifo(tmp_path / "pipe.onnx")
+    assert_one_line_error(run_command("deploy/lint.py", tmp_path / "pipe.onnx", timeout=60), "pipe.onnx")
+    path = build(tmp_path, lambda graph, x: residual(graph, x, True))
+    model = onnx.load(path)
+    model.graph.node[-1].name = "a\x1b[2J\nfake.onnx: nothing found"
+    onnx.save(model, path)
+    text = to_text(lint_files([path]))
+    assert "\x1b" not in text and "\nfake" not in text and "fake.onnx" in text
+
+
+def test_functions_that_grow_without_end_are_refused(tmp_path):
+    """Each of 40 functions calls the next one twice."""
+    path = build(tmp_path, lambda graph, x: graph.add("F0", x, domain="local"))
+    model = onnx.load(path)
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
+    model.opset_import.append(imports[1])
+    for index in range(40):
+        kind, domain = (f"F{index + 1}", "local") if index < 39 else ("Neg", "")
+        nodes = [helper.make_node(kind, [a], [b], domain=domain) for a, b in (("a", "b"), ("b", "c"))]
+        model.functions.append(helper.make_function("local", f"F{index}", ["a"], ["c"], nodes, imports))
+    onnx.save(model, path)
+    assert_one_line_error(run_command("deploy/lint.py", path, timeout=60), "functions")
+
+
+@pytest.mark.parametrize("size", [-1, 0])
+def test_sizes_of_older_exporters_are_dynamic(size, tmp_path):
+    path = build(tmp_path, lambda graph, x: graph.add("Neg", x))
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = size
+    onnx.save(model, path)
+    assert names(path) == {"dynamic-shape"}
+
+
+def test_both_names_of_onnx_s_domain(tmp_path):
+    path = build(tmp_path, lambda graph, x: graph.add("Neg", x))
+    model = onnx.load(path)
+    model.opset_import[0].domain = "ai.onnx"
+    onnx.save(model, path)
+    assert names(path, find_runtime("tensorrt", "8.6")) == {"version-too-new"}
 
 
 def test_a_mask_of_minus_infinity_is_no_overflow(tmp_path):
