@@ -48,13 +48,12 @@ class LintOptions:
 def main(options: LintOptions) -> None:
     # Imported here, so that --help does not wait for ONNX.
     from deploy.findings.finding import SEVERITIES
-    from deploy.findings.lint_graph import worst
     from deploy.findings.show import lint_files, to_json, to_text
 
     results = lint_files(options.files, options.load_in)
     print(to_json(results) if options.format == "json" else to_text(results))
-    levels = SEVERITIES.index(options.fail_on) if options.fail_on != "never" else -1
-    if any(worst(findings) <= levels for findings in results.values()):
+    failing = () if options.fail_on == "never" else SEVERITIES[: SEVERITIES.index(options.fail_on) + 1]
+    if any(each.severity in failing for findings in results.values() for each in findings):
         sys.exit(1)
 
 

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from deploy.versions import Target, check_target, find_target, opset_target
+from deploy.versions import Target, find_target, opset_target
 from illama.errors import UserError
 
-TargetName = Annotated[str, check_target]
+TargetName = Annotated[str, find_target]
 
 
 @dataclass(frozen=True)

@@ -197,12 +197,6 @@ def newest_runtimes() -> Mapping[str, LoadedBy]:
     return {_GRAPHS[name]: find_runtime(name, list(tables[name].releases)[-1]) for name in both}
 
 
-def check_target(name: str) -> str:
-    """Returns the name of a target; raises UserError if there is no such target."""
-    find_target(name)
-    return name
-
-
 def _number(version: str) -> tuple[int, ...]:
     """10.3 -> (10, 3, 0), and 10 -> (10, 0, 0)"""
     try:

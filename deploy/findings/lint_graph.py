@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -64,11 +64,6 @@ def lint_graph(path: Path, runtime: LoadedBy | None = None) -> list[Finding]:
     except Exception as error:  # a file that is not valid, or whose data is cut off, fails in any place
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200] or type(error).__name__}") from error
     return sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
-
-
-def worst(findings: Sequence[Finding]) -> int:
-    """Returns the position in :data:`SEVERITIES` of the most severe finding; its length if there is none."""
-    return min((SEVERITIES.index(each.severity) for each in findings), default=len(SEVERITIES))
 
 
 def open_any_graph(path: Path) -> ir.Model:
