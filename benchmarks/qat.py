@@ -1,6 +1,6 @@
 """Tabulates the results of quantization-aware training: python benchmarks/qat.py runs/qat/*/*-qat
 
-Only reads the bundles that quant/qat.py wrote.
+Only reads the bundles that quant/qat.py wrote. Rows of other commands that are in the results already stay there.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from illama.cli import run_command
 from illama.errors import UserError
 from illama.manifest import Manifest
+from illama.structured_files import read_json
 
 HEADER = (
     "scheme",
@@ -68,28 +70,48 @@ def row(manifest: Manifest) -> tuple[str, ...]:
     )
 
 
+def earlier(path: Path, commands: set[str]) -> list[Manifest]:
+    """Returns the manifests in ``qat.json`` of the commands whose bundles are not given again."""
+    found = read_json(path, list[Manifest]) if path.exists() else []
+    return [manifest for manifest in found if manifest.provenance.command not in commands]
+
+
+def without_paths(manifest: Manifest) -> dict[str, Any]:
+    """Returns the content of a manifest without paths of this machine."""
+    entry = asdict(manifest)
+    entry["provenance"].pop("source")
+    inputs = entry["provenance"]["inputs"]
+    entry["provenance"]["inputs"] = {"/".join(Path(path).parts[-2:]): digest for path, digest in inputs.items()}
+    return entry
+
+
+def commands_by_machine(manifests: list[Manifest]) -> str:
+    """Returns the commands under the machine that ran them."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests:
+        assert manifest.scores is not None and manifest.scores.machine is not None  # row checks it
+        machine = manifest.scores.machine
+        title = f"{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}"
+        found.setdefault(title, []).append(f"    {manifest.provenance.command}")
+    return "\n\n".join(f"{title}:\n\n" + "\n".join(commands) for title, commands in found.items())
+
+
 def main(options: Options) -> None:
     if not options.bundles:
         raise UserError("no bundle given: give folders that quant/qat.py wrote")
-    manifests = [Manifest.read(folder) for folder in options.bundles]
+    given = [Manifest.read(folder) for folder in options.bundles]
+    kept = earlier(options.out / "qat.json", {manifest.provenance.command for manifest in given})
+    manifests = sorted([*given, *kept], key=lambda manifest: manifest.provenance.command)
     table = [HEADER, ("---",) * len(HEADER), *map(row, manifests)]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    scores = manifests[0].scores
-    assert scores is not None and scores.machine is not None  # row checks it
-    machine, images = scores.machine, scores.images
-    commands = "\n".join(f"    {manifest.provenance.command}" for manifest in manifests)
+    images = manifests[0].scores.images if manifests[0].scores else 0
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "qat.md").write_text(
         f"{text}\n\nTop-1 of {images:,} test images, of the network that rounds as the file does and of the files in "
         "ONNX Runtime,\nor PyTorch for torchao's; drops from FP32 in points, with a 95% interval from a paired "
-        "bootstrap. PTQ is the same scheme\nwithout training. "
-        f"{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}.\n\n{commands}\n"
+        f"bootstrap. PTQ is the same scheme\nwithout training.\n\n{commands_by_machine(manifests)}\n"
     )
-    content = [asdict(each) for each in manifests]
-    for entry in content:  # without paths of this machine
-        entry["provenance"].pop("source")
-        inputs = entry["provenance"]["inputs"]
-        entry["provenance"]["inputs"] = {"/".join(Path(path).parts[-2:]): digest for path, digest in inputs.items()}
+    content = list(map(without_paths, manifests))
     (options.out / "qat.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
     print(text)
 
