@@ -22,8 +22,8 @@ from illama.structured_files import parse_json, read_json
 
 TRAINED = "trained"  # key of the score of a training run
 Metric = Literal["top1", "miou"]
-NoTensorRT = Literal["pytorch", "activations", "weights"]
-Emulated = Literal["fp8", "6-bit", "4-bit activations"]
+NoTensorRT = Literal["pytorch", "activations", "weights", "blocks"]
+Emulated = Literal["fp8", "blocks", "6-bit", "4-bit activations"]
 HalfDtype = Literal["float16", "bfloat16"]
 WideDtype = Literal["float32", "bfloat16"]
 LARGEST: dict[HalfDtype, float] = {"float16": 65504.0, "bfloat16": (2 - 2**-7) * 2.0**127}  # finite values
@@ -31,9 +31,11 @@ NO_TENSORRT: dict[NoTensorRT, str] = {
     "pytorch": "it runs inside PyTorch",
     "activations": "TensorRT needs symmetric 8-bit activations; only a layer's input can have its zero point folded",
     "weights": "TensorRT multiplies 4-bit weights by half-precision inputs only, and no weights of 6 bits",
+    "blocks": "TensorRT multiplies blocks by blocks of the same format, or NVFP4 weights by half-precision inputs",
 }
 EMULATED: dict[Emulated, str] = {
     "fp8": "no CPU multiplies FP8, and ONNX Runtime only emulates it",
+    "blocks": "no CPU multiplies formats with block scales, and ONNX Runtime only emulates it",
     "6-bit": "6-bit formats are simulated",
     "4-bit activations": "no CPU multiplies 4-bit activations, and ONNX Runtime only emulates it",
 }

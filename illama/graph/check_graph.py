@@ -19,6 +19,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoP
 
 from illama.bundle import data_file
 from illama.errors import UserError
+from illama.graph.tensorrt_operators import register_operators
 
 MAX_ELEMENTS = 2**28  # of one value for one image: a gigabyte in float32; a dense map of ADE20K has a seventh of it
 _MAX_FILE = 2**31 - 1  # bytes of a protobuf message
@@ -67,6 +68,7 @@ def _check(path: Path, file: _Stamp, data: _Stamp | None) -> tuple[ValueInfoProt
         _check_structure(model)
         for tensor in _tensors(model):
             _check_tensor(tensor, path, data)
+        register_operators()
         onnx.checker.check_model(path)
         drop_large_constants(model)
         inferred = _inferred(model)

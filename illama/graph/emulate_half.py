@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from illama.graph.block_scales import expand_block_scales
 from illama.graph.decompose_attention import decompose_attention
 from illama.graph.reader import layer_of, read_softmax_scales
 
@@ -52,6 +53,7 @@ def emulate_half(
     Raises:
         UserError: an attention has an option that is not emulated.
     """
+    expand_block_scales(model)
     outputs = read_softmax_scales(model)
     for node in [node for node in model.graph if node.op_type == "Attention"]:
         scores = None if softmax == "half" else _FLOAT

@@ -7,10 +7,10 @@ dtypes and shapes, and every constant is an initializer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import onnx
@@ -21,16 +21,18 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 from illama.bundle import SOFTMAX_OUTPUT
 from illama.errors import UserError
 from illama.graph.check_graph import check_graph
+from illama.graph.tensorrt_operators import MXFP8_DEQUANTIZE
 from illama.quiet import quiet
 from illama.structured_files import parse_json
 
 LAYER = "layer"  # key in a node's metadata: the module that it was exported from
-Precision = Literal["fp32", "fp16", "int8", "fp8"]
+Precision = Literal["fp32", "fp16", "int8", "fp8", "mxfp8", "nvfp4"]
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 _VIEWS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 _FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 _INTEGERS = (*_FOUR_BITS, ir.DataType.INT8, ir.DataType.UINT8)
 _FLOAT8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
+_DEQUANTIZERS = ("DequantizeLinear", MXFP8_DEQUANTIZE)
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -103,14 +105,19 @@ def dtype_of(value: ir.Value) -> ir.DataType | None:
 
 
 def stored(value: ir.Value) -> tuple[ir.Value, ir.Node | None]:
-    """Returns an operand as it is stored: before views and DequantizeLinear; and the DequantizeLinear, if any."""
+    """Returns an operand as it is stored, before views and dequantization, and the operator that dequantizes it."""
     node = value.producer()
-    while node is not None and node.op_type in _VIEWS and node.inputs[0] is not None:
+    while node is not None and node.inputs[0] is not None and (node.op_type in _VIEWS or _casts_dequantized(node)):
         value = node.inputs[0]
         node = value.producer()
-    if node is not None and node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+    if node is not None and node.op_type in _DEQUANTIZERS and node.inputs[0] is not None:
         return node.inputs[0], node
     return value, None
+
+
+def _casts_dequantized(node: ir.Node) -> bool:
+    """Whether a node casts what was dequantized by scales in float32, as those of blocks are."""
+    return node.op_type == "Cast" and producer(node.inputs[0], "DequantizeLinear") is not None
 
 
 @dataclass(frozen=True)
@@ -144,24 +151,29 @@ def products(model: ir.Model) -> Iterator[Product]:
         if node.op_type in PRODUCTS:
             both = {"q k": 2, "p v": 3} if node.op_type == "Attention" else {"": 2}
             for operands, count in both.items():
-                factors = [stored(value)[0] for value in node.inputs[:count] if value is not None]
-                weights = _name(dtype_of(factors[-1])) if is_constant(factors[-1]) else ""
-                name, precision = f"{node.op_type} {operands}".strip(), _precision(factors, node.outputs[0])
+                factors = [stored(value) for value in node.inputs[:count] if value is not None]
+                weights = _name(*factors[-1]) if is_constant(factors[-1][0]) else ""
+                formats = {_name(*each) for each in factors}
+                name, precision = f"{node.op_type} {operands}".strip(), _precision(formats, node.outputs[0])
                 yield Product(node, name, layer_of(node), precision, weights)
 
 
-def _precision(operands: Sequence[ir.Value], result: ir.Value) -> Precision:
-    dtypes = [dtype_of(value) for value in operands]
-    if all(each in _INTEGERS for each in dtypes):
+def _precision(formats: set[str], result: ir.Value) -> Precision:
+    if formats <= {"int8", "int4"}:
         return "int8"
-    if all(each in _FLOAT8 for each in dtypes):
-        return "fp8"
+    for name in get_args(Precision):
+        if formats == {name}:
+            return name
     return "fp16" if result.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else "fp32"
 
 
-def _name(dtype: ir.DataType | None) -> str:
+def _name(value: ir.Value, dequantize: ir.Node | None) -> str:
+    """Returns the number format of an operand as it is stored; empty if it is not quantized."""
+    dtype = dtype_of(value)
     if dtype in _FLOAT8:
-        return "fp8"
+        return "mxfp8" if dequantize is not None and dequantize.op_type == MXFP8_DEQUANTIZE else "fp8"
+    if dtype == ir.DataType.FLOAT4E2M1:
+        return "nvfp4"
     return f"int{4 if dtype in _FOUR_BITS else 8}" if dtype in _INTEGERS else ""
 
 
@@ -197,9 +209,9 @@ def read_softmax_scales(model: ir.Model) -> dict[str, SoftmaxOutput]:
     return parse_json(text, dict[str, SoftmaxOutput], f"the graph's metadata {SOFTMAX_OUTPUT}")
 
 
-def has_fp8(model: ir.Model) -> bool:
-    """Returns whether any constant is FP8."""
-    return any(dtype_of(value) == ir.DataType.FLOAT8E4M3FN for value in model.graph.initializers.values())
+def has_constant(model: ir.Model, dtype: ir.DataType) -> bool:
+    """Returns whether any constant has that dtype."""
+    return any(dtype_of(value) == dtype for value in model.graph.initializers.values())
 
 
 def has_4bit_activations(model: ir.Model) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
+import onnxscript
 import torch
 from onnxscript import opset23 as op
 from onnxscript.optimizer import fold_constants
@@ -22,13 +23,16 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from illama.bundle import FEATURES, INPUT, OUTPUT, SOFTMAX_OUTPUT
+from illama.graph.block_scales import expand_block_scales
 from illama.graph.reader import LAYER
+from illama.graph.tensorrt_operators import DOMAIN, register_operators
 from illama.graph.writer import EXTERNAL_ABOVE, save_graph
 from illama.models.attention import Form, MaskedAttention, MaskedNetwork
 from illama.progress import Activity
 from illama.quiet import quiet
 from quant.export.rotary import pair_halves, rotary_embedding
-from quant.quantizers.layers import copy_sharing_weights, dequantize, freeze, quantize_dequantize, quantizers
+from quant.quantizers.block_rounding import dequantize_blocks, quantize_blocks
+from quant.quantizers.layers import Quantizer, copy_sharing_weights, dequantize, freeze, quantize_dequantize, quantizers
 from quant.schemes.formats import FORMATS
 
 OPSET = 23
@@ -79,6 +83,7 @@ def export_onnx(
     network = _Casting(model, dtype, wide or {}, fold_zero_points=form == "fused")
     network.model.set_attention_form(form)
     dtypes = {quantizer.dtype.name for _, quantizer in quantizers(network)}
+    register_operators()
     config = model.config
     images = torch.zeros(2, config.in_channels, *config.size)
     with Activity(f"export {path.name}"):
@@ -96,6 +101,8 @@ def export_onnx(
             )
         assert program is not None
         graph = simplify(program.model)
+        if form == "plain":
+            expand_block_scales(graph)
         if notes:
             graph.metadata_props[SOFTMAX_OUTPUT] = json.dumps(notes)
         save_graph(graph, path, external_above)
@@ -137,7 +144,12 @@ class _Casting(nn.Module):
 
 
 def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
-    """Converts the float32 tensors of a module, but not of those in it; 8-bit floating-point weights stay."""
+    """Converts the float32 tensors of a module, but not of those in it; 8-bit floating-point weights stay.
+
+    The scales by which block scales are multiplied stay too: most are below float16's normal numbers.
+    """
+    if isinstance(module, Quantizer) and module.dtype.block:
+        return
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.dtype == torch.float32:
             module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
@@ -295,9 +307,40 @@ def translations(form: Form, dtypes: Collection[str] = ()) -> dict[Any, Any]:
         rotary_embedding._opoverload: to_onnx_rotary,
         quantize_dequantize._opoverload: to_onnx_quantize_dequantize,
         dequantize._opoverload: to_onnx_dequantize,
+        **_block_translations(),
     }
     if form == "plain" and "fp8" in dtypes:
         # ONNX Runtime removes a Relu before a QuantizeLinear with zero point 0. This is right for unsigned integers
         # only, and FP8 is signed: Max is kept.
         table[torch.ops.aten.relu.default] = to_onnx_relu
     return table
+
+
+def _block_translations() -> dict[Any, Any]:
+    """Returns those of formats with block scales."""
+    trt = onnxscript.values.Opset(DOMAIN, 1)
+
+    def dequantize_twice(x: Any, scale: Any, tensor_scale: Any, dtype: Any, options: Mapping[str, int]) -> Any:
+        scales: Any = op.DequantizeLinear(scale, tensor_scale)
+        wide: Any = op.DequantizeLinear(x, scales, **options)
+        return wide if int(dtype) == onnx.TensorProto.FLOAT else op.Cast(wide, to=int(dtype))
+
+    def to_onnx_quantize_blocks(x: Any, tensor_scale: Any, dtype: str) -> Any:
+        options, kind = {"axis": -1, "block_size": FORMATS[dtype].block}, onnx.TensorProto.FLOAT8E4M3FN
+        if dtype == "mxfp8":
+            quantized, scale = trt.TRT_MXFP8DynamicQuantize(x, **options, output_dtype=kind)
+            return trt.TRT_MXFP8DequantizeLinear(quantized, scale, **options, output_dtype=int(x.dtype))
+        quantized, scale = trt.TRT_FP4DynamicQuantize(x, tensor_scale, **options, scale_type=kind)
+        return dequantize_twice(quantized, scale, tensor_scale, x.dtype, options)
+
+    def to_onnx_dequantize_blocks(weight: Any, scale: Any, tensor_scale: Any, dtype: str, result: Any) -> Any:
+        options = {"axis": 0, "block_size": FORMATS[dtype].block}
+        if dtype == "mxfp8":
+            return trt.TRT_MXFP8DequantizeLinear(weight, scale, **options, output_dtype=int(result))
+        weight = op.Cast(weight, to=onnx.TensorProto.FLOAT4E2M1)
+        return dequantize_twice(weight, scale, tensor_scale, result, options)
+
+    return {
+        quantize_blocks._opoverload: to_onnx_quantize_blocks,
+        dequantize_blocks._opoverload: to_onnx_dequantize_blocks,
+    }

@@ -33,7 +33,8 @@ from illama.models.attention import MaskedAttention, MaskedNetwork, QuantizerPoi
 from illama.models.illama import Rotary
 from quant.export.rotary import pair_halves
 from quant.mixed_precision.layer_effects import decibels
-from quant.quantizers.layers import QuantizeDequantize
+from quant.quantizers.block_rounding import scales_of_blocks
+from quant.quantizers.layers import BlockQuantizer, QuantizeDequantize
 
 TIE_TOLERANCE = 0.01  # share of values that may differ by one step; measured: a few in 100,000, in 4 bits too
 FLOAT_TOLERANCE = 1e-4  # largest difference of a float tensor over its largest magnitude; measured: below 1e-5
@@ -153,7 +154,7 @@ def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -
     found: dict[str, Difference] = {}
     quantized = {name: list(arrays) for name, arrays in trace.quantized.items()}
 
-    def compare(name: str, module: nn.Module, _: Any, ours: Any) -> Tensor | None:
+    def compare(name: str, module: nn.Module, inputs: Any, ours: Any) -> Tensor | None:
         """Notes the difference of a tensor from the file's, which takes its place."""
         if isinstance(module, QuantizeDequantize):
             theirs = _take(quantized[name], ours.shape)
@@ -166,7 +167,10 @@ def compare_with_trace(model: MaskedNetwork, trace: Trace, images: np.ndarray) -
         theirs = trace.values[name]
         if ours.shape != theirs.shape:  # the last block calls some layers twice, but the file only once
             return None
-        found[name] = _float_difference(ours, theirs)
+        if isinstance(module, BlockQuantizer):
+            found[name] = _block_difference(module, inputs[0], ours, theirs)
+        else:
+            found[name] = _float_difference(ours, theirs)
         return theirs
 
     with ExitStack() as hooks:
@@ -202,6 +206,14 @@ def _ordinal(quantizer: QuantizeDequantize, quantized: Tensor) -> Tensor:
 def _float_difference(ours: Tensor, theirs: Tensor) -> Difference:
     largest = float(ours.abs().max())
     return Difference(relative=float((ours - theirs).abs().max()) / (largest or 1.0))
+
+
+def _block_difference(quantizer: BlockQuantizer, x: Tensor, ours: Tensor, theirs: Tensor) -> Difference:
+    """Compares dequantized values, because the file has no tensor of the quantized ones."""
+    scale = scales_of_blocks(x, quantizer.scale, quantizer.dtype)
+    smaller = torch.minimum(ours.abs(), theirs.abs()) / scale
+    steps = ((ours - theirs).abs() / (scale * quantizer.dtype.step(smaller))).round()
+    return Difference(steps=int(steps.max()), differing=float((steps > 0).float().mean()))
 
 
 def _worse(first: Difference | None, second: Difference) -> Difference:

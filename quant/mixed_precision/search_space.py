@@ -210,8 +210,9 @@ def weight_bytes(layer: nn.Module, spec: TensorSpec | None) -> int:
     weight: Any = layer.weight
     if spec is None:
         return 4 * weight.numel()
-    stored = (weight.numel() + 1) // 2 if spec.dtype.bits == 4 else weight.numel()
-    groups = weight.numel() // spec.group_size if spec.granularity == "group" else len(weight)
+    packed = spec.dtype.bits == 4 and not spec.dtype.block  # CPUs read NVFP4 as 8-bit integers
+    stored = (weight.numel() + 1) // 2 if packed else weight.numel()
+    groups = weight.numel() // spec.scale_group if spec.scale_group else len(weight)
     return stored + 4 * groups
 
 

@@ -22,6 +22,7 @@ from illama.progress import track
 from illama.quiet import quiet
 from quant.quantizers.gptq import round_weights
 from quant.quantizers.layers import (
+    BlockQuantizer,
     QuantizedConv2d,
     QuantizeDequantize,
     QuantizedLinear,
@@ -122,7 +123,9 @@ def quantize_layers(
     return quantized
 
 
-def _activation(name: str, spec: TensorSpec, observer: RangeObserver) -> QuantizeDequantize:
+def _activation(name: str, spec: TensorSpec, observer: RangeObserver) -> QuantizeDequantize | BlockQuantizer:
+    if spec.dtype.block:
+        return BlockQuantizer(spec, observer.compute_amax())
     if spec.symmetric and not spec.dtype.signed and observer.low < 0:
         raise UserError(
             f"{name} has negative values, which {spec.format} cannot represent: use a signed one, or symmetric: false"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from illama.models.attention import MaskedNetwork
 from illama.training.recipe import TrainingOptions
@@ -77,7 +77,7 @@ def scale_groups(scale_rate: float) -> Groups:
     """
 
     def groups(recipe: TrainingOptions, model: MaskedNetwork) -> list[dict[str, Any]]:
-        scales = [quantizer.scale for _, quantizer in quantizers(model)]
+        scales = [each.scale for _, each in quantizers(model) if isinstance(each.scale, nn.Parameter)]
         own = {id(scale) for scale in scales}
         others = parameter_groups(recipe, model)
         for group in others:

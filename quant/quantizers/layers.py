@@ -6,8 +6,9 @@ standard ones:
     illama::quantize_dequantize(x, scale)   ->   QuantizeLinear, DequantizeLinear
     illama::dequantize(weight, scale)       ->   DequantizeLinear of an initializer of 8 bits or fewer
 
-so the exported file has a Q/DQ pair wherever the network has a quantizer. In training the same rounding is made of
-differentiable operations, and scales are trained as in LSQ (Esser et al., arXiv 1902.08153).
+and those of :mod:`quant.quantizers.block_rounding` for formats with block scales, so the exported file has a Q/DQ pair
+wherever the network has a quantizer. In training the same rounding is made of differentiable operations, and scales are
+trained as in LSQ (Esser et al., arXiv 1902.08153).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant.quantizers.block_rounding import dequantize_blocks, quantize_blocks, round_blocks, stored_block_scale
 from quant.schemes.formats import FORMATS, SMALLEST_SCALE, QuantDtype, TensorSpec, to_half_range
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -65,7 +67,7 @@ def fake_quantize(x: Tensor, scale: Tensor, dtype: QuantDtype, zero_point: int =
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     clamped = (wide / scale).clamp(dtype.low - zero_point, dtype.high - zero_point)
     values = clamped.detach()
-    rounded = values.round() if dtype.rounds else values.to(dtype.storage).to(values.dtype)
+    rounded = dtype.round(values)
     return ((clamped + (rounded - values)) * scale).to(x.dtype)
 
 
@@ -107,6 +109,11 @@ class Quantizer(nn.Module):
         del self.scale
         self.register_buffer("scale", scale)
         self.differentiable = False
+        self.set_scale(scale)
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Sets the scale to the nearest one that a file can store."""
+        self.scale = scale
 
     def positive_scale(self) -> Tensor:
         """Returns the scale, clamped to a positive minimum in training."""
@@ -149,19 +156,86 @@ class QuantizeDequantize(Quantizer):
         return shift
 
 
+class BlockQuantizer(Quantizer):
+    """Quantizes and dequantizes an activation in blocks of channels, with scales computed at run time.
+
+    The scale is the tensor's (:meth:`quant.schemes.formats.QuantDtype.tensor_scale`), which is not trained.
+
+    Args:
+        amax: the largest magnitude, a scalar.
+    """
+
+    def __init__(self, spec: TensorSpec, amax: Tensor) -> None:
+        super().__init__(spec, spec.dtype.tensor_scale(amax))
+
+    def make_scale_parameter(self) -> None:
+        """Makes the rounding differentiable."""
+        self.differentiable = True
+
+    def make_scale_buffer(self) -> None:
+        """Undoes :meth:`make_scale_parameter`."""
+        self.differentiable = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        if self.differentiable:
+            return x + (round_blocks(x.detach(), self.scale, self.dtype) - x.detach())
+        return quantize_blocks(x, self.scale, self.dtype.name)
+
+
 class WeightQuantizer(Quantizer):
     """Quantizes and dequantizes a weight (out, ...) with one scale per output channel or per group of its inputs.
 
     Args:
-        amax: the largest magnitude, (out, 1, ...), or (out, groups, 1) for groups.
+        amax: the largest magnitude, (out, 1, ...), or (out, groups, 1) for groups and blocks.
 
     Attributes:
         offset: added to the weight before rounding, in steps, during block reconstruction; otherwise None.
+        tensor_scale: in formats with block scales, what those of the file are multiplied by; None in others.
     """
+
+    tensor_scale: Tensor | None
 
     def __init__(self, spec: TensorSpec, amax: Tensor) -> None:
         super().__init__(spec, spec.dtype.scale(amax.float()))
         self.offset: Tensor | None = None
+        self.register_buffer("tensor_scale", None)
+        if spec.dtype.block:
+            self._set_block_scales(amax.float())
+
+    def make_scale_parameter(self) -> None:
+        """See the base class; powers of two are not trained."""
+        if self.dtype.power_of_two_scales:
+            self.differentiable = True
+        else:
+            super().make_scale_parameter()
+
+    def make_scale_buffer(self) -> None:
+        """Undoes :meth:`make_scale_parameter`, with the trained value."""
+        if self.dtype.power_of_two_scales:
+            self.differentiable = False
+        else:
+            super().make_scale_buffer()
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Sets the scale to the nearest one that a file can store."""
+        if self.dtype.block:
+            self._set_block_scales(scale * self.dtype.high)
+        else:
+            self.scale = scale
+
+    def _set_block_scales(self, amax: Tensor) -> None:
+        self.tensor_scale = self.dtype.tensor_scale(amax)
+        self.scale = self.dtype.block_scales(amax, self.tensor_scale)
+
+    def positive_scale(self) -> Tensor:
+        """Returns the scale, clamped to a positive minimum in training, and rounded as a file stores it."""
+        scale = super().positive_scale()
+        if not (self.differentiable and self.dtype.block):
+            return scale
+        amax = scale.detach() * self.dtype.high
+        return scale + (self.dtype.block_scales(amax, self.dtype.tensor_scale(amax)) - scale.detach())
 
     def forward(self, weight: Tensor, outputs: slice | None = None) -> Tensor:
         """Returns the rounded weight; ``outputs`` are the output channels that ``weight`` consists of, if not all."""
@@ -173,7 +247,8 @@ class WeightQuantizer(Quantizer):
             scale = lsq_gradient(scale, rows.numel() // scale.numel(), self.dtype)
         if self.offset is not None:
             offset = self.offset if outputs is None else self.offset[outputs]
-            rows = rows + split_groups(offset, self.spec) * scale.detach()
+            fixed = scale.detach()
+            rows = rows + split_groups(offset, self.spec) * fixed * self.dtype.step(rows / fixed)
         return fake_quantize(rows, scale, self.dtype).reshape(weight.shape)
 
     def integers(self, weight: Tensor) -> Tensor:
@@ -183,7 +258,7 @@ class WeightQuantizer(Quantizer):
 
 def split_groups(weight: Tensor, spec: TensorSpec) -> Tensor:
     """(out, in) -> (out, groups, group_size) if the spec has groups; returns any other weight unchanged."""
-    return weight.unflatten(-1, (-1, spec.group_size)) if spec.granularity == "group" else weight
+    return weight.unflatten(-1, (-1, spec.scale_group)) if spec.scale_group else weight
 
 
 class _Quantized(nn.Module):
@@ -194,7 +269,9 @@ class _Quantized(nn.Module):
     frozen: Tensor | None
     frozen_scale: Tensor | None
 
-    def __init__(self, layer: Any, weight: WeightQuantizer | None, activation: QuantizeDequantize | None) -> None:
+    def __init__(
+        self, layer: Any, weight: WeightQuantizer | None, activation: QuantizeDequantize | BlockQuantizer | None
+    ) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.input = weight, activation
@@ -222,14 +299,19 @@ class QuantizedLinear(_Quantized):
             weight, scale = self.frozen, self.frozen_scale
             if outputs is not None:
                 weight, scale = weight[:, outputs], scale[..., outputs]
-            spec = self.weight_quantizer.spec
-            axis, group_size = (0, spec.group_size) if scale.ndim == 2 else (1, 0)
-            y = x @ dequantize(weight, scale, spec.format, axis, group_size)
+            y = x @ self._dequantized(weight, scale, x.dtype)
             return y if bias is None else y + bias
         weight = self.weight if outputs is None else self.weight[outputs]
         if self.weight_quantizer is not None:
             weight = self.weight_quantizer(weight, outputs)
         return F.linear(x, weight, bias)
+
+    def _dequantized(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        quantizer: Any = self.weight_quantizer
+        spec: TensorSpec = quantizer.spec
+        if spec.dtype.block:
+            return dequantize_blocks(weight, scale, quantizer.tensor_scale, spec.format, dtype)
+        return dequantize(weight, scale, spec.format, int(scale.ndim == 1), spec.scale_group)
 
     def freeze(self) -> None:
         """Replaces the float weight by its integers."""
@@ -237,6 +319,10 @@ class QuantizedLinear(_Quantized):
             scale = self.weight_quantizer.scale.detach()
             self.frozen = self.weight_quantizer.integers(self.weight.detach()).t().contiguous()
             self.frozen_scale = scale.expand(len(self.weight), *scale.shape[1:]).squeeze(-1).t().contiguous()
+            if self.weight_quantizer.tensor_scale is not None:
+                self.frozen_scale = stored_block_scale(
+                    self.frozen_scale, self.weight_quantizer.tensor_scale, self.weight_quantizer.dtype
+                )
             del self.weight
 
 
@@ -276,7 +362,7 @@ def fold_zero_point(layer: QuantizedLayer) -> None:
     With the rounded weight w and the rounded input x, w (x + shift) = w x + shift * sum(w). The input has the same
     integers less a constant, and the second term is subtracted from the bias. For export; it cannot be undone.
     """
-    if layer.input is None or layer.input.spec.symmetric:
+    if not isinstance(layer.input, QuantizeDequantize) or layer.input.spec.symmetric:
         return
     weight = layer.weight if layer.weight_quantizer is None else layer.weight_quantizer(layer.weight)
     layer.shift = layer.input.fold_zero_point()

@@ -138,19 +138,33 @@ def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
     The shape is (out, 1, ...), (out, groups, 1) for a weight in groups, or (1, 1, ...) for one scale per tensor.
     """
     rows = weight.detach().flatten(1)
-    rows = rows.unflatten(1, (-1, spec.group_size)) if spec.granularity == "group" else rows
+    rows = rows.unflatten(1, (-1, spec.scale_group)) if spec.scale_group else rows
     if spec.granularity == "tensor":
         rows = rows.reshape(1, -1)
     amax = rows.abs().amax(-1, keepdim=True)
     if spec.calibrator == "mse":
         amax = _weight_mse_amax(rows, amax, spec.dtype)
-    return amax if spec.granularity == "group" else amax.reshape(-1, *[1] * (weight.ndim - 1))
+    return amax if spec.scale_group else amax.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def _weight_mse_amax(rows: Tensor, largest: Tensor, dtype: QuantDtype) -> Tensor:
-    best, least = largest, torch.full_like(largest, float("inf"))
-    for share in (torch.arange(0.4, 1.001, 0.02) if dtype.rounds else torch.arange(1, 2, 0.04)).tolist():
-        scale = dtype.scale(largest * share)
+    best, least, top = largest, torch.full_like(largest, float("inf")), largest.max()
+    tensor_scale = dtype.tensor_scale(top)
+    for share in _weight_shares(dtype):
+        amax = largest * share
+        scale = dtype.block_scales(amax, tensor_scale) if dtype.block else dtype.scale(amax)
         error = (dtype.quantize(rows, scale).float() * scale - rows).square().sum(-1, keepdim=True)
-        best, least = torch.where(error < least, largest * share, best), torch.minimum(error, least)
-    return best
+        best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
+    # The largest of all blocks determines the tensor's scale, by which all candidates were measured.
+    return torch.where(largest == top, top, best.clamp(max=top)) if dtype.block else best
+
+
+def _weight_shares(dtype: QuantDtype) -> list[float]:
+    """Returns the ranges to compare, as shares of the largest magnitude.
+
+    An integer format can gain by clamping, NVFP4 also by a larger range: its values are close together at 3 and 4, and
+    far apart at 6. Another power of two leaves MXFP8's relative error as it is.
+    """
+    if dtype.block:
+        return [1.0] if dtype.power_of_two_scales else torch.arange(0.6, 1.601, 0.05).tolist()
+    return (torch.arange(0.4, 1.001, 0.02) if dtype.rounds else torch.arange(1, 2, 0.04)).tolist()

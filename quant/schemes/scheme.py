@@ -34,6 +34,7 @@ from quant.schemes.formats import FORMATS, FormatName, TensorSpec
 from quant.schemes.shipped import shipped_path
 
 FLOAT = "float"  # in a scheme file: these tensors stay in floating point
+_PARTS = ("weight", "input")  # of a layer
 _OLD_KEYS = {"learned": "reconstruction_iterations"}  # key of older scheme files -> its name now
 
 
@@ -194,7 +195,10 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
     trouble = ""
     if not name.endswith(".weight"):
         fits = "token" if scheme.backend == "torchao" else "tensor"
-        trouble = "" if spec.granularity == fits else f"an activation has one scale per {fits} in {scheme.backend}"
+        if spec.dtype.block and scheme.backend == "onnx":
+            trouble = _block_trouble(name, spec, model)
+        elif spec.granularity != fits:
+            trouble = f"an activation has one scale per {fits} in {scheme.backend}"
     else:
         layer = model.get_submodule(name.removesuffix(".weight"))
         if spec.granularity == "token":
@@ -207,18 +211,35 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
             trouble = (
                 f"groups of {spec.group_size} do not divide its {layer.in_features} inputs: choose another group_size"
             )
+        elif spec.dtype.block:
+            trouble = _block_trouble(name, spec, model)
     if trouble:
         raise UserError(f"scheme {scheme.name}, {name}: {trouble}")
+
+
+def _block_trouble(name: str, spec: TensorSpec, model: nn.Module) -> str:
+    """Returns why a tensor cannot have a format with block scales; empty if it can."""
+    layer = model.get_submodule(name.removesuffix(".weight").removesuffix(".input"))
+    if not isinstance(layer, nn.Linear):
+        return f"{spec.format} is for weights and inputs of Linears: leave it in floating point, or choose fp8"
+    if layer.in_features % spec.dtype.block:
+        return f"blocks of {spec.dtype.block} do not divide its {layer.in_features} inputs: choose another format"
+    return ""
 
 
 def unfit_for_tensorrt(tensors: Mapping[str, TensorSpec]) -> NoTensorRT | None:
     """Returns why TensorRT has no kernels for the tensors of a plan; None if it has."""
     for name, spec in tensors.items():
         bits = spec.dtype.bits
-        if not name.endswith(".weight"):
+        layer = name.removesuffix(".weight").removesuffix(".input")
+        weight, activation = (found.format if (found := tensors.get(f"{layer}.{part}")) else FLOAT for part in _PARTS)
+        if spec.dtype.block:
+            if weight != activation and (weight, activation) != ("nvfp4", FLOAT):
+                return "blocks"
+        elif not name.endswith(".weight"):
             if bits < 8 or not (spec.symmetric or name.endswith(".input")):
                 return "activations"
-        elif bits == 6 or (bits == 4 and f"{name.removesuffix('.weight')}.input" in tensors):
+        elif bits == 6 or (bits == 4 and activation != FLOAT):
             return "weights"
     return None
 
@@ -226,6 +247,8 @@ def unfit_for_tensorrt(tensors: Mapping[str, TensorSpec]) -> NoTensorRT | None:
 def emulated_on_cpus(tensors: Mapping[str, TensorSpec]) -> Emulated | None:
     """Returns why the latency on a CPU is meaningless for the tensors of a plan; None if it is not."""
     formats = {spec.format for spec in tensors.values()}
+    if any(FORMATS[name].block for name in formats):
+        return "blocks"
     if "fp8" in formats:
         return "fp8"
     if any(FORMATS[name].bits == 6 for name in formats):

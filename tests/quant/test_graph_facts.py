@@ -28,6 +28,7 @@ from quant.schemes.shipped import SHIPPED_SCHEMES
 
 ONNX_SCHEMES = [name for name in SHIPPED_SCHEMES if shipped_scheme(name).backend == "onnx"]
 INT, FP8 = ("int8", "int6", "int4"), ("fp8",)
+FOR_CPUS = {"nvfp4": "int8", "mxfp8": "fp8"}  # how graphs for CPUs store weights with block scales
 
 
 SMALLEST = replace(SMALL, heads=1)
@@ -53,8 +54,9 @@ def expected_precision(plan, layer):
     names = [f"{layer[:-2]}{part}" for part in parts] if parts else [f"{layer}.input", f"{layer}.weight"]
     formats = [plan[name].dtype.name.removeprefix("u") if name in plan else "" for name in names]
     kinds = ["int8" if each in INT else each for each in formats]
+    kinds = ["" if each in FOR_CPUS else each for each in kinds]  # standard operators compute them in float32
     precision = kinds[0] if kinds[0] and kinds[0] == kinds[1] else "fp32"
-    stored = {"int6": "int8"}.get(formats[1], formats[1])
+    stored = {"int6": "int8", **FOR_CPUS}.get(formats[1], formats[1])
     return precision + (f", {stored} weights" if not parts and stored not in ("", precision) else "")
 
 

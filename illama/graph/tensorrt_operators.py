@@ -1,0 +1,75 @@
+"""TensorRT's own operators for formats with block scales, in the domain ``trt`` of its ONNX parser.
+
+values, scales = TRT_FP4DynamicQuantize(x, tensor_scale)    float4e2m1, and a float8e4m3fn for every 16 channels
+values, scales = TRT_MXFP8DynamicQuantize(x)                float8e4m3fn, and a power of two for every 32 channels
+y = TRT_MXFP8DequantizeLinear(values, scales)               the powers of two are exponents plus 127, in uint8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx.defs import OpSchema
+
+DOMAIN = "trt"
+FP4_QUANTIZE, MXFP8_QUANTIZE = "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize"
+MXFP8_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
+_FP4 = (ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN)  # of values and scales
+_MXFP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT8)
+
+
+@cache
+def register_operators() -> None:
+    """Tells onnx what the operators of TensorRT take and return, without which it rejects graphs that have them."""
+    floats = [f"tensor({name})" for name in ("float", "float16", "bfloat16")]
+    x, scale, values = ("x", "T"), ("scale", "tensor(float)"), ("y", "tensor(float8e4m3fn)")
+    exponents = ("y_scale", "tensor(uint8)")
+    fp4 = [("y", "tensor(float4e2m1)"), ("y_scale", "tensor(float8e4m3fn)")]
+    _register(FP4_QUANTIZE, ([x, scale], fp4), ("axis", "block_size", "scale_type"), floats)
+    _register(MXFP8_QUANTIZE, ([x], [values, exponents]), ("axis", "block_size", "output_dtype"), floats)
+    _register(MXFP8_DEQUANTIZE, ([values, exponents], [x]), ("axis", "block_size", "output_dtype"), floats)
+
+
+def _register(
+    name: str,
+    parameters: tuple[Sequence[tuple[str, str]], Sequence[tuple[str, str]]],
+    attributes: Sequence[str],
+    floats: list[str],
+) -> None:
+    inputs, outputs = ([OpSchema.FormalParameter(*each) for each in part] for part in parameters)
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=inputs,
+        outputs=outputs,
+        type_constraints=[("T", floats, "the float tensor")],
+        attributes=[OpSchema.Attribute(each, OpSchema.AttrType.INT, required=True) for each in attributes],
+    )
+    schema.set_type_and_shape_inference_function(_infer_dequantize if name == MXFP8_DEQUANTIZE else _infer_quantize)
+    onnx.defs.register_schema(schema)
+
+
+def _infer_quantize(context: Any) -> None:
+    """The values have the shape of x; the scales have one for each block of its last dimension."""
+    x, attribute = context.get_input_type(0), context.get_attribute
+    fp4 = attribute("scale_type") is not None
+    for index, dtype in enumerate(_FP4 if fp4 else _MXFP8):
+        result = onnx.TypeProto()
+        result.CopyFrom(x)
+        result.tensor_type.elem_type = int(dtype)
+        if index and result.tensor_type.shape.dim:
+            last = result.tensor_type.shape.dim[-1]
+            last.dim_value = max(1, last.dim_value // max(1, attribute("block_size").i))
+        context.set_output_type(index, result)
+
+
+def _infer_dequantize(context: Any) -> None:
+    result = onnx.TypeProto()
+    result.CopyFrom(context.get_input_type(0))
+    result.tensor_type.elem_type = context.get_attribute("output_dtype").i
+    context.set_output_type(0, result)
