@@ -32,7 +32,10 @@ Outputs = tuple[Tensor, Tensor]
 Infer = Callable[[Tensor], Outputs]
 Quantizer = Callable[[nn.Module, Tensor], Infer]
 
-SCHEMES = ("int8", "int8-accurate", "int8-attention", "fp8", "fp8-attention", "w4a8")
+SCHEMES = (
+    *("int8", "int8-accurate", "int8-attention", "fp8", "fp8-attention", "w4a8"),
+    *("mxfp8", "nvfp4", "nvfp4-weight-only"),
+)
 MODELOPT = {
     "modelopt-int8": "INT8_DEFAULT_CFG",
     "modelopt-int8-smoothquant": "INT8_SMOOTHQUANT_CFG",

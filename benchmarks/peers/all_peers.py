@@ -15,7 +15,10 @@ from quant.export.onnx_export import export_onnx
 from quant.schemes.scheme import Scheme, emulated_on_cpus, read_scheme, resolve, shipped_scheme
 
 _NEEDS = (("quant.quantizers.calibrate", "illama-toolkit"),)
-SCHEMES = ("int8", "int8-accurate", "int8-attention", "fp8", "fp8-attention", "w4a8", "w6a6", "w4a4")
+SCHEMES = (
+    *("int8", "int8-accurate", "int8-attention", "fp8", "fp8-attention", "w4a8", "w6a6", "w4a4"),
+    *("mxfp8", "nvfp4", "nvfp4-weight-only"),
+)
 
 
 def quantize_by_scheme(task: Task, scheme: Scheme) -> Path:

@@ -11,8 +11,9 @@ from illama.errors import UserError
 
 _INT8 = ("int8", "int8-accurate", "int8-attention", "int8-weight-only")
 _FEWER_BITS_OR_FP8 = ("fp8", "fp8-attention", "mixed", "w4a8", "w4a16", "w6a6", "w4a4")
+_BLOCKS = ("mxfp8", "nvfp4", "nvfp4-weight-only")
 _TORCHAO = ("int8-dynamic", "int8-weight-only-torchao", "fp8-weight-only-torchao", "w4a8-dynamic", "w4a16-torchao")
-SHIPPED_SCHEMES = (*_INT8, *_FEWER_BITS_OR_FP8, *_TORCHAO)  # in the order of python quant/list_schemes.py
+SHIPPED_SCHEMES = (*_INT8, *_FEWER_BITS_OR_FP8, *_BLOCKS, *_TORCHAO)  # in the order of python quant/list_schemes.py
 
 
 def check_scheme(name: str) -> str:
