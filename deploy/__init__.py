@@ -43,7 +43,7 @@ def build(
     from illama.errors import UserError
 
     options = EngineOptions(tuple(targets), batch)
-    path, unsupported = build_supported(require_library(library), Path(bundle), options)
+    path, reason = build_supported(require_library(library), Path(bundle), options)
     if path is None:
-        raise UserError(f"{bundle} was not built: {', '.join(unsupported)} has no FP8; use INT8 there")
+        raise UserError(f"{bundle}: {reason}; use INT8 there")
     return path

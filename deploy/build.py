@@ -60,9 +60,9 @@ def main(options: BuildOptions) -> None:
     library = require_library(options.library)
     for bundle in expand_bundles(options.bundles):
         with Activity(f"build {bundle.name} engine"):
-            path, unsupported = build_supported(library, bundle, options, options.name)
-        if unsupported:
-            print(f"{bundle}: not built for {', '.join(unsupported)}, which has no FP8; use INT8 there")
+            path, reason = build_supported(library, bundle, options, options.name)
+        if reason:
+            print(f"{bundle}: {reason}; use INT8 there")
         if path:
             record = EngineRecord.read(path)
             attentions = "fused attentions" if record.fused else "attentions, possibly decomposed"

@@ -29,6 +29,8 @@ def check_versions(subject: Subject) -> Iterator[Finding]:
     for node in model.graph:
         if node.domain in _STANDARD:
             yield from _check_operator(node, runtime, opset)
+        elif runtime.lacks(node.op_type, 1):
+            yield found("operator-not-supported", node, f"{node.op_type}; {runtime} does not have it")
 
 
 def _check_operator(node: ir.Node, runtime: LoadedBy, opset: int) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ from illama.graph.decompose_attention import decompose_attention
 from illama.graph.emulate_half import emulate_half
 from illama.graph.reader import add_constant, array, dtype_of, is_constant, layer_of, producer, read_softmax_scales
 from illama.graph.replacement import Replacement
+from illama.graph.tensorrt_operators import DOMAIN
 
 OPSETS = (23, 21, 19, 17)
 _Decomposition = Callable[[Replacement], ir.Value]
@@ -44,9 +45,14 @@ def lower_for(model: ir.Model, runtime: LoadedBy) -> bool:
     Raises:
         UserError: the runtime has no form of an operator or of a number format.
     """
-    if not 0 < model.opset_imports.get("", 0) <= OPSETS[0]:
-        raise UserError(f"the graph is not in an opset of ONNX up to {OPSETS[0]}: export it again")
-    kinds = {node.op_type for node in model.graph}
+    kinds = {node.op_type for node in model.graph if node.domain != DOMAIN}
+    for node in model.graph:
+        if node.domain == DOMAIN and runtime.lacks(node.op_type, 1):
+            raise UserError(f"{runtime} has no {node.op_type}: use another scheme")
+    if not 0 < (given := model.opset_imports.get("", 0)) <= OPSETS[0]:
+        if 0 < given <= runtime.opset:
+            return False
+        raise UserError(f"the graph is in opset {given}, and only those up to {OPSETS[0]} have an older form")
     for opset in OPSETS:
         lacking = {kind for kind in kinds if (since := _since(kind, opset)) and runtime.lacks(kind, since)}
         if opset <= runtime.opset and lacking <= _DECOMPOSITIONS.keys() | {"Attention"}:
@@ -78,7 +84,8 @@ def lower_opset(model: ir.Model, opset: int, missing: Collection[str] = ()) -> N
         UserError: the opset has no form of an operator or of its number format.
     """
     graph = model.graph
-    absent = {node.op_type for node in graph if node.op_type in missing or not _since(node.op_type, opset)}
+    standard = [node for node in graph if node.domain != DOMAIN]
+    absent = {node.op_type for node in standard if node.op_type in missing or not _since(node.op_type, opset)}
     if "Attention" in absent:
         _split_attentions(model)
     if opset < 19:
@@ -87,7 +94,8 @@ def lower_opset(model: ir.Model, opset: int, missing: Collection[str] = ()) -> N
         if node.op_type in absent:
             _decompose(graph, node, opset)
     for node in graph:
-        _adapt(graph, node, opset)
+        if node.domain != DOMAIN:
+            _adapt(graph, node, opset)
     model.opset_imports[""] = opset
     model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     ir.passes.Sequential(

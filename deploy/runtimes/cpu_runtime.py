@@ -28,7 +28,7 @@ from deploy.runtimes.verification import verify
 from illama.bundle import package_versions
 from illama.errors import UserError
 from illama.graph.emulate_half import half_dtypes
-from illama.graph.reader import has_4bit_activations, has_fp8, load_graph
+from illama.graph.reader import has_4bit_activations, has_constant, load_graph
 from illama.hardware import cpu_name, usable_cores
 from illama.progress import Activity
 
@@ -113,7 +113,7 @@ def runs_in_openvino(path: Path) -> bool:
     if importlib.util.find_spec("openvino") is None:
         return False
     model = load_graph(path)
-    return not (has_fp8(model) or has_4bit_activations(model) or half_dtypes(model))
+    return not (has_constant(model, ir.DataType.FLOAT8E4M3FN) or has_4bit_activations(model) or half_dtypes(model))
 
 
 def _measure(path: Path, threads: int) -> dict[str, float]:

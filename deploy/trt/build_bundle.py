@@ -11,17 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from deploy.trt.builder import BuiltEngine, build_engine, check_kernels, trtexec_line
 from deploy.trt.engine_options import EngineOptions
-from deploy.trt.library import Library
+from deploy.trt.library import RTX_TARGETS, Library
 from deploy.trt.record import ENGINE, RECORD, EngineRecord, find_engines
 from illama.atomic_write import bundles_in, sweep, write_folder
 from illama.bundle import ENGINES, FUSED_ONNX, GOLDEN, MANIFEST, sha256
 from illama.errors import UserError
-from illama.graph.reader import has_fp8, load_graph, precisions
+from illama.graph.reader import has_constant, load_graph, precisions
 from illama.manifest import Manifest
 
-FP8_SINCE = 89  # first compute capability with FP8: 8.9
+PORTABLE_SINCE = 89  # TensorRT-RTX's default, for all GPUs from Ampere on, takes formats of up to this capability
+# Dtype of constants -> its name, and the first compute capability that has it.
+_SINCE = {ir.DataType.FLOAT4E2M1: ("NVFP4", 120), ir.DataType.FLOAT8E4M3FN: ("FP8", 89)}
 
 
 def expand_bundles(paths: Sequence[Path], files: Sequence[str] = (FUSED_ONNX,)) -> list[Path]:
@@ -131,20 +135,30 @@ def _may_replace(origin: tuple[Any, ...], folder: Path) -> bool:
 
 def build_supported(
     library: Library, bundle: Path, options: EngineOptions | None = None, name: str | None = None
-) -> tuple[Path | None, tuple[str, ...]]:
-    """Builds an engine of a bundle for the targets that support its dtypes; returns (its path, the other targets).
+) -> tuple[Path | None, str]:
+    """Builds an engine of a bundle for the targets that support its dtypes; returns (its path, why not for the others).
+
+    Without targets, TensorRT-RTX builds for all GPUs from Ampere on, which have no NVFP4: then for those that have it.
 
     Raises:
         UserError: see :func:`build_bundle`; or the library cannot build for a target.
     """
     options = options or EngineOptions()
+    model = load_graph(bundle / FUSED_ONNX)
+    name_of, first = next((facts for dtype, facts in _SINCE.items() if has_constant(model, dtype)), ("", 0))
     targets = library.resolve_targets(options.targets)
-    fp8 = has_fp8(load_graph(bundle / FUSED_ONNX))
-    unsupported = tuple(target for target in targets if fp8 and int(target.removeprefix("sm")) < FP8_SINCE)
-    supported = tuple(target for target in targets if target not in unsupported)
+    if not targets and first > PORTABLE_SINCE:
+        targets = tuple(target for target in RTX_TARGETS if _number(target) >= first)
+    supported = tuple(target for target in targets if _number(target) >= first)
+    unsupported = [target for target in targets if target not in supported]
+    reason = f"not built for {', '.join(unsupported)}: {name_of} needs sm{first} or newer" if unsupported else ""
     if unsupported and not supported:
-        return None, unsupported
-    return build_bundle(library, bundle, replace(options, targets=supported), name), unsupported
+        return None, reason
+    return build_bundle(library, bundle, replace(options, targets=supported), name), reason
+
+
+def _number(target: str) -> int:
+    return int(target.removeprefix("sm"))
 
 
 def build_engines(
@@ -163,12 +177,12 @@ def build_engines(
         return ["No engine was built: no TensorRT that can build is installed here."]
     not_built = []
     for bundle in (bundle for bundle in bundles if (bundle / FUSED_ONNX).exists()):
-        unsupported: tuple[str, ...] = ()
+        reason = ""
         with step(f"build {bundle.name} engine"):
             try:
-                _, unsupported = build_supported(library, bundle, options)
+                _, reason = build_supported(library, bundle, options)
             except UserError as error:  # the other engines are built nevertheless
                 not_built.append(f"No {bundle.name} engine: {error}.")
-        if unsupported:
-            not_built.append(f"No {bundle.name} engine for {', '.join(unsupported)}: FP8 needs sm89 or newer.")
+        if reason:
+            not_built.append(f"{bundle.name} was {reason}.")
     return not_built

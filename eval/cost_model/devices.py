@@ -74,12 +74,13 @@ DEVICES = {
         # 64 GB: "170 Sparse TOPs of INT8 Tensor compute, and up to 5.3 FP32 TFLOPs of CUDA compute".
         _device("agx-orin", 204.8, _ORIN, fp32=5.3, fp16=42.5, int8=85),
         # T5000: 517 TFLOPS "Dense FP8 | Sparse FP16", 1,035 "Sparse FP8 | Sparse INT8"; 2,560 cores at 1,575 MHz.
-        _device("thor", 273, _THOR, fp32=8.06, fp16=258.5, int8=517, fp8=517),
+        # 2,070 "Sparse FP4".
+        _device("thor", 273, _THOR, fp32=8.06, fp16=258.5, int8=517, fp8=517, mxfp8=517, nvfp4=1035),
         _device("rtx-3090", 936, _GA102, fp32=35.6, fp16=142, int8=284),
         # 242 "AI TOPS", which are 8-bit with sparsity.
         _device("rtx-4060", 272, _CARDS, fp32=15.1, fp16=60.5, int8=121, fp8=121),
         _device("rtx-4090", 1008, _ADA, fp32=82.6, fp16=330.3, int8=660.6, fp8=660.6),
-        _device("rtx-5090", 1792, _BLACKWELL, fp32=104.8, fp16=419, int8=838, fp8=838),
+        _device("rtx-5090", 1792, _BLACKWELL, fp32=104.8, fp16=419, int8=838, fp8=838, mxfp8=838, nvfp4=1676),
         # 242 and 485 with sparsity.
         _device("l4", 300, "https://www.nvidia.com/en-us/data-center/l4/", fp32=30.3, fp16=121, int8=242.5, fp8=242.5),
         _device("a100", 2039, "NVIDIA A100 80GB SXM datasheet", fp32=19.5, fp16=312, int8=624),

@@ -104,8 +104,17 @@ def _bytes(inputs: Iterable[ir.Value | None], outputs: Sequence[ir.Value]) -> tu
     for operand in dict.fromkeys(value for value in inputs if value is not None):
         value, dequantize = stored(operand)
         if is_constant(value):
-            scales = dequantize.inputs[1:] if dequantize is not None else ()
-            weights += _size(value) + sum(_size(each) for each in scales if each is not None and is_constant(each))
+            weights += _size(value) + _scale_bytes(dequantize)
         else:
             activations += _size(value)
     return weights, activations
+
+
+def _scale_bytes(dequantize: ir.Node | None) -> float:
+    """Returns the bytes of the constant scales and zero points of a weight; block scales can have a scale too."""
+    size = 0.0
+    for each in dequantize.inputs[1:] if dequantize is not None else ():
+        value, inner = stored(each) if each is not None else (None, None)
+        if value is not None and is_constant(value):
+            size += _size(value) + _scale_bytes(inner)
+    return size

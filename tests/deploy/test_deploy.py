@@ -339,10 +339,23 @@ def test_targets_and_options_that_are_rejected(bundle):
         with pytest.raises(UserError, match=r"--batch|--workspace-gib|--timing-cache"):
             EngineOptions(**options)
     export_quantized(SMALL, "fp8", bundle / FUSED_ONNX)
-    assert build_supported(library, bundle, EngineOptions(("sm86",))) == (None, ("sm86",))
-    assert not (bundle / "engines").exists()
-    path, unsupported = build_supported(library, bundle, EngineOptions(("sm86", "sm89")))
-    assert EngineRecord.read(path).targets == ("sm89",) and unsupported == ("sm86",)
+    path, reason = build_supported(library, bundle, EngineOptions(("sm86",)))
+    assert path is None and "sm86" in reason and not (bundle / "engines").exists()
+    path, reason = build_supported(library, bundle, EngineOptions(("sm86", "sm89")))
+    assert EngineRecord.read(path).targets == ("sm89",) and "sm86" in reason and "FP8" in reason
+
+
+@needs_rtx
+@pytest.mark.parametrize("scheme", ["nvfp4", "nvfp4-weight-only", "mxfp8"])
+def test_engines_with_block_scales(scheme, bundle):
+    """Every attention is fused. By default, NVFP4 is built for the GPUs that have it."""
+    export_quantized(SMALL, scheme, bundle / FUSED_ONNX)
+    path, reason = build_supported(library, bundle)
+    record = EngineRecord.read(path)
+    first = {"mxfp8": ()}.get(scheme, ("sm120", "sm121"))
+    assert record.fused and record.attentions == SMALL.depth and (record.targets, reason) == (first, "")
+    path, reason = build_supported(library, bundle, EngineOptions(("sm86",)))
+    assert path is None and "sm86" in reason
 
 
 @needs_library

@@ -31,6 +31,7 @@ from illama.errors import UserError
 from illama.graph.emulate_half import emulate_half
 from illama.graph.reader import add_constant, array, is_constant, load_graph, producer
 from illama.graph.session import cpu_session, session_of
+from illama.graph.tensorrt_operators import DOMAIN, register_operators
 from illama.graph.writer import save_graph
 from illama.options import SourceOptions
 from quant.export.onnx_export import export_onnx
@@ -401,6 +402,7 @@ def test_bad_options_end_in_one_line(arguments, words):
 
 def test_the_table_of_versions():
     versions = read_versions()
+    register_operators()
     for runtime, table in versions.runtimes.items():
         numbers = [tuple(map(int, version.split("."))) for version in table.releases]
         assert numbers == sorted(numbers)
@@ -409,7 +411,8 @@ def test_the_table_of_versions():
         entries = [*table.releases.values(), *table.operators, *table.formats]
         assert all(len(entry.source) > 10 for entry in entries)
         for operator in (each for each in table.operators if each.name != "uint8 images"):
-            assert onnx.defs.get_schema(operator.name, operator.opset).since_version == operator.opset
+            domain = DOMAIN if operator.name.startswith("TRT_") else ""
+            assert onnx.defs.get_schema(operator.name, operator.opset, domain).since_version == operator.opset
             assert not operator.since or find_runtime(runtime, operator.since).opset >= operator.opset
     for release in versions.runtimes["onnxruntime"].releases.values():
         newest = max(row[2] for row in onnx.helper.VERSION_TABLE if row[1] <= release.ir)
