@@ -23,9 +23,9 @@ from illama.errors import UserError
 from illama.graph.reader import has_constant, load_graph, precisions
 from illama.manifest import Manifest
 
-PORTABLE_SINCE = 89  # TensorRT-RTX's default, for all GPUs from Ampere on, takes formats of up to this capability
 # Dtype of constants -> its name, and the first compute capability that has it.
-_SINCE = {ir.DataType.FLOAT4E2M1: ("NVFP4", 120), ir.DataType.FLOAT8E4M3FN: ("FP8", 89)}
+_SINCE = {ir.DataType.FLOAT4E2M1: ("NVFP4", 100), ir.DataType.FLOAT8E4M3FN: ("FP8", 89)}
+_PORTABLE = 89  # TensorRT-RTX's default, for all GPUs from Ampere on, takes formats of up to this capability
 
 
 def expand_bundles(paths: Sequence[Path], files: Sequence[str] = (FUSED_ONNX,)) -> list[Path]:
@@ -147,7 +147,7 @@ def build_supported(
     model = load_graph(bundle / FUSED_ONNX)
     name_of, first = next((facts for dtype, facts in _SINCE.items() if has_constant(model, dtype)), ("", 0))
     targets = library.resolve_targets(options.targets)
-    if not targets and first > PORTABLE_SINCE:
+    if not targets and first > _PORTABLE:
         targets = tuple(target for target in RTX_TARGETS if _number(target) >= first)
     supported = tuple(target for target in targets if _number(target) >= first)
     unsupported = [target for target in targets if target not in supported]

@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from illama.graph.reader import add_constant, array, is_constant, producer
+from illama.errors import UserError
+from illama.graph.reader import add_constant, array, is_constant, layer_of, producer
 from illama.graph.replacement import Replacement
 from illama.graph.tensorrt_operators import DOMAIN, FP4_QUANTIZE, MXFP8_DEQUANTIZE, MXFP8_QUANTIZE
 
@@ -28,6 +29,9 @@ def expand_block_scales(model: ir.Model) -> None:
 
     Twice a value of float4e2m1 is an integer, so that half the scale gives the same weight. MXFP8's activations need
     opset 24, whose Cast rounds up to a power of two.
+
+    Raises:
+        UserError: blocks are not of the last dimension, or a scale that must be a constant is computed.
     """
     graph = model.graph
     for node in list(graph):
@@ -50,7 +54,8 @@ def expand_block_scales(model: ir.Model) -> None:
 
 def _expand_fp4_weight(graph: ir.Graph, node: ir.Node) -> None:
     values, inner = node.inputs[0], producer(node.inputs[1], "DequantizeLinear")
-    assert values is not None and inner is not None
+    if values is None or inner is None or not all(map(is_constant, inner.inputs)):
+        raise UserError(f"{layer_of(node)} has NVFP4 weights without block scales and a tensor's scale in the file")
     scale = array(inner.inputs[0]).astype(np.float32) * array(inner.inputs[1])
     doubled = (2 * array(values).astype(np.float32)).astype(np.int8)
     node.replace_input_with(0, add_constant(graph, f"{values.name}.doubled", doubled))
@@ -59,27 +64,31 @@ def _expand_fp4_weight(graph: ir.Graph, node: ir.Node) -> None:
 
 def _expand_mxfp8_weight(graph: ir.Graph, node: ir.Node) -> None:
     values, result, options = node.inputs[0], node.outputs[0], node.attributes
+    if not is_constant(node.inputs[1]):
+        raise UserError(f"{layer_of(node)} has MXFP8 weights whose scales are not in the file")
     scale = np.exp2(array(node.inputs[1]).astype(np.float32) - 127)
     parts = Replacement(graph, node)
     inputs = [values, parts.constant("scale", scale, _FLOAT)]
-    axis, block = options["axis"].as_int(), options["block_size"].as_int()
+    axis, block = options.get_int("axis", -1), options.get_int("block_size", 32)
     weight = parts.add("DequantizeLinear", inputs, _FLOAT, axis=axis, block_size=block)
     parts.finish(_cast(parts, weight, result.dtype))
 
 
 def _expand_activation(graph: ir.Graph, node: ir.Node, source: ir.Node) -> None:
-    x, result, block = source.inputs[0], node.outputs[0], source.attributes["block_size"].as_int()
+    x, result, mxfp8 = source.inputs[0], node.outputs[0], source.op_type == MXFP8_QUANTIZE
     assert x is not None and x.shape is not None and x.dtype is not None
-    parts = Replacement(graph, node)
-    leading, width = [0] * (len(x.shape) - 1), int(x.shape[-1])  # type: ignore[arg-type]
+    block, axis = source.attributes.get_int("block_size", 32 if mxfp8 else 16), source.attributes.get_int("axis", -1)
+    width, constant = x.shape[-1], mxfp8 or is_constant(source.inputs[1])
+    if axis not in (-1, len(x.shape) - 1) or not isinstance(width, int) or width % block or not constant:
+        raise UserError(
+            f"{layer_of(node)} has blocks that do not divide the last dimension, or a computed tensor scale"
+        )
+    parts, leading = Replacement(graph, node), [0] * (len(x.shape) - 1)
     blocks = parts.constant("blocks", [*leading, width // block, block], ir.DataType.INT64)
     y = parts.add("Reshape", [_cast(parts, x, _FLOAT), blocks])
     last = parts.constant("last", [-1], ir.DataType.INT64)
     largest = parts.add("ReduceMax", [parts.add("Abs", [y]), last], keepdims=1)
-    if source.op_type == MXFP8_QUANTIZE:
-        y = _round_mxfp8(parts, y, largest)
-    else:
-        y = _round_fp4(parts, y, largest, array(source.inputs[1]))
+    y = _round_mxfp8(parts, y, largest) if mxfp8 else _round_fp4(parts, y, largest, array(source.inputs[1]))
     y = parts.add("Reshape", [y, parts.constant("shape", [*leading, width], ir.DataType.INT64)])
     parts.finish(_cast(parts, y, result.dtype))
 

@@ -8,7 +8,7 @@ y = TRT_MXFP8DequantizeLinear(values, scales)               the powers of two ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import onnx
@@ -26,7 +26,7 @@ _MXFP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT8)
 def register_operators() -> None:
     """Tells onnx what the operators of TensorRT take and return, without which it rejects graphs that have them."""
     floats = [f"tensor({name})" for name in ("float", "float16", "bfloat16")]
-    x, scale, values = ("x", "T"), ("scale", "tensor(float)"), ("y", "tensor(float8e4m3fn)")
+    x, scale, values = ("x", "T"), ("scale", "T2"), ("y", "tensor(float8e4m3fn)")
     exponents = ("y_scale", "tensor(uint8)")
     fp4 = [("y", "tensor(float4e2m1)"), ("y_scale", "tensor(float8e4m3fn)")]
     _register(FP4_QUANTIZE, ([x, scale], fp4), ("axis", "block_size", "scale_type"), floats)
@@ -47,29 +47,35 @@ def _register(
         1,
         inputs=inputs,
         outputs=outputs,
-        type_constraints=[("T", floats, "the float tensor")],
-        attributes=[OpSchema.Attribute(each, OpSchema.AttrType.INT, required=True) for each in attributes],
+        type_constraints=[(name, floats, "a float tensor") for name in ("T", "T2")],
+        attributes=[OpSchema.Attribute(each, OpSchema.AttrType.INT, required=False) for each in attributes],
     )
-    schema.set_type_and_shape_inference_function(_infer_dequantize if name == MXFP8_DEQUANTIZE else _infer_quantize)
+    infer = _infer_dequantize if name == MXFP8_DEQUANTIZE else partial(_infer_quantize, name=name)
+    schema.set_type_and_shape_inference_function(infer)
     onnx.defs.register_schema(schema)
 
 
-def _infer_quantize(context: Any) -> None:
+def _infer_quantize(context: Any, name: str) -> None:
     """The values have the shape of x; the scales have one for each block of its last dimension."""
-    x, attribute = context.get_input_type(0), context.get_attribute
-    fp4 = attribute("scale_type") is not None
+    fp4 = name == FP4_QUANTIZE
+    block = _attribute(context, "block_size", 16 if fp4 else 32)
     for index, dtype in enumerate(_FP4 if fp4 else _MXFP8):
         result = onnx.TypeProto()
-        result.CopyFrom(x)
+        result.CopyFrom(context.get_input_type(0))
         result.tensor_type.elem_type = int(dtype)
         if index and result.tensor_type.shape.dim:
             last = result.tensor_type.shape.dim[-1]
-            last.dim_value = max(1, last.dim_value // max(1, attribute("block_size").i))
+            last.dim_value = max(1, last.dim_value // max(1, block))
         context.set_output_type(index, result)
 
 
 def _infer_dequantize(context: Any) -> None:
     result = onnx.TypeProto()
     result.CopyFrom(context.get_input_type(0))
-    result.tensor_type.elem_type = context.get_attribute("output_dtype").i
+    result.tensor_type.elem_type = _attribute(context, "output_dtype", int(ir.DataType.FLOAT))
     context.set_output_type(0, result)
+
+
+def _attribute(context: Any, name: str, default: int) -> int:
+    found = context.get_attribute(name)
+    return default if found is None else int(found.i)

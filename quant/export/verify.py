@@ -236,7 +236,7 @@ def accumulated_sqnr(
     return {
         name: (_sqnr(exact[name], values), _sqnr(values, theirs[name]))
         for name, values in rounded.items()
-        if name in theirs and theirs[name].shape == values.shape
+        if name in exact and name in theirs and theirs[name].shape == values.shape
     }
 
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from step_difference import local_differences
@@ -24,7 +26,7 @@ from illama.graph.writer import save_graph
 from illama.models.config import ModelConfig
 from illama.models.illama import ILLaMA
 from quant.export.onnx_export import export_onnx
-from quant.export.verify import first_mismatch
+from quant.export.verify import accumulated_sqnr, first_mismatch, trace_onnx
 from quant.export.weights import read_quantized_weights, write_quantized_weights
 from quant.quantizers.block_rounding import round_blocks, stored_block_scale
 from quant.quantizers.calibrate import calibrate
@@ -80,7 +82,7 @@ def test_activations_equal_modelopts_to_the_bit(x, name, share):
     assert torch.equal(round_blocks(x, tensor_scale, FORMATS[name]), expected)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_activations_equal_modelopts_quantizer_on_a_gpu(name):
     import modelopt.torch.quantization as mtq
@@ -188,12 +190,14 @@ def test_both_forms_of_a_file_compute_the_network(quantized, images, tmp_path):
     assert {node.domain for node in graph.graph} == {""} and set(graph.opset_imports) == {""}
 
 
-def test_every_tensor_of_a_file_is_that_of_the_network(quantized, images, tmp_path):
+def test_every_tensor_of_a_file_is_that_of_the_network(quantized, network, images, tmp_path):
     name, model = quantized
     export_onnx(model, tmp_path / "m.onnx", "plain")
     differences = local_differences(model, tmp_path / "m.onnx", images.numpy())
     assert first_mismatch(differences) is None
     assert ("blocks.1.mlp.fc2.input" in differences) == (name in NAMES)
+    sqnr = accumulated_sqnr(network, model, trace_onnx(tmp_path / "m.onnx", images.numpy(), model), images.numpy())
+    assert sqnr["logits"][1] > sqnr["logits"][0]
 
 
 def test_half_precision_is_emulated(quantized, network, images, tmp_path):
@@ -293,3 +297,35 @@ def test_older_versions_of_tensorrt(name, network, images, tmp_path):
     expected = newer.run(None, {"images": images.numpy()})[0]
     found = older.run(None, {"images": images.numpy()})[0]
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
+def one_operator(path, node, scale_type=TensorProto.FLOAT):
+    """A graph of TRT_FP4DynamicQuantize and what dequantizes its result, in half precision."""
+    scale = helper.make_tensor("s", scale_type, [], [0.5])
+    computed = [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0)] if "m" in node.input else []
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+        *computed,
+        node,
+        helper.make_node("Cast", ["s"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("DequantizeLinear", ["b", "wide"], ["ds"]),
+        helper.make_node("DequantizeLinear", ["q", "ds"], ["y"], axis=-1, block_size=16),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2, 32]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [scale])
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid("trt", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=11), path)
+    return path
+
+
+def test_graphs_of_others(tmp_path):
+    """Attributes that are left out have TensorRT's defaults, and scales may be in half precision."""
+    node = helper.make_node("TRT_FP4DynamicQuantize", ["h", "s"], ["q", "b"], domain="trt")
+    path = one_operator(tmp_path / "m.onnx", node, TensorProto.FLOAT16)
+    x = np.random.default_rng(0).normal(size=(3, 2, 32)).astype(np.float16).astype(np.float32)
+    expected = round_blocks(torch.from_numpy(x), torch.tensor(0.5), FORMATS["nvfp4"]).numpy()
+    np.testing.assert_array_equal(emulated_session(path).run(None, {"x": x})[0], expected)
+    for changed, inputs in (({"axis": 1}, ["h", "s"]), ({"block_size": 24}, ["h", "s"]), ({}, ["h", "m"])):
+        node = helper.make_node("TRT_FP4DynamicQuantize", inputs, ["q", "b"], domain="trt", **changed)
+        with pytest.raises(UserError, match=r"blocks|m\.onnx"):
+            emulated_session(one_operator(tmp_path / "m.onnx", node))
