@@ -33,6 +33,7 @@ from quant.export.onnx_export import export_onnx
 from quant.quantizers.blocks import blocks
 from quant.quantizers.calibrate import calibrate
 from quant.quantizers.layers import (
+    BlockQuantizer,
     QuantizedConv2d,
     QuantizeDequantize,
     QuantizedLinear,
@@ -312,7 +313,7 @@ def test_quantizers_agree_with_modelopt_s(short, batches, name):
 
 
 def has_rounded_inputs(quantized):
-    return any(isinstance(module, QuantizeDequantize) for _, module in quantizers(quantized))
+    return any(isinstance(module, QuantizeDequantize | BlockQuantizer) for _, module in quantizers(quantized))
 
 
 def test_exported_graph_equals_the_quantized_model(quantized, file, real_images):
@@ -343,7 +344,7 @@ def test_graphs_are_standard_and_hold_few_bits(file, scheme, short, quantized):
     expected = {}
     for name, spec in resolve(scheme, short).tensors.items():
         if name.endswith(".weight"):
-            kind = ONNX_TYPES[spec.format.replace("6", "8")]
+            kind = ONNX_TYPES[{"nvfp4": "int8", "mxfp8": "fp8"}.get(spec.format, spec.format.replace("6", "8"))]
             expected[kind] = expected.get(kind, 0) + short.get_parameter(name).numel()
     assert {kind: count for kind, count in stored.items() if kind in expected} == expected
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
@@ -375,7 +376,11 @@ def test_values_are_named_by_layer(file):
 
 @pytest.mark.parametrize("name", ONNX_SCHEMES)
 def test_schemes_that_tensorrt_supports(name, short):
-    assert (not unfit_for_tensorrt(resolve(shipped_scheme(name), short).tensors)) == (name in TENSORRT_SCHEMES)
+    """Those with block scales have operators of TensorRT: tests/quant/test_block_scales.py runs their graphs."""
+    blocks = ("mxfp8", "nvfp4", "nvfp4-weight-only")
+    assert (not unfit_for_tensorrt(resolve(shipped_scheme(name), short).tensors)) == (
+        name in (*TENSORRT_SCHEMES, *blocks)
+    )
 
 
 @pytest.mark.parametrize("name", TENSORRT_SCHEMES)
