@@ -104,12 +104,13 @@ def main(options: Options) -> None:
     manifests = sorted([*given, *kept], key=lambda manifest: manifest.provenance.command)
     table = [HEADER, ("---",) * len(HEADER), *map(row, manifests)]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    images = manifests[0].scores.images if manifests[0].scores else 0
+    scores = manifests[0].scores
+    assert scores is not None  # row checks it
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "qat.md").write_text(
-        f"{text}\n\nTop-1 of {images:,} test images, of the network that rounds as the file does and of the files in "
-        "ONNX Runtime,\nor PyTorch for torchao's; drops from FP32 in points, with a 95% interval from a paired "
-        f"bootstrap. PTQ is the same scheme\nwithout training.\n\n{commands_by_machine(manifests)}\n"
+        f"{text}\n\nTop-1 of {scores.images:,} test images, of the network that rounds as the file does and of the "
+        "files in ONNX Runtime,\nor PyTorch for torchao's; drops from FP32 in points, with a 95% interval from a "
+        f"paired bootstrap. PTQ is the same scheme\nwithout training.\n\n{commands_by_machine(manifests)}\n"
     )
     content = list(map(without_paths, manifests))
     (options.out / "qat.json").write_text(json.dumps(content, indent=2, default=str) + "\n")

@@ -80,7 +80,7 @@ def check_product_shapes(subject: Subject) -> Iterator[Finding]:
         weight = weight_of(each.node)
         if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
             continue
-        block = {"int8": 16, "fp8": 16, "mxfp8": 32, "nvfp4": 32}.get(each.precision, 8)
+        block = 8 if each.precision in ("fp32", "fp16") else 16
         sizes, last = array(weight).shape, each is weighted[-1]
         if any(size % block for size in sizes):
             words = f"{' x '.join(map(str, sizes))} in {each.precision}{', the last product' * last}"

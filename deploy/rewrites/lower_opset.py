@@ -45,14 +45,13 @@ def lower_for(model: ir.Model, runtime: LoadedBy) -> bool:
     Raises:
         UserError: the runtime has no form of an operator or of a number format.
     """
-    kinds = {node.op_type for node in model.graph if node.domain != DOMAIN}
     for node in model.graph:
         if node.domain == DOMAIN and runtime.lacks(node.op_type, 1):
             raise UserError(f"{runtime} has no {node.op_type}: use another scheme")
-    if not 0 < (given := model.opset_imports.get("", 0)) <= OPSETS[0]:
-        if 0 < given <= runtime.opset:
-            return False
+    given = model.opset_imports.get("", 0)
+    if not 0 < given <= max(OPSETS[0], runtime.opset):
         raise UserError(f"the graph is in opset {given}, and only those up to {OPSETS[0]} have an older form")
+    kinds = {node.op_type for node in model.graph if node.domain != DOMAIN}
     for opset in OPSETS:
         lacking = {kind for kind in kinds if (since := _since(kind, opset)) and runtime.lacks(kind, since)}
         if opset <= runtime.opset and lacking <= _DECOMPOSITIONS.keys() | {"Attention"}:
@@ -63,7 +62,7 @@ def lower_for(model: ir.Model, runtime: LoadedBy) -> bool:
             raise UserError(f"{runtime} loads no {dtype.name} here: use another scheme")
     if model.graph.inputs[0].dtype == ir.DataType.UINT8 and runtime.lacks("uint8 images", 13):
         raise UserError(f"{runtime} takes no uint8 images: give the bundle without preprocessing")
-    if opset >= model.opset_imports[""] and not lacking:
+    if not lacking and (opset >= given or given > OPSETS[0]):
         return False
     lower_opset(model, opset, lacking)
     if runtime.weakly_typed:

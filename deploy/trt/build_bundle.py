@@ -145,13 +145,13 @@ def build_supported(
     """
     options = options or EngineOptions()
     model = load_graph(bundle / FUSED_ONNX)
-    name_of, first = next((facts for dtype, facts in _SINCE.items() if has_constant(model, dtype)), ("", 0))
+    format_name, first = next((facts for dtype, facts in _SINCE.items() if has_constant(model, dtype)), ("", 0))
     targets = library.resolve_targets(options.targets)
     if not targets and first > _PORTABLE:
         targets = tuple(target for target in RTX_TARGETS if _number(target) >= first)
-    supported = tuple(target for target in targets if _number(target) >= first)
+    supported = tuple(target for target in targets if not first or _number(target) >= first)
     unsupported = [target for target in targets if target not in supported]
-    reason = f"not built for {', '.join(unsupported)}: {name_of} needs sm{first} or newer" if unsupported else ""
+    reason = f"not built for {', '.join(unsupported)}: {format_name} needs sm{first} or newer" if unsupported else ""
     if unsupported and not supported:
         return None, reason
     return build_bundle(library, bundle, replace(options, targets=supported), name), reason

@@ -2,8 +2,8 @@
 
 A rate is in 10^12 operations per second, two per multiply-accumulate; memory bandwidth is in 10^9 bytes per second.
 ``fp32`` is the rate of the CUDA cores, since TF32 is not FP32; 16-bit and 8-bit rates are those of the tensor cores
-with their fastest accumulator, since a lower bound is predicted from them. A format that the tensor cores lack is left
-out. Where a vendor publishes a figure with sparsity, it is halved.
+with their fastest accumulator, since a lower bound is predicted from them. MXFP8 is given the rate of FP8. A format
+that the tensor cores lack is left out. Where a vendor publishes a figure with sparsity, it is halved.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from illama.graph.reader import add_constant, array, is_constant, layer_of, prod
 from illama.graph.replacement import Replacement
 from illama.graph.tensorrt_operators import DOMAIN, FP4_QUANTIZE, MXFP8_DEQUANTIZE, MXFP8_QUANTIZE
 
-E8M0_OPSET = 24  # the first with a Cast to powers of two
+_E8M0_OPSET = 24  # the first with a Cast to powers of two
 _FLOAT, _E4M3, _E2M1 = ir.DataType.FLOAT, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1
 _E4M3_MAX, _E2M1_MAX = 448.0, 6.0
 _SMALLEST_SCALE = 2.0**-9  # of float8e4m3fn
@@ -47,7 +47,7 @@ def expand_block_scales(model: ir.Model) -> None:
         elif source is not None and values is source.outputs[0]:
             _expand_activation(graph, node, source)
             if mxfp8:
-                model.opset_imports[""] = max(E8M0_OPSET, model.opset_imports[""])
+                model.opset_imports[""] = max(_E8M0_OPSET, model.opset_imports[""])
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
 

@@ -116,8 +116,9 @@ def stored(value: ir.Value) -> tuple[ir.Value, ir.Node | None]:
 
 
 def _casts_dequantized(node: ir.Node) -> bool:
-    """Whether a node casts what was dequantized by scales in float32, as those of blocks are."""
-    return node.op_type == "Cast" and producer(node.inputs[0], "DequantizeLinear") is not None
+    """Whether a node casts what was dequantized by the scales of blocks, which are in float32."""
+    dequantize = producer(node.inputs[0], "DequantizeLinear") if node.op_type == "Cast" else None
+    return dequantize is not None and dequantize.attributes.get_int("block_size", 0) > 0
 
 
 @dataclass(frozen=True)

@@ -96,24 +96,31 @@ class Quantizer(nn.Module):
         self.enabled, self.differentiable = True, False
         self.register_buffer("scale", scale)
 
+    @property
+    def trains_scale(self) -> bool:
+        """Whether training changes the scale."""
+        return True
+
     def make_scale_parameter(self) -> None:
-        """Makes the scale a parameter, and the rounding differentiable."""
-        scale = self.scale.detach()
-        del self.scale
-        self.scale = nn.Parameter(scale)
+        """Makes the rounding differentiable, and the scale a parameter if it is trained."""
         self.differentiable = True
+        if self.trains_scale:
+            scale = self.scale.detach()
+            del self.scale
+            self.scale = nn.Parameter(scale)
 
     def make_scale_buffer(self) -> None:
         """Undoes :meth:`make_scale_parameter`, with the trained value."""
-        scale = to_half_range(self.positive_scale().detach().clone())
-        del self.scale
-        self.register_buffer("scale", scale)
+        scale = self.positive_scale().detach().clone()
         self.differentiable = False
-        self.set_scale(scale)
+        if self.trains_scale:
+            del self.scale
+            self.register_buffer("scale", scale)
+            self.set_scale(scale)
 
     def set_scale(self, scale: Tensor) -> None:
         """Sets the scale to the nearest one that a file can store."""
-        self.scale = scale
+        self.scale = to_half_range(scale)
 
     def positive_scale(self) -> Tensor:
         """Returns the scale, clamped to a positive minimum in training."""
@@ -168,13 +175,9 @@ class BlockQuantizer(Quantizer):
     def __init__(self, spec: TensorSpec, amax: Tensor) -> None:
         super().__init__(spec, spec.dtype.tensor_scale(amax))
 
-    def make_scale_parameter(self) -> None:
-        """Makes the rounding differentiable."""
-        self.differentiable = True
-
-    def make_scale_buffer(self) -> None:
-        """Undoes :meth:`make_scale_parameter`."""
-        self.differentiable = False
+    @property
+    def trains_scale(self) -> bool:
+        return False
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -204,26 +207,15 @@ class WeightQuantizer(Quantizer):
         if spec.dtype.block:
             self._set_block_scales(amax.float())
 
-    def make_scale_parameter(self) -> None:
-        """See the base class; powers of two are not trained."""
-        if self.dtype.power_of_two_scales:
-            self.differentiable = True
-        else:
-            super().make_scale_parameter()
-
-    def make_scale_buffer(self) -> None:
-        """Undoes :meth:`make_scale_parameter`, with the trained value."""
-        if self.dtype.power_of_two_scales:
-            self.differentiable = False
-        else:
-            super().make_scale_buffer()
+    @property
+    def trains_scale(self) -> bool:
+        return not self.dtype.power_of_two_scales
 
     def set_scale(self, scale: Tensor) -> None:
-        """Sets the scale to the nearest one that a file can store."""
         if self.dtype.block:
             self._set_block_scales(scale * self.dtype.high)
         else:
-            self.scale = scale
+            super().set_scale(scale)
 
     def _set_block_scales(self, amax: Tensor) -> None:
         self.tensor_scale = self.dtype.tensor_scale(amax)

@@ -17,7 +17,7 @@ FormatName = Literal["int8", "uint8", "int6", "uint6", "int4", "uint4", "fp8", "
 Granularity = Literal["tensor", "channel", "group", "token", "block"]
 Calibrator = Literal["max", "percentile", "entropy", "mse"]
 SMALLEST_SCALE = 2.0**-24  # of float16
-E4M3_MAX = 448.0
+_E4M3_MAX = 448.0
 _SMALLEST_BLOCK_SCALE = 2.0**-9  # of float8e4m3fn
 
 
@@ -74,7 +74,7 @@ class QuantDtype:
         largest = amax.float().max()
         if self.power_of_two_scales:
             return torch.ones_like(largest)
-        return torch.where(largest > 0, largest / (self.high * E4M3_MAX), torch.ones_like(largest))
+        return torch.where(largest > 0, largest / (self.high * _E4M3_MAX), torch.ones_like(largest))
 
     def block_scales(self, amax: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
         """Returns the scales of blocks with the largest magnitudes ``amax``, as files store them, times the tensor's.
@@ -87,7 +87,7 @@ class QuantDtype:
             exponent = torch.where(fraction == 0, -127, exponent - (fraction == 0.5).int())
             return torch.exp2(exponent.clamp(-127, 127).float())
         scale = amax.float() / (self.high * tensor_scale)
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale).clamp(_SMALLEST_BLOCK_SCALE, E4M3_MAX)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale).clamp(_SMALLEST_BLOCK_SCALE, _E4M3_MAX)
         return scale.to(torch.float8_e4m3fn).float() * tensor_scale
 
     def step(self, values: torch.Tensor) -> torch.Tensor:
@@ -131,9 +131,9 @@ FORMATS: dict[str, QuantDtype] = {
     "uint6": QuantDtype("uint6", 6, torch.uint8, 0.0, 63.0),
     "int4": QuantDtype("int4", 4, torch.int8, -8.0, 7.0),
     "uint4": QuantDtype("uint4", 4, torch.uint8, 0.0, 15.0),
-    "fp8": QuantDtype("fp8", 8, torch.float8_e4m3fn, -E4M3_MAX, E4M3_MAX, 3, -6),
+    "fp8": QuantDtype("fp8", 8, torch.float8_e4m3fn, -_E4M3_MAX, _E4M3_MAX, 3, -6),
     "nvfp4": QuantDtype("nvfp4", 4, torch.float8_e4m3fn, -6.0, 6.0, 1, 0, block=16),
-    "mxfp8": QuantDtype("mxfp8", 8, torch.float8_e4m3fn, -E4M3_MAX, E4M3_MAX, 3, -6, block=32),
+    "mxfp8": QuantDtype("mxfp8", 8, torch.float8_e4m3fn, -_E4M3_MAX, _E4M3_MAX, 3, -6, block=32),
 }
 
 

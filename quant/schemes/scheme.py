@@ -194,11 +194,11 @@ def resolve(scheme: Scheme, model: nn.Module) -> QuantizationPlan:
 def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> None:
     trouble = ""
     if not name.endswith(".weight"):
-        fits = "token" if scheme.backend == "torchao" else "tensor"
-        if spec.dtype.block and scheme.backend == "onnx":
-            trouble = _block_trouble(name, spec, model)
-        elif spec.granularity != fits:
+        fits = "token" if scheme.backend == "torchao" else "block" if spec.dtype.block else "tensor"
+        if spec.granularity != fits:
             trouble = f"an activation has one scale per {fits} in {scheme.backend}"
+        elif spec.dtype.block and spec.calibrator != "max":
+            trouble = "an activation's blocks have their range at run time: leave out the calibrator"
     else:
         layer = model.get_submodule(name.removesuffix(".weight"))
         if spec.granularity == "token":
@@ -211,9 +211,7 @@ def _check(scheme: Scheme, name: str, spec: TensorSpec, model: nn.Module) -> Non
             trouble = (
                 f"groups of {spec.group_size} do not divide its {layer.in_features} inputs: choose another group_size"
             )
-        elif spec.dtype.block:
-            trouble = _block_trouble(name, spec, model)
-    if trouble:
+    if trouble := trouble or (_block_trouble(name, spec, model) if spec.dtype.block else ""):
         raise UserError(f"scheme {scheme.name}, {name}: {trouble}")
 
 

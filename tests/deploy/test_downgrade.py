@@ -197,12 +197,15 @@ def test_external_data_moves_with_the_graph(bundle, tmp_path):
     assert error(found, expected) < 1e-5
 
 
-@pytest.mark.skipif(not OLDER_RUNTIME.exists(), reason="make setup installs ONNX Runtime 1.20")
-def test_an_older_onnx_runtime_computes_the_same(bundle, tmp_path):
+@pytest.fixture
+def older_runtime(tmp_path):
+    """A function that runs a file in ONNX Runtime 1.20, in a process of its own: the logits, or the error."""
+    if not OLDER_RUNTIME.exists():
+        pytest.skip("make setup installs ONNX Runtime 1.20")
     np.save(tmp_path / "images.npy", IMAGES)
     script = (
         "import sys, numpy, onnxruntime\n"
-        "print(onnxruntime.__version__)\n"
+        "assert onnxruntime.__version__.startswith('1.20')\n"
         "options = onnxruntime.SessionOptions()\n"
         "options.log_severity_level = 4\n"
         "session = onnxruntime.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])\n"
@@ -210,16 +213,33 @@ def test_an_older_onnx_runtime_computes_the_same(bundle, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(OLDER_RUNTIME)}
 
-    def older(path):
+    def run_older(path):
+        (tmp_path / "found.npy").unlink(missing_ok=True)
         arguments = [sys.executable, "-c", script, path, tmp_path / "images.npy", tmp_path / "found.npy"]
-        return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+        return result.stderr if result.returncode else np.load(tmp_path / "found.npy")
 
-    assert older(bundle / CPU_ONNX).returncode != 0  # opset 23
+    return run_older
+
+
+def test_an_older_onnx_runtime_computes_the_same(bundle, older_runtime, tmp_path):
+    assert "opset" in older_runtime(bundle / CPU_ONNX)  # 23
     for opset in (17, 19, 21):
         write_older_bundle(bundle, opset_target(opset), tmp_path / str(opset))
-        result = older(tmp_path / str(opset) / CPU_ONNX)
-        assert result.stdout.startswith("1.20"), result.stderr
-        assert error(np.load(tmp_path / "found.npy"), run(cpu_session(bundle / CPU_ONNX, 1))) < 0.03
+        found = older_runtime(tmp_path / str(opset) / CPU_ONNX)
+        assert error(found, run(cpu_session(bundle / CPU_ONNX, 1))) < 0.03
+
+
+def test_an_older_onnx_runtime_computes_nvfp4(older_runtime, tmp_path):
+    torch.manual_seed(0)
+    model = ILLaMA(ModelConfig(**SIZES)).eval()
+    quantized = calibrate(model, resolve(shipped_scheme("nvfp4"), model), [torch.from_numpy(IMAGES)])
+    export_onnx(quantized, tmp_path / CPU_ONNX, "plain")
+    graph = load_graph(tmp_path / CPU_ONNX)
+    assert lower_for(graph, find_runtime("onnxruntime", "1.20")) and graph.opset_imports[""] == 21
+    (tmp_path / "older").mkdir()
+    save_graph(graph, tmp_path / "older" / CPU_ONNX)
+    assert error(older_runtime(tmp_path / "older" / CPU_ONNX), run(cpu_session(tmp_path / CPU_ONNX, 1))) < 0.03
 
 
 @pytest.mark.skipif(library is None, reason="needs tensorrt-rtx")
