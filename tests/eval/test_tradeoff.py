@@ -12,7 +12,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import SMALL, assert_one_line_error, run_command, write_images, write_linear_bundle, write_made_up_engine
+from support import (
+    SMALL,
+    assert_one_line_error,
+    run_command,
+    write_images,
+    write_linear_bundle,
+    write_made_up_engine,
+    write_untimed_baseline,
+)
 
 from deploy.runtimes.cpu_runtime import cpu_latencies
 from deploy.runtimes.onnxruntime_engine import OnnxRuntimeEngine
@@ -155,7 +163,8 @@ def test_without_labels_it_is_agreement_and_sqnr(tradeoff, runs, tmp_path):
     text = result.stdout + (tmp_path / "out" / "report.md").read_text()
     page = (tmp_path / "out" / "report.html").read_text().split("<script", 1)[0]
     assert "top-1" not in text + page and "agreement" in text and "Calibration</h2>" not in page
-    again = tradeoff("--fail-on-regression", tmp_path / "out" / "report.json", data=flat, out=tmp_path / "again")
+    baseline = write_untimed_baseline(tmp_path / "out" / "report.json", tmp_path / "same.json")
+    again = tradeoff("--fail-on-regression", baseline, data=flat, out=tmp_path / "again")
     assert again.returncode == 0, again.stderr
 
 
@@ -221,13 +230,12 @@ def test_two_processes_find_what_one_does(tradeoff, runs, tmp_path):
 def test_a_regression_fails_the_build(tradeoff, tmp_path):
     assert tradeoff().returncode == 0
     path = tmp_path / "out" / "report.json"
-    baseline = json.loads(path.read_text())
-    baseline["rows"] = [{**row, "latency": []} for row in baseline["rows"]]  # timings differ between runs
-    (tmp_path / "same.json").write_text(json.dumps(baseline))
-    result = tradeoff("--fail-on-regression", tmp_path / "same.json")
+    same = write_untimed_baseline(path, tmp_path / "same.json")
+    result = tradeoff("--fail-on-regression", same)
     assert result.returncode == 0 and "→" in result.stdout
-    path.write_text(json.dumps(baseline))
+    path.write_text(same.read_text())
     assert tradeoff("--fail-on-regression", path).returncode == 0  # read before a new report takes its place
+    baseline = json.loads(same.read_text())
     baseline["rows"][-1]["onnx_bytes"] //= 2
     baseline["rows"].append({**baseline["rows"][-1], "name": "gone", "scheme": "gone"})
     (tmp_path / "better.json").write_text(json.dumps(baseline))
