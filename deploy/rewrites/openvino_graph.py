@@ -21,6 +21,7 @@ from illama.graph.reader import add_constant, array, dtype_of, is_constant, prod
 # saves. Measured, compared with bfloat16: not quantizing is faster at widths of 192 and 384, slower at 768.
 _WORTH_QUANTIZING = 512
 _ELEMENTWISE = ("Add", "Mul")
+_LINEAR = ("Reshape", "Transpose", "RotaryEmbedding")  # a factor of the input is one of the output
 
 
 def select_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ir.Model], None]]:
@@ -30,7 +31,12 @@ def select_rewrites(bfloat16: bool, matrix_unit: bool) -> list[Callable[[ir.Mode
         bfloat16: whether OpenVINO computes the float32 operators of the graph in bfloat16.
         matrix_unit: see :func:`has_matrix_unit`.
     """
-    return [*([keep_inputs_float] if bfloat16 else []), split_products, *([fold_zero_points] if matrix_unit else [])]
+    return [
+        *([keep_inputs_float] if bfloat16 else []),
+        split_products,
+        fold_factors,  # after split_products, which gives q a product of its own
+        *([fold_zero_points] if matrix_unit else []),
+    ]
 
 
 def has_matrix_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -142,6 +148,37 @@ def _columns(graph: ir.Graph, product: _Product, part: slice, output: str) -> li
     if product.bias is not None:
         nodes.append(_node("Add", [nodes[-1].outputs[0], of(product.bias.inputs[1])], output))
     return nodes
+
+
+def fold_factors(model: ir.Model) -> None:
+    """Multiplies the weights of a product by the factor that its result is multiplied by, as q is in attention.
+
+        before   x -> MatMul(w) [-> Add(b)] -> Reshape, Transpose, RotaryEmbedding -> Mul(s)
+        after    x -> MatMul(s w) [-> Add(s b)] -> Reshape, Transpose, RotaryEmbedding
+
+    Of a quantized weight, the scale is multiplied. It is exact if the factor s is a power of two, as it is for heads of
+    16, 64 or 256 channels, and else up to float32 rounding.
+    """
+    for multiply in [node for node in model.graph if node.op_type == "Mul"]:
+        scaled, factor = multiply.inputs
+        if scaled is None or not is_constant(factor) or array(factor).size != 1:
+            continue
+        value: ir.Value | None = scaled
+        while value is not None and len(readers(value)) == 1 and (maker := producer(value, *_LINEAR)):
+            value = maker.inputs[0]
+        product = _find_product(value)
+        if product is not None and len(readers(product.output)) == 1:
+            _scale(model.graph, product, array(factor).reshape(()))
+            _take_over(multiply.outputs[0], scaled)
+    RemoveUnusedNodesPass()(model)
+
+
+def _scale(graph: ir.Graph, product: _Product, factor: np.ndarray) -> None:
+    """Multiplies the weight and the bias of a product, by new constants: others may share the old ones."""
+    for node in (product.dequantize or product.matmul, product.bias):
+        if node is not None:
+            old = node.inputs[1]
+            node.replace_input_with(1, add_constant(graph, f"{node.outputs[0].name}.factor", array(old) * factor))
 
 
 def fold_zero_points(model: ir.Model) -> None:

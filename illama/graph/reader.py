@@ -74,10 +74,10 @@ def layer_of(node: ir.Node) -> str:
     return node.metadata_props.get(LAYER) or node.name or str(node.outputs[0].name)
 
 
-def producer(value: ir.Value | None, kind: str) -> ir.Node | None:
-    """Returns the node that computes a value if it is an operator of that kind."""
+def producer(value: ir.Value | None, *kinds: str) -> ir.Node | None:
+    """Returns the node that computes a value if it is an operator of one of the kinds."""
     node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == kind else None
+    return node if node is not None and node.op_type in kinds else None
 
 
 def readers(value: ir.Value) -> list[ir.Node]:

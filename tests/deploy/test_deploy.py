@@ -19,6 +19,7 @@ from sample_report import make_report, make_row
 from support import ROOT, SMALL, assert_one_line_error, run_command, write_bundle, write_made_up_engine
 
 from deploy.rewrites.openvino_graph import (
+    fold_factors,
     fold_zero_points,
     has_matrix_unit,
     keep_inputs_float,
@@ -470,6 +471,25 @@ def test_splitting_products_is_exact(scheme, tmp_path):
     assert after["MatMul"] == before["MatMul"] + 2 * (SMALL.depth - 1) + 1
     expected = in_onnxruntime(model, IMAGES)
     difference = np.abs(expected - in_onnxruntime(split, IMAGES))
+    assert np.median(difference) < 1e-6 and difference.max() < (0.02 if scheme else 1e-5) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "w4a8"])
+def test_folding_factors_is_exact(scheme, tmp_path):
+    path = tmp_path / "model.onnx"
+    if scheme:
+        export_quantized(SMALL, scheme, path, "plain", torch.float32)
+    else:
+        torch.manual_seed(0)
+        export_onnx(ILLaMA(SMALL).eval(), path, "plain")
+    model, folded = load_graph(path), load_graph(path)
+    split_products(folded)
+    before = operators(folded)["Mul"]
+    fold_factors(folded)
+    onnx.checker.check_model(to_bytes(folded), full_check=True)
+    assert operators(folded)["Mul"] == before - SMALL.depth  # that of q in each block
+    expected = in_onnxruntime(model, IMAGES)
+    difference = np.abs(expected - in_onnxruntime(folded, IMAGES))
     assert np.median(difference) < 1e-6 and difference.max() < (0.02 if scheme else 1e-5) * np.abs(expected).max()
 
 
