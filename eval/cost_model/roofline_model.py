@@ -9,8 +9,8 @@ assumed to be free. A device can be faster only if a network stays in the cache 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from eval.cost_model.onnx_costs import ProductCost, product_costs
 from eval.measure.open_bundles import refuse_frames
 from illama.bundle import CPU_ONNX, FUSED_ONNX
 from illama.errors import UserError
-from illama.graph.layer_times import GraphTimes, time_graphs
+from illama.graph.layer_times import GraphTimes, layer_of_module, time_graphs
 from illama.graph.reader import infer_shapes, load_graph
 from illama.manifest import Manifest
 from illama.markdown_table import markdown
@@ -80,6 +80,21 @@ def measure_layers(path: Path, bounds: Sequence[LayerBound], batch: int) -> Grap
     times = time_graphs({"file": path}, images, {bound.layer: None for bound in bounds})["file"]
     share = times.call / (sum(times.layers.values()) + times.rest)
     return GraphTimes(times.call, {layer: each * share for layer, each in times.layers.items()}, times.rest * share)
+
+
+def predict_layers(path: Path, device: Device, layers: Collection[str], batch: int = 1) -> GraphTimes:
+    """Returns the lower bounds of the layers of a network's file; each product of attention is a layer of its own.
+
+    Raises:
+        LacksPrecisionError: the device lacks a precision.
+    """
+    products = {"Attention q k": ".qk", "Attention p v": ".pv"}
+    costs = [replace(cost, layer=cost.layer + products.get(cost.operator, "")) for cost in product_costs(path, batch)]
+    times = GraphTimes(0.0)
+    for bound in lower_bounds(costs, device):
+        times.add(layer_of_module(bound.layer, layers), bound.milliseconds)
+        times.call += bound.milliseconds
+    return times
 
 
 def find_file(bundle: Path, on_cpu: bool) -> Path:

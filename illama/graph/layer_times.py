@@ -7,7 +7,7 @@ import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def layers_of_nodes(path: Path, layers: Mapping[str, Any]) -> dict[str, str | No
     return {str(node.name): layer_of_module(layer_of(node), layers) for node in load_graph(path).graph}
 
 
-def layer_of_module(module: str, layers: Mapping[str, Any]) -> str | None:
+def layer_of_module(module: str, layers: Collection[str]) -> str | None:
     """Returns the layer that a module belongs to, such as a quantizer of its input; None if there is none."""
     parent, _, part = module.rpartition(".")
     if part in PRODUCTS and f"{parent}.{PRODUCTS[part]}" in layers:

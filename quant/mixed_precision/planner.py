@@ -52,7 +52,8 @@ class Planner:
         images: batches for the measured drops. They must be other images than those of the search space, because the
             search would select an assignment that is better by chance on its own images.
         iterations: iterations of block reconstruction for each assignment.
-        time_call: path to an exported file -> milliseconds of a call; if None, the prediction is used.
+        time_call: path to an exported file -> milliseconds of a call, and those divided by the float file's; if None,
+            the prediction is used.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Planner:
         images: DataLoader[Any],
         budget: Budget,
         iterations: int = 0,
-        time_call: Callable[[Path], float] | None = None,
+        time_call: Callable[[Path], tuple[float, float]] | None = None,
     ) -> None:
         self.inputs, self.space, self.images, self.budget = inputs, space, images, budget
         self.iterations, self.time_call = iterations, time_call
@@ -71,7 +72,8 @@ class Planner:
         self.ms = {layer: [choice.ms for choice in choices] for layer, choices in layers.items()}
         self.bytes = {layer: [float(choice.bytes) for choice in choices] for layer, choices in layers.items()}
         self.known = [(kl, effect) for effect, kl in space.whole.values()]
-        self._drop_slack, self._cost_limit = 1.0, budget.limit
+        self.float_ms = space.fixed_ms + total(self.ms, dict.fromkeys(layers, 0))
+        self._drop_slack, self._cost_limit, self._slowdown_limit = 1.0, budget.limit, budget.slowdown
 
     def slope(self) -> float:
         """Points of top-1 lost per nat of summed KL: least squares through 0, weighted by inverse variance.
@@ -104,23 +106,25 @@ class Planner:
                 return plans, plan
             self.tighten(plan)
         if not plans:
-            raise UserError(f"no assignment of these formats can satisfy {self.budget}: {self._least()}")
+            raise UserError(f"no assignment of these formats can satisfy {self.budget}: {self._why_none()}")
         return plans, None
 
     def solve(self) -> Plan | None:
         """Returns the best assignment by the current predictions; None if there is none within the budget."""
+        fast = self.ms, self._slowdown_limit * self.float_ms - self.space.fixed_ms
         if self.budget.kind == "drop":
             costs = self.ms if self.budget.minimise == "ms" else self.bytes
-            chosen = assign(costs, self.kl, self._drop_slack * self.budget.limit / self.slope())
+            chosen = assign(costs, (self.kl, self._drop_slack * self.budget.limit / self.slope()), fast)
         elif self.budget.kind == "ms":
-            chosen = assign(self.kl, self.ms, self._cost_limit - self.space.fixed_ms)
+            chosen = assign(self.kl, (self.ms, self._cost_limit - self.space.fixed_ms), fast)
         else:
-            chosen = assign(self.kl, self.bytes, self._cost_limit * 1e6 - self.space.fixed_bytes)
+            chosen = assign(self.kl, (self.bytes, self._cost_limit * 1e6 - self.space.fixed_bytes), fast)
         if chosen is None:
             return None
         kl, ms = total(self.kl, chosen), self.space.fixed_ms + total(self.ms, chosen)
         megabytes = (self.space.fixed_bytes + total(self.bytes, chosen)) / 1e6
-        return Plan(chosen, kl, {"drop": kl * self.slope(), "kl": kl, "ms": ms, "megabytes": megabytes})
+        drop, slowdown = kl * self.slope(), ms / self.float_ms
+        return Plan(chosen, kl, {"drop": drop, "kl": kl, "ms": ms, "slowdown": slowdown, "megabytes": megabytes})
 
     def check(self, plan: Plan, path: Path) -> None:
         """Quantizes the network by the assignment, exports it to ``path``, and measures the network and the file."""
@@ -129,11 +133,13 @@ class Planner:
         quantized = calibrate(inputs.model, resolve(scheme, inputs.model), inputs.calibration, inputs.device)
         plan.effect = compare_outputs(inputs.plain_model(), quantized, self.images, inputs.neighbors)
         export_onnx(quantized, path, "plain")
+        ms, slowdown = self.time_call(path) if self.time_call else (None, None)
         plan.measured = {
             "drop": plan.effect.drop,
             "drop_at_most": plan.effect.drop_at_most,
             "kl": plan.effect.kl,
-            "ms": self.time_call(path) if self.time_call else None,
+            "ms": ms,
+            "slowdown": slowdown if any(plan.chosen.values()) else 1.0,  # the float network against itself
             "megabytes": size_of(path) / 1e6,
         }
         self.known.append((plan.kl, plan.effect))
@@ -143,21 +149,36 @@ class Planner:
 
         The prediction is used where nothing was measured.
         """
-        value = plan.measured["drop_at_most" if self.budget.kind == "drop" else self.budget.kind]
-        return (plan.predicted[self.budget.kind] if value is None else value) <= self.budget.limit
+        return self._excess(plan, self.budget.kind, self.budget.limit) <= 0 and self._is_fast(plan)
 
     def tighten(self, plan: Plan) -> None:
-        """Lowers the limit on the next prediction below the prediction of an assignment that exceeds the budget."""
-        if self.budget.kind == "drop":
-            self._drop_slack = _TIGHTEN * min(1.0, plan.kl * self.slope() / self.budget.limit)
+        """Lowers the limits on the next prediction below the prediction of an assignment that exceeds them."""
+        if not self._is_fast(plan):
+            self._slowdown_limit = self._lowered(plan, "slowdown", self.budget.slowdown)
+        kind, limit = self.budget.kind, self.budget.limit
+        if self._excess(plan, kind, limit) <= 0:
+            return
+        if kind == "drop":
+            self._drop_slack = _TIGHTEN * min(1.0, plan.kl * self.slope() / limit)
         else:
-            limit, value = self.budget.limit, plan.measured[self.budget.kind]
-            excess = 0.0 if value is None else value - limit
-            # Lowered by at least a thousandth, so that the same assignment cannot be found again.
-            self._cost_limit = plan.predicted[self.budget.kind] - max(excess, limit / 1000)
+            self._cost_limit = self._lowered(plan, kind, limit)
 
-    def _least(self) -> str:
+    def _is_fast(self, plan: Plan) -> bool:
+        return self._excess(plan, "slowdown", self.budget.slowdown) <= 0
+
+    def _excess(self, plan: Plan, kind: str, limit: float) -> float:
+        value = plan.measured["drop_at_most" if kind == "drop" else kind]
+        return (plan.predicted[kind] if value is None else value) - limit
+
+    def _lowered(self, plan: Plan, kind: str, limit: float) -> float:
+        """Returns a new limit on a prediction: lower by at least a thousandth, so that another assignment is found."""
+        return plan.predicted[kind] - max(self._excess(plan, kind, limit), limit / 1000)
+
+    def _why_none(self) -> str:
         ms, size = (sum(min(values) for values in table.values()) for table in (self.ms, self.bytes))
         if self.budget.kind == "ms":
             return f"the fastest is predicted to take {self.space.fixed_ms + ms:.3f} ms"
-        return f"the smallest is predicted to take {(self.space.fixed_bytes + size) / 1e6:.3f} MB"
+        smallest = (self.space.fixed_bytes + size) / 1e6
+        if self.budget.kind == "megabytes" and smallest <= self.budget.limit:
+            return "those that are small enough are predicted to be slower: raise --max-slowdown"
+        return f"the smallest is predicted to take {smallest:.3f} MB"

@@ -17,14 +17,17 @@ from quant.schemes.scheme import resolve, write_scheme
 RESULT = "search.json"
 
 
-def write_search(folder: Path, planner: Planner, plans: list[Plan], best: Plan | None) -> dict[str, Any]:
+def write_search(folder: Path, planner: Planner, plans: list[Plan], best: Plan | None, times: str) -> dict[str, Any]:
     """Writes the best plan, or the last one if none satisfies the budget, beside its exported file.
+
+    Args:
+        times: where the times come from.
 
     Returns:
         The contents of search.json.
     """
     found = search_result(planner.budget, planner.space, plans, best)
-    result = {**found, "metric": planner.inputs.metric}
+    result = {**found, "metric": planner.inputs.metric, "times": times}
     (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     chosen, summary = (best or plans[-1]).chosen, f"found by {command_line()}"
     scheme, model = assignment_scheme(planner.space, chosen, planner.iterations, summary), planner.inputs.model
@@ -66,11 +69,12 @@ def print_search(result: dict[str, Any]) -> None:
     print()
     for scheme, layers in groups.items():
         print(f"{scheme:18} {len(layers):3} layers: {', '.join(layers)}")
-    print(f"\n{'round':6} {'':10} {'drop, points':>16} {'ms':>9} {'MB':>9}")
+    print(f"\n{'round':6} {'':10} {'drop, points':>16} {'ms':>9} {'of float':>9} {'MB':>9}")
     for number, entry in enumerate(result["rounds"], 1):
         for kind in ("predicted", "measured"):
             row = entry[kind]
-            ms = "-" if row["ms"] is None else f"{row['ms']:.3f}"
+            ms, of_float = ("-" if row[key] is None else f"{row[key]:.3f}" for key in ("ms", "slowdown"))
             drop = f"{row['drop']:+.3f}" + (f" (<{row['drop_at_most']:.2f})" if kind == "measured" else "")
-            print(f"{number if kind == 'predicted' else '':<6} {kind:10} {drop:>16} {ms:>9} {row['megabytes']:9.3f}")
-    print("(<: with 95% confidence)")
+            head = f"{number if kind == 'predicted' else '':<6} {kind:10}"
+            print(f"{head} {drop:>16} {ms:>9} {of_float:>9} {row['megabytes']:9.3f}")
+    print(f"(<: with 95% confidence; of float: time divided by the float file's; times: {result['times']})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from illama.bundle import size_of
 from illama.errors import UserError
-from illama.graph.layer_times import GraphTimes, read_layer_times, time_graphs
+from illama.graph.layer_times import GraphTimes
 from illama.models.attention import MaskedNetwork
 from illama.progress import say, track
 from quant.export.onnx_export import export_onnx
@@ -23,6 +23,8 @@ from quant.quantizers.calibrate import calibrate
 from quant.schemes.formats import TensorSpec
 from quant.schemes.scheme import FLOAT, QuantizationPlan, Rotations, Scheme, resolve, tensor_names
 
+# Name of a scheme, its quantized network and exported file, to the times of its layers; the first call is of float.
+LayerTimer = Callable[[str, MaskedNetwork, Path], GraphTimes]
 _ALL = "all layers"
 
 
@@ -36,7 +38,7 @@ class FormatChoice:
         smooth: SmoothQuant's migration strength for this layer; None for no smoothing.
         kl: KL divergence of the output distribution, in nats, if only this layer is quantized.
         bytes: size of the layer's weight, scales and quantizer nodes in the exported file.
-        ms: milliseconds of the layer's own nodes.
+        ms: milliseconds of the layer, of which only the differences from those of its other choices matter.
     """
 
     scheme: str
@@ -93,11 +95,10 @@ class SearchSpaceBuilder:
     Args:
         schemes: at least one, all with the same ``rotate``.
         images: batches for the effects.
-        threads: threads of ONNX Runtime, if it is timed; 0 for one for each core.
     """
 
-    def __init__(self, inputs: Inputs, schemes: Sequence[Scheme], images: DataLoader[Any], threads: int = 0) -> None:
-        self.inputs, self.images, self.threads, self.rotate = inputs, images, threads, schemes[0].rotate
+    def __init__(self, inputs: Inputs, schemes: Sequence[Scheme], images: DataLoader[Any]) -> None:
+        self.inputs, self.images, self.rotate = inputs, images, schemes[0].rotate
         self.schemes = {FLOAT: Scheme(FLOAT), **{scheme.name: scheme for scheme in schemes}}
         self.plans = {name: resolve(scheme, inputs.model) for name, scheme in self.schemes.items()}
         self.layers = layers_of(tensor_names(inputs.model))
@@ -105,18 +106,13 @@ class SearchSpaceBuilder:
         self.effects: dict[tuple[str, str], Effect] = {}
         self.whole: dict[str, Effect] = {}
 
-    def build(self, folder: Path, profiles: Mapping[str, Path]) -> SearchSpace:
+    def build(self, folder: Path, time_layers: LayerTimer) -> SearchSpace:
         """Returns every choice with its cost and effect.
 
         Args:
-            folder: folder for temporary exported files.
-            profiles: scheme -> TensorRT layer profile, including float's; if empty, ONNX Runtime is timed.
-
-        Raises:
-            UserError: a scheme has no profile, or a profile does not fit the network.
+            folder: folder for the exported files, each with the name of its scheme.
         """
-        paths = self._export_all(folder)
-        times = self._times(paths, profiles)
+        paths, times = self._export_all(folder, time_layers)
         first = {name: self._first_with_same_operators(name) for name in self.schemes}
         sizes = {name: size_of(paths[first[name]]) for name in first}
         costs = _Costs(self.inputs.model, {name: times[first[name]] for name in first}, sizes, self.plans, self.layers)
@@ -132,18 +128,19 @@ class SearchSpaceBuilder:
             self.rotate,
         )
 
-    def _export_all(self, folder: Path) -> dict[str, Path]:
-        """Measures every scheme's effects, and exports one file for all schemes with the same operators."""
-        paths: dict[str, Path] = {}
+    def _export_all(self, folder: Path, time_layers: LayerTimer) -> tuple[dict[str, Path], dict[str, GraphTimes]]:
+        """Measures every scheme's effects, and exports and times one file for all schemes with the same operators."""
+        paths, times = dict[str, Path](), dict[str, GraphTimes]()
         for name, plan in self.plans.items():
             quantized = calibrate(self.inputs.model, plan, self.inputs.calibration, self.inputs.device)
             if name != FLOAT:
                 self._measure_effects(name, quantized)
             if self._first_with_same_operators(name) == name:
-                say(f"export {name} ...")
+                say(f"export and time {name} ...")
                 paths[name] = folder / f"{name}.onnx"
                 export_onnx(quantized, paths[name], "plain")
-        return paths
+                times[name] = time_layers(name, quantized, paths[name])
+        return paths, times
 
     def _measure_effects(self, name: str, quantized: MaskedNetwork) -> None:
         own = {layer: tuple(self._specs(layer, name)) for layer, names in self.distinct.items() if name in names}
@@ -152,13 +149,6 @@ class SearchSpaceBuilder:
         found = measure(quantized, subsets, images, self.inputs.neighbors)
         self.whole[name] = found.pop(_ALL)
         self.effects.update({(layer, name): effect for layer, effect in found.items()})
-
-    def _times(self, paths: Mapping[str, Path], profiles: Mapping[str, Path]) -> dict[str, GraphTimes]:
-        if profiles:
-            if missing := paths.keys() - profiles.keys():
-                raise UserError(f"--layer-times has no {min(missing)}: give a profile for each format and for float")
-            return {name: read_layer_times(profiles[name], self.layers) for name in paths}
-        return time_graphs(paths, _one_image(self.inputs), self.layers, self.threads)
 
     def _choice(self, layer: str, name: str, costs: _Costs) -> FormatChoice:
         specs, strength = self._specs(layer, name), self._strength(layer, name)
@@ -195,16 +185,6 @@ class SearchSpaceBuilder:
         }
 
 
-def time_call(inputs: Inputs, threads: int, path: Path) -> float:
-    """Returns the median milliseconds of one call of an ONNX file in ONNX Runtime, with one image."""
-    return time_graphs({"file": path}, _one_image(inputs), {}, threads)["file"].call
-
-
-def _one_image(inputs: Inputs) -> np.ndarray:
-    """Returns the image that calls are timed with, (1, C, H, W) float32."""
-    return np.ascontiguousarray(inputs.calibration[0][:1].numpy())
-
-
 def weight_bytes(layer: nn.Module, spec: TensorSpec | None) -> int:
     """Returns the bytes of a layer's weight and scales in the exported file; the bias is the same in every format."""
     weight: Any = layer.weight
@@ -219,9 +199,9 @@ def weight_bytes(layer: nn.Module, spec: TensorSpec | None) -> int:
 class _Costs:
     """Bytes and milliseconds of each choice.
 
-    Some time of a file is spent in nodes of no layer, because ONNX Runtime names some QuantizeLinear nodes that it
-    moves after values. A scheme's excess over float's is spread evenly over the layers that the scheme quantizes.
-    The bytes of its quantizer nodes are spread evenly over its tensors.
+    A profile has times of nodes of no layer, such as copies that the runtime adds. A scheme's excess over float's is
+    spread evenly over the layers that the scheme quantizes. The bytes of its quantizer nodes are spread evenly over its
+    tensors.
     """
 
     def __init__(
@@ -237,6 +217,8 @@ class _Costs:
         for name, each in times.items():
             quantized = sum(any(tensor in plans[name].tensors for tensor in tensors) for tensors in layers.values())
             self._extra[name] = (each.rest - times[FLOAT].rest) / quantized if quantized else 0.0
+        # The knapsack problem has no negative costs.
+        self._least = {layer: min(self._own_ms(layer, name) for name in times) for layer in layers}
         sums = {name: sum(self._ms(layer, name) for layer in layers) for name in times}
         # A call takes longer than its nodes. The difference is assumed to be the same for all files.
         self.fixed_ms = float(np.mean([each.call - sums[name] for name, each in times.items()]))
@@ -250,9 +232,12 @@ class _Costs:
     def of(self, layer: str, name: str) -> tuple[int, float]:
         """Returns (bytes, ms) of a layer under a scheme."""
         nodes = self._node_bytes[name] * sum(tensor in self.plans[name].tensors for tensor in self.layers[layer])
-        return self._weight_bytes(layer, name) + nodes, max(0.0, self._ms(layer, name))
+        return self._weight_bytes(layer, name) + nodes, self._ms(layer, name)
 
     def _ms(self, layer: str, name: str) -> float:
+        return self._own_ms(layer, name) - min(0.0, self._least[layer])
+
+    def _own_ms(self, layer: str, name: str) -> float:
         quantized = any(tensor in self.plans[name].tensors for tensor in self.layers[layer])
         return self.times[name].layers.get(layer, 0.0) + (self._extra[name] if quantized else 0.0)
 

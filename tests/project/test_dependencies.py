@@ -10,7 +10,7 @@ import pytest
 from project_files import PACKAGES, ROOT, commands, imported_names, module_name, python_files, relative
 
 MAY_IMPORT = {"illama": set(), "quant": {"illama"}, "deploy": {"illama"}, "eval": {"deploy", "illama"}}
-RECIPES = {"quant/ptq.py", "quant/qat.py"}  # commands that run the whole path, across all layers
+RECIPES = {"quant/ptq.py", "quant/qat.py", "quant/search.py"}  # commands that run the whole path, across all layers
 
 
 @pytest.mark.parametrize("path", python_files(*PACKAGES), ids=relative)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import SMALL, assert_one_line_error, run_command
+from support import SMALL, assert_one_line_error
 
 from illama import ILLaMA
 from illama.bundle import sha256
@@ -37,16 +37,16 @@ def test_the_assignment_is_the_optimum(seed):
     every = [dict(zip(minimise, indices, strict=True)) for indices in itertools.product(*map(range, sizes))]
     for limit in np.quantile([total(limited, each) for each in every], [0.05, 0.3, 0.7]):
         best = min(total(minimise, each) for each in every if total(limited, each) <= limit)
-        found = assign(minimise, limited, float(limit))
+        found = assign(minimise, (limited, float(limit)))
         assert total(limited, found) <= limit * (1 + 1e-6)
         assert total(minimise, found) == pytest.approx(best, rel=1e-6)
 
 
 def test_the_limit_holds_and_ties_go_to_the_smaller_limited_sum():
     costs = {"a": [4.0, 1.0], "b": [2.0, 1.0]}
-    assert assign({"a": [0.0, 1.0], "b": [0.0, 1.0]}, costs, 1.9) is None
-    assert assign({"a": [1.0, 1.0], "b": [0.0, 0.0]}, costs, 100.0) == {"a": 1, "b": 1}
-    assert assign({"a": [0.0, 1e-7], "b": [0.0, 1e-7]}, costs, 100.0) == {"a": 0, "b": 0}
+    assert assign({"a": [0.0, 1.0], "b": [0.0, 1.0]}, (costs, 1.9)) is None
+    assert assign({"a": [1.0, 1.0], "b": [0.0, 0.0]}, (costs, 100.0)) == {"a": 1, "b": 1}
+    assert assign({"a": [0.0, 1e-7], "b": [0.0, 1e-7]}, (costs, 100.0)) == {"a": 0, "b": 0}
 
 
 def test_bytes_are_those_of_the_file(tmp_path):
@@ -115,7 +115,7 @@ def test_layer_times_of_an_engine(tmp_path):
 class FormulaPlanner(Planner):
     """A planner whose measurements are `factor` times the predictions."""
 
-    factor = 1.0
+    factor = slow = 1.0
 
     def check(self, plan, path):
         lost = round(self.factor * plan.kl * 100 * 1e4)  # of a million images, so that a point is 10,000
@@ -123,6 +123,7 @@ class FormulaPlanner(Planner):
         plan.measured = {**plan.predicted, "drop": plan.effect.drop, "drop_at_most": plan.effect.drop_at_most}
         for kind in ("ms", "megabytes"):
             plan.measured[kind] *= self.factor
+        plan.measured["slowdown"] *= self.slow
         self.known.append((plan.kl, plan.effect))
 
 
@@ -169,6 +170,28 @@ def test_a_broken_budget_is_tightened_until_it_holds(budget):
     assert kls == sorted(kls, reverse=budget.kind == "drop")
 
 
+def test_an_assignment_slower_than_float_is_left_for_a_faster_one():
+    """Three layers in int8 are small enough, but measured as slower than float; more of them are faster."""
+    planner = _planner(Budget("megabytes", 0.0033), 1.0)
+    planner.slow = 1.4
+    plans, best = planner.search(6, None)
+    assert len(_quantized(plans[0])) == 3 and plans[0].measured["slowdown"] > 1.02 >= best.measured["slowdown"]
+    assert len(_quantized(best)) > 3
+    planner = _planner(Budget("megabytes", 0.0033), 1.0)
+    planner.slow = 2.0
+    assert planner.search(6, None)[1] is None
+
+
+def test_what_is_small_but_slow_is_refused():
+    planner = _planner(Budget("megabytes", 0.0033), 1.0)
+    planner.ms = {layer: [0.4, 0.5] for layer in planner.ms}
+    with pytest.raises(UserError, match="--max-slowdown"):
+        planner.search(6, None)
+    planner.budget = Budget("megabytes", 0.0033, slowdown=1.2)
+    planner._slowdown_limit = 1.2
+    assert len(_quantized(planner.search(6, None)[1])) == 3
+
+
 def test_a_budget_that_no_assignment_holds():
     plans, best = _planner(Budget("ms", 3.0), 1.25).search(1, None)
     assert len(plans) == 1 and best is None
@@ -188,7 +211,7 @@ def test_a_drop_must_hold_with_confidence():
     planner = _planner(Budget("drop", 1.0), 1.0)
     for images, holds in ((200, False), (100_000, True)):
         effect = Effect(30.0, 0.01, images // 200, 0, images)
-        measured = {"drop": effect.drop, "drop_at_most": effect.drop_at_most}
+        measured = {"drop": effect.drop, "drop_at_most": effect.drop_at_most, "slowdown": 1.0}
         assert effect.drop == 0.5 and planner.holds(Plan({}, 0.01, {"drop": 0.5}, effect, measured)) == holds
 
 
@@ -200,8 +223,8 @@ def data(tmp_path_factory):
     return write_bundle(folder / "bundle", SMALL), write_images(folder / "images")
 
 
-def _search(data, out, *more):
-    return run_command(
+def _search(run, data, out, *more):
+    return run(
         "quant/search.py",
         "--checkpoint",
         data[0],
@@ -220,7 +243,8 @@ def _search(data, out, *more):
 def test_the_command_and_its_replay(data, tmp_path, run_here):
     """The scheme of a search, calibrated and exported again, gives the same file byte for byte."""
     out = tmp_path / "search"
-    result = _search(data, out, "--max-megabytes", 0.3, "--formats", "int8", "int8-accurate")
+    result = _search(run_here, data, out, "--max-megabytes", 0.3, "--max-slowdown", 100, "--formats", "int8",
+                     "int8-accurate")  # fmt: skip
     assert result.returncode == 0, result.stderr
     found, scheme = json.loads((out / "search.json").read_text()), read_scheme(out / "scheme.yaml")
     assert found["met"] and (out / "model.onnx").stat().st_size <= 300_000
@@ -254,6 +278,17 @@ def test_the_command_and_its_replay(data, tmp_path, run_here):
     assert debug.returncode == 0 and "<-" not in debug.stdout, debug.stderr
 
 
+def test_times_of_a_gpu_elsewhere_are_predicted(data, tmp_path, run_here):
+    out = tmp_path / "search"
+    predicted = ("--max-megabytes", 0.3, "--formats", "int8", "--predict-for", "orin-nano")
+    result = _search(run_here, data, out, *predicted)
+    assert result.returncode == 0 and "PREDICTED" in result.stdout, result.stderr
+    found = json.loads((out / "search.json").read_text())
+    assert "orin-nano" in found["times"] and found["rounds"][-1]["measured"]["ms"] is None
+    assert found["rounds"][-1]["predicted"]["slowdown"] < 1  # by the model, Q/DQ cost nothing
+    assert_one_line_error(_search(run_here, data, out, *predicted[:-1], "toaster"), "toaster")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -271,14 +306,14 @@ def test_there_is_one_budget(options):
         given.budget()
 
 
-def test_options_that_do_not_fit(data, tmp_path):
-    assert_one_line_error(_search(data, tmp_path / "out", "--max-ms", 1, "--formats", "int3"), "int3")
-    assert_one_line_error(_search(data, tmp_path / "out", "--max-drop", 0.1), "0.1 points", "--check-images")
+def test_options_that_do_not_fit(data, tmp_path, run_here):
+    assert_one_line_error(_search(run_here, data, tmp_path / "out", "--max-ms", 1, "--formats", "int3"), "int3")
+    assert_one_line_error(_search(run_here, data, tmp_path / "out", "--max-drop", 0.1), "0.1 points", "--check-images")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="SCHEME=FILE"):
         SearchOptions(layer_times=("x.json",)).profiles()
-    with pytest.raises(UserError, match="--layer-times"):
-        SearchOptions(max_megabytes=1.0, layer_times=("int8=x.json",)).budget()
+    with pytest.raises(UserError, match="--layer-times and --predict-for"):
+        SearchOptions(max_megabytes=1.0, layer_times=("int8=x.json",), predict_for="thor").profiles()
     with pytest.raises(UserError, match="--formats"):
         format_schemes(["float"])
 
