@@ -7,17 +7,16 @@ them, and faults from public reports, each rebuilt in the INT8 graph of the ship
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from peers.findings import count_findings
 
 from illama.cli import run_command
-from deploy.findings.finding import Finding
 from deploy.findings.lint_graph import lint_graph
 from deploy.rewrites.lower_opset import lower_opset
 from deploy.versions import newest_runtimes
@@ -37,6 +36,8 @@ _PEERS = {
     "ort-u8s8": "ONNX Runtime, quantize_static, default",
     "ort-u8s8-products": "ONNX Runtime, quantize_static, products only",
     "ort-dynamic": "ONNX Runtime, quantize_dynamic",
+    "olive": "Olive, static, default",
+    "aimet": "AIMET, default",
 }
 _SAME_TASK = {
     "modelopt-int8.onnx": "ModelOpt, ONNX, default, ViT-Tiny of timm",
@@ -83,14 +84,8 @@ def _row(name: str, path: Path, ours: bool = False) -> dict[str, Any]:
     """Returns what the linter finds in a file, as counts by rule; ours are checked for their own runtime."""
     if not path.exists():
         raise UserError(f"{path} does not exist: run benchmarks/quant_peers.py, same_task.py and quant/ptq.py first")
-    findings = lint_graph(path, newest_runtimes().get(path.name) if ours else None)
-    notes = [each for each in findings if each.severity == "note"]
-    return {"file": name, "found": _counts([each for each in findings if each not in notes]), "notes": _counts(notes)}
-
-
-def _counts(findings: Sequence[Finding]) -> str:
-    counts = Counter(each.rule for each in findings)
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+    found, notes = count_findings(path, newest_runtimes().get(path.name) if ours else None)
+    return {"file": name, "found": found, "notes": notes}
 
 
 def _fault_row(

@@ -97,6 +97,7 @@ class Row:
         seconds: duration of the quantization.
         peak_gib: peak memory of the quantization in GiB.
         p50: batch size -> median milliseconds of a call.
+        findings: counts of the linter's warnings and errors by rule, "none", or None for a file that is not ONNX.
         ratio: batch size -> ``p50`` over the reference's in the same run.
     """
 
@@ -113,6 +114,7 @@ class Row:
     mb: float | None = None
     seconds: float | None = None
     peak_gib: float | None = None
+    findings: str | None = None
     p50: dict[int, float] | None = None
     ratio: dict[int, float] | None = None
 
@@ -250,6 +252,7 @@ def evaluated(row: Row, result: dict[str, Any], folder: Path, reference: np.ndar
         result["mb"],
         result["seconds"],
         result["peak_gib"],
+        result["findings"],
     )
 
 
@@ -300,14 +303,14 @@ def markdown(rows: list[Row], title: str) -> str:
         title,
         "",
         "| quantizer | runs in | top-1 % | drop (95% interval) | agrees % | SQNR dB | cosine | MB | quantize s | GiB | "
-        f"{calls} |",
-        "|---" * (10 + len(BATCHES)) + "|",
+        f"{calls} | linter's warnings |",
+        "|---" * (11 + len(BATCHES)) + "|",
     ]
     for row in rows:
         if row.top1 is None or row.drop is None:
             lines.append(
                 f"| {row.title} | {row.runtime} | failed: {(row.error or '').replace('|', '/')} |"
-                + " - |" * (7 + len(BATCHES))
+                + " - |" * (8 + len(BATCHES))
             )
             continue
         speed = [
@@ -318,7 +321,8 @@ def markdown(rows: list[Row], title: str) -> str:
         drop = f"{row.drop.points:+.2f} ({row.drop.low:+.2f} to {row.drop.high:+.2f})"
         lines.append(
             f"| {row.title} | {row.runtime} | {row.top1:.2f} | {drop} | {row.agreement:.2f} | {sqnr} | "
-            f"{row.cosine:.5f} | {row.mb:.2f} | {row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} |"
+            f"{row.cosine:.5f} | {row.mb:.2f} | {row.seconds:.1f} | {row.peak_gib:.2f} | {' | '.join(speed)} | "
+            f"{row.findings or '-'} |"
         )
     settings = dict.fromkeys((row.title, row.about) for row in rows)
     lines += ["", "Settings, and where they are recommended:", "", *(f"- {name}: {text}" for name, text in settings)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from peers.base import Peer, Task
+from peers.olive_aimet_peers import OLIVE_AIMET_PEERS
 from peers.onnx_peers import ONNX_PEERS
 from peers.runtimes import OPENVINO, OPENVINO_F32, ORT
 from peers.torch_peers import TORCH_PEERS
@@ -42,4 +43,4 @@ def _peer(scheme: Scheme) -> Peer:
 
 _FILES = sorted(Path(__file__).parent.glob("*.yaml"))
 OURS = {f"ours-{each.name}": _peer(each) for each in (*map(shipped_scheme, SCHEMES), *map(read_scheme, _FILES))}
-PEERS: dict[str, Peer] = {**ONNX_PEERS, **TORCH_PEERS, **OURS}
+PEERS: dict[str, Peer] = {**ONNX_PEERS, **OLIVE_AIMET_PEERS, **TORCH_PEERS, **OURS}

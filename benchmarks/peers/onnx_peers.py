@@ -58,7 +58,7 @@ def float_graph(task: Task) -> Path:
     return path
 
 
-def _with_float_graph(task: Task, quantize: Callable[[Path, Path], object], name: str = "model.onnx") -> Path:
+def with_float_graph(task: Task, quantize: Callable[[Path, Path], object], name: str = "model.onnx") -> Path:
     """Calls ``quantize`` with a temporary float graph and the path to write to."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", task.folder / name
@@ -87,7 +87,7 @@ def ort_static(task: Task, **settings: Any) -> Path:
             **settings,
         )
 
-    return _with_float_graph(task, quantize)
+    return with_float_graph(task, quantize)
 
 
 def ort_dynamic(task: Task) -> Path:
@@ -98,7 +98,7 @@ def ort_dynamic(task: Task) -> Path:
         quant_pre_process(source, prepared)
         quantize_dynamic(prepared, target, per_channel=True, weight_type=QuantType.QInt8)
 
-    return _with_float_graph(task, quantize)
+    return with_float_graph(task, quantize)
 
 
 def nncf_plain(task: Task, transformer: bool = False) -> Path:
@@ -114,7 +114,7 @@ def nncf_plain(task: Task, transformer: bool = False) -> Path:
         model = nncf.quantize(model, images, model_type=kind, subset_size=len(task.images))
         openvino.save_model(model, target, compress_to_fp16=False)  # compression would round the float weights
 
-    return _with_float_graph(task, quantize, "model.xml")
+    return with_float_graph(task, quantize, "model.xml")
 
 
 def nncf_accuracy(task: Task) -> Path:
@@ -144,7 +144,7 @@ def nncf_accuracy(task: Task) -> Path:
         )
         openvino.save_model(model, target, compress_to_fp16=False)
 
-    return _with_float_graph(task, quantize, "model.xml")
+    return with_float_graph(task, quantize, "model.xml")
 
 
 def modelopt_onnx(task: Task, **settings: Any) -> Path:
@@ -163,7 +163,7 @@ def modelopt_onnx(task: Task, **settings: Any) -> Path:
             **settings,
         )
 
-    return _with_float_graph(task, quantize)
+    return with_float_graph(task, quantize)
 
 
 def _ort_peer(name: str, what: str, **settings: Any) -> Peer:

@@ -25,12 +25,22 @@ from illama.models.illama import ILLaMA
 from illama.options import SourceOptions
 from peers.all_peers import PEERS
 from peers.base import Peer, Task, be_quiet, reason
+from peers.findings import count_findings
 from peers.runtimes import LOADERS
 from quant.inputs import open_inputs
 
 RESULT, LABELS = "result.json", "labels.npy"
 VALIDATION_IMAGES = 1000  # of the training split, for a peer that measures accuracy during quantization
-_PACKAGES = ("nncf", "openvino", "neural-compressor", "onnx-graphsurgeon", "onnxslim", "onnxconverter-common")
+_PACKAGES = (
+    "nncf",
+    "openvino",
+    "neural-compressor",
+    "onnx-graphsurgeon",
+    "onnxslim",
+    "onnxconverter-common",
+    "aimet-onnx",
+    "olive-ai",
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,7 @@ def make(peer: Peer, task: Task) -> dict[str, Any]:
         "mb": sum(file.stat().st_size for file in task.folder.glob("model.*")) / 1e6,
         "about": peer.about,
         "versions": package_versions() | peer_versions(),
+        "findings": count_findings(path)[0] or "none" if path.suffix == ".onnx" else None,
         "failed": {},
     }
 

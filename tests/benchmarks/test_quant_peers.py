@@ -52,6 +52,8 @@ def test_the_table_has_results_and_failures(options, capsys):
         assert row["p50"]["1"] > 0 and row["ratio"]["8"] > 0
     assert rows["fp32"]["ratio"]["1"] == 1 and rows["fp32"]["agreement"] == 100
     assert rows["ours-int8"]["mb"] < rows["fp32"]["mb"]
+    assert rows["fp32"]["findings"] == rows["ours-int8"]["findings"] == "none"
+    assert "quantized-residual" in rows["ort-u8s8-products"]["findings"]
     assert rows["absent"]["error"].startswith("not installed: no-such-package (pip install -r ")
     assert rows["failing"]["error"] == "ValueError: it cannot do this"
     table = (options.results / "images.md").read_text()
