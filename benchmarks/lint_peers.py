@@ -36,8 +36,6 @@ _PEERS = {
     "ort-u8s8": "ONNX Runtime, quantize_static, default",
     "ort-u8s8-products": "ONNX Runtime, quantize_static, products only",
     "ort-dynamic": "ONNX Runtime, quantize_dynamic",
-    "olive": "Olive, static, default",
-    "aimet": "AIMET, default",
 }
 _SAME_TASK = {
     "modelopt-int8.onnx": "ModelOpt, ONNX, default, ViT-Tiny of timm",

@@ -138,7 +138,7 @@ def main(options: SearchOptions) -> None:
             f"none of {len(plans)} assignments satisfies {budget}; the last one is in {options.out}: "
             "raise the budget, or give other --formats"
         )
-    print(f"\nmeasured within {budget}; {options.out / SCHEME} contains the scheme, {CPU_ONNX} the network")
+    print(f"\nwithin {budget}; {options.out / SCHEME} contains the scheme, {CPU_ONNX} the network")
 
 
 @dataclass(frozen=True)

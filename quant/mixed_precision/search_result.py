@@ -12,7 +12,7 @@ from quant.export.write_bundle import Origin
 from quant.mixed_precision.budget import Budget
 from quant.mixed_precision.planner import Plan, Planner
 from quant.mixed_precision.search_space import SearchSpace, assignment_scheme
-from quant.schemes.scheme import resolve, write_scheme
+from quant.schemes.scheme import FLOAT, resolve, write_scheme
 
 RESULT = "search.json"
 
@@ -69,6 +69,8 @@ def print_search(result: dict[str, Any]) -> None:
     print()
     for scheme, layers in groups.items():
         print(f"{scheme:18} {len(layers):3} layers: {', '.join(layers)}")
+    if groups.keys() == {FLOAT}:
+        print("no format pays here: every layer stays in float")
     print(f"\n{'round':6} {'':10} {'drop, points':>16} {'ms':>9} {'of float':>9} {'MB':>9}")
     for number, entry in enumerate(result["rounds"], 1):
         for kind in ("predicted", "measured"):
